@@ -1,0 +1,194 @@
+"""What a model is, in numbers: frozen configs with every derived value in one place.
+
+Three parts, as the papers have them: the multi-scale VQVAE (VAR, arXiv 2404.02905, section 3.2), the VAR transformer (section 3.3)
+and CAR's control branch (arXiv 2410.04671, section 3). A config is what `config.json` of a checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+SIDES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+SIDES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+CONTROL_TYPES = ("canny", "hed", "depth", "normal", "sketch")
+
+
+class ConfigError(ValueError):
+    """A value that no model can have, with the remedy."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQVAEConfig:
+    """The tokenizer. The defaults are the published `vae_ch160v4096z32`."""
+
+    sides: tuple[int, ...] = SIDES_256
+    """Tokens per edge of each scale, coarse first (`patch_nums`). The last is also the latent's edge."""
+    vocab: int = 4096
+    latent_channels: int = 32
+    channels: int = 160
+    """Channels of the CNN's first level; level i has `channels * multipliers[i]`."""
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    res_blocks: int = 2
+    """Residual blocks per level of the encoder; the decoder has one more."""
+    phis: int = 4
+    """Residual convolutions φ, shared by the scales."""
+    beta: float = 0.25
+    """Weight of the commitment loss (paper eq. 5)."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.sides) >= 2, f"sides {list(self.sides)}: a multi-scale model has at least two scales; give e.g. 1,2,3,4")
+        ordered = self.sides[0] == 1 and all(a < b for a, b in zip(self.sides, self.sides[1:], strict=False))
+        _require(ordered, f"sides {list(self.sides)}: they start at 1 and grow; give e.g. 1,2,3,4")
+        for field in ("vocab", "latent_channels", "channels", "res_blocks", "phis"):
+            _require(getattr(self, field) >= 1, f"{field} is {getattr(self, field)}; it must be at least 1")
+        _require(len(self.multipliers) >= 1 and min(self.multipliers) >= 1, f"multipliers {list(self.multipliers)} must be positive")
+
+    @property
+    def patch(self) -> int:
+        """Pixels per latent edge, f."""
+        return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def latent_size(self) -> int:
+        return self.sides[-1]
+
+    @property
+    def image_size(self) -> int:
+        return self.patch * self.latent_size
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one picture, all scales, L."""
+        return sum(s * s for s in self.sides)
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """Token range (start, stop) of each scale."""
+        out, start = [], 0
+        for s in self.sides:
+            out.append((start, start + s * s))
+            start += s * s
+        return tuple(out)
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """k / (K - 1) of each scale: where it stands between coarse and fine."""
+        last = len(self.sides) - 1
+        return tuple(k / last for k in range(last + 1))
+
+    @property
+    def phi_index(self) -> tuple[int, ...]:
+        """Which φ each scale uses: the one whose tick is nearest to the scale's ratio.
+
+        Ties (ratio 2/9 between ticks 1/12 and 13/36) fall as they do in float64 by numpy: the published weights were trained that way.
+        """
+        edge = 1 / 3 / self.phis if self.phis == 4 else 1 / 2 / self.phis
+        ticks = np.linspace(edge, 1 - edge, self.phis)
+        return tuple(int(np.argmin(np.abs(ticks - ratio))) for ratio in self.ratios)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VARConfig:
+    """The transformer. One dial, `depth`: width 64·depth and `depth` heads unless they are given."""
+
+    depth: int = 16
+    width: int | None = None
+    heads: int | None = None
+    classes: int = 1000
+    shared_aln: bool = False
+    """One AdaLN projection for all blocks plus a learned offset per block (published for 512×512)."""
+    mlp_ratio: int = 4
+    label_dropout: float = 0.1
+    drop_path: float | None = None
+    """Largest drop-path rate, reached at the last block; default 0.1·depth/24."""
+
+    def __post_init__(self) -> None:
+        _require(self.depth >= 1, f"depth is {self.depth}; it must be at least 1")
+        _require(self.classes >= 1, f"classes is {self.classes}; it must be at least 1")
+        _require(self.C % self.H == 0, f"width {self.C} is not a multiple of heads {self.H}; change one of them")
+        _require(0 <= self.label_dropout < 1, f"label_dropout is {self.label_dropout}; it must be in [0, 1)")
+
+    @property
+    def C(self) -> int:  # noqa: N802 - the field's symbol
+        return self.width if self.width is not None else 64 * self.depth
+
+    @property
+    def H(self) -> int:  # noqa: N802
+        return self.heads if self.heads is not None else self.depth
+
+    @property
+    def drop_path_rate(self) -> float:
+        return 0.1 * self.depth / 24 if self.drop_path is None else self.drop_path
+
+
+@dataclass(frozen=True, kw_only=True)
+class CARConfig:
+    """The control branch: 𝓕 (control encoder), 𝒯 (half of the base's depth) and 𝓖 (fusion), CAR section 3.2."""
+
+    control_type: str = "canny"
+    encoder_widths: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    encoder_strides: tuple[int, ...] = (2, 2, 2, 2)
+    """Stride of the step from each width to the next; their product is the tokenizer's `patch`."""
+
+    def __post_init__(self) -> None:
+        _require(
+            len(self.encoder_strides) == len(self.encoder_widths) - 1,
+            f"encoder_strides {list(self.encoder_strides)}: one for each step between encoder_widths {list(self.encoder_widths)}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A whole model. `var` and `car` are None while they are not trained (or not wanted)."""
+
+    vqvae: VQVAEConfig
+    var: VARConfig | None = None
+    car: CARConfig | None = None
+    class_names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.car is None or self.var is not None, "a control branch (car) needs a base (var)")
+        if self.car is not None and self.var is not None:
+            stride = math.prod(self.car.encoder_strides)
+            _require(
+                stride == self.vqvae.patch,
+                f"encoder_strides {list(self.car.encoder_strides)} shrink by {stride}, the tokenizer by {self.vqvae.patch}; make them equal",
+            )
+            _require(self.var.depth >= 2, f"depth is {self.var.depth}; a control branch needs a base of at least 2 blocks")
+        if self.class_names is not None and self.var is not None:
+            _require(
+                len(self.class_names) == self.var.classes,
+                f"{len(self.class_names)} class names for {self.var.classes} classes; give one for each",
+            )
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> ModelConfig:
+        """Parse `config.json`; ConfigError for anything that is not a config."""
+        try:
+            data = json.loads(text)
+            return ModelConfig(
+                vqvae=_build(VQVAEConfig, data["vqvae"]),
+                var=_build(VARConfig, data["var"]) if data.get("var") else None,
+                car=_build(CARConfig, data["car"]) if data.get("car") else None,
+                class_names=tuple(data["class_names"]) if data.get("class_names") else None,
+            )
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ConfigError(f"config.json is not a model config ({error!r}); use one that car_train wrote") from error
+
+
+def _build(cls: Any, data: dict[str, Any]) -> Any:
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})

@@ -1,0 +1,225 @@
+"""The VAR transformer (arXiv 2404.02905, section 3.3): next-scale prediction with AdaLN conditioning.
+
+Shapes: R rows (pictures, or twice as many with classifier-free guidance), N tokens of this call, T tokens seen (past and present), L tokens of a
+picture, C width, H heads, d = C/H, V vocabulary, Z latent channels, D depth, M = modulation rows.
+
+Types: the residual stream, norms, softmax and logits are float32 whatever the weights are; matrix products run in the weights' type. In float32 all the
+casts vanish.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import ModelConfig, VARConfig
+
+EPS = 1e-6
+MAX_LOG_SCALE = math.log(100)
+
+
+class Cache(Protocol):
+    """Where attention finds the keys and values of the coarser scales."""
+
+    def append(self, layer: int, k_NRHd: Tensor, v_NRHd: Tensor) -> tuple[Tensor, Tensor]:
+        """Store this scale's keys and values; return all that this scale may see, token-major [T, R, H, d]."""
+        ...
+
+
+class KVCache:
+    """Keys and values of all scales, one preallocated token-major array per layer: the past is a prefix, a scale is a slot."""
+
+    def __init__(self, layers: int, tokens: int, rows: int, heads: int, head_width: int, like: Tensor):
+        shape = (layers, tokens, rows, heads, head_width)
+        self.k_LTRHd, self.v_LTRHd = like.new_empty(shape), like.new_empty(shape)
+        self.start = 0
+
+    def append(self, layer: int, k_NRHd: Tensor, v_NRHd: Tensor) -> tuple[Tensor, Tensor]:
+        stop = self.start + k_NRHd.shape[0]
+        self.k_LTRHd[layer, self.start : stop] = k_NRHd
+        self.v_LTRHd[layer, self.start : stop] = v_NRHd
+        return self.k_LTRHd[layer, :stop], self.v_LTRHd[layer, :stop]
+
+    def advance(self, tokens: int) -> None:
+        """The scale is done in every layer: its slot becomes past."""
+        self.start += tokens
+
+
+def block_causal_mask(sides: Sequence[int], device: torch.device | None = None) -> Tensor:
+    """bool [L, L]: True where a token may look, at its own scale and all coarser ones."""
+    scale = torch.cat([torch.full((s * s,), k, device=device) for k, s in enumerate(sides)])
+    return scale[:, None] >= scale[None, :]
+
+
+class Attention(nn.Module):
+    """Multi-head attention on unit-length queries and keys with a learned temperature per head."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+        self.log_scale_H = nn.Parameter(torch.full((heads,), math.log(4.0)))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_RNC: Tensor, cache: Cache | None, layer: int, mask_NT: Tensor | None) -> Tensor:
+        R, N, C = x_RNC.shape
+        q, k, v = F.linear(x_RNC, self.qkv_weight).split(C, dim=-1)
+        scale_H1 = self.log_scale_H.float().clamp_max(MAX_LOG_SCALE).exp()[:, None]
+        heads = (R, N, self.heads, C // self.heads)
+        q_RNHd = (F.normalize((q + self.q_bias).view(heads).float(), dim=-1) * scale_H1).to(x_RNC.dtype)
+        k_RNHd = F.normalize(k.view(heads).float(), dim=-1).to(x_RNC.dtype)
+        v_RNHd = (v + self.v_bias).view(heads)
+        if cache is None:
+            out = self._teacher_forced(q_RNHd, k_RNHd, v_RNHd, mask_NT)
+        else:
+            k_TRHd, v_TRHd = cache.append(layer, k_RNHd.transpose(0, 1), v_RNHd.transpose(0, 1))
+            out = self._cached(q_RNHd, k_TRHd, v_TRHd)
+        return self.proj(out)
+
+    @staticmethod
+    def _teacher_forced(q_RNHd: Tensor, k_RNHd: Tensor, v_RNHd: Tensor, mask_NT: Tensor | None) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q_RNHd, k_RNHd, v_RNHd))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_NT, scale=1.0).transpose(1, 2).flatten(2)
+
+    @staticmethod
+    def _cached(q_RNHd: Tensor, k_TRHd: Tensor, v_TRHd: Tensor) -> Tensor:
+        # Written out, not scaled_dot_product_attention: the exported graph must show the float32 softmax.
+        scores_RHNT = q_RNHd.permute(0, 2, 1, 3) @ k_TRHd.permute(1, 2, 3, 0)
+        weights_RHNT = scores_RHNT.float().softmax(-1).to(v_TRHd.dtype)
+        return (weights_RHNT @ v_TRHd.permute(1, 2, 0, 3)).transpose(1, 2).flatten(2)
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, ratio: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, ratio * width), nn.Linear(ratio * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+def drop_path(x: Tensor, rate: float) -> Tensor:
+    """Stochastic depth: zero whole rows with probability `rate` and scale the rest up."""
+    keep = torch.empty(x.shape[0], 1, 1, device=x.device).bernoulli_(1 - rate)
+    return x * (keep / (1 - rate)).to(x.dtype)
+
+
+def modulate(x_RNC: Tensor, scale_R1C: Tensor, shift_R1C: Tensor, dtype: torch.dtype) -> Tensor:
+    """LN(x)·(1 + scale) + shift in float32, then cast to the type of the product that follows."""
+    return (F.layer_norm(x_RNC.float(), x_RNC.shape[-1:], eps=EPS) * (1 + scale_R1C) + shift_R1C).to(dtype)
+
+
+class Block(nn.Module):
+    """One transformer block, for base and branch, teacher forcing, sampling and export alike."""
+
+    def __init__(self, config: VARConfig, drop_path_rate: float):
+        super().__init__()
+        C = config.C
+        self.attn, self.mlp = Attention(C, config.H), MLP(C, config.mlp_ratio)
+        # γ1, γ2, scale1, scale2, shift1, shift2: an own projection, or an offset to the shared one.
+        self.ada_linear = None if config.shared_aln else nn.Linear(C, 6 * C)
+        self.ada_offset = nn.Parameter(torch.zeros(6, C)) if config.shared_aln else None
+        self.drop_path_rate = drop_path_rate
+
+    def modulation(self, cond_RC: Tensor, shared_R6C: Tensor | None) -> Tensor:
+        """SiLU(condition) → [R, 6, C] f32; depends on the class alone."""
+        if self.ada_linear is None:
+            assert shared_R6C is not None
+            assert self.ada_offset is not None
+            return shared_R6C + self.ada_offset.float()
+        return self.ada_linear(cond_RC).view(cond_RC.shape[0], 6, -1).float()
+
+    def forward(
+        self, x_RNC: Tensor, modulation: Sequence[Tensor], cache: Cache | None = None, layer: int = 0, mask_NT: Tensor | None = None
+    ) -> Tensor:
+        """x [R, N, C] f32 → [R, N, C] f32. `modulation`: the six f32 [R, 1, C] of `modulation()`."""
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
+        dtype = self.mlp.fc1.weight.dtype
+        h = self.attn(modulate(x_RNC, scale1, shift1, dtype), cache, layer, mask_NT).float() * gamma1
+        x_RNC = x_RNC + self._drop(h)
+        h = self.mlp(modulate(x_RNC, scale2, shift2, dtype)).float() * gamma2
+        return x_RNC + self._drop(h)
+
+    def _drop(self, h: Tensor) -> Tensor:
+        return drop_path(h, self.drop_path_rate) if self.training and self.drop_path_rate > 0 else h
+
+
+class VAR(nn.Module):
+    """The base: embeddings, blocks and head. `CAR` runs it, with or without a control branch."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        assert config.var is not None, "config.var"
+        self.config, self.sides = config.var, config.vqvae.sides
+        C, L, D = config.var.C, config.vqvae.tokens, config.var.depth
+        self.class_embedding = nn.Embedding(config.var.classes + 1, C)  # the last row is "no class"
+        self.word_embedding = nn.Linear(config.vqvae.latent_channels, C)
+        self.pos_start = nn.Parameter(torch.zeros(C))
+        self.pos_LC = nn.Parameter(torch.zeros(L, C))
+        self.level_KC = nn.Parameter(torch.zeros(len(self.sides), C))
+        self.shared_ada_linear = nn.Linear(C, 6 * C) if config.var.shared_aln else None
+        rates = [config.var.drop_path_rate * i / max(D - 1, 1) for i in range(D)]
+        self.blocks = nn.ModuleList(Block(config.var, rate) for rate in rates)
+        self.head_ada_linear = nn.Linear(C, 2 * C)
+        self.head = nn.Linear(C, config.vqvae.vocab)
+        initialise(self)
+
+    def start(self, label_R: Tensor) -> Tensor:
+        """Input of the first scale: class embedding + `pos_start`, f32 [R, 1, C]."""
+        return (self.class_embedding(label_R) + self.pos_start).float()[:, None]
+
+    def embed(self, inputs_RNZ: Tensor) -> Tensor:
+        """Input of a finer scale: f̂ at its size, projected, f32 [R, N, C]."""
+        return self.word_embedding(inputs_RNZ.to(self.word_embedding.weight.dtype)).float()
+
+    def position(self) -> Tensor:
+        """Position plus level embedding of every token, f32 [L, C]."""
+        level = torch.cat([self.level_KC[k].expand(s * s, -1) for k, s in enumerate(self.sides)])
+        return (self.pos_LC + level).float()
+
+    def modulations(self, label_R: Tensor, branch_blocks: Sequence[nn.Module] = ()) -> Tensor:
+        """AdaLN of all base blocks, all branch blocks and the head (scale, shift): f32 [R, M, C], M = 6·blocks + 2."""
+        cond = F.silu(self.class_embedding(label_R))
+        R = cond.shape[0]
+        shared = self.shared_ada_linear(cond).view(R, 6, -1).float() if self.shared_ada_linear is not None else None
+        rows = [block.modulation(cond, shared) for block in [*self.blocks, *branch_blocks]]
+        return torch.cat([*rows, self.head_ada_linear(cond).view(R, 2, -1).float()], 1)
+
+    def logits(self, x_RNC: Tensor, scale_R1C: Tensor, shift_R1C: Tensor) -> Tensor:
+        """The head: f32 [R, N, V]."""
+        return self.head(modulate(x_RNC, scale_R1C, shift_R1C, self.head.weight.dtype)).float()
+
+
+@torch.no_grad()
+def initialise(var: VAR) -> None:
+    """The published initialisation: truncated normals of std √(1/(3C)), small head and AdaLN, residual projections ÷ √(2D)."""
+    C, D = var.config.C, var.config.depth
+    std = math.sqrt(1 / (3 * C))
+    for module in var.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.trunc_normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, Attention):
+            nn.init.trunc_normal_(module.qkv_weight, std=std)
+    for parameter in (var.pos_start, var.pos_LC, var.level_KC):
+        nn.init.trunc_normal_(parameter, std=std)
+    for block in var.blocks:
+        block.attn.proj.weight.div_(math.sqrt(2 * D))
+        block.mlp.fc2.weight.div_(math.sqrt(2 * D))
+        if block.ada_offset is not None:
+            block.ada_offset.normal_(std=1 / math.sqrt(C))
+            block.ada_offset[:2].mul_(1e-5)
+            block.ada_offset[2:].mul_(0.5)
+    for linear in [var.shared_ada_linear, *(b.ada_linear for b in var.blocks)]:
+        if linear is not None:
+            linear.weight[2 * C :].mul_(0.5)
+            linear.weight[: 2 * C].mul_(1e-5)
+    var.head_ada_linear.weight.mul_(0.5)
+    var.head.weight.mul_(0.02)
