@@ -199,14 +199,14 @@ def _assign(model: Model, sources: dict[str, dict[str, Tensor]]) -> None:
     for name, parameter in model.named_parameters():
         theirs = official_name(name)
         source = "vae" if name.startswith("vqvae.") else "car" if name.startswith("car.branch.") else "var"
-        parts = [theirs.replace("#", str(i)) for i in range(parameter.shape[0])] if "#" in theirs else [theirs]
+        parts = [theirs.replace("#", str(i)) for i in range(model.config.vqvae.phis)] if "#" in theirs else [theirs]
         missing = [p for p in parts if p not in sources[source]]
         problems += [f"missing in {source}: {p}" for p in missing]
         used |= {(source, p) for p in parts}
         if missing:
             continue
         tensors = [sources[source][p].float() for p in parts]
-        value = torch.stack(tensors) if "#" in theirs else tensors[0]
+        value = torch.cat(tensors) if "#" in theirs else tensors[0]
         # Broadcast axes of length 1 (pos_1LC, scale_mul_1H11, ada_gss) carry no information: ours have none.
         squeezed = tuple(s for s in value.shape if s != 1) == tuple(s for s in parameter.shape if s != 1)
         if value.numel() != parameter.numel() or not squeezed:

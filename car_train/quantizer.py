@@ -40,8 +40,8 @@ class MultiScaleQuantizer(nn.Module):
         Z = config.latent_channels
         self.embedding = nn.Parameter(torch.randn(config.vocab, Z))
         # φ(h) = ½h + ½conv3(h): stacked, so that one convolution can serve every scale of an exported graph.
-        self.phi_weight = nn.Parameter(torch.randn(config.phis, Z, Z, 3, 3) * (1 / (3 * Z**0.5)))
-        self.phi_bias = nn.Parameter(torch.zeros(config.phis, Z))
+        self.phi_weight = nn.Parameter(torch.randn(config.phis * Z, Z, 3, 3) * (1 / (3 * Z**0.5)))
+        self.phi_bias = nn.Parameter(torch.zeros(config.phis * Z))
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
@@ -62,7 +62,9 @@ class MultiScaleQuantizer(nn.Module):
 
     def phi(self, h_BZEE: Tensor, index: int) -> Tensor:
         """φ_index of an upsampled code map, [B, Z, E, E] → [B, Z, E, E]."""
-        return 0.5 * h_BZEE + 0.5 * F.conv2d(h_BZEE, self.phi_weight[index], self.phi_bias[index], padding=1)
+        Z = self.config.latent_channels
+        mine = slice(index * Z, (index + 1) * Z)
+        return 0.5 * h_BZEE + 0.5 * F.conv2d(h_BZEE, self.phi_weight[mine], self.phi_bias[mine], padding=1)
 
     def contribution(self, codes_BSSZ: Tensor, k: int) -> Tensor:
         """What scale k's codes add to f̂: φ_k(bicubic(codes)), [B, S, S, Z] → [B, Z, E, E]."""
@@ -97,6 +99,21 @@ class MultiScaleQuantizer(nn.Module):
             if k + 1 < len(tokens):
                 inputs.append(self.next_input(f_hat, k).flatten(1, 2))
         return f_hat, torch.cat(inputs, 1)
+
+    @torch.no_grad()
+    def revive(self, f_BZEE: Tensor, used_V: Tensor) -> int:
+        """Move every code that nobody used onto a random residual of this batch; returns how many were moved.
+
+        f: latents, f32 [B, Z, E, E]. used: bool [V]. Without this a small codebook collapses to a few codes.
+        """
+        rest, residuals = f_BZEE, []
+        for k, side in enumerate(self.config.sides):
+            z = resize(rest, self.down(k)).permute(0, 2, 3, 1)
+            residuals.append(z.reshape(-1, z.shape[-1])[:: max(1, side // 2)])
+            rest = rest - self.contribution(F.embedding(self.nearest(z), self.embedding), k)
+        pool, dead = torch.cat(residuals), (~used_V).nonzero().flatten()
+        self.embedding[dead] = pool[torch.randint(len(pool), (len(dead),), device=pool.device)]
+        return len(dead)
 
     def forward(self, f_BZEE: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Quantise for training: (f̂ with straight-through gradient, loss, token grids).

@@ -164,7 +164,9 @@ class VQVAE(nn.Module):
 
     def encode(self, image_B3HW: Tensor) -> list[Tensor]:
         """Pixels in [-1, 1] → token grids int64 [B, S, S], coarse first."""
-        return self.quantizer.encode(self.latent(image_B3HW))
+        latent = self.latent(image_B3HW)
+        with torch.autocast(latent.device.type, enabled=False):  # nearest codes are decided in float32
+            return self.quantizer.encode(latent)
 
     def decode_latent(self, f_hat_BZEE: Tensor) -> Tensor:
         """f̂ → pixels in [-1, 1], [B, 3, H, W]."""
@@ -177,7 +179,9 @@ class VQVAE(nn.Module):
 
     def forward(self, image_B3HW: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Training pass: (reconstruction, not clamped; quantisation loss; token grids)."""
-        f_hat, loss, grids = self.quantizer(self.latent(image_B3HW))
+        latent = self.latent(image_B3HW)
+        with torch.autocast(latent.device.type, enabled=False):
+            f_hat, loss, grids = self.quantizer(latent)
         return self.decoder(self.post_quant_conv(f_hat)), loss, grids
 
 

@@ -1,0 +1,122 @@
+"""Our checkpoints: a directory of safetensors and `config.json`; nothing in it can run code.
+
+    step-0003500/  config.json  vqvae.safetensors  var.safetensors  car.safetensors  trainer.pt
+
+`trainer.pt` (optimizer and random state; only to resume) is read with `weights_only=True`. A checkpoint is written aside and renamed, so it is whole
+or not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .config import ConfigError, ModelConfig
+from .model import Model
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be read or written; the message ends with the remedy."""
+
+
+def parts(model: Model) -> dict[str, nn.Module]:
+    """The modules of a model by file name: vqvae, var, car (the branch alone)."""
+    found: dict[str, nn.Module] = {"vqvae": model.vqvae}
+    if model.car is not None:
+        found["var"] = model.car.base
+        if model.car.branch is not None:
+            found["car"] = model.car.branch
+    return found
+
+
+def save(model: Model, directory: str | Path, trainer: dict[str, Any] | None = None) -> Path:
+    """Write a checkpoint directory atomically; an existing one of this name is replaced only when the new one is whole."""
+    directory = Path(directory)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    except OSError as error:
+        raise CheckpointError(f"{directory}: can't write there ({error.strerror}); choose another folder") from error
+    try:
+        (aside / "config.json").write_text(model.config.to_json(), encoding="utf-8")
+        for name, module in parts(model).items():
+            # Contiguous copies: training may keep weights channels-last.
+            save_file({k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}, aside / f"{name}.safetensors")
+        if trainer is not None:
+            torch.save(trainer, aside / "trainer.pt")
+        os.chmod(aside, 0o755)
+        if directory.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
+            os.replace(directory, old / "was")
+            os.replace(aside, directory)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(aside, directory)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(f"{directory}: could not be written ({error.strerror}); free some space or choose another folder") from error
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return directory
+
+
+def locate(path: str | Path) -> Path:
+    """The checkpoint at `path`: itself, or the newest `step-…` of a run's folder."""
+    path = Path(path)
+    if (path / "config.json").is_file():
+        return path
+    steps = sorted(p for p in path.glob("step-*") if (p / "config.json").is_file()) if path.is_dir() else []
+    if not steps:
+        raise CheckpointError(f"{path}: no checkpoint there (no config.json, no step-… folder); give the folder that training wrote")
+    return steps[-1]
+
+
+def load(path: str | Path) -> Model:
+    """The model of a checkpoint, frozen and in eval mode. CheckpointError names what is missing or doesn't fit."""
+    path = locate(path)
+    try:
+        config = ModelConfig.from_json((path / "config.json").read_text(encoding="utf-8"))
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    with torch.device("meta"):
+        model = Model(config)
+    for name, module in parts(model).items():
+        file = path / f"{name}.safetensors"
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing, though config.json names this part; copy the whole checkpoint folder")
+        try:
+            module.load_state_dict(load_file(file), assign=True)
+        except (SafetensorError, RuntimeError) as error:
+            raise CheckpointError(f"{file}: doesn't fit its config.json or is damaged ({str(error).splitlines()[0]}); copy it again") from error
+    model.vqvae.quantizer.reset_buffers()
+    return model.requires_grad_(False).eval()
+
+
+def load_trainer(path: str | Path) -> dict[str, Any]:
+    """Optimizer and random state of a checkpoint."""
+    file = locate(path) / "trainer.pt"
+    if not file.is_file():
+        raise CheckpointError(f"{file}: missing; a run can be resumed only from a checkpoint that training wrote")
+    return torch.load(file, weights_only=True)
+
+
+def fingerprint(path: str | Path) -> dict[str, str]:
+    """sha256 of every file of a checkpoint that defines the model."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(locate(path).iterdir()) if p.suffix in (".json", ".safetensors")}
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint: renamed first, so that an interrupted deletion leaves nothing that looks whole."""
+    aside = path.with_name(f".{path.name}.removed")
+    os.replace(path, aside)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,202 @@
+"""`python -m car_train`: fetch data, train the three stages, sample, import the published weights."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from . import checkpoint, official
+from .config import CONTROL_TYPES, CARConfig, ConfigError, VARConfig, VQVAEConfig
+from .data import DataError, find_pictures
+from .datasets import DEFAULT_ROOT, DatasetError, fetch
+
+EXAMPLES = """examples:
+  python -m car_train data emoji
+  python -m car_train vqvae --data ~/.cache/car/data/emoji -o runs/vqvae --sides 1,2,3,4,6,8 --channels 24 --multipliers 1,2,3,4
+  python -m car_train var --data ~/.cache/car/data/emoji --vqvae runs/vqvae -o runs/var --depth 6 --width 192 --heads 6
+  python -m car_train car --data ~/.cache/car/data/emoji --base runs/var -o runs/car --control canny
+  python -m car_train sample runs/car --control edges.png --class 3 -o sample.png
+  python -m car_train import --vae vae_ch160v4096z32.pth --var var_d16.pth --car car_depth_d16.pth --control-type depth -o d16
+"""
+
+
+def integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 1,2,3,4") from None
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m car_train", description=__doc__, epilog=EXAMPLES, formatter_class=formatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    data = commands.add_parser("data", help="fetch a real data set and lay it out as class folders")
+    data.add_argument("name", choices=["emoji", "fashion"])
+    data.add_argument("-o", "--output", type=Path, help=f"folder (default: {DEFAULT_ROOT}/NAME)")
+
+    vqvae = _stage(commands, "vqvae", "train the multi-scale tokenizer", steps=5000, lr=6e-4)
+    defaults = VQVAEConfig()
+    vqvae.add_argument("--sides", type=integers, default=(1, 2, 3, 4, 6, 8), help="tokens per edge of each scale (default: 1,2,3,4,6,8)")
+    vqvae.add_argument("--vocab", type=int, default=1024, help="codes (default: 1024)")
+    vqvae.add_argument("--latent-channels", type=int, default=16, help="(default: 16)")
+    vqvae.add_argument("--channels", type=int, default=32, help="channels of the finest level (default: 32)")
+    vqvae.add_argument("--multipliers", type=integers, default=(1, 2, 2, 4), help="channels of each level; its length sets f (default: 1,2,2,4)")
+    vqvae.add_argument("--res-blocks", type=int, default=1, help="residual blocks per level (default: 1)")
+    vqvae.add_argument("--beta", type=float, default=defaults.beta, help=f"weight of the commitment loss (default: {defaults.beta})")
+
+    var = _stage(commands, "var", "train the next-scale transformer on a tokenizer", steps=5000, lr=6e-4)
+    var.add_argument("--vqvae", type=Path, required=True, help="checkpoint or run of the tokenizer")
+    var.add_argument("--depth", type=int, default=6, help="blocks (default: 6)")
+    var.add_argument("--width", type=int, help="(default: 64·depth)")
+    var.add_argument("--heads", type=int, help="(default: depth)")
+    var.add_argument("--shared-aln", action="store_true", help="one AdaLN projection for all blocks")
+
+    car = _stage(commands, "car", "train a control branch on a frozen transformer", steps=5000, lr=6e-4)
+    car.add_argument("--base", type=Path, required=True, help="checkpoint or run of the transformer")
+    car.add_argument("--control", choices=CONTROL_TYPES, default="canny", help="made on the fly, unless --control-root is given (default: canny)")
+    car.add_argument("--control-root", type=Path, help="folder of control images that mirrors --data")
+    car.add_argument("--encoder-widths", type=integers, help="of the control encoder (default: 64, doubling at each halving)")
+
+    draw = commands.add_parser("sample", help="sample from a checkpoint with PyTorch (the reference loop)")
+    draw.add_argument("checkpoint", type=Path)
+    draw.add_argument("--control", type=Path, help="control image")
+    draw.add_argument("--class", dest="label", type=int, help="class index (default: no class)")
+    draw.add_argument("--seed", type=int, default=0)
+    draw.add_argument("--cfg", type=float, default=4.0)
+    draw.add_argument("--top-k", type=int, default=0, help="0 = off")
+    draw.add_argument("--top-p", type=float, default=0.0, help="0 = off")
+    draw.add_argument("-o", "--output", type=Path, default=Path("sample.png"))
+
+    imp = commands.add_parser("import", help="turn official .pth files into a checkpoint")
+    add_official_arguments(imp)
+    imp.add_argument("-o", "--output", type=Path, required=True)
+    return parser.parse_args(argv)
+
+
+def add_official_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that name official files, shared with the exporter."""
+    parser.add_argument("--vae", type=Path, help="official tokenizer, e.g. vae_ch160v4096z32.pth")
+    parser.add_argument("--var", type=Path, help="official transformer, e.g. var_d16.pth")
+    parser.add_argument("--car", type=Path, help="official control branch, e.g. car_depth_d16.pth; without it: no control")
+    parser.add_argument("--control-type", choices=CONTROL_TYPES, help="what --car was trained on")
+    parser.add_argument("--sides", type=integers, help="tokens per edge of each scale, where they are not the official ones")
+
+
+def _stage(commands: argparse._SubParsersAction, name: str, help_text: str, steps: int, lr: float) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help_text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of class folders")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of this run: checkpoints, samples, log.jsonl")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=lr, help="peak learning rate")
+    parser.add_argument("--warmup", type=int, default=200, help="steps")
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument("--device", default="cpu", help="e.g. cuda")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = all")
+    parser.add_argument("--workers", type=int, default=1, help="data loader processes")
+    parser.add_argument("--no-augment", dest="augment", action="store_false", help="no flips, shifts and zooms")
+    parser.add_argument("--validate-every", type=int, default=500, help="steps")
+    parser.add_argument("--save-every", type=int, default=500, help="steps")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --output")
+    return parser
+
+
+def train(args: argparse.Namespace) -> Path:
+    from . import train as t
+
+    if not args.resume and list(args.output.glob("step-*")):
+        raise ConfigError(f"{args.output} holds a run already; add --resume to continue it, or give another folder")
+    options = t.TrainOptions(
+        data=args.data, output=args.output, steps=args.steps, batch=args.batch, lr=args.lr, warmup=args.warmup,
+        weight_decay=args.weight_decay, seed=args.seed, bf16=args.bf16, device=args.device, threads=args.threads, workers=args.workers,
+        augment=args.augment, control_root=getattr(args, "control_root", None), validate_every=args.validate_every, save_every=args.save_every,
+    )  # fmt: skip
+    t.seed_everything(args.seed)
+    trainer = t.Trainer(_new_stage(args), options)
+    if args.resume:
+        trainer.resume()
+    return trainer.run()
+
+
+def _new_stage(args: argparse.Namespace):  # noqa: ANN202 - a Stage; train.py is imported only where it is needed
+    from . import train as t
+
+    if args.command == "vqvae":
+        config = VQVAEConfig(
+            sides=args.sides, vocab=args.vocab, latent_channels=args.latent_channels, channels=args.channels,
+            multipliers=args.multipliers, res_blocks=args.res_blocks, beta=args.beta,
+        )  # fmt: skip
+        return t.VQVAEStage(t.new_vqvae(config))
+    if args.command == "var":
+        names = tuple(find_pictures(args.data)[0])
+        config = VARConfig(depth=args.depth, width=args.width, heads=args.heads, classes=len(names), shared_aln=args.shared_aln)
+        return t.TransformerStage(t.add_var(checkpoint.load(args.vqvae), config, names))
+    base = checkpoint.load(args.base)
+    if base.car is None:
+        raise ConfigError(f"{args.base} holds a tokenizer only; give a transformer trained with `python -m car_train var`")
+    halvings = len(base.config.vqvae.multipliers) - 1
+    widths = args.encoder_widths or tuple(64 * 2**i for i in range(halvings + 1))
+    config = CARConfig(control_type=args.control, encoder_widths=widths, encoder_strides=(2,) * halvings + (1,) * (len(widths) - 1 - halvings))
+    return t.TransformerStage(t.add_branch(base, config))
+
+
+def sample(args: argparse.Namespace) -> Path:
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from .sample import control_pyramid
+    from .sample import sample as reference_loop
+    from .train import sheet
+
+    model = checkpoint.load(args.checkpoint)
+    if model.car is None:
+        raise ConfigError(f"{args.checkpoint} holds a tokenizer only; give a transformer or a CAR checkpoint")
+    config, classes = model.config.vqvae, model.car.base.config.classes
+    label = classes if args.label is None else args.label
+    if not 0 <= label <= classes:
+        raise ConfigError(f"class {label} is out of range; give 0 to {classes - 1}, or {classes} for no class")
+    if (args.control is not None) != (model.car.branch is not None):
+        raise ConfigError(f"{args.checkpoint} {'needs' if model.car.branch else 'has no'} control; {'add' if model.car.branch else 'leave out'} --control")
+    controls = control_pyramid(Image.open(args.control), [s * config.patch for s in config.sides]) if args.control else None
+    uniforms = torch.from_numpy(np.random.default_rng(args.seed).random((1, config.tokens), dtype=np.float32))
+    _, drawn = reference_loop(model.vqvae, model.car, torch.tensor([label]), uniforms, controls, args.cfg, args.top_k, args.top_p)
+    sheet([drawn]).save(args.output)
+    return args.output
+
+
+def load_official(args: argparse.Namespace) -> official.Model:
+    """The model of `add_official_arguments`' files."""
+    if args.vae is None:
+        raise ConfigError("--vae is missing; give the official tokenizer, e.g. --vae vae_ch160v4096z32.pth")
+    if args.car is not None and args.control_type is None:
+        raise ConfigError(f"--control-type is missing; say what {args.car.name} was trained on: {', '.join(CONTROL_TYPES)}")
+    var, car = (official.load_pth(p) if p is not None else None for p in (args.var, args.car))
+    return official.build_model(official.load_pth(args.vae), var, car, args.control_type or "canny", args.sides)
+
+
+def run(args: argparse.Namespace) -> Path:
+    if args.command == "data":
+        return fetch(args.name, args.output)
+    if args.command == "sample":
+        return sample(args)
+    if args.command == "import":
+        return checkpoint.save(load_official(args), args.output)
+    return train(args)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        print(run(args))
+    except (ConfigError, DataError, DatasetError, checkpoint.CheckpointError, official.ImportProblem, FileNotFoundError) as error:
+        print(f"car_train: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("car_train: interrupted; add --resume to continue a training run", file=sys.stderr)
+        return 130
+    return 0
