@@ -4,7 +4,7 @@ Shape legend: H, W the picture's sides, 3 or 4 the channels RGB or RGBA. Picture
 is not premultiplied; where colours count, it is composited on white.
 
 `car_runtime.controls` states the same definitions in numpy and Pillow alone; the tests hold the two together: Canny
-to the bit, the others to one grey level in 255 (normal: 2).
+to the bit, the others to one grey level in 255.
 
     canny   cv2.Canny(grey, 100, 200): white lines of one pixel on black.
     hed     soft edges at two scales, bright on black, after the look of HED (Xie and Tu 2015), without its network.

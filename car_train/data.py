@@ -4,9 +4,9 @@
       cat/a.jpg, cat/b.png        cat/a.png, cat/b.png
       dog/…                       dog/…
 
-What a picture becomes, here and in `car_runtime.controls` alike: RGBA, turned as its EXIF says, the largest centred
-square, resized to the model's size with LANCZOS (Pillow, premultiplied), composited on white. Controls made on the
-fly come from that very square.
+What a picture becomes, here and in `car_runtime.controls` alike: RGBA, turned as its EXIF says, stretched to the
+model's size with LANCZOS (Pillow, premultiplied), composited on white. Controls made on the fly come from that very
+square. Stretching is what the runtime does to control images, so what is trained is what will be asked.
 """
 
 import hashlib
@@ -151,10 +151,12 @@ class ControlledImages(Dataset[dict[str, Any]]):
 
     def _read(self, path: Path, mode: str) -> Pixels:
         with Image.open(path) as opened:
-            image = square(ImageOps.exif_transpose(opened).convert(mode))
+            image = _to_8_bits(ImageOps.exif_transpose(opened)).convert(mode)
         # Augmented pictures keep up to twice the side, so that zooming in does not blur them; the others take the
         # model's size in one step, as the runtime does it.
-        side = min(image.width, 2 * self.image_size) if self.augment else self.image_size
+        side = self.image_size
+        if self.augment:
+            side = min(max(image.size), 2 * self.image_size)
         return np.asarray(image.resize((side, side), Image.Resampling.LANCZOS))
 
     def _preload(self) -> None:
@@ -239,11 +241,12 @@ def split_of(path: Path) -> str:
     return "val" if int.from_bytes(digest[:8], "big") < VAL_SHARE * 2**64 else "train"
 
 
-def square(image: Image.Image) -> Image.Image:
-    """The largest centred square of a picture."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """16-bit and 32-bit grey (depth maps) from 0…65535, float grey from 0…1; Pillow alone would clip at 255."""
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    top = 1.0 if image.mode == "F" else 65535.0
+    return Image.fromarray(np.rint(np.clip(np.asarray(image, np.float64) / top, 0, 1) * 255).astype(np.uint8))
 
 
 def has_alpha(rgba: Pixels) -> bool:
