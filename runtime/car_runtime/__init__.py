@@ -1,0 +1,55 @@
+"""Run an exported CAR or VAR model: a control image and a class in, a picture out, without PyTorch.
+
+    import car_runtime
+
+    with car_runtime.open_plan("d16.plan") as plan:
+        result = plan.generate("depth.png", label="golden retriever", seed=7, n=4)
+    result.images  # uint8 [4, 256, 256, 3]
+
+CAR: controllable autoregressive modeling, arXiv 2410.04671. VAR: visual autoregressive modeling, arXiv 2404.02905.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from car_runtime.errors import (
+    BackendError,
+    CarError,
+    ImageError,
+    OutputError,
+    PlanError,
+    RequestError,
+    RunError,
+    UserError,
+)
+
+if TYPE_CHECKING:
+    from car_runtime.plan import Plan, Result, ScaleResult, default_plan, open_plan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "CarError",
+    "ImageError",
+    "OutputError",
+    "Plan",
+    "PlanError",
+    "RequestError",
+    "Result",
+    "RunError",
+    "ScaleResult",
+    "UserError",
+    "__version__",
+    "default_plan",
+    "open_plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load what needs numpy and Pillow when it is first named: the exporter imports the schema alone."""
+    if name in ("Plan", "Result", "ScaleResult", "default_plan", "open_plan"):
+        return getattr(import_module("car_runtime.plan"), name)
+    raise AttributeError(f"module 'car_runtime' has no attribute {name!r}")

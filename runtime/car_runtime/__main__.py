@@ -1,0 +1,7 @@
+"""`python -m car_runtime` is `car-run`."""
+
+import sys
+
+from car_runtime.cli import main
+
+sys.exit(main())

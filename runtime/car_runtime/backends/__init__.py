@@ -1,0 +1,109 @@
+"""What runs the graphs: one small protocol, and the choice among the engines of this machine."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from car_runtime.errors import BackendError
+from car_runtime.manifest import Manifest
+
+
+class Buffer(Protocol):
+    """Contiguous memory where the engine works: a numpy array on a CPU, a device pointer with a shape on a GPU."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the dimensions."""
+        ...
+
+    def __getitem__(self, rows: slice, /) -> Buffer:
+        """A view of some rows of the first dimension, without copying."""
+        ...
+
+    def reshape(self, shape: tuple[int, ...], /) -> Buffer:
+        """A view of the same elements in another shape, without copying."""
+        ...
+
+
+class Backend(Protocol):
+    """An opened plan on one engine. `run` may be called from several threads at once, on different buffers."""
+
+    name: str
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """An uninitialised buffer; `dtype` is a numpy name."""
+        ...
+
+    def write(self, buffer: Buffer, values: NDArray[Any]) -> None:
+        """Fill a whole buffer from an array of its shape and dtype."""
+        ...
+
+    def read(self, buffer: Buffer) -> NDArray[Any]:
+        """A copy of a buffer as an array."""
+        ...
+
+    def step_graph(self, scale: int, batch: int) -> str:
+        """Which graph makes this scale for so many pictures: the one with named dimensions, or a static form."""
+        ...
+
+    def run(self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+        """Run a graph of the plan, writing its outputs in place. Raises RunError.
+
+        Inputs that the graph does not have are left out, so that one loop feeds both forms of the step.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of engines and memory. Closing twice does nothing."""
+        ...
+
+
+Opener = Callable[[Path, Manifest, "int | None"], Backend]
+
+
+def _open_ort_cpu(root: Path, manifest: Manifest, threads: int | None) -> Backend:
+    from car_runtime.backends.ort_cpu import OrtCpu
+
+    return OrtCpu(root, manifest, threads)
+
+
+# Best first: `auto` takes the first that opens.
+OPENERS: dict[str, Opener] = {"ort-cpu": _open_ort_cpu}
+NOT_YET = ("openvino", "ort-cuda", "rtx", "trt")
+
+
+def check_name(name: str) -> None:
+    """Raise BackendError unless `name` is "auto" or a backend of this version."""
+    if name == "auto" or name in OPENERS:
+        return
+    have = ", ".join(["auto", *OPENERS])
+    if name in NOT_YET:
+        raise BackendError(f"the backend {name!r} is not in this version of car_runtime; use one of {have}")
+    near = difflib.get_close_matches(name, OPENERS, n=1)
+    raise BackendError(f"there is no backend {name!r}; use {near[0] if near else f'one of {have}'}")
+
+
+def open_backend(name: str, root: Path, manifest: Manifest, threads: int | None = None) -> tuple[Backend, str]:
+    """Open a plan and say why on this backend.
+
+    A named backend opens or raises BackendError; only "auto" goes on to the next best. PlanError is never a reason to
+    go on: a broken plan is broken everywhere.
+    """
+    check_name(name)
+    if name != "auto":
+        return OPENERS[name](root, manifest, threads), "asked for"
+    passed_over = []
+    for candidate, opener in OPENERS.items():
+        try:
+            backend = opener(root, manifest, threads)
+        except BackendError as error:
+            passed_over.append(f"{candidate}: {error}")
+            continue
+        reason = "best that opens here" if len(OPENERS) > 1 else "the only one in this version"
+        return backend, "; ".join([f"auto: {candidate}, {reason}", *passed_over])
+    raise BackendError("no backend opens: " + "; ".join(passed_over))

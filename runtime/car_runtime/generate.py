@@ -1,0 +1,140 @@
+"""The scale loop: next-scale prediction (VAR section 3.2) with an optional control (CAR section 3).
+
+Shapes: B pictures; R transformer rows, 2B with guidance (first the conditional ones) or B without; K scales; S side
+of a scale and T of the next, in tokens; E side of f̂; L tokens per picture; C width; Z latent channels; H heads of
+width d; M modulation rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from car_runtime.backends import Backend, Buffer
+from car_runtime.manifest import Manifest, Scale
+from car_runtime.sampling import Request, uniforms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """What the class contributes, computed once an image: f32 [R, 1, 1, C] and [R, M, C]."""
+
+    start: Buffer
+    modulation: Buffer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A scale just made. The buffers are overwritten by later scales."""
+
+    index: int
+    tokens: Buffer
+    """int64 [B, S, S]."""
+    f_hat: Buffer
+    """f32 [B, Z, E, E], the sum of all scales so far."""
+    seconds: float
+
+
+def run_scales(
+    backend: Backend,
+    scales: Sequence[Scale],
+    constants: Sequence[Mapping[str, Buffer]],
+    state: State,
+    condition: Condition,
+    features_LC: Buffer | None,
+) -> Iterator[Step]:
+    """Make the scales, coarse first. Each step writes its K/V where the later ones read them: nothing is copied."""
+    x = condition.start
+    for k, scale in enumerate(scales):
+        past, slot = slice(0, scale.start), slice(scale.start, scale.stop)
+        f_hat, f_hat_out = state.f_hat[k % 2], state.f_hat[(k + 1) % 2]
+        inputs = {"x": x, "modulation": condition.modulation, "f_hat": f_hat, **state.inputs[k], **constants[k]}
+        outputs = {"tokens": state.tokens[k], "f_hat_out": f_hat_out, "next_x": state.next_x[k]}
+        if features_LC is not None:
+            inputs["control"] = features_LC[slot]
+        for name, cache_LRHd in state.cache.items():
+            inputs[f"past_{name}"] = cache_LRHd[past]
+            outputs[f"new_{name}"] = cache_LRHd[slot]
+        began = perf_counter()
+        backend.run(backend.step_graph(k, state.batch), inputs, outputs)
+        yield Step(index=k, tokens=state.tokens[k], f_hat=f_hat_out, seconds=perf_counter() - began)
+        x = state.next_x[k]
+
+
+class State:
+    """Every buffer that the loop writes for B pictures in R rows, allocated once and used again for the next ones.
+
+    What differs per scale lies scale after scale in one flat buffer, scale k of all pictures at B·start … B·stop, so
+    that each scale's [B, S, S] is contiguous and goes to the engine as it is.
+    """
+
+    def __init__(self, backend: Backend, manifest: Manifest, batch: int, rows: int) -> None:
+        self.batch, self.rows = batch, rows
+        self._backend, self._scales = backend, manifest.scales
+        model, size = manifest.model, batch * manifest.tokens
+        self._uniforms = backend.allocate((size,), "float32")
+        self._known = backend.allocate((size,), "int64")
+        self._known_mask = backend.allocate((size,), "bool")
+        self._tokens = backend.allocate((size,), "int64")
+        self._settings = {
+            "cfg": backend.allocate((1,), "float32"),
+            "top_k": backend.allocate((1,), "int64"),
+            "top_p": backend.allocate((1,), "float32"),
+        }
+        self.tokens = self._per_scale(self._tokens)
+        self.inputs = [
+            {"uniforms": uniforms_BSS, "known": known_BSS, "known_mask": mask_BSS, **self._settings}
+            for uniforms_BSS, known_BSS, mask_BSS in zip(
+                self._per_scale(self._uniforms),
+                self._per_scale(self._known),
+                self._per_scale(self._known_mask),
+                strict=True,
+            )
+        ]
+        latent = (batch, model.latent_channels, model.latent_size, model.latent_size)
+        self.f_hat = [backend.allocate(latent, "float32") for _ in range(2)]
+        self.next_x = self._double_buffered_x(model.width)
+        step = manifest.graphs["step"]
+        self.cache = {}
+        for name in [f"{kind}_{i}" for i in range(model.cache_layers) for kind in ("k", "v")]:
+            port = step.output(f"new_{name}")
+            heads_and_width = tuple(int(dim) for dim in port.shape[2:])
+            self.cache[name] = backend.allocate((manifest.tokens, rows, *heads_and_width), port.dtype)
+
+    def load(self, request: Request) -> None:
+        """Write the inputs of a request for exactly B pictures, and empty f̂."""
+        write, sampling = self._backend.write, request.sampling
+        noise_BL = uniforms(request.seeds, request.known.shape[1])
+        write(self._uniforms, self._scale_major(noise_BL))
+        write(self._known, self._scale_major(request.known))
+        write(self._known_mask, self._scale_major(request.known_mask))
+        write(self._settings["cfg"], np.array([sampling.cfg], np.float32))
+        write(self._settings["top_k"], np.array([sampling.top_k], np.int64))
+        write(self._settings["top_p"], np.array([sampling.top_p_input], np.float32))
+        write(self.f_hat[0], np.zeros(self.f_hat[0].shape, np.float32))
+
+    def all_tokens(self) -> NDArray[np.int64]:
+        """The tokens of all scales, int64 [B, L], picture after picture."""
+        flat = self._backend.read(self._tokens)
+        parts = [flat[self.batch * s.start : self.batch * s.stop].reshape(self.batch, s.tokens) for s in self._scales]
+        return np.concatenate(parts, axis=1)
+
+    def _per_scale(self, flat: Buffer) -> list[Buffer]:
+        """Views [B, S, S] of a flat buffer, one per scale."""
+        B = self.batch
+        return [flat[B * s.start : B * s.stop].reshape((B, s.side, s.side)) for s in self._scales]
+
+    def _scale_major(self, values_BL: NDArray[np.generic]) -> NDArray[np.generic]:
+        return np.concatenate([values_BL[:, s.start : s.stop].reshape(-1) for s in self._scales])
+
+    def _double_buffered_x(self, C: int) -> list[Buffer]:
+        """Views [R, T, T, C], one per scale, of two buffers in turn: a step reads one and writes the other."""
+        shapes = [(self.rows, s.next_side, s.next_side, C) for s in self._scales]
+        largest = max(math.prod(shape) for shape in shapes)
+        pair = [self._backend.allocate((largest,), "float32") for _ in range(2)]
+        return [pair[k % 2][: math.prod(shape)].reshape(shape) for k, shape in enumerate(shapes)]

@@ -1,0 +1,201 @@
+"""Pictures in and out: control images and photos read safely, results written so that nothing half-made is ever left.
+
+Everything read becomes 8-bit RGB here, once, and all else in the package takes that.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import secrets
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+
+from car_runtime.errors import ImageError, OutputError
+from car_runtime.manifest import Scale
+
+MAX_PIXELS = 64 * 1024 * 1024
+"""Checked on the header, before anything is decoded: RGB of this size is 192 MB."""
+MIN_EDGE = 8
+"""A control image smaller than this says nothing about where things are."""
+BLACK, WHITE = (0, 0, 0), (255, 255, 255)
+
+Source: TypeAlias = "str | os.PathLike[str] | IO[bytes] | Image.Image | NDArray[Any]"
+
+
+def load_image(source: Source, *, background: tuple[int, int, int] = BLACK) -> Image.Image:
+    """Any picture as 8-bit RGB: a path, an open binary file, a PIL image, or a uint8 array [H, W] or [H, W, 1|3|4].
+
+    - EXIF orientation is applied; of an animation the first frame is taken.
+    - Transparent parts show `background`: black by default, which is "nothing here" in edge maps and "far" in depth
+      maps.
+    - 16-bit and 32-bit integer grey (depth maps) is scaled from 0…65535 to 0…255, floating-point grey from 0…1, never
+      from the picture's own range: two depth maps must stay comparable.
+
+    Raises ImageError: not there, not an image, damaged, over 64 Mpixel, an edge under 8 pixels, or values out of
+    range.
+    """
+    if isinstance(source, Image.Image):
+        return _as_rgb(source, "the image", background)
+    if isinstance(source, np.ndarray):
+        return _as_rgb(_from_array(source), "the image", background)
+    if not isinstance(source, (str, os.PathLike)) and not hasattr(source, "read"):
+        raise ImageError(f"{type(source).__name__} is not an image; give a path, a PIL image or a uint8 array")
+    path = isinstance(source, (str, os.PathLike))
+    name = repr(os.fspath(source)) if path else "the image on the input stream"  # type: ignore[arg-type]
+    try:
+        with _quiet_open(source, name) as image:
+            _check_size(image.size, name)
+            return _as_rgb(image, name, background)
+    except FileNotFoundError as error:
+        raise ImageError(f"there is no image {name}; check the path") from error
+    except IsADirectoryError as error:
+        raise ImageError(f"{name} is a directory; give an image file") from error
+    except PermissionError as error:
+        raise ImageError(f"{name} may not be read; check its permissions") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name} is not an image that can be read; give a PNG, JPEG, WebP or TIFF file") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"{name} has over {MAX_PIXELS} pixels; make it smaller first") from error
+    except OSError as error:
+        raise ImageError(f"{name} cannot be read ({error.strerror or _first_line(error)}); check the path") from error
+
+
+def _quiet_open(source: Any, name: str) -> Image.Image:
+    """Image.open, with whatever a broken file makes a decoder raise turned into ImageError."""
+    try:
+        return Image.open(source)
+    except (OSError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise
+    except Exception as error:
+        raise ImageError(f"{name} is damaged ({_first_line(error)}); give another file") from error
+
+
+def _check_size(size: tuple[int, int], name: str) -> None:
+    width, height = size
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{name} is {width}×{height}, over {MAX_PIXELS} pixels; make it smaller first")
+    if min(width, height) < MIN_EDGE:
+        raise ImageError(f"{name} is {width}×{height} pixels, under {MIN_EDGE} on an edge; give a larger picture")
+
+
+def _from_array(array: NDArray[Any]) -> Image.Image:
+    good = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))
+    if array.dtype != np.uint8 or not good:
+        raise ImageError(
+            f"the image array is {array.dtype} {list(array.shape)}; give uint8 [H, W], [H, W, 3] or [H, W, 4]"
+        )
+    if 0 in array.shape:
+        raise ImageError(f"the image array is empty, {list(array.shape)}; give at least {MIN_EDGE}×{MIN_EDGE} pixels")
+    return Image.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
+
+
+def _as_rgb(image: Image.Image, name: str, background: tuple[int, int, int]) -> Image.Image:
+    _check_size(image.size, name)
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            image = _grey_to_8_bits(image, name)
+        if image.has_transparency_data:
+            flat = Image.new("RGBA", image.size, (*background, 255))
+            image = Image.alpha_composite(flat, image.convert("RGBA"))
+        return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, OverflowError) as error:
+        raise ImageError(
+            f"{name} is truncated, damaged or of a rare kind ({_first_line(error)}); save it anew as an 8-bit PNG"
+        ) from error
+
+
+def _grey_to_8_bits(image: Image.Image, name: str) -> Image.Image:
+    """Pillow's own conversion clips at 255, which turns a 16-bit depth map all white."""
+    top = 1.0 if image.mode == "F" else 65535.0
+    grey = np.asarray(image, np.float64)
+    low, high = float(grey.min()), float(grey.max())
+    if not (low >= 0 and high <= top):
+        raise ImageError(
+            f"{name} has grey values {low:g}…{high:g}, outside 0…{top:g}; save it as 8-bit or 16-bit grey"
+        )
+    return Image.fromarray(np.rint(grey * (255 / top)).astype(np.uint8))
+
+
+def control_pyramid(image: Image.Image, scales: Sequence[Scale]) -> list[NDArray[np.uint8]]:
+    """The control image at every scale, uint8 [control_size, control_size, 3] each.
+
+    Every size is made straight from the full picture with Pillow's default filter and stretched to a square, as the
+    published weights saw it in training.
+    """
+    return [np.asarray(image.resize((scale.control_size, scale.control_size)), np.uint8) for scale in scales]
+
+
+def square(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    """The picture stretched to uint8 [size, size, 3]; untouched where it already has that size."""
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.LANCZOS)
+    return np.array(image, np.uint8)
+
+
+def contact_sheet(pictures: Sequence[NDArray[np.uint8]], gap: int = 4) -> NDArray[np.uint8]:
+    """Pictures of one size, uint8 [H, W, 3], on white: up to five in one row, more in a near-square block."""
+    height, width, _ = pictures[0].shape
+    columns = len(pictures) if len(pictures) <= 5 else math.ceil(math.sqrt(len(pictures)))
+    rows = -(-len(pictures) // columns)
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for i, picture in enumerate(pictures):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = picture
+    return sheet
+
+
+def png_bytes(image: NDArray[np.uint8], metadata: Mapping[str, object] | None = None) -> bytes:
+    """A uint8 [H, W, 3] picture as PNG, with `metadata` as text chunks (tEXt; iTXt where Latin-1 does not do)."""
+    info = PngImagePlugin.PngInfo()
+    for key, value in (metadata or {}).items():
+        info.add_text(key, str(value))
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "PNG", pnginfo=info)
+    return stream.getvalue()
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """See that a file could be written there before minutes are spent on it. Raises OutputError."""
+    path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"the output {str(path)!r} is a directory; give a file name in it")
+    if not path.parent.is_dir():
+        raise OutputError(f"the output's directory {str(path.parent)!r} does not exist; create it first")
+    try:
+        # Trying is the one test that read-only mounts, access lists and the superuser do not fool.
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write in {str(path.parent)!r} ({error.strerror}); choose another place") from error
+
+
+def write_files(contents: Mapping[Path, bytes]) -> None:
+    """Write all of the files or none: each aside in its own directory, then renamed. Raises OutputError."""
+    # Not tempfile: its files are private, and a result should have the permissions that the process gives new files.
+    suffix = secrets.token_hex(4)
+    aside = {path: path.with_name(f".{path.name[:40]}.{suffix}") for path in contents}
+    try:
+        for path, content in contents.items():
+            with open(aside[path], "xb") as file:
+                file.write(content)
+        for path in contents:
+            os.replace(aside[path], path)
+    except OSError as error:
+        raise OutputError(f"cannot write {str(path)!r} ({error.strerror}); choose another place") from error
+    finally:
+        for left in aside.values():
+            left.unlink(missing_ok=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
