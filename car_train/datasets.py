@@ -136,12 +136,17 @@ def fetch(name: str, root: Path | None = None, *, limit: int | None = None) -> P
     root = (DEFAULT_ROOT / name if root is None else Path(root)).expanduser()
     if _is_complete(root, name, limit):
         return root
-    root.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DatasetError(f"cannot make {root.parent}: {error}; choose another folder") from error
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
         tarballs = {key: download(package, Path(scratch)) for key, package in PACKAGES[name].items()}
         built = Path(scratch) / "built"
         lay_out(name, tarballs, built, limit=limit)
         try:
+            if root.exists():
+                root.rmdir()  # empty, or `_is_complete` had refused; renaming onto it would do on Linux only
             os.rename(built, root)
         except OSError as error:
             # Another process may have finished first; its set is as good as this one.
@@ -217,7 +222,9 @@ def lay_out(name: str, tarballs: Mapping[str, Path], root: Path, *, limit: int |
     try:
         counts = write(tarballs, root, limit)
     except (tarfile.TarError, OSError, EOFError, ValueError, KeyError) as error:
-        raise DatasetError(f"cannot lay out {name!r}: {error!r}; remove the tarballs and fetch again") from error
+        raise DatasetError(
+            f"cannot lay out {name!r}: {error!r}; check the free disk space, then fetch again"
+        ) from error
     if not counts:
         raise DatasetError(f"the tarballs of {name!r} hold no pictures; fetch again")
     packages = PACKAGES[name]
