@@ -96,6 +96,16 @@ def test_canny_equals_opencv_on_pictures(kind: str, side: int) -> None:
     np.testing.assert_array_equal(runtime.canny(grey, 100, 200), cv2.Canny(np.ascontiguousarray(grey), 100, 200))
 
 
+@pytest.mark.parametrize(("dx", "dy"), [(338, 140), (478, 198), (140, 338), (198, 478)])
+def test_canny_rounds_directions_as_opencv(dx: int, dy: int) -> None:
+    """Slopes nearest to the limits between directions: one in 2¹⁵ more or less in tan 22.5° changes the outcome."""
+    rng = np.random.default_rng(dx)
+    for _ in range(200):
+        grey = rng.integers(0, 256, (5, 5), dtype=np.uint8)
+        grey[1:4, 1:4] = [[0, 0, 0], [0, 0, dx // 2], [0, dy // 2, 0]]  # Sobel gives (dx, dy) in the middle
+        np.testing.assert_array_equal(runtime.canny(grey, 0, 1), cv2.Canny(grey, 0, 1))
+
+
 @pytest.mark.parametrize("control_type", CONTROL_TYPES)
 @pytest.mark.parametrize("side", SIDES)
 def test_runtime_derives_what_training_made(control_type: str, side: int) -> None:
