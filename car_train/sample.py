@@ -6,6 +6,7 @@ Randomness comes in as one uniform number per token, so that every backend draws
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -54,6 +55,14 @@ def control_pyramid(control: Image.Image, sizes: Sequence[int]) -> list[Tensor]:
     return [torch.from_numpy(i.copy()).permute(2, 0, 1)[None].float() / 255 * 2 - 1 for i in images]
 
 
+@dataclass
+class Recording:
+    """What went into and came out of every scale of one run: the exporter's goldens."""
+
+    scales: list[dict[str, Tensor]] = field(default_factory=list)
+    cache: KVCache | None = None
+
+
 @torch.no_grad()
 def sample(
     vqvae: VQVAE,
@@ -64,12 +73,12 @@ def sample(
     cfg: float = 4.0,
     top_k: int = 0,
     top_p: float = 0.0,
-    record: list[dict[str, Tensor]] | None = None,
+    record: Recording | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Generate: (tokens int64 [B, L], pixels f32 [B, 3, H, W] in [-1, 1]).
 
     label: int64 [B] in 0…classes (`classes` is "no class"). uniforms: f32 [B, L] in [0, 1). controls as in `CAR.forward`.
-    top_k 0 and top_p 0 keep everything. `record` collects what went into and came out of every scale (the exporter's goldens).
+    top_k 0 and top_p 0 keep everything. `record` collects what went into and came out of every scale.
     """
     quantizer, base = vqvae.quantizer, model.base
     config, B = vqvae.config, label_B.shape[0]
@@ -92,11 +101,12 @@ def sample(
         cache.advance(stop - start)
         logits_BNV = mix(logits_RNV, cfg * ratio, B)
         tokens_BSS = draw(logits_BNV, uniforms_BL[:, start:stop], k_keep, p_keep).view(B, side, side)
-        if record is not None:
-            record.append({"x": x_RSSC, "f_hat": f_hat, "logits": logits_BNV, "tokens": tokens_BSS})
-        f_hat = f_hat + quantizer.contribution(F.embedding(tokens_BSS, quantizer.embedding), k)
+        before, f_hat = f_hat, f_hat + quantizer.contribution(F.embedding(tokens_BSS, quantizer.embedding), k)
         grids.append(tokens_BSS)
+        if record is not None:
+            scale = {"x": x_RSSC, "f_hat": before, "f_hat_out": f_hat, "logits": logits_BNV, "tokens": tokens_BSS}
+            record.scales.append({**scale, "control": features} if features is not None else scale)
+            record.cache = cache
         if k + 1 < len(config.sides):
-            x = base.embed(quantizer.next_input(f_hat, k))
-            x_RSSC = x.repeat(R // B, 1, 1, 1)
+            x_RSSC = base.embed(quantizer.next_input(f_hat, k)).repeat(R // B, 1, 1, 1)
     return join_tokens(grids), vqvae.decode_latent(f_hat)

@@ -72,8 +72,8 @@ class Attention(nn.Module):
         q, k, v = F.linear(x_RNC, self.qkv_weight).split(C, dim=-1)
         scale_H1 = self.log_scale_H.float().clamp_max(MAX_LOG_SCALE).exp()[:, None]
         heads = (R, N, self.heads, C // self.heads)
-        q_RNHd = (F.normalize((q + self.q_bias).view(heads).float(), dim=-1) * scale_H1).to(x_RNC.dtype)
-        k_RNHd = F.normalize(k.view(heads).float(), dim=-1).to(x_RNC.dtype)
+        q_RNHd = (unit_length((q + self.q_bias).view(heads)) * scale_H1).to(x_RNC.dtype)
+        k_RNHd = unit_length(k.view(heads)).to(x_RNC.dtype)
         v_RNHd = (v + self.v_bias).view(heads)
         if cache is None:
             out = self._teacher_forced(q_RNHd, k_RNHd, v_RNHd, mask_NT)
@@ -102,6 +102,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+def unit_length(x: Tensor) -> Tensor:
+    """Vectors of the last axis divided by their length, in float32."""
+    x = x.float()
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 def drop_path(x: Tensor, rate: float) -> Tensor:

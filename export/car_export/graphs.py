@@ -1,0 +1,135 @@
+"""Tracing wrappers: the model as the graphs of a plan (docs/plan-format.md). The model itself knows nothing of ONNX.
+
+Shapes: R transformer rows, B pictures, S side of this scale, T side of the next, P past tokens, C width, Z latent channels, E edge of f̂, H heads, d head width, V
+vocabulary, M modulation rows, L tokens of a picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from car_train.car import CAR
+from car_train.model import Model
+from car_train.sample import draw, mix
+from car_train.vqvae import VQVAE, join_tokens
+
+
+@dataclass
+class TracedCache:
+    """The KV cache of a traced step: the past comes in as tensors, this scale's keys and values are collected as outputs."""
+
+    past: Sequence[tuple[Tensor, Tensor] | None]
+    new: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def append(self, layer: int, k_NRHd: Tensor, v_NRHd: Tensor) -> tuple[Tensor, Tensor]:
+        self.new[layer] = (k_NRHd, v_NRHd)
+        before = self.past[layer]
+        if before is None:
+            return k_NRHd, v_NRHd
+        return torch.cat([before[0], k_NRHd]), torch.cat([before[1], v_NRHd])
+
+
+class ControlGraph(nn.Module):
+    """uint8 control images [s, s, 3] of every scale → features f32 [L, C]."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        assert model.car is not None
+        assert model.car.branch is not None
+        self.branch = model.car.branch
+
+    def forward(self, *controls: Tensor) -> Tensor:
+        pixels = (c.permute(2, 0, 1)[None].float() / 255 * 2 - 1 for c in controls)
+        return torch.cat([self.branch.features(p)[0] for p in pixels])
+
+
+class ConditionGraph(nn.Module):
+    """Labels int64 [R] → start tokens f32 [R, 1, 1, C] and AdaLN modulation f32 [R, M, C]."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        assert model.car is not None
+        self.car = model.car
+
+    def forward(self, label: Tensor) -> tuple[Tensor, Tensor]:
+        return self.car.base.start(label)[:, None], self.car.modulations(label)
+
+
+class StepGraph(nn.Module):
+    """One scale of the loop (CAR algorithm 1): inputs and outputs as docs/plan-format.md lists them, plus the mixed logits as last output."""
+
+    def __init__(self, model: Model, has_past: bool = True):
+        super().__init__()
+        assert model.car is not None
+        self.car: CAR = model.car
+        self.quantizer = model.vqvae.quantizer
+        self.has_past = has_past
+
+    @property
+    def input_names(self) -> list[str]:
+        control = ["control"] if self.car.branch is not None else []
+        sampling = ["f_hat", "uniforms", "cfg", "top_k", "top_p", "known", "known_mask"]
+        past = [f"past_{x}_{i}" for i in range(self.car.layers) for x in "kv"] if self.has_past else []
+        return ["x", "modulation", *control, *sampling, "pos", "up", "down", "phi", "cfg_ratio", *past]
+
+    @property
+    def output_names(self) -> list[str]:
+        new = [f"new_{x}_{i}" for i in range(self.car.layers) for x in "kv"]
+        return ["tokens", "f_hat_out", "next_x", *new, "logits"]
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        i = dict(zip(self.input_names, inputs, strict=True))
+        x_RSSC, position_NC = i["x"], i["pos"].flatten(0, 1)
+        past = [(i[f"past_k_{n}"], i[f"past_v_{n}"]) if self.has_past else None for n in range(self.car.layers)]
+        cache = TracedCache(past)
+        c = self.car.branch.inject(x_RSSC, i["control"].flatten(0, 1)) if self.car.branch is not None else None
+        logits_RNV = self.car.trunk(x_RSSC.flatten(1, 2), c, position_NC, i["modulation"], cache)
+        images, side = i["uniforms"].shape[0], x_RSSC.shape[1]
+        logits_BSSV = mix(logits_RNV, i["cfg"] * i["cfg_ratio"], images).unflatten(1, (side, side))
+        drawn = draw(logits_BSSV, i["uniforms"], i["top_k"], i["top_p"])
+        tokens_BSS = torch.where(i["known_mask"], i["known"], drawn)
+        f_hat = i["f_hat"] + self._contribution(tokens_BSS, i["up"], i["phi"])
+        down = i["down"]
+        next_BTTC = self.car.base.embed((down @ f_hat @ down.T).permute(0, 2, 3, 1))
+        # Rows beyond the first B are the unconditional twins: the same tokens come in.
+        rows = torch.arange(x_RSSC.shape[0], device=down.device)
+        next_x = next_BTTC.index_select(0, torch.where(rows < images, rows, rows - images))
+        new = [t for n in range(self.car.layers) for t in cache.new[n]]
+        return tokens_BSS, f_hat, next_x, *new, logits_BSSV
+
+    def _contribution(self, tokens_BSS: Tensor, up: Tensor, phi: Tensor) -> Tensor:
+        """`MultiScaleQuantizer.contribution` with the scale's constants as tensors: all φ in one small convolution, then one picked."""
+        codes = F.embedding(tokens_BSS, self.quantizer.embedding).permute(0, 3, 1, 2)
+        h = up @ codes @ up.T
+        every = F.conv2d(h, self.quantizer.phi_weight, self.quantizer.phi_bias, padding=1)
+        picked = every.unflatten(1, (-1, h.shape[1])).index_select(1, phi).squeeze(1)
+        return 0.5 * h + 0.5 * picked
+
+
+class DecoderGraph(nn.Module):
+    """f̂ f32 [B, Z, E, E] → pictures uint8 [B, H, W, 3]."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        self.vqvae: VQVAE = model.vqvae
+
+    def forward(self, f_hat: Tensor) -> Tensor:
+        pixels = self.vqvae.decode_latent(f_hat)
+        return ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+class EncoderGraph(nn.Module):
+    """Pictures uint8 [B, H, W, 3] → tokens of all scales int64 [B, L]."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        self.vqvae: VQVAE = model.vqvae
+
+    def forward(self, image: Tensor) -> Tensor:
+        pixels = image.permute(0, 3, 1, 2).float() / 255 * 2 - 1
+        return join_tokens(self.vqvae.encode(pixels.to(self.vqvae.quant_conv.weight.dtype)))

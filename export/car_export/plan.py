@@ -1,0 +1,322 @@
+"""Write a plan (docs/plan-format.md): trace the graphs, store the weights once, write the manifest, verify, then rename into place."""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from car_runtime import manifest as schema
+from car_train.model import Model
+
+from . import graphs, verify
+from .trace import Names, optimise, specialise, trace
+from .weights import HALVED, WeightStore, external, externalise
+
+Log = Callable[[str], None]
+
+
+class ExportProblem(ValueError):
+    """A plan that can't be built; the message ends with the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What to build, besides the model."""
+
+    output: Path
+    name: str
+    precision: str = "fp32"
+    """Compute type: fp32, or fp16 with float32 islands (norms, softmax, logits, f̂)."""
+    weights: str = "fp32"
+    """Storage type: fp16 stores half the bytes for fp32 compute too."""
+    batches: tuple[int, ...] = (1,)
+    """Batch sizes that get static steps."""
+    cfg: float = 4.0
+    top_k: int = 900
+    top_p: float = 0.95
+    class_names: tuple[str, ...] | None = None
+    """Instead of the checkpoint's own, if any."""
+    provenance: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("precision", "weights"):
+            if getattr(self, name) not in ("fp32", "fp16"):
+                raise ExportProblem(f"{name} is {getattr(self, name)!r}; choose fp32 or fp16")
+        if not self.batches or min(self.batches) < 1:
+            raise ExportProblem(f"batch is {list(self.batches)}; give positive numbers, e.g. 1,4")
+        if not self.output.name.endswith(".plan"):
+            raise ExportProblem(f"{self.output}: a plan's name ends in .plan; write e.g. -o {self.output.name}.plan")
+
+
+@torch.no_grad()
+def reference_model(model: Model, precision: str, weights: str) -> Model:
+    """What the plan must agree with: the model in float32, its weights rounded as they will be stored (in place)."""
+    if "fp16" in (precision, weights):
+        for parameter in model.parameters():
+            if parameter.numel() >= HALVED:
+                parameter.data = parameter.data.half().float()
+    return model
+
+
+def compute_model(model: Model, precision: str) -> Model:
+    """The model as it is traced: for fp16 a copy in half precision, with norms and quantizer left in float32."""
+    if precision == "fp32":
+        return model
+    half = copy.deepcopy(model)
+    vqvae = half.vqvae
+    for module in (vqvae.encoder, vqvae.decoder, vqvae.quant_conv, vqvae.post_quant_conv, half.car):
+        if module is not None:
+            module.half()
+    for module in half.modules():
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            module.float()
+    vqvae.quantizer.reset_buffers()
+    return half
+
+
+class PlanBuilder:
+    """One export: a folder aside, a weight store, and the graphs made so far."""
+
+    def __init__(self, model: Model, options: ExportOptions, directory: Path, log: Log):
+        if model.car is None:
+            raise ExportProblem("the checkpoint holds a tokenizer only; train a transformer first (python -m car_train var)")
+        self.reference = reference_model(model, options.precision, options.weights)
+        self.model = compute_model(self.reference, options.precision)
+        assert self.model.car is not None
+        self.car = self.model.car
+        self.options, self.directory, self.log = options, directory, log
+        self.config, self.C = model.config.vqvae, model.car.base.config.C
+        self.store = WeightStore(directory, half=options.weights == "fp16" and options.precision == "fp32")
+        self.graphs: dict[str, schema.Graph] = {}
+        self.tensors: dict[str, schema.Tensor] = {}
+        self.constants: list[dict[str, ir.ExternalTensor]] = []
+
+    def build(self) -> schema.Manifest:
+        self._constants()
+        if self.car.branch is not None:
+            self._control()
+        self._condition()
+        self._steps()
+        self._autoencoder()
+        self.store.close()
+        manifest = self._manifest()
+        (self.directory / schema.MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        return manifest
+
+    # -- graphs -----------------------------------------------------------------------------------------------------------------
+
+    def _write(self, name: str, model: ir.Model) -> None:
+        """Save one graph and describe its inputs and outputs."""
+        file = f"{name}.onnx"
+        proto = ir.to_proto(model)
+        proto.producer_name, proto.producer_version = "car_export", ""
+        onnx.save(proto, self.directory / file)
+        ports = [tuple(_port(v) for v in values) for values in (model.graph.inputs, model.graph.outputs)]
+        self.graphs[name] = schema.Graph(file=file, inputs=ports[0], outputs=ports[1])
+        self.log(f"{file}: {len(model.graph)} nodes")
+
+    def _trace(self, module: nn.Module, inputs: dict[str, Tensor], outputs: list[str], dims: Mapping[str, Names]) -> ir.Model:
+        model = trace(module.eval(), list(inputs.values()), list(inputs), outputs, dims)
+        externalise(model, self.store)
+        return model
+
+    def _constants(self) -> None:
+        """The scales' constants: bound as inputs of the named-dimension step, initializers of the static ones."""
+        quantizer, config = self.reference.vqvae.quantizer, self.config
+        assert self.reference.car is not None
+        position = np.ascontiguousarray(self.reference.car.base.position().numpy())
+        table = self.store.add_array("pos", position)
+        for k, (side, (start, stop)) in enumerate(zip(config.sides, config.ranges, strict=True)):
+            last = k + 1 == len(config.sides)
+            down = quantizer.down(0 if last else k + 1).numpy()  # the last scale's next input is never read
+            row = position.itemsize * self.C
+            mine = {
+                "pos": external(f"pos.{k}", position.dtype, (side, side, self.C), (table.offset or 0) + start * row, (stop - start) * row, self.directory),
+                "up": self.store.add_array(f"up.{k}", quantizer.up(k).numpy()),
+                "down": self.store.add_array(f"down.{k}", np.ascontiguousarray(down)),
+                "phi": self.store.add_array(f"phi.{k}", np.array([config.phi_index[k]], np.int64)),
+                "cfg_ratio": self.store.add_array(f"cfg_ratio.{k}", np.array([config.ratios[k]], np.float32)),
+            }
+            self.constants.append(mine)
+            for name, tensor in mine.items():
+                shape = tuple(int(d) for d in tensor.shape)
+                self.tensors[f"{name}.{k}"] = schema.Tensor(
+                    dtype=tensor.dtype.numpy().name, shape=shape, offset=tensor.offset or 0, bytes=tensor.length or 0
+                )
+
+    def _control(self) -> None:
+        sizes = [s * self.config.patch for s in self.config.sides]
+        inputs = {f"control_{k}": torch.zeros(s, s, 3, dtype=torch.uint8) for k, s in enumerate(sizes)}
+        model = self._trace(graphs.ControlGraph(self.model), inputs, ["features"], {})
+        optimise(model)
+        self._write("control", model)
+
+    def _condition(self) -> None:
+        label = torch.zeros(4, dtype=torch.int64)
+        model = self._trace(graphs.ConditionGraph(self.model), {"label": label}, ["start", "modulation"], {"label": ("R",)})
+        optimise(model)
+        self._write("condition", model)
+
+    def _steps(self) -> None:
+        module = graphs.StepGraph(self.model)
+        # Sizes that differ from one another and from every constant, so that no dimension is taken for another.
+        inputs = example_step_inputs(self.model, rows=4, images=2, side=3, past=5, next_side=7)
+        model = self._trace(module, inputs, module.output_names, STEP_DIMS | dict.fromkeys([n for n in inputs if n.startswith("past_")], PAST_DIMS))
+        model.graph.outputs.pop()  # the mixed logits keep their name inside, for verification, but stay on the device
+        optimise(model)
+        self._write("step", model)
+        for batch in self.options.batches:
+            for k, (side, (start, _)) in enumerate(zip(self.config.sides, self.config.ranges, strict=True)):
+                following = self.config.sides[k + 1] if k + 1 < len(self.config.sides) else 1
+                sizes = {"R": 2 * batch, "B": batch, "S": side, "P": start, "T": following}
+                self._write(f"step.{k:02d}.b{batch}", specialise(model, sizes, self.constants[k]))
+
+    def _autoencoder(self) -> None:
+        E, Z, size = self.config.latent_size, self.config.latent_channels, self.config.image_size
+        decoder = self._trace(graphs.DecoderGraph(self.model), {"f_hat": torch.zeros(3, Z, E, E)}, ["image"], {"f_hat": ("B",)})
+        optimise(decoder)
+        self._write("decoder", decoder)
+        image = torch.zeros(3, size, size, 3, dtype=torch.uint8)
+        encoder = self._trace(graphs.EncoderGraph(self.model), {"image": image}, ["tokens"], {"image": ("B",)})
+        optimise(encoder)
+        self._write("encoder", encoder)
+
+    # -- manifest ---------------------------------------------------------------------------------------------------------------
+
+    def _manifest(self) -> schema.Manifest:
+        config, var, car = self.config, self.car.base.config, self.reference.config.car
+        files = sorted(p for p in self.directory.iterdir() if p.name != schema.MANIFEST)
+        entries = {
+            p.name: schema.FileEntry(bytes=p.stat().st_size, sha256=tuple(schema.hash_file(p, schema.CHUNK_BYTES))) for p in files
+        }
+        return schema.Manifest(
+            name=self.options.name,
+            model=schema.Model(
+                depth=var.depth, width=var.C, heads=var.H, vocab=config.vocab, latent_channels=config.latent_channels,
+                latent_size=config.latent_size, patch=config.patch, image_size=config.image_size, classes=var.classes,
+                class_names=self.options.class_names or self.reference.config.class_names, control_type=car.control_type if car else None, cache_layers=self.car.layers,
+            ),
+            precision=schema.Precision(compute=self.options.precision, weights="fp16" if self.options.precision == "fp16" else self.options.weights),
+            sampling=schema.SamplingDefaults(cfg=self.options.cfg, top_k=min(self.options.top_k, config.vocab), top_p=self.options.top_p),
+            scales=tuple(self._scale(k) for k in range(len(config.sides))),
+            tensors=self.tensors,
+            graphs=self.graphs,
+            files=entries,
+            provenance={**tool_versions(), **self.options.provenance},
+        )  # fmt: skip
+
+    def _scale(self, k: int) -> schema.Scale:
+        config, side = self.config, self.config.sides[k]
+        start, stop = config.ranges[k]
+        return schema.Scale(
+            side=side, tokens=side * side, start=start, stop=stop, next_side=config.sides[k + 1] if k + 1 < len(config.sides) else 1,
+            cfg_ratio=config.ratios[k], control_size=side * config.patch, constants={name: f"{name}.{k}" for name in schema.CONSTANTS},
+        )  # fmt: skip
+
+
+STEP_DIMS: dict[str, Names] = {
+    "x": ("R", "S", "S", None),
+    "modulation": ("R", None, None),
+    "control": ("S", "S", None),
+    "f_hat": ("B", None, None, None),
+    "uniforms": ("B", "S", "S"),
+    "known": ("B", "S", "S"),
+    "known_mask": ("B", "S", "S"),
+    "pos": ("S", "S", None),
+    "up": (None, "S"),
+    "down": ("T", None),
+}
+PAST_DIMS: Names = ("P", "R", None, None)
+
+
+def example_step_inputs(model: Model, rows: int, images: int, side: int, past: int, next_side: int) -> dict[str, Tensor]:
+    """Inputs of the step graph by name, of the given sizes; their values don't matter to the trace."""
+    assert model.car is not None
+    base, config = model.car.base, model.config.vqvae
+    C, H, E = base.config.C, base.config.H, config.latent_size
+    grid = (images, side, side)
+    inputs = {
+        "x": torch.zeros(rows, side, side, C),
+        "modulation": torch.zeros(rows, 6 * model.car.layers + 2, C),
+        "control": torch.zeros(side, side, C),
+        "f_hat": torch.zeros(images, config.latent_channels, E, E),
+        "uniforms": torch.zeros(grid),
+        "cfg": torch.ones(1),
+        "top_k": torch.ones(1, dtype=torch.int64),
+        "top_p": torch.ones(1),
+        "known": torch.zeros(grid, dtype=torch.int64),
+        "known_mask": torch.zeros(grid, dtype=torch.bool),
+        "pos": torch.zeros(side, side, C),
+        "up": torch.zeros(E, side),
+        "down": torch.zeros(next_side, E),
+        "phi": torch.zeros(1, dtype=torch.int64),
+        "cfg_ratio": torch.ones(1),
+    }
+    if model.car.branch is None:
+        del inputs["control"]
+    kv = torch.zeros(past, rows, H, C // H, dtype=base.blocks[0].attn.qkv_weight.dtype)
+    return inputs | {f"past_{x}_{i}": kv.clone() for i in range(model.car.layers) for x in "kv"}
+
+
+def _port(value: ir.Value) -> schema.Port:
+    assert value.shape is not None
+    assert value.dtype is not None
+    shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
+    return schema.Port(name=str(value.name), dtype=value.dtype.numpy().name, shape=shape)
+
+
+def tool_versions() -> dict[str, str]:
+    import onnxruntime
+    import onnxscript
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+        "onnxscript": onnxscript.__version__,
+        "onnxruntime": onnxruntime.__version__,
+    }
+
+
+def build_plan(model: Model, options: ExportOptions, log: Log = lambda _: None) -> Path:
+    """Build, verify and put a plan in place; returns its path. Nothing is left at `options.output` if anything fails.
+
+    Raises ExportProblem or verify.VerificationError.
+    """
+    output = options.output
+    if output.exists() and not (output / schema.MANIFEST).is_file():
+        raise ExportProblem(f"{output} exists and is not a plan; remove it or choose another name")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    except OSError as error:
+        raise ExportProblem(f"{output}: can't write there ({error.strerror}); choose another folder") from error
+    try:
+        builder = PlanBuilder(model, options, aside, log)
+        builder.build()
+        verify.verify_plan(aside, builder.reference, log)
+        os.chmod(aside, 0o755)
+        if output.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
+            os.replace(output, old / output.name)
+            os.replace(aside, output)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(aside, output)
+    except OSError as error:
+        raise ExportProblem(f"{output}: could not be written ({error}); free some space or choose another folder") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return output
