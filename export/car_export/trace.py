@@ -130,12 +130,12 @@ def specialise(model: ir.Model, sizes: Mapping[str, int], constants: Mapping[str
             value.replace_all_uses_with(new)
             static.graph.inputs.remove(value)
             static.graph.initializers[name] = new
-        elif sizes.get("P") == 0 and name.startswith("past_"):
-            _drop_past(static.graph, value)
         else:
             assert value.shape is not None
             value.shape = ir.Shape([_size(d, sizes) for d in value.shape])
     optimise(static)
+    for value in [v for v in static.graph.inputs if sizes.get("P") == 0 and str(v.name).startswith("past_")]:
+        _drop_past(static.graph, value)
     for value in static.graph.outputs:
         assert value.shape is not None
         value.shape = ir.Shape([_size(d, sizes) for d in value.shape])
