@@ -55,7 +55,7 @@ def weights() -> dict[str, np.ndarray]:
     following = [*SIDES[1:], 1]
     for k, (side, next_side) in enumerate(zip(SIDES, following, strict=True)):
         tensors |= {
-            f"pos.{k}": 0.5 * normal(side * side, C),
+            f"pos.{k}": 0.5 * normal(side, side, C),
             f"up.{k}": normal(E, side) / np.float32(2),
             f"down.{k}": normal(next_side, E) / np.float32(2),
             f"phi.{k}": 1 + 0.1 * normal(1),
@@ -219,11 +219,9 @@ def _condition_graph(b: _Builder) -> tuple[list[Port], list[Port]]:
 
 def _step_graph(b: _Builder, control: bool) -> tuple[list[Port], list[Port]]:
     h_RSSC = b("Add", "x", b("Unsqueeze", b("Gather", "modulation", [0], axis=1), [1]))
-    side = b("Slice", b("Shape", "x"), [1], [2])
-    grid = b("Concat", side, side, [C], axis=0)
-    h_RSSC = b("Add", h_RSSC, b("Reshape", "pos", grid))
+    h_RSSC = b("Add", h_RSSC, "pos")
     if control:
-        h_RSSC = b("Add", h_RSSC, b("Reshape", "control", grid))
+        h_RSSC = b("Add", h_RSSC, "control")
     rows = b("Slice", b("Shape", "x"), [0], [1])
     flat = b("Transpose", b("Reshape", h_RSSC, b("Concat", rows, [-1, C], axis=0)), perm=[1, 0, 2])
     kv = b("Reshape", flat, b("Concat", [-1], rows, [H, D], axis=0))
@@ -268,7 +266,7 @@ def _sample(b: _Builder, logits_RSSV: str) -> None:
 def _step_inputs(control: bool) -> list[Port]:
     ports = [_port("x", "float32", "R", "S", "S", C), _port("modulation", "float32", "R", M, C)]
     if control:
-        ports.append(_port("control", "float32", "S*S", C))
+        ports.append(_port("control", "float32", "S", "S", C))
     ports += [
         _port("f_hat", "float32", "B", Z, E, E),
         _port("uniforms", "float32", "B", "S", "S"),
@@ -277,7 +275,7 @@ def _step_inputs(control: bool) -> list[Port]:
         _port("top_p", "float32", 1),
         _port("known", "int64", "B", "S", "S"),
         _port("known_mask", "bool", "B", "S", "S"),
-        _port("pos", "float32", "S*S", C),
+        _port("pos", "float32", "S", "S", C),
         _port("up", "float32", E, "S"),
         _port("down", "float32", "T", E),
         _port("phi", "float32", 1),
@@ -352,7 +350,7 @@ def generate(
     past: list[np.ndarray] = []  # one [R, C] per token made so far
     tokens: list[int] = []
     for k, side in enumerate(SIDES):
-        h = x_RSSC + 0.1 * embedding_RC[:, None, None] + w[f"pos.{k}"].reshape(side, side, C)
+        h = x_RSSC + 0.1 * embedding_RC[:, None, None] + w[f"pos.{k}"]
         if pyramid is not None:
             cells = (pyramid[k] / np.float32(255)).reshape(side, F, side, F, 3).mean((1, 3))
             h = h + cells @ w["control_to_width"]

@@ -136,11 +136,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         progress = _Progress(args, manifest)
         result = plan.generate(control, **settings, on_scale=progress if progress.wanted else None)
         backend = {"name": plan.backend_name, "why": plan.why}
-    timings |= result.timings
+    timings |= {stage: seconds for stage, seconds in result.timings.items() if stage != "total"}
     written = perf_counter()
     write_files(_contents(args, manifest, paths, control, result))
-    timings["write"] = perf_counter() - written
-    timings["total"] = perf_counter() - began
+    timings |= {"write": perf_counter() - written, "total": perf_counter() - began}
     return {
         "version": __version__,
         "plan": {"name": manifest.name, "path": str(root)},
@@ -206,20 +205,22 @@ def _grid_path(args: argparse.Namespace) -> Path:
 
 
 def _read_control(args: argparse.Namespace, manifest: Manifest) -> Image.Image | None:
-    """The control image as given, or derived from the photo."""
-    from car_runtime.images import BLACK, WHITE, load_image
+    """The control image as given, or derived from the photo; None where neither is given."""
+    from car_runtime.images import load_image, open_image
 
-    source = args.control if args.control is not None else args.photo
-    if source is None:
-        return None
-    stream: Any = io.BytesIO(sys.stdin.buffer.read()) if source == "-" else source
-    picture = load_image(stream, background=BLACK if args.control is not None else WHITE)
     if args.control is not None:
-        return picture
+        return load_image(_stdin() if args.control == "-" else args.control)
+    if args.photo is None:
+        return None
     from car_runtime.controls import derive
 
     assert manifest.model.control_type is not None
-    return load_image(derive(picture, manifest.model.control_type, manifest.model.image_size))
+    photo = open_image(_stdin() if args.photo == "-" else args.photo)
+    return load_image(derive(photo, manifest.model.control_type, manifest.model.image_size))
+
+
+def _stdin() -> io.BytesIO:
+    return io.BytesIO(sys.stdin.buffer.read())
 
 
 class _Progress:

@@ -56,7 +56,7 @@ def run_scales(
         inputs = {"x": x, "modulation": condition.modulation, "f_hat": f_hat, **state.inputs[k], **constants[k]}
         outputs = {"tokens": state.tokens[k], "f_hat_out": f_hat_out, "next_x": state.next_x[k]}
         if features_LC is not None:
-            inputs["control"] = features_LC[slot]
+            inputs["control"] = features_LC[slot].reshape((scale.side, scale.side, features_LC.shape[1]))
         for name, cache_LRHd in state.cache.items():
             inputs[f"past_{name}"] = cache_LRHd[past]
             outputs[f"new_{name}"] = cache_LRHd[slot]

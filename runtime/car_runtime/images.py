@@ -10,7 +10,8 @@ import math
 import os
 import secrets
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -34,26 +35,57 @@ def load_image(source: Source, *, background: tuple[int, int, int] = BLACK) -> I
     """Any picture as 8-bit RGB: a path, an open binary file, a PIL image, or a uint8 array [H, W] or [H, W, 1|3|4].
 
     - EXIF orientation is applied; of an animation the first frame is taken.
-    - Transparent parts show `background`: black by default, which is "nothing here" in edge maps and "far" in depth
-      maps.
+    - Transparent parts show `background`: black by default, which is "nothing here" in edge maps and "far" in depth.
     - 16-bit and 32-bit integer grey (depth maps) is scaled from 0…65535 to 0…255, floating-point grey from 0…1, never
       from the picture's own range: two depth maps must stay comparable.
 
-    Raises ImageError: not there, not an image, damaged, over 64 Mpixel, an edge under 8 pixels, or values out of
-    range.
+    Raises ImageError: not there, not an image, damaged, over 64 Mpixel, an edge under 8 pixels, values out of range.
     """
-    if isinstance(source, Image.Image):
-        return _as_rgb(source, "the image", background)
-    if isinstance(source, np.ndarray):
-        return _as_rgb(_from_array(source), "the image", background)
-    if not isinstance(source, (str, os.PathLike)) and not hasattr(source, "read"):
-        raise ImageError(f"{type(source).__name__} is not an image; give a path, a PIL image or a uint8 array")
-    path = isinstance(source, (str, os.PathLike))
-    name = repr(os.fspath(source)) if path else "the image on the input stream"  # type: ignore[arg-type]
+    image = open_image(source)
+    with _explained(_name(source)):
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            image = _grey_to_8_bits(image, _name(source))
+        if image.has_transparency_data:
+            flat = Image.new("RGBA", image.size, (*background, 255))
+            image = Image.alpha_composite(flat, image.convert("RGBA"))
+        return image.convert("RGB")
+
+
+def open_image(source: Source) -> Image.Image:
+    """A picture decoded and upright, in its own mode, alpha and all; sources and errors as for `load_image`."""
+    name = _name(source)
+    with _explained(name):
+        if isinstance(source, Image.Image):
+            return _decoded(source, name)
+        if isinstance(source, np.ndarray):
+            return _decoded(_from_array(source), name)
+        with Image.open(source) as image:
+            return _decoded(image, name)
+
+
+def _name(source: Source) -> str:
+    if isinstance(source, (str, os.PathLike)):
+        return repr(os.fspath(source))
+    if isinstance(source, (Image.Image, np.ndarray)):
+        return "the image"
+    if hasattr(source, "read"):
+        return "the image on the input stream"
+    raise ImageError(f"{type(source).__name__} is not an image; give a path, a PIL image or a uint8 array")
+
+
+def _decoded(image: Image.Image, name: str) -> Image.Image:
+    _check_size(image.size, name)
+    image.load()
+    return ImageOps.exif_transpose(image)
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn whatever opening or decoding raises into one ImageError that says what to do."""
     try:
-        with _quiet_open(source, name) as image:
-            _check_size(image.size, name)
-            return _as_rgb(image, name, background)
+        yield
+    except ImageError:
+        raise
     except FileNotFoundError as error:
         raise ImageError(f"there is no image {name}; check the path") from error
     except IsADirectoryError as error:
@@ -64,18 +96,13 @@ def load_image(source: Source, *, background: tuple[int, int, int] = BLACK) -> I
         raise ImageError(f"{name} is not an image that can be read; give a PNG, JPEG, WebP or TIFF file") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name} has over {MAX_PIXELS} pixels; make it smaller first") from error
-    except OSError as error:
-        raise ImageError(f"{name} cannot be read ({error.strerror or _first_line(error)}); check the path") from error
-
-
-def _quiet_open(source: Any, name: str) -> Image.Image:
-    """Image.open, with whatever a broken file makes a decoder raise turned into ImageError."""
-    try:
-        return Image.open(source)
-    except (OSError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except MemoryError:
         raise
-    except Exception as error:
-        raise ImageError(f"{name} is damaged ({_first_line(error)}); give another file") from error
+    except (
+        Exception
+    ) as error:  # decoders of damaged files raise almost anything: struct.error, KeyError, SyntaxError …
+        cause = (str(error) or type(error).__name__).splitlines()[0]
+        raise ImageError(f"{name} is truncated, damaged or of a rare kind ({cause}); save it as 8-bit PNG") from error
 
 
 def _check_size(size: tuple[int, int], name: str) -> None:
@@ -95,23 +122,6 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
     if 0 in array.shape:
         raise ImageError(f"the image array is empty, {list(array.shape)}; give at least {MIN_EDGE}×{MIN_EDGE} pixels")
     return Image.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
-
-
-def _as_rgb(image: Image.Image, name: str, background: tuple[int, int, int]) -> Image.Image:
-    _check_size(image.size, name)
-    try:
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            image = _grey_to_8_bits(image, name)
-        if image.has_transparency_data:
-            flat = Image.new("RGBA", image.size, (*background, 255))
-            image = Image.alpha_composite(flat, image.convert("RGBA"))
-        return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, OverflowError) as error:
-        raise ImageError(
-            f"{name} is truncated, damaged or of a rare kind ({_first_line(error)}); save it anew as an 8-bit PNG"
-        ) from error
 
 
 def _grey_to_8_bits(image: Image.Image, name: str) -> Image.Image:
@@ -195,7 +205,3 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
     finally:
         for left in aside.values():
             left.unlink(missing_ok=True)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -34,7 +34,6 @@ CONSTANTS = ("pos", "up", "down", "phi", "cfg_ratio")
 _AGAIN = "export the plan again"
 _READ_BYTES = 1024 * 1024
 _FILE_NAME = re.compile(r"(engines/)?[A-Za-z0-9_][A-Za-z0-9_.+-]*", re.ASCII)
-_DIMENSION = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\*[A-Za-z][A-Za-z0-9_]*)?", re.ASCII)
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 T = TypeVar("T")
@@ -146,7 +145,7 @@ class Port:
             self.dtype in ITEM_BYTES, f"{self.name} has dtype {self.dtype!r}, not one of {', '.join(ITEM_BYTES)}"
         )
         for dim in self.shape:
-            good = dim >= 0 if isinstance(dim, int) else _DIMENSION.fullmatch(dim) is not None
+            good = dim >= 0 if isinstance(dim, int) else bool(dim.strip())
             _require(good, f"{self.name} has the dimension {dim!r}, but it must be a size or a name")
 
 
@@ -306,6 +305,12 @@ def _check_graphs(manifest: Manifest) -> None:
         for side, names, ports in (("inputs", inputs, graph.inputs), ("outputs", outputs, graph.outputs)):
             missing = set(names) - {port.name for port in ports}
             _require(not missing, f"graphs.{graph_name}.{side} lacks {', '.join(sorted(missing))}")
+    # The buffers of the cache and of the modulation are made by these sizes.
+    sized = [(f"step.outputs.new_{name}", manifest.graphs["step"].output(f"new_{name}"), (2, 3)) for name in cache]
+    sized.append(("condition.outputs.modulation", manifest.graphs["condition"].output("modulation"), (1, 2)))
+    for at, port, dims in sized:
+        good = len(port.shape) == dims[-1] + 1 and all(isinstance(port.shape[i], int) for i in dims)
+        _require(good, f"graphs.{at} has the shape {list(port.shape)}, but dimensions {dims} must be numbers")
     for k, scale in enumerate(manifest.scales):
         missing = set(CONSTANTS) - set(scale.constants)
         _require(not missing, f"scales[{k}].constants lacks {', '.join(sorted(missing))}")

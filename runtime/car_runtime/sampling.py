@@ -148,7 +148,7 @@ def _near(manifest: Manifest, label: str) -> str:
     if names is None:
         return f", since this plan has no class names; give an index, 0…{last}"
     words = {part.strip().casefold(): part.strip() for name in names for part in name.split(",")}
-    near = [words[key] for key in difflib.get_close_matches(label.strip().casefold(), words, n=3, cutoff=0.5)]
+    near = [words[key] for key in difflib.get_close_matches(label.strip().casefold(), words, n=3, cutoff=0.6)]
     return (
         f"; did you mean {' or '.join(map(repr, near))}?"
         if near

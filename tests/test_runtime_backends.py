@@ -1,0 +1,91 @@
+"""Choosing an engine: a name opens or says why not; `auto` says what it took."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from runtime_fixtures import build_plan, relist
+
+from car_runtime import BackendError, PlanError, RunError, open_plan
+from car_runtime.backends import NOT_YET, OPENERS, open_backend
+from car_runtime.manifest import read_manifest
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_plan(tmp_path_factory.mktemp("backends") / "tiny.plan")
+
+
+@pytest.mark.parametrize("name", NOT_YET)
+def test_a_backend_of_another_version_is_an_error_with_the_remedy(root: Path, name: str) -> None:
+    with pytest.raises(BackendError, match=f"'{name}' is not in this version .*; use one of auto, ort-cpu"):
+        open_plan(root, name)
+
+
+def test_an_unknown_backend_is_named(root: Path) -> None:
+    with pytest.raises(BackendError, match="there is no backend 'ort_cpu'; use ort-cpu"):
+        open_plan(root, "ort_cpu")
+    with pytest.raises(BackendError, match="there is no backend ''; use one of auto, ort-cpu"):
+        open_plan(root, "")
+
+
+def test_without_onnxruntime_the_message_says_how_to_get_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    for name in ("ort-cpu", "auto"):
+        with pytest.raises(BackendError, match=r"pip install 'car-deploy\[cpu\]'"):
+            open_plan(root, name)
+
+
+def test_auto_goes_on_to_the_next_and_a_name_does_not(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(root: Path, manifest: Any, threads: Any) -> Any:
+        raise BackendError("no GPU here; use a machine with one")
+
+    ort_cpu = OPENERS.pop("ort-cpu")
+    try:
+        OPENERS.update({"gpu": absent, "ort-cpu": ort_cpu})
+        with open_plan(root, threads=1) as plan:
+            assert plan.backend_name == "ort-cpu"
+            assert "gpu: no GPU here" in plan.why
+        with pytest.raises(BackendError, match="no GPU here"):
+            open_plan(root, "gpu")
+    finally:
+        OPENERS.pop("gpu")
+
+
+@pytest.mark.parametrize("name", ["ort-cpu", "auto"])
+def test_a_graph_that_does_not_load_is_a_fault_of_the_plan(tmp_path: Path, name: str) -> None:
+    root = build_plan(tmp_path / "x.plan")
+    (root / "step.onnx").write_bytes(b"not a graph")
+    relist(root, read_manifest(root), "step.onnx")
+    with pytest.raises(PlanError) as caught:
+        open_plan(root, name)
+    assert "cannot open step.onnx" in str(caught.value)
+    assert str(caught.value).endswith("export the plan again, or upgrade onnxruntime")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_failing_run_is_an_error_of_the_engine(root: Path) -> None:
+    manifest = read_manifest(root)
+    backend, _ = open_backend("ort-cpu", root, manifest, 1)
+    image = backend.allocate((1, 5, 5, 3), "uint8")
+    with pytest.raises(RunError, match="failed in the graph 'decoder'"):
+        backend.run("decoder", {"f_hat": backend.allocate((1, 4, 4, 4), "float32")}, {"image": image})
+    with pytest.raises(RunError, match="failed in the graph 'condition'"):
+        backend.run("condition", {}, {"start": backend.allocate((1, 1, 1, 8), "float32")})
+    backend.close()
+
+
+def test_buffers_are_written_in_place(root: Path) -> None:
+    backend, _ = open_backend("ort-cpu", root, read_manifest(root), 1)
+    whole = backend.allocate((2, 32, 32, 3), "uint8")
+    backend.write(whole, np.zeros((2, 32, 32, 3), np.uint8))
+    f_hat = backend.allocate((1, 4, 4, 4), "float32")
+    backend.write(f_hat, np.zeros((1, 4, 4, 4), np.float32))
+    backend.run("decoder", {"f_hat": f_hat}, {"image": whole[1:2]})
+    assert np.unique(backend.read(whole[0:1])).tolist() == [0]
+    assert np.unique(backend.read(whole[1:2])).tolist() == [128]
+    backend.close()
