@@ -1,0 +1,93 @@
+# Needs Python 3.10 or newer (with venv) and GNU make; the rest is installed into environments beside this file, once,
+# and again when pyproject.toml or this file changes. Another interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+
+# The CPU tests and trains on one known PyTorch; pyproject.toml keeps a range for everyone else. It goes into the same
+# pip command as the package: installed later, the resolver would already have taken the newest one.
+TORCH ?= torch==2.13.0
+
+# `make demo`: control images, and their classes in the same order (the last class serves all that are left; without
+# any: no class). DEMO_ARGS goes to car-run as it is.
+DEMO_CONTROL ?= $(sort $(wildcard examples/*.png))
+DEMO_CLASS ?=
+DEMO_ARGS ?= -n 4 --grid
+
+# More arguments for pytest, e.g. make test PYTEST_ARGS="-k manifest -x"
+PYTEST_ARGS ?=
+
+DEMO_ENV := .venv-demo
+DEV_ENV := .venv
+GPU_ENV := .venv-gpu
+INSTALLED := /.installed
+
+.PHONY: help demo test check test-slow test-gpu clean
+
+help:
+	@echo 'make demo       pictures from the control images in examples/, into out/ (installs no PyTorch)'
+	@echo 'make test       all tests that take seconds, on the CPU'
+	@echo 'make check      ruff, mypy, then the tests: what a change must pass'
+	@echo 'make test-slow  tests that take minutes or gigabytes of memory'
+	@echo 'make test-gpu   tests that need an NVIDIA GPU (an environment of its own)'
+	@echo 'make clean      remove environments, caches and builds; runs/ and out/ stay'
+	@echo 'Each command does its own set-up. Variables: PYTHON, TORCH, PYTEST_ARGS, DEMO_CONTROL, DEMO_CLASS, DEMO_ARGS.'
+
+demo: $(DEMO_ENV)$(INSTALLED)
+	@if [ -z "$(strip $(DEMO_CONTROL))" ]; then \
+	  echo 'make demo: there are no control images (examples/*.png); name some: make demo DEMO_CONTROL="edges.png"' >&2; exit 1; \
+	fi
+	@mkdir -p out
+	@set -e; set -- $(DEMO_CLASS); made=; \
+	for control in $(DEMO_CONTROL); do \
+	  output="out/$$(basename "$$control" .png).png"; \
+	  paths=$$($(DEMO_ENV)/bin/python -m car_runtime --control "$$control" $${1:+--class "$$1"} $(DEMO_ARGS) -o "$$output"); \
+	  made="$$made$$paths "; \
+	  if [ $$# -gt 1 ]; then shift; fi; \
+	done; \
+	echo 'The pictures are in out/:'; printf '  %s\n' $$made
+
+test: $(DEV_ENV)$(INSTALLED)
+	@$(DEV_ENV)/bin/python -m pytest -q --durations=15 $(PYTEST_ARGS)
+
+check: $(DEV_ENV)$(INSTALLED)
+	@$(DEV_ENV)/bin/python -m ruff check .
+	@$(DEV_ENV)/bin/python -m ruff format --check .
+	@$(DEV_ENV)/bin/python -m mypy
+	@$(DEV_ENV)/bin/python -m pytest -q --durations=15 $(PYTEST_ARGS)
+
+# pytest's exit code 5: there is no such test. That is no failure here.
+test-slow: $(DEV_ENV)$(INSTALLED)
+	@$(DEV_ENV)/bin/python -m pytest -q --durations=15 -m slow $(PYTEST_ARGS) || [ $$? -eq 5 ]
+
+test-gpu: $(GPU_ENV)$(INSTALLED)
+	@$(GPU_ENV)/bin/python -m pytest -q --durations=15 -m gpu $(PYTEST_ARGS) || [ $$? -eq 5 ]
+
+clean:
+	rm -rf $(DEMO_ENV) $(DEV_ENV) $(GPU_ENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find benchmarks car_train export runtime tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# $(call install,ENVIRONMENT,WHAT PIP INSTALLS,WHAT TO TELL)
+define install
+	@if ! version=$$($(PYTHON) --version 2>&1); then \
+	  echo "make: '$(PYTHON)' does not run; install Python 3.10 or newer, or name one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; \
+	elif ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then \
+	  echo "make: '$(PYTHON)' is $$version, and 3.10 is the oldest that works; name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; \
+	elif ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
+	  echo "make: '$(PYTHON)' ($$version) has no venv module; install it, on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; \
+	fi
+	@echo "make: setting up $(1), once: $(3)"
+	@$(1)/bin/python -c 'import pip' 2>/dev/null || { rm -rf $(1) && $(PYTHON) -m venv $(1); }
+	@$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(2)
+	@touch $@
+endef
+
+$(DEMO_ENV)$(INSTALLED): pyproject.toml Makefile
+	$(call install,$(DEMO_ENV),-e '.[cpu]',the runtime and ONNX Runtime$(comma) some 200 MB)
+
+$(DEV_ENV)$(INSTALLED): pyproject.toml Makefile
+	$(call install,$(DEV_ENV),'$(TORCH)' -e '.[cpu$(comma)train$(comma)export$(comma)dev]',everything with PyTorch$(comma) over 1 GB; this takes minutes)
+
+$(GPU_ENV)$(INSTALLED): pyproject.toml Makefile
+	$(call install,$(GPU_ENV),-e '.[gpu$(comma)rtx$(comma)train$(comma)export$(comma)dev]',everything for NVIDIA GPUs$(comma) several GB; this takes minutes)
+
+comma := ,

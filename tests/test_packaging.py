@@ -1,0 +1,293 @@
+"""What is promised to whoever installs this: the wheel, its extras, what importing costs, and who imports whom."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from runtime_fixtures import NAMES, SIZE, build_plan
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = {"car_train": "car_train", "car_export": "export/car_export", "car_runtime": "runtime/car_runtime"}
+SHIPPED = ROOT / "runtime/car_runtime/plans/emoji-canny.plan"
+NOT_IN_THE_RUNTIME = ("torch", "onnx", "onnxscript", "cv2", "safetensors", "tensorrt", "tensorrt_rtx", "cuda")
+
+needs_shipped_plan = pytest.mark.skipif(
+    not (SHIPPED / "manifest.json").is_file(), reason="this checkout has no plan in runtime/car_runtime/plans"
+)
+
+
+def command(*arguments: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, as from a fresh shell: neither this checkout on the path nor make's variables."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    return subprocess.run(
+        [str(a) for a in arguments],
+        cwd=cwd,
+        env=inherited | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def succeed(*arguments: str | Path, cwd: Path = ROOT) -> str:
+    done = command(*arguments, cwd=cwd)
+    assert done.returncode == 0, f"{arguments} exited with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+# -- the wheel -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy: setuptools leaves folders beside what it builds, and would take old files from them."""
+    here = tmp_path_factory.mktemp("wheel")
+    source = here / "source"
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", ".*", "build", "dist", "out", "runs")
+    for name in ("car_train", "export", "runtime", "tests"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignore)
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, source)
+    succeed(sys.executable, "-m", "build", "--wheel", "--outdir", here, source)
+    (built,) = here.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_the_three_packages_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == set(PACKAGES)
+    for package, folder in PACKAGES.items():
+        written = {f"{package}/{path.relative_to(ROOT / folder).as_posix()}" for path in modules(folder)}
+        assert {name for name in names if name.startswith(f"{package}/") and name.endswith(".py")} == written
+    assert "car_runtime/py.typed" in names
+    licences = {Path(name).name for name in names if ".dist-info/licenses/" in name}
+    assert licences == {"LICENSE", "NOTICE"}
+
+
+@needs_shipped_plan
+def test_the_wheel_holds_the_whole_shipped_plan(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        sizes = {info.filename: info.file_size for info in archive.infolist()}
+    manifest = json.loads((SHIPPED / "manifest.json").read_text(encoding="utf-8"))
+    prefix = f"car_runtime/plans/{SHIPPED.name}/"
+    assert sizes[prefix + "manifest.json"] > 0
+    for name, entry in manifest["files"].items():
+        assert sizes.get(prefix + name) == entry["bytes"], name
+
+
+@pytest.fixture(scope="module")
+def fresh(wheel: Path) -> Iterator[Path]:
+    """The `bin` folder of a new environment that has the wheel with its extra `cpu`, and nothing else."""
+    environment = wheel.parent / "fresh"
+    succeed(sys.executable, "-m", "venv", environment)
+    scripts = environment / ("Scripts" if os.name == "nt" else "bin")
+    succeed(scripts / "python", "-m", "pip", "install", "--quiet", f"{wheel}[cpu]", cwd=wheel.parent)
+    yield scripts
+    shutil.rmtree(environment, ignore_errors=True)
+
+
+def test_a_new_environment_with_the_cpu_extra_runs_a_plan(fresh: Path, tmp_path: Path) -> None:
+    build_plan(tmp_path / "tiny.plan")
+    control = np.zeros((SIZE, SIZE, 3), np.uint8)
+    control[8:24, 8:24] = 255
+    Image.fromarray(control).save(tmp_path / "edges.png")
+    arguments = ("--engine", "tiny.plan", "--control", "edges.png", "--class", NAMES[0], "-o", "cat.png", "--json")
+    report = json.loads(succeed(fresh / "car-run", *arguments, cwd=tmp_path))
+    assert report["backend"]["name"] == "ort-cpu"
+    with Image.open(tmp_path / "cat.png") as picture:
+        assert picture.size == (SIZE, SIZE)
+
+
+@needs_shipped_plan
+def test_a_new_environment_runs_the_shipped_plan_on_an_example(fresh: Path, tmp_path: Path) -> None:
+    examples = sorted((ROOT / "examples").glob("*.png"))
+    assert examples, "examples/ has no control image"
+    report = json.loads(succeed(fresh / "car-run", "--control", examples[0], "-o", "out.png", "--json", cwd=tmp_path))
+    assert Path(report["plan"]["path"]).is_relative_to(fresh.parent), "the plan is not the installed one"
+    with Image.open(tmp_path / "out.png") as picture:
+        pixels = np.asarray(picture.convert("RGB"), np.float32)
+    assert pixels.std() > 10, "the picture is nearly one colour"
+
+
+def test_a_new_environment_has_the_version_and_no_training_packages(fresh: Path, tmp_path: Path) -> None:
+    version = succeed(fresh / "car-run", "--version", cwd=tmp_path).strip()
+    assert version == f"car-run {project()['version']}"
+    find = f"import importlib.util as u; print([n for n in {NOT_IN_THE_RUNTIME} if u.find_spec(n)])"
+    assert succeed(fresh / "python", "-c", find, cwd=tmp_path).strip() == "[]"
+
+
+# -- what pyproject.toml promises ----------------------------------------------------------------------------------
+
+
+def pyproject() -> dict[str, Any]:
+    toml = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    return dict(toml.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8")))
+
+
+def project() -> dict[str, Any]:
+    return dict(pyproject()["project"])
+
+
+def names_of(requirements: Sequence[str]) -> set[str]:
+    return {re.split(r"[\s<>=!~;\[]", requirement)[0] for requirement in requirements}
+
+
+def test_the_extras_are_those_of_the_readme_and_each_engine_is_in_one_of_them() -> None:
+    extras = {extra: names_of(wanted) for extra, wanted in project()["optional-dependencies"].items()}
+    assert {"cpu", "gpu", "train", "export", "rtx", "dev"} <= set(extras)
+    assert [extra for extra, names in extras.items() if "onnxruntime" in names] == ["cpu"]
+    assert [extra for extra, names in extras.items() if "onnxruntime-gpu" in names] == ["gpu"]
+    assert "cuda-python" in extras["gpu"]
+    assert names_of(project()["dependencies"]) == {"numpy", "pillow"}
+
+
+def test_cpu_and_gpu_are_declared_exclusive() -> None:
+    conflicts = pyproject()["tool"]["uv"]["conflicts"]
+    assert [{"extra": "cpu"}, {"extra": "gpu"}] in conflicts
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    import car_runtime
+
+    assert project()["version"] == car_runtime.__version__
+    assert f"## [{car_runtime.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+# -- who imports whom ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "statement", ["import car_runtime", "from car_runtime import open_plan", "import car_runtime.cli"]
+)
+def test_importing_the_runtime_loads_no_engine_and_no_framework(statement: str) -> None:
+    heavy = (*NOT_IN_THE_RUNTIME, "onnxruntime", "openvino")
+    code = f"import sys; {statement}; print([m for m in {heavy} if m in sys.modules])"
+    done = command(sys.executable, "-c", code, PYTHONPATH=str(ROOT / "runtime"))
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def modules(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """First names of everything a module imports, at whatever depth."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize(
+    ("folder", "never"),
+    [
+        ("runtime/car_runtime", {"car_train", "car_export", "torch", "onnx", "onnxscript", "cv2", "safetensors"}),
+        ("car_train", {"car_runtime", "car_export", "onnx", "onnxruntime"}),
+    ],
+)
+def test_training_and_runtime_stay_apart(folder: str, never: set[str]) -> None:
+    found = {path.relative_to(ROOT).as_posix(): imported(path) & never for path in modules(folder)}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+# -- nothing unpickles, nothing names a private machine --------------------------------------------------------------
+
+
+def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
+    """(dotted name, call) of every call in a module."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def test_no_module_can_unpickle() -> None:
+    findings = []
+    for path in modules("car_train", "export", "runtime", "benchmarks"):
+        where = path.relative_to(ROOT).as_posix()
+        findings += [f"{where}: imports {name}" for name in imported(path) & {"pickle", "dill", "joblib", "shelve"}]
+        for name, call in calls(path):
+            keywords = {k.arg: ast.unparse(k.value) for k in call.keywords}
+            if name == "torch.load" and keywords.get("weights_only") != "True":
+                findings.append(f"{where}:{call.lineno}: torch.load without weights_only=True")
+            if keywords.get("allow_pickle", "False") != "False":
+                findings.append(f"{where}:{call.lineno}: {name} with allow_pickle")
+    assert findings == []
+
+
+def test_no_text_names_a_folder_of_one_machine() -> None:
+    """Documents and programs must mean the same on every machine."""
+    listed = command("git", "ls-files", "-z")
+    if listed.returncode != 0:
+        pytest.skip("this is not a git checkout")
+    private = re.compile(rf"(?<![\w.~-])(?:/(?:home|root|Users)/\w|{re.escape(str(ROOT))}\b)")
+    findings = []
+    for name in filter(None, listed.stdout.split("\0")):
+        path = ROOT / name
+        if path.suffix in (".md", ".py", ".toml", ".txt", ".yml", ".yaml", ".sh", "") and path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            findings += [f"{name}:{number}: {line}" for number, line in enumerate(lines, 1) if private.search(line)]
+    assert findings == []
+
+
+# -- make ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    if os.name == "nt" or shutil.which("make") is None:
+        pytest.skip("there is no make here")
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def test_make_alone_lists_every_command(checkout: Path) -> None:
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert phony is not None
+    text = succeed("make", cwd=checkout)
+    assert re.findall(r"^make ([\w-]+)", text, re.MULTILINE) == [t for t in phony[1].split() if t != "help"]
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        ("echo Python 3.9.2; [ $1 = --version ]", r"'\./py' is Python 3\.9\.2, and 3\.10 is the oldest .* PYTHON="),
+        ("exit 127", r"'\./py' does not run; install Python 3\.10 .* PYTHON="),
+        ('echo Python 3.12.0; case "$2" in *venv*) exit 1;; esac', r"has no venv module; .* python3-venv"),
+    ],
+)
+def test_make_says_what_to_do_about_an_unfit_python(checkout: Path, script: str, told: str) -> None:
+    python = checkout / "py"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    done = command("make", "demo", "PYTHON=./py", cwd=checkout)
+    assert done.returncode != 0
+    assert re.search(told, done.stderr)
+    assert not list(checkout.glob(".venv*")), "an environment was begun"
+
+
+def test_the_demo_needs_a_control_image_and_says_so(checkout: Path) -> None:
+    (checkout / ".venv-demo").mkdir()
+    (checkout / ".venv-demo/.installed").touch()
+    done = command("make", "demo", cwd=checkout)
+    assert done.returncode != 0
+    assert "name some: make demo DEMO_CONTROL=" in done.stderr
