@@ -227,12 +227,14 @@ def test_version_and_help_succeed(flag: str, says: str, capsys: pytest.CaptureFi
         ([*CAR, "--photo", "no.png"], "there is no image 'no.png'; check the path"),
         (["-e", "no.plan", "--control", "x"], "no plan at 'no.plan'; check the path"),
         (["-e", "../in", "--control", "x"], "is not a plan: it has no manifest.json"),
+        (["-e", "x" * 5000, "--control", "x"], "(File name too long); check the path"),
+        ([*GIVEN, "-o", "x" * 5000 + "/out.png"], "(File name too long); choose another place"),
         (["-e", "", "--control", "x"], "is not a plan"),
         (["-e", "../in/edges.png", "--control", "x"], "is a file, but a plan is a directory"),
         (["-e", "../in/var.plan", "--control", "../in/edges.png"], "has no control branch (plain VAR); leave"),
         (["-e", "../in/var.plan", "--photo", "../in/edges.png"], "has no control branch (plain VAR); leave"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )
 def test_what_cannot_be_used_is_said_in_one_line(
     here: Path, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]

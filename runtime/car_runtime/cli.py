@@ -283,7 +283,7 @@ def _contents(
 
 def _print_report(args: argparse.Namespace, report: dict[str, Any]) -> None:
     if args.json:
-        print(json.dumps(report, ensure_ascii=False))
+        print(json.dumps(report))
     elif "classes" in report:
         print("\n".join(f"{i}\t{name}" for i, name in enumerate(report["classes"])))
     else:
@@ -295,6 +295,8 @@ def _print_report(args: argparse.Namespace, report: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path or class name that the terminal cannot show
     try:
         with warnings.catch_warnings():
             # Decoders warn about damaged metadata; what matters arrives as an error, and stderr is for one line.

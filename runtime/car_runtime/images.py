@@ -177,16 +177,17 @@ def png_bytes(image: NDArray[np.uint8], metadata: Mapping[str, object] | None = 
 def check_writable(path: str | os.PathLike[str]) -> None:
     """See that a file could be written there before minutes are spent on it. Raises OutputError."""
     path = Path(path)
-    if path.is_dir():
-        raise OutputError(f"the output {str(path)!r} is a directory; give a file name in it")
-    if not path.parent.is_dir():
-        raise OutputError(f"the output's directory {str(path.parent)!r} does not exist; create it first")
     try:
+        if path.is_dir():
+            raise OutputError(f"the output {str(path)!r} is a directory; give a file name in it")
+        if not path.parent.is_dir():
+            raise OutputError(f"the output's directory {str(path.parent)!r} does not exist; create it first")
         # Trying is the one test that read-only mounts, access lists and the superuser do not fool.
         with tempfile.TemporaryFile(dir=path.parent):
             pass
-    except OSError as error:
-        raise OutputError(f"cannot write in {str(path.parent)!r} ({error.strerror}); choose another place") from error
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise OutputError(f"cannot write {str(path)[:200]!r} ({why}); choose another place") from error
 
 
 def write_files(contents: Mapping[Path, bytes]) -> None:

@@ -326,16 +326,20 @@ def read_manifest(root: str | os.PathLike[str]) -> Manifest:
     """
     root = Path(root)
     path = root / MANIFEST
-    if not root.exists():
-        raise PlanError(f"no plan at {str(root)!r}; check the path, or make one with export/build_engines.py")
-    if not root.is_dir():
-        raise PlanError(f"{str(root)!r} is a file, but a plan is a directory; give the directory, NAME.plan")
-    if not path.exists():
-        raise PlanError(f"{str(root)!r} is not a plan: it has no {MANIFEST}; give the directory that holds it")
     try:
-        return parse_manifest(path.read_bytes())
-    except OSError as error:
-        raise PlanError(f"cannot read {str(path)!r} ({error.strerror}); check its permissions") from error
+        if path.is_file():
+            return parse_manifest(path.read_bytes())
+        kind = "directory" if root.is_dir() else "file" if root.exists() else "missing"
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise PlanError(f"cannot read {str(path)!r} ({why}); check the path and its permissions") from error
+    raise PlanError(
+        {
+            "directory": f"{str(root)!r} is not a plan: it has no {MANIFEST}; give the directory that holds it",
+            "file": f"{str(root)!r} is a file, but a plan is a directory; give the directory, NAME.plan",
+            "missing": f"no plan at {str(root)!r}; check the path, or make one with export/build_engines.py",
+        }[kind]
+    )
 
 
 def parse_manifest(text: str | bytes) -> Manifest:
