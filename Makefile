@@ -77,7 +77,7 @@ define install
 	fi
 	@echo "make: setting up $(1), once: $(3)"
 	@$(1)/bin/python -c 'import pip' 2>/dev/null || { rm -rf $(1) && $(PYTHON) -m venv $(1); }
-	@$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(2)
+	@$(1)/bin/python -m pip install -qq --disable-pip-version-check $(2)
 	@touch $@
 endef
 

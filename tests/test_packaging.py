@@ -169,6 +169,14 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert f"## [{car_runtime.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
+def test_the_readme_has_every_flag_of_car_run_and_no_other() -> None:
+    help_text = succeed(sys.executable, "-m", "car_runtime", "--help", cwd=ROOT / "runtime")
+    flags = set(re.findall(r"(?<!\w)--[a-z][a-z-]*", help_text)) - {"--help"}
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| `-")]
+    assert set(re.findall(r"(?<!\w)--[a-z][a-z-]*", "\n".join(rows))) == flags
+
+
 # -- who imports whom ----------------------------------------------------------------------------------------------
 
 
@@ -274,6 +282,7 @@ def test_make_alone_lists_every_command(checkout: Path) -> None:
         ("exit 127", r"'\./py' does not run; install Python 3\.10 .* PYTHON="),
         ('echo Python 3.12.0; case "$2" in *venv*) exit 1;; esac', r"has no venv module; .* python3-venv"),
     ],
+    ids=["too old", "absent", "without venv"],
 )
 def test_make_says_what_to_do_about_an_unfit_python(checkout: Path, script: str, told: str) -> None:
     python = checkout / "py"
