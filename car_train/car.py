@@ -1,4 +1,6 @@
-"""CAR (arXiv 2410.04671, section 3.2): a control branch 𝓕, 𝒯, 𝓖 that steers a frozen VAR. Without its branch it is VAR.
+"""CAR (arXiv 2410.04671, section 3.2): a control branch 𝓕, 𝒯, 𝓖 that steers a frozen VAR.
+
+Without its branch it is VAR.
 
 Shapes as in `var.py`; S side of a scale in tokens, f pixels per latent edge.
 """
@@ -13,11 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import CARConfig, ModelConfig
-from .var import EPS, VAR, Block, Cache, block_causal_mask
+from .var import EPS, VAR, Block, Cache, block_causal_mask, module_list
 
 
 class ControlEncoder(nn.Module):
-    """𝓕: a control image at a scale's size → its features, [1, 3, S·f, S·f] in [-1, 1] → [1, C, S, S]. Shared by all scales."""
+    """𝓕: a control image at a scale's size → its features, [1, 3, S·f, S·f] in [-1, 1] → [1, C, S, S].
+
+    Shared by all scales.
+    """
 
     def __init__(self, config: CARConfig, width: int):
         super().__init__()
@@ -59,12 +64,15 @@ class ControlBranch(nn.Module):
         C, depth = config.var.C, config.var.depth // 2
         self.encoder = ControlEncoder(config.car, C)
         self.input_conv = nn.Conv2d(C, C, 3, padding=1)
-        self.blocks = nn.ModuleList(Block(config.var, 0.0) for _ in range(depth))
-        self.fusions = nn.ModuleList(Fusion(C) for _ in range(depth))
+        self.blocks = module_list(Block(config.var, 0.0) for _ in range(depth))
+        self.fusions = module_list(Fusion(C) for _ in range(depth))
 
     @torch.no_grad()
     def initialise(self, base: VAR) -> None:
-        """𝒯 from the base's first half (paper); 𝓖 starts as "x, a little of c", so that the first pictures are the base's."""
+        """𝒯 from the base's first half (paper); 𝓖 starts as "x, a little of c".
+
+        So the first pictures are the base's.
+        """
         C = base.config.C
         for mine, theirs in zip(self.blocks, base.blocks, strict=False):
             mine.load_state_dict(theirs.state_dict())
@@ -94,8 +102,8 @@ class CAR(nn.Module):
         self.branch = ControlBranch(config) if config.car is not None else None
 
     @property
-    def branch_blocks(self) -> Sequence[nn.Module]:
-        return self.branch.blocks if self.branch is not None else ()  # type: ignore[return-value]
+    def branch_blocks(self) -> Sequence[Block]:
+        return self.branch.blocks if self.branch is not None else ()
 
     @property
     def layers(self) -> int:
@@ -115,7 +123,10 @@ class CAR(nn.Module):
         cache: Cache | None = None,
         mask_NT: Tensor | None = None,
     ) -> Tensor:
-        """Embedded inputs (without positions) of base and branch → logits f32 [R, N, V]. c is None without control."""
+        """Embedded inputs (without positions) of base and branch → logits f32 [R, N, V].
+
+        c is None without control.
+        """
         rows = modulation_RMC.split(1, dim=1)  # M × [R, 1, C]
         depth = len(self.base.blocks)
         outputs: list[Tensor] = []

@@ -2,8 +2,8 @@
 
     step-0003500/  config.json  vqvae.safetensors  var.safetensors  car.safetensors  trainer.pt
 
-`trainer.pt` (optimizer and random state; only to resume) is read with `weights_only=True`. A checkpoint is written aside and renamed, so it is whole
-or not there.
+`trainer.pt` (optimizer and random state; only to resume) is read with `weights_only=True`. A checkpoint is written
+aside and renamed, so it is whole or not there.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ def parts(model: Model) -> dict[str, nn.Module]:
 
 
 def save(model: Model, directory: str | Path, trainer: dict[str, Any] | None = None) -> Path:
-    """Write a checkpoint directory atomically; an existing one of this name is replaced only when the new one is whole."""
+    """Write a checkpoint directory atomically.
+
+    An existing one of this name is replaced only when the new one is whole.
+    """
     directory = Path(directory)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +53,10 @@ def save(model: Model, directory: str | Path, trainer: dict[str, Any] | None = N
         (aside / "config.json").write_text(model.config.to_json(), encoding="utf-8")
         for name, module in parts(model).items():
             # Contiguous copies: training may keep weights channels-last.
-            save_file({k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}, aside / f"{name}.safetensors")
+            save_file(
+                {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()},
+                aside / f"{name}.safetensors",
+            )
         if trainer is not None:
             torch.save(trainer, aside / "trainer.pt")
         os.chmod(aside, 0o755)
@@ -63,7 +69,9 @@ def save(model: Model, directory: str | Path, trainer: dict[str, Any] | None = N
             os.replace(aside, directory)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(f"{directory}: could not be written ({error.strerror}); free some space or choose another folder") from error
+        raise CheckpointError(
+            f"{directory}: could not be written ({error.strerror}); free some space or choose another folder"
+        ) from error
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -77,7 +85,9 @@ def locate(path: str | Path) -> Path:
         return path
     steps = sorted(p for p in path.glob("step-*") if (p / "config.json").is_file()) if path.is_dir() else []
     if not steps:
-        raise CheckpointError(f"{path}: no checkpoint there (no config.json, no step-… folder); give the folder that training wrote")
+        raise CheckpointError(
+            f"{path}: no checkpoint there (no config.json, no step-… folder); give the folder that training wrote"
+        )
     return steps[-1]
 
 
@@ -93,11 +103,15 @@ def load(path: str | Path) -> Model:
     for name, module in parts(model).items():
         file = path / f"{name}.safetensors"
         if not file.is_file():
-            raise CheckpointError(f"{file}: missing, though config.json names this part; copy the whole checkpoint folder")
+            raise CheckpointError(
+                f"{file}: missing, though config.json names this part; copy the whole checkpoint folder"
+            )
         try:
             module.load_state_dict(load_file(file), assign=True)
         except (SafetensorError, RuntimeError) as error:
-            raise CheckpointError(f"{file}: doesn't fit its config.json or is damaged ({str(error).splitlines()[0]}); copy it again") from error
+            raise CheckpointError(
+                f"{file}: doesn't fit its config.json or is damaged ({str(error).splitlines()[0]}); copy it again"
+            ) from error
     model.vqvae.quantizer.reset_buffers()
     return model.requires_grad_(False).eval()
 
@@ -112,7 +126,11 @@ def load_trainer(path: str | Path) -> dict[str, Any]:
 
 def fingerprint(path: str | Path) -> dict[str, str]:
     """sha256 of every file of a checkpoint that defines the model."""
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(locate(path).iterdir()) if p.suffix in (".json", ".safetensors")}
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(locate(path).iterdir())
+        if p.suffix in (".json", ".safetensors")
+    }
 
 
 def remove(path: Path) -> None:

@@ -5,19 +5,27 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import checkpoint, official
 from .config import CONTROL_TYPES, CARConfig, ConfigError, VARConfig, VQVAEConfig
 from .data import DataError, find_pictures
 from .datasets import DEFAULT_ROOT, DatasetError, fetch
+from .model import Model
+
+if TYPE_CHECKING:
+    from .train import Stage
 
 EXAMPLES = """examples:
   python -m car_train data emoji
-  python -m car_train vqvae --data ~/.cache/car/data/emoji -o runs/vqvae --sides 1,2,3,4,6,8 --channels 24 --multipliers 1,2,3,4
-  python -m car_train var --data ~/.cache/car/data/emoji --vqvae runs/vqvae -o runs/var --depth 6 --width 192 --heads 6
+  python -m car_train vqvae --data ~/.cache/car/data/emoji -o runs/vqvae --sides 1,2,3,4,6,8 \\
+      --channels 24 --multipliers 1,2,3,4
+  python -m car_train var --data ~/.cache/car/data/emoji --vqvae runs/vqvae -o runs/var \\
+      --depth 6 --width 192 --heads 6
   python -m car_train car --data ~/.cache/car/data/emoji --base runs/var -o runs/car --control canny
   python -m car_train sample runs/car --control edges.png --class 3 -o sample.png
-  python -m car_train import --vae vae_ch160v4096z32.pth --var var_d16.pth --car car_depth_d16.pth --control-type depth -o d16
+  python -m car_train import --vae vae_ch160v4096z32.pth --var var_d16.pth --car car_depth_d16.pth \\
+      --control-type depth -o d16
 """
 
 
@@ -30,7 +38,9 @@ def integers(text: str) -> tuple[int, ...]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m car_train", description=__doc__, epilog=EXAMPLES, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m car_train", description=__doc__, epilog=EXAMPLES, formatter_class=formatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     data = commands.add_parser("data", help="fetch a real data set and lay it out as class folders")
     data.add_argument("name", choices=["emoji", "fashion"])
@@ -38,13 +48,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     vqvae = _stage(commands, "vqvae", "train the multi-scale tokenizer", steps=5000, lr=6e-4)
     defaults = VQVAEConfig()
-    vqvae.add_argument("--sides", type=integers, default=(1, 2, 3, 4, 6, 8), help="tokens per edge of each scale (default: 1,2,3,4,6,8)")
+    vqvae.add_argument(
+        "--sides",
+        type=integers,
+        default=(1, 2, 3, 4, 6, 8),
+        help="tokens per edge of each scale (default: 1,2,3,4,6,8)",
+    )
     vqvae.add_argument("--vocab", type=int, default=1024, help="codes (default: 1024)")
     vqvae.add_argument("--latent-channels", type=int, default=16, help="(default: 16)")
     vqvae.add_argument("--channels", type=int, default=32, help="channels of the finest level (default: 32)")
-    vqvae.add_argument("--multipliers", type=integers, default=(1, 2, 2, 4), help="channels of each level; its length sets f (default: 1,2,2,4)")
+    vqvae.add_argument(
+        "--multipliers",
+        type=integers,
+        default=(1, 2, 2, 4),
+        help="channels of each level; its length sets f (default: 1,2,2,4)",
+    )
     vqvae.add_argument("--res-blocks", type=int, default=1, help="residual blocks per level (default: 1)")
-    vqvae.add_argument("--beta", type=float, default=defaults.beta, help=f"weight of the commitment loss (default: {defaults.beta})")
+    vqvae.add_argument(
+        "--beta", type=float, default=defaults.beta, help=f"weight of the commitment loss (default: {defaults.beta})"
+    )
 
     var = _stage(commands, "var", "train the next-scale transformer on a tokenizer", steps=5000, lr=6e-4)
     var.add_argument("--vqvae", type=Path, required=True, help="checkpoint or run of the tokenizer")
@@ -55,9 +77,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     car = _stage(commands, "car", "train a control branch on a frozen transformer", steps=5000, lr=6e-4)
     car.add_argument("--base", type=Path, required=True, help="checkpoint or run of the transformer")
-    car.add_argument("--control", choices=CONTROL_TYPES, default="canny", help="made on the fly, unless --control-root is given (default: canny)")
+    car.add_argument(
+        "--control",
+        choices=CONTROL_TYPES,
+        default="canny",
+        help="made on the fly, unless --control-root is given (default: canny)",
+    )
     car.add_argument("--control-root", type=Path, help="folder of control images that mirrors --data")
-    car.add_argument("--encoder-widths", type=integers, help="of the control encoder (default: 64, doubling at each halving)")
+    car.add_argument(
+        "--encoder-widths", type=integers, help="of the control encoder (default: 64, doubling at each halving)"
+    )
 
     draw = commands.add_parser("sample", help="sample from a checkpoint with PyTorch (the reference loop)")
     draw.add_argument("checkpoint", type=Path)
@@ -79,15 +108,23 @@ def add_official_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that name official files, shared with the exporter."""
     parser.add_argument("--vae", type=Path, help="official tokenizer, e.g. vae_ch160v4096z32.pth")
     parser.add_argument("--var", type=Path, help="official transformer, e.g. var_d16.pth")
-    parser.add_argument("--car", type=Path, help="official control branch, e.g. car_depth_d16.pth; without it: no control")
+    parser.add_argument(
+        "--car", type=Path, help="official control branch, e.g. car_depth_d16.pth; without it: no control"
+    )
     parser.add_argument("--control-type", choices=CONTROL_TYPES, help="what --car was trained on")
-    parser.add_argument("--sides", type=integers, help="tokens per edge of each scale, where they are not the official ones")
+    parser.add_argument(
+        "--sides", type=integers, help="tokens per edge of each scale, where they are not the official ones"
+    )
 
 
-def _stage(commands: argparse._SubParsersAction, name: str, help_text: str, steps: int, lr: float) -> argparse.ArgumentParser:
+def _stage(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help_text: str, steps: int, lr: float
+) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=help_text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of class folders")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of this run: checkpoints, samples, log.jsonl")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, help="folder of this run: checkpoints, samples, log.jsonl"
+    )
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=lr, help="peak learning rate")
@@ -111,10 +148,23 @@ def train(args: argparse.Namespace) -> Path:
     if not args.resume and list(args.output.glob("step-*")):
         raise ConfigError(f"{args.output} holds a run already; add --resume to continue it, or give another folder")
     options = t.TrainOptions(
-        data=args.data, output=args.output, steps=args.steps, batch=args.batch, lr=args.lr, warmup=args.warmup,
-        weight_decay=args.weight_decay, seed=args.seed, bf16=args.bf16, device=args.device, threads=args.threads, workers=args.workers,
-        augment=args.augment, control_root=getattr(args, "control_root", None), validate_every=args.validate_every, save_every=args.save_every,
-    )  # fmt: skip
+        data=args.data,
+        output=args.output,
+        steps=args.steps,
+        batch=args.batch,
+        lr=args.lr,
+        warmup=args.warmup,
+        weight_decay=args.weight_decay,
+        seed=args.seed,
+        bf16=args.bf16,
+        device=args.device,
+        threads=args.threads,
+        workers=args.workers,
+        augment=args.augment,
+        control_root=getattr(args, "control_root", None),
+        validate_every=args.validate_every,
+        save_every=args.save_every,
+    )
     t.seed_everything(args.seed)
     trainer = t.Trainer(_new_stage(args), options)
     if args.resume:
@@ -122,26 +172,39 @@ def train(args: argparse.Namespace) -> Path:
     return trainer.run()
 
 
-def _new_stage(args: argparse.Namespace):  # noqa: ANN202 - a Stage; train.py is imported only where it is needed
+def _new_stage(args: argparse.Namespace) -> Stage:
     from . import train as t
 
     if args.command == "vqvae":
-        config = VQVAEConfig(
-            sides=args.sides, vocab=args.vocab, latent_channels=args.latent_channels, channels=args.channels,
-            multipliers=args.multipliers, res_blocks=args.res_blocks, beta=args.beta,
-        )  # fmt: skip
-        return t.VQVAEStage(t.new_vqvae(config))
+        tokenizer = VQVAEConfig(
+            sides=args.sides,
+            vocab=args.vocab,
+            latent_channels=args.latent_channels,
+            channels=args.channels,
+            multipliers=args.multipliers,
+            res_blocks=args.res_blocks,
+            beta=args.beta,
+        )
+        return t.VQVAEStage(t.new_vqvae(tokenizer))
     if args.command == "var":
         names = tuple(find_pictures(args.data)[0])
-        config = VARConfig(depth=args.depth, width=args.width, heads=args.heads, classes=len(names), shared_aln=args.shared_aln)
-        return t.TransformerStage(t.add_var(checkpoint.load(args.vqvae), config, names))
+        transformer = VARConfig(
+            depth=args.depth, width=args.width, heads=args.heads, classes=len(names), shared_aln=args.shared_aln
+        )
+        return t.TransformerStage(t.add_var(checkpoint.load(args.vqvae), transformer, names))
     base = checkpoint.load(args.base)
     if base.car is None:
-        raise ConfigError(f"{args.base} holds a tokenizer only; give a transformer trained with `python -m car_train var`")
+        raise ConfigError(
+            f"{args.base} holds a tokenizer only; give a transformer trained with `python -m car_train var`"
+        )
     halvings = len(base.config.vqvae.multipliers) - 1
     widths = args.encoder_widths or tuple(64 * 2**i for i in range(halvings + 1))
-    config = CARConfig(control_type=args.control, encoder_widths=widths, encoder_strides=(2,) * halvings + (1,) * (len(widths) - 1 - halvings))
-    return t.TransformerStage(t.add_branch(base, config))
+    branch = CARConfig(
+        control_type=args.control,
+        encoder_widths=widths,
+        encoder_strides=(2,) * halvings + (1,) * (len(widths) - 1 - halvings),
+    )
+    return t.TransformerStage(t.add_branch(base, branch))
 
 
 def sample(args: argparse.Namespace) -> Path:
@@ -161,20 +224,27 @@ def sample(args: argparse.Namespace) -> Path:
     if not 0 <= label <= classes:
         raise ConfigError(f"class {label} is out of range; give 0 to {classes - 1}, or {classes} for no class")
     if (args.control is not None) != (model.car.branch is not None):
-        raise ConfigError(f"{args.checkpoint} {'needs' if model.car.branch else 'has no'} control; {'add' if model.car.branch else 'leave out'} --control")
-    controls = control_pyramid(Image.open(args.control), [s * config.patch for s in config.sides]) if args.control else None
+        needs, remedy = ("needs", "add") if model.car.branch else ("has no", "leave out")
+        raise ConfigError(f"{args.checkpoint} {needs} control; {remedy} --control")
+    controls = (
+        control_pyramid(Image.open(args.control), [s * config.patch for s in config.sides]) if args.control else None
+    )
     uniforms = torch.from_numpy(np.random.default_rng(args.seed).random((1, config.tokens), dtype=np.float32))
-    _, drawn = reference_loop(model.vqvae, model.car, torch.tensor([label]), uniforms, controls, args.cfg, args.top_k, args.top_p)
+    _, drawn = reference_loop(
+        model.vqvae, model.car, torch.tensor([label]), uniforms, controls, args.cfg, args.top_k, args.top_p
+    )
     sheet([drawn]).save(args.output)
     return args.output
 
 
-def load_official(args: argparse.Namespace) -> official.Model:
+def load_official(args: argparse.Namespace) -> Model:
     """The model of `add_official_arguments`' files."""
     if args.vae is None:
         raise ConfigError("--vae is missing; give the official tokenizer, e.g. --vae vae_ch160v4096z32.pth")
     if args.car is not None and args.control_type is None:
-        raise ConfigError(f"--control-type is missing; say what {args.car.name} was trained on: {', '.join(CONTROL_TYPES)}")
+        raise ConfigError(
+            f"--control-type is missing; say what {args.car.name} was trained on: {', '.join(CONTROL_TYPES)}"
+        )
     var, car = (official.load_pth(p) if p is not None else None for p in (args.var, args.car))
     return official.build_model(official.load_pth(args.vae), var, car, args.control_type or "canny", args.sides)
 
@@ -193,7 +263,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         print(run(args))
-    except (ConfigError, DataError, DatasetError, checkpoint.CheckpointError, official.ImportProblem, FileNotFoundError) as error:
+    except (
+        ConfigError,
+        DataError,
+        DatasetError,
+        checkpoint.CheckpointError,
+        official.OfficialCheckpointError,
+        FileNotFoundError,
+    ) as error:
         print(f"car_train: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,7 +1,8 @@
 """What a model is, in numbers: frozen configs with every derived value in one place.
 
-Three parts, as the papers have them: the multi-scale VQVAE (VAR, arXiv 2404.02905, section 3.2), the VAR transformer (section 3.3)
-and CAR's control branch (arXiv 2410.04671, section 3). A config is what `config.json` of a checkpoint holds.
+Three parts, as the papers have them: the multi-scale VQVAE (VAR, arXiv 2404.02905, section 3.2), the VAR transformer
+(section 3.3) and CAR's control branch (arXiv 2410.04671, section 3). A config is what `config.json` of a checkpoint
+holds.
 """
 
 from __future__ import annotations
@@ -47,12 +48,18 @@ class VQVAEConfig:
     """Weight of the commitment loss (paper eq. 5)."""
 
     def __post_init__(self) -> None:
-        _require(len(self.sides) >= 2, f"sides {list(self.sides)}: a multi-scale model has at least two scales; give e.g. 1,2,3,4")
+        _require(
+            len(self.sides) >= 2,
+            f"sides {list(self.sides)}: a multi-scale model has at least two scales; give e.g. 1,2,3,4",
+        )
         ordered = self.sides[0] == 1 and all(a < b for a, b in zip(self.sides, self.sides[1:], strict=False))
         _require(ordered, f"sides {list(self.sides)}: they start at 1 and grow; give e.g. 1,2,3,4")
         for field in ("vocab", "latent_channels", "channels", "res_blocks", "phis"):
             _require(getattr(self, field) >= 1, f"{field} is {getattr(self, field)}; it must be at least 1")
-        _require(len(self.multipliers) >= 1 and min(self.multipliers) >= 1, f"multipliers {list(self.multipliers)} must be positive")
+        _require(
+            len(self.multipliers) >= 1 and min(self.multipliers) >= 1,
+            f"multipliers {list(self.multipliers)} must be positive",
+        )
 
     @property
     def patch(self) -> int:
@@ -91,7 +98,8 @@ class VQVAEConfig:
     def phi_index(self) -> tuple[int, ...]:
         """Which φ each scale uses: the one whose tick is nearest to the scale's ratio.
 
-        Ties (ratio 2/9 between ticks 1/12 and 13/36) fall as they do in float64 by numpy: the published weights were trained that way.
+        Ties (ratio 2/9 between ticks 1/12 and 13/36) fall as they do in float64 by numpy: the published weights were
+        trained that way.
         """
         edge = 1 / 3 / self.phis if self.phis == 4 else 1 / 2 / self.phis
         ticks = np.linspace(edge, 1 - edge, self.phis)
@@ -144,7 +152,8 @@ class CARConfig:
     def __post_init__(self) -> None:
         _require(
             len(self.encoder_strides) == len(self.encoder_widths) - 1,
-            f"encoder_strides {list(self.encoder_strides)}: one for each step between encoder_widths {list(self.encoder_widths)}",
+            f"encoder_strides {list(self.encoder_strides)}: one for each step between "
+            f"encoder_widths {list(self.encoder_widths)}",
         )
 
 
@@ -163,9 +172,12 @@ class ModelConfig:
             stride = math.prod(self.car.encoder_strides)
             _require(
                 stride == self.vqvae.patch,
-                f"encoder_strides {list(self.car.encoder_strides)} shrink by {stride}, the tokenizer by {self.vqvae.patch}; make them equal",
+                f"encoder_strides {list(self.car.encoder_strides)} shrink by {stride}, "
+                f"the tokenizer by {self.vqvae.patch}; make them equal",
             )
-            _require(self.var.depth >= 2, f"depth is {self.var.depth}; a control branch needs a base of at least 2 blocks")
+            _require(
+                self.var.depth >= 2, f"depth is {self.var.depth}; a control branch needs a base of at least 2 blocks"
+            )
         if self.class_names is not None and self.var is not None:
             _require(
                 len(self.class_names) == self.var.classes,
@@ -187,7 +199,9 @@ class ModelConfig:
                 class_names=tuple(data["class_names"]) if data.get("class_names") else None,
             )
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ConfigError(f"config.json is not a model config ({error!r}); use one that car_train wrote") from error
+            raise ConfigError(
+                f"config.json is not a model config ({error!r}); use one that car_train wrote"
+            ) from error
 
 
 def _build(cls: Any, data: dict[str, Any]) -> Any:

@@ -113,8 +113,17 @@ FASHION = Package(
 )
 # In the order of the set's labels 0..9; folder names, so no "T-shirt/top".
 FASHION_CLASSES = (
-    "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot",
-)  # fmt: skip
+    "t-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle-boot",
+)
 
 PACKAGES: Mapping[str, Mapping[str, Package]] = {"emoji": EMOJI_STYLES, "fashion": {"fashion": FASHION}}
 NAMES = tuple(PACKAGES)

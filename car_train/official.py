@@ -1,7 +1,8 @@
 """The published checkpoints: their names and shapes, mapped to ours, and the config they imply.
 
-Three files, as released: `vae_ch160v4096z32.pth`, `var_d16.pth`, `car_<control>_d16.pth`. Nothing in them is executed (`weights_only=True`), nothing
-is guessed silently: a missing, unexpected or misshapen tensor stops the import, and all of them are listed.
+Three files, as released: `vae_ch160v4096z32.pth`, `var_d16.pth`, `car_<control>_d16.pth`. Nothing in them is executed
+(`weights_only=True`), nothing is guessed silently: a missing, unexpected or misshapen tensor stops the import, and
+all of them are listed.
 """
 
 from __future__ import annotations
@@ -17,21 +18,24 @@ from .config import SIDES_256, SIDES_512, CARConfig, ModelConfig, VARConfig, VQV
 from .model import Model
 
 # Buffers that the published modules save and that follow from the config. They are checked for shape, not loaded.
-_BUFFERS = re.compile(r"(lvl_1L|attn_bias_for_masking|(car_)?blocks\.\d+\.attn\.zero_k_bias|quantize\.ema_vocab_hit_SV|quantize\.beta)$")
+_BUFFERS = re.compile(
+    r"(lvl_1L|attn_bias_for_masking|(car_)?blocks\.\d+\.attn\.zero_k_bias|quantize\.ema_vocab_hit_SV|quantize\.beta)$"
+)
 
 
-class ImportProblem(ValueError):
+class OfficialCheckpointError(ValueError):
     """The files are not what they should be; the message lists every finding and ends with the remedy."""
 
 
 def load_pth(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a `.pth` file, memory-mapped, without running any of its code.
 
-    Unwraps the containers the published training scripts write (`{"trainer": {"var_wo_ddp": …}}`, `{"state_dict": …}`, `{"model": …}`).
+    Unwraps the containers the published training scripts write (`{"trainer": {"var_wo_ddp": …}}`,
+    `{"state_dict": …}`, `{"model": …}`).
     """
     path = Path(path)
     if not path.is_file():
-        raise ImportProblem(f"{path}: no such file; give the path of the downloaded .pth file")
+        raise OfficialCheckpointError(f"{path}: no such file; give the path of the downloaded .pth file")
     try:
         try:
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -39,13 +43,16 @@ def load_pth(path: str | Path) -> dict[str, Tensor]:
             data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).splitlines()[0][:160]
-        raise ImportProblem(f"{path}: not a readable weights-only checkpoint ({reason}); download it again") from error
+        raise OfficialCheckpointError(
+            f"{path}: not a readable weights-only checkpoint ({reason}); download it again"
+        ) from error
     for key in ("trainer", "car_wo_ddp", "var_wo_ddp", "vae_local", "state_dict", "model"):
         if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
             data = data[key]
-    tensors = {str(k).removeprefix("module."): v for k, v in data.items() if isinstance(v, Tensor)} if isinstance(data, Mapping) else {}
+    items = data.items() if isinstance(data, Mapping) else ()
+    tensors = {str(k).removeprefix("module."): v for k, v in items if isinstance(v, Tensor)}
     if not tensors:
-        raise ImportProblem(f"{path}: holds no tensors by name; give an official vae, var or car .pth file")
+        raise OfficialCheckpointError(f"{path}: holds no tensors by name; give an official vae, var or car .pth file")
     return tensors
 
 
@@ -90,7 +97,9 @@ _RENAMES = [
 
 def _shape(tensors: Mapping[str, Tensor], name: str, file: str) -> tuple[int, ...]:
     if name not in tensors:
-        raise ImportProblem(f"{file} has no tensor {name!r}; is it an official {file.split()[0]} checkpoint?")
+        raise OfficialCheckpointError(
+            f"{file} has no tensor {name!r}; is it an official {file.split()[0]} checkpoint?"
+        )
     return tuple(tensors[name].shape)
 
 
@@ -100,14 +109,19 @@ def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
 
 
 def infer_vqvae(vae: Mapping[str, Tensor], sides: tuple[int, ...] | None) -> VQVAEConfig:
-    """Config of a tokenizer checkpoint. Sides come from the argument, else from the number of scales it counted codes for."""
+    """Config of a tokenizer checkpoint.
+
+    Sides come from the argument, else from the number of scales it counted codes for.
+    """
     file = "vae checkpoint"
     vocab, Z = _shape(vae, "quantize.embedding.weight", file)
     channels = _shape(vae, "encoder.conv_in.weight", file)[0]
     levels = _count(vae, r"encoder\.down\.(\d+)\.")
     widths = [_shape(vae, f"encoder.down.{i}.block.0.conv1.weight", file)[0] for i in range(levels)]
     if any(w % channels for w in widths):
-        raise ImportProblem(f"{file}: level widths {widths} are no multiples of {channels}; this is not a VQGAN tokenizer")
+        raise OfficialCheckpointError(
+            f"{file}: level widths {widths} are no multiples of {channels}; this is not a VQGAN tokenizer"
+        )
     return VQVAEConfig(
         sides=sides or SIDES_256,
         vocab=vocab,
@@ -120,12 +134,15 @@ def infer_vqvae(vae: Mapping[str, Tensor], sides: tuple[int, ...] | None) -> VQV
 
 
 def infer_sides(var: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """The official sides whose tokens a transformer has positions for; ImportProblem when it is neither list."""
+    """The official sides whose tokens a transformer has positions for.
+
+    OfficialCheckpointError when it is neither list.
+    """
     tokens, scales = _shape(var, "pos_1LC", "var checkpoint")[1], _shape(var, "lvl_embed.weight", "var checkpoint")[0]
     for sides in (SIDES_256, SIDES_512):
         if len(sides) == scales and sum(s * s for s in sides) == tokens:
             return sides
-    raise ImportProblem(
+    raise OfficialCheckpointError(
         f"var checkpoint: {scales} scales with {tokens} tokens are neither the official 256 nor 512 pixel sides; "
         "name the sides, e.g. --sides 1,2,3,4"
     )
@@ -151,7 +168,9 @@ def infer_car(car: Mapping[str, Tensor], control_type: str, patch: int) -> CARCo
     widths += [_shape(car, f"car_control_convs.blocks.{i}.weight", file)[0] for i in range(1, steps, 2)]
     halvings = patch.bit_length() - 1
     if len(widths) - 1 < halvings:
-        raise ImportProblem(f"{file}: {len(widths) - 1} strided convolutions can't shrink by {patch}; is it for another tokenizer?")
+        raise OfficialCheckpointError(
+            f"{file}: {len(widths) - 1} strided convolutions can't shrink by {patch}; is it for another tokenizer?"
+        )
     strides = (2,) * halvings + (1,) * (len(widths) - 1 - halvings)
     return CARConfig(control_type=control_type, encoder_widths=tuple(widths), encoder_strides=strides)
 
@@ -164,14 +183,15 @@ def build_model(
     sides: tuple[int, ...] | None = None,
     class_names: tuple[str, ...] | None = None,
 ) -> Model:
-    """A model from official state dicts. The car file may hold its base too (`var` is then not needed); tensors are shared, not copied.
+    """A model from official state dicts; tensors are shared, not copied.
 
-    Raises ImportProblem that lists every missing, unexpected and misshapen tensor.
+    The car file may hold its base too (`var` is then not needed).
+    Raises OfficialCheckpointError that lists every missing, unexpected and misshapen tensor.
     """
     if car is not None and var is None and "pos_1LC" in car:
         var = car
     if car is not None and var is None:
-        raise ImportProblem("a control branch needs its base; give the var checkpoint too (--var)")
+        raise OfficialCheckpointError("a control branch needs its base; give the var checkpoint too (--var)")
     sides = sides or (infer_sides(var) if var is not None else None)
     vqvae_config = infer_vqvae(vae, sides)
     config = ModelConfig(
@@ -186,7 +206,9 @@ def build_model(
     if var is not None:
         sources["var"] = {k: v for k, v in var.items() if not k.startswith("car_")}
     if car is not None:
-        sources["car"] = {k: v for k, v in car.items() if k.startswith("car_") or var is not car and k not in (var or {})}
+        sources["car"] = {
+            k: v for k, v in car.items() if k.startswith("car_") or (var is not car and k not in (var or {}))
+        }
     _assign(model, sources)
     return model
 
@@ -210,15 +232,19 @@ def _assign(model: Model, sources: dict[str, dict[str, Tensor]]) -> None:
         # Broadcast axes of length 1 (pos_1LC, scale_mul_1H11, ada_gss) carry no information: ours have none.
         squeezed = tuple(s for s in value.shape if s != 1) == tuple(s for s in parameter.shape if s != 1)
         if value.numel() != parameter.numel() or not squeezed:
-            problems.append(f"misshapen in {source}: {theirs} is {list(value.shape)}, expected {list(parameter.shape)}")
+            problems.append(
+                f"misshapen in {source}: {theirs} is {list(value.shape)}, expected {list(parameter.shape)}"
+            )
             continue
         state[name] = value.reshape(parameter.shape)
     for source, tensors_by_name in sources.items():
         names = (n for n in tensors_by_name if (source, n) not in used and not _BUFFERS.match(n))
         problems += [f"unexpected in {source}: {n} {list(tensors_by_name[n].shape)}" for n in names]
     if problems:
-        raise ImportProblem(
-            f"{len(problems)} tensors don't fit:\n  " + "\n  ".join(problems) + "\ngive matching vae, var and car files (same depth and release)"
+        raise OfficialCheckpointError(
+            f"{len(problems)} tensors don't fit:\n  "
+            + "\n  ".join(problems)
+            + "\ngive matching vae, var and car files (same depth and release)"
         )
     model.load_state_dict(state, strict=False, assign=True)
     model.vqvae.quantizer.reset_buffers()

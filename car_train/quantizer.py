@@ -1,7 +1,8 @@
 """Multi-scale residual quantisation (VAR, arXiv 2404.02905, algorithms 1 and 2).
 
-A latent map is written as K token grids, coarse to fine. Every scale quantises what the coarser ones left over. "Area" and bicubic
-resizing are linear maps on each axis, so they are constant matrices here: the same arithmetic in training, in sampling and in the exported graphs.
+A latent map is written as K token grids, coarse to fine. Every scale quantises what the coarser ones left over.
+"Area" and bicubic resizing are linear maps on each axis, so they are constant matrices here: the same arithmetic in
+training, in sampling and in the exported graphs.
 
 Shapes: B pictures, Z latent channels, E edge of the latent, S edge of a scale, V vocabulary.
 """
@@ -45,7 +46,10 @@ class MultiScaleQuantizer(nn.Module):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """(Re)make the resize matrices, on the parameters' device: they follow from the config and are never saved."""
+        """(Re)make the resize matrices, on the parameters' device.
+
+        They follow from the config and are never saved.
+        """
         E = self.config.latent_size
         with torch.device("cpu"):
             for k, side in enumerate(self.config.sides):

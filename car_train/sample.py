@@ -1,4 +1,6 @@
-"""The reference loop: next-scale sampling in PyTorch (CAR algorithm 1, VAR section 3.2), and the sampling definition of the exported graphs.
+"""The reference loop: next-scale sampling in PyTorch (CAR algorithm 1, VAR section 3.2).
+
+It is also the sampling definition of the exported graphs.
 
 Randomness comes in as one uniform number per token, so that every backend draws the same picture from the same seed.
 """
@@ -23,8 +25,9 @@ TOP_P_OFF = 2.0
 
 
 def mix(logits_RNV: Tensor, t: Tensor | float, images: int) -> Tensor:
-    """Classifier-free guidance, (1 + t)·cond − t·uncond: the first `images` rows are conditional, the last ones are not.
+    """Classifier-free guidance, (1 + t)·cond − t·uncond.
 
+    The first `images` rows are conditional, the last ones are not.
     With as many rows as images both are the same rows, and guidance is off.
     """
     first = torch.arange(images, device=logits_RNV.device)
@@ -36,9 +39,12 @@ def mix(logits_RNV: Tensor, t: Tensor | float, images: int) -> Tensor:
 def draw(logits_NV: Tensor, uniforms_N: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """One categorical draw per row by inverse CDF, int64 [..., N].
 
-    logits: f32 [..., N, V]. uniforms: f32 [..., N] in [0, 1). top_k: int64 [1], 1…V (V keeps all). top_p: f32 [1]; `TOP_P_OFF` keeps all.
-    Kept are the logits not below the k-th largest and, of these, from the most probable downward, those before which less than top_p of the
-    probability has passed. Ties at a border stay together. Then the first token, in vocabulary order, whose running sum exceeds uniform × total.
+    logits: f32 [..., N, V]. uniforms: f32 [..., N] in [0, 1). top_k: int64 [1], 1…V (V keeps all). top_p: f32 [1];
+    `TOP_P_OFF` keeps all.
+
+    Kept are the logits not below the k-th largest and, of these, from the most probable downward, those before which
+    less than top_p of the probability has passed. Ties at a border stay together. Then the first token, in vocabulary
+    order, whose running sum exceeds uniform × total.
     """
     ranked = logits_NV.sort(dim=-1, descending=True).values
     kept = ranked >= ranked.index_select(-1, top_k - 1)
@@ -50,7 +56,10 @@ def draw(logits_NV: Tensor, uniforms_N: Tensor, top_k: Tensor, top_p: Tensor) ->
 
 
 def control_pyramid(control: Image.Image, sizes: Sequence[int]) -> list[Tensor]:
-    """A control picture at every scale's size, f32 [1, 3, s, s] in [-1, 1]; Pillow's default filter, as the published data loader."""
+    """A control picture at every scale's size, f32 [1, 3, s, s] in [-1, 1].
+
+    Pillow's default filter, as the published data loader.
+    """
     images = [np.asarray(control.convert("RGB").resize((s, s))) for s in sizes]
     return [torch.from_numpy(i.copy()).permute(2, 0, 1)[None].float() / 255 * 2 - 1 for i in images]
 
@@ -77,8 +86,8 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Generate: (tokens int64 [B, L], pixels f32 [B, 3, H, W] in [-1, 1]).
 
-    label: int64 [B] in 0…classes (`classes` is "no class"). uniforms: f32 [B, L] in [0, 1). controls as in `CAR.forward`.
-    top_k 0 and top_p 0 keep everything. `record` collects what went into and came out of every scale.
+    label: int64 [B] in 0…classes (`classes` is "no class"). uniforms: f32 [B, L] in [0, 1). controls as in
+    `CAR.forward`. top_k 0 and top_p 0 keep everything. `record` collects what went into and came out of every scale.
     """
     quantizer, base = vqvae.quantizer, model.base
     config, B = vqvae.config, label_B.shape[0]

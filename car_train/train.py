@@ -1,6 +1,7 @@
-"""One training loop, three stages: tokenizer (VQVAE), base (VAR), control branch (CAR). A stage says what is trained and what its loss is.
+"""One training loop, three stages: tokenizer (VQVAE), base (VAR), control branch (CAR).
 
-Everything random follows from the seed: order of pictures, augmentation, dropout. A run continues from its newest checkpoint.
+A stage says what is trained and what its loss is. Everything random follows from the seed: order of pictures,
+augmentation, dropout. A run continues from its newest checkpoint.
 """
 
 from __future__ import annotations
@@ -125,7 +126,10 @@ class VQVAEStage(Stage):
 
 
 class TransformerStage(Stage):
-    """Next-scale cross-entropy (VAR eq. 6) averaged over all L tokens; with a branch, that of CAR (eq. 7) on a frozen base."""
+    """Next-scale cross-entropy (VAR eq. 6) averaged over all L tokens.
+
+    With a branch, that of CAR (eq. 7) on a frozen base.
+    """
 
     def __init__(self, model: Model):
         assert model.car is not None, "config.var"
@@ -137,7 +141,10 @@ class TransformerStage(Stage):
         if "control" not in batch:
             return None
         config, device = self.model.config.vqvae, batch["image"].device
-        pyramids = [control_pyramid(Image.fromarray(c.numpy()), [s * config.patch for s in config.sides]) for c in batch["control"].cpu()]
+        pyramids = [
+            control_pyramid(Image.fromarray(c.numpy()), [s * config.patch for s in config.sides])
+            for c in batch["control"].cpu()
+        ]
         return [torch.cat(scale).to(device) for scale in zip(*pyramids, strict=True)]
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -159,7 +166,16 @@ class TransformerStage(Stage):
         config, B = self.model.config.vqvae, len(batch["image"])
         uniforms = torch.rand(B, config.tokens, generator=torch.Generator().manual_seed(0)).to(batch["image"].device)
         controls = self._controls(batch)
-        _, drawn = sample(self.model.vqvae, self.car, batch["label"], uniforms, controls, cfg=2.0, top_k=config.vocab // 4, top_p=0.9)
+        _, drawn = sample(
+            self.model.vqvae,
+            self.car,
+            batch["label"],
+            uniforms,
+            controls,
+            cfg=2.0,
+            top_k=config.vocab // 4,
+            top_p=0.9,
+        )
         return ([controls[-1]] if controls else []) + [drawn, batch["image"]]
 
 
@@ -177,7 +193,9 @@ def add_var(model: Model, config: VARConfig, class_names: tuple[str, ...]) -> Mo
 def add_branch(model: Model, config: CARConfig) -> Model:
     """A model with a trained base and a new branch, initialised from it. A branch that was there is left out."""
     assert model.car is not None, "add_branch needs a base"
-    grown = Model(ModelConfig(vqvae=model.config.vqvae, var=model.config.var, car=config, class_names=model.config.class_names))
+    grown = Model(
+        ModelConfig(vqvae=model.config.vqvae, var=model.config.var, car=config, class_names=model.config.class_names)
+    )
     assert grown.car is not None
     assert grown.car.branch is not None
     grown.vqvae, grown.car.base = model.vqvae, model.car.base
@@ -196,7 +214,8 @@ def learning_rate(step: int, options: TrainOptions) -> float:
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices and kernels decay; biases, norms, embeddings, positions, temperatures and the codebook don't."""
     exempt = ("embedding", "pos_", "level_", "log_scale", "ada_offset")
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, p in module.named_parameters():
         (free if p.ndim < 2 or any(word in name for word in exempt) else decayed).append(p)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
@@ -210,22 +229,30 @@ class Trainer:
         if options.threads:
             torch.set_num_threads(options.threads)
         size = stage.model.config.vqvae.image_size
-        common: dict[str, Any] = {"control_type": stage.control_type, "control_root": options.control_root, "seed": options.seed}
+        common: dict[str, Any] = {
+            "control_type": stage.control_type,
+            "control_root": options.control_root,
+            "seed": options.seed,
+        }
         self.data = ControlledImages(options.data, size, split="train", augment=options.augment, **common)
         self.val = ControlledImages(options.data, size, split="val", **common)
         self._check_classes()
         stage.model.to(self.device)
         if options.channels_last:
-            stage.model.to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.AdamW(parameter_groups(stage.trainable, options.weight_decay), lr=options.lr, betas=(0.9, 0.95))
+            # torch's stubs leave out the overload with a memory format alone.
+            stage.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(stage.trainable, options.weight_decay), lr=options.lr, betas=(0.9, 0.95)
+        )
         self.step = 0
 
     def _check_classes(self) -> None:
         names, config = self.data.class_names, self.stage.model.config
         if config.var is not None and config.class_names is not None and tuple(names) != config.class_names:
             raise ConfigError(
-                f"{self.options.data} has classes {names[:3]}… ({len(names)}), the model {list(config.class_names[:3])}… "
-                f"({len(config.class_names)}); train on the data set of the base"
+                f"{self.options.data} has classes {names[:3]}… ({len(names)}), "
+                f"the model {list(config.class_names[:3])}… ({len(config.class_names)}); "
+                "train on the data set of the base"
             )
 
     def resume(self) -> None:
@@ -233,7 +260,9 @@ class Trainer:
         path = checkpoint.locate(self.options.output)
         loaded, state = checkpoint.load(path), checkpoint.load_trainer(path)
         if loaded.config != self.stage.model.config:
-            raise checkpoint.CheckpointError(f"{path}: was trained with another config; give the same model options, or another output folder")
+            raise checkpoint.CheckpointError(
+                f"{path}: was trained with another config; give the same model options, or another output folder"
+            )
         mine = checkpoint.parts(self.stage.model)
         for name, module in checkpoint.parts(loaded).items():
             mine[name].load_state_dict(module.state_dict())
@@ -252,10 +281,14 @@ class Trainer:
         """Batches from the current step on: epoch after epoch in an order that (seed, epoch) decides."""
         per_epoch = len(self.data) // self.options.batch
         if per_epoch == 0:
-            raise ConfigError(f"batch is {self.options.batch}, but there are {len(self.data)} training pictures; make it smaller")
+            raise ConfigError(
+                f"batch is {self.options.batch}, but there are {len(self.data)} training pictures; make it smaller"
+            )
         epoch, skip = divmod(self.step, per_epoch)
         while True:
-            order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(self.options.seed * 100_003 + epoch)).tolist()
+            order = torch.randperm(
+                len(self.data), generator=torch.Generator().manual_seed(self.options.seed * 100_003 + epoch)
+            ).tolist()
             self.data.set_epoch(epoch)
             groups = [order[i * self.options.batch : (i + 1) * self.options.batch] for i in range(skip, per_epoch)]
             yield from DataLoader(self.data, batch_sampler=groups, num_workers=self.options.workers)
@@ -310,10 +343,14 @@ class Trainer:
                     stage.trainable.eval()
                     record |= self.validate()
                     stage.trainable.train()
-                    tqdm.write(f"step {self.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in record.items()), file=sys.stderr)
+                    tqdm.write(
+                        f"step {self.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in record.items()), file=sys.stderr
+                    )
                 if done or self.step % options.save_every == 0:
                     path = self.save()
-                log.write(json.dumps({"step": self.step, "seconds": round(time.monotonic() - began, 2), **record}) + "\n")
+                log.write(
+                    json.dumps({"step": self.step, "seconds": round(time.monotonic() - began, 2), **record}) + "\n"
+                )
                 log.flush()
         return path
 

@@ -1,17 +1,18 @@
 """The VAR transformer (arXiv 2404.02905, section 3.3): next-scale prediction with AdaLN conditioning.
 
-Shapes: R rows (pictures, or twice as many with classifier-free guidance), N tokens of this call, T tokens seen (past and present), L tokens of a
-picture, C width, H heads, d = C/H, V vocabulary, Z latent channels, D depth, M = modulation rows.
+Shapes: R rows (pictures, or twice as many with classifier-free guidance), N tokens of this call, T tokens seen (past
+and present), L tokens of a picture, C width, H heads, d = C/H, V vocabulary, Z latent channels, D depth,
+M = modulation rows.
 
-Types: the residual stream, norms, softmax and logits are float32 whatever the weights are; matrix products run in the weights' type. In float32 all the
-casts vanish.
+Types: the residual stream, norms, softmax and logits are float32 whatever the weights are; matrix products run in the
+weights' type. In float32 all the casts vanish.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from typing import Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from .config import ModelConfig, VARConfig
 
 EPS = 1e-6
 MAX_LOG_SCALE = math.log(100)
+SomeModule = TypeVar("SomeModule", bound=nn.Module)
 
 
 class Cache(Protocol):
@@ -32,7 +34,10 @@ class Cache(Protocol):
 
 
 class KVCache:
-    """Keys and values of all scales, one preallocated token-major array per layer: the past is a prefix, a scale is a slot."""
+    """Keys and values of all scales, one preallocated token-major array per layer.
+
+    The past is a prefix, a scale is a slot.
+    """
 
     def __init__(self, layers: int, tokens: int, rows: int, heads: int, head_width: int, like: Tensor):
         shape = (layers, tokens, rows, heads, head_width)
@@ -48,6 +53,11 @@ class KVCache:
     def advance(self, tokens: int) -> None:
         """The scale is done in every layer: its slot becomes past."""
         self.start += tokens
+
+
+def module_list(modules: Iterable[SomeModule]) -> Sequence[SomeModule]:
+    """An `nn.ModuleList` whose elements keep their type for the type checker."""
+    return cast("Sequence[SomeModule]", nn.ModuleList(modules))
 
 
 def block_causal_mask(sides: Sequence[int], device: torch.device | None = None) -> Tensor:
@@ -142,7 +152,12 @@ class Block(nn.Module):
         return self.ada_linear(cond_RC).view(cond_RC.shape[0], 6, -1).float()
 
     def forward(
-        self, x_RNC: Tensor, modulation: Sequence[Tensor], cache: Cache | None = None, layer: int = 0, mask_NT: Tensor | None = None
+        self,
+        x_RNC: Tensor,
+        modulation: Sequence[Tensor],
+        cache: Cache | None = None,
+        layer: int = 0,
+        mask_NT: Tensor | None = None,
     ) -> Tensor:
         """x [R, N, C] f32 → [R, N, C] f32. `modulation`: the six f32 [R, 1, C] of `modulation()`."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
@@ -171,7 +186,7 @@ class VAR(nn.Module):
         self.level_KC = nn.Parameter(torch.zeros(len(self.sides), C))
         self.shared_ada_linear = nn.Linear(C, 6 * C) if config.var.shared_aln else None
         rates = [config.var.drop_path_rate * i / max(D - 1, 1) for i in range(D)]
-        self.blocks = nn.ModuleList(Block(config.var, rate) for rate in rates)
+        self.blocks = module_list(Block(config.var, rate) for rate in rates)
         self.head_ada_linear = nn.Linear(C, 2 * C)
         self.head = nn.Linear(C, config.vqvae.vocab)
         initialise(self)
@@ -189,8 +204,11 @@ class VAR(nn.Module):
         level = torch.cat([self.level_KC[k].expand(s * s, -1) for k, s in enumerate(self.sides)])
         return (self.pos_LC + level).float()
 
-    def modulations(self, label_R: Tensor, branch_blocks: Sequence[nn.Module] = ()) -> Tensor:
-        """AdaLN of all base blocks, all branch blocks and the head (scale, shift): f32 [R, M, C], M = 6·blocks + 2."""
+    def modulations(self, label_R: Tensor, branch_blocks: Sequence[Block] = ()) -> Tensor:
+        """AdaLN of all base blocks, all branch blocks and the head (scale, shift).
+
+        f32 [R, M, C], M = 6·blocks + 2.
+        """
         cond = F.silu(self.class_embedding(label_R))
         R = cond.shape[0]
         shared = self.shared_ada_linear(cond).view(R, 6, -1).float() if self.shared_ada_linear is not None else None
@@ -204,7 +222,10 @@ class VAR(nn.Module):
 
 @torch.no_grad()
 def initialise(var: VAR) -> None:
-    """The published initialisation: truncated normals of std √(1/(3C)), small head and AdaLN, residual projections ÷ √(2D)."""
+    """The published initialisation.
+
+    Truncated normals of std √(1/(3C)), small head and AdaLN, residual projections ÷ √(2D).
+    """
     C, D = var.config.C, var.config.depth
     std = math.sqrt(1 / (3 * C))
     for module in var.modules():

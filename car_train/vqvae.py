@@ -1,7 +1,7 @@
 """The tokenizer's CNN: the VQGAN encoder and decoder around the multi-scale quantizer (VAR section 3.2).
 
-Norms are computed in float32 whatever the convolutions' type is: in float16 the mean of squares over a whole map would lose its digits.
-Pixels are in [-1, 1], maps are [B, channels, H, W].
+Norms are computed in float32 whatever the convolutions' type is: in float16 the mean of squares over a whole map
+would lose its digits. Pixels are in [-1, 1], maps are [B, channels, H, W].
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class AttnBlock(nn.Module):
 class Middle(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.block_1, self.attn_1, self.block_2 = ResBlock(channels, channels), AttnBlock(channels), ResBlock(channels, channels)
+        self.block_1 = ResBlock(channels, channels)
+        self.attn_1 = AttnBlock(channels)
+        self.block_2 = ResBlock(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -87,7 +89,10 @@ class Up(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution (each followed by attention at the lowest), then maybe a change of resolution."""
+    """Residual blocks at one resolution, then maybe a change of resolution.
+
+    Each block is followed by attention at the lowest resolution.
+    """
 
     def __init__(self, inp: int, out: int, blocks: int, attention: bool, resample: nn.Module):
         super().__init__()
@@ -112,7 +117,13 @@ class Encoder(nn.Module):
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
         self.levels = nn.ModuleList(
-            Level(widths[max(i - 1, 0)] if i else config.channels, w, config.res_blocks, i == last, Down(w) if i < last else nn.Identity())
+            Level(
+                widths[max(i - 1, 0)] if i else config.channels,
+                w,
+                config.res_blocks,
+                i == last,
+                Down(w) if i < last else nn.Identity(),
+            )
             for i, w in enumerate(widths)
         )
         self.mid = Middle(widths[-1])
@@ -126,7 +137,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent [B, Z, h, w] → pixels [B, 3, h·f, w·f], not clamped. `levels[0]` is the finest, as in the published names."""
+    """Latent [B, Z, h, w] → pixels [B, 3, h·f, w·f], not clamped.
+
+    `levels[0]` is the finest, as in the published names.
+    """
 
     def __init__(self, config: VQVAEConfig):
         super().__init__()

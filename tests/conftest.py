@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden import Golden, save_official
 
 from car_export.cli import main as build_engines
 from car_train.model import Model
 from car_train.official import build_model
+from golden import Golden, save_official
 
 torch.set_num_threads(2)
 
@@ -49,7 +49,17 @@ def plans(
         if key not in built:
             files = official_files(golden)
             output = tmp_path_factory.mktemp("plans") / f"{golden.name}{'' if car else '-var'}.plan"
-            argv = ["--vae", files["vae"], "--var", files["var"], "--sides", ",".join(map(str, golden.sides)), "-o", output, *flags]
+            argv = [
+                "--vae",
+                files["vae"],
+                "--var",
+                files["var"],
+                "--sides",
+                ",".join(map(str, golden.sides)),
+                "-o",
+                output,
+                *flags,
+            ]
             argv += ["--car", files["car"], "--control-type", "canny"] if car else []
             assert build_engines([str(a) for a in argv]) == 0
             built[key] = output
@@ -66,7 +76,9 @@ def models() -> Callable[..., Model]:
     def model(golden: Golden, car: bool = True) -> Model:
         if (golden.name, car) not in made:
             parts = golden.state_dicts
-            made[golden.name, car] = build_model(parts["vae"], parts["var"], parts["car"] if car else None, sides=golden.sides)
+            made[golden.name, car] = build_model(
+                parts["vae"], parts["var"], parts["car"] if car else None, sides=golden.sides
+            )
         return made[golden.name, car]
 
     return model

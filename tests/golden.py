@@ -1,4 +1,7 @@
-"""The published model's golden numbers, and official-format checkpoints to reach them with (tests/data/reference/README.md)."""
+"""The published model's golden numbers, and official-format checkpoints to reach them with.
+
+See tests/data/reference/README.md.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,10 @@ def official_state_dicts(
 ) -> dict[str, dict[str, Tensor]]:
     """vae, var and car state dicts with the official names, of any size; values from `fill`, zeros for buffers."""
     C, L, K = 64 * depth, sum(s * s for s in patch_nums), len(patch_nums)
-    vae = {k: [K if n == 10 else V if n == 4096 else n * ch // 160 if n >= 160 else Cvae if n == 32 else n for n in s] for k, s in OFFICIAL_VAE.items()}
+    vae = {
+        k: [K if n == 10 else V if n == 4096 else n * ch // 160 if n >= 160 else Cvae if n == 32 else n for n in s]
+        for k, s in OFFICIAL_VAE.items()
+    }
     special = {
         "lvl_1L": [1, L],
         "attn_bias_for_masking": [1, 1, L, L],
@@ -82,7 +88,9 @@ def official_state_dicts(
 
 
 def _filled(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
-    return {k: torch.zeros(s) if k.endswith(BUFFERS) else torch.from_numpy(fill(k, tuple(s))) for k, s in shapes.items()}
+    return {
+        k: torch.zeros(s) if k.endswith(BUFFERS) else torch.from_numpy(fill(k, tuple(s))) for k, s in shapes.items()
+    }
 
 
 def save_official(state_dicts: dict[str, dict[str, Tensor]], folder: Path) -> dict[str, Path]:

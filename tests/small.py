@@ -10,7 +10,9 @@ from car_train.model import Model
 
 def small_config(control: bool = True) -> ModelConfig:
     return ModelConfig(
-        vqvae=VQVAEConfig(sides=(1, 2, 3, 5), vocab=48, latent_channels=8, channels=8, multipliers=(1, 2, 2), res_blocks=1, phis=3),
+        vqvae=VQVAEConfig(
+            sides=(1, 2, 3, 5), vocab=48, latent_channels=8, channels=8, multipliers=(1, 2, 2), res_blocks=1, phis=3
+        ),
         var=VARConfig(depth=3, width=48, heads=3, classes=5, shared_aln=True, mlp_ratio=2),
         car=CARConfig(control_type="sketch", encoder_widths=(8, 8, 16), encoder_strides=(2, 2)) if control else None,
         class_names=("ant", "bee", "cat", "dog", "eel"),
@@ -18,12 +20,15 @@ def small_config(control: bool = True) -> ModelConfig:
 
 
 def small_model(control: bool = True, spread: float = 1.0) -> Model:
-    """Random weights of ordinary size: the published initialisation starts heads and γ near zero, which would hide mistakes."""
+    """Random weights of ordinary size.
+
+    The published initialisation starts heads and γ near zero, which would hide mistakes.
+    """
     torch.manual_seed(7)
     model = Model(small_config(control)).requires_grad_(False).eval()
     for name, p in model.named_parameters():
         if p.ndim >= 2 and "embedding" not in name:
             p.normal_(std=spread / p[0].numel() ** 0.5)
-        elif name.endswith("bias") or p.ndim == 1 and "norm" not in name:
+        elif name.endswith("bias") or (p.ndim == 1 and "norm" not in name):
             p.add_(0.05 * torch.randn(p.shape))
     return model

@@ -16,7 +16,6 @@ import onnx
 import pytest
 import torch
 from PIL import Image
-from small import small_model
 
 import car_runtime
 from car_export import verify
@@ -25,6 +24,7 @@ from car_export.plan import ExportOptions, build_plan
 from car_runtime import manifest as schema
 from car_train import checkpoint
 from car_train.sample import control_pyramid, sample
+from small import small_model
 
 KINDS: dict[str, dict[str, Any]] = {
     "fp32": {"batches": (1, 2), "top_k": 0, "top_p": 0.0},
@@ -49,7 +49,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def build(kind: str) -> Path:
         if kind not in plans:
             output = tmp_path_factory.mktemp("plan") / f"{kind}.plan"
-            plans[kind] = build_plan(small_model(control=kind != "var"), ExportOptions(output=output, name="small", **KINDS[kind]))
+            plans[kind] = build_plan(
+                small_model(control=kind != "var"), ExportOptions(output=output, name="small", **KINDS[kind])
+            )
         return plans[kind]
 
     return build
@@ -100,7 +102,10 @@ def test_weights_lie_in_one_file_once(plan: Path) -> None:
 def test_fp16_keeps_norms_softmax_and_logits_in_float32(built: Callable[[str], Path]) -> None:
     plan = built("fp16")
     model = onnx.shape_inference.infer_shapes(onnx.load(plan / "step.00.b1.onnx", load_external_data=False))
-    types = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.input, *model.graph.output)}
+    types = {
+        v.name: v.type.tensor_type.elem_type
+        for v in (*model.graph.value_info, *model.graph.input, *model.graph.output)
+    }
     types |= {t.name: t.data_type for t in model.graph.initializer}
     by_op: dict[str, set[int]] = {}
     for node in model.graph.node:
@@ -109,7 +114,9 @@ def test_fp16_keeps_norms_softmax_and_logits_in_float32(built: Callable[[str], P
         assert by_op[op] == {onnx.TensorProto.FLOAT}, op
     assert onnx.TensorProto.FLOAT16 in by_op["MatMul"]
     assert onnx.TensorProto.FLOAT16 in by_op["Gelu"]
-    assert {p.dtype for p in schema.read_manifest(plan).graphs["step"].outputs if p.name.startswith("new_")} == {"float16"}
+    assert {p.dtype for p in schema.read_manifest(plan).graphs["step"].outputs if p.name.startswith("new_")} == {
+        "float16"
+    }
 
 
 def test_fp16_survives_a_residual_stream_ten_times_as_large(tmp_path: Path) -> None:
@@ -125,12 +132,17 @@ def test_fp16_survives_a_residual_stream_ten_times_as_large(tmp_path: Path) -> N
 
 
 def test_sampled_pictures_equal_the_reference_loop(built: Callable[[str], Path]) -> None:
-    """Not only greedy: the same seeds draw the same tokens in PyTorch and in the plan, with and without guidance, five in a batch."""
+    """Not only greedy: the same seeds draw the same tokens in PyTorch and in the plan.
+
+    With and without guidance, five in a batch.
+    """
     model = small_model()
     assert model.car is not None
     control = verify.scene(20, np.random.default_rng(3))
     pyramid = control_pyramid(Image.fromarray(control), [4, 8, 12, 20])
-    uniforms = torch.from_numpy(np.stack([np.random.default_rng(seed).random(L, dtype=np.float32) for seed in range(11, 16)]))
+    uniforms = torch.from_numpy(
+        np.stack([np.random.default_rng(seed).random(L, dtype=np.float32) for seed in range(11, 16)])
+    )
     with car_runtime.open_plan(built("fp32")) as opened:
         for cfg, top_k, top_p in ((3.0, 20, 0.9), (0.0, 0, 0.0), (1.5, 0, 0.7)):
             expected, _ = sample(model.vqvae, model.car, torch.full((5,), 2), uniforms, pyramid, cfg, top_k, top_p)
@@ -151,7 +163,9 @@ def test_known_tokens_are_kept_and_the_rest_follows_them(built: Callable[[str], 
         assert again.shape == (1, L)
 
 
-def test_command_line_builds_and_verifies_again(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_builds_and_verifies_again(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     argv = [str(saved), "-o", str(tmp_path / "c.plan"), "--weights", "fp16"]
     assert build_engines(argv) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "c.plan")
@@ -194,7 +208,12 @@ def test_a_plan_can_be_moved(built: Callable[[str], Path], tmp_path: Path) -> No
     ],
 )
 def test_bad_requests_are_one_line_with_a_remedy(
-    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
+    saved: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    words: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("FILE.plan").write_text("not a plan")
@@ -211,7 +230,11 @@ def test_the_script_runs_from_a_bare_checkout(saved: Path, tmp_path: Path) -> No
     script = Path(__file__).parent.parent / "export" / "build_engines.py"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, str(script), str(saved), "-o", "bare.plan"], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, str(script), str(saved), "-o", "bare.plan"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "bare.plan" / "manifest.json").read_text())["name"] == "bare"

@@ -9,19 +9,22 @@ from typing import Protocol
 import numpy as np
 import pytest
 import torch
-from golden import Golden
 from PIL import Image
 
 import car_runtime
 from car_train.model import Model
 from car_train.sample import Recording, control_pyramid, sample
 from car_train.vqvae import join_tokens, split_tokens
+from golden import Golden
 
 CFG = 4.0
 LOGITS = 2e-4
 """Relative to the largest logit: float32 sums in another order."""
 PIXELS = 2e-3
-"""Of a picture in [0, 1], over the 2^-12 to which the golden pictures are stored and, for a plan, half of a level of 255."""
+"""Of a picture in [0, 1], over the 2^-12 to which the golden pictures are stored.
+
+For a plan, over half of a level of 255 too.
+"""
 
 
 class Engine(Protocol):
@@ -54,7 +57,10 @@ class Exported:
     def greedy(self, golden: Golden, control: bool) -> tuple[np.ndarray, np.ndarray]:
         with car_runtime.open_plan(self.paths[control], backend="ort-cpu") as plan:
             picture = golden["control_png"] if control else None
-            results = [plan.generate(picture, label=int(label), seed=5, cfg=CFG, top_k=1, top_p=0) for label in golden["label"]]
+            results = [
+                plan.generate(picture, label=int(label), seed=5, cfg=CFG, top_k=1, top_p=0)
+                for label in golden["label"]
+            ]
         tokens = np.concatenate([r.tokens for r in results])
         return tokens, np.concatenate([r.images for r in results]).transpose(0, 3, 1, 2) / 255
 
@@ -86,7 +92,8 @@ def test_greedy_tokens_are_equal_and_the_picture_is_close(engine: Engine, golden
 
 
 def test_encoded_tokens_are_equal(golden: Golden, models: Callable[..., Model]) -> None:
-    # PyTorch only: the golden picture is noise in float32, a plan's encoder takes uint8 (test_export.py compares the two).
+    # PyTorch only: the golden picture is noise in float32, a plan's encoder takes uint8
+    # (test_export.py compares the two).
     with torch.no_grad():
         tokens = join_tokens(models(golden).vqvae.encode(torch.from_numpy(golden["image"])))
     np.testing.assert_array_equal(tokens.numpy(), golden["image_tokens"])
@@ -105,9 +112,14 @@ def test_guided_logits_of_a_greedy_run(golden: Golden, models: Callable[..., Mod
 def test_teacher_forced_logits(tiny: Golden, models: Callable[..., Model], control: bool) -> None:
     model = models(tiny)
     assert model.car is not None
-    controls = [torch.from_numpy(tiny[f"control_{k}"]).permute(2, 0, 1)[None].float() / 255 * 2 - 1 for k in range(len(tiny.sides))]
+    controls = [
+        torch.from_numpy(tiny[f"control_{k}"]).permute(2, 0, 1)[None].float() / 255 * 2 - 1
+        for k in range(len(tiny.sides))
+    ]
     with torch.no_grad():
-        _, inputs = model.vqvae.quantizer.decode(split_tokens(torch.from_numpy(tiny["image_tokens"]).long(), tiny.sides))
+        _, inputs = model.vqvae.quantizer.decode(
+            split_tokens(torch.from_numpy(tiny["image_tokens"]).long(), tiny.sides)
+        )
         logits = model.car(torch.from_numpy(tiny["label"]), inputs, controls if control else None).numpy()
     assert_close(logits, tiny[f"{'car' if control else 'var'}_teacher_logits"])
 
@@ -115,7 +127,9 @@ def test_teacher_forced_logits(tiny: Golden, models: Callable[..., Model], contr
 def test_reconstruction_and_teacher_input(golden: Golden, models: Callable[..., Model]) -> None:
     model = models(golden)
     with torch.no_grad():
-        f_hat, inputs = model.vqvae.quantizer.decode(split_tokens(torch.from_numpy(golden["image_tokens"]).long(), golden.sides))
+        f_hat, inputs = model.vqvae.quantizer.decode(
+            split_tokens(torch.from_numpy(golden["image_tokens"]).long(), golden.sides)
+        )
         recon = model.vqvae.decode_latent(f_hat).numpy()
     assert_close(inputs.numpy(), golden["teacher_input"])
     assert np.abs(recon - golden["recon"].astype(np.float32)).max() <= 2 * (PIXELS + 2**-12)  # a range of 2, [-1, 1]

@@ -1,4 +1,7 @@
-"""Importing the published checkpoints: their config is inferred, and whatever doesn't fit is refused, all of it at once."""
+"""Importing the published checkpoints.
+
+Their config is inferred, and whatever doesn't fit is refused, all of it at once.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden import OFFICIAL_D16, OFFICIAL_VAE, Golden, official_state_dicts, save_official
 
 from car_train import checkpoint
 from car_train.cli import main
 from car_train.config import SIDES_256, VQVAEConfig
-from car_train.official import ImportProblem, build_model, load_pth
+from car_train.official import OfficialCheckpointError, build_model, load_pth
+from golden import OFFICIAL_D16, OFFICIAL_VAE, Golden, official_state_dicts, save_official
 
 
 def dicts(**changes: object) -> dict[str, dict[str, torch.Tensor]]:
-    config: dict[str, object] = {"V": 64, "Cvae": 32, "ch": 32, "depth": 2, "num_classes": 10, "patch_nums": [1, 2, 3, 4]}
+    config: dict[str, object] = {
+        "V": 64,
+        "Cvae": 32,
+        "ch": 32,
+        "depth": 2,
+        "num_classes": 10,
+        "patch_nums": [1, 2, 3, 4],
+    }
     return official_state_dicts(**(config | changes))  # type: ignore[arg-type]
 
 
@@ -27,10 +37,21 @@ def test_the_official_names_and_shapes_of_d16_fit_exactly() -> None:
     with torch.device("meta"):
         vae = {k: torch.empty(s) for k, s in OFFICIAL_VAE.items()}
         both = {k: torch.empty(s) for k, s in OFFICIAL_D16.items()}
-    model = build_model(vae, {k: v for k, v in both.items() if not k.startswith("car_")}, {k: v for k, v in both.items() if k.startswith("car_")}, "depth")
+    model = build_model(
+        vae,
+        {k: v for k, v in both.items() if not k.startswith("car_")},
+        {k: v for k, v in both.items() if k.startswith("car_")},
+        "depth",
+    )
     config = model.config
     assert config.vqvae == VQVAEConfig()
-    assert (config.var.depth, config.var.C, config.var.H, config.var.classes, config.var.shared_aln) == (16, 1024, 16, 1000, False)
+    assert (config.var.depth, config.var.C, config.var.H, config.var.classes, config.var.shared_aln) == (
+        16,
+        1024,
+        16,
+        1000,
+        False,
+    )
     assert config.car.encoder_widths == (64, 128, 256, 512, 1024)
     assert config.vqvae.sides == SIDES_256
 
@@ -49,7 +70,7 @@ def test_config_is_inferred_with_shared_aln() -> None:
 
 def test_sides_that_are_not_official_must_be_named() -> None:
     parts = dicts()
-    with pytest.raises(ImportProblem, match="--sides 1,2,3,4"):
+    with pytest.raises(OfficialCheckpointError, match="--sides 1,2,3,4"):
         build_model(parts["vae"], parts["var"])
 
 
@@ -59,7 +80,7 @@ def test_everything_wrong_is_listed_at_once() -> None:
     parts["var"]["surprise"] = torch.zeros(3)
     parts["vae"]["post_quant_conv.bias"] = torch.zeros(5)
     parts["car"]["car_skip_norm.7.weight"] = torch.zeros(1)
-    with pytest.raises(ImportProblem) as caught:
+    with pytest.raises(OfficialCheckpointError) as caught:
         build_model(parts["vae"], parts["var"], parts["car"], sides=(1, 2, 3, 4))
     text = str(caught.value)
     assert text.startswith("4 tensors don't fit")
@@ -75,7 +96,9 @@ def test_everything_wrong_is_listed_at_once() -> None:
 def test_a_transposed_tensor_is_misshapen() -> None:
     parts = dicts()
     parts["var"]["word_embed.weight"] = parts["var"]["word_embed.weight"].T.contiguous()
-    with pytest.raises(ImportProblem, match=r"misshapen in var: word_embed.weight is \[32, 128\], expected \[128, 32\]"):
+    with pytest.raises(
+        OfficialCheckpointError, match=r"misshapen in var: word_embed.weight is \[32, 128\], expected \[128, 32\]"
+    ):
         build_model(parts["vae"], parts["var"], sides=(1, 2, 3, 4))
 
 
@@ -87,7 +110,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
     (tmp_path / "evil.pth").write_bytes(pickle.dumps({"a": Evil()}))
     torch.save({"a": Evil()}, tmp_path / "evil2.pth")
     for name in ("evil.pth", "evil2.pth"):
-        with pytest.raises(ImportProblem, match="not a readable weights-only checkpoint"):
+        with pytest.raises(OfficialCheckpointError, match="not a readable weights-only checkpoint"):
             load_pth(tmp_path / name)
     assert not (tmp_path / "ran").exists()
 
@@ -97,11 +120,18 @@ def test_training_containers_are_unwrapped(tmp_path: Path) -> None:
     assert set(load_pth(tmp_path / "t.pth")) == {"a"}
 
 
-def test_import_writes_a_checkpoint_that_gives_the_golden_tokens(tiny: Golden, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_import_writes_a_checkpoint_that_gives_the_golden_tokens(
+    tiny: Golden, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = save_official(tiny.state_dicts, tmp_path)
     argv = ["import", "--vae", str(files["vae"]), "--var", str(files["var"]), "--car", str(files["car"])]
     assert main([*argv, "--control-type", "depth", "--sides", "1,2,3,4", "-o", str(tmp_path / "ck")]) == 0
-    assert sorted(p.name for p in (tmp_path / "ck").iterdir()) == ["car.safetensors", "config.json", "var.safetensors", "vqvae.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "ck").iterdir()) == [
+        "car.safetensors",
+        "config.json",
+        "var.safetensors",
+        "vqvae.safetensors",
+    ]
     model = checkpoint.load(tmp_path / "ck")
     assert model.config.car is not None
     assert model.config.car.control_type == "depth"
@@ -119,7 +149,9 @@ def test_import_writes_a_checkpoint_that_gives_the_golden_tokens(tiny: Golden, t
         (["sample", "nowhere"], "no checkpoint there"),
     ],
 )
-def test_bad_requests_are_one_line_with_a_remedy(argv: list[str], words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_requests_are_one_line_with_a_remedy(
+    argv: list[str], words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(argv) == 2
     error = capsys.readouterr().err
@@ -132,10 +164,10 @@ def test_a_damaged_checkpoint_says_which_file(tmp_path: Path, tiny: Golden) -> N
     path = checkpoint.save(build_model(parts["vae"], parts["var"], sides=tiny.sides), tmp_path / "ck")
     data = (path / "var.safetensors").read_bytes()
     (path / "var.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(checkpoint.CheckpointError, match="var.safetensors: doesn't fit"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"var\.safetensors: doesn't fit"):
         checkpoint.load(path)
     (path / "var.safetensors").unlink()
-    with pytest.raises(checkpoint.CheckpointError, match="var.safetensors: missing"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"var\.safetensors: missing"):
         checkpoint.load(path)
     config = json.loads((path / "config.json").read_text())
     config["vqvae"]["sides"] = [3, 2, 1]

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+
 from runtime_fixtures import NAMES, SIZE, build_plan
 
 ROOT = Path(__file__).resolve().parent.parent

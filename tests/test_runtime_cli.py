@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from runtime_fixtures import NAMES, SIDES, SIZE, L, build_plan
 
 from car_runtime import __version__, open_plan
 from car_runtime import plan as plan_module
 from car_runtime.cli import main
+from runtime_fixtures import NAMES, SIDES, SIZE, L, build_plan
 
 RUNTIME = Path(__file__).parent.parent / "runtime"
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runtime_fixtures import build_plan
 
 from car_runtime.errors import PlanError
 from car_runtime.manifest import (
@@ -27,6 +26,7 @@ from car_runtime.manifest import (
     verify_files,
     write_manifest,
 )
+from runtime_fixtures import build_plan
 
 RUNTIME = Path(__file__).parent.parent / "runtime"
 

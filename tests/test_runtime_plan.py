@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from runtime_fixtures import CLASSES, NAMES, SIDES, SIZE, L, V, Z, build_plan, generate, picture
 
 import car_runtime.plan as plan_module
 from car_runtime import ImageError, PlanError, RequestError, RunError, open_plan
@@ -19,6 +18,7 @@ from car_runtime.backends import Buffer, open_backend
 from car_runtime.images import control_pyramid, load_image
 from car_runtime.manifest import Manifest, read_manifest
 from car_runtime.plan import Plan
+from runtime_fixtures import CLASSES, NAMES, SIDES, SIZE, L, V, Z, build_plan, generate, picture
 
 CONTROL = np.random.default_rng(1).integers(0, 256, (40, 50, 3), np.uint8)
 OTHER_CONTROL = 255 - CONTROL

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runtime_fixtures import CLASSES, SIDES, L, V, build_plan
 
 from car_runtime.errors import RequestError
 from car_runtime.manifest import Manifest, read_manifest
 from car_runtime.sampling import known_mask_of, resolve, resolve_label, uniforms
+from runtime_fixtures import CLASSES, SIDES, L, V, build_plan
 
 
 @pytest.fixture(scope="module")

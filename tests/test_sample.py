@@ -31,14 +31,23 @@ def oracle(logits: np.ndarray, uniform: float, top_k: int, top_p: float) -> tupl
 
 
 def torch_draw(logits: np.ndarray, uniform: float, top_k: int, top_p: float) -> int:
-    return int(draw(torch.from_numpy(logits)[None], torch.tensor([uniform]), torch.tensor([top_k]), torch.tensor([top_p]))[0])
+    return int(
+        draw(torch.from_numpy(logits)[None], torch.tensor([uniform]), torch.tensor([top_k]), torch.tensor([top_p]))[0]
+    )
 
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.integers(0, 2**32 - 1), st.integers(2, 60), st.floats(0, 0.999), st.floats(0.01, 1.2), st.floats(0.1, 8), st.data()
+    st.integers(0, 2**32 - 1),
+    st.integers(2, 60),
+    st.floats(0, 0.999),
+    st.floats(0.01, 1.2),
+    st.floats(0.1, 8),
+    st.data(),
 )
-def test_draw_equals_the_oracle(seed: int, V: int, uniform: float, top_p: float, spread: float, data: st.DataObject) -> None:
+def test_draw_equals_the_oracle(
+    seed: int, V: int, uniform: float, top_p: float, spread: float, data: st.DataObject
+) -> None:
     top_k = data.draw(st.integers(1, V))
     logits = (np.random.default_rng(seed).standard_normal(V) * spread).astype(np.float32)
     token, kept = oracle(logits.astype(np.float64), uniform, top_k, top_p)
@@ -63,7 +72,7 @@ def test_top_k_one_is_the_best_token_whatever_the_uniform_number() -> None:
 
 
 def test_top_p_always_keeps_the_best_token() -> None:
-    assert torch_draw(np.zeros(3, np.float32) + [5, 0, 0], 0.99, 3, 1e-6) == 0
+    assert torch_draw(np.array([5, 0, 0], np.float32), 0.99, 3, 1e-6) == 0
 
 
 def test_the_largest_uniform_number_never_falls_off_the_end() -> None:

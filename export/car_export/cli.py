@@ -14,30 +14,42 @@ from car_train.cli import add_official_arguments, integers, load_official
 from car_train.config import ConfigError
 from car_train.model import Model
 
-from .plan import ExportOptions, ExportProblem, build_plan, reference_model
+from .plan import ExportError, ExportOptions, build_plan, reference_model
 from .verify import VerificationError, verify_plan
 
 EXAMPLES = """examples:
   python export/build_engines.py runs/car -o emoji.plan --weights fp16
-  python export/build_engines.py --vae vae_ch160v4096z32.pth --var var_d16.pth --car car_depth_d16.pth --control-type depth -o d16.plan
-  python export/build_engines.py runs/car -o emoji.plan --verify      compare an existing plan with its checkpoint once more
+  python export/build_engines.py --vae vae_ch160v4096z32.pth --var var_d16.pth --car car_depth_d16.pth \\
+      --control-type depth -o d16.plan
+  python export/build_engines.py runs/car -o emoji.plan --verify  # compare an existing plan with its checkpoint again
 """
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="build_engines.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="build_engines.py",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", type=Path, nargs="?", help="checkpoint or run of car_train (else: --vae --var [--car])")
+    parser.add_argument(
+        "checkpoint", type=Path, nargs="?", help="checkpoint or run of car_train (else: --vae --var [--car])"
+    )
     add_official_arguments(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, help="the plan to write, NAME.plan")
     parser.add_argument("--name", help="the model's name in the manifest (default: that of the plan)")
     parser.add_argument("--precision", choices=["fp32", "fp16"], default="fp32", help="compute type (default: fp32)")
-    parser.add_argument("--weights", choices=["fp32", "fp16"], default="fp32", help="storage type for fp32 compute (default: fp32)")
-    parser.add_argument("--batch", type=integers, default=(1,), help="batch sizes that get static steps, e.g. 1,4 (default: 1)")
+    parser.add_argument(
+        "--weights", choices=["fp32", "fp16"], default="fp32", help="storage type for fp32 compute (default: fp32)"
+    )
+    parser.add_argument(
+        "--batch", type=integers, default=(1,), help="batch sizes that get static steps, e.g. 1,4 (default: 1)"
+    )
     parser.add_argument("--cfg", type=float, default=4.0, help="default guidance of the plan (default: 4)")
     parser.add_argument("--top-k", type=int, default=900, help="default top-k of the plan, 0 = off (default: 900)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="default top-p of the plan, 0 = off (default: 0.95)")
+    parser.add_argument(
+        "--top-p", type=float, default=0.95, help="default top-p of the plan, 0 = off (default: 0.95)"
+    )
     parser.add_argument("--class-names", type=Path, help="text file with one class name per line")
     parser.add_argument("--verify", action="store_true", help="don't build: compare the existing plan with the model")
     return parser.parse_args(argv)
@@ -46,7 +58,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def load_model(args: argparse.Namespace) -> tuple[Model, dict[str, str]]:
     """The model and where it came from."""
     if (args.checkpoint is None) == (args.vae is None):
-        raise ConfigError("give either a checkpoint of car_train, or --vae and --var (and --car) with the published files")
+        raise ConfigError(
+            "give either a checkpoint of car_train, or --vae and --var (and --car) with the published files"
+        )
     if args.checkpoint is not None:
         hashes = checkpoint.fingerprint(args.checkpoint)
         return checkpoint.load(args.checkpoint), {f"sha256 {name}": digest for name, digest in hashes.items()}
@@ -59,7 +73,9 @@ def load_model(args: argparse.Namespace) -> tuple[Model, dict[str, str]]:
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+        if hasattr(hashlib, "file_digest"):  # Python 3.11
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def run(args: argparse.Namespace) -> Path:
@@ -73,11 +89,21 @@ def run(args: argparse.Namespace) -> Path:
     if args.class_names is not None:
         names = tuple(args.class_names.read_text(encoding="utf-8").splitlines())
     if names is not None and model.car is not None and len(names) != model.car.base.config.classes:
-        raise ConfigError(f"{args.class_names} has {len(names)} names for {model.car.base.config.classes} classes; give one a line")
+        raise ConfigError(
+            f"{args.class_names} has {len(names)} names for {model.car.base.config.classes} classes; give one a line"
+        )
     options = ExportOptions(
-        output=args.output, name=args.name or args.output.name.removesuffix(".plan"), precision=args.precision, weights=args.weights,
-        batches=args.batch, cfg=args.cfg, top_k=args.top_k, top_p=args.top_p, class_names=names, provenance=sources,
-    )  # fmt: skip
+        output=args.output,
+        name=args.name or args.output.name.removesuffix(".plan"),
+        precision=args.precision,
+        weights=args.weights,
+        batches=args.batch,
+        cfg=args.cfg,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        class_names=names,
+        provenance=sources,
+    )
     if args.verify:
         from car_runtime import manifest as schema
 
@@ -92,7 +118,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         print(run(args))
-    except (ConfigError, ExportProblem, checkpoint.CheckpointError, official.ImportProblem, car_runtime.errors.CarError, OSError) as error:
+    except (
+        ConfigError,
+        ExportError,
+        checkpoint.CheckpointError,
+        official.OfficialCheckpointError,
+        car_runtime.errors.CarError,
+        OSError,
+    ) as error:
         print(f"build_engines: error: {error}", file=sys.stderr)
         return 2
     except VerificationError as error:

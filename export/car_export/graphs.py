@@ -1,7 +1,7 @@
 """Tracing wrappers: the model as the graphs of a plan (docs/plan-format.md). The model itself knows nothing of ONNX.
 
-Shapes: R transformer rows, B pictures, S side of this scale, T side of the next, P past tokens, C width, Z latent channels, E edge of f̂, H heads, d head width, V
-vocabulary, M modulation rows, L tokens of a picture.
+Shapes: R transformer rows, B pictures, S side of this scale, T side of the next, P past tokens, C width, Z latent
+channels, E edge of f̂, H heads, d head width, V vocabulary, M modulation rows, L tokens of a picture.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from car_train.vqvae import VQVAE, join_tokens
 
 @dataclass
 class TracedCache:
-    """The KV cache of a traced step: the past comes in as tensors, this scale's keys and values are collected as outputs."""
+    """The KV cache of a traced step.
+
+    The past comes in as tensors, this scale's keys and values are collected as outputs.
+    """
 
     past: Sequence[tuple[Tensor, Tensor] | None]
     new: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -61,7 +64,10 @@ class ConditionGraph(nn.Module):
 
 
 class StepGraph(nn.Module):
-    """One scale of the loop (CAR algorithm 1): inputs and outputs as docs/plan-format.md lists them, plus the mixed logits as last output."""
+    """One scale of the loop (CAR algorithm 1).
+
+    Inputs and outputs as docs/plan-format.md lists them, plus the mixed logits as last output.
+    """
 
     def __init__(self, model: Model, has_past: bool = True):
         super().__init__()
@@ -103,7 +109,10 @@ class StepGraph(nn.Module):
         return tokens_BSS, f_hat, next_x, *new, logits_BSSV
 
     def _contribution(self, tokens_BSS: Tensor, up: Tensor, phi: Tensor) -> Tensor:
-        """`MultiScaleQuantizer.contribution` with the scale's constants as tensors: all φ in one small convolution, then one picked."""
+        """`MultiScaleQuantizer.contribution` with the scale's constants as tensors.
+
+        All φ in one small convolution, then one picked.
+        """
         codes = F.embedding(tokens_BSS, self.quantizer.embedding).permute(0, 3, 1, 2)
         h = up @ codes @ up.T
         every = F.conv2d(h, self.quantizer.phi_weight, self.quantizer.phi_bias, padding=1)

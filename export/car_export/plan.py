@@ -1,4 +1,7 @@
-"""Write a plan (docs/plan-format.md): trace the graphs, store the weights once, write the manifest, verify, then rename into place."""
+"""Write a plan (docs/plan-format.md).
+
+Trace the graphs, store the weights once, write the manifest, verify, then rename into place.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ from .weights import HALVED, WeightStore, external, externalise
 Log = Callable[[str], None]
 
 
-class ExportProblem(ValueError):
+class ExportError(ValueError):
     """A plan that can't be built; the message ends with the remedy."""
 
 
@@ -53,11 +56,11 @@ class ExportOptions:
     def __post_init__(self) -> None:
         for name in ("precision", "weights"):
             if getattr(self, name) not in ("fp32", "fp16"):
-                raise ExportProblem(f"{name} is {getattr(self, name)!r}; choose fp32 or fp16")
+                raise ExportError(f"{name} is {getattr(self, name)!r}; choose fp32 or fp16")
         if not self.batches or min(self.batches) < 1:
-            raise ExportProblem(f"batch is {list(self.batches)}; give positive numbers, e.g. 1,4")
+            raise ExportError(f"batch is {list(self.batches)}; give positive numbers, e.g. 1,4")
         if not self.output.name.endswith(".plan"):
-            raise ExportProblem(f"{self.output}: a plan's name ends in .plan; write e.g. -o {self.output.name}.plan")
+            raise ExportError(f"{self.output}: a plan's name ends in .plan; write e.g. -o {self.output.name}.plan")
 
 
 @torch.no_grad()
@@ -76,9 +79,9 @@ def compute_model(model: Model, precision: str) -> Model:
         return model
     half = copy.deepcopy(model)
     vqvae = half.vqvae
-    for module in (vqvae.encoder, vqvae.decoder, vqvae.quant_conv, vqvae.post_quant_conv, half.car):
-        if module is not None:
-            module.half()
+    for part in (vqvae.encoder, vqvae.decoder, vqvae.quant_conv, vqvae.post_quant_conv, half.car):
+        if part is not None:
+            part.half()
     for module in half.modules():
         if isinstance(module, nn.GroupNorm | nn.LayerNorm):
             module.float()
@@ -91,7 +94,9 @@ class PlanBuilder:
 
     def __init__(self, model: Model, options: ExportOptions, directory: Path, log: Log):
         if model.car is None:
-            raise ExportProblem("the checkpoint holds a tokenizer only; train a transformer first (python -m car_train var)")
+            raise ExportError(
+                "the checkpoint holds a tokenizer only; train a transformer first (python -m car_train var)"
+            )
         self.reference = reference_model(model, options.precision, options.weights)
         self.model = compute_model(self.reference, options.precision)
         assert self.model.car is not None
@@ -115,7 +120,7 @@ class PlanBuilder:
         (self.directory / schema.MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         return manifest
 
-    # -- graphs -----------------------------------------------------------------------------------------------------------------
+    # -- graphs ------------------------------------------------------------------------------------------------------
 
     def _write(self, name: str, model: ir.Model) -> None:
         """Save one graph and describe its inputs and outputs."""
@@ -127,7 +132,9 @@ class PlanBuilder:
         self.graphs[name] = schema.Graph(file=file, inputs=ports[0], outputs=ports[1])
         self.log(f"{file}: {len(model.graph)} nodes")
 
-    def _trace(self, module: nn.Module, inputs: dict[str, Tensor], outputs: list[str], dims: Mapping[str, Names]) -> ir.Model:
+    def _trace(
+        self, module: nn.Module, inputs: dict[str, Tensor], outputs: list[str], dims: Mapping[str, Names]
+    ) -> ir.Model:
         model = trace(module.eval(), list(inputs.values()), list(inputs), outputs, dims)
         externalise(model, self.store)
         return model
@@ -143,7 +150,14 @@ class PlanBuilder:
             down = quantizer.down(0 if last else k + 1).numpy()  # the last scale's next input is never read
             row = position.itemsize * self.C
             mine = {
-                "pos": external(f"pos.{k}", position.dtype, (side, side, self.C), (table.offset or 0) + start * row, (stop - start) * row, self.directory),
+                "pos": external(
+                    f"pos.{k}",
+                    position.dtype,
+                    (side, side, self.C),
+                    (table.offset or 0) + start * row,
+                    (stop - start) * row,
+                    self.directory,
+                ),
                 "up": self.store.add_array(f"up.{k}", quantizer.up(k).numpy()),
                 "down": self.store.add_array(f"down.{k}", np.ascontiguousarray(down)),
                 "phi": self.store.add_array(f"phi.{k}", np.array([config.phi_index[k]], np.int64)),
@@ -165,7 +179,9 @@ class PlanBuilder:
 
     def _condition(self) -> None:
         label = torch.zeros(4, dtype=torch.int64)
-        model = self._trace(graphs.ConditionGraph(self.model), {"label": label}, ["start", "modulation"], {"label": ("R",)})
+        model = self._trace(
+            graphs.ConditionGraph(self.model), {"label": label}, ["start", "modulation"], {"label": ("R",)}
+        )
         optimise(model)
         self._write("condition", model)
 
@@ -173,7 +189,8 @@ class PlanBuilder:
         module = graphs.StepGraph(self.model)
         # Sizes that differ from one another and from every constant, so that no dimension is taken for another.
         inputs = example_step_inputs(self.model, rows=4, images=2, side=3, past=5, next_side=7)
-        model = self._trace(module, inputs, module.output_names, STEP_DIMS | dict.fromkeys([n for n in inputs if n.startswith("past_")], PAST_DIMS))
+        dims = STEP_DIMS | dict.fromkeys([n for n in inputs if n.startswith("past_")], PAST_DIMS)
+        model = self._trace(module, inputs, module.output_names, dims)
         model.graph.outputs.pop()  # the mixed logits keep their name inside, for verification, but stay on the device
         optimise(model)
         self._write("step", model)
@@ -185,7 +202,9 @@ class PlanBuilder:
 
     def _autoencoder(self) -> None:
         E, Z, size = self.config.latent_size, self.config.latent_channels, self.config.image_size
-        decoder = self._trace(graphs.DecoderGraph(self.model), {"f_hat": torch.zeros(3, Z, E, E)}, ["image"], {"f_hat": ("B",)})
+        decoder = self._trace(
+            graphs.DecoderGraph(self.model), {"f_hat": torch.zeros(3, Z, E, E)}, ["image"], {"f_hat": ("B",)}
+        )
         optimise(decoder)
         self._write("decoder", decoder)
         image = torch.zeros(3, size, size, 3, dtype=torch.uint8)
@@ -193,37 +212,58 @@ class PlanBuilder:
         optimise(encoder)
         self._write("encoder", encoder)
 
-    # -- manifest ---------------------------------------------------------------------------------------------------------------
+    # -- manifest ----------------------------------------------------------------------------------------------------
 
     def _manifest(self) -> schema.Manifest:
         config, var, car = self.config, self.car.base.config, self.reference.config.car
         files = sorted(p for p in self.directory.iterdir() if p.name != schema.MANIFEST)
         entries = {
-            p.name: schema.FileEntry(bytes=p.stat().st_size, sha256=tuple(schema.hash_file(p, schema.CHUNK_BYTES))) for p in files
+            p.name: schema.FileEntry(bytes=p.stat().st_size, sha256=tuple(schema.hash_file(p, schema.CHUNK_BYTES)))
+            for p in files
         }
         return schema.Manifest(
             name=self.options.name,
             model=schema.Model(
-                depth=var.depth, width=var.C, heads=var.H, vocab=config.vocab, latent_channels=config.latent_channels,
-                latent_size=config.latent_size, patch=config.patch, image_size=config.image_size, classes=var.classes,
-                class_names=self.options.class_names or self.reference.config.class_names, control_type=car.control_type if car else None, cache_layers=self.car.layers,
+                depth=var.depth,
+                width=var.C,
+                heads=var.H,
+                vocab=config.vocab,
+                latent_channels=config.latent_channels,
+                latent_size=config.latent_size,
+                patch=config.patch,
+                image_size=config.image_size,
+                classes=var.classes,
+                class_names=self.options.class_names or self.reference.config.class_names,
+                control_type=car.control_type if car else None,
+                cache_layers=self.car.layers,
             ),
-            precision=schema.Precision(compute=self.options.precision, weights="fp16" if self.options.precision == "fp16" else self.options.weights),
-            sampling=schema.SamplingDefaults(cfg=self.options.cfg, top_k=min(self.options.top_k, config.vocab), top_p=self.options.top_p),
+            precision=schema.Precision(
+                compute=self.options.precision,
+                weights="fp16" if self.options.precision == "fp16" else self.options.weights,
+            ),
+            sampling=schema.SamplingDefaults(
+                cfg=self.options.cfg, top_k=min(self.options.top_k, config.vocab), top_p=self.options.top_p
+            ),
             scales=tuple(self._scale(k) for k in range(len(config.sides))),
             tensors=self.tensors,
             graphs=self.graphs,
             files=entries,
             provenance={**tool_versions(), **self.options.provenance},
-        )  # fmt: skip
+        )
 
     def _scale(self, k: int) -> schema.Scale:
         config, side = self.config, self.config.sides[k]
         start, stop = config.ranges[k]
         return schema.Scale(
-            side=side, tokens=side * side, start=start, stop=stop, next_side=config.sides[k + 1] if k + 1 < len(config.sides) else 1,
-            cfg_ratio=config.ratios[k], control_size=side * config.patch, constants={name: f"{name}.{k}" for name in schema.CONSTANTS},
-        )  # fmt: skip
+            side=side,
+            tokens=side * side,
+            start=start,
+            stop=stop,
+            next_side=config.sides[k + 1] if k + 1 < len(config.sides) else 1,
+            cfg_ratio=config.ratios[k],
+            control_size=side * config.patch,
+            constants={name: f"{name}.{k}" for name in schema.CONSTANTS},
+        )
 
 
 STEP_DIMS: dict[str, Names] = {
@@ -241,7 +281,9 @@ STEP_DIMS: dict[str, Names] = {
 PAST_DIMS: Names = ("P", "R", None, None)
 
 
-def example_step_inputs(model: Model, rows: int, images: int, side: int, past: int, next_side: int) -> dict[str, Tensor]:
+def example_step_inputs(
+    model: Model, rows: int, images: int, side: int, past: int, next_side: int
+) -> dict[str, Tensor]:
     """Inputs of the step graph by name, of the given sizes; their values don't matter to the trace."""
     assert model.car is not None
     base, config = model.car.base, model.config.vqvae
@@ -293,16 +335,16 @@ def tool_versions() -> dict[str, str]:
 def build_plan(model: Model, options: ExportOptions, log: Log = lambda _: None) -> Path:
     """Build, verify and put a plan in place; returns its path. Nothing is left at `options.output` if anything fails.
 
-    Raises ExportProblem or verify.VerificationError.
+    Raises ExportError or verify.VerificationError.
     """
     output = options.output
     if output.exists() and not (output / schema.MANIFEST).is_file():
-        raise ExportProblem(f"{output} exists and is not a plan; remove it or choose another name")
+        raise ExportError(f"{output} exists and is not a plan; remove it or choose another name")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     except OSError as error:
-        raise ExportProblem(f"{output}: can't write there ({error.strerror}); choose another folder") from error
+        raise ExportError(f"{output}: can't write there ({error.strerror}); choose another folder") from error
     try:
         builder = PlanBuilder(model, options, aside, log)
         builder.build()
@@ -316,7 +358,9 @@ def build_plan(model: Model, options: ExportOptions, log: Log = lambda _: None) 
         else:
             os.replace(aside, output)
     except OSError as error:
-        raise ExportProblem(f"{output}: could not be written ({error}); free some space or choose another folder") from error
+        raise ExportError(
+            f"{output}: could not be written ({error}); free some space or choose another folder"
+        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return output

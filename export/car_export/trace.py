@@ -1,7 +1,8 @@
 """From a torch module to a small ONNX graph: trace once with named dimensions, then specialise to static shapes.
 
-torch's exporter is slow on a whole transformer, so it runs once per kind of graph; the static step of each scale is made from that one trace by
-fixing the dimensions, putting the scale's constants in, and folding the arithmetic on shapes.
+torch's exporter is slow on a whole transformer, so it runs once per kind of graph; the static step of each scale is
+made from that one trace by fixing the dimensions, putting the scale's constants in, and folding the arithmetic on
+shapes.
 """
 
 from __future__ import annotations
@@ -25,9 +26,16 @@ OPSET = 20
 """The first with Gelu, which engines fuse; every engine in use reads it."""
 Names = tuple[str | int | None, ...]
 STRUCTURAL = (
-    rules.cast_cast_rule, rules.no_op_cast_rule, rules.no_op_transpose_rule, rules.transpose_transpose_rule, rules.reshape_reshape_rule,
-    rules.materialize_reshape_shape_rule, rules.no_op_expand_rule, rules.mul_by_1_rule, rules.div_by_1_rule,
-)  # fmt: skip
+    rules.cast_cast_rule,
+    rules.no_op_cast_rule,
+    rules.no_op_transpose_rule,
+    rules.transpose_transpose_rule,
+    rules.reshape_reshape_rule,
+    rules.materialize_reshape_shape_rule,
+    rules.no_op_expand_rule,
+    rules.mul_by_1_rule,
+    rules.div_by_1_rule,
+)
 """Rewrites that look at the graph alone: torch's default set would read the weights."""
 
 
@@ -46,21 +54,39 @@ def _quiet() -> Iterator[None]:
 
 
 def trace(
-    module: nn.Module, inputs: Sequence[Tensor], input_names: Sequence[str], output_names: Sequence[str], dims: Mapping[str, Names]
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    dims: Mapping[str, Names],
 ) -> ir.Model:
-    """Trace a module whose forward takes `*inputs`. `dims` names the dynamic axes of inputs: None or a number is static.
+    """Trace a module whose forward takes `*inputs`.
 
+    `dims` names the dynamic axes of inputs: None or a number is static.
     The result's initializers are still the module's own tensors (`weights.externalise` comes next).
     """
-    known = {name: torch.export.Dim(name, min=0 if name == "P" else 1, max=1 << 20) for axes in dims.values() for name in axes if isinstance(name, str)}
+    known = {
+        name: torch.export.Dim(name, min=0 if name == "P" else 1, max=1 << 20)
+        for axes in dims.values()
+        for name in axes
+        if isinstance(name, str)
+    }
     shapes = [{i: known[n] for i, n in enumerate(dims.get(name, ())) if isinstance(n, str)} for name in input_names]
     variadic = "*" in str(module.forward.__code__.co_varnames) or module.forward.__code__.co_flags & 0x04
     with _quiet(), torch.no_grad():
-        program = torch.export.export(module, tuple(inputs), dynamic_shapes=(tuple(shapes),) if variadic else tuple(shapes), strict=False)
+        program = torch.export.export(
+            module, tuple(inputs), dynamic_shapes=(tuple(shapes),) if variadic else tuple(shapes), strict=False
+        )
         onnx_program = torch.onnx.export(
-            program, (), dynamo=True, opset_version=OPSET, input_names=list(input_names), output_names=list(output_names),
-            optimize=False, verbose=False,
-        )  # fmt: skip
+            program,
+            (),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(input_names),
+            output_names=list(output_names),
+            optimize=False,
+            verbose=False,
+        )
     assert onnx_program is not None
     model = onnx_program.model
     _name_dimensions(model, dims)
@@ -68,7 +94,10 @@ def trace(
 
 
 def _name_dimensions(model: ir.Model, dims: Mapping[str, Names]) -> None:
-    """Give the exporter's symbols (s21, s1**2) our names (R, S*S), on inputs and outputs; forget the shapes in between."""
+    """Give the exporter's symbols (s21, s1**2) our names (R, S*S), on inputs and outputs.
+
+    The shapes in between are forgotten.
+    """
     symbols: dict[str, str] = {}
     for value in model.graph.inputs:
         assert value.shape is not None
@@ -79,7 +108,9 @@ def _name_dimensions(model: ir.Model, dims: Mapping[str, Names]) -> None:
     ends = {id(v) for v in (*model.graph.inputs, *model.graph.outputs)}
     for value in (*model.graph.inputs, *model.graph.outputs):
         assert value.shape is not None
-        value.shape = ir.Shape([d if isinstance(d, int) else symbols.get(str(d.value), str(d.value)) for d in value.shape])
+        value.shape = ir.Shape(
+            [d if isinstance(d, int) else symbols.get(str(d.value), str(d.value)) for d in value.shape]
+        )
     for node in model.graph:
         for output in node.outputs:
             if id(output) not in ends:
@@ -90,10 +121,15 @@ def optimise(model: ir.Model) -> None:
     """Fold constants and drop what is unused, without ever reading a weight."""
 
     def foldable(node: ir.Node) -> bool | None:
-        return False if any(v is not None and isinstance(v.const_value, ir.ExternalTensor) for v in node.inputs) else None
+        reads_weight = any(v is not None and isinstance(v.const_value, ir.ExternalTensor) for v in node.inputs)
+        return False if reads_weight else None
 
     cleaning = ir.passes.PassManager(
-        [common_passes.RemoveUnusedNodesPass(), common_passes.CommonSubexpressionEliminationPass(), common_passes.RemoveUnusedOpsetsPass()]
+        [
+            common_passes.RemoveUnusedNodesPass(),
+            common_passes.CommonSubexpressionEliminationPass(),
+            common_passes.RemoveUnusedOpsetsPass(),
+        ]
     )
     with _quiet():
         common_passes.InlinePass()(model)
@@ -116,7 +152,8 @@ def optimise(model: ir.Model) -> None:
 def specialise(model: ir.Model, sizes: Mapping[str, int], constants: Mapping[str, ir.ExternalTensor]) -> ir.Model:
     """A static copy: every named dimension gets its size, every constant input becomes an initializer.
 
-    With P = 0 the past is left out altogether, inputs and concatenations: a zero-length tensor is legal but no engine's favourite.
+    With P = 0 the past is left out altogether, inputs and concatenations: a zero-length tensor is legal but no
+    engine's favourite.
     """
     static = ir.from_proto(ir.to_proto(model))
     for value in static.graph.initializers.values():

@@ -1,7 +1,8 @@
-"""Does a plan do what the PyTorch model does? Names, then shapes, then values of every graph, then a whole greedy run token by token.
+"""Does a plan do what the PyTorch model does?
 
-Every graph runs in ONNX Runtime on the CPU with the inputs that PyTorch had, so an error shows in the graph that makes it. All findings
-are collected before anything is raised.
+Names, then shapes, then values of every graph, then a whole greedy run token by token. Every graph runs in ONNX
+Runtime on the CPU with the inputs that PyTorch had, so an error shows in the graph that makes it. All findings are
+collected before anything is raised.
 """
 
 from __future__ import annotations
@@ -26,11 +27,17 @@ Log = Callable[[str], None]
 Arrays = dict[str, np.ndarray]
 
 TOLERANCE = {"fp32": 2e-4, "fp16": 3e-2}
-"""Largest |graph − PyTorch| over largest |PyTorch|, per output. fp32: sums in another order. fp16: 11 bits through all blocks, times guidance."""
+"""Largest |graph − PyTorch| over largest |PyTorch|, per output.
+
+fp32: sums in another order. fp16: 11 bits through all blocks, times guidance.
+"""
 LEVELS = {"fp32": 1, "fp16": 12}
 """Largest difference of a decoded pixel, of 255. fp32: a value may fall on the other side of a rounding border."""
 DRAWN = 0.995
-"""Share of sampled tokens that must agree given the same logits: a uniform number may fall on a border of the running sum."""
+"""Share of sampled tokens that must agree given the same logits.
+
+A uniform number may fall on a border of the running sum.
+"""
 CFG = 4.0
 
 
@@ -47,7 +54,7 @@ class Verifier:
         self.problems: list[str] = []
         self.worst: dict[str, float] = {}
 
-    # -- running graphs ---------------------------------------------------------------------------------------------------------
+    # -- running graphs ----------------------------------------------------------------------------------------------
 
     def session(self, name: str, extra_outputs: tuple[str, ...] = ()) -> ort.InferenceSession:
         """A session of one graph, with inner values exposed as outputs if asked for."""
@@ -66,13 +73,19 @@ class Verifier:
     def check_ports(self, name: str, session: ort.InferenceSession) -> None:
         """Names, dtypes and shapes of a graph, as the manifest has them."""
         graph = self.manifest.graphs[name]
-        for kind, declared, found in (("input", graph.inputs, session.get_inputs()), ("output", graph.outputs, session.get_outputs())):
+        for kind, declared, found in (
+            ("input", graph.inputs, session.get_inputs()),
+            ("output", graph.outputs, session.get_outputs()),
+        ):
             actual = {p.name: (_NUMPY[p.type], tuple(p.shape)) for p in found if p.name != "logits"}
             for port in declared:
                 if port.name not in actual:
                     self.problems.append(f"{name}: {kind} {port.name} is missing")
                 elif actual[port.name] != (port.dtype, port.shape):
-                    self.problems.append(f"{name}: {kind} {port.name} is {actual[port.name]}, the manifest says {(port.dtype, port.shape)}")
+                    self.problems.append(
+                        f"{name}: {kind} {port.name} is {actual[port.name]}, "
+                        f"the manifest says {(port.dtype, port.shape)}"
+                    )
             extra = sorted(set(actual) - {p.name for p in declared})
             self.problems += [f"{name}: {kind} {e} is not in the manifest" for e in extra]
 
@@ -85,9 +98,11 @@ class Verifier:
         kind = name.split(".")[0]
         self.worst[kind] = max(self.worst.get(kind, 0.0), error)
         if not error <= self.tolerance:
-            self.problems.append(f"{name}: {output} is off by {error:.2e} of its range, more than {self.tolerance:.0e}")
+            self.problems.append(
+                f"{name}: {output} is off by {error:.2e} of its range, more than {self.tolerance:.0e}"
+            )
 
-    # -- one graph after the other ------------------------------------------------------------------------------------------------
+    # -- one graph after the other -----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def control(self, images: list[np.ndarray], record: Recording) -> None:
@@ -108,7 +123,13 @@ class Verifier:
         """One scale with PyTorch's inputs: every output, and the mixed logits inside."""
         wanted = [o.name for o in self.manifest.graphs[name].outputs]
         present = {i.name for i in session.get_inputs()}
-        got = dict(zip([*wanted, "logits"], session.run([*wanted, "logits"], {n: a for n, a in feed.items() if n in present}), strict=True))
+        got = dict(
+            zip(
+                [*wanted, "logits"],
+                session.run([*wanted, "logits"], {n: a for n, a in feed.items() if n in present}),
+                strict=True,
+            )
+        )
         scale, cache = record.scales[k], record.cache
         assert cache is not None
         self.compare(name, "logits", got["logits"].reshape(scale["logits"].shape), scale["logits"])
@@ -116,7 +137,9 @@ class Verifier:
         for i in range(self.manifest.model.cache_layers):
             self.compare(name, f"new_k_{i}", got[f"new_k_{i}"], cache.k_LTRHd[i, start:stop])
             self.compare(name, f"new_v_{i}", got[f"new_v_{i}"], cache.v_LTRHd[i, start:stop])
-        if self.tokens_agree(name, got["tokens"].reshape(len(got["tokens"]), -1), scale["tokens"].flatten(1), scale["logits"]):
+        if self.tokens_agree(
+            name, got["tokens"].reshape(len(got["tokens"]), -1), scale["tokens"].flatten(1), scale["logits"]
+        ):
             self.compare(name, "f_hat_out", got["f_hat_out"], scale["f_hat_out"])
             if k + 1 < len(record.scales):
                 self.compare(name, "next_x", got["next_x"], record.scales[k + 1]["x"])
@@ -132,7 +155,9 @@ class Verifier:
         # A draw on a border moves to another token: one token of a small grid may always differ.
         differing = int((tokens != expected.numpy()).sum())
         if differing > max(1, round((1 - DRAWN) * tokens.size)):
-            self.problems.append(f"step: {differing} of {tokens.size} tokens drawn at scale {k} differ from PyTorch's")
+            self.problems.append(
+                f"step: {differing} of {tokens.size} tokens drawn at scale {k} differ from PyTorch's"
+            )
 
     def tokens_agree(self, name: str, got_BN: np.ndarray, expected_BN: Tensor, logits_BNV: Tensor) -> bool:
         """Equal, or different only where the two tokens' logits are equal to within the tolerance."""
@@ -141,10 +166,11 @@ class Verifier:
             return True
         chosen = logits_BNV.gather(-1, torch.from_numpy(got_BN)[..., None])[..., 0]
         gap = ((logits_BNV.amax(-1) - chosen)[differs].max() / logits_BNV.abs().max()).item()
+        share = f"{name}: {int(differs.sum())} of {got_BN.size} greedy tokens"
         if gap > self.tolerance:
-            self.problems.append(f"{name}: {int(differs.sum())} of {got_BN.size} greedy tokens differ, by {gap:.2e} of the logits' range")
+            self.problems.append(f"{share} differ, by {gap:.2e} of the logits' range")
         else:
-            self.log(f"{name}: {int(differs.sum())} of {got_BN.size} greedy tokens are near ties ({gap:.1e}) and fall the other way")
+            self.log(f"{share} are near ties ({gap:.1e}) and fall the other way")
         return False
 
     @torch.no_grad()
@@ -203,7 +229,10 @@ class Verifier:
 
     @torch.no_grad()
     def encoder(self, images_BHW3: np.ndarray) -> None:
-        """Every token the graph chose must be as near as the nearest code, to within the tolerance, given its own coarser tokens."""
+        """Every token the graph chose must be as near as the nearest code, to within the tolerance.
+
+        Its own coarser tokens are given.
+        """
         session = self.session("encoder")
         self.check_ports("encoder", session)
         (tokens,) = session.run(None, {"image": images_BHW3})
@@ -216,11 +245,16 @@ class Verifier:
             chosen = distance.gather(1, grid.reshape(-1, 1))[:, 0]
             excess = ((chosen - distance.amin(1)).max() / distance.mean()).item()
             if excess > 5 * self.tolerance:  # a squared distance doubles an error, and the latent brings its own
-                self.problems.append(f"encoder: a token of scale {k} is further than the nearest code by {excess:.2e} of the mean distance")
+                self.problems.append(
+                    f"encoder: a token of scale {k} is further than the nearest code "
+                    f"by {excess:.2e} of the mean distance"
+                )
             rest = rest - quantizer.contribution(quantizer.embedding[grid], k)
 
     @torch.no_grad()
-    def whole_run(self, control: np.ndarray | None, label: int, expected: Tensor, pixels: Tensor, record: Recording) -> None:
+    def whole_run(
+        self, control: np.ndarray | None, label: int, expected: Tensor, pixels: Tensor, record: Recording
+    ) -> None:
         """The plan as users run it: greedy, free-running, through car_runtime."""
         with car_runtime.open_plan(self.directory, backend="ort-cpu", verify=False) as plan:
             result = plan.generate(control, label=label, seed=0, cfg=CFG, top_k=1, top_p=0)
@@ -232,7 +266,10 @@ class Verifier:
         first = int(differs[0])
         logits_V = torch.cat([s["logits"] for s in record.scales], 1)[0, first]
         gap = ((logits_V.max() - logits_V[int(result.tokens[0, first])]) / logits_V.abs().max()).item()
-        text = f"whole greedy run: token {first} of {expected.shape[1]} is the first to differ, by {gap:.2e} of the logits' range"
+        text = (
+            f"whole greedy run: token {first} of {expected.shape[1]} is the first to differ, "
+            f"by {gap:.2e} of the logits' range"
+        )
         if gap > self.tolerance:
             self.problems.append(text)
         else:
@@ -247,12 +284,16 @@ class Verifier:
             sizes = [s.control_size for s in self.manifest.scales]
             controls = [np.asarray(Image.fromarray(picture).resize((s, s))) for s in sizes]
             pyramid = control_pyramid(Image.fromarray(picture), sizes)
-        for batch in sorted({1, *(int(name.rsplit(".b", 1)[1]) for name in self.manifest.graphs if name.startswith("step."))}):
+        for batch in sorted(
+            {1, *(int(name.rsplit(".b", 1)[1]) for name in self.manifest.graphs if name.startswith("step."))}
+        ):
             label = torch.from_numpy(rng.integers(0, classes, batch))
             rows = torch.cat([label, torch.full_like(label, classes)])
             uniforms = torch.from_numpy(rng.random((batch, config.tokens), dtype=np.float32))
             record = Recording()
-            tokens, pixels = sample(self.reference.vqvae, self.car, label, uniforms, pyramid, CFG, top_k=1, record=record)
+            tokens, pixels = sample(
+                self.reference.vqvae, self.car, label, uniforms, pyramid, CFG, top_k=1, record=record
+            )
             self.steps(batch, record, rows, uniforms)
             if batch == 1:
                 if controls is not None:
@@ -267,7 +308,11 @@ class Verifier:
                 + "\n  ".join(self.problems)
                 + "\ndon't use this plan; export it again with other package versions, and report it"
             )
-        self.log("verified against PyTorch: " + ", ".join(f"{k} {v:.1e}" for k, v in self.worst.items()) + f" (limit {self.tolerance:.0e})")
+        self.log(
+            "verified against PyTorch: "
+            + ", ".join(f"{k} {v:.1e}" for k, v in self.worst.items())
+            + f" (limit {self.tolerance:.0e})"
+        )
 
 
 def verify_plan(directory: Path, reference: Model, log: Log) -> None:

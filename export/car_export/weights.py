@@ -1,7 +1,8 @@
 """`weights.bin`: every weight once, and the graphs' references into it.
 
-torch's exporter hands over graphs whose initializers are the model's own tensors. Here they are written to one file, each once however many graphs
-use it, and replaced by ONNX external data: building ten graphs of a model costs its bytes once, on disk and in memory.
+torch's exporter hands over graphs whose initializers are the model's own tensors. Here they are written to one file,
+each once however many graphs use it, and replaced by ONNX external data: building ten graphs of a model costs its
+bytes once, on disk and in memory.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ FILE = "weights.bin"
 INLINE = 64
 """Initializers of fewer elements stay in the graph: shape arithmetic and scalars, which engines want to see."""
 HALVED = 1024
-"""With half-precision storage, float32 weights from this many elements on are stored as float16; small ones keep their digits."""
+"""With half-precision storage, float32 weights from this many elements on are stored as float16.
+
+Small ones keep their digits.
+"""
 _PAGE = 4096
 
 
@@ -37,7 +41,10 @@ class WeightStore:
         self.file.close()
 
     def add(self, name: str, tensor: Tensor, transpose: bool = False) -> ir.ExternalTensor:
-        """Write a tensor (once) and return the reference to it; `transpose` stores a matrix as engines multiply with it."""
+        """Write a tensor (once) and return the reference to it.
+
+        `transpose` stores a matrix as engines multiply with it.
+        """
         halve = self.half and tensor.dtype == torch.float32 and tensor.numel() >= HALVED
         key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, transpose, halve)
         if key not in self._known:
@@ -49,27 +56,38 @@ class WeightStore:
         return self._known[key]
 
     def add_array(self, name: str, array: np.ndarray) -> ir.ExternalTensor:
-        """Append an array as it is. Large ones start at a page, so that they can be mapped; small ones at a cache line."""
+        """Append an array as it is.
+
+        Large ones start at a page, so that they can be mapped; small ones at a cache line.
+        """
         align = _PAGE if array.nbytes >= 16 * _PAGE else 64
         self.file.write(bytes(-self.offset % align))
         self.offset += -self.offset % align
-        self.file.write(array.tobytes() if array.nbytes < _PAGE else memoryview(array).cast("B"))
+        self.file.write(array.tobytes() if array.nbytes < _PAGE else array.data.cast("B"))
         reference = external(name, array.dtype, array.shape, self.offset, array.nbytes, self.directory)
         self.offset += array.nbytes
         return reference
 
 
-def external(name: str, dtype: np.dtype, shape: tuple[int, ...], offset: int, length: int, directory: Path) -> ir.ExternalTensor:
+def external(
+    name: str, dtype: np.dtype, shape: tuple[int, ...], offset: int, length: int, directory: Path
+) -> ir.ExternalTensor:
     return ir.ExternalTensor(
-        FILE, offset, length, ir.DataType.from_numpy(np.dtype(dtype)), shape=ir.Shape(shape), name=name, base_dir=directory
+        FILE,
+        offset,
+        length,
+        ir.DataType.from_numpy(np.dtype(dtype)),
+        shape=ir.Shape(shape),
+        name=name,
+        base_dir=directory,
     )
 
 
 def externalise(model: ir.Model, store: WeightStore) -> None:
     """Move a traced model's weights into the store, in place.
 
-    A weight that is only ever transposed is stored transposed; one that is stored in half for a float32 graph gets a Cast,
-    which engines fold when they open the graph.
+    A weight that is only ever transposed is stored transposed; one that is stored in half for a float32 graph gets a
+    Cast, which engines fold when they open the graph.
     """
     graph = model.graph
     for value in list(graph.initializers.values()):
@@ -77,7 +95,9 @@ def externalise(model: ir.Model, store: WeightStore) -> None:
         raw = getattr(tensor, "raw", None)
         if tensor is None or not isinstance(raw, Tensor) or raw.numel() < INLINE:
             continue
-        transposes = [n for n, _ in value.uses() if n.op_type == "Transpose" and list(n.attributes["perm"].as_ints()) == [1, 0]]
+        transposes = [
+            n for n, _ in value.uses() if n.op_type == "Transpose" and list(n.attributes["perm"].as_ints()) == [1, 0]
+        ]
         for node in transposes:
             output = node.outputs[0]
             _replace(graph, output, value.name + ".T", store.add(str(value.name), raw, transpose=True), raw.dtype)

@@ -145,8 +145,8 @@ def _sobel_int(grey: Pixels) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
 def _on_ridge(dx: NDArray[np.int32], dy: NDArray[np.int32], slope: NDArray[np.int32]) -> Mask:
     """Where the slope is a maximum along the gradient, rounded to one of four directions; bool [H, W].
 
-    tan 22.5° is 13573 / 2¹⁵ in OpenCV, and tan 67.5° is that plus 2. Of two equal slopes the left or upper one counts;
-    along diagonals neither. Beyond the border the slope is 0.
+    tan 22.5° is 13573 / 2¹⁵ in OpenCV, and tan 67.5° is that plus 2. Of two equal slopes the left or upper one
+    counts; along diagonals neither. Beyond the border the slope is 0.
     """
     height, width = slope.shape
     p = np.pad(slope, 1)
