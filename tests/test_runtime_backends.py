@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from runtime_fixtures import build_plan, relist
 
 from car_runtime import BackendError, PlanError, RunError, open_plan
 from car_runtime.backends import NOT_YET, OPENERS, open_backend
 from car_runtime.manifest import read_manifest
+from runtime_fixtures import build_plan, relist
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,25 @@ def test_without_onnxruntime_the_message_says_how_to_get_it(root: Path, monkeypa
     for name in ("ort-cpu", "auto"):
         with pytest.raises(BackendError, match=r"pip install 'car-deploy\[cpu\]'"):
             open_plan(root, name)
+
+
+def test_two_onnxruntimes_that_overwrite_each_other_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"onnxruntime", "onnxruntime-gpu"}
+
+    def distribution(name: str) -> object:
+        if name not in installed:
+            raise metadata.PackageNotFoundError(name)
+        return object()
+
+    monkeypatch.setattr(metadata, "distribution", distribution)
+    for name in ("ort-cpu", "auto"):
+        with pytest.raises(
+            BackendError, match=r"both installed .*; pip uninstall both, then install 'car-deploy\[cpu\]'"
+        ):
+            open_plan(root, name)
+    for alone in ("onnxruntime", "onnxruntime-gpu"):
+        installed = {alone}
+        open_plan(root, "ort-cpu", threads=1).close()
 
 
 def test_auto_goes_on_to_the_next_and_a_name_does_not(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -124,6 +125,11 @@ def _array(buffer: Buffer) -> NDArray[Any]:
 
 
 def _import_onnxruntime() -> Any:
+    if all(_is_installed(name) for name in ("onnxruntime", "onnxruntime-gpu")):
+        raise BackendError(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; "
+            "pip uninstall both, then install 'car-deploy[cpu]' or 'car-deploy[gpu]'"
+        )
     try:
         import onnxruntime
     except Exception as error:
@@ -131,6 +137,14 @@ def _import_onnxruntime() -> Any:
             f"the backend 'ort-cpu' needs onnxruntime ({_one_line(error)}); run: pip install 'car-deploy[cpu]'"
         ) from error
     return onnxruntime
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        metadata.distribution(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _available_cores() -> int:
