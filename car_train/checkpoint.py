@@ -67,10 +67,10 @@ def save(model: Model, directory: str | Path, trainer: dict[str, Any] | None = N
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(aside, directory)
-    except OSError as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # a full disk is any of these, by who meets it
         shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(
-            f"{directory}: could not be written ({error.strerror}); free some space or choose another folder"
+            f"{directory}: could not be written ({error}); free some space or choose another folder"
         ) from error
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -121,7 +121,11 @@ def load_trainer(path: str | Path) -> dict[str, Any]:
     file = locate(path) / "trainer.pt"
     if not file.is_file():
         raise CheckpointError(f"{file}: missing; a run can be resumed only from a checkpoint that training wrote")
-    return torch.load(file, weights_only=True)
+    try:
+        return torch.load(file, weights_only=True)
+    except Exception as error:  # unpickling fails in many ways
+        reason = str(error).splitlines()[0][:160]
+        raise CheckpointError(f"{file}: can't be read ({reason}); resume from an older step-… folder") from error
 
 
 def fingerprint(path: str | Path) -> dict[str, str]:

@@ -91,6 +91,13 @@ class Stage:
         """Upkeep after an optimizer step; returns what to log."""
         return {}
 
+    def state(self) -> dict[str, Tensor]:
+        """What else a resumed run needs, besides weights and optimizer."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take up the `state` of an earlier run."""
+
 
 class VQVAEStage(Stage):
     """Tokenizer (VAR eq. 5 without its perceptual and adversarial terms): L1 + L2 + codebook + β·commitment."""
@@ -120,6 +127,12 @@ class VQVAEStage(Stage):
             self.model.vqvae.quantizer.revive(latent, self.used_V.to(latent.device))
         self.used_V.zero_()
         return {"codes_used": usage}
+
+    def state(self) -> dict[str, Tensor]:
+        return {"used_V": self.used_V}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.used_V = state["used_V"]
 
     def picture(self, batch: dict[str, Tensor]) -> list[Tensor]:
         return [batch["image"], self.model.vqvae(batch["image"])[0].float().clamp(-1, 1)]
@@ -267,11 +280,13 @@ class Trainer:
         for name, module in checkpoint.parts(loaded).items():
             mine[name].load_state_dict(module.state_dict())
         self.optimizer.load_state_dict(state["optimizer"])
+        self.stage.load_state(state["stage"])
         torch.set_rng_state(state["rng"])
         self.step = state["step"]
 
     def save(self) -> Path:
         state = {"step": self.step, "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
+        state["stage"] = self.stage.state()
         path = checkpoint.save(self.stage.model, self.options.output / f"step-{self.step:07d}", state)
         for old in sorted(self.options.output.glob("step-*"))[: -self.options.keep]:
             checkpoint.remove(old)
@@ -291,7 +306,11 @@ class Trainer:
             ).tolist()
             self.data.set_epoch(epoch)
             groups = [order[i * self.options.batch : (i + 1) * self.options.batch] for i in range(skip, per_epoch)]
-            yield from DataLoader(self.data, batch_sampler=groups, num_workers=self.options.workers)
+            # A generator of its own: a loader draws from the global one, which a resumed run must find as it was.
+            generator = torch.Generator().manual_seed(self.step)
+            yield from DataLoader(
+                self.data, batch_sampler=groups, num_workers=self.options.workers, generator=generator
+            )
             epoch, skip = epoch + 1, 0
 
     def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -308,7 +327,7 @@ class Trainer:
         """Mean loss and metrics over the validation split; writes a sample sheet."""
         sums: dict[str, float] = {}
         count, first = 0, None
-        for batch in DataLoader(self.val, batch_size=self.options.batch):
+        for batch in DataLoader(self.val, batch_size=self.options.batch, generator=torch.Generator()):
             batch = self._to_device(batch)
             first = first or batch
             with self._autocast():
@@ -326,7 +345,6 @@ class Trainer:
         """Train to the last step; returns the last checkpoint."""
         options, stage = self.options, self.stage
         options.output.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(options.seed + self.step)
         log = (options.output / "log.jsonl").open("a", encoding="utf-8")
         bar = tqdm(total=options.steps, initial=self.step, unit="step", dynamic_ncols=True, disable=None)
         began, path = time.monotonic(), self.options.output

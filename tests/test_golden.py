@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-import car_runtime
+from car_runtime.cli import main as car_run
 from car_train.model import Model
 from car_train.sample import Recording, control_pyramid, sample
 from car_train.vqvae import join_tokens, split_tokens
@@ -47,29 +47,38 @@ class Torch:
 
 
 class Exported:
-    """The plan, in ONNX Runtime without torch; one picture per label, as a user would make them."""
+    """The plan through `car-run`, as a user would: one picture per label, in ONNX Runtime without torch."""
 
     pixels = PIXELS + 2**-12 + 0.5 / 255
 
-    def __init__(self, golden: Golden, plans: Callable[..., Path]):
+    def __init__(self, golden: Golden, plans: Callable[..., Path], folder: Path):
         self.paths = {control: plans(golden, car=control) for control in (True, False)}
+        self.folder = folder
 
     def greedy(self, golden: Golden, control: bool) -> tuple[np.ndarray, np.ndarray]:
-        with car_runtime.open_plan(self.paths[control], backend="ort-cpu") as plan:
-            picture = golden["control_png"] if control else None
-            results = [
-                plan.generate(picture, label=int(label), seed=5, cfg=CFG, top_k=1, top_p=0)
-                for label in golden["label"]
-            ]
-        tokens = np.concatenate([r.tokens for r in results])
-        return tokens, np.concatenate([r.images for r in results]).transpose(0, 3, 1, 2) / 255
+        Image.fromarray(golden["control_png"]).save(self.folder / "control.png")
+        tokens, images = [], []
+        for label in golden["label"]:
+            output, npz = self.folder / f"{label}.png", self.folder / f"{label}.npz"
+            argv = ["--engine", self.paths[control], "--class", label, "--cfg", CFG, "--top-k", 1, "--seed", 5]
+            argv += ["-o", output, "--tokens", npz, *(["--control", self.folder / "control.png"] if control else [])]
+            assert car_run([str(a) for a in argv]) == 0
+            with np.load(npz) as saved:
+                np.testing.assert_array_equal(saved["sides"], golden.sides)
+                tokens.append(saved["tokens"])
+            images.append(np.asarray(Image.open(output))[None])
+        return np.concatenate(tokens), np.concatenate(images).transpose(0, 3, 1, 2) / 255
 
 
 @pytest.fixture(params=["torch", "plan"])
 def engine(
-    request: pytest.FixtureRequest, golden: Golden, models: Callable[..., Model], plans: Callable[..., Path]
+    request: pytest.FixtureRequest,
+    golden: Golden,
+    models: Callable[..., Model],
+    plans: Callable[..., Path],
+    tmp_path: Path,
 ) -> Engine:
-    return Torch(golden, models) if request.param == "torch" else Exported(golden, plans)
+    return Torch(golden, models) if request.param == "torch" else Exported(golden, plans, tmp_path)
 
 
 def torch_greedy(model: Model, golden: Golden, control: bool) -> tuple[torch.Tensor, torch.Tensor, Recording]:

@@ -60,6 +60,14 @@ def test_one_picture_goes_to_out_png(here: Path, built: Path, capsys: pytest.Cap
     assert (np.asarray(Image.open("out.png")) == _expected(built, label="cat", seed=3)[0]).all()
 
 
+TILE = 128 // SIZE * SIZE
+"""Side of a picture on a sheet: small ones are enlarged to about 128 pixels, by a whole factor."""
+
+
+def _tile(picture: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(picture).resize((TILE, TILE), Image.Resampling.LANCZOS))
+
+
 def test_several_pictures_are_numbered_and_share_a_sheet(
     here: Path, built: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,9 +79,9 @@ def test_several_pictures_are_numbered_and_share_a_sheet(
     for i in range(3):
         assert (np.asarray(Image.open(f"out-{i}.png")) == expected[i]).all()
     sheet = np.asarray(Image.open("out-grid.png"))
-    assert sheet.shape == (SIZE, 4 * SIZE + 12, 3)
+    assert sheet.shape == (TILE, 4 * TILE + 12, 3)
     for i in range(3):
-        assert (sheet[:, (i + 1) * (SIZE + 4) :][:, :SIZE] == expected[i]).all()
+        assert (sheet[:, (i + 1) * (TILE + 4) :][:, :TILE] == _tile(expected[i])).all()
 
 
 def test_a_picture_tells_how_to_make_it_again(here: Path) -> None:
@@ -162,7 +170,7 @@ def test_a_photo_gives_its_control(here: Path, built: Path) -> None:
     controls = pytest.importorskip("car_runtime.controls")
     assert main([*CAR, "--photo", "../in/edges.png", "--grid"]) == 0
     derived = controls.derive(Image.open(built / "edges.png"), "canny", SIZE)
-    assert (np.asarray(Image.open("out-grid.png"))[:, :SIZE] == derived).all()
+    assert (np.asarray(Image.open("out-grid.png"))[:, :TILE] == _tile(derived)).all()
     with open_plan(built / "car.plan", threads=1) as plan:
         assert (np.asarray(Image.open("out.png")) == plan.generate(derived).images[0]).all()
 

@@ -153,15 +153,19 @@ def square(image: Image.Image, size: int) -> NDArray[np.uint8]:
 
 
 def contact_sheet(pictures: Sequence[NDArray[np.uint8]], gap: int = 4) -> NDArray[np.uint8]:
-    """Pictures of one size, uint8 [H, W, 3], on white: up to five in one row, more in a near-square block."""
-    height, width, _ = pictures[0].shape
+    """Pictures of one size, uint8 [H, W, 3], on white: up to five in one row, more in a near-square block.
+
+    Small pictures are enlarged by a whole factor, to about 128 pixels: a sheet is for looking at.
+    """
+    factor = max(1, 128 // pictures[0].shape[0])
+    width, height = pictures[0].shape[1] * factor, pictures[0].shape[0] * factor
     columns = len(pictures) if len(pictures) <= 5 else math.ceil(math.sqrt(len(pictures)))
     rows = -(-len(pictures) // columns)
-    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), WHITE)
     for i, picture in enumerate(pictures):
-        top, left = i // columns * (height + gap), i % columns * (width + gap)
-        sheet[top : top + height, left : left + width] = picture
-    return sheet
+        enlarged = Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS)
+        sheet.paste(enlarged, (i % columns * (width + gap), i // columns * (height + gap)))
+    return np.array(sheet)
 
 
 def png_bytes(image: NDArray[np.uint8], metadata: Mapping[str, object] | None = None) -> bytes:

@@ -1,0 +1,72 @@
+"""The published size, d16 at 256×256, with made-up weights: exported, verified, run. Minutes, 8 GB, 5 GB of disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from golden import OFFICIAL_D16, OFFICIAL_VAE, REFERENCE, _filled, save_official
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*argv: object) -> tuple[str, str, float, int]:
+    """Run python with arguments: (stdout, stderr, seconds, peak resident bytes). The exit code must be 0."""
+    began = time.monotonic()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / p) for p in (".", "export", "runtime"))}
+    process = subprocess.Popen(
+        [sys.executable, *map(str, argv)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    out, err = process.stdout.read(), process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, err
+    return out, err, time.monotonic() - began, usage.ru_maxrss * 1024
+
+
+def test_d16_exports_and_runs_within_its_limits(tmp_path: Path) -> None:
+    car = {k: s for k, s in OFFICIAL_D16.items() if k.startswith("car_")}
+    var = {k: s for k, s in OFFICIAL_D16.items() if not k.startswith("car_")}
+    files = save_official({"vae": _filled(OFFICIAL_VAE), "var": _filled(var), "car": _filled(car)}, tmp_path)
+    parameters = sum(path.stat().st_size for path in files.values()) - 4 * (
+        680 * 680 + 24 * 1024 + 10 * 4096
+    )  # less the buffers
+    plan = tmp_path / "d16.plan"
+    argv = [
+        "--vae",
+        files["vae"],
+        "--var",
+        files["var"],
+        "--car",
+        files["car"],
+        "--control-type",
+        "depth",
+        "-o",
+        plan,
+    ]
+    _, log, seconds, peak = run(ROOT / "export" / "build_engines.py", *argv)
+    weights = (plan / "weights.bin").stat().st_size
+    share = weights / parameters
+    print(f"export: {seconds:.0f} s, peak {peak / 1e9:.2f} GB, weights.bin {weights / 1e9:.3f} GB, ×{share:.4f}")
+    assert "whole greedy run" in log
+    assert seconds <= 180
+    assert peak <= 8e9
+    assert weights <= 1.05 * parameters
+
+    Image.fromarray(np.load(REFERENCE / "ten.npz")["control_png"]).save(tmp_path / "control.png")
+    flags = ["--engine", plan, "--control", tmp_path / "control.png", "--class", 207, "-o", tmp_path / "out.png"]
+    out, _, _, peak = run("-m", "car_runtime", *flags, "--json")
+    print(f"car-run: {json.loads(out)['timings']['total']:.1f} s, peak {peak / 1e9:.2f} GB")
+    assert peak <= weights + 1.2e9
+    assert Image.open(tmp_path / "out.png").size == (256, 256)
