@@ -109,11 +109,16 @@ def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
 
 
 def infer_vqvae(vae: Mapping[str, Tensor], sides: tuple[int, ...] | None) -> VQVAEConfig:
-    """Config of a tokenizer checkpoint.
+    """Config of a tokenizer checkpoint. Sides come from the argument, else they are the official ones of 256 pixels.
 
-    Sides come from the argument, else from the number of scales it counted codes for.
+    A tokenizer doesn't show its sides, but it counted its codes for each scale: a number other than ten is refused.
     """
     file = "vae checkpoint"
+    if sides is None and "quantize.ema_vocab_hit_SV" in vae and len(vae["quantize.ema_vocab_hit_SV"]) != len(SIDES_256):
+        raise OfficialCheckpointError(
+            f"{file}: it has {len(vae['quantize.ema_vocab_hit_SV'])} scales, the official ones have {len(SIDES_256)}; "
+            "name the sides, e.g. --sides 1,2,3,4"
+        )
     vocab, Z = _shape(vae, "quantize.embedding.weight", file)
     channels = _shape(vae, "encoder.conv_in.weight", file)[0]
     levels = _count(vae, r"encoder\.down\.(\d+)\.")

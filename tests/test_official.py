@@ -72,6 +72,9 @@ def test_sides_that_are_not_official_must_be_named() -> None:
     parts = dicts()
     with pytest.raises(OfficialCheckpointError, match="--sides 1,2,3,4"):
         build_model(parts["vae"], parts["var"])
+    with pytest.raises(OfficialCheckpointError, match="it has 4 scales"):
+        build_model(parts["vae"])
+    assert build_model(parts["vae"], sides=(1, 2, 3, 4)).car is None
 
 
 def test_everything_wrong_is_listed_at_once() -> None:
