@@ -128,13 +128,18 @@ def load_trainer(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: can't be read ({reason}); resume from an older step-… folder") from error
 
 
+def sha256(path: Path) -> str:
+    """Hex digest of a file of any size."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def fingerprint(path: str | Path) -> dict[str, str]:
     """sha256 of every file of a checkpoint that defines the model."""
-    return {
-        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in sorted(locate(path).iterdir())
-        if p.suffix in (".json", ".safetensors")
-    }
+    return {p.name: sha256(p) for p in sorted(locate(path).iterdir()) if p.suffix in (".json", ".safetensors")}
 
 
 def remove(path: Path) -> None:

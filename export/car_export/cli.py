@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 import time
 from pathlib import Path
@@ -68,14 +67,7 @@ def load_model(args: argparse.Namespace) -> tuple[Model, dict[str, str]]:
         raise ConfigError("--var is missing; give the published transformer, e.g. --var var_d16.pth")
     files = {part: path for part in ("vae", "var", "car") if (path := getattr(args, part)) is not None}
     model = load_official(args)
-    return model, {f"sha256 {path.name}": _sha256(path) for path in files.values()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        if hasattr(hashlib, "file_digest"):  # Python 3.11
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        return hashlib.sha256(file.read()).hexdigest()
+    return model, {f"sha256 {path.name}": checkpoint.sha256(path) for path in files.values()}
 
 
 def run(args: argparse.Namespace) -> Path:

@@ -8,6 +8,7 @@ shapes.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,7 +73,8 @@ def trace(
         if isinstance(name, str)
     }
     shapes = [{i: known[n] for i, n in enumerate(dims.get(name, ())) if isinstance(n, str)} for name in input_names]
-    variadic = "*" in str(module.forward.__code__.co_varnames) or module.forward.__code__.co_flags & 0x04
+    parameters = inspect.signature(module.forward).parameters.values()
+    variadic = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
     with _quiet(), torch.no_grad():
         program = torch.export.export(
             module, tuple(inputs), dynamic_shapes=(tuple(shapes),) if variadic else tuple(shapes), strict=False
