@@ -114,9 +114,10 @@ def infer_vqvae(vae: Mapping[str, Tensor], sides: tuple[int, ...] | None) -> VQV
     A tokenizer doesn't show its sides, but it counted its codes for each scale: a number other than ten is refused.
     """
     file = "vae checkpoint"
-    if sides is None and "quantize.ema_vocab_hit_SV" in vae and len(vae["quantize.ema_vocab_hit_SV"]) != len(SIDES_256):
+    scales = len(vae.get("quantize.ema_vocab_hit_SV", SIDES_256))
+    if sides is None and scales != len(SIDES_256):
         raise OfficialCheckpointError(
-            f"{file}: it has {len(vae['quantize.ema_vocab_hit_SV'])} scales, the official ones have {len(SIDES_256)}; "
+            f"{file}: it has {scales} scales, the official ones have {len(SIDES_256)}; "
             "name the sides, e.g. --sides 1,2,3,4"
         )
     vocab, Z = _shape(vae, "quantize.embedding.weight", file)
