@@ -105,7 +105,9 @@ def sample(
         if controls is not None:
             assert model.branch is not None, "controls given to a model without a control branch"
             features = model.branch.features(controls[k])
-            c = model.branch.inject(x_RSSC, features)
+            # The control reaches both guidance rows; one control for all pictures broadcasts.
+            own = features.shape[0] > 1
+            c = model.branch.inject(x_RSSC, features.repeat(R // B, 1, 1) if own else features)
         logits_RNV = model.trunk(x_RSSC.flatten(1, 2), c, position[start:stop], modulation, cache)
         cache.advance(stop - start)
         logits_BNV = mix(logits_RNV, cfg * ratio, B)
