@@ -64,7 +64,7 @@ test-gpu: $(GPU_ENV)$(INSTALLED)
 
 clean:
 	rm -rf $(DEMO_ENV) $(DEV_ENV) $(GPU_ENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find benchmarks car_train export runtime tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find car_train export runtime tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call install,ENVIRONMENT,WHAT PIP INSTALLS,WHAT TO TELL)
 define install

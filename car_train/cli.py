@@ -85,7 +85,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     car.add_argument("--control-root", type=Path, help="folder of control images that mirrors --data")
     car.add_argument(
-        "--encoder-widths", type=integers, help="of the control encoder (default: 64, doubling at each halving)"
+        "--encoder-widths",
+        type=integers,
+        help="of the control encoder (default: 16, doubling at each halving; published: 64,128,256,512,1024)",
     )
 
     draw = commands.add_parser("sample", help="sample from a checkpoint with PyTorch (the reference loop)")
@@ -198,7 +200,7 @@ def _new_stage(args: argparse.Namespace) -> Stage:
             f"{args.base} holds a tokenizer only; give a transformer trained with `python -m car_train var`"
         )
     halvings = len(base.config.vqvae.multipliers) - 1
-    widths = args.encoder_widths or tuple(64 * 2**i for i in range(halvings + 1))
+    widths = args.encoder_widths or tuple(16 * 2**i for i in range(halvings + 1))
     branch = CARConfig(
         control_type=args.control,
         encoder_widths=widths,
