@@ -9,12 +9,13 @@ from car_train.model import Model
 
 
 def small_config(control: bool = True) -> ModelConfig:
+    # A width of 64 makes a bias of exactly the size from which initializers leave the graph.
     return ModelConfig(
         vqvae=VQVAEConfig(
             sides=(1, 2, 3, 5), vocab=48, latent_channels=8, channels=8, multipliers=(1, 2, 2), res_blocks=1, phis=3
         ),
         var=VARConfig(depth=3, width=48, heads=3, classes=5, shared_aln=True, mlp_ratio=2),
-        car=CARConfig(control_type="sketch", encoder_widths=(8, 8, 16), encoder_strides=(2, 2)) if control else None,
+        car=CARConfig(control_type="sketch", encoder_widths=(8, 64, 16), encoder_strides=(2, 2)) if control else None,
         class_names=("ant", "bee", "cat", "dog", "eel"),
     )
 

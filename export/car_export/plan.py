@@ -127,6 +127,7 @@ class PlanBuilder:
         file = f"{name}.onnx"
         proto = ir.to_proto(model)
         proto.producer_name, proto.producer_version = "car_export", ""
+        del proto.graph.value_info[:]  # every engine infers the shapes in between; they are a quarter of the file
         onnx.save(proto, self.directory / file)
         ports = [tuple(_port(v) for v in values) for values in (model.graph.inputs, model.graph.outputs)]
         self.graphs[name] = schema.Graph(file=file, inputs=ports[0], outputs=ports[1])

@@ -140,7 +140,8 @@ def optimise(model: ir.Model) -> None:
             onnxscript.rewriter.rewrite(model, STRUCTURAL)
             cleaning(model)
         common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-        common_passes.DeduplicateInitializersPass(size_limit=INLINE)(model)
+        # Tensors from INLINE elements on are external, and must not be read: weights.bin is still being written.
+        common_passes.DeduplicateInitializersPass(size_limit=INLINE - 1)(model)
         common_passes.NameFixPass()(model)
     for value in [v for v in model.graph.initializers.values() if not v.uses() and not v.is_graph_output()]:
         model.graph.initializers.pop(str(value.name))
