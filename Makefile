@@ -10,7 +10,8 @@ TORCH ?= torch==2.13.0
 # `make demo`: control images, and their classes in the same order (the last class serves all that are left; without
 # any: no class). DEMO_ARGS goes to car-run as it is.
 DEMO_CONTROL ?= $(sort $(wildcard examples/*.png))
-DEMO_CLASS ?=
+DEMO_CLASS ?= fluent-travel-places fluent-objects fluent-smileys-emotion noto-smileys-emotion twemoji-animals-nature \
+	fluent-travel-places
 DEMO_ARGS ?= -n 4 --grid
 
 # More arguments for pytest, e.g. make test PYTEST_ARGS="-k manifest -x"

@@ -213,11 +213,20 @@ def test_square_leaves_the_right_size_untouched() -> None:
     assert square(Image.fromarray(picture), 16).shape == (16, 16, 3)
 
 
-@pytest.mark.parametrize(("count", "shape"), [(1, (8, 8)), (5, (8, 56)), (6, (20, 32)), (10, (32, 44))])
+@pytest.mark.parametrize(("count", "shape"), [(1, (128, 128)), (5, (128, 656)), (6, (260, 392)), (10, (392, 524))])
 def test_contact_sheet_holds_every_picture(count: int, shape: tuple[int, int]) -> None:
+    # Pictures of 8 pixels are enlarged to 128, with gaps of 4.
     sheet = contact_sheet([np.full((8, 8, 3), i, np.uint8) for i in range(count)])
     assert sheet.shape == (*shape, 3)
     assert set(np.unique(sheet).tolist()) - {255} == set(range(count))
+
+
+def test_contact_sheet_leaves_large_pictures_as_they_are() -> None:
+    picture = np.random.default_rng(0).integers(0, 255, (130, 140, 3), np.uint8)
+    sheet = contact_sheet([picture, picture])
+    assert sheet.shape == (130, 284, 3)
+    assert (sheet[:, :140] == picture).all()
+    assert (sheet[:, 144:] == picture).all()
 
 
 def test_files_are_written_together_with_ordinary_permissions(tmp_path: Path) -> None:

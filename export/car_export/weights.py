@@ -18,7 +18,7 @@ from torch import Tensor
 FILE = "weights.bin"
 INLINE = 64
 """Initializers of fewer elements stay in the graph: shape arithmetic and scalars, which engines want to see."""
-HALVED = 1024
+HALVED = 256
 """With half-precision storage, float32 weights from this many elements on are stored as float16.
 
 Small ones keep their digits.
@@ -60,7 +60,7 @@ class WeightStore:
 
         Large ones start at a page, so that they can be mapped; small ones at a cache line.
         """
-        align = _PAGE if array.nbytes >= 16 * _PAGE else 64
+        align = _PAGE if array.nbytes >= 256 * _PAGE else 64
         self.file.write(bytes(-self.offset % align))
         self.offset += -self.offset % align
         self.file.write(array.tobytes() if array.nbytes < _PAGE else array.data.cast("B"))
