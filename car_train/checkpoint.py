@@ -44,6 +44,8 @@ def save(model: Model, directory: str | Path, trainer: dict[str, Any] | None = N
     An existing one of this name is replaced only when the new one is whole.
     """
     directory = Path(directory)
+    if directory.exists() and not (directory / "config.json").is_file():
+        raise CheckpointError(f"{directory} exists and is not a checkpoint; choose another folder")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
@@ -59,14 +61,7 @@ def save(model: Model, directory: str | Path, trainer: dict[str, Any] | None = N
             )
         if trainer is not None:
             torch.save(trainer, aside / "trainer.pt")
-        os.chmod(aside, 0o755)
-        if directory.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
-            os.replace(directory, old / "was")
-            os.replace(aside, directory)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(aside, directory)
+        put_in_place(aside, directory)
     except (OSError, SafetensorError, RuntimeError) as error:  # a full disk is any of these, by who meets it
         shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(
@@ -76,6 +71,23 @@ def save(model: Model, directory: str | Path, trainer: dict[str, Any] | None = N
         shutil.rmtree(aside, ignore_errors=True)
         raise
     return directory
+
+
+def put_in_place(aside: Path, target: Path) -> None:
+    """Rename a finished folder to its name; what was there goes once the new one is in place, or comes back."""
+    os.chmod(aside, 0o755)
+    if not target.exists():
+        os.replace(aside, target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    os.replace(target, old / target.name)
+    try:
+        os.replace(aside, target)
+    except BaseException:
+        os.replace(old / target.name, target)
+        old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def locate(path: str | Path) -> Path:
@@ -122,7 +134,7 @@ def load_trainer(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f"{file}: missing; a run can be resumed only from a checkpoint that training wrote")
     try:
-        return torch.load(file, weights_only=True)
+        return torch.load(file, weights_only=True, map_location="cpu")
     except Exception as error:  # unpickling fails in many ways
         reason = str(error).splitlines()[0][:160]
         raise CheckpointError(f"{file}: can't be read ({reason}); resume from an older step-… folder") from error

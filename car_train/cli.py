@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from . import checkpoint, official
 from .config import CONTROL_TYPES, CARConfig, ConfigError, VARConfig, VQVAEConfig
-from .data import DataError, find_pictures
+from .data import DataError, find_pictures, load_control
 from .datasets import DEFAULT_ROOT, DatasetError, fetch
 from .model import Model
 
@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("name", choices=["emoji", "fashion"])
     data.add_argument("-o", "--output", type=Path, help=f"folder (default: {DEFAULT_ROOT}/NAME)")
 
-    vqvae = _stage(commands, "vqvae", "train the multi-scale tokenizer", steps=5000, lr=6e-4)
+    vqvae = _stage(commands, "vqvae", "train the multi-scale tokenizer")
     defaults = VQVAEConfig()
     vqvae.add_argument(
         "--sides",
@@ -68,14 +68,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--beta", type=float, default=defaults.beta, help=f"weight of the commitment loss (default: {defaults.beta})"
     )
 
-    var = _stage(commands, "var", "train the next-scale transformer on a tokenizer", steps=5000, lr=6e-4)
+    var = _stage(commands, "var", "train the next-scale transformer on a tokenizer")
     var.add_argument("--vqvae", type=Path, required=True, help="checkpoint or run of the tokenizer")
     var.add_argument("--depth", type=int, default=6, help="blocks (default: 6)")
     var.add_argument("--width", type=int, help="(default: 64·depth)")
     var.add_argument("--heads", type=int, help="(default: depth)")
     var.add_argument("--shared-aln", action="store_true", help="one AdaLN projection for all blocks")
 
-    car = _stage(commands, "car", "train a control branch on a frozen transformer", steps=5000, lr=6e-4)
+    car = _stage(commands, "car", "train a control branch on a frozen transformer")
     car.add_argument("--base", type=Path, required=True, help="checkpoint or run of the transformer")
     car.add_argument(
         "--control",
@@ -120,26 +120,29 @@ def add_official_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _stage(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help_text: str, steps: int, lr: float
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help_text: str
 ) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=help_text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = commands.add_parser(name, help=help_text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of class folders")
     parser.add_argument(
         "-o", "--output", type=Path, required=True, help="folder of this run: checkpoints, samples, log.jsonl"
     )
-    parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=lr, help="peak learning rate")
-    parser.add_argument("--warmup", type=int, default=200, help="steps")
-    parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=5000, help="(default: 5000)")
+    parser.add_argument("--batch", type=int, default=32, help="(default: 32)")
+    parser.add_argument("--lr", type=float, default=6e-4, help="peak learning rate (default: 6e-4)")
+    parser.add_argument("--warmup", type=int, default=200, help="steps (default: 200)")
+    parser.add_argument("--weight-decay", type=float, default=0.05, help="(default: 0.05)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
-    parser.add_argument("--device", default="cpu", help="e.g. cuda")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = all")
-    parser.add_argument("--workers", type=int, default=1, help="data loader processes")
+    parser.add_argument("--device", default="cpu", help="e.g. cuda (default: cpu)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: 0, all)")
+    parser.add_argument("--workers", type=int, default=1, help="data loader processes (default: 1)")
     parser.add_argument("--no-augment", dest="augment", action="store_false", help="no flips, shifts and zooms")
-    parser.add_argument("--validate-every", type=int, default=500, help="steps")
-    parser.add_argument("--save-every", type=int, default=500, help="steps")
+    parser.add_argument(
+        "--no-preload", dest="preload", action="store_false", help="don't keep all pictures in memory (large sets)"
+    )
+    parser.add_argument("--validate-every", type=int, default=500, help="steps (default: 500)")
+    parser.add_argument("--save-every", type=int, default=500, help="steps (default: 500)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --output")
     return parser
 
@@ -163,6 +166,7 @@ def train(args: argparse.Namespace) -> Path:
         threads=args.threads,
         workers=args.workers,
         augment=args.augment,
+        preload=args.preload,
         control_root=getattr(args, "control_root", None),
         validate_every=args.validate_every,
         save_every=args.save_every,
@@ -189,7 +193,7 @@ def _new_stage(args: argparse.Namespace) -> Stage:
         )
         return t.VQVAEStage(t.new_vqvae(tokenizer))
     if args.command == "var":
-        names = tuple(find_pictures(args.data)[0])
+        names = tuple(find_pictures(args.data.expanduser())[0])
         transformer = VARConfig(
             depth=args.depth, width=args.width, heads=args.heads, classes=len(names), shared_aln=args.shared_aln
         )
@@ -212,7 +216,6 @@ def _new_stage(args: argparse.Namespace) -> Stage:
 def sample(args: argparse.Namespace) -> Path:
     import numpy as np
     import torch
-    from PIL import Image
 
     from .sample import control_pyramid
     from .sample import sample as reference_loop
@@ -228,9 +231,18 @@ def sample(args: argparse.Namespace) -> Path:
     if (args.control is not None) != (model.car.branch is not None):
         needs, remedy = ("needs", "add") if model.car.branch else ("has no", "leave out")
         raise ConfigError(f"{args.checkpoint} {needs} control; {remedy} --control")
-    controls = (
-        control_pyramid(Image.open(args.control), [s * config.patch for s in config.sides]) if args.control else None
-    )
+    if not 0 <= args.top_k <= config.vocab or not 0 <= args.top_p <= 1 or not 0 <= args.cfg < float("inf"):
+        raise ConfigError(
+            f"top-k {args.top_k}, top-p {args.top_p}, cfg {args.cfg}: "
+            f"give top-k in 0…{config.vocab}, top-p in 0…1, cfg from 0"
+        )
+    if args.seed < 0 or args.output.suffix.lower() != ".png" or not args.output.absolute().parent.is_dir():
+        raise ConfigError(
+            f"seed {args.seed}, output {args.output}: give a seed from 0 and a .png in a folder that exists"
+        )
+    controls = None
+    if args.control is not None:
+        controls = control_pyramid(load_control(args.control), [s * config.patch for s in config.sides])
     uniforms = torch.from_numpy(np.random.default_rng(args.seed).random((1, config.tokens), dtype=np.float32))
     _, drawn = reference_loop(
         model.vqvae, model.car, torch.tensor([label]), uniforms, controls, args.cfg, args.top_k, args.top_p
@@ -271,7 +283,7 @@ def main(argv: list[str] | None = None) -> int:
         DatasetError,
         checkpoint.CheckpointError,
         official.OfficialCheckpointError,
-        FileNotFoundError,
+        OSError,
     ) as error:
         print(f"car_train: error: {error}", file=sys.stderr)
         return 2

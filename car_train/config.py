@@ -124,6 +124,8 @@ class VARConfig:
     def __post_init__(self) -> None:
         _require(self.depth >= 1, f"depth is {self.depth}; it must be at least 1")
         _require(self.classes >= 1, f"classes is {self.classes}; it must be at least 1")
+        for name, value in (("width", self.C), ("heads", self.H), ("mlp_ratio", self.mlp_ratio)):
+            _require(value >= 1, f"{name} is {value}; it must be at least 1")
         _require(self.C % self.H == 0, f"width {self.C} is not a multiple of heads {self.H}; change one of them")
         _require(0 <= self.label_dropout < 1, f"label_dropout is {self.label_dropout}; it must be in [0, 1)")
 

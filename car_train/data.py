@@ -249,6 +249,20 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(np.clip(np.asarray(image, np.float64) / top, 0, 1) * 255).astype(np.uint8))
 
 
+def load_control(path: str | Path) -> Image.Image:
+    """A control image for the reference sampler, read as the runtime reads it.
+
+    Turned as its EXIF says, deep grey scaled to 8 bits, transparent parts on black. Raises DataError.
+    """
+    try:
+        with Image.open(path) as opened:
+            image = _to_8_bits(ImageOps.exif_transpose(opened)).convert("RGBA")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: not a readable image ({error}); give a picture such as a PNG") from error
+    black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+    return Image.alpha_composite(black, image).convert("RGB")
+
+
 def has_alpha(rgba: Pixels) -> bool:
     """Whether any pixel of uint8 [H, W, 4] is not fully opaque."""
     return bool(rgba[..., 3].min() < 255)

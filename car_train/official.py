@@ -65,8 +65,8 @@ def official_name(name: str) -> str:
 
 _RENAMES = [
     # tokenizer
-    (r"^(vqvae)\.encoder\.levels\.(\d+)\.resample\.", r"vqvae.encoder.down.\2.downsample."),
-    (r"^(vqvae)\.decoder\.levels\.(\d+)\.resample\.", r"vqvae.decoder.up.\2.upsample."),
+    (r"^vqvae\.encoder\.levels\.(\d+)\.resample\.", r"vqvae.encoder.down.\1.downsample."),
+    (r"^vqvae\.decoder\.levels\.(\d+)\.resample\.", r"vqvae.decoder.up.\1.upsample."),
     (r"^vqvae\.encoder\.levels\.", r"vqvae.encoder.down."),
     (r"^vqvae\.decoder\.levels\.", r"vqvae.decoder.up."),
     (r"^vqvae\.quantizer\.embedding$", r"vqvae.quantize.embedding.weight"),

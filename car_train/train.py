@@ -55,6 +55,8 @@ class TrainOptions:
     """CPU threads, 0 = all."""
     device: str = "cpu"
     augment: bool = True
+    preload: bool = True
+    """Keep all pictures decoded in memory: 64 KB each at 64 pixels, 1 MB at 256."""
     control_root: Path | None = None
     validate_every: int = 500
     save_every: int = 500
@@ -65,8 +67,18 @@ class TrainOptions:
         for field in ("steps", "batch", "validate_every", "save_every", "keep"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least 1")
-        if not self.lr > 0:
+        for field in ("warmup", "weight_decay", "seed", "workers", "threads"):
+            if not getattr(self, field) >= 0:
+                raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least 0")
+        if not 0 < self.lr < math.inf:
             raise ConfigError(f"lr is {self.lr}; it must be positive")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"device {self.device!r} can't be used ({reason}); give cpu, or cuda with a GPU"
+            ) from error
 
 
 class Stage:
@@ -192,8 +204,8 @@ class TransformerStage(Stage):
         return ([controls[-1]] if controls else []) + [drawn, batch["image"]]
 
 
-def new_vqvae(config: VQVAEConfig, class_names: tuple[str, ...] | None = None) -> Model:
-    return Model(ModelConfig(vqvae=config, class_names=class_names))
+def new_vqvae(config: VQVAEConfig) -> Model:
+    return Model(ModelConfig(vqvae=config))
 
 
 def add_var(model: Model, config: VARConfig, class_names: tuple[str, ...]) -> Model:
@@ -246,7 +258,9 @@ class Trainer:
             "control_type": stage.control_type,
             "control_root": options.control_root,
             "seed": options.seed,
+            "preload": options.preload,
         }
+        options.output.mkdir(parents=True, exist_ok=True)  # a folder that can't be made is better known at once
         self.data = ControlledImages(options.data, size, split="train", augment=options.augment, **common)
         self.val = ControlledImages(options.data, size, split="val", **common)
         self._check_classes()
@@ -261,10 +275,14 @@ class Trainer:
 
     def _check_classes(self) -> None:
         names, config = self.data.class_names, self.stage.model.config
-        if config.var is not None and config.class_names is not None and tuple(names) != config.class_names:
+        if config.var is not None and len(names) != config.var.classes:
             raise ConfigError(
-                f"{self.options.data} has classes {names[:3]}… ({len(names)}), "
-                f"the model {list(config.class_names[:3])}… ({len(config.class_names)}); "
+                f"{self.options.data} has {len(names)} classes, the model {config.var.classes}; "
+                "give a folder whose sorted class folders are the model's classes"
+            )
+        if config.class_names is not None and tuple(names) != config.class_names:
+            raise ConfigError(
+                f"{self.options.data} has classes {names[:3]}…, the model {list(config.class_names[:3])}…; "
                 "train on the data set of the base"
             )
 
@@ -282,11 +300,15 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.stage.load_state(state["stage"])
         torch.set_rng_state(state["rng"])
+        if "cuda_rng" in state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.step = state["step"]
 
     def save(self) -> Path:
         state = {"step": self.step, "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
         state["stage"] = self.stage.state()
+        if self.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         path = checkpoint.save(self.stage.model, self.options.output / f"step-{self.step:07d}", state)
         for old in sorted(self.options.output.glob("step-*"))[: -self.options.keep]:
             checkpoint.remove(old)
@@ -344,7 +366,6 @@ class Trainer:
     def run(self) -> Path:
         """Train to the last step; returns the last checkpoint."""
         options, stage = self.options, self.stage
-        options.output.mkdir(parents=True, exist_ok=True)
         log = (options.output / "log.jsonl").open("a", encoding="utf-8")
         bar = tqdm(total=options.steps, initial=self.step, unit="step", dynamic_ncols=True, disable=None)
         began, path = time.monotonic(), self.options.output

@@ -162,6 +162,19 @@ def test_bad_requests_are_one_line_with_a_remedy(
     assert error.count("\n") == 1
 
 
+def test_a_folder_that_is_no_checkpoint_is_never_replaced(tmp_path: Path, tiny: Golden) -> None:
+    parts = tiny.state_dicts
+    model = build_model(parts["vae"], sides=tiny.sides)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
+    with pytest.raises(checkpoint.CheckpointError, match="is not a checkpoint"):
+        checkpoint.save(model, tmp_path / "photos")
+    assert (tmp_path / "photos" / "cat.jpg").read_bytes() == b"cat"
+    for _ in range(2):  # a checkpoint may be replaced by another, and leaves nothing beside it
+        checkpoint.save(model, tmp_path / "ck")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ck", "photos"]
+
+
 def test_a_damaged_checkpoint_says_which_file(tmp_path: Path, tiny: Golden) -> None:
     parts = tiny.state_dicts
     path = checkpoint.save(build_model(parts["vae"], parts["var"], sides=tiny.sides), tmp_path / "ck")

@@ -178,9 +178,16 @@ def test_bfloat16_trains_too(pictures: Path, tmp_path: Path) -> None:
             ["car", "--data", "PICTURES", "-o", "x", "--base", "RUNS/var", "--control-root", "nowhere"],
             "is not a folder",
         ),
-        (["car", "--data", "PICTURES/..", "-o", "x", "--base", "RUNS/var"], ""),
+        (["car", "--data", "three", "-o", "x", "--base", "RUNS/var"], "has 3 classes, the model 2"),
         (["sample", "RUNS/car"], "needs control"),
         (["sample", "RUNS/car", "--class", "9"], "out of range"),
+        (["sample", "RUNS/car", "--class", "1", "--control", "RUNS/car/log.jsonl"], "not a readable image"),
+        (["sample", "RUNS/var", "--top-k", "33"], "top-k in 0…32"),
+        (["sample", "RUNS/var", "-o", "picture.xyz"], "a .png in a folder that exists"),
+        (["vqvae", "--data", "PICTURES", "-o", "x", "--device", "abacus"], "can't be used"),
+        (["vqvae", "--data", "PICTURES", "-o", "x", "--workers", "-1"], "at least 0"),
+        (["vqvae", "--data", "PICTURES", "-o", "RUNS/car/log.jsonl"], "log.jsonl"),
+        (["var", "--data", "PICTURES", "-o", "x", "--vqvae", "RUNS/vqvae", "--heads", "0"], "at least 1"),
     ],
 )
 def test_bad_requests_are_one_line_with_a_remedy(
@@ -193,6 +200,8 @@ def test_bad_requests_are_one_line_with_a_remedy(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(pictures, "three")
+    shutil.copytree(pictures / "bar", "three/third")
     argv = [a.replace("PICTURES", str(pictures)).replace("RUNS", str(runs)) for a in argv]
     assert main(argv) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("car_train: error:")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -61,13 +62,30 @@ def load_model(args: argparse.Namespace) -> tuple[Model, dict[str, str]]:
             "give either a checkpoint of car_train, or --vae and --var (and --car) with the published files"
         )
     if args.checkpoint is not None:
+        if any(getattr(args, name) is not None for name in ("var", "car", "control_type", "sides")):
+            raise ConfigError(
+                "a checkpoint of car_train has its own parts; leave out --var, --car, --control-type, --sides"
+            )
         hashes = checkpoint.fingerprint(args.checkpoint)
         return checkpoint.load(args.checkpoint), {f"sha256 {name}": digest for name, digest in hashes.items()}
-    if args.var is None:
+    if args.var is None and args.car is None:
         raise ConfigError("--var is missing; give the published transformer, e.g. --var var_d16.pth")
     files = {part: path for part in ("vae", "var", "car") if (path := getattr(args, part)) is not None}
     model = load_official(args)
-    return model, {f"sha256 {path.name}": checkpoint.sha256(path) for path in files.values()}
+    return model, {f"sha256 {part} {path.name}": checkpoint.sha256(path) for part, path in files.items()}
+
+
+def read_class_names(path: Path) -> tuple[str, ...]:
+    """One name a line, UTF-8. Raises ConfigError."""
+    try:
+        names = tuple(path.read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path}: class names can't be read ({error}); give a UTF-8 text, one name a line"
+        ) from error
+    if not all(name.strip() for name in names) or len(set(names)) != len(names):
+        raise ConfigError(f"{path}: a class name is empty or there twice; give each class a name of its own")
+    return names
 
 
 def run(args: argparse.Namespace) -> Path:
@@ -76,14 +94,7 @@ def run(args: argparse.Namespace) -> Path:
     def log(text: str) -> None:
         print(f"[{time.monotonic() - began:6.1f} s] {text}", file=sys.stderr, flush=True)
 
-    model, sources = load_model(args)
-    names = None
-    if args.class_names is not None:
-        names = tuple(args.class_names.read_text(encoding="utf-8").splitlines())
-    if names is not None and model.car is not None and len(names) != model.car.base.config.classes:
-        raise ConfigError(
-            f"{args.class_names} has {len(names)} names for {model.car.base.config.classes} classes; give one a line"
-        )
+    names = read_class_names(args.class_names) if args.class_names is not None else None
     options = ExportOptions(
         output=args.output,
         name=args.name or args.output.name.removesuffix(".plan"),
@@ -94,8 +105,13 @@ def run(args: argparse.Namespace) -> Path:
         top_k=args.top_k,
         top_p=args.top_p,
         class_names=names,
-        provenance=sources,
     )
+    model, sources = load_model(args)
+    options = dataclasses.replace(options, provenance=sources)
+    if names is not None and model.car is not None and len(names) != model.car.base.config.classes:
+        raise ConfigError(
+            f"{args.class_names} has {len(names)} names for {model.car.base.config.classes} classes; give one a line"
+        )
     if args.verify:
         from car_runtime import manifest as schema
 

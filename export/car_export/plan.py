@@ -6,7 +6,7 @@ Trace the graphs, store the weights once, write the manifest, verify, then renam
 from __future__ import annotations
 
 import copy
-import os
+import math
 import platform
 import shutil
 import tempfile
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from car_runtime import manifest as schema
+from car_train.checkpoint import put_in_place
 from car_train.model import Model
 
 from . import graphs, verify
@@ -59,6 +60,10 @@ class ExportOptions:
                 raise ExportError(f"{name} is {getattr(self, name)!r}; choose fp32 or fp16")
         if not self.batches or min(self.batches) < 1:
             raise ExportError(f"batch is {list(self.batches)}; give positive numbers, e.g. 1,4")
+        if not 0 <= self.cfg < math.inf:
+            raise ExportError(f"cfg is {self.cfg}; give a number from 0")
+        if self.top_k < 0 or not 0 <= self.top_p <= 1:
+            raise ExportError(f"top-k {self.top_k}, top-p {self.top_p}: top-k is at least 0, top-p in 0…1 (0 = off)")
         if not self.output.name.endswith(".plan"):
             raise ExportError(f"{self.output}: a plan's name ends in .plan; write e.g. -o {self.output.name}.plan")
 
@@ -350,14 +355,7 @@ def build_plan(model: Model, options: ExportOptions, log: Log = lambda _: None) 
         builder = PlanBuilder(model, options, aside, log)
         builder.build()
         verify.verify_plan(aside, builder.reference, log)
-        os.chmod(aside, 0o755)
-        if output.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
-            os.replace(output, old / output.name)
-            os.replace(aside, output)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(aside, output)
+        put_in_place(aside, output)
     except OSError as error:
         raise ExportError(
             f"{output}: could not be written ({error}); free some space or choose another folder"

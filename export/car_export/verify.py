@@ -317,6 +317,19 @@ class Verifier:
 
 def verify_plan(directory: Path, reference: Model, log: Log) -> None:
     """Raise VerificationError if the plan at `directory` does not compute what `reference` (float32, eval) does."""
+    if reference.car is None:
+        raise VerificationError("the checkpoint holds a tokenizer only; give the one that the plan was made from")
+    made = schema.read_manifest(directory).model
+    facts = (made.depth, made.width, made.heads, made.vocab, made.latent_channels, made.image_size, made.classes)
+    config, base = reference.config.vqvae, reference.car.base.config
+    wanted = (base.depth, base.C, base.H, config.vocab, config.latent_channels, config.image_size, base.classes)
+    control = (made.control_type is not None, reference.car.branch is not None)
+    sides = tuple(s.side for s in schema.read_manifest(directory).scales)
+    if facts != wanted or sides != config.sides or control[0] != control[1]:
+        raise VerificationError(
+            f"the plan is of another model: depth, width, heads, codes, channels, pixels, classes are {facts}, "
+            f"the checkpoint's {wanted}; give the one that the plan was made from"
+        )
     Verifier(directory, reference, log).run()
 
 
