@@ -187,7 +187,6 @@ def build_model(
     car: Mapping[str, Tensor] | None = None,
     control_type: str = "canny",
     sides: tuple[int, ...] | None = None,
-    class_names: tuple[str, ...] | None = None,
 ) -> Model:
     """A model from official state dicts; tensors are shared, not copied.
 
@@ -204,7 +203,6 @@ def build_model(
         vqvae=vqvae_config,
         var=infer_var(var) if var is not None else None,
         car=infer_car(car, control_type, vqvae_config.patch) if car is not None else None,
-        class_names=class_names,
     )
     with torch.device("meta"):
         model = Model(config)

@@ -90,7 +90,6 @@ def compute_model(model: Model, precision: str) -> Model:
     for module in half.modules():
         if isinstance(module, nn.GroupNorm | nn.LayerNorm):
             module.float()
-    vqvae.quantizer.reset_buffers()
     return half
 
 
@@ -122,7 +121,7 @@ class PlanBuilder:
         self._autoencoder()
         self.store.close()
         manifest = self._manifest()
-        (self.directory / schema.MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        schema.write_manifest(self.directory, manifest)
         return manifest
 
     # -- graphs ------------------------------------------------------------------------------------------------------
@@ -202,8 +201,7 @@ class PlanBuilder:
         self._write("step", model)
         for batch in self.options.batches:
             for k, (side, (start, _)) in enumerate(zip(self.config.sides, self.config.ranges, strict=True)):
-                following = self.config.sides[k + 1] if k + 1 < len(self.config.sides) else 1
-                sizes = {"R": 2 * batch, "B": batch, "S": side, "P": start, "T": following}
+                sizes = {"R": 2 * batch, "B": batch, "S": side, "P": start, "T": self._next_side(k)}
                 self._write(f"step.{k:02d}.b{batch}", specialise(model, sizes, self.constants[k]))
 
     def _autoencoder(self) -> None:
@@ -222,11 +220,7 @@ class PlanBuilder:
 
     def _manifest(self) -> schema.Manifest:
         config, var, car = self.config, self.car.base.config, self.reference.config.car
-        files = sorted(p for p in self.directory.iterdir() if p.name != schema.MANIFEST)
-        entries = {
-            p.name: schema.FileEntry(bytes=p.stat().st_size, sha256=tuple(schema.hash_file(p, schema.CHUNK_BYTES)))
-            for p in files
-        }
+        names = sorted(p.name for p in self.directory.iterdir())
         return schema.Manifest(
             name=self.options.name,
             model=schema.Model(
@@ -253,9 +247,13 @@ class PlanBuilder:
             scales=tuple(self._scale(k) for k in range(len(config.sides))),
             tensors=self.tensors,
             graphs=self.graphs,
-            files=entries,
+            files=schema.describe_files(self.directory, names),
             provenance={**tool_versions(), **self.options.provenance},
         )
+
+    def _next_side(self, k: int) -> int:
+        """Side of the scale after k; 1 after the last, whose next input nobody reads."""
+        return (*self.config.sides, 1)[k + 1]
 
     def _scale(self, k: int) -> schema.Scale:
         config, side = self.config, self.config.sides[k]
@@ -265,7 +263,7 @@ class PlanBuilder:
             tokens=side * side,
             start=start,
             stop=stop,
-            next_side=config.sides[k + 1] if k + 1 < len(config.sides) else 1,
+            next_side=self._next_side(k),
             cfg_ratio=config.ratios[k],
             control_size=side * config.patch,
             constants={name: f"{name}.{k}" for name in schema.CONSTANTS},

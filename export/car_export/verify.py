@@ -175,7 +175,8 @@ class Verifier:
 
     @torch.no_grad()
     def steps(self, batch: int, record: Recording, rows: Tensor, uniforms_BL: Tensor) -> None:
-        feeds = [self._feed(k, record, rows, uniforms_BL) for k in range(len(record.scales))]
+        modulation = self.car.modulations(rows).numpy()
+        feeds = [self._feed(k, record, modulation, uniforms_BL) for k in range(len(record.scales))]
         if batch == 1:
             session = self.session("step", ("logits",))
             self.check_ports("step", session)
@@ -189,13 +190,13 @@ class Verifier:
                 self.check_ports(name, session)
                 self.step(name, session, k, feed, record)
 
-    def _feed(self, k: int, record: Recording, rows: Tensor, uniforms_BL: Tensor) -> Arrays:
+    def _feed(self, k: int, record: Recording, modulation: np.ndarray, uniforms_BL: Tensor) -> Arrays:
         scale, facts, cache = record.scales[k], self.manifest.scales[k], record.cache
         assert cache is not None
         grid = (scale["f_hat"].shape[0], facts.side, facts.side)
         feed: Arrays = {
             "x": scale["x"].numpy(),
-            "modulation": self.car.modulations(rows).numpy(),
+            "modulation": modulation,
             "f_hat": scale["f_hat"].numpy(),
             "uniforms": uniforms_BL[:, facts.start : facts.stop].reshape(grid).numpy(),
             "cfg": np.array([CFG], np.float32),
@@ -319,12 +320,13 @@ def verify_plan(directory: Path, reference: Model, log: Log) -> None:
     """Raise VerificationError if the plan at `directory` does not compute what `reference` (float32, eval) does."""
     if reference.car is None:
         raise VerificationError("the checkpoint holds a tokenizer only; give the one that the plan was made from")
-    made = schema.read_manifest(directory).model
+    manifest = schema.read_manifest(directory)
+    made = manifest.model
     facts = (made.depth, made.width, made.heads, made.vocab, made.latent_channels, made.image_size, made.classes)
     config, base = reference.config.vqvae, reference.car.base.config
     wanted = (base.depth, base.C, base.H, config.vocab, config.latent_channels, config.image_size, base.classes)
     control = (made.control_type is not None, reference.car.branch is not None)
-    sides = tuple(s.side for s in schema.read_manifest(directory).scales)
+    sides = tuple(s.side for s in manifest.scales)
     if facts != wanted or sides != config.sides or control[0] != control[1]:
         raise VerificationError(
             f"the plan is of another model: depth, width, heads, codes, channels, pixels, classes are {facts}, "
