@@ -1,21 +1,23 @@
 """CAR (arXiv 2410.04671, section 3.2): a control branch 𝓕, 𝒯, 𝓖 that steers a frozen VAR.
 
-Without its branch it is VAR.
+Without its branch it is VAR. Each part of the branch has the alternatives that the paper compares in Table 3.
 
 Shapes as in `var.py`; S side of a scale in tokens, f pixels per latent edge.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import CARConfig, ModelConfig
-from .var import EPS, VAR, Block, Cache, block_causal_mask, module_list
+from .config import CARConfig, ConfigError, ModelConfig, VQVAEConfig
+from .var import EPS, VAR, Block, Cache, module_list
+from .vqvae import VQVAE, Encoder
 
 
 class ControlEncoder(nn.Module):
@@ -40,17 +42,146 @@ class ControlEncoder(nn.Module):
         return self.conv_out(h)
 
 
-class Fusion(nn.Module):
+class TokenizerEncoder(nn.Module):
+    """𝓕 from the tokenizer: its encoder, frozen, and a trained 1×1 projection; shapes as `ControlEncoder`'s.
+
+    A copy, so that a branch is whole without the tokenizer it came from. Nothing is quantised: the projection reads
+    the latent that the codes are nearest to. ConfigError for a tokenizer that is too narrow for one-pixel maps.
+    """
+
+    def __init__(self, config: VQVAEConfig, width: int):
+        super().__init__()
+        Z = config.latent_channels
+        self.encoder, self.quant_conv = Encoder(config), nn.Conv2d(Z, Z, 3, padding=1)
+        self.proj = nn.Conv2d(Z, width, 1)
+        norm = self.encoder.norm_out
+        if norm.num_groups == norm.num_channels:
+            # The first scale is one pixel at the lowest level: a group of one channel would be normalised to zero.
+            raise ConfigError(
+                f"encoder is 'vqvae', but the tokenizer's lowest level has {norm.num_channels} channels, each a norm "
+                "group of its own; choose encoder conv, or a tokenizer with more channels"
+            )
+        self.freeze()
+
+    def initialise(self, vqvae: VQVAE) -> None:
+        """Take the tokenizer's weights."""
+        self.encoder.load_state_dict(vqvae.encoder.state_dict())
+        self.quant_conv.load_state_dict(vqvae.quant_conv.state_dict())
+
+    def freeze(self) -> None:
+        """All but the projection stays as the tokenizer has it."""
+        self.encoder.requires_grad_(False)
+        self.quant_conv.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.quant_conv(self.encoder(x)))
+
+
+def to_maps(x_RNC: Tensor, sides: Sequence[int]) -> list[Tensor]:
+    """Tokens of whole scales → one map [R, C, S, S] per scale. Without sides the tokens are one scale's."""
+    sides = sides or (math.isqrt(x_RNC.shape[1]),)
+    parts = x_RNC.split([s * s for s in sides], 1) if len(sides) > 1 else (x_RNC,)
+    return [part.unflatten(1, (s, s)).permute(0, 3, 1, 2) for part, s in zip(parts, sides, strict=True)]
+
+
+def to_tokens(maps: Sequence[Tensor]) -> Tensor:
+    """The inverse of `to_maps`: maps [R, C, S, S] → [R, N, C]."""
+    parts = [m.flatten(2).transpose(1, 2) for m in maps]
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+
+class ConvBlock(nn.Module):
+    """A block of the convolutional 𝒯: c + conv3(SiLU(LN(conv3(c)))) on each scale's map, the norm in float32.
+
+    No attention: a scale sees nothing of the others, and the class only by way of its inputs. The norm is over the
+    channels of one token, because the first map is a single pixel: a group norm of as many groups as channels would
+    leave nothing of it.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.norm = nn.LayerNorm(width, eps=EPS)
+
+    def forward(self, c_RNC: Tensor, sides: Sequence[int]) -> Tensor:
+        """c f32 [R, N, C] of the scales `sides` (of one scale without them) → [R, N, C] f32."""
+        return c_RNC + to_tokens([self._residual(c_RCSS) for c_RCSS in to_maps(c_RNC, sides)])
+
+    def _residual(self, c_RCSS: Tensor) -> Tensor:
+        dtype = self.conv1.weight.dtype
+        h = self.conv1(c_RCSS.to(dtype)).permute(0, 2, 3, 1).float()
+        h = F.layer_norm(h, h.shape[-1:], self.norm.weight.float(), self.norm.bias.float(), EPS)
+        return self.conv2(F.silu(h).to(dtype).permute(0, 3, 1, 2)).float()
+
+
+class ConcatFusion(nn.Module):
     """𝓖: x ← Linear(LayerNorm([x, c])), the norm in float32."""
 
     def __init__(self, width: int):
         super().__init__()
         self.norm, self.linear = nn.LayerNorm(2 * width, eps=EPS), nn.Linear(2 * width, width)
 
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Start as "x, a little of c"."""
+        C = self.linear.out_features
+        nn.init.trunc_normal_(self.linear.weight, std=0.02)
+        self.linear.weight[:, :C] += torch.eye(C)
+        nn.init.zeros_(self.linear.bias)
+
     def forward(self, x_RNC: Tensor, c_RNC: Tensor) -> Tensor:
         both = torch.cat([x_RNC, c_RNC], -1).float()
         h = F.layer_norm(both, both.shape[-1:], self.norm.weight.float(), self.norm.bias.float(), EPS)
         return self.linear(h.to(self.linear.weight.dtype)).float()
+
+
+class ZeroFusion(nn.Module):
+    """𝓖 of ControlNet (arXiv 2302.05543): x ← x + Linear(c), a 1×1 convolution that starts at zero."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Start as the base: nothing of c."""
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x_RNC: Tensor, c_RNC: Tensor) -> Tensor:
+        return x_RNC + self.linear(c_RNC.to(self.linear.weight.dtype)).float()
+
+
+class CrossNormFusion(nn.Module):
+    """𝓖 of ControlNeXt (arXiv 2408.06070): x ← x + gain · `cross_normalise`(c, x).
+
+    One gain per channel, learned, from zero.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.gain = nn.Parameter(torch.zeros(width))
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Start as the base: nothing of c."""
+        nn.init.zeros_(self.gain)
+
+    def forward(self, x_RNC: Tensor, c_RNC: Tensor) -> Tensor:
+        return x_RNC + self.gain.float() * cross_normalise(c_RNC, x_RNC)
+
+
+def cross_normalise(c_RNC: Tensor, x_RNC: Tensor) -> Tensor:
+    """c with the mean and variance of x, both over the channels of one token, f32.
+
+    ControlNeXt takes them over a whole feature map. A map of all tokens would show a coarse scale what the finer ones
+    hold, and one of a single scale has one token at first; over a token's channels, as in every other norm of this
+    model, teacher forcing and sampling compute the same.
+    """
+    mean = x_RNC.mean(-1, keepdim=True)
+    deviation = ((x_RNC - mean).square().mean(-1, keepdim=True) + EPS).sqrt()
+    return F.layer_norm(c_RNC, c_RNC.shape[-1:], eps=EPS) * deviation + mean
 
 
 class ControlBranch(nn.Module):
@@ -61,25 +192,49 @@ class ControlBranch(nn.Module):
         assert config.var is not None, "config.var"
         assert config.car is not None, "config.car"
         self.config = config.car
-        C, depth = config.var.C, config.var.depth // 2
-        self.encoder = ControlEncoder(config.car, C)
+        car, var, C, depth = config.car, config.var, config.var.C, config.var.depth // 2
+        encoders: dict[str, Callable[[], ControlEncoder | TokenizerEncoder]] = {
+            "conv": lambda: ControlEncoder(car, C),
+            "vqvae": lambda: TokenizerEncoder(config.vqvae, C),
+        }
+        blocks: dict[str, Callable[[], Block | ConvBlock]] = {
+            "blocks": lambda: Block(var, 0.0),
+            "conv": lambda: ConvBlock(C),
+        }
+        fusions: dict[str, Callable[[int], ConcatFusion | ZeroFusion | CrossNormFusion]] = {
+            "concat": ConcatFusion,
+            "zero": ZeroFusion,
+            "cross_norm": CrossNormFusion,
+        }
+        self.encoder = encoders[car.encoder]()
         self.input_conv = nn.Conv2d(C, C, 3, padding=1)
-        self.blocks = module_list(Block(config.var, 0.0) for _ in range(depth))
-        self.fusions = module_list(Fusion(C) for _ in range(depth))
+        self.blocks = module_list(blocks[car.transformer]() for _ in range(depth))
+        self.fusions = module_list(fusions[car.fusion](C) for _ in range(depth))
+
+    @property
+    def attention_blocks(self) -> Sequence[Block]:
+        """The blocks with modulation, keys and values: all of 𝒯, or none."""
+        return [block for block in self.blocks if isinstance(block, Block)]
 
     @torch.no_grad()
-    def initialise(self, base: VAR) -> None:
-        """𝒯 from the base's first half (paper); 𝓖 starts as "x, a little of c".
+    def initialise(self, base: VAR, vqvae: VQVAE) -> None:
+        """𝒯 from the base's first half (paper), 𝓕 from the tokenizer if it is its encoder, 𝓖 so that c hardly counts.
 
         So the first pictures are the base's.
         """
-        C = base.config.C
-        for mine, theirs in zip(self.blocks, base.blocks, strict=False):
+        if isinstance(self.encoder, TokenizerEncoder):
+            self.encoder.initialise(vqvae)
+        for mine, theirs in zip(self.attention_blocks, base.blocks, strict=False):
             mine.load_state_dict(theirs.state_dict())
         for fusion in self.fusions:
-            nn.init.trunc_normal_(fusion.linear.weight, std=0.02)
-            fusion.linear.weight[:, :C] += torch.eye(C)
-            nn.init.zeros_(fusion.linear.bias)
+            fusion.initialise()
+
+    def requires_grad_(self, requires_grad: bool = True) -> ControlBranch:
+        """Let the branch train, or not. The tokenizer's part of it never does."""
+        super().requires_grad_(requires_grad)
+        if isinstance(self.encoder, TokenizerEncoder):
+            self.encoder.freeze()
+        return self
 
     def features(self, control_3HW: Tensor) -> Tensor:
         """𝓕 of one batch of control images of one scale, [B, 3, S·f, S·f] → f32 [B, S·S, C]."""
@@ -90,6 +245,22 @@ class ControlBranch(nn.Module):
         """Branch input of one scale before position embeddings: conv3(base input) + 𝓕(control), f32 [R, S·S, C]."""
         x = x_RSSC.permute(0, 3, 1, 2).to(self.input_conv.weight.dtype)
         return self.input_conv(x).float().flatten(2).transpose(1, 2) + features
+
+    def forward(
+        self, c_RNC: Tensor, rows: Sequence[Tensor], cache: Cache | None, layer: int, sides: Sequence[int]
+    ) -> list[Tensor]:
+        """𝒯: the outputs of all blocks, f32 [R, N, C] each, first to last.
+
+        c with its positions; `rows`: the branch's modulation, f32 [R, 1, C] each; `layer`: its first in the cache.
+        """
+        outputs = []
+        for j, block in enumerate(self.blocks):
+            if isinstance(block, ConvBlock):
+                c_RNC = block(c_RNC, sides)
+            else:
+                c_RNC = block(c_RNC, rows[6 * j : 6 * j + 6], cache, layer + j, sides)
+            outputs.append(c_RNC)
+        return outputs
 
 
 class CAR(nn.Module):
@@ -103,7 +274,8 @@ class CAR(nn.Module):
 
     @property
     def branch_blocks(self) -> Sequence[Block]:
-        return self.branch.blocks if self.branch is not None else ()
+        """The branch's blocks with modulation, keys and values."""
+        return self.branch.attention_blocks if self.branch is not None else ()
 
     @property
     def layers(self) -> int:
@@ -121,27 +293,25 @@ class CAR(nn.Module):
         position_NC: Tensor,
         modulation_RMC: Tensor,
         cache: Cache | None = None,
-        mask_NT: Tensor | None = None,
+        sides: Sequence[int] = (),
     ) -> Tensor:
         """Embedded inputs (without positions) of base and branch → logits f32 [R, N, V].
 
-        c is None without control.
+        c is None without control. With a cache the N tokens are one scale; without, those of the scales `sides`.
+        A trace names `sides` with a cache too: a symbolic N has no root.
         """
         rows = modulation_RMC.split(1, dim=1)  # M × [R, 1, C]
         depth = len(self.base.blocks)
         outputs: list[Tensor] = []
         if self.branch is not None and c_RNC is not None:
-            c = c_RNC + position_NC
-            for j, block in enumerate(self.branch.blocks, start=depth):
-                c = block(c, rows[6 * j : 6 * j + 6], cache, j, mask_NT)
-                outputs.append(c)
+            outputs = self.branch(c_RNC + position_NC, rows[6 * depth : -2], cache, depth, sides)
+        first = depth - len(outputs)
         x = x_RNC + position_NC
         for i, block in enumerate(self.base.blocks):
-            fused = i - (depth - len(self.branch_blocks))
-            if outputs and fused >= 0:
+            if i >= first:
                 assert self.branch is not None
-                x = self.branch.fusions[fused](x, outputs.pop())  # the branch's last output first
-            x = block(x, rows[6 * i : 6 * i + 6], cache, i, mask_NT)
+                x = self.branch.fusions[i - first](x, outputs.pop())  # the branch's last output first
+            x = block(x, rows[6 * i : 6 * i + 6], cache, i, sides)
         return self.base.logits(x, rows[-2], rows[-1])
 
     def forward(self, label_B: Tensor, inputs_BlZ: Tensor, controls: Sequence[Tensor] | None = None) -> Tensor:
@@ -162,5 +332,4 @@ class CAR(nn.Module):
                 ],
                 1,
             )
-        mask = block_causal_mask(self.base.sides, x.device)
-        return self.trunk(x, c, self.base.position(), self.modulations(label_B), mask_NT=mask)
+        return self.trunk(x, c, self.base.position(), self.modulations(label_B), sides=self.base.sides)

@@ -18,6 +18,10 @@ import numpy as np
 SIDES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SIDES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 CONTROL_TYPES = ("canny", "hed", "depth", "normal", "sketch")
+# The parts of a control branch that CAR's Table 3 compares; the first of each is the published model's.
+ENCODERS = ("conv", "vqvae")
+TRANSFORMERS = ("blocks", "conv")
+FUSIONS = ("concat", "zero", "cross_norm")
 
 
 class ConfigError(ValueError):
@@ -144,14 +148,28 @@ class VARConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CARConfig:
-    """The control branch: 𝓕 (control encoder), 𝒯 (half of the base's depth) and 𝓖 (fusion), CAR section 3.2."""
+    """The control branch: 𝓕 (control encoder), 𝒯 (half of the base's depth) and 𝓖 (fusion), CAR section 3.2.
+
+    Each has the alternatives of the paper's Table 3; the defaults are what the published weights are made for.
+    """
 
     control_type: str = "canny"
     encoder_widths: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    """Channels of the convolutional 𝓕; the others make no use of widths and strides."""
     encoder_strides: tuple[int, ...] = (2, 2, 2, 2)
     """Stride of the step from each width to the next; their product is the tokenizer's `patch`."""
+    encoder: str = "conv"
+    """𝓕: "conv", a shared convolutional encoder; or "vqvae", the tokenizer's encoder, frozen, and a projection."""
+    transformer: str = "blocks"
+    """𝒯: "blocks", transformer blocks like the base's; or "conv", residual convolutions on each scale by itself."""
+    fusion: str = "concat"
+    """𝓖: "concat", Linear(LayerNorm([x, c])); "zero", x plus a projection of c that starts at zero; or "cross_norm",
+    x plus c brought to x's mean and variance, times a gain that starts at zero."""
 
     def __post_init__(self) -> None:
+        for field, choices in (("encoder", ENCODERS), ("transformer", TRANSFORMERS), ("fusion", FUSIONS)):
+            value = getattr(self, field)
+            _require(value in choices, f"{field} is {value!r}; choose one of {', '.join(choices)}")
         _require(
             len(self.encoder_strides) == len(self.encoder_widths) - 1,
             f"encoder_strides {list(self.encoder_strides)}: one for each step between "
@@ -173,7 +191,7 @@ class ModelConfig:
         if self.car is not None and self.var is not None:
             stride = math.prod(self.car.encoder_strides)
             _require(
-                stride == self.vqvae.patch,
+                self.car.encoder != "conv" or stride == self.vqvae.patch,
                 f"encoder_strides {list(self.car.encoder_strides)} shrink by {stride}, "
                 f"the tokenizer by {self.vqvae.patch}; make them equal",
             )

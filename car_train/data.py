@@ -55,6 +55,7 @@ class ControlledImages(Dataset[dict[str, Any]]):
     augment:      mirror, shift and scale at random, from (seed, epoch, index) alone: a resumed run sees the same
                   pictures.
     preload:      decode everything once and keep it in memory (uint8 RGBA; twice the model's side at most).
+    classes:      pictures of some classes only (`select_classes`); labels and `class_names` stay those of all.
 
     Items are dicts: `image` float32 [3, S, S] in [−1, 1]; `label` int; `control` uint8 tensor [S, S, 3], if there
     are controls.
@@ -75,6 +76,7 @@ class ControlledImages(Dataset[dict[str, Any]]):
         augment: bool = False,
         seed: int = 0,
         preload: bool = True,
+        classes: str | None = None,
     ) -> None:
         if split not in SPLITS:
             raise DataError(f"no split {split!r}; choose one of: {', '.join(SPLITS)}")
@@ -87,6 +89,8 @@ class ControlledImages(Dataset[dict[str, Any]]):
         self.seed = seed
         self.epoch = 0
         self.class_names, files = find_pictures(self.root)
+        chosen = set(select_classes(classes, self.class_names))
+        files = [(path, label) for path, label in files if label in chosen]
         self.files = [(path, label) for path, label in files if split == "all" or split_of(path) == split]
         if not self.files:
             raise DataError(
@@ -105,6 +109,15 @@ class ControlledImages(Dataset[dict[str, Any]]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose augmentation `__getitem__` applies, before a loader is made: workers copy it."""
         self.epoch = epoch
+
+    def fingerprint(self) -> str:
+        """Hex digest of the list of pictures (path, label, bytes, time of change), 16 digits."""
+        digest = hashlib.sha256()
+        for path, label in self.files:
+            status = path.stat()
+            facts = f"{path.relative_to(self.root)}\0{label}\0{status.st_size}\0{status.st_mtime_ns}\n"
+            digest.update(facts.encode())
+        return digest.hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -211,6 +224,37 @@ def find_pictures(root: Path) -> tuple[list[str], list[tuple[Path, int]]]:
             f"({', '.join(sorted(EXTENSIONS))}) or remove the folders"
         )
     return [folder.name for folder in folders], files
+
+
+def select_classes(chosen: str | None, names: Sequence[str]) -> list[int]:
+    """Class numbers of a comma-separated list of names, numbers and ranges, such as "0-99" or "cat,dog,17".
+
+    None chooses all; a leading "!" turns the choice round ("!0-99": all but the first hundred).
+    Raises DataError for a class that isn't there.
+    """
+    if chosen is None:
+        return list(range(len(names)))
+    numbers: set[int] = set()
+    for part in chosen.removeprefix("!").split(","):
+        first, dash, last = part.partition("-")
+        if part in names:
+            numbers.add(names.index(part))
+        elif part.isdigit():
+            numbers.add(int(part))
+        elif dash and first.isdigit() and last.isdigit() and int(first) <= int(last) < len(names):
+            numbers.update(range(int(first), int(last) + 1))
+        else:
+            raise DataError(
+                f"class {part!r} of {chosen!r} isn't there; give names, numbers 0…{len(names) - 1} or ranges, "
+                f"separated by commas; names: {_some(names, ', ')}"
+            )
+    if max(numbers) >= len(names):
+        raise DataError(f"class {max(numbers)} is out of range; give 0…{len(names) - 1}")
+    if chosen.startswith("!"):
+        numbers = set(range(len(names))) - numbers
+        if not numbers:
+            raise DataError(f"classes {chosen!r} leave none; leave some")
+    return sorted(numbers)
 
 
 def find_controls(root: Path, control_root: Path, pictures: Sequence[Path]) -> list[Path]:

@@ -1,36 +1,59 @@
-"""One training loop, three stages: tokenizer (VQVAE), base (VAR), control branch (CAR).
+"""One training loop for all three stages, on one process or, under `torchrun`, on many.
 
-A stage says what is trained and what its loss is. Everything random follows from the seed: order of pictures,
-augmentation, dropout. A run continues from its newest checkpoint.
+Everything random follows from the seed: order of pictures, augmentation, dropped labels, dropout. A run continues
+from its newest checkpoint; on one process and a CPU, stopped and resumed equals never stopped, bit for bit.
+
+A run's folder:
+
+    run.json              stage, options, config, sizes, versions
+    log.jsonl             one object a step; validation figures now and then, as `val_…`
+    samples-0000500.png   a sheet: control | picture | truth, in rows
+    step-0000500/         a checkpoint; its weights are the moving average, where there is one
+    tensorboard/          with `tensorboard`
+
+`batch` is what one optimizer step sees, over all processes and all accumulated parts: the same command on two
+processes, or with `accumulate`, takes the same steps up to rounding.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import os
+import platform
 import sys
 import time
+import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from . import checkpoint
-from .config import CARConfig, ConfigError, ModelConfig, VARConfig, VQVAEConfig
+from .average import MovingAverage
+from .config import ConfigError
 from .data import ControlledImages
-from .model import Model
-from .sample import control_pyramid, sample
-from .vqvae import join_tokens
+from .stages import Objective, Stage, TransformerStage
+from .tokens import CachedTokens, open_cache
+from .var import Block
+from .vqvae import Decoder, Encoder, ResBlock
 
-REVIVE_EVERY = 100
-"""Steps between revivals of unused codes, in the first two thirds of the tokenizer's training."""
+SCHEDULES = ("cosine", "linear", "constant")
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+class TrainingError(RuntimeError):
+    """Training can't go on; the message says why and ends with the remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,16 +64,29 @@ class TrainOptions:
     output: Path
     steps: int = 5000
     batch: int = 32
+    """Pictures of one optimizer step, over all processes and accumulated parts."""
+    accumulate: int = 1
+    """Parts a batch is computed in, for memory."""
     lr: float = 1e-4
     """Peak learning rate, as is (the papers' is per 256 pictures)."""
+    schedule: str = "cosine"
+    """After the warm-up: cosine to 1 %; linear to 1 % (VAR's, with 5 % of the steps at the peak); or constant."""
     warmup: int = 200
     weight_decay: float = 0.05
     clip: float = 2.0
+    """Largest norm of the gradient."""
     seed: int = 0
-    bf16: bool = False
-    """Autocast to bfloat16."""
+    precision: str = "fp32"
+    """Autocast to bf16 or fp16 (with a gradient scaler); weights and norms stay float32."""
+    ema: float = 0.0
+    """Decay of the moving average of weights; 0 = none."""
+    compile: bool = False
+    """`torch.compile` blocks, encoder and decoder."""
+    recompute: bool = False
+    """Keep no activations within a block; compute them again in the backward pass."""
     channels_last: bool = True
     workers: int = 1
+    """Data loader processes, each."""
     threads: int = 0
     """CPU threads, 0 = all."""
     device: str = "cpu"
@@ -58,20 +94,35 @@ class TrainOptions:
     preload: bool = True
     """Keep all pictures decoded in memory: 64 KB each at 64 pixels, 1 MB at 256."""
     control_root: Path | None = None
+    classes: str | None = None
+    """Train and validate on some classes only (`data.select_classes`); labels keep their numbers."""
+    token_cache: bool = True
+    """Encode pictures once (stages 2 and 3), not once a step."""
+    token_root: Path | None = None
+    """Folder of token caches; None = `tokens.DEFAULT_ROOT`."""
+    views: int = 8
+    """Augmentations of every picture in a token cache; without augmentation it is 1."""
     validate_every: int = 500
     save_every: int = 500
     keep: int = 2
     """Checkpoints kept of one run."""
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for field in ("steps", "batch", "validate_every", "save_every", "keep"):
+        for field in ("steps", "batch", "accumulate", "views", "validate_every", "save_every", "keep"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least 1")
         for field in ("warmup", "weight_decay", "seed", "workers", "threads"):
             if not getattr(self, field) >= 0:
                 raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least 0")
-        if not 0 < self.lr < math.inf:
-            raise ConfigError(f"lr is {self.lr}; it must be positive")
+        for field in ("lr", "clip"):
+            if not 0 < getattr(self, field) < math.inf:
+                raise ConfigError(f"{field} is {getattr(self, field)}; it must be positive")
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"ema is {self.ema}; it must be in [0, 1), e.g. 0.999")
+        for field, known in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+            if getattr(self, field) not in known:
+                raise ConfigError(f"{field} is {getattr(self, field)!r}; choose one of: {', '.join(known)}")
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
@@ -80,160 +131,58 @@ class TrainOptions:
                 f"device {self.device!r} can't be used ({reason}); give cpu, or cuda with a GPU"
             ) from error
 
-
-class Stage:
-    """What one stage trains: subclasses give `loss` and `picture`."""
-
-    control_type: str | None = None
-
-    def __init__(self, model: Model, trainable: nn.Module):
-        self.model, self.trainable = model, trainable
-        model.requires_grad_(False).eval()
-        trainable.requires_grad_(True)
-
-    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss to minimise and what else to log, of one batch on the device."""
-        raise NotImplementedError
-
-    def picture(self, batch: dict[str, Tensor]) -> list[Tensor]:
-        """Rows of a sample sheet, each f32 [B, 3, H, W] in [-1, 1]."""
-        raise NotImplementedError
-
-    def after_step(self, step: int, steps: int) -> dict[str, float]:
-        """Upkeep after an optimizer step; returns what to log."""
-        return {}
-
-    def state(self) -> dict[str, Tensor]:
-        """What else a resumed run needs, besides weights and optimizer."""
-        return {}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take up the `state` of an earlier run."""
+    def to_json(self) -> dict[str, Any]:
+        return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
 
 
-class VQVAEStage(Stage):
-    """Tokenizer (VAR eq. 5 without its perceptual and adversarial terms): L1 + L2 + codebook + β·commitment."""
+@dataclass(frozen=True)
+class World:
+    """This process among those that train together. Alone, unless `torchrun` started it."""
 
-    def __init__(self, model: Model):
-        super().__init__(model, model.vqvae)
-        self.used_V = torch.zeros(model.config.vqvae.vocab, dtype=torch.bool)
-        self.last_images: Tensor | None = None
+    rank: int = 0
+    size: int = 1
 
-    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        images = batch["image"]
-        recon, quantisation, grids = self.model.vqvae(images)
-        recon = recon.float()
-        l1, l2 = F.l1_loss(recon, images), F.mse_loss(recon, images)
-        if self.trainable.training:
-            self.used_V[join_tokens(grids).unique().cpu()] = True
-            self.last_images = images
-        psnr = 10 * torch.log10(4 / F.mse_loss(recon.clamp(-1, 1), images))
-        return l1 + l2 + quantisation, {"l1": l1, "l2": l2, "quantisation": quantisation, "psnr": psnr}
+    @staticmethod
+    def join(device: str) -> tuple[World, str]:
+        """The world, and this process's device.
 
-    def after_step(self, step: int, steps: int) -> dict[str, float]:
-        if step != 1 and step % REVIVE_EVERY:
-            return {}
-        usage = self.used_V.float().mean().item()
-        if step < steps * 2 / 3 and self.last_images is not None:
-            latent = self.model.vqvae.latent(self.last_images).detach()
-            self.model.vqvae.quantizer.revive(latent, self.used_V.to(latent.device))
-        self.used_V.zero_()
-        return {"codes_used": usage}
+        Reads what `torchrun` sets: WORLD_SIZE, RANK, LOCAL_RANK. Collectives by nccl on GPUs, gloo on CPUs.
+        """
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            return World(), device
+        if device == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        return World(dist.get_rank(), size), device
 
-    def state(self) -> dict[str, Tensor]:
-        return {"used_V": self.used_V}
+    def mean(self, values: dict[str, float], device: torch.device) -> dict[str, float]:
+        """The mean of every value over the processes."""
+        if self.size == 1:
+            return values
+        summed = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+        dist.all_reduce(summed)
+        return dict(zip(values, (summed / self.size).tolist(), strict=True))
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        self.used_V = state["used_V"]
-
-    def picture(self, batch: dict[str, Tensor]) -> list[Tensor]:
-        return [batch["image"], self.model.vqvae(batch["image"])[0].float().clamp(-1, 1)]
-
-
-class TransformerStage(Stage):
-    """Next-scale cross-entropy (VAR eq. 6) averaged over all L tokens.
-
-    With a branch, that of CAR (eq. 7) on a frozen base.
-    """
-
-    def __init__(self, model: Model):
-        assert model.car is not None, "config.var"
-        super().__init__(model, model.car.branch or model.car.base)
-        self.car = model.car
-        self.control_type = model.config.car.control_type if model.config.car else None
-
-    def _controls(self, batch: dict[str, Tensor]) -> list[Tensor] | None:
-        if "control" not in batch:
-            return None
-        config, device = self.model.config.vqvae, batch["image"].device
-        pyramids = [
-            control_pyramid(Image.fromarray(c.numpy()), [s * config.patch for s in config.sides])
-            for c in batch["control"].cpu()
-        ]
-        return [torch.cat(scale).to(device) for scale in zip(*pyramids, strict=True)]
-
-    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.no_grad():
-            grids = self.model.vqvae.encode(batch["image"])
-            with torch.autocast(batch["image"].device.type, enabled=False):
-                inputs = self.model.vqvae.quantizer.decode(grids)[1]
-        label = batch["label"]
-        if self.trainable.training:
-            drop = torch.rand(label.shape, device=label.device) < self.car.base.config.label_dropout
-            label = torch.where(drop, self.car.base.config.classes, label)
-        logits, target = self.car(label, inputs, self._controls(batch)), join_tokens(grids)
-        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
-        last = self.model.config.vqvae.sides[-1] ** 2
-        hit = (logits.argmax(-1) == target).float()
-        return loss, {"accuracy": hit.mean(), "accuracy_last": hit[:, -last:].mean()}
-
-    def picture(self, batch: dict[str, Tensor]) -> list[Tensor]:
-        config, B = self.model.config.vqvae, len(batch["image"])
-        uniforms = torch.rand(B, config.tokens, generator=torch.Generator().manual_seed(0)).to(batch["image"].device)
-        controls = self._controls(batch)
-        _, drawn = sample(
-            self.model.vqvae,
-            self.car,
-            batch["label"],
-            uniforms,
-            controls,
-            cfg=2.0,
-            top_k=config.vocab // 4,
-            top_p=0.9,
-        )
-        return ([controls[-1]] if controls else []) + [drawn, batch["image"]]
-
-
-def new_vqvae(config: VQVAEConfig) -> Model:
-    return Model(ModelConfig(vqvae=config))
-
-
-def add_var(model: Model, config: VARConfig, class_names: tuple[str, ...]) -> Model:
-    """A model with a trained tokenizer and a new base."""
-    grown = Model(ModelConfig(vqvae=model.config.vqvae, var=config, class_names=class_names))
-    grown.vqvae = model.vqvae
-    return grown
-
-
-def add_branch(model: Model, config: CARConfig) -> Model:
-    """A model with a trained base and a new branch, initialised from it. A branch that was there is left out."""
-    assert model.car is not None, "add_branch needs a base"
-    grown = Model(
-        ModelConfig(vqvae=model.config.vqvae, var=model.config.var, car=config, class_names=model.config.class_names)
-    )
-    assert grown.car is not None
-    assert grown.car.branch is not None
-    grown.vqvae, grown.car.base = model.vqvae, model.car.base
-    grown.car.branch.initialise(model.car.base)
-    return grown
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:
-    """Linear warm-up, then a cosine down to 1 % of the peak."""
+    """Of optimizer step `step`, from 0: linear warm-up, then the schedule."""
     if step < options.warmup:
         return options.lr * (step + 1) / options.warmup
-    done = (step - options.warmup) / max(1, options.steps - options.warmup)
-    return options.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1))))
+    done = min((step - options.warmup) / max(1, options.steps - options.warmup), 1.0)
+    if options.schedule == "constant":
+        share = 1.0
+    elif options.schedule == "linear":
+        share = min(1.0, (1 - done) / 0.95)
+    else:
+        share = 0.5 * (1 + math.cos(math.pi * done))
+    return options.lr * (0.01 + 0.99 * share)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -242,39 +191,55 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for name, p in module.named_parameters():
-        (free if p.ndim < 2 or any(word in name for word in exempt) else decayed).append(p)
+        if p.requires_grad:
+            (free if p.ndim < 2 or any(word in name for word in exempt) else decayed).append(p)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
 class Trainer:
-    """The loop around a stage: order, optimizer, precision, logs, checkpoints."""
+    """The loop around a stage: order, optimizers, precision, average, logs, checkpoints."""
 
     def __init__(self, stage: Stage, options: TrainOptions):
-        self.stage, self.options, self.device = stage, options, torch.device(options.device)
+        self.world, device = World.join(options.device)
+        self.stage, self.options, self.device = stage, options, torch.device(device)
+        parts = self.world.size * options.accumulate
+        if options.batch % parts:
+            raise ConfigError(
+                f"batch {options.batch} can't be split over {self.world.size} processes × accumulate "
+                f"{options.accumulate}; give a multiple of {parts}"
+            )
         if options.threads:
             torch.set_num_threads(options.threads)
+        options.output.mkdir(parents=True, exist_ok=True)  # a folder that can't be made is better known at once
         size = stage.model.config.vqvae.image_size
         common: dict[str, Any] = {
             "control_type": stage.control_type,
             "control_root": options.control_root,
             "seed": options.seed,
             "preload": options.preload,
+            "classes": options.classes,
         }
-        options.output.mkdir(parents=True, exist_ok=True)  # a folder that can't be made is better known at once
-        self.data = ControlledImages(options.data, size, split="train", augment=options.augment, **common)
-        self.val = ControlledImages(options.data, size, split="val", **common)
+        self.images = ControlledImages(options.data, size, split="train", augment=options.augment, **common)
+        self.val_images = ControlledImages(options.data, size, split="val", **common)
         self._check_classes()
-        stage.model.to(self.device)
+        if len(self.val_images) < self.world.size:
+            raise ConfigError(
+                f"{len(self.val_images)} validation pictures for {self.world.size} processes; use fewer processes"
+            )
+        stage.to(self.device)
         if options.channels_last:
             # torch's stubs leave out the overload with a memory format alone.
             stage.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(stage.trainable, options.weight_decay), lr=options.lr, betas=(0.9, 0.95)
-        )
+        self._set_up_blocks()
+        self.data, self.val = self._datasets()
+        self._set_up_optimizers()
+        self.average = MovingAverage(stage.trainable, options.ema) if options.ema else None
         self.step = 0
+        if self.world.rank:
+            torch.manual_seed(options.seed + self.world.rank)  # stochastic depth differs between the processes
 
     def _check_classes(self) -> None:
-        names, config = self.data.class_names, self.stage.model.config
+        names, config = self.images.class_names, self.stage.model.config
         if config.var is not None and len(names) != config.var.classes:
             raise ConfigError(
                 f"{self.options.data} has {len(names)} classes, the model {config.var.classes}; "
@@ -285,6 +250,59 @@ class Trainer:
                 f"{self.options.data} has classes {names[:3]}…, the model {list(config.class_names[:3])}…; "
                 "train on the data set of the base"
             )
+
+    def _set_up_blocks(self) -> None:
+        for module in self.stage.model.modules():
+            if isinstance(module, Block | ResBlock):
+                module.recompute = self.options.recompute
+            if self.options.compile and isinstance(module, Block | Encoder | Decoder):
+                module.compile()
+
+    def _datasets(self) -> tuple[ControlledImages | CachedTokens, ControlledImages | CachedTokens]:
+        """What is trained and validated on: pictures, or their tokens where the stage takes these."""
+        options = self.options
+        if not (self.stage.takes_tokens and options.token_cache):
+            return self.images, self.val_images
+
+        def encode(images: Tensor) -> list[Tensor]:
+            with self._autocast():
+                return self.stage.model.vqvae.encode(self._to_device({"image": images})["image"])
+
+        def cached(images: ControlledImages) -> CachedTokens:
+            cache = open_cache(
+                images,
+                self.stage.model.vqvae,
+                views=options.views,
+                root=options.token_root,
+                precision=options.precision,
+                encode=encode,
+            )
+            return CachedTokens(images, cache)
+
+        if self.world.rank:  # the first process makes the caches, the others find them
+            self.world.barrier()
+        data = cached(self.images), cached(self.val_images)
+        if not self.world.rank:
+            self.world.barrier()
+        return data
+
+    def _set_up_optimizers(self) -> None:
+        options, stage, device = self.options, self.stage, self.device.type
+        settings: dict[str, Any] = {"lr": options.lr, "betas": (0.9, 0.95)}
+        self.optimizers = [torch.optim.AdamW(parameter_groups(stage.trainable, options.weight_decay), **settings)]
+        self.objective: nn.Module = Objective(stage)
+        wrap = {"broadcast_buffers": False, "device_ids": [self.device.index] if device == "cuda" else None}
+        if self.world.size > 1:
+            self.objective = DistributedDataParallel(self.objective, **wrap)  # type: ignore[arg-type]
+        if stage.adversary is not None:
+            # Betas of the GAN literature: the critic's target moves.
+            self.optimizers.append(torch.optim.AdamW(stage.adversary.parameters(), lr=options.lr, betas=(0.5, 0.9)))
+            stage.critic = stage.adversary
+            if self.world.size > 1:
+                stage.critic = DistributedDataParallel(stage.adversary, **wrap)  # type: ignore[arg-type]
+        self.scaler = torch.amp.GradScaler(device, enabled=options.precision == "fp16")
+
+    # --- state -----------------------------------------------------------------------------------------------------
 
     def resume(self) -> None:
         """Continue from the newest checkpoint of the run; CheckpointError if its config is another one."""
@@ -297,115 +315,298 @@ class Trainer:
         mine = checkpoint.parts(self.stage.model)
         for name, module in checkpoint.parts(loaded).items():
             mine[name].load_state_dict(module.state_dict())
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self._take_up(state)
+        except (KeyError, ValueError, IndexError, RuntimeError) as error:
+            raise checkpoint.CheckpointError(
+                f"{path}: its training state doesn't fit these options ({error}); resume with those it had before"
+            ) from error
+
+    def _take_up(self, state: dict[str, Any]) -> None:
+        if (self.average is not None) != ("raw" in state):
+            raise ValueError("ema was switched on or off")
+        if self.average is not None:
+            self.average.load({name: p.to(self.device) for name, p in state["raw"].items()})
+        if len(state["optimizers"]) != len(self.optimizers):
+            raise ValueError("the adversarial loss was switched on or off")
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        if self.stage.adversary is not None:
+            self.stage.adversary.load_state_dict(state["adversary"])
+        self.scaler.load_state_dict(state["scaler"])
         self.stage.load_state(state["stage"])
-        torch.set_rng_state(state["rng"])
-        if "cuda_rng" in state and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        if self.world.rank < len(state["rng"]):  # more processes than before: the new ones keep their own seed
+            rng = state["rng"][self.world.rank]
+            torch.set_rng_state(rng["cpu"])
+            if "cuda" in rng and self.device.type == "cuda":
+                torch.cuda.set_rng_state(rng["cuda"], self.device)
         self.step = state["step"]
+        self._tell_changes(state["options"])
+
+    def _tell_changes(self, before: dict[str, Any]) -> None:
+        """Warn of options that differ from those the run was started with, where they change what is computed."""
+        free = {"output", "workers", "threads", "device", "validate_every", "save_every", "keep", "tensorboard"}
+        now = json.loads(json.dumps(self.options.to_json() | {"files": self.images.fingerprint()}))
+        changed = [f"{k} {before.get(k)!r} → {now[k]!r}" for k in now if k not in free and before.get(k) != now[k]]
+        if changed and not self.world.rank:
+            warnings.warn(
+                f"resumed at step {self.step} with other options than before: {'; '.join(changed)}; the run goes on, "
+                "but it is not the one that would have been without the stop",
+                stacklevel=3,
+            )
 
     def save(self) -> Path:
-        state = {"step": self.step, "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
-        state["stage"] = self.stage.state()
+        """Write a checkpoint; older ones than the `keep` newest go once it is whole."""
+        rng: dict[str, Tensor] = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
-            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
-        path = checkpoint.save(self.stage.model, self.options.output / f"step-{self.step:07d}", state)
-        for old in sorted(self.options.output.glob("step-*"))[: -self.options.keep]:
-            checkpoint.remove(old)
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        everyone = [rng]
+        if self.world.size > 1:
+            everyone = [rng] * self.world.size
+            dist.all_gather_object(everyone, rng)
+        path = self.options.output / f"step-{self.step:07d}"
+        if self.world.rank == 0:
+            state = {
+                "step": self.step,
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "scaler": self.scaler.state_dict(),
+                "rng": everyone,
+                "stage": self.stage.state(),
+                "options": self.options.to_json() | {"files": self.images.fingerprint()},
+            }
+            if self.stage.adversary is not None:
+                state["adversary"] = self.stage.adversary.state_dict()
+            with ExitStack() as stack:
+                if self.average is not None:
+                    state["raw"] = self.average.raw()
+                    stack.enter_context(self.average.applied())
+                checkpoint.save(self.stage.model, path, state)
+            for old in sorted(self.options.output.glob("step-*"))[: -self.options.keep]:
+                checkpoint.remove(old)
+        self.world.barrier()
         return path
 
+    # --- data ------------------------------------------------------------------------------------------------------
+
     def batches(self) -> Iterator[dict[str, Tensor]]:
-        """Batches from the current step on: epoch after epoch in an order that (seed, epoch) decides."""
-        per_epoch = len(self.data) // self.options.batch
+        """This process's parts of the batches from the current step on.
+
+        Epoch after epoch in an order that (seed, epoch) decides; `accumulate` items make one batch.
+        """
+        options, world = self.options, self.world
+        per_epoch = len(self.data) // options.batch
         if per_epoch == 0:
             raise ConfigError(
-                f"batch is {self.options.batch}, but there are {len(self.data)} training pictures; make it smaller"
+                f"batch is {options.batch}, but there are {len(self.data)} training pictures; make it smaller"
             )
+        part = options.batch // (world.size * options.accumulate)
+        mine = [(m * world.size + world.rank) * part for m in range(options.accumulate)]
         epoch, skip = divmod(self.step, per_epoch)
+        step = self.step
         while True:
             order = torch.randperm(
-                len(self.data), generator=torch.Generator().manual_seed(self.options.seed * 100_003 + epoch)
+                len(self.data), generator=torch.Generator().manual_seed(options.seed * 100_003 + epoch)
             ).tolist()
             self.data.set_epoch(epoch)
-            groups = [order[i * self.options.batch : (i + 1) * self.options.batch] for i in range(skip, per_epoch)]
+            groups = [order[i * options.batch + m :][:part] for i in range(skip, per_epoch) for m in mine]
             # A generator of its own: a loader draws from the global one, which a resumed run must find as it was.
-            generator = torch.Generator().manual_seed(self.step)
-            yield from DataLoader(
-                self.data, batch_sampler=groups, num_workers=self.options.workers, generator=generator
-            )
+            generator = torch.Generator().manual_seed(step)
+            loader = DataLoader(self.data, batch_sampler=groups, num_workers=options.workers, generator=generator)
+            for i, batch in enumerate(loader):
+                if i % options.accumulate == 0:
+                    drop = torch.rand(options.batch, generator=_generator(options.seed, step))
+                    step += 1
+                at = mine[i % options.accumulate]
+                yield batch | {"drop": drop[at : at + part]}
             epoch, skip = epoch + 1, 0
 
     def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        image = batch["image"].to(self.device)
-        if self.options.channels_last:
-            image = image.contiguous(memory_format=torch.channels_last)
-        return {**{k: v.to(self.device) for k, v in batch.items() if k != "image"}, "image": image}
+        moved = {k: v.to(self.device) for k, v in batch.items()}
+        if "image" in moved and self.options.channels_last:
+            moved["image"] = moved["image"].contiguous(memory_format=torch.channels_last)
+        return moved
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16)
+        dtype = torch.float16 if self.options.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.options.precision != "fp32")
+
+    # --- the loop --------------------------------------------------------------------------------------------------
+
+    def run(self) -> Path:
+        """Train to the last step; returns the last checkpoint.
+
+        TrainingError: the loss is no number any more. What was saved before stays.
+        """
+        options, stage = self.options, self.stage
+        path = options.output
+        with ExitStack() as stack:
+            journal = stack.enter_context(Journal(self)) if self.world.rank == 0 else None
+            stage.trainable.train()
+            batches = self.batches()
+            while self.step < options.steps:
+                record = self._train_step(batches)
+                done = self.step == options.steps
+                if done or self.step % options.validate_every == 0:
+                    record |= self.validate()
+                if journal is not None:
+                    journal.write(record)
+                if done or self.step % options.save_every == 0:
+                    path = self.save()
+        return path
+
+    def _train_step(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
+        """One optimizer step; returns what to log, the mean over the batch."""
+        options, stage = self.options, self.stage
+        lr = learning_rate(self.step, options)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.zero_grad(set_to_none=True)
+        stage.before_step(self.step)
+        record: dict[str, float] = {}
+        for m in range(options.accumulate):
+            last = m + 1 == options.accumulate
+            for name, value in self._part(self._to_device(next(batches)), sync=last).items():
+                record[name] = record.get(name, 0.0) + value.item() / options.accumulate
+        if not math.isfinite(record["loss"]):
+            raise TrainingError(
+                f"the loss is {record['loss']} at step {self.step + 1}; resume from the last checkpoint with a lower "
+                f"lr than {options.lr:g}, a longer warm-up, or another precision than {options.precision}"
+            )
+        for optimizer in self.optimizers:
+            grads = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            if grads:
+                self.scaler.unscale_(optimizer)
+                norm = nn.utils.clip_grad_norm_(grads, options.clip)
+                if optimizer is self.optimizers[0]:
+                    record["grad_norm"] = norm.item()
+                self.scaler.step(optimizer)
+        self.scaler.update()
+        self.step += 1
+        extra = stage.after_step(self.step, options.steps)
+        if self.average is not None:
+            self.average.update(self.step)
+        return self.world.mean(record, self.device) | extra | {"lr": lr}
+
+    def _part(self, batch: dict[str, Tensor], sync: bool) -> dict[str, Tensor]:
+        """Forward and backward of one part of a batch; gradients are exchanged with the last part."""
+        wrapped = isinstance(self.objective, DistributedDataParallel)
+        with nullcontext() if sync or not wrapped else self.objective.no_sync():  # type: ignore[operator]
+            with self._autocast():
+                loss, metrics = self.objective(batch)
+            self.scaler.scale(loss / self.options.accumulate).backward()
+        critic = self.stage.critic
+        wrapped = isinstance(critic, DistributedDataParallel)
+        with nullcontext() if sync or not wrapped else critic.no_sync():
+            with self._autocast():
+                extra = self.stage.extra_loss(self.step)
+            if extra is not None:
+                self.scaler.scale(extra[0] / self.options.accumulate).backward()
+                metrics = metrics | extra[1]
+        return {"loss": loss.detach(), **{k: v.detach() for k, v in metrics.items()}}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Mean loss and metrics over the validation split; writes a sample sheet."""
+        """Mean loss and metrics over the validation split, with the averaged weights; writes a sample sheet."""
+        self.stage.trainable.eval()
         sums: dict[str, float] = {}
-        count, first = 0, None
-        for batch in DataLoader(self.val, batch_size=self.options.batch, generator=torch.Generator()):
-            batch = self._to_device(batch)
-            first = first or batch
-            with self._autocast():
-                loss, metrics = self.stage.loss(batch)
-            for name, value in {"loss": loss, **metrics}.items():
-                sums[name] = sums.get(name, 0.0) + value.item() * len(batch["image"])
-            count += len(batch["image"])
-        assert first is not None
+        with ExitStack() as stack:
+            if self.average is not None:
+                stack.enter_context(self.average.applied())
+            share = Subset(self.val, range(self.world.rank, len(self.val), self.world.size))
+            part = self.options.batch // (self.world.size * self.options.accumulate)
+            for batch in DataLoader(share, batch_size=part, generator=torch.Generator()):
+                batch = self._to_device(batch)
+                with self._autocast():
+                    loss, metrics = self.stage.loss(batch)
+                for name, value in {"loss": loss, **metrics}.items():
+                    sums[name] = sums.get(name, 0.0) + value.item() * len(batch["label"])
+            if self.world.rank == 0:
+                self._write_sheet()
+        self.stage.trainable.train()
+        means = {f"val_{name}": value * self.world.size / len(self.val) for name, value in sums.items()}
+        return self.world.mean(means, self.device)
+
+    def _write_sheet(self) -> None:
+        """Samples of validation pictures, evenly from the whole split."""
+        count = min(16, len(self.val_images))
+        chosen = Subset(self.val_images, [i * len(self.val_images) // count for i in range(count)])
+        batch = self._to_device(next(iter(DataLoader(chosen, batch_size=count, generator=torch.Generator()))))
         with self._autocast():
-            rows = self.stage.picture({k: v[:16] for k, v in first.items()})
+            rows = self.stage.picture(batch)
         sheet(rows).save(self.options.output / f"samples-{self.step:07d}.png")
-        return {f"val_{name}": value / count for name, value in sums.items()}
 
-    def run(self) -> Path:
-        """Train to the last step; returns the last checkpoint."""
-        options, stage = self.options, self.stage
-        log = (options.output / "log.jsonl").open("a", encoding="utf-8")
-        bar = tqdm(total=options.steps, initial=self.step, unit="step", dynamic_ncols=True, disable=None)
-        began, path = time.monotonic(), self.options.output
-        with log, bar:
-            stage.trainable.train()
-            for batch in self.batches():
-                if self.step >= options.steps:
-                    break
-                record = self._train_step(self._to_device(batch))
-                bar.update()
-                bar.set_postfix({k: f"{v:.3g}" for k, v in record.items() if k != "lr"}, refresh=False)
-                done = self.step == options.steps
-                if done or self.step % options.validate_every == 0:
-                    stage.trainable.eval()
-                    record |= self.validate()
-                    stage.trainable.train()
-                    tqdm.write(
-                        f"step {self.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in record.items()), file=sys.stderr
-                    )
-                if done or self.step % options.save_every == 0:
-                    path = self.save()
-                log.write(
-                    json.dumps({"step": self.step, "seconds": round(time.monotonic() - began, 2), **record}) + "\n"
-                )
-                log.flush()
-        return path
 
-    def _train_step(self, batch: dict[str, Tensor]) -> dict[str, float]:
-        lr = learning_rate(self.step, self.options)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        with self._autocast():
-            loss, metrics = self.stage.loss(batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.stage.trainable.parameters(), self.options.clip)
-        self.optimizer.step()
-        self.step += 1
-        extra = self.stage.after_step(self.step, self.options.steps)
-        return {"loss": loss.item(), **{k: v.item() for k, v in metrics.items()}, **extra, "lr": lr}
+class Journal:
+    """What a run tells: `run.json`, `log.jsonl`, the progress bar, TensorBoard."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.options = trainer, trainer.options
+        self.began = time.monotonic()
+
+    def __enter__(self) -> Journal:
+        output = self.options.output
+        self.board = _tensorboard(output / "tensorboard") if self.options.tensorboard else None
+        (output / "run.json").write_text(json.dumps(self._facts(), indent=2) + "\n", encoding="utf-8")
+        self.log = (output / "log.jsonl").open("a", encoding="utf-8")
+        start = self.trainer.step
+        self.bar = tqdm(total=self.options.steps, initial=start, unit="step", dynamic_ncols=True, disable=None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        self.log.close()
+        if self.board is not None:
+            self.board.close()
+
+    def _facts(self) -> dict[str, Any]:
+        trainer, stage = self.trainer, self.trainer.stage
+        trained = sum(p.numel() for p in stage.trainable.parameters() if p.requires_grad)
+        return {
+            "format": 1,
+            "stage": stage_name(stage),
+            "options": self.options.to_json(),
+            "config": json.loads(stage.model.config.to_json()),
+            "pictures": {"train": len(trainer.images), "val": len(trainer.val_images)},
+            "parameters": {"total": sum(p.numel() for p in stage.model.parameters()), "trainable": trained},
+            "processes": trainer.world.size,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        }
+
+    def write(self, record: dict[str, float]) -> None:
+        step, seconds = self.trainer.step, round(time.monotonic() - self.began, 2)
+        self.log.write(json.dumps({"step": step, "seconds": seconds, **record}) + "\n")
+        self.log.flush()
+        if self.board is not None:
+            for name, value in record.items():
+                self.board.add_scalar(name.replace("val_", "val/") if name.startswith("val_") else name, value, step)
+        shown = {k: v for k, v in record.items() if not k.startswith("codes_used_")}
+        self.bar.update()
+        brief = {k: f"{shown[k]:.3g}" for k in ("loss", "psnr", "accuracy") if k in shown}
+        self.bar.set_postfix(brief, refresh=False)
+        if "val_loss" in record:
+            told = "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
+            tqdm.write(f"step {step}: {told}", file=sys.stderr)
+
+
+def stage_name(stage: Stage) -> str:
+    """ "vqvae", "var" or "car"."""
+    if not isinstance(stage, TransformerStage):
+        return "vqvae"
+    return "car" if stage.car.branch is not None else "var"
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(f"TensorBoard logs need a package ({error}); pip install tensorboard") from error
+    return SummaryWriter(folder)  # type: ignore[no-untyped-call]
+
+
+def _generator(seed: int, step: int) -> torch.Generator:
+    """For the random numbers of one step that don't depend on how its batch is shared out."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 2 + 1)
 
 
 def sheet(rows: list[Tensor]) -> Image.Image:

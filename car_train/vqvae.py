@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .config import VQVAEConfig
 from .quantizer import MultiScaleQuantizer
@@ -32,8 +33,15 @@ class ResBlock(nn.Module):
         self.norm1, self.conv1 = Norm(inp), nn.Conv2d(inp, out, 3, padding=1)
         self.norm2, self.conv2 = Norm(out), nn.Conv2d(out, out, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(inp, out, 1) if inp != out else nn.Identity()
+        self.recompute = False
+        """Training only: keep no activations, compute them again in the backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, use_reentrant=False)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         return self.nin_shortcut(x) + h

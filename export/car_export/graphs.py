@@ -91,11 +91,11 @@ class StepGraph(nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         i = dict(zip(self.input_names, inputs, strict=True))
         x_RSSC, position_NC = i["x"], i["pos"].flatten(0, 1)
+        images, side = i["uniforms"].shape[0], x_RSSC.shape[1]
         past = [(i[f"past_k_{n}"], i[f"past_v_{n}"]) if self.has_past else None for n in range(self.car.layers)]
         cache = TracedCache(past)
         c = self.car.branch.inject(x_RSSC, i["control"].flatten(0, 1)) if self.car.branch is not None else None
-        logits_RNV = self.car.trunk(x_RSSC.flatten(1, 2), c, position_NC, i["modulation"], cache)
-        images, side = i["uniforms"].shape[0], x_RSSC.shape[1]
+        logits_RNV = self.car.trunk(x_RSSC.flatten(1, 2), c, position_NC, i["modulation"], cache, (side,))
         logits_BSSV = mix(logits_RNV, i["cfg"] * i["cfg_ratio"], images).unflatten(1, (side, side))
         drawn = draw(logits_BSSV, i["uniforms"], i["top_k"], i["top_p"])
         tokens_BSS = torch.where(i["known_mask"], i["known"], drawn)

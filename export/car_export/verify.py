@@ -326,11 +326,13 @@ def verify_plan(directory: Path, reference: Model, log: Log) -> None:
     config, base = reference.config.vqvae, reference.car.base.config
     wanted = (base.depth, base.C, base.H, config.vocab, config.latent_channels, config.image_size, base.classes)
     control = (made.control_type is not None, reference.car.branch is not None)
+    layers = (made.cache_layers, reference.car.layers)
     sides = tuple(s.side for s in manifest.scales)
-    if facts != wanted or sides != config.sides or control[0] != control[1]:
+    if facts != wanted or sides != config.sides or control[0] != control[1] or layers[0] != layers[1]:
         raise VerificationError(
             f"the plan is of another model: depth, width, heads, codes, channels, pixels, classes are {facts}, "
-            f"the checkpoint's {wanted}; give the one that the plan was made from"
+            f"the checkpoint's {wanted}, K/V pairs {layers[0]} and {layers[1]}; give the one that the plan was made "
+            "from"
         )
     Verifier(directory, reference, log).run()
 
