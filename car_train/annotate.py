@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from .checkpoint import sha256
 from .controls import CONTROL_TYPES, NEEDS_ALPHA, make_control, on_white
-from .data import _UNREADABLE, _to_8_bits, find_pictures, has_alpha
+from .data import UNREADABLE, find_pictures, has_alpha, to_8_bits
 
 MARKER = "controls.json"
 SKIPPED = "skipped.txt"
@@ -692,7 +692,7 @@ def _groups(pictures: Sequence[Path], size: int) -> Iterator[Sequence[Path]]:
 def read_picture(path: Path, size: int | None) -> Pixels:
     """RGBA square as `data.ControlledImages` shows it, uint8 [S, S, 4]; size as in `annotate_folder`."""
     with Image.open(path) as opened:
-        image = _to_8_bits(ImageOps.exif_transpose(opened)).convert("RGBA")
+        image = to_8_bits(ImageOps.exif_transpose(opened)).convert("RGBA")
     side = size or min(DEFAULT_SIZE, max(image.size))
     return np.asarray(image.resize((side, side), Image.Resampling.LANCZOS))
 
@@ -701,7 +701,7 @@ def _try_to_read(path: Path, size: int | None) -> Pixels | str:
     """The picture, or why it cannot be read, in one line."""
     try:
         return read_picture(path, size)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -710,7 +710,7 @@ def _is_whole(png: Path) -> bool:
     try:
         with Image.open(png) as image:
             image.verify()
-    except _UNREADABLE:  # also where there is no such file
+    except UNREADABLE:  # also where there is no such file
         return False
     return True
 
@@ -851,8 +851,7 @@ def run(args: argparse.Namespace) -> Path:
     print(f"{report.made} made, {report.present} present, {len(report.skipped)} skipped", file=sys.stderr)
     if report.skipped:
         print(
-            f"{args.output / SKIPPED} lists the skipped pictures; training with --control-root needs a control for "
-            "every picture: remove these from --data",
+            f"{args.output / SKIPPED} lists the skipped pictures; training with --control-root leaves them out",
             file=sys.stderr,
         )
     output: Path = args.output.expanduser()

@@ -405,6 +405,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"car_train: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("car_train: interrupted; add --resume to continue a training run", file=sys.stderr)
+        print("car_train: interrupted; a training run continues with --resume, `controls` by itself", file=sys.stderr)
         return 130
     return 0

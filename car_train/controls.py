@@ -74,6 +74,7 @@ def dome(mask: NDArray[np.bool_]) -> tuple[Floats, float]:
     """
     padded = np.pad(mask.astype(np.uint8), 1)
     d = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
+    d = np.sqrt(np.rint(d * d))  # squared distances are whole; the last bit that OpenCV gives differs by the call
     r = float(d.max())
     return np.sqrt(np.maximum(d * (2 * r - d), 0)), r
 

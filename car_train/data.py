@@ -9,6 +9,7 @@ model's size with LANCZOS (Pillow, premultiplied), composited on white. Controls
 square. Stretching is what the runtime does to control images, so what is trained is what will be asked.
 """
 
+import fnmatch
 import hashlib
 import warnings
 from collections.abc import Sequence
@@ -51,7 +52,7 @@ class ControlledImages(Dataset[dict[str, Any]]):
                   named pictures of different classes (one emoji in three styles) on the same side.
     control_type: one of `CONTROL_TYPES`, made on the fly after augmentation. With `control_root`: what the files
                   there show, so that a mirrored normal map has its x turned round.
-    control_root: a folder with a control image for every picture.
+    control_root: a folder with a control image for every picture, but for those that its `skipped.txt` lists.
     augment:      mirror, shift and scale at random, from (seed, epoch, index) alone: a resumed run sees the same
                   pictures.
     preload:      decode everything once and keep it in memory (uint8 RGBA; twice the model's side at most).
@@ -98,9 +99,10 @@ class ControlledImages(Dataset[dict[str, Any]]):
             )
         self.control_files: list[Path] | None = None
         if control_root is not None:
-            self.control_files = find_controls(
-                self.root, Path(control_root).expanduser(), [path for path, _ in self.files]
-            )
+            folder = Path(control_root).expanduser()
+            without = _left_out(folder)
+            self.files = [f for f in self.files if f[0].relative_to(self.root).as_posix() not in without]
+            self.control_files = find_controls(self.root, folder, [path for path, _ in self.files])
         self._pictures: list[Pixels] | None = None
         self._controls: list[Pixels] | None = None
         if preload:
@@ -128,7 +130,7 @@ class ControlledImages(Dataset[dict[str, Any]]):
             try:
                 picture, control = self._load(at)
                 break
-            except (*_UNREADABLE, DataError) as error:
+            except (*UNREADABLE, DataError) as error:
                 warnings.warn(f"left out: {self.files[at][0]}: {error}", stacklevel=2)
         else:
             raise DataError(f"{self.root}: no picture can be read; check the files")
@@ -164,7 +166,7 @@ class ControlledImages(Dataset[dict[str, Any]]):
 
     def _read(self, path: Path, mode: str) -> Pixels:
         with Image.open(path) as opened:
-            image = _to_8_bits(ImageOps.exif_transpose(opened)).convert(mode)
+            image = to_8_bits(ImageOps.exif_transpose(opened)).convert(mode)
         # Augmented pictures keep up to twice the side, so that zooming in does not blur them; the others take the
         # model's size in one step, as the runtime does it.
         side = self.image_size
@@ -180,7 +182,7 @@ class ControlledImages(Dataset[dict[str, Any]]):
         for i, (path, _) in enumerate(tqdm(self.files, desc=f"reading {self.root.name}", unit="img", leave=False)):
             try:
                 picture, control = self._load(i)
-            except (*_UNREADABLE, DataError) as error:
+            except (*UNREADABLE, DataError) as error:
                 failed.append(f"{path}: {error}")
                 continue
             kept.append(i)
@@ -198,7 +200,7 @@ class ControlledImages(Dataset[dict[str, Any]]):
 
 
 # What Pillow raises on damaged files.
-_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 def find_pictures(root: Path) -> tuple[list[str], list[tuple[Path, int]]]:
@@ -227,7 +229,7 @@ def find_pictures(root: Path) -> tuple[list[str], list[tuple[Path, int]]]:
 
 
 def select_classes(chosen: str | None, names: Sequence[str]) -> list[int]:
-    """Class numbers of a comma-separated list of names, numbers and ranges, such as "0-99" or "cat,dog,17".
+    """Class numbers of a comma-separated list of names, patterns, numbers and ranges: "0-99", "cat,dog,17", "noto-*".
 
     None chooses all; a leading "!" turns the choice round ("!0-99": all but the first hundred).
     Raises DataError for a class that isn't there.
@@ -237,15 +239,18 @@ def select_classes(chosen: str | None, names: Sequence[str]) -> list[int]:
     numbers: set[int] = set()
     for part in chosen.removeprefix("!").split(","):
         first, dash, last = part.partition("-")
+        matches = [i for i, name in enumerate(names) if fnmatch.fnmatchcase(name, part)]
         if part in names:
             numbers.add(names.index(part))
+        elif matches:
+            numbers.update(matches)
         elif part.isdigit():
             numbers.add(int(part))
         elif dash and first.isdigit() and last.isdigit() and int(first) <= int(last) < len(names):
             numbers.update(range(int(first), int(last) + 1))
         else:
             raise DataError(
-                f"class {part!r} of {chosen!r} isn't there; give names, numbers 0…{len(names) - 1} or ranges, "
+                f"class {part!r} of {chosen!r} isn't there; give names, patterns, numbers 0…{len(names) - 1} or ranges, "
                 f"separated by commas; names: {_some(names, ', ')}"
             )
     if max(numbers) >= len(names):
@@ -255,6 +260,14 @@ def select_classes(chosen: str | None, names: Sequence[str]) -> list[int]:
         if not numbers:
             raise DataError(f"classes {chosen!r} leave none; leave some")
     return sorted(numbers)
+
+
+def _left_out(control_root: Path) -> set[str]:
+    """Pictures that `python -m car_train controls` could make no control of: one a line, its relative path, a tab."""
+    listed = control_root / "skipped.txt"
+    if not listed.is_file():
+        return set()
+    return {line.partition("\t")[0] for line in listed.read_text(encoding="utf-8").splitlines()}
 
 
 def find_controls(root: Path, control_root: Path, pictures: Sequence[Path]) -> list[Path]:
@@ -285,7 +298,7 @@ def split_of(path: Path) -> str:
     return "val" if int.from_bytes(digest[:8], "big") < VAL_SHARE * 2**64 else "train"
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
+def to_8_bits(image: Image.Image) -> Image.Image:
     """16-bit and 32-bit grey (depth maps) from 0…65535, float grey from 0…1; Pillow alone would clip at 255."""
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
@@ -300,7 +313,7 @@ def load_control(path: str | Path) -> Image.Image:
     """
     try:
         with Image.open(path) as opened:
-            image = _to_8_bits(ImageOps.exif_transpose(opened)).convert("RGBA")
+            image = to_8_bits(ImageOps.exif_transpose(opened)).convert("RGBA")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: not a readable image ({error}); give a picture such as a PNG") from error
     black = Image.new("RGBA", image.size, (0, 0, 0, 255))

@@ -287,7 +287,7 @@ def import_torch_fidelity() -> Any:
         with _torchvision_or_nothing():
             import torch_fidelity
     except ImportError as error:
-        raise EvaluationError(f"--inception needs {error.name}; install `car-deploy[lab]`") from error
+        raise EvaluationError(f"--inception needs {error.name}; install `car-deploy[fid]`") from error
     return torch_fidelity
 
 

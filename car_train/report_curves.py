@@ -25,6 +25,9 @@ GREY = "#6b6b6b"
 MOST_POINTS = 2000
 """Points drawn of one raw curve: about two for every pixel of the widest panel."""
 
+LEGEND_LINE = 0.055
+"""Share of a panel's height to leave free for a line of its legend: less than it takes, for it finds a gap too."""
+
 STYLE: dict[Any, Any] = {
     "font.size": 8,
     "font.family": "DejaVu Sans",  # comes with matplotlib, so a report looks the same everywhere
@@ -141,8 +144,11 @@ def draw_curves(figure: Figure, runs: Sequence[Run], top: float) -> None:
     for number, (panel, cell) in enumerate(zip(panels, cells, strict=False)):
         axes = figure.add_subplot(grid[cell])
         curves = _curves(panel, runs)
-        _draw_panel(axes, panel, curves)
-        _legend(axes, curves, named=len(curves) > 1 and (len(runs) == 1 or number == 0), styles=number == 0)
+        legend = _legend(curves, named=len(curves) > 1 and (len(runs) == 1 or number == 0), styles=number == 0)
+        columns = 2 if len(legend) > 4 else 1
+        _draw_panel(axes, panel, curves, headroom=LEGEND_LINE * -(-len(legend) // columns))
+        if legend:
+            axes.legend(handles=legend, ncols=columns, loc="best")
 
 
 @dataclass(frozen=True)
@@ -221,7 +227,7 @@ def smoothing(points: int) -> int:
     return points // 50
 
 
-def _draw_panel(axes: Axes, panel: Panel, curves: Sequence[Curve]) -> None:
+def _draw_panel(axes: Axes, panel: Panel, curves: Sequence[Curve], headroom: float) -> None:
     axes.set_title(panel.title, loc="left")
     seen: list[Array] = []
     for curve in curves:
@@ -229,9 +235,9 @@ def _draw_panel(axes: Axes, panel: Panel, curves: Sequence[Curve]) -> None:
     positive = np.concatenate([s[s > 0] for s in seen]) if seen else np.zeros(0)
     # Below a factor of 4 a logarithmic axis looks like a linear one with odd ticks.
     log = panel.log and len(positive) > 0 and bool(positive.max() > 4 * positive.min())
-    low, high = _range(seen, log)
+    low, high = _range(seen, log, headroom)
     if panel.percent and panel.metrics[0].startswith("codes_used"):
-        low, high = 0.0, 1.05
+        low, high = 0.0, 1.05 + headroom
     if log:
         axes.set_yscale("log")
         # Ticks at 1, 2, 5: a loss that spans less than a decade would have one tick, or none.
@@ -286,19 +292,23 @@ VAL_MARKER: dict[str, Any] = {
 }
 
 
-def _range(seen: Sequence[Array], log: bool) -> tuple[float, float]:
-    """Limits of the y axis: all that is finite (and positive, if it is to be logarithmic) and a little around it."""
+def _range(seen: Sequence[Array], log: bool, headroom: float) -> tuple[float, float]:
+    """Limits of the y axis: all that is finite (and positive, if it is to be logarithmic) and a little around it.
+
+    headroom: share of the range to leave free above, for a legend.
+    """
     values = np.concatenate([np.asarray(s, np.float64) for s in seen]) if seen else np.zeros(1)
     values = values[np.isfinite(values)]
     if log and (values > 0).any():
         values = np.log(values[values > 0])
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
     pad = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
-    return (math.exp(low - pad), math.exp(high + pad)) if log and len(values) else (low - pad, high + pad)
+    low, high = low - pad, high + pad + headroom * (high - low)
+    return (math.exp(low), math.exp(high)) if log and len(values) else (low, high)
 
 
-def _legend(axes: Axes, curves: Sequence[Curve], named: bool, styles: bool) -> None:
-    """Colours where there are several; in the first panel also what the three kinds of line are."""
+def _legend(curves: Sequence[Curve], named: bool, styles: bool) -> list[Line2D]:
+    """Colours where there are several; in the first panel also what the kinds of line are."""
     handles = [Line2D([], [], color=c.colour, linewidth=1.6, label=c.label) for c in curves] if named else []
     if styles:
         width = max(smoothing(len(c.train[0])) for c in curves)
@@ -307,8 +317,7 @@ def _legend(axes: Axes, curves: Sequence[Curve], named: bool, styles: bool) -> N
         if any(len(c.val[0]) for c in curves):
             dashes: dict[str, Any] = {"color": GREY, "linewidth": 0.8, "linestyle": (0, (3, 2))}
             handles.append(Line2D([], [], **dashes, **VAL_MARKER, label="validation"))
-    if handles:
-        axes.legend(handles=handles, ncols=2 if len(handles) > 4 else 1, loc="best")
+    return handles
 
 
 def smooth(values: Array, width: int) -> Array:

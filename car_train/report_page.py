@@ -162,7 +162,7 @@ def _option(value: Any) -> str:
         return ",".join(map(_option, value))
     if isinstance(value, bool) or value is None:
         return {True: "on", False: "off", None: "none"}[value]
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
@@ -346,9 +346,10 @@ def _comparison_header(page: Figure, runs: Sequence[Run]) -> float:
         y += 0.05
     bottom = max(y, top + 1.6)
     sheets = [(i, run, sheet) for i, run in enumerate(runs) if (sheet := newest_sheet(run)) is not None][:SHEETS]
+    across = 2 if len(sheets) > 2 else 1
+    width, height = (A4[0] - MARGIN - 8.2) / across, (bottom - top) / -(-len(sheets) // across or 1)
     for place, (i, run, sheet) in enumerate(sheets):
-        height = (bottom - top) / len(sheets)
-        box = Box(8.2, top + place * height, A4[0] - MARGIN - 8.2, height - 0.04)
+        box = Box(8.2 + place % across * width, top + place // across * height, width - 0.06, height - 0.06)
         _draw_sheet(page, run, sheet, box, COLOURS[i], most_columns=8)
     return bottom
 
@@ -386,7 +387,7 @@ def _draw_sheet(
     picture = run.config.vqvae.image_size if run.config else image.height
     if most_columns is not None:
         image = image.crop((0, 0, min(image.width, most_columns * picture), image.height))
-    _text(page, box.left, box.top, f"Samples at step {step:,}" + (f": {rows}" if rows else ""), color=colour)
+    _text(page, box.left, box.top, f"Step {step:,}" + (f": {rows}" if rows else ""), color=colour)
     room = Box(box.left, box.top + LINE, box.width, box.height - LINE)
     wrapped = wrap_sheet(image, picture, room.width / room.height)
     scale = min(room.width / wrapped.width, room.height / wrapped.height)

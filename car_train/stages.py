@@ -134,6 +134,9 @@ class VQVAEStage(Stage):
                 fooled = generator_loss(self.adversary(recon))
                 last_layer = self.model.vqvae.decoder.conv_out.get_parameter("weight")
                 weight = adaptive_weight(seen, fooled, last_layer)
+                if dist.is_initialized():  # one weight for all, as on one process
+                    dist.all_reduce(weight)
+                    weight /= dist.get_world_size()
                 loss = loss + self.adversarial_weight * weight * fooled
                 metrics |= {"adversarial": fooled, "adaptive": weight}
         mse = F.mse_loss(recon.clamp(-1, 1), images, reduction="none").mean((1, 2, 3))

@@ -31,7 +31,7 @@ from car_train.annotate import (
     make_annotator,
     read_picture,
 )
-from car_train.controls import CONTROL_TYPES, make_control, on_white
+from car_train.controls import CONTROL_TYPES, NEEDS_ALPHA, make_control, on_white
 from car_train.data import ControlledImages, DataError
 
 REAL_HED = Path("~/.cache/car/weights/hed.onnx").expanduser()
@@ -486,7 +486,14 @@ def drawing(seed: int = 0, side: int = 48) -> Image.Image:
 def test_without_a_net_controls_are_those_made_on_the_fly(control_type: str) -> None:
     image = np.asarray(drawing())
     annotate = make_annotator(control_type, soft=control_type == "hed")
-    np.testing.assert_array_equal(annotate(image), make_control(image, control_type))
+    assert_same_control(annotate(image), make_control(image, control_type), control_type)
+
+
+def assert_same_control(a: np.ndarray, b: np.ndarray, control_type: str) -> None:
+    """Equal; depth and normal to one level, since OpenCV's distance transform of one mask differs in its last bit
+    from call to call (measured: 5 values of 6,912, by one)."""
+    assert a.shape == b.shape
+    assert np.abs(a.astype(int) - b).max() <= (control_type in NEEDS_ALPHA)
 
 
 @pytest.mark.parametrize("channels", [3, 4])
@@ -613,7 +620,7 @@ def test_normals_keep_their_colours_and_grey_is_written_as_grey(folder: Path, tm
             assert (image.format, image.mode, image.size) == ("PNG", mode, (32, 32))
             shown = np.asarray(image.convert("RGB"))
         rgba = read_picture(folder / "ant" / "thing.0.png", 32)
-        np.testing.assert_array_equal(shown, make_control(rgba, control_type))
+        assert_same_control(shown, make_control(rgba, control_type), control_type)
 
 
 def test_a_net_annotates_a_folder_in_batches(folder: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from car_runtime.controls import derive
 from car_train.controls import make_control
-from car_train.data import ControlledImages, DataError, random_box, split_of
+from car_train.data import ControlledImages, DataError, random_box, select_classes, split_of
 
 NAMES = [f"thing-{i}" for i in range(12)]
 
@@ -229,6 +229,33 @@ def test_16_bit_depth_maps_keep_their_range(tmp_path: Path) -> None:
     Image.fromarray(np.full((32, 32), 128 * 257, np.uint16)).save(mirror / "p0.png")
     data = ControlledImages(root, 32, split="all", control_root=tmp_path / "controls")
     assert data[0]["control"].unique().tolist() == [128]
+
+
+def test_pictures_that_have_no_control_for_a_stated_reason_are_left_out(folder: Path, tmp_path: Path) -> None:
+    controls = tmp_path / "controls"
+    for path in folder.rglob("*.png"):
+        (controls / path.parent.name).mkdir(parents=True, exist_ok=True)
+        if path.name != "thing-3.png" or path.parent.name != "cat":
+            Image.new("L", (48, 48)).save(controls / path.relative_to(folder))
+    (controls / "skipped.txt").write_text("cat/thing-3.png\tcannot identify image file\n")
+    data = ControlledImages(folder, 16, split="all", control_type="hed", control_root=controls)
+    assert len(data) == 2 * len(NAMES) - 1
+    assert not [path for path, _ in data.files if path.relative_to(folder).as_posix() == "cat/thing-3.png"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [(None, [0, 1, 2, 3]), ("cat,3", [1, 3]), ("1-2", [1, 2]), ("!0,dog", [1, 3]), ("?o*", [2]), ("0-0,a-b", [0, 2])],
+)
+def test_classes_are_chosen_by_name_number_and_range(chosen: str | None, expected: list[int]) -> None:
+    names = ["ant", "cat", "dog", "owl"] if chosen is None or "a-b" not in chosen else ["ant", "cat", "a-b", "owl"]
+    assert select_classes(chosen, names) == expected
+
+
+@pytest.mark.parametrize("chosen", ["", "elk", "4", "2-1", "0-4", "!0-3", "-1"])
+def test_classes_that_are_not_there_are_named(chosen: str) -> None:
+    with pytest.raises(DataError):
+        select_classes(chosen, ["ant", "cat", "dog", "owl"])
 
 
 def test_missing_control_files_are_named(folder: Path, tmp_path: Path) -> None:

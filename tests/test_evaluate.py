@@ -526,6 +526,19 @@ def test_importing_torch_fidelity_leaves_no_stand_in_behind() -> None:
     assert left is None or left.__spec__ is not None  # the real one, if any
 
 
+class Tensors(torch.utils.data.Dataset[torch.Tensor]):
+    """Pictures as torch-fidelity takes them: uint8 [3, H, W]."""
+
+    def __init__(self, pictures_BHW3: np.ndarray):
+        self.pictures = torch.from_numpy(pictures_BHW3).permute(0, 3, 1, 2).contiguous()
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.pictures[index]
+
+
 @fidelity
 @pytest.mark.slow
 def test_inception_scores_are_the_librarys_own(
@@ -546,13 +559,9 @@ def test_inception_scores_are_the_librarys_own(
     real, made = (draw.integers(0, 255, (64, 20, 20, 3), dtype=np.uint8) // k for k in (1, 2))
     network = Inception(tmp_path / "w.pth")
     found = network.scores(*(np.concatenate([network(x[:32]), network(x[32:])]) for x in (real, made)))
-    for name, images in (("real", real), ("made", made)):
-        (tmp_path / name).mkdir()
-        for i, image in enumerate(images):
-            Image.fromarray(image).save(tmp_path / name / f"{i:03}.png")
     expected = library.calculate_metrics(
-        input1=str(tmp_path / "made"),
-        input2=str(tmp_path / "real"),
+        input1=Tensors(made),
+        input2=Tensors(real),
         cuda=False,
         fid=True,
         isc=True,
@@ -560,7 +569,6 @@ def test_inception_scores_are_the_librarys_own(
         verbose=False,
         feature_extractor="inception-v3-compat",
         feature_extractor_weights_path=str(tmp_path / "w.pth"),
-        samples_find_deep=False,
         cache=False,
     )
     assert found["fid"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-3)

@@ -1,0 +1,233 @@
+"""Training speed beside a plain implementation of the same step.
+
+    python -m benchmarks.training                                  # width of d16, two blocks, 256×256: minutes
+    python -m benchmarks.training --preset demo --precision bf16   # the model that ships
+
+A step is forward, backward and AdamW on one batch that is in memory already. The plain one computes attention over
+the masked [L, L] square and, in stages 2 and 3, runs the tokenizer on the pictures every time, as the published code
+does; the tokenizer's own stage has its pictures in NCHW. Ours gives every scale its prefix to attend to, takes tokens
+from a cache, and keeps pictures channels-last. "attention only" and "cache only" tell what each is worth.
+
+All variants run in turn in one process, so that ratios hold on a busy machine; each one's peak memory is measured
+once more in a process of its own. Weights are made up: the time of a step doesn't depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.machine import emit, in_subprocess, interleaved, markdown_table, record
+from car_train.config import SIDES_256, CARConfig, VARConfig, VQVAEConfig
+from car_train.model import Model
+from car_train.stages import Objective, Stage, TransformerStage, VQVAEStage, add_branch, add_var, new_vqvae
+from car_train.train import parameter_groups
+from car_train.var import Attention
+from car_train.vqvae import join_tokens
+
+PRESETS: dict[str, tuple[VQVAEConfig, VARConfig, CARConfig]] = {
+    "d16": (
+        VQVAEConfig(sides=SIDES_256),
+        VARConfig(depth=2, width=1024, heads=16),
+        CARConfig(),
+    ),
+    "demo": (
+        VQVAEConfig(
+            sides=(1, 2, 3, 4, 6, 8),
+            vocab=1024,
+            latent_channels=16,
+            channels=24,
+            multipliers=(1, 2, 4, 6),
+            res_blocks=1,
+        ),
+        VARConfig(depth=6, width=192, heads=6, shared_aln=True, classes=27),
+        CARConfig(encoder_widths=(16, 32, 64, 96), encoder_strides=(2, 2, 2)),
+    ),
+}
+STAGES = ("vqvae", "var", "car")
+VARIANTS = {
+    "vqvae": {"plain": {"layout": False}, "ours": {}},
+    "var": {
+        "plain": {"prefix": False, "cached": False},
+        "attention only": {"cached": False},
+        "cache only": {"prefix": False},
+        "ours": {},
+    },
+}
+VARIANTS["car"] = VARIANTS["var"]
+
+
+def masked(q_RNHd: Tensor, k_RNHd: Tensor, v_RNHd: Tensor, sides: tuple[int, ...]) -> Tensor:
+    """Block-causal attention as a masked [L, L] square: what `Attention` does without a cache, the plain way."""
+    scale = torch.cat([torch.full((s * s,), k) for k, s in enumerate(sides)]).to(q_RNHd.device)
+    mask = scale[:, None] >= scale[None, :]
+    q, k, v = (t.transpose(1, 2) for t in (q_RNHd, k_RNHd, v_RNHd))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0).transpose(1, 2).flatten(2)
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Within, teacher forcing attends over the masked square."""
+    ours = Attention._teacher_forced
+    Attention._teacher_forced = staticmethod(masked)  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        Attention._teacher_forced = staticmethod(ours)  # type: ignore[method-assign]
+
+
+def make_stage(name: str, preset: str, depth: int | None) -> Stage:
+    """A new model of the preset's sizes, `depth` blocks deep where it is given."""
+    vqvae, var, car = PRESETS[preset]
+    if depth is not None:
+        var = VARConfig(
+            depth=depth, width=var.C, heads=var.H, shared_aln=var.shared_aln, classes=var.classes, drop_path=0.0
+        )
+    torch.manual_seed(0)
+    model: Model = new_vqvae(vqvae)
+    if name == "vqvae":
+        return VQVAEStage(model)
+    model = add_var(model, var, tuple(str(i) for i in range(var.classes)))
+    return TransformerStage(add_branch(model, car) if name == "car" else model)
+
+
+def make_batch(stage: Stage, size: int) -> dict[str, Tensor]:
+    """Pictures of noise with all that any stage wants to know of them."""
+    config, generator = stage.model.config, torch.Generator().manual_seed(1)
+    side = config.vqvae.image_size
+    batch = {"image": torch.rand(size, 3, side, side, generator=generator) * 2 - 1, "label": torch.zeros(size).long()}
+    batch["drop"] = torch.rand(size, generator=generator)
+    if config.car is not None:
+        batch["control"] = torch.randint(0, 256, (size, side, side, 3), generator=generator, dtype=torch.uint8)
+    return batch
+
+
+def make_step(
+    stage: Stage,
+    batch: dict[str, Tensor],
+    precision: str,
+    *,
+    prefix: bool = True,
+    cached: bool = True,
+    layout: bool = True,
+) -> Callable[[], None]:
+    """One training step; prefix, cached, layout: ours, or the plain way of each."""
+    batch = dict(batch)
+    if stage.takes_tokens and cached:
+        with torch.no_grad():
+            batch["tokens"] = join_tokens(stage.model.vqvae.encode(batch.pop("image")))
+    kind = torch.channels_last if layout else torch.contiguous_format
+    if "image" in batch:
+        batch["image"] = batch["image"].contiguous(memory_format=kind)
+    objective = Objective(stage)
+    optimizer = torch.optim.AdamW(parameter_groups(stage.trainable, 0.05), lr=1e-6)
+
+    def step() -> None:
+        stage.model.to(memory_format=kind)  # type: ignore[call-overload]
+        with nullcontext() if prefix else plain_attention():
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                loss, _ = objective(batch)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        optimizer.step()
+
+    stage.trainable.train()
+    return step
+
+
+def measure_memory(stage: str, preset: str, depth: int | None, batch: int, precision: str, variant: str) -> None:
+    """Two steps of one variant, for `in_subprocess`."""
+    made = make_stage(stage, preset, depth)
+    step = make_step(made, make_batch(made, batch), precision, **VARIANTS[stage][variant])
+    step()
+    step()
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row per stage and variant."""
+    rows = []
+    for name in args.stages:
+        stage = make_stage(name, args.preset, args.depth)
+        batch = make_batch(stage, args.batch)
+        steps = {v: make_step(stage, batch, args.precision, **how) for v, how in VARIANTS[name].items()}
+        times = interleaved(steps, args.warmup, args.runs)
+        for variant, t in times.items():
+            memory = None
+            if args.memory:
+                settings = (name, args.preset, args.depth, args.batch, args.precision, variant)
+                memory = in_subprocess("benchmarks.training:measure_memory", *settings)["peak_rss"]
+            rows.append(
+                {
+                    "stage": name,
+                    "variant": variant,
+                    "images_per_s": args.batch / t["p50"],
+                    "speedup": 1 / t["ratio"],
+                    "speedup_p10": 1 / t["ratio_p90"],
+                    "speedup_p90": 1 / t["ratio_p10"],
+                    "peak_rss": memory,
+                    "step_p50": t["p50"],
+                    "runs": t["runs"],
+                }
+            )
+            print(f"{name}, {variant}: {t['p50']:.2f} s a step", file=sys.stderr)
+    return rows
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.training",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="d16", help="sizes (default: d16)")
+    parser.add_argument("--depth", type=int, help="blocks of the base (default: 2 of d16's 16; 6 of demo)")
+    parser.add_argument("--stages", default=",".join(STAGES), help="(default: vqvae,var,car)")
+    parser.add_argument("--batch", type=int, default=1, help="pictures a step (default: 1)")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="(default: fp32)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: 0, PyTorch's choice)")
+    parser.add_argument("--warmup", type=int, default=1, help="rounds before timing (default: 1)")
+    parser.add_argument("--runs", type=int, default=5, help="rounds (default: 5)")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the memory runs")
+    args = parser.parse_args(argv)
+    args.stages = args.stages.split(",")
+    unknown = [name for name in args.stages if name not in STAGES]
+    if unknown or min(args.batch, args.runs, args.depth or 2) < 1 or args.warmup < 0 or args.threads < 0:
+        parser.error(
+            f"stages {unknown or args.stages}, batch {args.batch}, runs {args.runs}: give stages of {STAGES}"
+        )
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rows = run(args)
+    shown = [
+        {
+            "stage": r["stage"],
+            "step": r["variant"],
+            "images/s": r["images_per_s"],
+            "× plain": r["speedup"],
+            "spread (p10…p90)": f"{r['speedup_p10']:.2f}…{r['speedup_p90']:.2f}",
+            "peak memory, GB": None if r["peak_rss"] is None else r["peak_rss"] / 1e9,
+        }
+        for r in rows
+    ]
+    print(markdown_table(shown))
+    settings = {k: v for k, v in vars(args).items() if k != "memory"}
+    sizes = PRESETS[args.preset]
+    settings |= {"tokens": sizes[0].tokens, "width": sizes[1].C, "pixels": sizes[0].image_size}
+    emit(record("training", settings, rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
