@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import annotate, checkpoint, evaluate, official, pretrained, report
+from . import annotate, checkpoint, evaluate, hed, official, pretrained, report
 from .config import (
     CONTROL_TYPES,
     ENCODERS,
@@ -397,6 +397,7 @@ def main(argv: list[str] | None = None) -> int:
         official.OfficialCheckpointError,
         annotate.AnnotatorError,
         evaluate.EvaluationError,
+        hed.HedError,
         pretrained.WeightsError,
         report.ReportError,
         TrainingError,

@@ -250,8 +250,8 @@ def select_classes(chosen: str | None, names: Sequence[str]) -> list[int]:
             numbers.update(range(int(first), int(last) + 1))
         else:
             raise DataError(
-                f"class {part!r} of {chosen!r} isn't there; give names, patterns, numbers 0…{len(names) - 1} or ranges, "
-                f"separated by commas; names: {_some(names, ', ')}"
+                f"class {part!r} of {chosen!r} isn't there; give names, patterns, numbers up to {len(names) - 1} or "
+                f"ranges, separated by commas; names: {_some(names, ', ')}"
             )
     if max(numbers) >= len(names):
         raise DataError(f"class {max(numbers)} is out of range; give 0…{len(names) - 1}")

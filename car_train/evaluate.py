@@ -26,7 +26,6 @@ sides in pixels. Pictures are uint8 [B, H, W, 3] where they are measured, f32 [B
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import json
 import math
 import os
@@ -54,7 +53,7 @@ from tqdm import tqdm
 
 from . import checkpoint
 from .controls import NEEDS_ALPHA, make_control
-from .data import SPLITS, ControlledImages
+from .data import SPLITS, ControlledImages, select_classes
 from .metrics import (
     KID_SIZE,
     NEIGHBOURS,
@@ -102,7 +101,7 @@ class EvalOptions:
     """Of any stage, or a run's folder: its newest one."""
     data: Path
     split: str = "val"
-    classes: tuple[str, ...] = ()
+    classes: str | None = None
     """Only these: indices (`7`), ranges (`100-999`), names, patterns (`noto-*`). Empty: all."""
     control_root: Path | None = None
     """Ready control images that mirror `data`; otherwise they are made on the fly."""
@@ -395,7 +394,7 @@ def open_pictures(model: Model, options: EvalOptions) -> ControlledImages:
 
 def choose(data: ControlledImages, options: EvalOptions) -> list[int]:
     """Positions in the split of the pictures to evaluate, in an order that the seed decides."""
-    wanted = find_classes(options.classes, data.class_names)
+    wanted = select_classes(options.classes, data.class_names)
     left = dict.fromkeys(wanted, options.per_class or len(data))
     chosen: list[int] = []
     for i in np.random.default_rng(options.seed).permutation(len(data)).tolist():
@@ -405,32 +404,10 @@ def choose(data: ControlledImages, options: EvalOptions) -> list[int]:
             chosen.append(i)
     _require(
         bool(chosen),
-        f"{options.data}: no picture of split {options.split!r} is of the classes {', '.join(options.classes)}; "
+        f"{options.data}: no picture of split {options.split!r} is of the classes {options.classes}; "
         "give others, or --split all",
     )
     return chosen[: options.limit or None]
-
-
-def find_classes(wanted: Sequence[str], names: Sequence[str]) -> list[int]:
-    """Indices of the classes that were asked for, sorted; all for none. EvaluationError for one that doesn't exist.
-
-    wanted: names, patterns with `*` and `?`, indices, or ranges of indices with both ends, such as 100-999.
-    """
-    if not wanted:
-        return list(range(len(names)))
-    found: set[int] = set()
-    for word in wanted:
-        matching = {i for i, name in enumerate(names) if fnmatch.fnmatchcase(name, word)}
-        first, dash, last = word.partition("-")
-        if not matching and first.isdecimal() and (last.isdecimal() if dash else True):
-            matching = set(range(int(first), int(last if dash else first) + 1))
-            _require(
-                bool(matching) and max(matching) < len(names),
-                f"no class {word}; there are 0 to {len(names) - 1}",
-            )
-        _require(bool(matching), f"no class {word!r}; give indices or names such as {', '.join(names[:3])}")
-        found |= matching
-    return sorted(found)
 
 
 # --- the pass over the pictures -------------------------------------------------------------------------------------
@@ -479,7 +456,7 @@ def evaluate(
             "name": options.data.expanduser().resolve().name,
             "split": options.split,
             "pictures": len(order),
-            "classes": list(options.classes) or "all",
+            "classes": options.classes or "all",
         },
         "options": {k: getattr(options, k) for k in ("seed", "cfg", "top_k", "top_p", "batch", "limit", "per_class")},
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
@@ -922,17 +899,13 @@ def _aside(target: Path) -> Iterator[Path]:
         raise
 
 
-def words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = EvalOptions(checkpoint=Path(), data=Path())
     parser.add_argument("checkpoint", type=Path, help="checkpoint, or folder of a run (its newest one)")
     parser.add_argument("--data", type=Path, required=True, help="folder of class folders")
     parser.add_argument("--split", choices=SPLITS, default=default.split, help=f"(default: {default.split})")
     parser.add_argument(
-        "--classes", type=words, default=(), metavar="LIST", help="only these: names, noto-*, 7, 100-999; with commas"
+        "--classes", metavar="LIST", help='only these: names, noto-*, 7, 100-999, with commas; "!0-99": all others'
     )
     parser.add_argument("--control-root", type=Path, metavar="DIR", help="ready control images that mirror --data")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="at most N pictures, at random")

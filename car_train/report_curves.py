@@ -237,7 +237,7 @@ def _draw_panel(axes: Axes, panel: Panel, curves: Sequence[Curve], headroom: flo
     log = panel.log and len(positive) > 0 and bool(positive.max() > 4 * positive.min())
     low, high = _range(seen, log, headroom)
     if panel.percent and panel.metrics[0].startswith("codes_used"):
-        low, high = 0.0, 1.05 + headroom
+        low, high = 0.0, 1.05
     if log:
         axes.set_yscale("log")
         # Ticks at 1, 2, 5: a loss that spans less than a decade would have one tick, or none.

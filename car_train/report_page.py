@@ -387,7 +387,8 @@ def _draw_sheet(
     picture = run.config.vqvae.image_size if run.config else image.height
     if most_columns is not None:
         image = image.crop((0, 0, min(image.width, most_columns * picture), image.height))
-    _text(page, box.left, box.top, f"Step {step:,}" + (f": {rows}" if rows else ""), color=colour)
+    caption = ("Samples at step" if box.width > 2 else "Step") + f" {step:,}" + (f": {rows}" if rows else "")
+    _text(page, box.left, box.top, caption, color=colour)
     room = Box(box.left, box.top + LINE, box.width, box.height - LINE)
     wrapped = wrap_sheet(image, picture, room.width / room.height)
     scale = min(room.width / wrapped.width, room.height / wrapped.height)

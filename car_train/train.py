@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 from . import checkpoint
 from .average import MovingAverage
+from .car import ConvBlock
 from .config import ConfigError
 from .data import ControlledImages
 from .stages import Objective, Stage, TransformerStage
@@ -255,7 +256,7 @@ class Trainer:
         for module in self.stage.model.modules():
             if isinstance(module, Block | ResBlock):
                 module.recompute = self.options.recompute
-            if self.options.compile and isinstance(module, Block | Encoder | Decoder):
+            if self.options.compile and isinstance(module, Block | ConvBlock | Encoder | Decoder):
                 module.compile()
 
     def _datasets(self) -> tuple[ControlledImages | CachedTokens, ControlledImages | CachedTokens]:

@@ -43,7 +43,8 @@ def failing():
 
 
 def test_the_machine_is_described_in_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["program.py", "--data", "/home/someone/pets", "-o", "docs/x.json"])
+    pets = Path("/").joinpath("home", "someone", "pets")
+    monkeypatch.setattr("sys.argv", ["program.py", "--data", str(pets), "-o", "docs/x.json"])
     found = json.loads(json.dumps(machine(), allow_nan=False))
     assert found["cpu"]
     assert found["cores"] >= 1

@@ -174,7 +174,8 @@ def test_the_readme_has_every_flag_of_car_run_and_no_other() -> None:
     help_text = succeed(sys.executable, "-m", "car_runtime", "--help", cwd=ROOT / "runtime")
     flags = set(re.findall(r"(?<!\w)--[a-z][a-z-]*", help_text)) - {"--help"}
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = [line for line in text.splitlines() if line.startswith("| `-")]
+    use = text[text.index("\n## Use\n") : text.index("\n### From Python\n")]
+    rows = [line for line in use.splitlines() if line.startswith("| `-")]
     assert set(re.findall(r"(?<!\w)--[a-z][a-z-]*", "\n".join(rows))) == flags
 
 
@@ -210,12 +211,20 @@ def imported(path: Path) -> set[str]:
     ("folder", "never"),
     [
         ("runtime/car_runtime", {"car_train", "car_export", "torch", "onnx", "onnxscript", "cv2", "safetensors"}),
-        ("car_train", {"car_runtime", "car_export", "onnx", "onnxruntime"}),
+        ("car_train", {"car_runtime", "car_export"}),
     ],
 )
 def test_training_and_runtime_stay_apart(folder: str, never: set[str]) -> None:
     found = {path.relative_to(ROOT).as_posix(): imported(path) & never for path in modules(folder)}
     assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_training_needs_nothing_of_the_laboratory() -> None:
+    """What `lab` and `cpu` bring is loaded by the commands that use it, not by `python -m car_train var`."""
+    laboratory = ("onnx", "onnxruntime", "h5py", "matplotlib", "tensorboard", "efficientnet_lite_pytorch", "scipy")
+    code = f"import sys, car_train.cli; print([m for m in {laboratory} if m in sys.modules])"
+    done = command(sys.executable, "-c", code, PYTHONPATH=str(ROOT))
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0)
 
 
 # -- nothing unpickles, nothing names a private machine --------------------------------------------------------------
@@ -232,9 +241,15 @@ def test_no_module_can_unpickle() -> None:
     findings = []
     for path in modules("car_train", "export", "runtime", "benchmarks"):
         where = path.relative_to(ROOT).as_posix()
-        findings += [f"{where}: imports {name}" for name in imported(path) & {"pickle", "dill", "joblib", "shelve"}]
+        # One file that is fetched is a pickle: its hash is pinned, and `find_class` admits stand-ins for arrays alone
+        # (test_pretrained.py tries it with worse).
+        known = {"pickle"} if where == "car_train/pretrained.py" else set()
+        picklers = imported(path) & {"pickle", "dill", "joblib", "shelve"} - known
+        findings += [f"{where}: imports {name}" for name in picklers]
         for name, call in calls(path):
             keywords = {k.arg: ast.unparse(k.value) for k in call.keywords}
+            if name in ("pickle.load", "pickle.loads"):
+                findings.append(f"{where}:{call.lineno}: {name}")
             if name == "torch.load" and keywords.get("weights_only") != "True":
                 findings.append(f"{where}:{call.lineno}: torch.load without weights_only=True")
             if keywords.get("allow_pickle", "False") != "False":
