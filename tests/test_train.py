@@ -374,6 +374,23 @@ def test_bfloat16_trains_too(pictures: Path, tmp_path: Path) -> None:
     assert all(np.isfinite(r["loss"]) for r in records(tmp_path / "run"))
 
 
+def test_float16_scales_its_gradients_and_trains(pictures: Path, tmp_path: Path) -> None:
+    flags = [*TOKENIZER, *"--steps 12 --precision fp16 --lr 2e-3".split()]
+    assert train("vqvae", pictures, tmp_path / "run", *flags) == 0
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    assert checkpoint.load_trainer(tmp_path / "run")["scaler"]["scale"] >= 1
+
+
+def test_tensorboard_gets_every_figure(pictures: Path, tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert train("vqvae", pictures, tmp_path / "run", *TOKENIZER, "--steps", "3", "--tensorboard") == 0
+    board = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board.Reload()
+    assert {"loss", "l1", "psnr", "lr", "val/loss", "val/psnr"} <= set(board.Tags()["scalars"])
+    found = [(event.step, event.value) for event in board.Scalars("loss")]
+    assert found == [(r["step"], pytest.approx(r["loss"])) for r in records(tmp_path / "run")]
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
