@@ -4,9 +4,10 @@
     python -m benchmarks.training --preset demo --precision bf16   # the model that ships
 
 A step is forward, backward and AdamW on one batch that is in memory already. The plain one computes attention over
-the masked [L, L] square and, in stages 2 and 3, runs the tokenizer on the pictures every time, as the published code
-does; the tokenizer's own stage has its pictures in NCHW. Ours gives every scale its prefix to attend to, takes tokens
-from a cache, and keeps pictures channels-last. "attention only" and "cache only" tell what each is worth.
+the masked [L, L] square and, in stages 2 and 3, runs the tokenizer on the pictures every time, in float32 whatever
+the rest computes in, as the published code does; the tokenizer's own stage has its pictures in NCHW. Ours gives every
+scale its prefix to attend to, takes tokens from a cache, and keeps pictures channels-last. "attention only" and
+"cache only" tell what each is worth.
 
 All variants run in turn in one process, so that ratios hold on a busy machine; each one's peak memory is measured
 once more in a process of its own. Weights are made up: the time of a step doesn't depend on them.
@@ -126,14 +127,18 @@ def make_step(
     kind = torch.channels_last if layout else torch.contiguous_format
     if "image" in batch:
         batch["image"] = batch["image"].contiguous(memory_format=kind)
-    objective = Objective(stage)
+    objective, vqvae = Objective(stage), stage.model.vqvae
     optimizer = torch.optim.AdamW(parameter_groups(stage.trainable, 0.05), lr=1e-6)
 
     def step() -> None:
         stage.model.to(memory_format=kind)  # type: ignore[call-overload]
         with nullcontext() if prefix else plain_attention():
+            now = batch
+            if stage.takes_tokens and not cached:
+                with torch.no_grad():
+                    now = {**batch, "tokens": join_tokens(vqvae.encode(batch["image"]))}
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                loss, _ = objective(batch)
+                loss, _ = objective(now)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
         optimizer.step()
