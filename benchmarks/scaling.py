@@ -24,9 +24,7 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +36,7 @@ import torch
 from car_train import checkpoint
 from car_train.config import ConfigError, ModelConfig, VARConfig
 from car_train.data import DataError, find_pictures
+from car_train.files import written_aside
 from car_train.model import Model
 from car_train.report import ReportError, read_run, summary
 from car_train.stages import TransformerStage, add_var
@@ -241,15 +240,8 @@ def result(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str
 def write(output: Path, content: bytes) -> None:
     """Written aside and renamed."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(prefix=f".{output.name}.", dir=output.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(aside, 0o644)
-        os.replace(aside, output)
-    except BaseException:
-        os.unlink(aside)
-        raise
+    with written_aside(output) as file:
+        file.write_bytes(content)
 
 
 def plot(found: dict[str, Any]) -> bytes:

@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -54,6 +53,7 @@ from tqdm import tqdm
 from . import checkpoint
 from .controls import NEEDS_ALPHA, make_control
 from .data import SPLITS, ControlledImages, select_classes
+from .files import written_aside
 from .metrics import (
     KID_SIZE,
     NEIGHBOURS,
@@ -467,7 +467,7 @@ def evaluate(
         "all": round(time.monotonic() - began, 1),
     }
     if sheet is not None:
-        with _aside(sheet) as file:
+        with written_aside(sheet) as file:
             contact_sheet(run.tiles, run.heads).save(file, "PNG")
     finite: Report = _finite(report)
     return finite
@@ -885,20 +885,6 @@ def _finite(value: Any) -> Any:
     return value
 
 
-@contextmanager
-def _aside(target: Path) -> Iterator[Path]:
-    """A file beside `target` that takes its name once it is whole. Raises OSError."""
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.absolute().parent)
-    os.close(handle)
-    try:
-        yield Path(name)
-        os.chmod(name, 0o644)  # mkstemp makes it private
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = EvalOptions(checkpoint=Path(), data=Path())
     parser.add_argument("checkpoint", type=Path, help="checkpoint, or folder of a run (its newest one)")
@@ -960,7 +946,7 @@ def run(args: argparse.Namespace) -> None:
     report = evaluate(options, features=features, inception=inception, sheet=args.sheet)
     text = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     if args.output is not None:
-        with _aside(args.output) as file:
+        with written_aside(args.output) as file:
             file.write_text(text, encoding="utf-8")
     print(table(report), file=sys.stderr if args.json else sys.stdout)
     if args.json:

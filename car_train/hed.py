@@ -18,15 +18,14 @@ Shape legend: kernels are HWIO in the HDF5 file, OIHW in the graph.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .files import written_aside
 
 if TYPE_CHECKING:
     import onnx
@@ -61,16 +60,8 @@ def convert(h5_file: Path, onnx_file: Path) -> None:
     """
     model = build(read_weights(Path(h5_file)))
     onnx_file = Path(onnx_file)
-    handle, name = tempfile.mkstemp(prefix=f".{onnx_file.name}-", dir=onnx_file.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(model.SerializeToString(deterministic=True))
-        os.chmod(name, 0o644)  # mkstemp makes it private
-        os.replace(name, onnx_file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
+    with written_aside(onnx_file) as file:
+        file.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def layers() -> Iterator[tuple[str, str, tuple[int, int, int, int]]]:

@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .config import ConfigError, ModelConfig
+from .files import written_aside
 
 STAGES = {"vqvae": "Tokenizer (VQVAE)", "var": "Transformer (VAR)", "car": "Control branch (CAR)"}
 SUFFIXES = (".png", ".pdf", ".html")
@@ -266,15 +265,8 @@ def write(runs: Sequence[Run], output: Path) -> Path:
         raise ReportError(f"a report needs matplotlib ({error}); install it: pip install matplotlib") from error
     content = render(by_stage, output.suffix.lower())
     try:
-        handle, aside = tempfile.mkstemp(prefix=f".{output.name}.", dir=output.absolute().parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            os.chmod(aside, 0o644)
-            os.replace(aside, output)
-        except BaseException:
-            os.unlink(aside)
-            raise
+        with written_aside(output) as file:
+            file.write_bytes(content)
     except OSError as error:
         raise ReportError(f"{output}: can't be written ({error.strerror}); choose another folder") from error
     return output
