@@ -341,9 +341,11 @@ class _DeviceBackend:
     """ort-cpu behind buffers that are no arrays."""
 
     name = "device"
+    guided_only = True
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
+    def __init__(self, root: Path, manifest: Manifest, batches: tuple[int, ...]) -> None:
         self._host, _ = open_backend("ort-cpu", root, manifest, 1)
+        self.batches = batches
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> _Device:
         # Rubbish, so that reading what was never written shows.
@@ -355,7 +357,20 @@ class _DeviceBackend:
     def read(self, buffer: Any) -> np.ndarray:
         return self._host.read(buffer._array)
 
+    def copy(self, source: Any, target: Any) -> None:
+        self._host.copy(source._array, target._array)
+
+    def mark(self) -> float:
+        return self._host.mark()
+
+    def seconds(self, begin: float, end: float) -> float:
+        return self._host.seconds(begin, end)
+
+    def report(self) -> dict[str, Any]:
+        return {}
+
     def step_graph(self, scale: int, batch: int) -> str:
+        assert batch in self.batches
         return self._host.step_graph(scale, batch)
 
     def run(self, graph: str, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
@@ -366,11 +381,16 @@ class _DeviceBackend:
         self._host.close()
 
 
-def test_the_loop_needs_no_more_of_a_buffer_than_the_protocol(plan: Plan, root: Path) -> None:
-    expected = plan.generate(CONTROL, 1, seed=3, n=5)
-    device = Plan(root, plan.manifest, _DeviceBackend(root, plan.manifest), "a test")
-    result = device.generate(CONTROL, 1, seed=3, n=5)
+@pytest.mark.parametrize("cfg", [0.0, 3.0])
+@pytest.mark.parametrize("batches", [(1,), (1, 2), (1, 4)], ids=str)
+def test_the_loop_needs_no_more_of_a_backend_than_the_protocol(
+    plan: Plan, root: Path, batches: tuple[int, ...], cfg: float
+) -> None:
+    """Nor does a picture depend on the sizes of batches, or on guidance rows that guide nothing."""
+    expected = plan.generate(CONTROL, 1, seed=3, n=5, cfg=cfg)
+    device = Plan(root, plan.manifest, _DeviceBackend(root, plan.manifest, batches), "a test")
+    result = device.generate(CONTROL, 1, seed=3, n=5, cfg=cfg)
     assert (result.tokens == expected.tokens).all()
     assert (result.images == expected.images).all()
-    assert (list(device.stream(CONTROL, 1, seed=3))[-1].preview() == expected.images[:1]).all()
+    assert (list(device.stream(CONTROL, 1, seed=3, cfg=cfg))[-1].preview() == expected.images[:1]).all()
     device.close()

@@ -66,7 +66,7 @@ class ConditionGraph(nn.Module):
 class StepGraph(nn.Module):
     """One scale of the loop (CAR algorithm 1).
 
-    Inputs and outputs as docs/plan-format.md lists them, plus the mixed logits as last output.
+    Inputs and outputs as docs/plan-format.md lists them.
     """
 
     def __init__(self, model: Model, has_past: bool = True):

@@ -196,7 +196,6 @@ class PlanBuilder:
         inputs = example_step_inputs(self.model, rows=4, images=2, side=3, past=5, next_side=7)
         dims = STEP_DIMS | dict.fromkeys([n for n in inputs if n.startswith("past_")], PAST_DIMS)
         model = self._trace(module, inputs, module.output_names, dims)
-        model.graph.outputs.pop()  # the mixed logits keep their name inside, for verification, but stay on the device
         optimise(model)
         self._write("step", model)
         for batch in self.options.batches:

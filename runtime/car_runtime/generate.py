@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
 
-from car_runtime.backends import Backend, Buffer
+from car_runtime.backends import Backend, Buffer, Mark
 from car_runtime.manifest import Manifest, Scale
 from car_runtime.sampling import Request, uniforms
 
@@ -37,43 +36,44 @@ class Step:
     """int64 [B, S, S]."""
     f_hat: Buffer
     """f32 [B, Z, E, E], the sum of all scales so far."""
-    seconds: float
+    began: Mark
+    ended: Mark
 
 
 def run_scales(
-    backend: Backend,
-    scales: Sequence[Scale],
-    constants: Sequence[Mapping[str, Buffer]],
-    state: State,
-    condition: Condition,
-    features_LC: Buffer | None,
+    backend: Backend, scales: Sequence[Scale], constants: Sequence[Mapping[str, Buffer]], state: State
 ) -> Iterator[Step]:
     """Make the scales, coarse first. Each step writes its K/V where the later ones read them: nothing is copied."""
-    x = condition.start
+    x = state.start
     for k, scale in enumerate(scales):
         past, slot = slice(0, scale.start), slice(scale.start, scale.stop)
         f_hat, f_hat_out = state.f_hat[k % 2], state.f_hat[(k + 1) % 2]
-        inputs = {"x": x, "modulation": condition.modulation, "f_hat": f_hat, **state.inputs[k], **constants[k]}
+        inputs = {"x": x, "modulation": state.modulation, "f_hat": f_hat, **state.inputs[k], **constants[k]}
         outputs = {"tokens": state.tokens[k], "f_hat_out": f_hat_out, "next_x": state.next_x[k]}
-        if features_LC is not None:
-            inputs["control"] = features_LC[slot].reshape((scale.side, scale.side, features_LC.shape[1]))
+        if state.features is not None:
+            inputs["control"] = state.features[slot].reshape((scale.side, scale.side, state.features.shape[1]))
+        if state.logits is not None:
+            outputs["logits"] = state.logits[k]
         for name, cache_LRHd in state.cache.items():
             inputs[f"past_{name}"] = cache_LRHd[past]
             outputs[f"new_{name}"] = cache_LRHd[slot]
-        began = perf_counter()
+        began = backend.mark()
         backend.run(backend.step_graph(k, state.batch), inputs, outputs)
-        yield Step(index=k, tokens=state.tokens[k], f_hat=f_hat_out, seconds=perf_counter() - began)
+        yield Step(index=k, tokens=state.tokens[k], f_hat=f_hat_out, began=began, ended=backend.mark())
         x = state.next_x[k]
 
 
 class State:
-    """Every buffer that the loop writes for B pictures in R rows, allocated once and used again for the next ones.
+    """Every buffer that the loop touches for B pictures in R rows, allocated once and used again for the next ones.
+
+    So a step's addresses are the same from picture to picture, which lets a GPU replay it. `logits` keeps those of
+    every scale too, f32 [B, S, S, V], from plans whose step gives them.
 
     What differs per scale lies scale after scale in one flat buffer, scale k of all pictures at B·start … B·stop, so
     that each scale's [B, S, S] is contiguous and goes to the engine as it is.
     """
 
-    def __init__(self, backend: Backend, manifest: Manifest, batch: int, rows: int) -> None:
+    def __init__(self, backend: Backend, manifest: Manifest, batch: int, rows: int, logits: bool = False) -> None:
         self.batch, self.rows = batch, rows
         self._backend, self._scales = backend, manifest.scales
         model, size = manifest.model, batch * manifest.tokens
@@ -98,6 +98,18 @@ class State:
         ]
         latent = (batch, model.latent_channels, model.latent_size, model.latent_size)
         self.f_hat = [backend.allocate(latent, "float32") for _ in range(2)]
+        self.image = backend.allocate((batch, model.image_size, model.image_size, 3), "uint8")
+        self.start = backend.allocate((rows, 1, 1, model.width), "float32")
+        modulation_rows = int(manifest.graphs["condition"].output("modulation").shape[1])
+        self.modulation = backend.allocate((rows, modulation_rows, model.width), "float32")
+        steered = model.control_type is not None
+        self.features = backend.allocate((manifest.tokens, model.width), "float32") if steered else None
+        self._condition: Condition | None = None
+        self._features: Buffer | None = None
+        self.logits = None
+        if logits:
+            flat = backend.allocate((size * model.vocab,), "float32")
+            self.logits = self._per_scale(flat, model.vocab)
         self.next_x = self._double_buffered_x(model.width)
         step = manifest.graphs["step"]
         self.cache = {}
@@ -106,9 +118,20 @@ class State:
             heads_and_width = tuple(int(dim) for dim in port.shape[2:])
             self.cache[name] = backend.allocate((manifest.tokens, rows, *heads_and_width), port.dtype)
 
-    def load(self, request: Request) -> None:
-        """Write the inputs of a request for exactly B pictures, and empty f̂."""
+    def load(self, request: Request, condition: Condition, features: Buffer | None) -> None:
+        """Take the inputs of a request for exactly B pictures, and empty f̂.
+
+        condition: of R rows. features: f32 [L, C]. What is here from the last picture is not copied again.
+        """
         write, sampling = self._backend.write, request.sampling
+        if condition is not self._condition:
+            self._backend.copy(condition.start, self.start)
+            self._backend.copy(condition.modulation, self.modulation)
+            self._condition = condition
+        if features is not None and features is not self._features:
+            assert self.features is not None
+            self._backend.copy(features, self.features)
+            self._features = features
         noise_BL = uniforms(request.seeds, request.known.shape[1])
         write(self._uniforms, self._scale_major(noise_BL))
         write(self._known, self._scale_major(request.known))
@@ -124,10 +147,10 @@ class State:
         parts = [flat[self.batch * s.start : self.batch * s.stop].reshape(self.batch, s.tokens) for s in self._scales]
         return np.concatenate(parts, axis=1)
 
-    def _per_scale(self, flat: Buffer) -> list[Buffer]:
-        """Views [B, S, S] of a flat buffer, one per scale."""
-        B = self.batch
-        return [flat[B * s.start : B * s.stop].reshape((B, s.side, s.side)) for s in self._scales]
+    def _per_scale(self, flat: Buffer, V: int = 1) -> list[Buffer]:
+        """Views [B, S, S] of a flat buffer, one per scale, or [B, S, S, V]."""
+        B, last = self.batch, (V,) if V > 1 else ()
+        return [flat[V * B * s.start : V * B * s.stop].reshape((B, s.side, s.side, *last)) for s in self._scales]
 
     def _scale_major(self, values_BL: NDArray[np.generic]) -> NDArray[np.generic]:
         return np.concatenate([values_BL[:, s.start : s.stop].reshape(-1) for s in self._scales])

@@ -28,13 +28,11 @@ from PIL import Image
 
 from car_runtime import images as image_io
 from car_runtime import sampling
-from car_runtime.backends import Backend, Buffer, check_name, open_backend
+from car_runtime.backends import Backend, Buffer, Mark, check_name, open_backend
 from car_runtime.errors import PlanError, RequestError
 from car_runtime.generate import Condition, State, Step, run_scales
 from car_runtime.manifest import WEIGHTS, Manifest, read_manifest, verify_files
 
-MAX_BATCH = 4
-"""Pictures that go through the transformer together. At d16 one guided picture's K/V cache is 270 MB in float32."""
 CACHED = 8
 """Control images, and classes, whose features are kept for the next call (3 MB and 1 to 5 MB each at d16)."""
 DEFAULT_PLAN = Path(__file__).parent / "plans" / "emoji-canny.plan"
@@ -74,9 +72,7 @@ class ScaleResult:
 
     def preview(self) -> NDArray[np.uint8]:
         """The pictures as they are now, uint8 [B, H, W, 3]; after the last scale, the finished ones."""
-        f_hat = self.plan._backend.allocate(self.f_hat.shape, "float32")
-        self.plan._backend.write(f_hat, self.f_hat)
-        return self.plan._decode(f_hat)
+        return self.plan._preview(self.f_hat)
 
 
 def default_plan() -> Path:
@@ -185,7 +181,7 @@ class Plan:
         plan's own.
         known_tokens, known_mask: [L] or [n, L], tokens to keep where the mask is true (see `encode` and
         `known_mask`).
-        on_scale: called after each scale of each batch of up to 4 pictures.
+        on_scale: called after each scale of each batch (up to 4 pictures on a CPU).
 
         Raises RequestError, ImageError, and RunError when the engine fails.
         """
@@ -202,16 +198,17 @@ class Plan:
             known_mask=known_mask,
         )
         picture = self._control_image(control)
-        timings = {"control": 0.0, "condition": 0.0}
+        clock = _Clock(self._backend)
         pictures, tokens = [], []
-        for step, pictures_of_batch, state in self._run(picture, request, timings):
+        for step, pictures_of_batch, state in self._run(picture, request, clock):
             if on_scale is not None:
                 on_scale(self._scale_result(step, pictures_of_batch))
             if self._is_last(step):
+                with clock.stage("decoder"):
+                    self._decode(step.f_hat, state.image)
                 tokens.append(state.all_tokens())
-                with _timed(timings, "decoder"):
-                    pictures.append(self._decode(step.f_hat))
-        timings["total"] = perf_counter() - began
+                pictures.append(self._backend.read(state.image))
+        timings = clock.timings() | {"total": perf_counter() - began}
         return Result(
             images=np.concatenate(pictures), tokens=np.concatenate(tokens), request=request, timings=timings
         )
@@ -229,7 +226,7 @@ class Plan:
         known_tokens: Any = None,
         known_mask: Any = None,
     ) -> Iterator[ScaleResult]:
-        """Like `generate`, one scale at a time: batch after batch of up to 4 pictures, each coarse to fine.
+        """Like `generate`, one scale at a time: batch after batch, each coarse to fine.
 
         A bad request raises here, not at the first scale. The last scale's `preview()` is the finished picture.
         """
@@ -245,7 +242,7 @@ class Plan:
             known_mask=known_mask,
         )
         picture = self._control_image(control)
-        return (self._scale_result(step, of) for step, of, _ in self._run(picture, request, {}))
+        return (self._scale_result(step, of) for step, of, _ in self._run(picture, request, _Clock(self._backend)))
 
     def encode(self, pictures: image_io.Source | Sequence[image_io.Source]) -> NDArray[np.int64]:
         """Multi-scale tokens of pictures (VAR algorithm 1), int64 [n, L].
@@ -281,24 +278,22 @@ class Plan:
         return None if control is None else image_io.load_image(control)
 
     def _run(
-        self, picture: Image.Image | None, request: sampling.Request, timings: dict[str, float]
+        self, picture: Image.Image | None, request: sampling.Request, clock: _Clock
     ) -> Iterator[tuple[Step, range, State]]:
         """All scales of all batches. The step's buffers and the state are the caller's until it asks for the next."""
-        n = len(request.seeds)
         features = None
-        if picture is not None:
-            with _timed(timings, "control"):
+        with clock.stage("control"):
+            if picture is not None:
                 features = self._control_features(picture)
-        for first in range(0, n, MAX_BATCH):
-            of = range(first, min(first + MAX_BATCH, n))
+        for of in _batches(len(request.seeds), self._backend.batches):
             part = request.part(slice(of.start, of.stop))
-            with _timed(timings, "condition"):
-                condition = self._condition(part)
-            with self._state(part) as state:
-                for step in run_scales(
-                    self._backend, self.manifest.scales, self._constants, state, condition, features
-                ):
-                    _add(timings, f"scale_{step.index}", step.seconds)
+            R = len(of) * (2 if request.sampling.guided or self._backend.guided_only else 1)
+            with clock.stage("condition"):
+                condition = self._condition(part.label, len(of), R)
+            with self._state(len(of), R) as state:
+                state.load(part, condition, features)
+                for step in run_scales(self._backend, self.manifest.scales, self._constants, state):
+                    clock.add(f"scale_{step.index}", step.began, step.ended)
                     yield step, of, state
 
     def _control_features(self, picture: Image.Image) -> Buffer:
@@ -315,10 +310,9 @@ class Plan:
         self._backend.run("control", inputs, {"features": features})
         return features
 
-    def _condition(self, request: sampling.Request) -> Condition:
-        """Start tokens and modulation: the class's rows first, then as many "no class" rows for guidance."""
-        B = len(request.seeds)
-        labels = [request.label] * B + [self.manifest.model.classes] * (B if request.sampling.guided else 0)
+    def _condition(self, label: int, B: int, R: int) -> Condition:
+        """Start tokens and modulation: B rows of the class, then "no class" rows for guidance."""
+        labels = [label] * B + [self.manifest.model.classes] * (R - B)
         return self._conditions.get(tuple(labels), lambda: self._compute_condition(labels))
 
     def _compute_condition(self, labels: list[int]) -> Condition:
@@ -334,26 +328,29 @@ class Plan:
         self._backend.run("condition", {"label": label}, outputs)
         return condition
 
-    def _decode(self, f_hat: Buffer) -> NDArray[np.uint8]:
-        """Pictures of f̂, one at a time: a batch would take a multiple of the memory and be no faster on a CPU."""
+    def _decode(self, f_hat: Buffer, image: Buffer) -> None:
+        """f̂ to pictures, one at a time: a batch would take a multiple of the memory and be no faster on a CPU."""
         self._check_open()
-        B, size = f_hat.shape[0], self.manifest.model.image_size
-        image = self._backend.allocate((B, size, size, 3), "uint8")
-        for i in range(B):
+        for i in range(f_hat.shape[0]):
             self._backend.run("decoder", {"f_hat": f_hat[i : i + 1]}, {"image": image[i : i + 1]})
+
+    def _preview(self, f_hat_BZEE: NDArray[np.float32]) -> NDArray[np.uint8]:
+        self._check_open()
+        size = self.manifest.model.image_size
+        f_hat = self._backend.allocate(f_hat_BZEE.shape, "float32")
+        image = self._backend.allocate((len(f_hat_BZEE), size, size, 3), "uint8")
+        self._backend.write(f_hat, f_hat_BZEE)
+        self._decode(f_hat, image)
         return self._backend.read(image)
 
     @contextmanager
-    def _state(self, request: sampling.Request) -> Iterator[State]:
+    def _state(self, B: int, R: int) -> Iterator[State]:
         """Buffers of the loop for a batch. The latest set is kept: allocating 270 MB anew costs page faults."""
-        B = len(request.seeds)
-        R = 2 * B if request.sampling.guided else B
         with self._lock:
             state = self._idle.pop() if self._idle else None
         if state is None or (state.batch, state.rows) != (B, R):
             state = None
             state = State(self._backend, self.manifest, B, R)
-        state.load(request)
         try:
             yield state
         finally:
@@ -371,7 +368,7 @@ class Plan:
             pictures=pictures,
             tokens=self._backend.read(step.tokens),
             f_hat=self._backend.read(step.f_hat),
-            seconds=step.seconds,
+            seconds=self._backend.seconds(step.began, step.ended),
             plan=self,
         )
 
@@ -434,12 +431,33 @@ class _Recent(Generic[T]):
             self._values.clear()
 
 
-@contextmanager
-def _timed(timings: dict[str, float], stage: str) -> Iterator[None]:
-    began = perf_counter()
-    yield
-    _add(timings, stage, perf_counter() - began)
+class _Clock:
+    """Seconds of each stage, summed over the batches. Read at the end: until then nothing waits for a GPU."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._marks: list[tuple[str, Mark, Mark]] = []
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        began = self._backend.mark()
+        yield
+        self.add(name, began, self._backend.mark())
+
+    def add(self, name: str, began: Mark, ended: Mark) -> None:
+        self._marks.append((name, began, ended))
+
+    def timings(self) -> dict[str, float]:
+        seconds: dict[str, float] = {}
+        for name, began, ended in self._marks:
+            seconds[name] = seconds.get(name, 0.0) + self._backend.seconds(began, ended)
+        return seconds
 
 
-def _add(timings: dict[str, float], stage: str, seconds: float) -> None:
-    timings[stage] = timings.get(stage, 0.0) + seconds
+def _batches(n: int, sizes: Sequence[int]) -> Iterator[range]:
+    """0 … n − 1 cut into batches of these sizes, large ones first."""
+    first = 0
+    while first < n:
+        size = max(size for size in sizes if size <= n - first)
+        yield range(first, first + size)
+        first += size

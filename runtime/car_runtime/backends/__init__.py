@@ -30,10 +30,22 @@ class Buffer(Protocol):
         ...
 
 
+Mark = Any
+"""A point in an engine's stream of work: a time on a CPU, an event on a GPU."""
+
+
 class Backend(Protocol):
-    """An opened plan on one engine. `run` may be called from several threads at once, on different buffers."""
+    """An opened plan on one engine. `run` may be called from several threads at once, on different buffers.
+
+    A GPU works behind the caller's back: what is run, written and copied is done in that order, and only `read` and
+    `seconds` wait for it.
+    """
 
     name: str
+    batches: tuple[int, ...]
+    """How many pictures a step can make at once, ascending, from 1."""
+    guided_only: bool
+    """Whether steps always have 2B rows. A request without guidance then runs with cfg 0, for the same picture."""
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """An uninitialised buffer; `dtype` is a numpy name."""
@@ -44,7 +56,19 @@ class Backend(Protocol):
         ...
 
     def read(self, buffer: Buffer) -> NDArray[Any]:
-        """A copy of a buffer as an array."""
+        """A copy of a buffer as an array, when all work on it is done."""
+        ...
+
+    def copy(self, source: Buffer, target: Buffer) -> None:
+        """Copy a whole buffer to another of its shape and dtype, where the engine works."""
+        ...
+
+    def mark(self) -> Mark:
+        """Now, in the order of the engine's work."""
+        ...
+
+    def seconds(self, begin: Mark, end: Mark) -> float:
+        """Time from one mark to another; waits for `end`."""
         ...
 
     def step_graph(self, scale: int, batch: int) -> str:
@@ -54,8 +78,13 @@ class Backend(Protocol):
     def run(self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
         """Run a graph of the plan, writing its outputs in place. Raises RunError.
 
-        Inputs that the graph does not have are left out, so that one loop feeds both forms of the step.
+        Inputs that the graph does not have are left out, so that one loop feeds both forms of the step; outputs that
+        nobody asks for are not given.
         """
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """Facts for people: engine and version, memory in bytes, and what the backend has to tell."""
         ...
 
     def close(self) -> None:
