@@ -101,9 +101,15 @@ def _open_ort_cpu(root: Path, manifest: Manifest, threads: int | None) -> Backen
     return OrtCpu(root, manifest, threads)
 
 
+def _open_openvino(root: Path, manifest: Manifest, threads: int | None) -> Backend:
+    from car_runtime.backends.openvino import OpenVino
+
+    return OpenVino(root, manifest, threads)
+
+
 # Best first: `auto` takes the first that opens.
-OPENERS: dict[str, Opener] = {"ort-cpu": _open_ort_cpu}
-NOT_YET = ("openvino", "ort-cuda", "rtx", "trt")
+OPENERS: dict[str, Opener] = {"ort-cpu": _open_ort_cpu, "openvino": _open_openvino}
+NOT_YET = ("ort-cuda", "rtx", "trt")
 
 
 def check_name(name: str) -> None:

@@ -6,19 +6,15 @@ d16 it was measured to be as fast as static sessions.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from threading import Lock
-from time import perf_counter
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from car_runtime.backends import Buffer, Mark
+from car_runtime.backends import Buffer
+from car_runtime.backends.host import HostMemory, array_of, available_cores, one_line
 from car_runtime.errors import BackendError, PlanError, RunError
 from car_runtime.manifest import Manifest
 
@@ -26,16 +22,14 @@ from car_runtime.manifest import Manifest
 _AT_ONCE = ("step", "condition", "control", "decoder")
 
 
-class OrtCpu:
+class OrtCpu(HostMemory):
     """The `ort-cpu` backend."""
 
     name = "ort-cpu"
-    batches: tuple[int, ...] = (1, 2, 3, 4)  # at d16 one guided picture's K/V cache is 270 MB in float32
-    guided_only = False
 
     def __init__(self, root: Path, manifest: Manifest, threads: int | None = None) -> None:
         self._ort = _import_onnxruntime()
-        self._root, self._manifest, self._threads = root, manifest, threads or _available_cores()
+        self._root, self._manifest, self._threads = root, manifest, threads or available_cores()
         self._lock = Lock()
         self._closed = False
         self._inputs = {name: {port.name for port in graph.inputs} for name, graph in manifest.graphs.items()}
@@ -45,32 +39,6 @@ class OrtCpu:
         # Making a session leaves the interpreter free: together they take as long as the largest.
         with ThreadPoolExecutor(len(names)) as pool:
             self._sessions = dict(zip(names, pool.map(self._open, names), strict=True))
-
-    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
-        """An uninitialised array."""
-        array: NDArray[Any] = np.empty(shape, np.dtype(dtype))
-        return array
-
-    def write(self, buffer: Buffer, values: NDArray[Any]) -> None:
-        """Copy `values` into the array."""
-        np.copyto(_array(buffer), values, casting="no")
-
-    def read(self, buffer: Buffer) -> NDArray[Any]:
-        """A copy of the array."""
-        copied: NDArray[Any] = _array(buffer).copy()
-        return copied
-
-    def copy(self, source: Buffer, target: Buffer) -> None:
-        """Copy one array to another."""
-        np.copyto(_array(target), _array(source), casting="no")
-
-    def mark(self) -> Mark:
-        """The time in seconds: a call returns when its work is done."""
-        return perf_counter()
-
-    def seconds(self, begin: Mark, end: Mark) -> float:
-        """The difference."""
-        return float(end - begin)
 
     def step_graph(self, scale: int, batch: int) -> str:
         """Always the graph with named dimensions."""
@@ -84,14 +52,14 @@ class OrtCpu:
         try:
             for name, buffer in inputs.items():
                 if name in wanted:
-                    array = _array(buffer)
+                    array = array_of(buffer)
                     binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
             for name, buffer in outputs.items():
-                array = _array(buffer)
+                array = array_of(buffer)
                 binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
             session.run_with_iobinding(binding, self._run_options)
         except Exception as error:
-            raise RunError(f"onnxruntime failed in the graph {graph!r}: {_one_line(error)}") from error
+            raise RunError(f"onnxruntime failed in the graph {graph!r}: {one_line(error)}") from error
 
     def report(self) -> dict[str, Any]:
         """ONNX Runtime's version and the threads that it was given (0: its own choice)."""
@@ -122,7 +90,7 @@ class OrtCpu:
             )
         except Exception as error:
             raise PlanError(
-                f"onnxruntime {self._ort.__version__} cannot open {file}: {_one_line(error)}; "
+                f"onnxruntime {self._ort.__version__} cannot open {file}: {one_line(error)}; "
                 "export the plan again, or upgrade onnxruntime"
             ) from error
         return session
@@ -137,12 +105,6 @@ class OrtCpu:
         return options
 
 
-def _array(buffer: Buffer) -> NDArray[Any]:
-    assert isinstance(buffer, np.ndarray)
-    assert buffer.flags.c_contiguous
-    return buffer
-
-
 def _import_onnxruntime() -> Any:
     if all(_is_installed(name) for name in ("onnxruntime", "onnxruntime-gpu")):
         raise BackendError(
@@ -153,7 +115,7 @@ def _import_onnxruntime() -> Any:
         import onnxruntime
     except Exception as error:
         raise BackendError(
-            f"the backend 'ort-cpu' needs onnxruntime ({_one_line(error)}); run: pip install 'car-deploy[cpu]'"
+            f"the backend 'ort-cpu' needs onnxruntime ({one_line(error)}); run: pip install 'car-deploy[cpu]'"
         ) from error
     return onnxruntime
 
@@ -164,13 +126,3 @@ def _is_installed(distribution: str) -> bool:
     except metadata.PackageNotFoundError:
         return False
     return True
-
-
-def _available_cores() -> int:
-    """Threads for the engine: its own choice (0, one per physical core) unless this process has fewer."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 0 if usable == os.cpu_count() else usable
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,105 @@
+"""The openvino backend on the plan that ships: float32 gives ort-cpu's pictures, bfloat16 nearly its tokens."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from car_runtime import BackendError, Plan, RunError, open_plan
+from car_runtime.backends.openvino import OpenVino
+from car_runtime.manifest import read_manifest
+from car_runtime.plan import default_plan
+
+pytest.importorskip("openvino", reason="OpenVINO is not installed (extra openvino)")
+EXAMPLE = Path(__file__).parent.parent / "examples" / "guitar.png"
+
+
+@pytest.fixture(scope="module")
+def expected() -> Iterator[Plan]:
+    with open_plan(backend="ort-cpu", threads=1) as plan:
+        yield plan
+
+
+def on_openvino(precision: str) -> Plan:
+    root = default_plan()
+    manifest = read_manifest(root)
+    return Plan(root, manifest, OpenVino(root, manifest, 1, precision), "a test")
+
+
+def test_float32_gives_the_pictures_of_ort_cpu(expected: Plan) -> None:
+    wanted = expected.generate(EXAMPLE, 2, seed=1, n=5, top_k=0, top_p=0)
+    with on_openvino("f32") as plan:
+        got = plan.generate(EXAMPLE, 2, seed=1, n=5, top_k=0, top_p=0)
+        unguided = plan.generate(EXAMPLE, 2, seed=1, cfg=0)
+        kept = plan.generate(EXAMPLE, 2, seed=9, known_tokens=wanted.tokens[0], known_mask=np.ones(130, bool))
+        encoded = plan.encode(wanted.images[0])
+    # Sums in another order: a draw may fall on the other side of a border, and what comes after it differs too.
+    same = (got.tokens == wanted.tokens).all(1)
+    assert same.sum() >= 4
+    assert np.abs(got.images[same].astype(int) - wanted.images[same]).max() <= 1
+    assert (unguided.tokens == expected.generate(EXAMPLE, 2, seed=1, cfg=0).tokens).mean() > 0.9
+    assert np.abs(kept.images[0].astype(int) - wanted.images[0]).max() <= 1
+    assert (encoded == expected.encode(wanted.images[0])).mean() > 0.98
+
+
+def test_bfloat16_picks_nearly_the_same_tokens(expected: Plan) -> None:
+    """Scale by scale, the coarser ones given: so one token that differs does not count at all finer scales."""
+    wanted = expected.generate(EXAMPLE, 2, top_k=1).tokens[0]
+    agreeing = 0
+    with on_openvino("bf16") as plan:
+        for scale in plan.manifest.scales:
+            coarser = np.arange(len(wanted)) < scale.start
+            got = plan.generate(EXAMPLE, 2, top_k=1, known_tokens=wanted, known_mask=coarser).tokens[0]
+            agreeing += int((got == wanted)[scale.start : scale.stop].sum())
+        image = plan.generate(EXAMPLE, 2, known_tokens=wanted, known_mask=np.ones(len(wanted), bool)).images
+    assert agreeing >= 0.9 * len(wanted)
+    exact = expected.generate(EXAMPLE, 2, known_tokens=wanted, known_mask=np.ones(len(wanted), bool)).images
+    assert np.abs(image.astype(int) - exact).mean() < 2
+
+
+def test_several_threads_each_get_their_own_picture() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with on_openvino("f32") as plan:
+        alone = [plan.generate(EXAMPLE, 2, seed=seed).tokens for seed in range(4)]
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(lambda seed: plan.generate(EXAMPLE, 2, seed=seed).tokens, range(4)))
+    assert all((a == b).all() for a, b in zip(alone, together, strict=True))
+
+
+def test_it_opens_by_name_and_says_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = open_plan(backend="openvino", threads=1)
+    report = plan._backend.report()
+    assert plan.backend_name == "openvino"
+    assert report["precision"] in ("bf16", "f32")
+    assert report["engine"].startswith("openvino 20")
+    plan.close()
+    image = plan._backend.allocate((1, 64, 64, 3), "uint8")
+    with pytest.raises(RunError, match="was closed"):
+        plan._backend.run("decoder", {}, {"image": image})
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(BackendError, match=r"pip install 'car-deploy\[openvino\]'"):
+        open_plan(backend="openvino")
+
+
+def test_a_half_precision_plan_is_refused_with_the_remedy() -> None:
+    manifest = read_manifest(default_plan())
+    half = replace(manifest, precision=replace(manifest.precision, compute="fp16", weights="fp16"))
+    with pytest.raises(BackendError, match=r"computes in fp16, .*; export it with --precision fp32"):
+        OpenVino(default_plan(), half, 1)
+
+
+def test_a_wrong_buffer_is_an_error_of_the_engine() -> None:
+    with on_openvino("f32") as plan:
+        backend = plan._backend
+        with pytest.raises(RunError, match="failed in the graph 'decoder'"):
+            backend.run(
+                "decoder",
+                {"f_hat": backend.allocate((1, 3, 8, 8), "float32")},
+                {"image": backend.allocate((1,), "uint8")},
+            )
