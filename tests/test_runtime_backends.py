@@ -36,6 +36,7 @@ def test_an_unknown_backend_is_named(root: Path) -> None:
 
 def test_without_onnxruntime_the_message_says_how_to_get_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "openvino", None)
     for name in ("ort-cpu", "auto"):
         with pytest.raises(BackendError, match=r"pip install 'car-deploy\[cpu\]'"):
             open_plan(root, name)
@@ -50,6 +51,7 @@ def test_two_onnxruntimes_that_overwrite_each_other_are_refused(root: Path, monk
         return object()
 
     monkeypatch.setattr(metadata, "distribution", distribution)
+    monkeypatch.setitem(sys.modules, "openvino", None)
     for name in ("ort-cpu", "auto"):
         with pytest.raises(
             BackendError, match=r"both installed .*; pip uninstall both, then install 'car-deploy\[cpu\]'"
@@ -64,16 +66,13 @@ def test_auto_goes_on_to_the_next_and_a_name_does_not(root: Path, monkeypatch: p
     def absent(root: Path, manifest: Any, threads: Any) -> Any:
         raise BackendError("no GPU here; use a machine with one")
 
-    ort_cpu = OPENERS.pop("ort-cpu")
-    try:
-        OPENERS.update({"gpu": absent, "ort-cpu": ort_cpu})
-        with open_plan(root, threads=1) as plan:
-            assert plan.backend_name == "ort-cpu"
-            assert "gpu: no GPU here" in plan.why
-        with pytest.raises(BackendError, match="no GPU here"):
-            open_plan(root, "gpu")
-    finally:
-        OPENERS.pop("gpu")
+    here = dict(OPENERS)
+    monkeypatch.setattr("car_runtime.backends.OPENERS", {"gpu": absent, **here})
+    with open_plan(root, threads=1) as plan:
+        assert plan.backend_name == "ort-cpu"
+        assert "gpu: no GPU here" in plan.why
+    with pytest.raises(BackendError, match="no GPU here"):
+        open_plan(root, "gpu")
 
 
 @pytest.mark.parametrize("name", ["ort-cpu", "auto"])
