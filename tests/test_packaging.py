@@ -23,7 +23,8 @@ from runtime_fixtures import NAMES, SIZE, build_plan
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"car_train": "car_train", "car_export": "export/car_export", "car_runtime": "runtime/car_runtime"}
 SHIPPED = ROOT / "runtime/car_runtime/plans/emoji-canny.plan"
-NOT_IN_THE_RUNTIME = ("torch", "onnx", "onnxscript", "cv2", "safetensors", "tensorrt", "tensorrt_rtx", "cuda", "openvino")
+ENGINES = ("tensorrt", "tensorrt_rtx", "cuda", "openvino")
+NOT_IN_THE_RUNTIME = ("torch", "onnx", "onnxscript", "cv2", "safetensors", *ENGINES)
 
 needs_shipped_plan = pytest.mark.skipif(
     not (SHIPPED / "manifest.json").is_file(), reason="this checkout has no plan in runtime/car_runtime/plans"

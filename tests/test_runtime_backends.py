@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from car_runtime import BackendError, PlanError, RunError, open_plan
-from car_runtime.backends import NOT_YET, OPENERS, open_backend
+from car_runtime.backends import OPENERS, cuda, open_backend
 from car_runtime.manifest import read_manifest
 from runtime_fixtures import build_plan, relist
 
@@ -21,16 +21,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_plan(tmp_path_factory.mktemp("backends") / "tiny.plan")
 
 
-@pytest.mark.parametrize("name", NOT_YET)
-def test_a_backend_of_another_version_is_an_error_with_the_remedy(root: Path, name: str) -> None:
-    with pytest.raises(BackendError, match=f"'{name}' is not in this version .*; use one of auto, ort-cpu"):
+@pytest.mark.skipif(cuda._has_driver(), reason="this machine has an NVIDIA driver")
+@pytest.mark.parametrize("name", ["rtx", "trt", "ort-cuda"])
+def test_a_gpu_backend_without_a_driver_is_an_error_with_the_remedy(root: Path, name: str) -> None:
+    with pytest.raises(BackendError, match=r"no NVIDIA driver.*; .*install"):
         open_plan(root, name)
 
 
 def test_an_unknown_backend_is_named(root: Path) -> None:
     with pytest.raises(BackendError, match="there is no backend 'ort_cpu'; use ort-cpu"):
         open_plan(root, "ort_cpu")
-    with pytest.raises(BackendError, match="there is no backend ''; use one of auto, ort-cpu"):
+    with pytest.raises(BackendError, match="there is no backend ''; use one of auto, rtx, trt, ort-cuda, ort-cpu"):
         open_plan(root, "")
 
 

@@ -1,4 +1,4 @@
-"""Build a plan from a checkpoint, or from the published .pth files, and verify it against PyTorch."""
+"""Build a plan from a checkpoint or the published .pth files, verify it against PyTorch, and compile its engines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from car_train.cli import add_official_arguments, integers, load_official
 from car_train.config import ConfigError
 from car_train.model import Model
 
-from .plan import ExportError, ExportOptions, build_plan, reference_model
+from . import engines
+from .builder import Compiler
+from .plan import ExportError, ExportOptions, Log, build_plan, reference_model
 from .verify import VerificationError, verify_plan
 
 EXAMPLES = """examples:
@@ -22,6 +24,8 @@ EXAMPLES = """examples:
   python export/build_engines.py --vae vae_ch160v4096z32.pth --var var_d16.pth --car car_depth_d16.pth \\
       --control-type depth -o d16.plan
   python export/build_engines.py runs/car -o emoji.plan --verify  # compare an existing plan with its checkpoint again
+  python export/build_engines.py runs/car -o emoji.plan --target rtx --sm 89  # and engines (no GPU is needed)
+  python export/build_engines.py emoji.plan --target rtx --sm 89,120  # engines of an existing plan
 """
 
 
@@ -33,12 +37,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "checkpoint", type=Path, nargs="?", help="checkpoint or run of car_train (else: --vae --var [--car])"
+        "checkpoint",
+        type=Path,
+        nargs="?",
+        help="checkpoint or run of car_train (else: --vae --var [--car]), or a plan, to build engines of (--target)",
     )
     add_official_arguments(parser)
-    parser.add_argument("-o", "--output", type=Path, required=True, help="the plan to write, NAME.plan")
+    parser.add_argument("-o", "--output", type=Path, help="the plan to write, NAME.plan")
     parser.add_argument("--name", help="the model's name in the manifest (default: that of the plan)")
-    parser.add_argument("--precision", choices=["fp32", "fp16"], default="fp32", help="compute type (default: fp32)")
+    parser.add_argument(
+        "--precision", choices=["fp32", "fp16", "bf16"], default="fp32", help="compute type (default: fp32)"
+    )
     parser.add_argument(
         "--weights", choices=["fp32", "fp16"], default="fp32", help="storage type for fp32 compute (default: fp32)"
     )
@@ -52,7 +61,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--class-names", type=Path, help="text file with one class name per line")
     parser.add_argument("--verify", action="store_true", help="don't build: compare the existing plan with the model")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--target",
+        choices=["rtx", "trt"],
+        help="also compile engines: TensorRT for RTX (anywhere), or classic TensorRT (on the GPU that will run them)",
+    )
+    parser.add_argument(
+        "--sm",
+        type=integers,
+        help="compute capabilities to compile for: 75, 80, 86, 89 (RTX 40), 120 (RTX 50) (default: the GPU here)",
+    )
+    args = parser.parse_args(argv)
+    if args.output is None and not is_plan(args.checkpoint):
+        parser.error("the following arguments are required: -o/--output")
+    return args
+
+
+def is_plan(path: Path | None) -> bool:
+    return path is not None and (path / "manifest.json").is_file()
 
 
 def load_model(args: argparse.Namespace) -> tuple[Model, dict[str, str]]:
@@ -88,12 +114,42 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     return names
 
 
+def build_engines_only(args: argparse.Namespace, log: Log) -> Path:
+    """Engines of an existing plan, in place."""
+    plan: Path = args.checkpoint
+    if args.target is None:
+        raise ConfigError(f"{plan} is a plan already; say what to build for, e.g. --target rtx --sm 89")
+    if args.output is not None and args.output.resolve() != plan.resolve():
+        raise ConfigError(f"engines are built inside their plan; leave out -o {args.output}, or copy the plan first")
+    parser_defaults = parse_args([str(plan)])
+    settled = [
+        name
+        for name, value in vars(args).items()
+        if name not in ("checkpoint", "output", "target", "sm") and value != getattr(parser_defaults, name)
+    ]
+    if settled:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in settled)
+        raise ConfigError(f"{plan} is a plan already, and {flags} settle how one is exported; give its checkpoint")
+    engines.build_engines(plan, engines.choose_targets(args.target, args.sm), log)
+    return plan
+
+
 def run(args: argparse.Namespace) -> Path:
     began = time.monotonic()
 
     def log(text: str) -> None:
         print(f"[{time.monotonic() - began:6.1f} s] {text}", file=sys.stderr, flush=True)
 
+    if args.sm is not None and args.target is None:
+        raise ConfigError(f"--sm {','.join(map(str, args.sm))} needs a compiler; add --target rtx")
+    if args.verify and args.target is not None:
+        raise ConfigError("--verify builds nothing; leave out --target, or leave out --verify")
+    if is_plan(args.checkpoint):
+        return build_engines_only(args, log)
+    # Whatever can be wrong with the targets shows before the export, which takes minutes.
+    targets = engines.choose_targets(args.target, args.sm) if args.target else []
+    for target in targets:
+        Compiler(target.flavour).check_target(target.name)
     names = read_class_names(args.class_names) if args.class_names is not None else None
     options = ExportOptions(
         output=args.output,
@@ -119,7 +175,11 @@ def run(args: argparse.Namespace) -> Path:
         schema.verify_files(args.output, manifest)
         verify_plan(args.output, reference_model(model, manifest.precision.compute, manifest.precision.weights), log)
         return args.output
-    return build_plan(model, options, log)
+    with engines.keeping_engines(args.output, log):
+        build_plan(model, options, log)
+    if targets:
+        engines.build_engines(args.output, targets, log)
+    return args.output
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -140,6 +200,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"build_engines: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("build_engines: interrupted; nothing was written", file=sys.stderr)
+        print("build_engines: interrupted; nothing half-made was left", file=sys.stderr)
         return 130
     return 0

@@ -25,6 +25,7 @@ from car_train.checkpoint import put_in_place
 from car_train.model import Model
 
 from . import graphs, verify
+from .goldens import write_goldens
 from .trace import Names, optimise, specialise, trace
 from .weights import HALVED, WeightStore, external, externalise
 
@@ -42,7 +43,7 @@ class ExportOptions:
     output: Path
     name: str
     precision: str = "fp32"
-    """Compute type: fp32, or fp16 with float32 islands (norms, softmax, logits, f̂)."""
+    """Compute type: fp32, or fp16 or bf16 with float32 islands (norms, softmax, logits, f̂)."""
     weights: str = "fp32"
     """Storage type: fp16 stores half the bytes for fp32 compute too."""
     batches: tuple[int, ...] = (1,)
@@ -55,9 +56,9 @@ class ExportOptions:
     provenance: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("precision", "weights"):
-            if getattr(self, name) not in ("fp32", "fp16"):
-                raise ExportError(f"{name} is {getattr(self, name)!r}; choose fp32 or fp16")
+        for name, known in (("precision", ("fp32", "fp16", "bf16")), ("weights", ("fp32", "fp16"))):
+            if getattr(self, name) not in known:
+                raise ExportError(f"{name} is {getattr(self, name)!r}; choose {' or '.join(known)}")
         if not self.batches or min(self.batches) < 1:
             raise ExportError(f"batch is {list(self.batches)}; give positive numbers, e.g. 1,4")
         if not 0 <= self.cfg < math.inf:
@@ -71,7 +72,10 @@ class ExportOptions:
 @torch.no_grad()
 def reference_model(model: Model, precision: str, weights: str) -> Model:
     """What the plan must agree with: the model in float32, its weights rounded as they will be stored (in place)."""
-    if "fp16" in (precision, weights):
+    if precision == "bf16":
+        for parameter, rounded in zip(model.parameters(), compute_model(model, precision).parameters(), strict=True):
+            parameter.data = rounded.data.float()
+    elif "fp16" in (precision, weights):
         for parameter in model.parameters():
             if parameter.numel() >= HALVED:
                 parameter.data = parameter.data.half().float()
@@ -79,14 +83,15 @@ def reference_model(model: Model, precision: str, weights: str) -> Model:
 
 
 def compute_model(model: Model, precision: str) -> Model:
-    """The model as it is traced: for fp16 a copy in half precision, with norms and quantizer left in float32."""
+    """The model as it is traced: for fp16 and bf16 a copy in that type, with norms and quantizer left in float32."""
     if precision == "fp32":
         return model
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     half = copy.deepcopy(model)
     vqvae = half.vqvae
     for part in (vqvae.encoder, vqvae.decoder, vqvae.quant_conv, vqvae.post_quant_conv, half.car):
         if part is not None:
-            part.half()
+            part.to(dtype)
     for module in half.modules():
         if isinstance(module, nn.GroupNorm | nn.LayerNorm):
             module.float()
@@ -120,6 +125,8 @@ class PlanBuilder:
         self._steps()
         self._autoencoder()
         self.store.close()
+        sampling = {"cfg": self.options.cfg, "top_k": self.options.top_k, "top_p": self.options.top_p}
+        write_goldens(self.directory, self.reference, **sampling)
         manifest = self._manifest()
         schema.write_manifest(self.directory, manifest)
         return manifest
@@ -238,7 +245,7 @@ class PlanBuilder:
             ),
             precision=schema.Precision(
                 compute=self.options.precision,
-                weights="fp16" if self.options.precision == "fp16" else self.options.weights,
+                weights=self.options.weights if self.options.precision == "fp32" else self.options.precision,
             ),
             sampling=schema.SamplingDefaults(
                 cfg=self.options.cfg, top_k=min(self.options.top_k, config.vocab), top_p=self.options.top_p

@@ -23,6 +23,8 @@ from car_train.model import Model
 from car_train.sample import Recording, control_pyramid, draw, sample
 from car_train.vqvae import split_tokens
 
+from .widen import widened
+
 Log = Callable[[str], None]
 Arrays = dict[str, np.ndarray]
 
@@ -338,7 +340,12 @@ def verify_plan(directory: Path, reference: Model, log: Log) -> None:
             f"the checkpoint's {wanted}, K/V pairs {layers[0]} and {layers[1]}; give the one that the plan was made "
             "from"
         )
-    Verifier(directory, reference, log).run()
+    if manifest.precision.compute != "bf16":
+        Verifier(directory, reference, log).run()
+        return
+    # ONNX Runtime has no bfloat16 on CPUs. What is left to find in a float32 copy is everything but rounding.
+    with widened(directory) as copy:
+        Verifier(copy, reference, log).run()
 
 
 _NUMPY: Mapping[str, str] = {

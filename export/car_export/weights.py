@@ -50,7 +50,7 @@ class WeightStore:
         if key not in self._known:
             self._keep.append(tensor)
             value = tensor.detach().T if transpose else tensor.detach()
-            array = np.ascontiguousarray((value.half() if halve else value).cpu().numpy())
+            array = as_array((value.half() if halve else value).cpu())
             self._known[key] = self.add_array(name + (".T" if transpose else ""), array)
             self.parameter_bytes += array.nbytes
         return self._known[key]
@@ -63,10 +63,18 @@ class WeightStore:
         align = _PAGE if array.nbytes >= 256 * _PAGE else 64
         self.file.write(bytes(-self.offset % align))
         self.offset += -self.offset % align
-        self.file.write(array.tobytes() if array.nbytes < _PAGE else array.data.cast("B"))
+        self.file.write(array.tobytes() if array.nbytes < _PAGE else array.reshape(-1).view(np.uint8).data)
         reference = external(name, array.dtype, array.shape, self.offset, array.nbytes, self.directory)
         self.offset += array.nbytes
         return reference
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """A tensor as a contiguous array; bfloat16, which numpy lacks, in ml_dtypes' type."""
+    tensor = tensor.contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(ir.DataType.BFLOAT16.numpy())
+    return tensor.numpy()
 
 
 def external(

@@ -35,6 +35,23 @@ EXAMPLES = """examples:
   car-run -e d16.plan --control depth.png --class 207 --seed 7 --cfg 4 --top-k 900 --top-p 0.95 -o dog.png
   car-run -e d16.plan --control depth.png --class "golden retriever" --preview steps/ --tokens dog.npz --json
   car-run -e d16.plan --list-classes
+
+other commands, each with its own --help:
+  car-run doctor [PLAN]     what this machine can run, and how to install what is missing
+  car-run verify [PLAN]     does a plan do here what it did when it was exported, and how fast
+"""
+DOCTOR_EXAMPLES = """examples:
+  car-run doctor               the backends of this machine
+  car-run doctor d16.plan      also which of the plan's engines it can use, and the command that builds the others
+
+exit code: 0 some backend works, 1 none does, 2 the arguments cannot be used
+"""
+VERIFY_EXAMPLES = """examples:
+  car-run verify                                          the plan that ships with the package
+  car-run verify d16.plan --backend rtx -o report.json    the acceptance test of a GPU; docs/acceptance.md explains it
+  car-run verify d16.plan --batch 1,4 --runs 20 --json
+
+exit code: 0 everything agrees, 1 something differs or fails, 2 the plan or the arguments cannot be used
 """
 
 
@@ -42,7 +59,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse, with its errors as exceptions, so that they end in one line like all others."""
 
     def error(self, message: str) -> NoReturn:
-        raise RequestError(f"{message}; see car-run --help")
+        raise RequestError(f"{message}; see {self.prog} --help")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -292,6 +309,75 @@ def _print_report(args: argparse.Namespace, report: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
+def _subcommand(name: str, description: str, examples: str) -> _Parser:
+    parser = _Parser(
+        prog=f"car-run {name}",
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("plan", nargs="?", metavar="PLAN", help="plan directory")
+    parser.add_argument("--json", action="store_true", help="print the whole report on stdout, as one JSON object")
+    parser.add_argument("--debug", action="store_true", help="show a traceback when the program itself fails")
+    return parser
+
+
+def _doctor(argv: Sequence[str]) -> int:
+    """`car-run doctor`: the findings on stdout. Exit code 1 where no backend works."""
+    about = "What this machine can run, what is missing, and how to install it."
+    args = _subcommand("doctor", about, DOCTOR_EXAMPLES).parse_args(argv)
+    from car_runtime import doctor
+
+    report = doctor.examine(args.plan)
+    print(json.dumps(report) if args.json else doctor.table(report), flush=True)
+    return 0 if report["works"] else 1
+
+
+def _verify(argv: Sequence[str]) -> int:
+    """`car-run verify`: table and progress on stderr, the report as JSON. Exit code 1 where something differs."""
+    about = "Compare a plan on this machine with what PyTorch computed when it was exported, and measure it."
+    parser = _subcommand("verify", about, VERIFY_EXAMPLES)
+    parser.add_argument("--backend", default="auto", help="auto, or an engine such as ort-cpu (default: auto)")
+    parser.add_argument(
+        "--runs", type=int, metavar="N", help="measured pictures (default: 10 on a CPU, 100 on a GPU)"
+    )
+    parser.add_argument("--warmup", type=int, metavar="N", help="pictures before (default: 3 on a CPU, 10 on a GPU)")
+    parser.add_argument(
+        "--batch", type=_integers, default=(1,), metavar="N,…", help="pictures at once to measure (default: 1)"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    parser.add_argument("-o", "--output", type=Path, metavar="JSON", help="write the report there")
+    args = parser.parse_args(argv)
+    if args.output is not None and args.output.suffix.lower() != ".json":
+        parser.error(f"the report is {str(args.output)!r}, but it is written as JSON; name it *.json")
+    from car_runtime import acceptance
+    from car_runtime.images import check_writable, write_files
+
+    if args.output is not None:
+        check_writable(args.output)
+    settings = {"threads": args.threads, "warmup": args.warmup, "runs": args.runs, "batches": args.batch}
+    report = acceptance.verify(args.plan, args.backend, **settings, log=_log)
+    text = json.dumps(report, allow_nan=False, ensure_ascii=False)
+    if args.output is not None:
+        write_files({args.output: f"{text}\n".encode()})
+    print(acceptance.table(report), file=sys.stderr)
+    print(text if args.json else args.output or ("passed" if report["passed"] else "failed"), flush=True)
+    return 0 if report["passed"] else 1
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    """`1,4` is (1, 4)."""
+    return tuple(int(part) for part in text.split(","))
+
+
+def _log(line: str) -> None:
+    print(f"car-run: {line}", file=sys.stderr, flush=True)
+
+
+_COMMANDS = {"doctor": _doctor, "verify": _verify}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
@@ -301,6 +387,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             # Decoders warn about damaged metadata; what matters arrives as an error, and stderr is for one line.
             warnings.simplefilter("ignore")
+            if arguments and arguments[0] in _COMMANDS:
+                return _COMMANDS[arguments[0]](arguments[1:])
             args = parse_args(arguments)
             _print_report(args, run(args))
         return 0

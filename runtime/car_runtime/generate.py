@@ -10,13 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
 
 from car_runtime.backends import Backend, Buffer, Mark
 from car_runtime.manifest import Manifest, Scale
-from car_runtime.sampling import Request, uniforms
+from car_runtime.sampling import Request, Sampling, uniforms
+
+SLOT = 256
+"""TensorRT wants addresses that are multiples of 256 bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,18 +73,20 @@ class State:
     So a step's addresses are the same from picture to picture, which lets a GPU replay it. `logits` keeps those of
     every scale too, f32 [B, S, S, V], from plans whose step gives them.
 
-    What differs per scale lies scale after scale in one flat buffer, scale k of all pictures at B·start … B·stop, so
-    that each scale's [B, S, S] is contiguous and goes to the engine as it is.
+    What differs per scale lies scale after scale in one flat buffer, each scale of all pictures in a slot that starts
+    at a multiple of `SLOT` elements, so that its [B, S, S] is contiguous, aligned, and goes to the engine as it is.
     """
 
     def __init__(self, backend: Backend, manifest: Manifest, batch: int, rows: int, logits: bool = False) -> None:
         self.batch, self.rows = batch, rows
         self._backend, self._scales = backend, manifest.scales
-        model, size = manifest.model, batch * manifest.tokens
+        model = manifest.model
+        *self._slots, size = accumulate((-(-batch * s.tokens // SLOT) * SLOT for s in manifest.scales), initial=0)
         self._uniforms = backend.allocate((size,), "float32")
         self._known = backend.allocate((size,), "int64")
         self._known_mask = backend.allocate((size,), "bool")
         self._tokens = backend.allocate((size,), "int64")
+        backend.write(self._tokens, np.zeros(size, np.int64))  # the gaps between slots are read too
         self._settings = {
             "cfg": backend.allocate((1,), "float32"),
             "top_k": backend.allocate((1,), "int64"),
@@ -98,6 +104,8 @@ class State:
         ]
         latent = (batch, model.latent_channels, model.latent_size, model.latent_size)
         self.f_hat = [backend.allocate(latent, "float32") for _ in range(2)]
+        self._zeros = backend.allocate(latent, "float32")
+        backend.write(self._zeros, np.zeros(latent, np.float32))
         self.image = backend.allocate((batch, model.image_size, model.image_size, 3), "uint8")
         self.start = backend.allocate((rows, 1, 1, model.width), "float32")
         modulation_rows = int(manifest.graphs["condition"].output("modulation").shape[1])
@@ -106,6 +114,8 @@ class State:
         self.features = backend.allocate((manifest.tokens, model.width), "float32") if steered else None
         self._condition: Condition | None = None
         self._features: Buffer | None = None
+        self._sampling: Sampling | None = None
+        self._edited: bool | None = None
         self.logits = None
         if logits:
             flat = backend.allocate((size * model.vocab,), "float32")
@@ -134,26 +144,36 @@ class State:
             self._features = features
         noise_BL = uniforms(request.seeds, request.known.shape[1])
         write(self._uniforms, self._scale_major(noise_BL))
-        write(self._known, self._scale_major(request.known))
-        write(self._known_mask, self._scale_major(request.known_mask))
-        write(self._settings["cfg"], np.array([sampling.cfg], np.float32))
-        write(self._settings["top_k"], np.array([sampling.top_k], np.int64))
-        write(self._settings["top_p"], np.array([sampling.top_p_input], np.float32))
-        write(self.f_hat[0], np.zeros(self.f_hat[0].shape, np.float32))
+        edited = bool(request.known_mask.any())
+        if edited or self._edited is not False:
+            write(self._known, self._scale_major(request.known))
+            write(self._known_mask, self._scale_major(request.known_mask))
+            self._edited = edited
+        if sampling != self._sampling:
+            write(self._settings["cfg"], np.array([sampling.cfg], np.float32))
+            write(self._settings["top_k"], np.array([sampling.top_k], np.int64))
+            write(self._settings["top_p"], np.array([sampling.top_p_input], np.float32))
+            self._sampling = sampling
+        self._backend.copy(self._zeros, self.f_hat[0])
 
     def all_tokens(self) -> NDArray[np.int64]:
         """The tokens of all scales, int64 [B, L], picture after picture."""
         flat = self._backend.read(self._tokens)
-        parts = [flat[self.batch * s.start : self.batch * s.stop].reshape(self.batch, s.tokens) for s in self._scales]
+        slots = zip(self._slots, self._scales, strict=True)
+        parts = [flat[at : at + self.batch * s.tokens].reshape(self.batch, s.tokens) for at, s in slots]
         return np.concatenate(parts, axis=1)
 
     def _per_scale(self, flat: Buffer, V: int = 1) -> list[Buffer]:
         """Views [B, S, S] of a flat buffer, one per scale, or [B, S, S, V]."""
         B, last = self.batch, (V,) if V > 1 else ()
-        return [flat[V * B * s.start : V * B * s.stop].reshape((B, s.side, s.side, *last)) for s in self._scales]
+        slots = zip(self._slots, self._scales, strict=True)
+        return [flat[V * at : V * (at + B * s.tokens)].reshape((B, s.side, s.side, *last)) for at, s in slots]
 
     def _scale_major(self, values_BL: NDArray[np.generic]) -> NDArray[np.generic]:
-        return np.concatenate([values_BL[:, s.start : s.stop].reshape(-1) for s in self._scales])
+        flat = np.zeros(self._uniforms.shape, values_BL.dtype)
+        for at, s in zip(self._slots, self._scales, strict=True):
+            flat[at : at + self.batch * s.tokens] = values_BL[:, s.start : s.stop].reshape(-1)
+        return flat
 
     def _double_buffered_x(self, C: int) -> list[Buffer]:
         """Views [R, T, T, C], one per scale, of two buffers in turn: a step reads one and writes the other."""

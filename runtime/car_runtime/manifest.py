@@ -29,6 +29,9 @@ MANIFEST = "manifest.json"
 WEIGHTS = "weights.bin"
 CHUNK_BYTES = 64 * 1024 * 1024
 ITEM_BYTES = {"float32": 4, "float16": 2, "int64": 8, "bool": 1, "uint8": 1}
+DTYPES = (*ITEM_BYTES, "bfloat16")
+"""Types of ports. numpy has no bfloat16, so named tensors, which a runtime reads itself, have none either."""
+PRECISIONS = ("fp32", "fp16", "bf16")
 CONSTANTS = ("pos", "up", "down", "phi", "cfg_ratio")
 
 _AGAIN = "export the plan again"
@@ -85,7 +88,7 @@ class Precision:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            _require(value in ("fp32", "fp16"), f"precision.{name} is {value!r}, but must be 'fp32' or 'fp16'")
+            _require(value in PRECISIONS, f"precision.{name} is {value!r}, not one of {', '.join(PRECISIONS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,9 +144,7 @@ class Port:
     shape: tuple[int | str, ...]
 
     def __post_init__(self) -> None:
-        _require(
-            self.dtype in ITEM_BYTES, f"{self.name} has dtype {self.dtype!r}, not one of {', '.join(ITEM_BYTES)}"
-        )
+        _require(self.dtype in DTYPES, f"{self.name} has dtype {self.dtype!r}, not one of {', '.join(DTYPES)}")
         for dim in self.shape:
             good = dim >= 0 if isinstance(dim, int) else bool(dim.strip())
             _require(good, f"{self.name} has the dimension {dim!r}, but it must be a size or a name")

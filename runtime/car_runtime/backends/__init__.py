@@ -107,9 +107,32 @@ def _open_openvino(root: Path, manifest: Manifest, threads: int | None) -> Backe
     return OpenVino(root, manifest, threads)
 
 
+def _open_ort_cuda(root: Path, manifest: Manifest, threads: int | None) -> Backend:
+    from car_runtime.backends.ort_cuda import open_ort_cuda
+
+    return open_ort_cuda(root, manifest, threads)
+
+
+def _open_rtx(root: Path, manifest: Manifest, threads: int | None) -> Backend:
+    from car_runtime.backends.tensorrt_engines import open_rtx
+
+    return open_rtx(root, manifest, threads)
+
+
+def _open_trt(root: Path, manifest: Manifest, threads: int | None) -> Backend:
+    from car_runtime.backends.tensorrt_engines import open_trt
+
+    return open_trt(root, manifest, threads)
+
+
 # Best first: `auto` takes the first that opens.
-OPENERS: dict[str, Opener] = {"ort-cpu": _open_ort_cpu, "openvino": _open_openvino}
-NOT_YET = ("ort-cuda", "rtx", "trt")
+OPENERS: dict[str, Opener] = {
+    "rtx": _open_rtx,
+    "trt": _open_trt,
+    "ort-cuda": _open_ort_cuda,
+    "ort-cpu": _open_ort_cpu,
+    "openvino": _open_openvino,
+}
 
 
 def check_name(name: str) -> None:
@@ -117,8 +140,6 @@ def check_name(name: str) -> None:
     if name == "auto" or name in OPENERS:
         return
     have = ", ".join(["auto", *OPENERS])
-    if name in NOT_YET:
-        raise BackendError(f"the backend {name!r} is not in this version of car_runtime; use one of {have}")
     near = difflib.get_close_matches(name, OPENERS, n=1)
     raise BackendError(f"there is no backend {name!r}; use {near[0] if near else f'one of {have}'}")
 
@@ -132,13 +153,17 @@ def open_backend(name: str, root: Path, manifest: Manifest, threads: int | None 
     check_name(name)
     if name != "auto":
         return OPENERS[name](root, manifest, threads), "asked for"
-    passed_over = []
+    passed_over: dict[str, list[str]] = {}  # reason → backends: several wait for the same thing
     for candidate, opener in OPENERS.items():
         try:
             backend = opener(root, manifest, threads)
         except BackendError as error:
-            passed_over.append(f"{candidate}: {error}")
+            passed_over.setdefault(str(error), []).append(candidate)
             continue
-        reason = "best that opens here" if len(OPENERS) > 1 else "the only one in this version"
-        return backend, "; ".join([f"auto: {candidate}, {reason}", *passed_over])
-    raise BackendError("no backend opens: " + "; ".join(passed_over))
+        facts = [f"not {reason.partition(';')[0]}" for reason in _reasons(passed_over)]
+        return backend, "; ".join([f"auto: {candidate}, best that opens here", *facts])
+    raise BackendError("no backend opens: " + "; ".join(_reasons(passed_over)))
+
+
+def _reasons(passed_over: Mapping[str, list[str]]) -> list[str]:
+    return [f"{', '.join(names)}: {reason}" for reason, names in passed_over.items()]

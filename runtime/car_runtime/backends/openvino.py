@@ -38,8 +38,8 @@ class OpenVino(HostMemory):
             raise BackendError("OpenVINO finds no CPU plugin; pip install --force-reinstall openvino")
         if manifest.precision.compute != "fp32":
             raise BackendError(
-                f"the plan computes in {manifest.precision.compute}, but OpenVINO wants a float32 plan, and chooses the "
-                "type itself; export it with --precision fp32 (--weights fp16 keeps it small), or use --backend ort-cpu"
+                f"the plan computes in {manifest.precision.compute}, but OpenVINO wants float32 plans and chooses "
+                "the type itself; export it with --precision fp32 (--weights fp16 keeps it small), or use ort-cpu"
             )
         bf16 = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         self.precision = precision or ("bf16" if bf16 else "f32")
@@ -47,7 +47,7 @@ class OpenVino(HostMemory):
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": self.precision,
             "INFERENCE_NUM_THREADS": threads or available_cores(),
-            # Its fused attention gives wrong values for named dimensions (2026.4: from 30 keys on); apart it is right.
+            # Fused attention gives wrong values for named dimensions (2026.4, from 30 keys on).
             "SNIPPETS_MODE": "DISABLE",
         }
         self._lock = Lock()

@@ -28,6 +28,11 @@ class OrtCpu(HostMemory):
     name = "ort-cpu"
 
     def __init__(self, root: Path, manifest: Manifest, threads: int | None = None) -> None:
+        if manifest.precision.compute == "bf16":
+            raise BackendError(
+                "the plan computes in bfloat16, which onnxruntime cannot on a CPU; "
+                "run it with --backend rtx, or export it with --precision fp16 or fp32"
+            )
         self._ort = _import_onnxruntime()
         self._root, self._manifest, self._threads = root, manifest, threads or available_cores()
         self._lock = Lock()

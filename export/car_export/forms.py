@@ -1,0 +1,301 @@
+"""The form in which a compiling engine gets a plan's graphs (docs/plan-format.md, "Engines").
+
+Rewrites that change no result by more than rounding. They look at the graph alone: the weights stay references into
+`weights.bin`.
+
+Shapes: R rows, B pictures, H heads, S side of the scale, P past tokens, N = P + S·S keys, V codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes import common as common_passes
+
+from .errors import GraphError, TopKError
+
+TOPK_LIMIT = 3840
+"""The most elements that TensorRT's TopK returns."""
+KEY_BIAS = "key_bias"
+DUMMY_BIAS = -1e9
+"""`key_bias` of the dummy past token of the first scale: e to this power is exactly 0 in float32."""
+
+
+def load_graph(path: Path) -> ir.Model:
+    """A graph of a plan. Its weights stay on disk."""
+    return ir.load(path)
+
+
+def to_bytes(model: ir.Model) -> bytes:
+    """A graph as ONNX, its weights still references into `weights.bin`: the same bytes for the same graph."""
+    return onnx_bytes(ir.to_proto(model))
+
+
+def onnx_bytes(proto: onnx.ModelProto) -> bytes:
+    """A graph as ONNX: the same bytes for the same graph."""
+    data: bytes = proto.SerializeToString(deterministic=True)
+    return data
+
+
+def engine_form(model: ir.Model) -> ir.Model:
+    """Rewrite any graph of a plan (in place) into what TensorRT's parser reads, and return it.
+
+    - uint8 pictures become float as they come in, and uint8 as they go out: TensorRT moves no uint8 around.
+    - A sequence of parts becomes the parts: TensorRT has no sequences.
+    """
+    _cast_pictures(model.graph)
+    _split_sequences(model.graph)
+    common_passes.RemoveUnusedNodesPass()(model)
+    return model
+
+
+def engine_step(model: ir.Model, vocab: int) -> ir.Model:
+    """Rewrite the plan's `step` (in place) into the form that engines are built from, and return it.
+
+    - `key_bias` f32 [N], a new last input, is added to the attention scores: the first scale gets one dummy token as
+      its past (zeros, with `DUMMY_BIAS`), so that no input is ever empty.
+    - A sort of more than `TOPK_LIMIT` codes becomes two of half as many.
+    - Rows are always R = 2B: guidance takes halves of the logits, the next input is doubled. Nothing is computed from
+      a shape any more that would have to be copied to the device.
+
+    Raises GraphError, or TopKError for a vocabulary that two halves don't hold.
+    """
+    _add_key_bias(model.graph)
+    _split_sorts(model.graph, vocab)
+    _halve_rows(model.graph)
+    return engine_form(model)
+
+
+# -- what the parser reads ---------------------------------------------------------------------------------------
+
+
+def _cast_pictures(graph: ir.Graph) -> None:
+    for picture in [v for v in graph.inputs if v.dtype == ir.DataType.UINT8]:
+        users = [(node, i) for node, i in picture.uses() if node.op_type not in ("Shape", "Cast")]
+        if not users:
+            continue
+        cast = ir.node("Cast", [picture], {"to": ir.DataType.FLOAT}, name=f"{picture.name}_cast")
+        cast.outputs[0].name = f"{picture.name}_float"
+        graph.insert_before(graph[0], cast)
+        for node, i in users:
+            node.replace_input_with(i, cast.outputs[0])
+    for picture in [v for v in graph.outputs if v.dtype == ir.DataType.UINT8]:
+        move = picture.producer()
+        before = move.inputs[0].producer() if move is not None and move.inputs[0] is not None else None
+        if move is None or move.op_type != "Transpose" or before is None or before.op_type != "Cast":
+            continue
+        moved = ir.node("Transpose", [before.inputs[0]], move.attributes, name=f"{move.name}_float")
+        moved.outputs[0].name = f"{picture.name}_float"
+        cast = ir.node("Cast", moved.outputs, {"to": ir.DataType.UINT8}, name=f"{picture.name}_cast")
+        graph.insert_before(move, [moved, cast])
+        _substitute(graph, move, cast.outputs[0])
+
+
+def _split_sequences(graph: ir.Graph) -> None:
+    """SplitToSequence whose parts are all picked by SequenceAt: a Split."""
+    for node in [n for n in graph if n.op_type == "SplitToSequence"]:
+        picks = [user for user, _ in node.outputs[0].uses()]
+        wanted = [_numbers(pick.inputs[1]) for pick in picks if pick.op_type == "SequenceAt"]
+        sizes = _numbers(node.inputs[1]) if len(node.inputs) > 1 else None
+        if sizes is None or None in wanted or len(wanted) != len(picks) or not node.attributes.get_int("keepdims", 1):
+            raise GraphError(
+                f"node {node.name!r} (SplitToSequence) has no fixed parts; export the plan again", node.name
+            )
+        places = [int(number[0]) for number in wanted if number is not None]
+        # One size for all parts, or one each.
+        counts = np.repeat(sizes, max(places) + 1) if len(sizes) == 1 else sizes
+        parts = ir.node(
+            "Split",
+            [node.inputs[0], _constant(graph, f"{node.name}_sizes", counts.tolist())],
+            {"axis": node.attributes.get_int("axis", 0)},
+            num_outputs=len(counts),
+            name=f"{node.name}_parts",
+        )
+        for i, value in enumerate(parts.outputs):
+            value.name = f"{node.name}_part_{i}"
+        graph.insert_before(node, parts)
+        for pick, place in zip(picks, places, strict=True):
+            _substitute(graph, pick, parts.outputs[place])
+        graph.remove(node, safe=True)
+
+
+def _numbers(value: ir.Value | None) -> np.ndarray | None:
+    """A small constant, flat."""
+    tensor = value.const_value if value is not None else None
+    return None if tensor is None or isinstance(tensor, ir.ExternalTensor) else tensor.numpy().reshape(-1)
+
+
+# -- attention ---------------------------------------------------------------------------------------------------
+
+
+def _add_key_bias(graph: ir.Graph) -> None:
+    """Every softmax over keys that came from the cache gets `key_bias` on its float32 scores."""
+    bias = ir.Value(name=KEY_BIAS, shape=ir.Shape(["N"]), type=ir.TensorType(ir.DataType.FLOAT))
+    softmaxes = [_attention(value) for value in graph.inputs if str(value.name).startswith("past_k_")]
+    if not softmaxes:
+        raise GraphError("the step has no past_k inputs; export the plan again")
+    for softmax in softmaxes:
+        scores = softmax.inputs[0]
+        biased = ir.node("Add", [scores, bias], name=f"{softmax.name}_bias")
+        biased.outputs[0].name = f"{softmax.name}_biased"
+        graph.insert_before(softmax, biased)
+        softmax.replace_input_with(0, biased.outputs[0])
+    graph.inputs.append(bias)
+
+
+def _attention(past: ir.Value) -> ir.Node:
+    """The softmax that a layer's past keys end in: past → Concat → Transpose → MatMul → (Cast) → Softmax."""
+    node = None
+    value: ir.Value = past
+    for _ in range(6):
+        users = [user for user, _ in value.uses()]
+        following = [n for n in users if n.op_type in ("Concat", "Transpose", "MatMul", "Cast", "Softmax")]
+        if len(following) != 1:
+            break
+        node = following[0]
+        if node.op_type == "Softmax":
+            return node
+        value = node.outputs[0]
+    at = f"node {node.name!r} ({node.op_type})" if node is not None else "no node"
+    raise GraphError(
+        f"no softmax was found behind {past.name}: the way ends at {at}; "
+        "export the plan again with the versions of torch and onnxscript that the project names",
+        node.name if node is not None else None,
+    )
+
+
+# -- sampling ----------------------------------------------------------------------------------------------------
+
+
+def _split_sorts(graph: ir.Graph, vocab: int) -> None:
+    """TopK over the whole vocabulary, of values alone, in two halves where it is too long for one."""
+    if vocab <= TOPK_LIMIT:
+        return
+    if vocab > 2 * TOPK_LIMIT:
+        raise TopKError(
+            f"the vocabulary has {vocab} codes, but TensorRT sorts at most {2 * TOPK_LIMIT} "
+            f"(two TopK of {TOPK_LIMIT} each); run this plan with --backend ort-cpu or ort-cuda"
+        )
+    for node in [n for n in graph if n.op_type == "TopK"]:
+        if node.outputs[1].uses() or not node.attributes.get_int("largest", 1):
+            raise GraphError(
+                f"node {node.name!r} (TopK) is not the descending sort of the codes; export the plan again", node.name
+            )
+        _split_sort(graph, node, vocab)
+
+
+def _split_sort(graph: ir.Graph, sort: ir.Node, vocab: int) -> None:
+    """Largest half, descending, then smallest half, which comes ascending and is reversed.
+
+    Together they are the sorted row exactly, also where values are equal.
+    """
+    name, values = str(sort.name), sort.inputs[0]
+    assert values is not None
+    upper = vocab - vocab // 2
+    parts, nodes = [], []
+    for kind, count, largest in (("upper", upper, 1), ("lower", vocab - upper, 0)):
+        k = _constant(graph, f"{name}_{kind}_k", [count])
+        top = ir.node("TopK", [values, k], {"axis": -1, "largest": largest, "sorted": 1}, num_outputs=2)
+        top.name = f"{name}_{kind}"
+        top.outputs[0].name, top.outputs[1].name = f"{name}_{kind}_values", f"{name}_{kind}_indices"
+        nodes.append(top)
+        parts.append(top.outputs[0])
+    backward = [_constant(graph, f"{name}_{what}", [number]) for what, number in _BACKWARD]
+    reverse = ir.node("Slice", [parts[1], *backward], name=f"{name}_reverse")
+    reverse.outputs[0].name = f"{name}_lower_descending"
+    whole = ir.node("Concat", [parts[0], reverse.outputs[0]], {"axis": -1}, name=f"{name}_whole")
+    whole.outputs[0].name = f"{name}_sorted"
+    graph.insert_before(sort, [*nodes, reverse, whole])
+    _substitute(graph, sort, whole.outputs[0])
+
+
+_BACKWARD = (("start", -1), ("end", np.iinfo(np.int64).min), ("axis", -1), ("step", -1))
+"""Slice's inputs that reverse the last axis."""
+
+
+# -- guidance rows -----------------------------------------------------------------------------------------------
+
+
+def _halve_rows(graph: ir.Graph) -> None:
+    """Replace row numbers computed from R and B by what they are when R = 2B.
+
+    Gather(x, 0 … B−1) and Gather(x, R−B … R−1) are the halves of x; Gather(x, 0 … B−1, 0 … B−1) is x twice.
+    """
+    halves: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+    for gather in [n for n in graph if n.op_type == "Gather" and n.attributes.get_int("axis", 0) == 0]:
+        source, rows = gather.inputs
+        assert source is not None
+        assert rows is not None
+        ops = {n.op_type for n in _producers(rows)}
+        if "Range" not in ops:
+            continue
+        if "Where" in ops:
+            twice = ir.node("Concat", [source, source], {"axis": 0}, name=f"{gather.name}_twice")
+            graph.insert_before(gather, twice)
+            new = twice.outputs[0]
+        else:
+            if source not in halves:
+                split = ir.node("Split", [source], {"axis": 0, "num_outputs": 2}, num_outputs=2)
+                split.name = f"{gather.name}_halves"
+                split.outputs[0].name, split.outputs[1].name = f"{split.name}_0", f"{split.name}_1"
+                graph.insert_before(gather, split)
+                halves[source] = (split.outputs[0], split.outputs[1])
+            new = halves[source]["Add" in ops]
+        _substitute(graph, gather, new)
+    ranges = [n for n in graph if n.op_type == "Range" and any(True for _ in _readers(n, graph))]
+    if ranges:
+        raise GraphError(
+            f"node {ranges[0].name!r} (Range) still feeds the step's outputs; "
+            "export the plan again with the versions of torch and onnxscript that the project names",
+            ranges[0].name,
+        )
+
+
+def _substitute(graph: ir.Graph, node: ir.Node, new: ir.Value) -> None:
+    """Let `new` stand for the first output of `node`, which goes; a graph output keeps its name and shape."""
+    old = node.outputs[0]
+    if old.is_graph_output():
+        new.name, new.shape, new.type = old.name, old.shape, old.type
+        old.name = f"{old.name}_before"
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def _producers(value: ir.Value) -> Iterator[ir.Node]:
+    """The nodes that a value is computed by, all the way up."""
+    seen: set[ir.Node] = set()
+    waiting = [value.producer()]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        waiting += [v.producer() for v in node.inputs if v is not None]
+
+
+def _readers(node: ir.Node, graph: ir.Graph) -> Iterable[ir.Value]:
+    """The graph outputs that depend on a node."""
+    seen: set[ir.Node] = set()
+    waiting = [node]
+    while waiting:
+        current = waiting.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        for value in current.outputs:
+            if value.is_graph_output():
+                yield value
+            waiting += [user for user, _ in value.uses()]
+
+
+def _constant(graph: ir.Graph, name: str, numbers: list[int]) -> ir.Value:
+    """A small int64 initializer."""
+    tensor = ir.tensor(np.array(numbers, np.int64), name=name)
+    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(ir.DataType.INT64), const_value=tensor)
+    graph.initializers[name] = value
+    return value

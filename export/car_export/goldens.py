@@ -1,0 +1,88 @@
+"""`goldens.npz`: what the float32 PyTorch model computes on one control image, stored in the plan.
+
+`car-run verify` holds any machine and engine to it, without PyTorch and without the checkpoint. The file is the same
+to the byte at every export of the same model on the same machine.
+
+Shapes: L tokens of a picture, V vocabulary, s pixels per edge.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from car_runtime.controls import derive
+from car_train.model import Model
+from car_train.sample import Recording, control_pyramid, sample
+
+from .verify import scene
+
+FILE = "goldens.npz"
+KEPT = 16
+"""Logits kept per token: the largest. At d16 that is 65 kB of 11 MB, and holds what sampling looks at first."""
+SEED = 0
+_DATE = (1980, 1, 1, 0, 0, 0)
+"""The earliest that a zip file can hold."""
+
+
+def write_goldens(directory: Path, reference: Model, *, cfg: float, top_k: int, top_p: float) -> None:
+    """Write `directory/goldens.npz` from a float32 model in eval mode; cfg, top_k, top_p are the plan's defaults.
+
+    Guidance is at least 1, so that both rows count. docs/plan-format.md lists the arrays.
+    """
+    arrays = goldens(reference, cfg=max(cfg, 1.0), top_k=top_k, top_p=top_p)
+    (directory / FILE).write_bytes(npz_bytes(arrays))
+
+
+def goldens(reference: Model, *, cfg: float, top_k: int, top_p: float) -> dict[str, np.ndarray]:
+    """The arrays by name: a greedy run with its logits, which are those of teacher forcing too, and a sampled run."""
+    car, config = reference.car, reference.config.vqvae
+    assert car is not None
+    top_k = min(top_k, config.vocab)
+    control = pyramid = None
+    if car.branch is not None:
+        picture = Image.fromarray(scene(config.image_size, np.random.default_rng(0)))
+        control = derive(picture, "canny", config.image_size)
+        pyramid = control_pyramid(Image.fromarray(control), [side * config.patch for side in config.sides])
+    label = car.base.config.classes // 2
+    noise = np.random.default_rng(SEED).random((1, config.tokens), dtype=np.float32)
+    given = (reference.vqvae, car, torch.tensor([label]), torch.from_numpy(noise), pyramid, cfg)
+    record = Recording()
+    tokens, pixels = sample(*given, top_k=1, record=record)
+    sampled, _ = sample(*given, top_k=top_k, top_p=top_p)
+    logits_LV = torch.cat([scale["logits"] for scale in record.scales], 1)[0]
+    value, index = logits_LV.topk(min(KEPT, config.vocab), dim=-1)
+    arrays = {
+        "label": np.int64(label),
+        "cfg": np.float32(cfg),
+        "tokens": tokens[0].numpy(),
+        "logit_index": index.numpy(),
+        "logit_value": value.numpy(),
+        "logit_range": np.float32(logits_LV.abs().max().item()),
+        "image": ((pixels[0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy(),
+        "sampled_tokens": sampled[0].numpy(),
+        "seed": np.int64(SEED),
+        "top_k": np.int64(top_k),
+        "top_p": np.float32(top_p),
+    }
+    if control is not None:
+        arrays["control"] = control
+    return {name: np.asarray(array) for name, array in arrays.items()}
+
+
+def npz_bytes(arrays: dict[str, np.ndarray]) -> bytes:
+    """Arrays as a compressed npz whose bytes depend on them alone: `np.savez` puts the time of day into it."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name in sorted(arrays):
+            content = io.BytesIO()
+            np.lib.format.write_array(content, np.ascontiguousarray(arrays[name]).reshape(arrays[name].shape))
+            entry = zipfile.ZipInfo(f"{name}.npy", _DATE)
+            entry.compress_type, entry.create_system, entry.external_attr = zipfile.ZIP_DEFLATED, 3, 0o644 << 16
+            archive.writestr(entry, content.getvalue(), compresslevel=9)
+    return stream.getvalue()

@@ -1,0 +1,370 @@
+"""The GPU by way of cuda-python: what the GPU backends need of the CUDA runtime, and nothing else.
+
+`Device` is all that they see; `CudaDevice` is the real one. Addresses are integers, sizes are bytes. Everything that
+is not said to wait is put on the device's one stream and returns at once; one thread at a time may do that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from car_runtime.errors import BackendError, RunError
+
+_OUT_OF_MEMORY, _INSUFFICIENT_DRIVER, _NO_DEVICE, _NOT_READY = 2, 35, 100, 600
+_NO_DRIVER = (
+    "there is no NVIDIA driver on this machine; install one from your distribution or from NVIDIA, "
+    "or run on the CPU with --backend ort-cpu"
+)
+
+Event = Any
+"""A point on the stream."""
+Graph = Any
+"""Work recorded from the stream, to be launched again as a whole."""
+HostBlock = NDArray[np.uint8]
+"""Page-locked host memory, which the GPU reads and writes while the program goes on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """The GPU that is used, and the software that it is reached by."""
+
+    name: str
+    capability: tuple[int, int]
+    """Compute capability, such as (8, 9)."""
+    memory_bytes: int
+    count: int
+    """GPUs that this process sees. The first is used; CUDA_VISIBLE_DEVICES says which that is."""
+    driver: str
+    """Newest CUDA version that the driver runs, such as "13.0"."""
+    runtime: str
+    """CUDA version of cuda-python."""
+
+    @property
+    def target(self) -> str:
+        """What engines for this GPU are called: "sm89"."""
+        return f"sm{self.capability[0]}{self.capability[1]}"
+
+
+class CudaError(RunError):
+    """A call of the CUDA runtime that failed."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether the GPU's memory did not suffice."""
+        return self.code == _OUT_OF_MEMORY
+
+
+class Device(Protocol):
+    """A GPU with one stream. Failures are CudaErrors."""
+
+    @property
+    def gpu(self) -> Gpu:
+        """What it is."""
+        ...
+
+    @property
+    def stream(self) -> int:
+        """The stream's handle, as TensorRT and ONNX Runtime take it."""
+        ...
+
+    def malloc(self, size: int) -> int:
+        """Address of new device memory, a multiple of 256."""
+        ...
+
+    def free(self, address: int) -> None:
+        """Give memory back. No work on it may be pending."""
+        ...
+
+    def malloc_host(self, size: int) -> HostBlock:
+        """New page-locked memory."""
+        ...
+
+    def free_host(self, block: HostBlock) -> None:
+        """Give it back. No copy from or to it may be pending."""
+        ...
+
+    def to_device(self, target: int, block: HostBlock, size: int) -> None:
+        """Copy from page-locked memory, which must stay as it is until that is done."""
+        ...
+
+    def to_host(self, block: HostBlock, source: int, size: int) -> None:
+        """Copy to page-locked memory."""
+        ...
+
+    def on_device(self, target: int, source: int, size: int) -> None:
+        """Copy within device memory."""
+        ...
+
+    def event(self) -> Event:
+        """A new event, with timing."""
+        ...
+
+    def record(self, event: Event) -> None:
+        """Put the event on the stream, here."""
+        ...
+
+    def done(self, event: Event) -> bool:
+        """Whether the stream has got there."""
+        ...
+
+    def wait(self, event: Event) -> None:
+        """Wait until the stream gets there. Any thread may call this at any time."""
+        ...
+
+    def elapsed(self, begin: Event, end: Event) -> float:
+        """Seconds between two events that are done."""
+        ...
+
+    def free_event(self, event: Event) -> None:
+        """Let go of an event."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait for everything on the stream."""
+        ...
+
+    def begin_capture(self) -> None:
+        """From here on, what is put on the stream is recorded and not done."""
+        ...
+
+    def end_capture(self) -> Graph:
+        """Stop recording. Raises CudaError where something could not be recorded; the stream is usable either way."""
+        ...
+
+    def launch(self, graph: Graph) -> None:
+        """Put recorded work on the stream."""
+        ...
+
+    def free_graph(self, graph: Graph) -> None:
+        """Let go of a graph; where it still runs, it ends first."""
+        ...
+
+    def free_memory(self) -> int:
+        """Bytes of device memory that nobody uses."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the stream."""
+        ...
+
+
+def probe() -> Gpu:
+    """The GPU that a backend would use.
+
+    Raises BackendError with the remedy: there is no driver, cuda-python is absent, the driver is too old, or sees no
+    GPU. Without a driver that takes no time: nothing is imported.
+    """
+    if not _has_driver():
+        raise BackendError(_NO_DRIVER)
+    runtime = _import_runtime()
+    made_for = _version(_value(runtime, "cudaRuntimeGetVersion"))
+    driver_number = _value(runtime, "cudaDriverGetVersion")
+    if driver_number == 0:
+        raise BackendError(_NO_DRIVER)
+    driver = _version(driver_number)
+    status, count = runtime.cudaGetDeviceCount()
+    code = int(status)
+    if code == _NO_DEVICE or (code == 0 and not count):
+        raise BackendError(
+            f"the NVIDIA driver (CUDA {driver}) sees no GPU; check nvidia-smi and the variable CUDA_VISIBLE_DEVICES, "
+            "or run on the CPU with --backend ort-cpu"
+        )
+    if code == _INSUFFICIENT_DRIVER:
+        raise BackendError(
+            f"the NVIDIA driver runs CUDA up to {driver}, but cuda-python was made for {made_for}; "
+            f"upgrade the driver, or install cuda-python {driver.split('.')[0]}.*"
+        )
+    if code != 0:
+        raise BackendError(f"CUDA does not start: {_describe(runtime, status)}; check that nvidia-smi works")
+    properties = _value(runtime, "cudaGetDeviceProperties", 0)
+    name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
+    return Gpu(
+        name=name.rstrip("\0"),
+        capability=(int(properties.major), int(properties.minor)),
+        memory_bytes=int(properties.totalGlobalMem),
+        count=int(count),
+        driver=driver,
+        runtime=made_for,
+    )
+
+
+class CudaDevice:
+    """The first GPU that this process sees."""
+
+    def __init__(self) -> None:
+        self.gpu = probe()
+        self._runtime = _import_runtime()
+        self._call("cudaSetDevice", 0)
+        # Work of other streams of the process, the default one above all, is no reason to wait.
+        self._stream = self._call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking)
+        self.stream = int(self._stream)
+        kinds = self._runtime.cudaMemcpyKind
+        self._to_device, self._to_host = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
+        self._on_device = kinds.cudaMemcpyDeviceToDevice
+        # Other threads may allocate and wait while this one records.
+        self._mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+
+    def malloc(self, size: int) -> int:
+        """cudaMalloc."""
+        return int(self._call("cudaMalloc", size))
+
+    def free(self, address: int) -> None:
+        """cudaFree."""
+        self._call("cudaFree", address)
+
+    def malloc_host(self, size: int) -> HostBlock:
+        """cudaHostAlloc, seen as an array."""
+        address = int(self._call("cudaHostAlloc", size, 0))
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+
+    def free_host(self, block: HostBlock) -> None:
+        """cudaFreeHost."""
+        self._call("cudaFreeHost", block.ctypes.data)
+
+    def to_device(self, target: int, block: HostBlock, size: int) -> None:
+        """cudaMemcpyAsync."""
+        self._call("cudaMemcpyAsync", target, block.ctypes.data, size, self._to_device, self._stream)
+
+    def to_host(self, block: HostBlock, source: int, size: int) -> None:
+        """cudaMemcpyAsync."""
+        self._call("cudaMemcpyAsync", block.ctypes.data, source, size, self._to_host, self._stream)
+
+    def on_device(self, target: int, source: int, size: int) -> None:
+        """cudaMemcpyAsync."""
+        self._call("cudaMemcpyAsync", target, source, size, self._on_device, self._stream)
+
+    def event(self) -> Event:
+        """cudaEventCreate."""
+        return self._call("cudaEventCreate")
+
+    def record(self, event: Event) -> None:
+        """cudaEventRecord."""
+        self._call("cudaEventRecord", event, self._stream)
+
+    def done(self, event: Event) -> bool:
+        """cudaEventQuery."""
+        (status,) = self._runtime.cudaEventQuery(event)
+        if int(status) in (0, _NOT_READY):
+            return int(status) == 0
+        raise self._error("cudaEventQuery", status)
+
+    def wait(self, event: Event) -> None:
+        """cudaEventSynchronize."""
+        self._call("cudaEventSynchronize", event)
+
+    def elapsed(self, begin: Event, end: Event) -> float:
+        """cudaEventElapsedTime, in seconds."""
+        return float(self._call("cudaEventElapsedTime", begin, end)) / 1000
+
+    def free_event(self, event: Event) -> None:
+        """cudaEventDestroy."""
+        self._call("cudaEventDestroy", event)
+
+    def synchronize(self) -> None:
+        """cudaStreamSynchronize."""
+        self._call("cudaStreamSynchronize", self._stream)
+
+    def begin_capture(self) -> None:
+        """cudaStreamBeginCapture."""
+        self._call("cudaStreamBeginCapture", self._stream, self._mode)
+
+    def end_capture(self) -> Graph:
+        """cudaStreamEndCapture and cudaGraphInstantiate."""
+        recorded = self._call("cudaStreamEndCapture", self._stream)
+        try:
+            return self._call("cudaGraphInstantiate", recorded, 0)
+        finally:
+            self._call("cudaGraphDestroy", recorded)
+
+    def launch(self, graph: Graph) -> None:
+        """cudaGraphLaunch."""
+        self._call("cudaGraphLaunch", graph, self._stream)
+
+    def free_graph(self, graph: Graph) -> None:
+        """cudaGraphExecDestroy."""
+        self._call("cudaGraphExecDestroy", graph)
+
+    def free_memory(self) -> int:
+        """cudaMemGetInfo."""
+        free, _ = self._call("cudaMemGetInfo")
+        return int(free)
+
+    def close(self) -> None:
+        """cudaStreamDestroy."""
+        self._call("cudaStreamDestroy", self._stream)
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        """The function's value: None, one, or a tuple of them."""
+        status, *values = getattr(self._runtime, name)(*arguments)
+        if int(status) != 0:
+            raise self._error(name, status)
+        return values[0] if len(values) == 1 else tuple(values) or None
+
+    def _error(self, name: str, status: Any) -> CudaError:
+        remedy = "close the plan and open it again"
+        if int(status) == _OUT_OF_MEMORY:
+            remedy = "close other programs that use the GPU, or use a plan with smaller batches"
+        return CudaError(f"CUDA failed in {name}: {_describe(self._runtime, status)}; {remedy}", int(status))
+
+
+@contextmanager
+def opening() -> Iterator[None]:
+    """What fails on the device while a backend opens is a reason to take another one: a BackendError."""
+    try:
+        yield
+    except CudaError as error:
+        raise BackendError(str(error)) from error
+
+
+def _has_driver() -> bool:
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _import_runtime() -> Any:
+    try:
+        from cuda.bindings import runtime
+    except Exception as error:
+        why = " ".join(str(error).split())
+        raise BackendError(
+            f"the GPU backends need cuda-python ({why}); run: pip install 'car-deploy[rtx]', or 'car-deploy[gpu]'"
+        ) from error
+    return runtime
+
+
+def _value(runtime: Any, name: str, *arguments: Any) -> Any:
+    try:
+        status, value = getattr(runtime, name)(*arguments)
+    except Exception as error:
+        why = " ".join(str(error).split())
+        raise BackendError(f"CUDA does not start: {name}: {why}; check that nvidia-smi works") from error
+    if int(status) != 0:
+        raise BackendError(f"CUDA does not start: {name}: {_describe(runtime, status)}; check that nvidia-smi works")
+    return value
+
+
+def _describe(runtime: Any, status: Any) -> str:
+    """A status by name and in words."""
+    _, words = runtime.cudaGetErrorString(status)
+    words = words.decode() if isinstance(words, bytes) else words
+    return f"{getattr(status, 'name', status)} ({words})"
+
+
+def _version(number: int) -> str:
+    """13020 is "13.2"."""
+    return f"{number // 1000}.{number % 1000 // 10}"

@@ -1,0 +1,261 @@
+"""ONNX Runtime on an NVIDIA GPU: the plan's own graphs, with all buffers in the GPU's memory.
+
+The step uses the graph with named dimensions, so that its weights are on the GPU once. ONNX Runtime records a run as
+a CUDA graph where every node of the graph runs on the GPU, one per number that it is given: one number stands for one
+graph on one set of addresses and shapes, since a recording is launched without looking at what is bound.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from car_runtime.backends import Buffer, Mark
+from car_runtime.backends.cuda import CudaDevice, Device, opening, probe
+from car_runtime.backends.device_memory import DeviceArray, Memory, device_array
+from car_runtime.errors import BackendError, CarError, RunError
+from car_runtime.manifest import Manifest
+
+PROVIDER = "CUDAExecutionProvider"
+GRAPHS = 64
+"""Recordings of one session; ONNX Runtime keeps them until the session ends. What comes later runs unrecorded."""
+
+_AT_ONCE = ("step", "condition", "control", "decoder")
+_BFLOAT16 = 16  # ONNX's number of the type, which numpy has no name for
+_INSTALL = "run: pip uninstall onnxruntime, then pip install 'car-deploy[gpu]'"
+
+
+class OrtCuda:
+    """The backend `ort-cuda`. `device` and `module` are given by tests alone."""
+
+    name = "ort-cuda"
+    batches: tuple[int, ...] = (1, 2, 3, 4)
+    guided_only = False
+
+    def __init__(self, root: Path, manifest: Manifest, device: Device | None = None, module: Any = None) -> None:
+        if device is None:
+            probe()
+        self._ort = module if module is not None else _import_onnxruntime()
+        if PROVIDER not in self._ort.get_available_providers():
+            raise BackendError(f"the onnxruntime {self._ort.__version__} that is installed has no CUDA; {_INSTALL}")
+        self._root, self._manifest = root, manifest
+        self._device = device if device is not None else CudaDevice()
+        self._free_at_start = self._device.free_memory()
+        self._memory = Memory(self._device)
+        self._sessions: dict[str, _Session] = {}
+        self._plain: dict[str, str] = {}
+        try:
+            for graph in _AT_ONCE:
+                if graph in manifest.graphs:
+                    self._open(graph)
+        except BaseException:
+            self.close()
+            raise
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """An uninitialised buffer on the GPU."""
+        return self._memory.allocate(shape, dtype)
+
+    def write(self, buffer: Buffer, values: NDArray[Any]) -> None:
+        """Copy an array to the GPU."""
+        self._memory.write(device_array(buffer), values)
+
+    def read(self, buffer: Buffer) -> NDArray[Any]:
+        """A copy of a buffer, when all work before it is done."""
+        return self._memory.read(device_array(buffer))
+
+    def copy(self, source: Buffer, target: Buffer) -> None:
+        """Copy within the GPU's memory."""
+        self._memory.copy(device_array(source), device_array(target))
+
+    def mark(self) -> Mark:
+        """A CUDA event."""
+        return self._memory.mark()
+
+    def seconds(self, begin: Mark, end: Mark) -> float:
+        """Time between two events on the GPU."""
+        return self._memory.seconds(begin, end)
+
+    def step_graph(self, scale: int, batch: int) -> str:
+        """Always the graph with named dimensions."""
+        return "step"
+
+    def run(self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+        """Put a graph on the stream."""
+        with self._memory.lock:
+            self._memory.check_open()
+            session = self._sessions[graph] if graph in self._sessions else self._open(graph)
+            given = {name: device_array(buffer) for name, buffer in inputs.items() if name in session.inputs}
+            asked = {name: device_array(buffer) for name, buffer in outputs.items()}
+            binding = session.bind(given, asked)
+            number = session.number(given, asked)
+            if number is not None:
+                try:
+                    session.run(binding, number)
+                    return
+                except Exception as error:
+                    # What cannot be recorded is run as it is; what is wrong with it beyond that shows then.
+                    session.graphs = False
+                    self._plain[graph] = _one_line(error)
+            try:
+                session.run(binding, -1)
+            except Exception as error:
+                raise RunError(
+                    f"onnxruntime failed in the graph {graph!r} on the GPU: {_one_line(error)}; "
+                    "close the plan and open it again, or use --backend ort-cpu"
+                ) from error
+
+    def report(self) -> dict[str, Any]:
+        """The engine, the GPU, memory in bytes, and what was recorded."""
+        gpu = self._device.gpu
+        with self._memory.lock:
+            facts: dict[str, Any] = {
+                "engine": f"onnxruntime {self._ort.__version__}",
+                "gpu": gpu.name,
+                "target": gpu.target,
+                "driver": gpu.driver,
+                "buffer_bytes": self._memory.used,
+                "graphs_captured": sum(len(session.numbers) for session in self._sessions.values()),
+                "not_captured": dict(self._plain),
+            }
+            if not self._memory.closed:
+                facts["memory_bytes"] = max(self._free_at_start - self._device.free_memory(), self._memory.used)
+        return facts
+
+    def close(self) -> None:
+        """Free the sessions and all memory. Closing twice does nothing."""
+        with self._memory.lock:
+            if self._memory.closed:
+                return
+            with contextlib.suppress(CarError):
+                self._device.synchronize()
+            self._sessions.clear()
+            self._memory.close()
+            with contextlib.suppress(CarError):
+                self._device.close()
+
+    def _open(self, graph: str) -> _Session:
+        """A session that records, or else one that doesn't and the reason why not."""
+        try:
+            session = self._make_session(graph, record=True)
+        except Exception as error:
+            self._plain[graph] = _one_line(error)
+            try:
+                session = self._make_session(graph, record=False)
+            except Exception as error:
+                file = self._manifest.graphs[graph].file
+                raise BackendError(
+                    f"onnxruntime {self._ort.__version__} cannot open {file} on the GPU: {_one_line(error)}; "
+                    "upgrade onnxruntime-gpu, or use --backend ort-cpu"
+                ) from error
+        found = session.get_providers()[0]
+        if found != PROVIDER:
+            raise BackendError(
+                f"onnxruntime {self._ort.__version__} cannot load its CUDA libraries and would run on {found}; "
+                "install CUDA and cuDNN for it: pip install 'onnxruntime-gpu[cuda,cudnn]'"
+            )
+        inputs = {port.name for port in self._manifest.graphs[graph].inputs}
+        self._sessions[graph] = _Session(self._ort, session, inputs, graph not in self._plain)
+        return self._sessions[graph]
+
+    def _make_session(self, graph: str, record: bool) -> Any:
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 4  # what matters arrives as an exception, and stderr is the caller's
+        provider = {
+            "device_id": "0",
+            "has_user_compute_stream": "1",
+            "user_compute_stream": str(self._device.stream),
+            "enable_cuda_graph": str(int(record)),
+            "arena_extend_strategy": "kSameAsRequested",
+            "use_tf32": "0",  # float32 means float32: the tokens are to be the CPU's
+        }
+        path = str(self._root / self._manifest.graphs[graph].file)
+        return self._ort.InferenceSession(path, options, providers=[(PROVIDER, provider), "CPUExecutionProvider"])
+
+
+class _Session:
+    """A session, and the numbers of what it recorded: what ran on the same buffers before."""
+
+    def __init__(self, ort: Any, session: Any, inputs: set[str], graphs: bool) -> None:
+        self._ort = ort
+        self._session = session
+        self.inputs = inputs
+        self.graphs = graphs
+        self.numbers: dict[tuple[object, ...], int] = {}
+        self._seen: set[tuple[object, ...]] = set()
+
+    def bind(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> Any:
+        """The buffers as they lie in the GPU's memory."""
+        binding = self._session.io_binding()
+        for name, array in inputs.items():
+            binding.bind_input(name, "cuda", 0, _element(array.dtype), array.shape, array.address)
+        for name, array in outputs.items():
+            binding.bind_output(name, "cuda", 0, _element(array.dtype), array.shape, array.address)
+        return binding
+
+    def number(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> int | None:
+        """The recording on these buffers, from 1; None the first time, and where there can't be one."""
+        if not self.graphs:
+            return None
+        ports = (*inputs.items(), *outputs.items())
+        key = tuple((name, array.address, array.shape) for name, array in ports)
+        if key not in self._seen:
+            self._seen.add(key)
+        elif key not in self.numbers and len(self.numbers) < GRAPHS:
+            self.numbers[key] = len(self.numbers) + 1
+        return self.numbers.get(key)
+
+    def run(self, binding: Any, number: int) -> None:
+        """Put a run on the stream; a number records it first, or launches what it recorded, −1 does neither."""
+        options = self._ort.RunOptions()
+        options.log_severity_level = 4
+        options.add_run_config_entry("gpu_graph_id", str(number))
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        self._session.run_with_iobinding(binding, options)
+
+
+def open_ort_cuda(root: Path, manifest: Manifest, threads: int | None) -> OrtCuda:
+    """ONNX Runtime with CUDA on the first GPU. Raises BackendError with the remedy where it can't run here."""
+    with opening():
+        return OrtCuda(root, manifest)
+
+
+def _element(dtype: str) -> Any:
+    return _BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype).type
+
+
+def _import_onnxruntime() -> Any:
+    if all(_is_installed(name) for name in ("onnxruntime", "onnxruntime-gpu")):
+        raise BackendError(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; "
+            "pip uninstall both, then install 'car-deploy[gpu]'"
+        )
+    try:
+        import onnxruntime
+    except Exception as error:
+        raise BackendError(
+            f"the backend 'ort-cuda' needs onnxruntime-gpu ({_one_line(error)}); run: pip install 'car-deploy[gpu]'"
+        ) from error
+    preload = getattr(onnxruntime, "preload_dlls", None)
+    if preload is not None and PROVIDER in onnxruntime.get_available_providers():
+        with contextlib.redirect_stdout(None):  # it prints what it doesn't find
+            preload()
+    return onnxruntime
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        metadata.distribution(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
