@@ -3,29 +3,37 @@
     python -m benchmarks.training                                  # width of d16, two blocks, 256×256: minutes
     python -m benchmarks.training --preset demo --precision bf16   # the model that ships
 
-A step is forward, backward and AdamW on one batch that is in memory already. The plain one computes attention over
-the masked [L, L] square and, in stages 2 and 3, runs the tokenizer on the pictures every time, in float32 whatever
-the rest computes in, as the published code does; the tokenizer's own stage has its pictures in NCHW. Ours gives every
-scale its prefix to attend to, takes tokens from a cache, and keeps pictures channels-last. "attention only" and
-"cache only" tell what each is worth.
+A step is forward, backward and AdamW (fused) on one batch that is in memory already; the base is frozen in both.
 
-All variants run in turn in one process, so that ratios hold on a busy machine; each one's peak memory is measured
-once more in a process of its own. Weights are made up: the time of a step doesn't depend on them.
+The plain one is what the published code does: attention over the masked [L, L] square, the tokenizer run on the
+pictures in every step, one convolution after the other for every scale of the control, PyTorch's products, pictures
+and kernels in NCHW. In bf16 its tokenizer, control encoder and injection stay in float32, as published.
+
+Ours gives every scale its prefix to attend to, takes tokens from a cache, and has the kernels of `car_train.products`
+and channels-last. The rows between tell what each is worth alone.
+
+All variants run in turn in one process, so that ratios hold on a busy machine, and must find the same loss; each
+one's peak memory is measured once more in a process of its own. Weights are made up: the time of a step doesn't
+depend on them.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.machine import emit, in_subprocess, interleaved, markdown_table, record
+from benchmarks.machine import BenchmarkError, emit, in_subprocess, interleaved, markdown_table, record
+from car_train import products
+from car_train.car import ControlBranch, to_maps
 from car_train.config import SIDES_256, CARConfig, VARConfig, VQVAEConfig
 from car_train.model import Model
 from car_train.stages import Objective, Stage, TransformerStage, VQVAEStage, add_branch, add_var, new_vqvae
@@ -53,16 +61,27 @@ PRESETS: dict[str, tuple[VQVAEConfig, VARConfig, CARConfig]] = {
     ),
 }
 STAGES = ("vqvae", "var", "car")
-VARIANTS = {
-    "vqvae": {"plain": {"layout": False}, "ours": {}},
-    "var": {
-        "plain": {"prefix": False, "cached": False},
-        "attention only": {"cached": False},
-        "cache only": {"prefix": False},
-        "ours": {},
-    },
+TRANSFORMER_VARIANTS: dict[str, dict[str, bool]] = {
+    "plain": {"prefix": False, "cached": False, "kernels": False, "float32": True},
+    "attention per scale only": {"cached": False, "kernels": False, "float32": True},
+    "token cache only": {"prefix": False, "kernels": False, "float32": True},
+    "kernels only": {"prefix": False, "cached": False, "float32": True},
+    "bf16 throughout only": {"prefix": False, "cached": False, "kernels": False},
+    "ours": {},
 }
-VARIANTS["car"] = VARIANTS["var"]
+VARIANTS: dict[str, dict[str, dict[str, bool]]] = {
+    "vqvae": {"plain": {"kernels": False}, "ours": {}},
+    "var": TRANSFORMER_VARIANTS,
+    "car": TRANSFORMER_VARIANTS,
+}
+
+
+def variants(stage: str, precision: str) -> dict[str, dict[str, bool]]:
+    """Those of a stage that differ in this precision, by name: arguments of `make_step`."""
+    chosen = VARIANTS[stage]
+    if stage == "car" and precision == "bf16":
+        return chosen
+    return {name: how for name, how in chosen.items() if name != "bf16 throughout only"}
 
 
 def masked(q_RNHd: Tensor, k_RNHd: Tensor, v_RNHd: Tensor, sides: tuple[int, ...]) -> Tensor:
@@ -76,21 +95,52 @@ def masked(q_RNHd: Tensor, k_RNHd: Tensor, v_RNHd: Tensor, sides: tuple[int, ...
 @contextmanager
 def plain_attention() -> Iterator[None]:
     """Within, teacher forcing attends over the masked square."""
-    ours = Attention._teacher_forced
-    Attention._teacher_forced = staticmethod(masked)  # type: ignore[assignment,method-assign]
-    try:
+    with patch.object(Attention, "_teacher_forced", staticmethod(masked)):
         yield
-    finally:
-        Attention._teacher_forced = staticmethod(ours)  # type: ignore[method-assign]
+
+
+def inject_one_by_one(
+    self: ControlBranch,
+    start_R1C: Tensor,
+    inputs_RlZ: Tensor,
+    embedding: nn.Linear,
+    controls: Sequence[Tensor],
+    sides: Sequence[int],
+) -> Tensor:
+    """`ControlBranch.inject_all` scale after scale, on embedded inputs."""
+    maps = to_maps(torch.cat([start_R1C, embedding(inputs_RlZ)], 1), sides)
+    pairs = zip(maps, controls, strict=True)
+    return torch.cat([self.inject(m.permute(0, 2, 3, 1), self.features(control)) for m, control in pairs], 1)
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Within, products and convolutions are PyTorch's, one by one."""
+    with (
+        patch.object(products, "_float32_on_cpu", lambda *_: False),
+        patch.object(ControlBranch, "inject_all", inject_one_by_one),
+    ):
+        yield
+
+
+@contextmanager
+def float32_injection() -> Iterator[None]:
+    """Within, control encoder and injection compute in float32, whatever autocast says."""
+    ours = ControlBranch.inject_all
+
+    def published(self: ControlBranch, *args: Any) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return ours(self, *args)
+
+    with patch.object(ControlBranch, "inject_all", published):
+        yield
 
 
 def make_stage(name: str, preset: str, depth: int | None) -> Stage:
     """A new model of the preset's sizes, `depth` blocks deep where it is given."""
     vqvae, var, car = PRESETS[preset]
-    if depth is not None:
-        var = VARConfig(
-            depth=depth, width=var.C, heads=var.H, shared_aln=var.shared_aln, classes=var.classes, drop_path=0.0
-        )
+    # Without stochastic depth, so that all variants find the same loss.
+    var = dataclasses.replace(var, depth=depth or var.depth, width=var.C, heads=var.H, drop_path=0.0)
     torch.manual_seed(0)
     model: Model = new_vqvae(vqvae)
     if name == "vqvae":
@@ -114,43 +164,60 @@ def make_step(
     stage: Stage,
     batch: dict[str, Tensor],
     precision: str,
+    losses: list[float],
     *,
     prefix: bool = True,
     cached: bool = True,
-    layout: bool = True,
+    kernels: bool = True,
+    float32: bool = False,
 ) -> Callable[[], None]:
-    """One training step; prefix, cached, layout: ours, or the plain way of each."""
+    """One training step, which appends its loss to `losses`.
+
+    prefix, cached, kernels: ours, or the plain way of each. float32: what the published code keeps in it. The stage
+    must be in the layout that `kernels` asks for (`in_layout`).
+    """
     batch = dict(batch)
     if stage.takes_tokens and cached:
         with torch.no_grad():
             batch["tokens"] = join_tokens(stage.model.vqvae.encode(batch.pop("image")))
-    kind = torch.channels_last if layout else torch.contiguous_format
-    if "image" in batch:
-        batch["image"] = batch["image"].contiguous(memory_format=kind)
+    if "image" in batch and kernels:
+        batch["image"] = batch["image"].contiguous(memory_format=torch.channels_last)
     objective, vqvae = Objective(stage), stage.model.vqvae
-    optimizer = torch.optim.AdamW(parameter_groups(stage.trainable, 0.05), lr=1e-6)
+    optimizer = torch.optim.AdamW(parameter_groups(stage.trainable, 0.05), lr=1e-6, fused=True)
+    wanted = [(prefix, plain_attention), (kernels, plain_kernels), (not float32, float32_injection)]
 
     def step() -> None:
-        stage.model.to(memory_format=kind)  # type: ignore[call-overload]
-        with nullcontext() if prefix else plain_attention():
+        with ExitStack() as stack:
+            for ours, plain in wanted:
+                if not ours:
+                    stack.enter_context(plain())
             now = batch
             if stage.takes_tokens and not cached:
                 with torch.no_grad():
                     now = {**batch, "tokens": join_tokens(vqvae.encode(batch["image"]))}
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                 loss, _ = objective(now)
-            optimizer.zero_grad(set_to_none=True)
             loss.backward()
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
 
     stage.trainable.train()
     return step
 
 
+def in_layout(stage: Stage, kernels: bool) -> Stage:
+    """The stage with its kernels in channels-last, or as they were made."""
+    if kernels:
+        stage.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return stage
+
+
 def measure_memory(stage: str, preset: str, depth: int | None, batch: int, precision: str, variant: str) -> None:
     """Two steps of one variant, for `in_subprocess`."""
-    made = make_stage(stage, preset, depth)
-    step = make_step(made, make_batch(made, batch), precision, **VARIANTS[stage][variant])
+    how = VARIANTS[stage][variant]
+    made = in_layout(make_stage(stage, preset, depth), how.get("kernels", True))
+    step = make_step(made, make_batch(made, batch), precision, [], **how)
     step()
     step()
 
@@ -159,10 +226,16 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per stage and variant."""
     rows = []
     for name in args.stages:
-        stage = make_stage(name, args.preset, args.depth)
-        batch = make_batch(stage, args.batch)
-        steps = {v: make_step(stage, batch, args.precision, **how) for v, how in VARIANTS[name].items()}
+        # Equal weights in both layouts; variants of one layout share them, and a step hardly moves them.
+        stages = {kernels: in_layout(make_stage(name, args.preset, args.depth), kernels) for kernels in (False, True)}
+        chosen = variants(name, args.precision)
+        losses: dict[str, list[float]] = {variant: [] for variant in chosen}
+        steps = {}
+        for variant, how in chosen.items():
+            stage = stages[how.get("kernels", True)]
+            steps[variant] = make_step(stage, make_batch(stage, args.batch), args.precision, losses[variant], **how)
         times = interleaved(steps, args.warmup, args.runs)
+        check_losses({variant: found[0] for variant, found in losses.items()}, args.precision)
         for variant, t in times.items():
             memory = None
             if args.memory:
@@ -183,6 +256,13 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             )
             print(f"{name}, {variant}: {t['p50']:.2f} s a step", file=sys.stderr)
     return rows
+
+
+def check_losses(losses: dict[str, float], precision: str) -> None:
+    """BenchmarkError if any variant's loss isn't the first one's."""
+    first, tolerance = next(iter(losses.values())), 1e-2 if precision == "bf16" else 1e-3
+    if not all(abs(loss / first - 1) < tolerance for loss in losses.values()):
+        raise BenchmarkError(f"losses {losses} differ by more than {tolerance:g}; compare variants of one step only")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import CARConfig, ConfigError, ModelConfig, VQVAEConfig
+from .products import Linear, convolve, linear
 from .var import EPS, VAR, Block, Cache, module_list
 from .vqvae import VQVAE, Encoder
 
@@ -36,10 +37,14 @@ class ControlEncoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.silu(self.conv_in(x))
-        for conv in self.steps:
-            h = F.silu(conv(h))
-        return self.conv_out(h)
+        return self.scales([x])[0]
+
+    def scales(self, controls: Sequence[Tensor]) -> list[Tensor]:
+        """The features of the control images of several scales, one batch each."""
+        maps = list(controls)
+        for conv in (self.conv_in, *self.steps):
+            maps = [F.silu(m) for m in convolve(conv.weight, conv.bias, maps, conv.stride[0])]
+        return convolve(self.conv_out.weight, self.conv_out.bias, maps)
 
 
 class TokenizerEncoder(nn.Module):
@@ -75,6 +80,10 @@ class TokenizerEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(self.quant_conv(self.encoder(x)))
+
+    def scales(self, controls: Sequence[Tensor]) -> list[Tensor]:
+        """The features of the control images of several scales, one batch each."""
+        return [self(control) for control in controls]
 
 
 def to_maps(x_RNC: Tensor, sides: Sequence[int]) -> list[Tensor]:
@@ -119,7 +128,7 @@ class ConcatFusion(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.norm, self.linear = nn.LayerNorm(2 * width, eps=EPS), nn.Linear(2 * width, width)
+        self.norm, self.linear = nn.LayerNorm(2 * width, eps=EPS), Linear(2 * width, width)
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -140,7 +149,7 @@ class ZeroFusion(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.linear = nn.Linear(width, width)
+        self.linear = Linear(width, width)
         self.initialise()
 
     @torch.no_grad()
@@ -246,6 +255,32 @@ class ControlBranch(nn.Module):
         x = x_RSSC.permute(0, 3, 1, 2).to(self.input_conv.weight.dtype)
         return self.input_conv(x).float().flatten(2).transpose(1, 2) + features
 
+    def inject_all(
+        self,
+        start_R1C: Tensor,
+        inputs_RlZ: Tensor,
+        embedding: nn.Linear,
+        controls: Sequence[Tensor],
+        sides: Sequence[int],
+    ) -> Tensor:
+        """`features` and `inject` of all scales `sides` at once, f32 [R, L, C].
+
+        start, inputs: as the base's blocks get them, but before `embedding`, which is linear: it goes into the
+        kernel, so that the convolution has Z + 1 channels (the last is one: the bias, within the map) instead of C.
+        """
+        dtype, Z = self.input_conv.weight.dtype, embedding.in_features
+        # The first map is one pixel, of which only the kernel's middle sees anything: columns of the same product.
+        columns = torch.cat([embedding.weight, embedding.bias[:, None], start_R1C[:, 0].T.to(dtype)], 1)
+        kernel_O33E = linear(self.input_conv.weight.permute(0, 2, 3, 1), columns.T)
+        bias = self.input_conv.get_parameter("bias")
+        ones = torch.ones_like(inputs_RlZ[..., :1])
+        maps = to_maps(torch.cat([inputs_RlZ, ones], -1).to(dtype), sides[1:])
+        finer = convolve(kernel_O33E[..., : Z + 1].permute(0, 3, 1, 2), bias, maps)
+        first = kernel_O33E[:, 1, 1, Z + 1 :].T.float() + bias.float()
+        inputs = [first[:, None], *(to_tokens([m]).float() for m in finer)]
+        features = self.encoder.scales([control.to(dtype) for control in controls])
+        return torch.cat([x + to_tokens([c]).float() for x, c in zip(inputs, features, strict=True)], 1)
+
     def forward(
         self, c_RNC: Tensor, rows: Sequence[Tensor], cache: Cache | None, layer: int, sides: Sequence[int]
     ) -> list[Tensor]:
@@ -320,16 +355,10 @@ class CAR(nn.Module):
         label: int64 [B]. inputs: f32 [B, L-1, Z], f̂ at the sizes of scales 2…K (`MultiScaleQuantizer.decode`).
         controls: one f32 [B or 1, 3, S·f, S·f] in [-1, 1] per scale, or None for the base alone.
         """
-        x = torch.cat([self.base.start(label_B), self.base.embed(inputs_BlZ)], 1)
+        base, start = self.base, self.base.start(label_B)
+        x = torch.cat([start, base.embed(inputs_BlZ)], 1)
         c = None
         if controls is not None:
             assert self.branch is not None, "controls given to a model without a control branch"
-            grids = x.split([s * s for s in self.base.sides], 1)
-            c = torch.cat(
-                [
-                    self.branch.inject(grid.unflatten(1, (s, s)), self.branch.features(control))
-                    for grid, control, s in zip(grids, controls, self.base.sides, strict=True)
-                ],
-                1,
-            )
-        return self.trunk(x, c, self.base.position(), self.modulations(label_B), sides=self.base.sides)
+            c = self.branch.inject_all(start, inputs_BlZ, base.word_embedding, controls, base.sides)
+        return self.trunk(x, c, base.position(), self.modulations(label_B), sides=base.sides)

@@ -289,7 +289,7 @@ class Trainer:
 
     def _set_up_optimizers(self) -> None:
         options, stage, device = self.options, self.stage, self.device.type
-        settings: dict[str, Any] = {"lr": options.lr, "betas": (0.9, 0.95)}
+        settings: dict[str, Any] = {"lr": options.lr, "betas": (0.9, 0.95), "fused": True}
         self.optimizers = [torch.optim.AdamW(parameter_groups(stage.trainable, options.weight_decay), **settings)]
         self.objective: nn.Module = Objective(stage)
         wrap = {"broadcast_buffers": False, "device_ids": [self.device.index] if device == "cuda" else None}
@@ -332,6 +332,7 @@ class Trainer:
             raise ValueError("the adversarial loss was switched on or off")
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+            _match_layout(optimizer)
         if self.stage.adversary is not None:
             self.stage.adversary.load_state_dict(state["adversary"])
         self.scaler.load_state_dict(state["scaler"])
@@ -536,6 +537,14 @@ class Trainer:
         with self._autocast():
             rows = self.stage.picture(batch)
         sheet(rows).save(self.options.output / f"samples-{self.step:07d}.png")
+
+
+def _match_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Lay the moments out as their parameters are: the fused step goes by memory, and a run may change its layout."""
+    for p, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == p.shape:
+                state[name] = torch.empty_like(p).copy_(value)
 
 
 class Journal:

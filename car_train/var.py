@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
 from typing import Protocol, TypeVar, cast
 
 import torch
@@ -20,9 +21,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import ModelConfig, VARConfig
+from .products import Linear, linear
 
 EPS = 1e-6
 MAX_LOG_SCALE = math.log(100)
+COARSE_TOKENS = 160
+"""Teacher forcing: scales that end before this share one masked square."""
 SomeModule = TypeVar("SomeModule", bound=nn.Module)
 
 
@@ -70,11 +74,11 @@ class Attention(nn.Module):
         self.qkv_weight = nn.Parameter(torch.empty(3 * width, width))
         self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
         self.log_scale_H = nn.Parameter(torch.full((heads,), math.log(4.0)))
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
 
     def forward(self, x_RNC: Tensor, cache: Cache | None, layer: int, sides: Sequence[int]) -> Tensor:
         R, N, C = x_RNC.shape
-        q, k, v = F.linear(x_RNC, self.qkv_weight).split(C, dim=-1)
+        q, k, v = linear(x_RNC, self.qkv_weight).split(C, dim=-1)
         scale_H1 = self.log_scale_H.float().clamp_max(MAX_LOG_SCALE).exp()[:, None]
         heads = (R, N, self.heads, C // self.heads)
         q_RNHd = (unit_length((q + self.q_bias).view(heads)) * scale_H1).to(x_RNC.dtype)
@@ -89,18 +93,23 @@ class Attention(nn.Module):
 
     @staticmethod
     def _teacher_forced(q_RNHd: Tensor, k_RNHd: Tensor, v_RNHd: Tensor, sides: Sequence[int]) -> Tensor:
-        """Block-causal attention without a mask: each scale looks at its own prefix.
+        """Block-causal attention: each scale looks at its own prefix, and no product is masked away.
 
         At the published sides that is 62 % of the products of the masked [L, L] square, and every call takes the
-        kernel for full attention.
+        kernel for full attention. The coarse scales are one small masked square: one call costs less than many.
         """
         q, k, v = (t.transpose(1, 2) for t in (q_RNHd, k_RNHd, v_RNHd))
-        outputs, start = [], 0
-        for side in sides:
-            stop = start + side * side
+        ends = list(accumulate(side * side for side in sides))
+        coarse = sum(end <= COARSE_TOKENS for end in ends)
+        outputs = []
+        if coarse:
+            scale_N = torch.cat([torch.full((s * s,), i, device=q.device) for i, s in enumerate(sides[:coarse])])
+            mask, n = scale_N[:, None] >= scale_N, ends[coarse - 1]
+            square = (q[:, :, :n], k[:, :, :n], v[:, :, :n])
+            outputs.append(F.scaled_dot_product_attention(*square, attn_mask=mask, scale=1.0))
+        for start, stop in pairwise([0, *ends][coarse:]):
             prefix = (q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop])
             outputs.append(F.scaled_dot_product_attention(*prefix, scale=1.0))
-            start = stop
         return torch.cat(outputs, 2).transpose(1, 2).flatten(2)
 
     @staticmethod
@@ -114,7 +123,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, width: int, ratio: int):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, ratio * width), nn.Linear(ratio * width, width)
+        self.fc1, self.fc2 = Linear(width, ratio * width), Linear(ratio * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -206,7 +215,7 @@ class VAR(nn.Module):
         rates = [config.var.drop_path_rate * i / max(D - 1, 1) for i in range(D)]
         self.blocks = module_list(Block(config.var, rate) for rate in rates)
         self.head_ada_linear = nn.Linear(C, 2 * C)
-        self.head = nn.Linear(C, config.vqvae.vocab)
+        self.head = Linear(C, config.vqvae.vocab)
         initialise(self)
 
     def start(self, label_R: Tensor) -> Tensor:
@@ -262,9 +271,9 @@ def initialise(var: VAR) -> None:
             block.ada_offset.normal_(std=1 / math.sqrt(C))
             block.ada_offset[:2].mul_(1e-5)
             block.ada_offset[2:].mul_(0.5)
-    for linear in [var.shared_ada_linear, *(b.ada_linear for b in var.blocks)]:
-        if linear is not None:
-            linear.weight[2 * C :].mul_(0.5)
-            linear.weight[: 2 * C].mul_(1e-5)
+    for projection in [var.shared_ada_linear, *(b.ada_linear for b in var.blocks)]:
+        if projection is not None:
+            projection.weight[2 * C :].mul_(0.5)
+            projection.weight[: 2 * C].mul_(1e-5)
     var.head_ada_linear.weight.mul_(0.5)
     var.head.weight.mul_(0.02)

@@ -25,9 +25,10 @@ def test_plain_attention_and_the_tokenizer_in_the_loop_give_the_same_loss(monkey
         p.data.add_(0.1 * torch.randn(p.shape))
     batch = training.make_batch(stage, 2)
     stage.trainable.eval()
+    stage.model.to(memory_format=torch.channels_last)
     cached = dict(batch, tokens=join_tokens(stage.model.vqvae.encode(batch["image"])))
     ours, _ = stage.loss({k: v for k, v in cached.items() if k != "image"})
-    with training.plain_attention():
+    with training.plain_attention(), training.plain_kernels(), training.float32_injection():
         plain, _ = stage.loss(batch)
     torch.testing.assert_close(plain, ours, rtol=1e-5, atol=1e-5)
 
@@ -40,7 +41,6 @@ def test_it_measures_every_variant_of_a_stage(
     assert training.main(flags) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = [(r["stage"], r["variant"]) for r in found["results"]]
-    assert rows == [("vqvae", v) for v in ("plain", "ours")] + [
-        ("car", v) for v in ("plain", "attention only", "cache only", "ours")
-    ]
+    alone = ("attention per scale only", "token cache only", "kernels only")
+    assert rows == [("vqvae", v) for v in ("plain", "ours")] + [("car", v) for v in ("plain", *alone, "ours")]
     assert all(r["images_per_s"] > 0 for r in found["results"])
