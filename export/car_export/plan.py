@@ -125,8 +125,8 @@ class PlanBuilder:
         self._steps()
         self._autoencoder()
         self.store.close()
-        sampling = {"cfg": self.options.cfg, "top_k": self.options.top_k, "top_p": self.options.top_p}
-        write_goldens(self.directory, self.reference, **sampling)
+        o = self.options
+        write_goldens(self.directory, self.reference, cfg=o.cfg, top_k=o.top_k, top_p=o.top_p)
         manifest = self._manifest()
         schema.write_manifest(self.directory, manifest)
         return manifest
