@@ -449,3 +449,11 @@ def test_bad_requests_for_engines_are_one_line_with_a_remedy(
     assert "; " in error
     assert "\n" not in error
     assert os.listdir(tmp_path) == []
+
+
+def test_turing_gets_half_precision_plans_without_float32_products(tmp_path: Path) -> None:
+    plan = shutil.copytree(small_plan("fp16"), tmp_path / "turing.plan")
+    engines.build_engines(plan, [engines.Target(flavour="rtx", name="sm75")])
+    assert {e.details["graph"] for e in schema.read_manifest(plan).engines} == set(GRAPHS)
+    with pytest.raises(errors.TargetError, match=r"rtx sm75.*FP32 GEMM.*; .*export with --precision fp16"):
+        engines.build_engines(small_plan("fp32"), [engines.Target(flavour="rtx", name="sm75")])

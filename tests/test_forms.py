@@ -38,9 +38,9 @@ def session(data: bytes, folder: Path) -> ort.InferenceSession:
     return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
-def form(plan: Path, graph: str) -> bytes:
+def form(plan: Path, graph: str, target: str = "sm89") -> bytes:
     manifest = schema.read_manifest(plan)
-    return next(recipe.onnx for recipe in engines.recipes(plan, manifest) if recipe.graph == graph)
+    return next(recipe.onnx for recipe in engines.recipes(plan, manifest, target) if recipe.graph == graph)
 
 
 def original(plan: Path, graph: str) -> bytes:
@@ -77,10 +77,11 @@ def assert_same(got: Arrays, expected: Arrays, tolerance: float) -> None:
             assert difference <= tolerance, f"{name} {difference:.1e}"
 
 
+@pytest.mark.parametrize("target", ["sm89", "sm75"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_the_form_of_the_step_computes_the_step_at_every_scale(plan: Path, batch: int) -> None:
+def test_the_form_of_the_step_computes_the_step_at_every_scale(plan: Path, batch: int, target: str) -> None:
     manifest, rng = schema.read_manifest(plan), np.random.default_rng(5)
-    step, engine = session(original(plan, "step"), plan), session(form(plan, "step"), plan)
+    step, engine = session(original(plan, "step"), plan), session(form(plan, "step", target), plan)
     names = [port.name for port in manifest.graphs["step"].outputs]
     assert [o.name for o in engine.get_outputs()] == [o.name for o in step.get_outputs()] == names
     assert [i.name for i in engine.get_inputs()] == [*(i.name for i in step.get_inputs()), forms.KEY_BIAS]
@@ -109,11 +110,12 @@ def test_the_form_holds_no_sort_longer_than_the_limit_and_no_row_numbers(plan: P
     assert not [n.name for n in nodes if n.op_type == "Range"]
 
 
+@pytest.mark.parametrize("target", ["sm89", "sm75"])
 @pytest.mark.parametrize("graph", ["control", "condition", "decoder", "encoder"])
-def test_the_forms_of_the_other_graphs_compute_the_same(graph: str) -> None:
+def test_the_forms_of_the_other_graphs_compute_the_same(graph: str, target: str) -> None:
     plan, rng = small_plan("fp16"), np.random.default_rng(2)
     manifest = schema.read_manifest(plan)
-    data = form(plan, graph)
+    data = form(plan, graph, target)
     feed: Arrays = {}
     for port in manifest.graphs[graph].inputs:
         shape = [{"B": 2, "R": 4}[d] if isinstance(d, str) else d for d in port.shape]

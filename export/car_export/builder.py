@@ -268,6 +268,11 @@ _FAILURES: tuple[tuple[str, type[EngineError], str], ...] = (
         "the profile's sizes don't fit the graph; export the plan again, so that graph and manifest belong together",
     ),
     (
+        r"FP32 GEMM is not supported",
+        TargetError,
+        "this target multiplies no float32 matrices; export with --precision fp16, or choose a newer --sm",
+    ),
+    (
         r"HW-specific datatypes",
         TargetError,
         "this target has no such type; export with --precision fp16, or choose a newer --sm",

@@ -100,7 +100,7 @@ def choose_targets(flavour: str, capabilities: Sequence[int] | None) -> list[Tar
 # -- recipes -----------------------------------------------------------------------------------------------------
 
 
-def recipes(plan: Path, manifest: schema.Manifest) -> list[Recipe]:
+def recipes(plan: Path, manifest: schema.Manifest, target: str = "sm89") -> list[Recipe]:
     """What each engine of a plan is made from, the longest to build last."""
     found = []
     for graph, profiles in _profiles(manifest).items():
@@ -109,6 +109,8 @@ def recipes(plan: Path, manifest: schema.Manifest) -> list[Recipe]:
             forms.engine_step(model, manifest.model.vocab)
         else:
             forms.engine_form(model)
+        if target == "sm75" and manifest.precision.compute != "fp32":
+            forms.sum_float_products(model)
         data = forms.to_bytes(model)
         found.append(Recipe(graph=graph, onnx=data, profiles=profiles, weights=_hash_weights(plan, data)))
     return found
@@ -186,11 +188,10 @@ def build_engines(plan: Path, targets: Sequence[Target], log: Log = lambda _: No
     compilers = {flavour: Compiler(flavour) for flavour in {t.flavour for t in targets}}
     for target in targets:
         compilers[target.flavour].check_target(target.name)
-    todo = recipes(plan, manifest)
     files = []
     for target in targets:
         compiler = compilers[target.flavour]
-        for recipe in todo:
+        for recipe in recipes(plan, manifest, target.name):
             key = recipe.key(target.flavour, compiler.version, target.name)
             found = _existing(plan, manifest, key)
             if found is not None:
@@ -350,10 +351,10 @@ def _link(source: Path, target: Path) -> None:
 
 def _carry_over(plan: Path, before: Path, log: Log) -> None:
     manifest, former = schema.read_manifest(plan), schema.read_manifest(before)
-    made = {recipe.graph: recipe for recipe in recipes(plan, manifest)}
+    made = {t: {r.graph: r for r in recipes(plan, manifest, t)} for t in {e.target for e in former.engines}}
     for engine in former.engines:
         version = _version(before, engine)
-        recipe = made.get(str(engine.details.get("graph")))
+        recipe = made[engine.target].get(str(engine.details.get("graph")))
         if version is None or recipe is None or recipe.key(engine.flavour, version, engine.target) != engine.key:
             log(f"{engine.file}: of other weights or another form; left out")
             continue

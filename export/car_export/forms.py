@@ -70,6 +70,43 @@ def engine_step(model: ir.Model, vocab: int) -> ir.Model:
     return engine_form(model)
 
 
+# -- Turing ------------------------------------------------------------------------------------------------------
+
+
+def sum_float_products(model: ir.Model) -> ir.Model:
+    """Write float32 matrix products (in place) as products of elements and their sums, and return the model.
+
+    For GPUs whose compiler has no float32 matrix product (Turing, sm75): in a half-precision plan those that are left
+    are small, the resizing of f̂ and the distances to the codes.
+    """
+    graph = model.graph
+    inferred = onnx.shape_inference.infer_shapes(ir.to_proto(model)).graph
+    floats = {
+        value.name
+        for value in (*inferred.value_info, *inferred.input, *inferred.output)
+        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    }
+    floats |= {tensor.name for tensor in inferred.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
+    products = [n for n in graph if n.op_type == "MatMul" and n.inputs[0] is not None and n.inputs[0].name in floats]
+    for node in products:
+        name = str(node.name)
+        # [.., M, K, 1] · [.., 1, K, N], summed over K.
+        sides = []
+        for i, (value, axis) in enumerate(zip(node.inputs, (-1, -3), strict=True)):
+            axes = _constant(graph, f"{name}_axis_{i}", [axis])
+            wide = ir.node("Unsqueeze", [value, axes], name=f"{name}_wide_{i}")
+            wide.outputs[0].name = f"{name}_wide_{i}"
+            sides.append(wide)
+        terms = ir.node("Mul", [side.outputs[0] for side in sides], name=f"{name}_terms")
+        terms.outputs[0].name = f"{name}_terms"
+        over = _constant(graph, f"{name}_over", [-2])
+        total = ir.node("ReduceSum", [terms.outputs[0], over], {"keepdims": 0}, name=f"{name}_sum")
+        total.outputs[0].name = f"{name}_summed"
+        graph.insert_before(node, [*sides, terms, total])
+        _substitute(graph, node, total.outputs[0])
+    return model
+
+
 # -- what the parser reads ---------------------------------------------------------------------------------------
 
 
