@@ -30,7 +30,7 @@ def _float32_on_cpu(x: Tensor, weight: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`. In float32 on a CPU by oneDNN: PyTorch asks MKL, which keeps AVX-512 to Intel's processors."""
+    """`F.linear`. In float32 on a CPU by oneDNN: PyTorch asks MKL, which was half as fast on AMD's."""
     if x.numel() >= FEW_ROWS * x.shape[-1] and _float32_on_cpu(x, weight):
         return F.linear(x.to_mkldnn(), weight, bias).to_dense()
     return F.linear(x, weight, bias)
