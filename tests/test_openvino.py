@@ -12,7 +12,7 @@ import pytest
 
 from car_runtime import BackendError, Plan, RunError, open_plan
 from car_runtime.backends.openvino import OpenVino
-from car_runtime.manifest import read_manifest
+from car_runtime.manifest import Port, read_manifest
 from car_runtime.plan import default_plan
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed (extra openvino)")
@@ -60,6 +60,26 @@ def test_bfloat16_picks_nearly_the_same_tokens(expected: Plan) -> None:
     assert agreeing >= 0.9 * len(wanted)
     exact = expected.generate(EXAMPLE, 2, known_tokens=wanted, known_mask=np.ones(len(wanted), bool)).images
     assert np.abs(image.astype(int) - exact).mean() < 2
+
+
+def test_an_output_that_is_not_asked_for_again_is_not_written_again() -> None:
+    with on_openvino("f32") as plan:
+        manifest, backend = plan.manifest, plan._backend
+        rng = np.random.default_rng(0)
+        scale, sizes = manifest.scales[1], {"B": 1, "R": 2, "S": 2, "P": 1, "T": 3, "S*S": 4}
+
+        def shape(port: Port) -> tuple[int, ...]:
+            return tuple(sizes[d] if isinstance(d, str) else d for d in port.shape)
+
+        step = manifest.graphs["step"]
+        inputs = {p.name: rng.random(shape(p)).astype(p.dtype) for p in step.inputs}
+        inputs |= {"top_k": np.array([1]), **{name: plan._constants[1][name] for name in scale.constants}}
+        outputs = {p.name: np.zeros(shape(p), p.dtype) for p in step.outputs}
+        backend.run("step", inputs, outputs)
+        assert outputs["logits"].any()
+        outputs["logits"][:] = 7
+        backend.run("step", inputs, {name: array for name, array in outputs.items() if name != "logits"})
+        assert (outputs["logits"] == 7).all()
 
 
 def test_several_threads_each_get_their_own_picture() -> None:

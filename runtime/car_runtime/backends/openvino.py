@@ -56,7 +56,7 @@ class OpenVino(HostMemory):
         names = [name for name in _AT_ONCE if name in manifest.graphs]
         with ThreadPoolExecutor(len(names)) as pool:
             self._models = dict(zip(names, pool.map(self._compile, names), strict=True))
-        self._idle: dict[str, list[Any]] = {}
+        self._idle: dict[tuple[str, frozenset[str]], list[Any]] = {}
 
     def step_graph(self, scale: int, batch: int) -> str:
         """Always the graph with named dimensions."""
@@ -65,7 +65,7 @@ class OpenVino(HostMemory):
     def run(self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
         """Run `graph` on the arrays as they lie in memory. Each call has an inference request of its own."""
         wanted = self._inputs[graph]
-        with self._request(graph) as request:
+        with self._request(graph, frozenset(outputs)) as request:
             try:
                 for name, buffer in inputs.items():
                     if name in wanted:
@@ -94,14 +94,18 @@ class OpenVino(HostMemory):
         return self._ov.Tensor(array, shared_memory=True)
 
     @contextmanager
-    def _request(self, graph: str) -> Iterator[Any]:
-        """An inference request for this call alone, kept for the next one: it owns the activations."""
+    def _request(self, graph: str, outputs: frozenset[str]) -> Iterator[Any]:
+        """An inference request for this call alone, kept for the next one: it owns the activations.
+
+        One that was given an output writes to the same memory until it is given another: so it is kept for calls that
+        give it the same ones.
+        """
         with self._lock:
             if self._closed:
                 raise RunError("the plan was closed while it was in use; keep it open until all calls return")
             if graph not in self._models:
                 self._models[graph] = self._compile(graph)
-            idle = self._idle.setdefault(graph, [])
+            idle = self._idle.setdefault((graph, outputs), [])
             request = idle.pop() if idle else self._models[graph].create_infer_request()
         yield request  # after an error it is not used again
         with self._lock:
