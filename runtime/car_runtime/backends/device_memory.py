@@ -311,3 +311,33 @@ def device_array(buffer: Buffer) -> DeviceArray:
     """The same object, known to be a DeviceArray."""
     assert isinstance(buffer, DeviceArray), type(buffer)
     return buffer
+
+
+class OnDevice:
+    """The part of a backend that handles buffers, for engines that work in a GPU's memory."""
+
+    _memory: Memory
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """An uninitialised buffer on the GPU; `dtype` may be "bfloat16"."""
+        return self._memory.allocate(shape, dtype)
+
+    def write(self, buffer: Buffer, values: NDArray[Any]) -> None:
+        """Copy an array to the GPU."""
+        self._memory.write(device_array(buffer), values)
+
+    def read(self, buffer: Buffer) -> NDArray[Any]:
+        """A copy of a buffer, when all work before it is done."""
+        return self._memory.read(device_array(buffer))
+
+    def copy(self, source: Buffer, target: Buffer) -> None:
+        """Copy within the GPU's memory."""
+        self._memory.copy(device_array(source), device_array(target))
+
+    def mark(self) -> Mark:
+        """A CUDA event."""
+        return self._memory.mark()
+
+    def seconds(self, begin: Mark, end: Mark) -> float:
+        """Time between two events on the GPU."""
+        return self._memory.seconds(begin, end)

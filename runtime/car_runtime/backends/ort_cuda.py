@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from car_runtime.backends import Buffer, Mark
+from car_runtime.backends import Buffer
 from car_runtime.backends.cuda import CudaDevice, Device, opening, probe
-from car_runtime.backends.device_memory import DeviceArray, Memory, device_array
+from car_runtime.backends.device_memory import DeviceArray, Memory, OnDevice, device_array
 from car_runtime.errors import BackendError, CarError, RunError
 from car_runtime.manifest import Manifest
 
@@ -31,7 +30,7 @@ _BFLOAT16 = 16  # ONNX's number of the type, which numpy has no name for
 _INSTALL = "run: pip uninstall onnxruntime, then pip install 'car-deploy[gpu]'"
 
 
-class OrtCuda:
+class OrtCuda(OnDevice):
     """The backend `ort-cuda`. `device` and `module` are given by tests alone."""
 
     name = "ort-cuda"
@@ -57,30 +56,6 @@ class OrtCuda:
         except BaseException:
             self.close()
             raise
-
-    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
-        """An uninitialised buffer on the GPU."""
-        return self._memory.allocate(shape, dtype)
-
-    def write(self, buffer: Buffer, values: NDArray[Any]) -> None:
-        """Copy an array to the GPU."""
-        self._memory.write(device_array(buffer), values)
-
-    def read(self, buffer: Buffer) -> NDArray[Any]:
-        """A copy of a buffer, when all work before it is done."""
-        return self._memory.read(device_array(buffer))
-
-    def copy(self, source: Buffer, target: Buffer) -> None:
-        """Copy within the GPU's memory."""
-        self._memory.copy(device_array(source), device_array(target))
-
-    def mark(self) -> Mark:
-        """A CUDA event."""
-        return self._memory.mark()
-
-    def seconds(self, begin: Mark, end: Mark) -> float:
-        """Time between two events on the GPU."""
-        return self._memory.seconds(begin, end)
 
     def step_graph(self, scale: int, batch: int) -> str:
         """Always the graph with named dimensions."""

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from car_runtime.backends import Buffer, Mark
+from car_runtime.backends import Buffer
 from car_runtime.backends.cuda import CudaDevice, Device, Graph, opening, probe
-from car_runtime.backends.device_memory import ALIGNMENT, DeviceArray, Memory, device_array
+from car_runtime.backends.device_memory import ALIGNMENT, DeviceArray, Memory, OnDevice, device_array
 from car_runtime.backends.runtime_cache import RuntimeCache
 from car_runtime.backends.sidecar import FLAVOURS, Profile, Sidecar, build_command, engines_for
 from car_runtime.errors import BackendError, CarError, PlanError, RunError
@@ -45,7 +45,7 @@ _INSTALL = {
 }
 
 
-class TensorRT:
+class TensorRT(OnDevice):
     """The backends `rtx` and `trt`. `device` and `module` are given by tests alone."""
 
     guided_only = True
@@ -86,30 +86,6 @@ class TensorRT:
         except BaseException:
             self.close()
             raise
-
-    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
-        """An uninitialised buffer on the GPU; `dtype` may be "bfloat16"."""
-        return self._memory.allocate(shape, dtype)
-
-    def write(self, buffer: Buffer, values: NDArray[Any]) -> None:
-        """Copy an array to the GPU."""
-        self._memory.write(device_array(buffer), values)
-
-    def read(self, buffer: Buffer) -> NDArray[Any]:
-        """A copy of a buffer, when all work before it is done."""
-        return self._memory.read(device_array(buffer))
-
-    def copy(self, source: Buffer, target: Buffer) -> None:
-        """Copy within the GPU's memory."""
-        self._memory.copy(device_array(source), device_array(target))
-
-    def mark(self) -> Mark:
-        """A CUDA event."""
-        return self._memory.mark()
-
-    def seconds(self, begin: Mark, end: Mark) -> float:
-        """Time between two events on the GPU."""
-        return self._memory.seconds(begin, end)
 
     def step_graph(self, scale: int, batch: int) -> str:
         """The profile of this scale and batch size."""
