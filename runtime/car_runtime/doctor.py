@@ -19,7 +19,7 @@ from typing import Any
 
 from car_runtime import __version__
 from car_runtime.backends import OPENERS
-from car_runtime.errors import CarError
+from car_runtime.errors import CarError, one_line
 
 BACKENDS = ("ort-cpu", "openvino", "ort-cuda", "rtx", "trt")
 PACKAGES = (
@@ -160,7 +160,7 @@ def probe_gpu() -> dict[str, Any]:
     except CarError as error:
         return found | {"why": str(error), **_by_nvidia_smi(found["nvidia_smi"])}
     except Exception as error:  # a driver that is broken in a way nobody foresaw is a finding, not a crash
-        return found | {"why": f"{type(error).__name__}: {_one_line(error)}; check that nvidia-smi works"}
+        return found | {"why": f"{type(error).__name__}: {one_line(error)}; check that nvidia-smi works"}
     return found | {
         "usable": True,
         "name": gpu.name,
@@ -186,7 +186,7 @@ def _nvidia_smi() -> list[str] | None:
             timeout=SECONDS,
         )
     except (OSError, subprocess.SubprocessError) as error:
-        return [f"nvidia-smi does not run: {_one_line(error)}"]
+        return [f"nvidia-smi does not run: {one_line(error)}"]
     lines = (done.stdout if done.returncode == 0 else done.stdout + done.stderr).splitlines()
     return [line.strip() for line in lines if line.strip()]
 
@@ -246,7 +246,7 @@ def _check_openvino(found: Mapping[str, str | None], gpu: Mapping[str, Any]) -> 
 
         devices = openvino.Core().available_devices
     except Exception as error:
-        return f"openvino does not start: {_one_line(error)}", INSTALL["openvino"]
+        return f"openvino does not start: {one_line(error)}", INSTALL["openvino"]
     return (None, []) if "CPU" in devices else (f"openvino finds no CPU, only {devices}", INSTALL["openvino"])
 
 
@@ -321,7 +321,7 @@ def _try_onnxruntime(provider: str, name: str) -> Finding:
             session = onnxruntime.InferenceSession(IDENTITY, options, providers=[provider])
         taken = session.get_providers()[0]
     except Exception as error:
-        return f"onnxruntime does not start: {_one_line(error)}", INSTALL[name]
+        return f"onnxruntime does not start: {one_line(error)}", INSTALL[name]
     if taken != provider:
         return (
             f"onnxruntime {onnxruntime.__version__} cannot load {provider}: CUDA's or cuDNN's libraries are missing",
@@ -336,7 +336,7 @@ def _try_tensorrt(module: str, name: str) -> Finding:
         trt = __import__(module)
         runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
     except Exception as error:
-        return f"{module} does not start: {_one_line(error)}", INSTALL[name]
+        return f"{module} does not start: {one_line(error)}", INSTALL[name]
     return (None, []) if runtime is not None else (f"{module} makes no runtime on this GPU and driver", INSTALL[name])
 
 
@@ -473,7 +473,3 @@ def _plan_lines(plan: Mapping[str, Any] | None) -> list[str]:
 
 def _engine_line(engine: Mapping[str, Any]) -> str:
     return f"  {'yes' if engine['usable'] else 'no ':<4} {engine['file']}: {engine['why']}"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -38,3 +38,8 @@ class OutputError(UserError):
 
 class RunError(CarError):
     """The engine failed while running a graph."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks, or its type."""
+    return " ".join(str(error).split()) or type(error).__name__

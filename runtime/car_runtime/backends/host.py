@@ -56,8 +56,3 @@ def available_cores() -> int:
     """Threads for the engine: its own choice (0, one per physical core) unless this process has fewer."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 0 if usable == os.cpu_count() else usable
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message without line breaks, or its type."""
-    return " ".join(str(error).split()) or type(error).__name__

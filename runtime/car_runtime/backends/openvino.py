@@ -14,8 +14,8 @@ from threading import Lock
 from typing import Any
 
 from car_runtime.backends import Buffer
-from car_runtime.backends.host import HostMemory, array_of, available_cores, one_line
-from car_runtime.errors import BackendError, PlanError, RunError
+from car_runtime.backends.host import HostMemory, array_of, available_cores
+from car_runtime.errors import BackendError, PlanError, RunError, one_line
 from car_runtime.manifest import Manifest
 
 # The encoder serves editing only; it is compiled when somebody encodes.

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from car_runtime.backends import Buffer
-from car_runtime.backends.host import HostMemory, array_of, available_cores, one_line
-from car_runtime.errors import BackendError, PlanError, RunError
+from car_runtime.backends.host import HostMemory, array_of, available_cores
+from car_runtime.backends.onnx_runtime import import_onnxruntime
+from car_runtime.errors import BackendError, PlanError, RunError, one_line
 from car_runtime.manifest import Manifest
 
 # The encoder serves editing only; it is opened when somebody encodes.
@@ -33,7 +33,9 @@ class OrtCpu(HostMemory):
                 "the plan computes in bfloat16, which onnxruntime cannot on a CPU; "
                 "run it with --backend rtx, or export it with --precision fp16 or fp32"
             )
-        self._ort = _import_onnxruntime()
+        self._ort = import_onnxruntime(
+            "ort-cpu", "onnxruntime", "cpu", either="'car-deploy[cpu]' or 'car-deploy[gpu]'"
+        )
         self._root, self._manifest, self._threads = root, manifest, threads or available_cores()
         self._lock = Lock()
         self._closed = False
@@ -108,26 +110,3 @@ class OrtCpu(HostMemory):
         # Several sessions take turns: idle threads of one that spin would slow the next one down.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         return options
-
-
-def _import_onnxruntime() -> Any:
-    if all(_is_installed(name) for name in ("onnxruntime", "onnxruntime-gpu")):
-        raise BackendError(
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; "
-            "pip uninstall both, then install 'car-deploy[cpu]' or 'car-deploy[gpu]'"
-        )
-    try:
-        import onnxruntime
-    except Exception as error:
-        raise BackendError(
-            f"the backend 'ort-cpu' needs onnxruntime ({one_line(error)}); run: pip install 'car-deploy[cpu]'"
-        ) from error
-    return onnxruntime
-
-
-def _is_installed(distribution: str) -> bool:
-    try:
-        metadata.distribution(distribution)
-    except metadata.PackageNotFoundError:
-        return False
-    return True

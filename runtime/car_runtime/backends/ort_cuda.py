@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ import numpy as np
 from car_runtime.backends import Buffer
 from car_runtime.backends.cuda import CudaDevice, Device, opening, probe
 from car_runtime.backends.device_memory import DeviceArray, Memory, OnDevice, device_array
-from car_runtime.errors import BackendError, CarError, RunError
+from car_runtime.backends.onnx_runtime import import_onnxruntime
+from car_runtime.errors import BackendError, CarError, RunError, one_line
 from car_runtime.manifest import Manifest
 
 PROVIDER = "CUDAExecutionProvider"
@@ -40,7 +40,7 @@ class OrtCuda(OnDevice):
     def __init__(self, root: Path, manifest: Manifest, device: Device | None = None, module: Any = None) -> None:
         if device is None:
             probe()
-        self._ort = module if module is not None else _import_onnxruntime()
+        self._ort = module if module is not None else _load_onnxruntime()
         if PROVIDER not in self._ort.get_available_providers():
             raise BackendError(f"the onnxruntime {self._ort.__version__} that is installed has no CUDA; {_INSTALL}")
         self._root, self._manifest = root, manifest
@@ -77,12 +77,12 @@ class OrtCuda(OnDevice):
                 except Exception as error:
                     # What cannot be recorded is run as it is; what is wrong with it beyond that shows then.
                     session.graphs = False
-                    self._plain[graph] = _one_line(error)
+                    self._plain[graph] = one_line(error)
             try:
                 session.run(binding, -1)
             except Exception as error:
                 raise RunError(
-                    f"onnxruntime failed in the graph {graph!r} on the GPU: {_one_line(error)}; "
+                    f"onnxruntime failed in the graph {graph!r} on the GPU: {one_line(error)}; "
                     "close the plan and open it again, or use --backend ort-cpu"
                 ) from error
 
@@ -120,13 +120,13 @@ class OrtCuda(OnDevice):
         try:
             session = self._make_session(graph, record=True)
         except Exception as error:
-            self._plain[graph] = _one_line(error)
+            self._plain[graph] = one_line(error)
             try:
                 session = self._make_session(graph, record=False)
             except Exception as error:
                 file = self._manifest.graphs[graph].file
                 raise BackendError(
-                    f"onnxruntime {self._ort.__version__} cannot open {file} on the GPU: {_one_line(error)}; "
+                    f"onnxruntime {self._ort.__version__} cannot open {file} on the GPU: {one_line(error)}; "
                     "upgrade onnxruntime-gpu, or use --backend ort-cpu"
                 ) from error
         found = session.get_providers()[0]
@@ -205,32 +205,10 @@ def _element(dtype: str) -> Any:
     return _BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype).type
 
 
-def _import_onnxruntime() -> Any:
-    if all(_is_installed(name) for name in ("onnxruntime", "onnxruntime-gpu")):
-        raise BackendError(
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; "
-            "pip uninstall both, then install 'car-deploy[gpu]'"
-        )
-    try:
-        import onnxruntime
-    except Exception as error:
-        raise BackendError(
-            f"the backend 'ort-cuda' needs onnxruntime-gpu ({_one_line(error)}); run: pip install 'car-deploy[gpu]'"
-        ) from error
+def _load_onnxruntime() -> Any:
+    onnxruntime = import_onnxruntime("ort-cuda", "onnxruntime-gpu", "gpu", either="'car-deploy[gpu]'")
     preload = getattr(onnxruntime, "preload_dlls", None)
     if preload is not None and PROVIDER in onnxruntime.get_available_providers():
         with contextlib.redirect_stdout(None):  # it prints what it doesn't find
             preload()
     return onnxruntime
-
-
-def _is_installed(distribution: str) -> bool:
-    try:
-        metadata.distribution(distribution)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
