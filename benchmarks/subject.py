@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import shutil
 import time
@@ -23,7 +24,7 @@ from benchmarks.machine import ROOT, BenchmarkError
 from car_runtime.errors import CarError
 from car_runtime.manifest import Manifest, read_manifest
 from car_runtime.plan import open_plan
-from car_train.config import CARConfig, ConfigError, ModelConfig, VARConfig, VQVAEConfig
+from car_train.config import SIDES_256, SIDES_512, CARConfig, ConfigError, ModelConfig, VARConfig, VQVAEConfig
 
 if TYPE_CHECKING:
     from car_train.model import Model
@@ -32,13 +33,16 @@ CACHE = Path("~/.cache/car/benchmarks")
 SEED = 0
 
 
-def published(depth: int) -> ModelConfig:
-    """CAR at 256×256 with a control branch, as published: width 64·depth, 1000 classes."""
-    return ModelConfig(vqvae=VQVAEConfig(), var=VARConfig(depth=depth), car=CARConfig(control_type="depth"))
+def published(depth: int, sides: tuple[int, ...] = SIDES_256) -> ModelConfig:
+    """CAR with a control branch, as published at 256×256: width 64·depth, 1000 classes."""
+    return ModelConfig(
+        vqvae=VQVAEConfig(sides=sides), var=VARConfig(depth=depth), car=CARConfig(control_type="depth")
+    )
 
 
 MODELS: dict[str, ModelConfig] = {
     "d16": published(16),
+    "d16-512": published(16, SIDES_512),  # its scales are published, with another depth
     "d20": published(20),
     "d24": published(24),
     "d30": published(30),
@@ -208,12 +212,13 @@ def _export(source: Source, precision: str, batches: tuple[int, ...], plan: Path
 
 
 def _key(config: ModelConfig) -> str:
-    """Of the sizes and of the code that makes the graphs, 12 hex digits."""
+    """Of the sizes and of the code that makes the graphs and the weights, 12 hex digits."""
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
     model = [ROOT / "car_train" / f"{name}.py" for name in ("car", "model", "quantizer", "sample", "var", "vqvae")]
     export = [ROOT / "export" / "car_export" / f"{name}.py" for name in ("graphs", "plan", "trace", "weights")]
-    for path in (*export, *model, Path(__file__)):
+    for path in (*export, *model):
         digest.update(path.read_bytes())
+    digest.update(inspect.getsource(make_up).encode())
     return digest.hexdigest()[:12]
 
 
