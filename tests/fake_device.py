@@ -175,6 +175,20 @@ class FakeDevice:
         )
         self._put(copy)
 
+    def on_device_spaced(self, target: int, source: int, size: int, spacing: int, count: int) -> None:
+        if not 0 < size <= spacing or count < 1:
+            raise DeviceFault(f"{count} pieces of {size} bytes, every {spacing}: CUDA refuses such a copy")
+        pieces = [(source + i * spacing, size) for i in range(count)]
+        if source < target + count * size and target < source + count * spacing:
+            raise DeviceFault("source and target of a copy with gaps overlap")
+        self.moved["on_device"] += count * size
+        self.log.append(("spaced copy", (size, spacing, count)))
+
+        def do() -> None:
+            self.store(target, np.concatenate([self.load(*piece) for piece in pieces]))
+
+        self._put(Work("on_device_spaced", pieces, [(target, count * size)], do))
+
     def event(self) -> FakeEvent:
         self.events.append(FakeEvent())
         return self.events[-1]

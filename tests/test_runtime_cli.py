@@ -137,6 +137,7 @@ def test_json_is_all_of_stdout(here: Path, capsys: pytest.CaptureFixture[str]) -
         "cfg": 1.5,
         "top_k": 16,
         "top_p": 0.95,
+        "schedule": {},
         "images": [{"path": f"out-{i}.png", "seed": 2 + i} for i in range(5)],
         "grid": "out-grid.png",
         "tokens": "t.npz",

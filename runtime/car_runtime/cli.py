@@ -34,6 +34,7 @@ EXAMPLES = """examples:
   car-run --photo cat.jpg --class cat -n 4 --grid          control derived from a photo; 4 seeds and a sheet of all
   car-run -e d16.plan --control depth.png --class 207 --seed 7 --cfg 4 --top-k 900 --top-p 0.95 -o dog.png
   car-run -e d16.plan --control depth.png --class "golden retriever" --preview steps/ --tokens dog.npz --json
+  car-run -e d16.plan --control depth.png --class 207 --cfg-scales -7       the last scales unguided, at half the cost
   car-run -e d16.plan --list-classes
 
 other commands, each with its own --help:
@@ -53,6 +54,8 @@ VERIFY_EXAMPLES = """examples:
 
 exit code: 0 everything agrees, 1 something differs or fails, 2 the plan or the arguments cannot be used
 """
+SCHEDULE = ("cfg_scales", "control_scales", "control_strength", "stop_after")
+"""What `add_schedule_flags` adds, by name."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -73,6 +76,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     _add_input_flags(parser)
     _add_sampling_flags(parser)
+    add_schedule_flags(parser)
     _add_output_flags(parser)
     args = parser.parse_args(argv)
     if args.output.suffix.lower() != ".png":
@@ -108,6 +112,19 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--top-p", type=float, metavar="P", help="draw within this share of probability; 0 = all")
 
 
+def add_schedule_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of a schedule, named as the arguments of `Plan.generate` are; the benchmark has them too."""
+    schedule = parser.add_argument_group("schedule (default: all scales alike; scales count from 0, the coarsest)")
+    for flag, what in (("--cfg-scales", "guidance"), ("--control-scales", "control")):
+        schedule.add_argument(flag, metavar="A-B", help=f"{what} at these scales only; A-, -B or one number will do")
+    schedule.add_argument(
+        "--control-strength", type=float, metavar="S", help="times the control's features, 0…2 (default: 1)"
+    )
+    schedule.add_argument(
+        "--stop-after", type=int, metavar="K", help="draw no scale after this one: a coarser picture"
+    )
+
+
 def _add_output_flags(parser: argparse.ArgumentParser) -> None:
     outputs = parser.add_argument_group("what to write")
     outputs.add_argument(
@@ -122,7 +139,9 @@ def _add_output_flags(parser: argparse.ArgumentParser) -> None:
     outputs.add_argument(
         "--preview", type=Path, metavar="DIR", help="also the picture after each scale, as PNG files"
     )
-    outputs.add_argument("--tokens", type=Path, metavar="NPZ", help="also the tokens [N, L] and the scales' sides")
+    outputs.add_argument(
+        "--tokens", type=Path, metavar="NPZ", help="also the tokens [N, L] (-1: not drawn) and the scales' sides"
+    )
     outputs.add_argument("--json", action="store_true", help="print one JSON object instead of paths")
     outputs.add_argument("--debug", action="store_true", help="show a traceback when the program itself fails")
     outputs.add_argument("--version", action="version", version=f"car-run {__version__}")
@@ -142,7 +161,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return {"classes": _list_classes(manifest)}
     settings = {"label": args.label, "seed": args.seed, "n": args.num}
     settings |= {"cfg": args.cfg, "top_k": args.top_k, "top_p": args.top_p}
-    resolve(manifest, **settings)
+    settings |= {name: getattr(args, name) for name in SCHEDULE}
+    request = resolve(manifest, **settings)
     plan_module.check_control(manifest, args.control is not None or args.photo is not None)
     paths = _output_paths(args)
     control = _read_control(args, manifest)
@@ -150,7 +170,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with plan_module.open_plan(root, args.backend, threads=args.threads, verify=not args.no_verify) as plan:
         timings["open"] = perf_counter() - began - timings["read"]
         print(f"car-run: {manifest.name} on {plan.backend_name} ({plan.why})", file=sys.stderr)
-        progress = _Progress(args, manifest)
+        progress = _Progress(args, request.schedule.drawn)
         result = plan.generate(control, **settings, on_scale=progress if progress.wanted else None)
         backend = {"name": plan.backend_name, "why": plan.why}
     timings |= {stage: seconds for stage, seconds in result.timings.items() if stage != "total"}
@@ -179,7 +199,7 @@ def _list_classes(manifest: Manifest) -> list[str]:
 
 
 def _settings_report(manifest: Manifest, request: Request) -> dict[str, Any]:
-    """Class and sampling settings, such that giving them again makes the same picture."""
+    """Class, sampling settings and what isn't exact, such that giving them again makes the same picture."""
     names, index = manifest.model.class_names, request.label
     known = index < manifest.model.classes
     return {
@@ -187,6 +207,7 @@ def _settings_report(manifest: Manifest, request: Request) -> dict[str, Any]:
         "cfg": request.sampling.cfg,
         "top_k": request.sampling.top_k,
         "top_p": request.sampling.top_p,
+        "schedule": request.schedule.settings(),
     }
 
 
@@ -243,10 +264,10 @@ def _stdin() -> io.BytesIO:
 class _Progress:
     """What happens after each scale: a line for a person who watches, and the previews asked for."""
 
-    def __init__(self, args: argparse.Namespace, manifest: Manifest) -> None:
+    def __init__(self, args: argparse.Namespace, scales: int) -> None:
         self._directory: Path | None = args.preview
         self._n: int = args.num
-        self._scales = len(manifest.scales)
+        self._scales = scales
         self._watched = sys.stderr.isatty()
         self.wanted = self._watched or self._directory is not None
         self.written: list[Path] = []
@@ -279,9 +300,9 @@ def _contents(
     from car_runtime.images import contact_sheet, png_bytes, square
 
     settings = _settings_report(manifest, result.request)
-    label = settings.pop("class")
+    label, schedule = settings.pop("class"), settings.pop("schedule")
     about = {"Software": f"car_runtime {__version__}", "version": __version__, "plan": manifest.name}
-    about |= {"class": "none" if label is None else label["name"] or label["index"], **settings}
+    about |= {"class": "none" if label is None else label["name"] or label["index"], **settings, **schedule}
     contents = {
         path: png_bytes(image, {**about, "seed": seed})
         for path, image, seed in zip(paths, result.images, result.request.seeds, strict=True)

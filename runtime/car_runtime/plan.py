@@ -32,9 +32,11 @@ from car_runtime.backends import Backend, Buffer, Mark, check_name, open_backend
 from car_runtime.errors import PlanError, RequestError
 from car_runtime.generate import Condition, State, Step, run_scales
 from car_runtime.manifest import WEIGHTS, Manifest, read_manifest, verify_files
+from car_runtime.schedule import Scales, Schedule
 
 CACHED = 8
-"""Control images, and classes, whose features are kept for the next call (3 MB and 1 to 5 MB each at d16)."""
+"""Control images (as they are, and as schedules want them) and classes whose features are kept for the next call, so
+many of each; 3 MB and, for a class, 1 to 5 MB each at d16."""
 DEFAULT_PLAN = Path(__file__).parent / "plans" / "emoji-canny.plan"
 
 T = TypeVar("T")
@@ -47,9 +49,9 @@ class Result:
     images: NDArray[np.uint8]
     """uint8 [n, H, W, 3]."""
     tokens: NDArray[np.int64]
-    """int64 [n, L], coarse scales first, row by row."""
+    """int64 [n, L], coarse scales first, row by row; −1 at scales that were not drawn."""
     request: sampling.Request
-    """The request with every default filled in: label index, seeds, sampling."""
+    """The request with every default filled in: label index, seeds, sampling, schedule."""
     timings: dict[str, float]
     """Seconds: `control`, `condition`, `scale_0` …, `decoder`, `total`. What was cached costs next to nothing."""
 
@@ -127,6 +129,7 @@ class Plan:
         self._backend = backend
         self._constants = _load_constants(path, manifest, backend)
         self._features: _Recent[Buffer] = _Recent(CACHED)
+        self._scheduled: _Recent[Buffer] = _Recent(CACHED)
         self._conditions: _Recent[Condition] = _Recent(CACHED)
         self._idle: list[State] = []
         self._lock = Lock()
@@ -154,6 +157,7 @@ class Plan:
         """Free the engine and all buffers. Closing twice does nothing."""
         self._closed = True
         self._features.clear()
+        self._scheduled.clear()
         self._conditions.clear()
         with self._lock:
             self._idle.clear()
@@ -169,6 +173,10 @@ class Plan:
         cfg: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        cfg_scales: Scales | None = None,
+        control_scales: Scales | None = None,
+        control_strength: float | None = None,
+        stop_after: int | None = None,
         known_tokens: Any = None,
         known_mask: Any = None,
         on_scale: Callable[[ScaleResult], None] | None = None,
@@ -179,6 +187,9 @@ class Plan:
         label: class index, class name, or None for "no class".
         cfg: guidance, 0…1000, 0 = off, which halves the work. top_k: 0…vocab, 0 = off. top_p: 0…1, 0 = off. None: the
         plan's own.
+        cfg_scales, control_scales: guidance, or the control, at these scales only: "2-5", "2-", "-5", 3, or a range;
+        None: at all. control_strength: 0…2, by what the control's features are multiplied. stop_after: the last scale
+        to draw; the picture is what the scales so far come to. docs/schedules.md says what these cost.
         known_tokens, known_mask: [L] or [n, L], tokens to keep where the mask is true (see `encode` and
         `known_mask`).
         on_scale: called after each scale of each batch (up to 4 pictures on a CPU).
@@ -194,6 +205,10 @@ class Plan:
             cfg=cfg,
             top_k=top_k,
             top_p=top_p,
+            cfg_scales=cfg_scales,
+            control_scales=control_scales,
+            control_strength=control_strength,
+            stop_after=stop_after,
             known_tokens=known_tokens,
             known_mask=known_mask,
         )
@@ -203,7 +218,7 @@ class Plan:
         for step, pictures_of_batch, state in self._run(picture, request, clock):
             if on_scale is not None:
                 on_scale(self._scale_result(step, pictures_of_batch))
-            if self._is_last(step):
+            if step.last:
                 with clock.stage("decoder"):
                     self._decode(step.f_hat, state.image)
                 tokens.append(state.all_tokens())
@@ -223,12 +238,17 @@ class Plan:
         cfg: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        cfg_scales: Scales | None = None,
+        control_scales: Scales | None = None,
+        control_strength: float | None = None,
+        stop_after: int | None = None,
         known_tokens: Any = None,
         known_mask: Any = None,
     ) -> Iterator[ScaleResult]:
         """Like `generate`, one scale at a time: batch after batch, each coarse to fine.
 
-        A bad request raises here, not at the first scale. The last scale's `preview()` is the finished picture.
+        A bad request raises here, not at the first scale. The last scale's `preview()` is the finished picture; with
+        `stop_after` that scale is the last one.
         """
         request = sampling.resolve(
             self.manifest,
@@ -238,6 +258,10 @@ class Plan:
             cfg=cfg,
             top_k=top_k,
             top_p=top_p,
+            cfg_scales=cfg_scales,
+            control_scales=control_scales,
+            control_strength=control_strength,
+            stop_after=stop_after,
             known_tokens=known_tokens,
             known_mask=known_mask,
         )
@@ -284,10 +308,10 @@ class Plan:
         features = None
         with clock.stage("control"):
             if picture is not None:
-                features = self._control_features(picture)
+                features = self._scheduled_features(picture, request.schedule)
         for of in _batches(len(request.seeds), self._backend.batches):
             part = request.part(slice(of.start, of.stop))
-            R = len(of) * (2 if request.sampling.guided or self._backend.guided_only else 1)
+            R = len(of) * (2 if request.guided or self._backend.guided_only else 1)
             with clock.stage("condition"):
                 condition = self._condition(part.label, len(of), R)
             with self._state(len(of), R) as state:
@@ -296,10 +320,28 @@ class Plan:
                     clock.add(f"scale_{step.index}", step.began, step.ended)
                     yield step, of, state
 
+    def _scheduled_features(self, picture: Image.Image, schedule: Schedule) -> Buffer:
+        """The control's features as a schedule wants them, f32 [L, C]: as they are, or a copy of their own."""
+        features = self._control_features(picture)
+        if schedule.plain_control:
+            return features
+        key = (_digest(picture), schedule.control_scales, schedule.control_strength)
+        return self._scheduled.get(key, lambda: self._compute_scheduled(features, schedule))
+
+    def _compute_scheduled(self, features: Buffer, schedule: Schedule) -> Buffer:
+        """Zeros, but at the scales of the schedule the features times its strength."""
+        first, last = (self.manifest.scales[schedule.control_scales[end]] for end in (0, -1))
+        wanted = slice(first.start, last.stop)
+        features_LC = self._backend.read(features)
+        changed_LC = np.zeros_like(features_LC)
+        changed_LC[wanted] = features_LC[wanted] * np.float32(schedule.control_strength)
+        changed = self._backend.allocate(changed_LC.shape, "float32")
+        self._backend.write(changed, changed_LC)
+        return changed
+
     def _control_features(self, picture: Image.Image) -> Buffer:
         """CAR's control features, f32 [L, C]: the same for every seed, class and guidance row."""
-        key = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
-        return self._features.get(key, lambda: self._compute_features(picture))
+        return self._features.get(_digest(picture), lambda: self._compute_features(picture))
 
     def _compute_features(self, picture: Image.Image) -> Buffer:
         inputs = {}
@@ -348,7 +390,7 @@ class Plan:
         """Buffers of the loop for a batch. The latest set is kept: allocating 270 MB anew costs page faults."""
         with self._lock:
             state = self._idle.pop() if self._idle else None
-        if state is None or (state.batch, state.rows) != (B, R):
+        if state is None or (state.batch, state.row_count) != (B, R):
             state = None
             state = State(self._backend, self.manifest, B, R)
         try:
@@ -358,13 +400,10 @@ class Plan:
                 if not self._closed:
                     self._idle[:] = [state]
 
-    def _is_last(self, step: Step) -> bool:
-        return step.index == len(self.manifest.scales) - 1
-
     def _scale_result(self, step: Step, pictures: range) -> ScaleResult:
         return ScaleResult(
             index=step.index,
-            last=self._is_last(step),
+            last=step.last,
             pictures=pictures,
             tokens=self._backend.read(step.tokens),
             f_hat=self._backend.read(step.f_hat),
@@ -389,6 +428,11 @@ def check_control(manifest: Manifest, given: bool) -> None:
         raise RequestError(
             f"the plan {manifest.name!r} has no control branch (plain VAR); leave the control image out"
         )
+
+
+def _digest(picture: Image.Image) -> bytes:
+    """What tells control images apart: their bytes and their shape."""
+    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
 
 
 def _load_constants(root: Path, manifest: Manifest, backend: Backend) -> list[dict[str, Buffer]]:

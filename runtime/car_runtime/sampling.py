@@ -1,4 +1,4 @@
-"""What is asked for, made exact: class, seeds, guidance and known tokens, checked against the plan.
+"""What is asked for, made exact: class, seeds, guidance, schedule and known tokens, checked against the plan.
 
 The draw itself (guidance, top-k, top-p, inverse CDF) is inside the step graph; what leaves here are its inputs.
 
@@ -11,7 +11,7 @@ import difflib
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from car_runtime.errors import RequestError
 from car_runtime.manifest import Manifest, Scale
+from car_runtime.schedule import MAX_STRENGTH, Scales, Schedule, parse_scales
 
 MAX_PICTURES = 1024
 """Pictures of one request: they are all held in memory until it ends (200 MB at 256×256)."""
@@ -56,19 +57,21 @@ class Request:
     """Class index; `classes` itself is "no class"."""
     seeds: tuple[int, ...]
     sampling: Sampling
+    schedule: Schedule
     known: NDArray[np.int64]
     """[n, L], 0 where the mask is false."""
     known_mask: NDArray[np.bool_]
     """[n, L]."""
 
+    @property
+    def guided(self) -> bool:
+        """Whether any scale needs the unconditional rows."""
+        return self.sampling.guided and self.schedule.guided
+
     def part(self, pictures: slice) -> Request:
         """The same request for some of its pictures."""
-        return Request(
-            label=self.label,
-            seeds=self.seeds[pictures],
-            sampling=self.sampling,
-            known=self.known[pictures],
-            known_mask=self.known_mask[pictures],
+        return replace(
+            self, seeds=self.seeds[pictures], known=self.known[pictures], known_mask=self.known_mask[pictures]
         )
 
 
@@ -81,6 +84,10 @@ def resolve(
     cfg: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    cfg_scales: Scales | None = None,
+    control_scales: Scales | None = None,
+    control_strength: float | None = None,
+    stop_after: int | None = None,
     known_tokens: Any = None,
     known_mask: Any = None,
 ) -> Request:
@@ -96,6 +103,7 @@ def resolve(
         label=resolve_label(manifest, label),
         seeds=tuple(range(seed, seed + n)),
         sampling=resolve_sampling(manifest, cfg, top_k, top_p),
+        schedule=resolve_schedule(manifest, cfg_scales, control_scales, control_strength, stop_after),
         known=known_nL,
         known_mask=mask_nL,
     )
@@ -114,6 +122,35 @@ def resolve_sampling(manifest: Manifest, cfg: float | None, top_k: int | None, t
     top_k = _integer("top_k", top_k, 0, vocab, "0 turns it off")
     top_p = _number("top_p", defaults.top_p if top_p is None else top_p, 0.0, 1.0, "0 turns it off")
     return Sampling(cfg=cfg, top_k=top_k or vocab, top_p=top_p if top_p < 1 else 0.0)
+
+
+def resolve_schedule(
+    manifest: Manifest,
+    cfg_scales: Scales | None,
+    control_scales: Scales | None,
+    control_strength: float | None,
+    stop_after: int | None,
+) -> Schedule:
+    """Check scales (0…K−1) and strength (0…2); what is None is as in the exact loop."""
+    K = len(manifest.scales)
+    if manifest.model.control_type is None:
+        for name, value in (("control_scales", control_scales), ("control_strength", control_strength)):
+            if value is not None:
+                raise RequestError(
+                    f"{name} is {value!r}, but the plan {manifest.name!r} has no control branch (plain VAR); "
+                    "leave it out"
+                )
+    strength = 1.0 if control_strength is None else control_strength
+    last = K - 1 if stop_after is None else stop_after
+    return Schedule(
+        scales=K,
+        cfg_scales=parse_scales("cfg_scales", cfg_scales, K),
+        control_scales=parse_scales("control_scales", control_scales, K),
+        control_strength=_number(
+            "control_strength", strength, 0.0, MAX_STRENGTH, "1 is what the branch was trained on"
+        ),
+        drawn=1 + _integer("stop_after", last, 0, K - 1, f"{K - 1} draws them all, as leaving it out does"),
+    )
 
 
 def resolve_label(manifest: Manifest, label: int | str | None) -> int:

@@ -63,6 +63,10 @@ class Backend(Protocol):
         """Copy a whole buffer to another of its shape and dtype, where the engine works."""
         ...
 
+    def copy_rows(self, source: Buffer, target: Buffer) -> None:
+        """Copy [N, R, …] to [N, B, …], other memory: the first B of the R rows of each of the N entries."""
+        ...
+
     def mark(self) -> Mark:
         """Now, in the order of the engine's work."""
         ...

@@ -107,6 +107,10 @@ class Device(Protocol):
         """Copy within device memory."""
         ...
 
+    def on_device_spaced(self, target: int, source: int, size: int, spacing: int, count: int) -> None:
+        """Copy `count` pieces of `size` bytes, which begin every `spacing` bytes in the source, side by side."""
+        ...
+
     def event(self) -> Event:
         """A new event, with timing."""
         ...
@@ -244,6 +248,11 @@ class CudaDevice:
     def on_device(self, target: int, source: int, size: int) -> None:
         """cudaMemcpyAsync."""
         self._call("cudaMemcpyAsync", target, source, size, self._on_device, self._stream)
+
+    def on_device_spaced(self, target: int, source: int, size: int, spacing: int, count: int) -> None:
+        """cudaMemcpy2DAsync."""
+        pieces = (target, size, source, spacing, size, count)
+        self._call("cudaMemcpy2DAsync", *pieces, self._on_device, self._stream)
 
     def event(self) -> Event:
         """cudaEventCreate."""

@@ -172,6 +172,16 @@ class Memory:
             if source.nbytes:
                 self.device.on_device(target.address, source.address, source.nbytes)
 
+    def copy_rows(self, source: DeviceArray, target: DeviceArray) -> None:
+        """Copy [N, R, …] to [N, B, …], the first B of the R rows of each of the N entries, as one piece of work."""
+        (N, B), R = target.shape[:2], source.shape[1]
+        self._check(target, (source.shape[0], min(B, R), *source.shape[2:]), source.dtype)
+        with self.lock:
+            self.check_open()
+            if target.nbytes:
+                spaced = (target.nbytes // N, source.nbytes // N, N)
+                self.device.on_device_spaced(target.address, source.address, *spaced)
+
     # Time.
 
     def mark(self) -> Mark:
@@ -333,6 +343,10 @@ class OnDevice:
     def copy(self, source: Buffer, target: Buffer) -> None:
         """Copy within the GPU's memory."""
         self._memory.copy(device_array(source), device_array(target))
+
+    def copy_rows(self, source: Buffer, target: Buffer) -> None:
+        """Copy the first rows of each entry, within the GPU's memory."""
+        self._memory.copy_rows(device_array(source), device_array(target))
 
     def mark(self) -> Mark:
         """A CUDA event."""

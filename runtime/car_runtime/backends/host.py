@@ -36,6 +36,11 @@ class HostMemory:
         """Copy one array to another."""
         np.copyto(array_of(target), array_of(source), casting="no")
 
+    def copy_rows(self, source: Buffer, target: Buffer) -> None:
+        """Copy the first rows of each entry of one array to another."""
+        wanted = array_of(target)
+        np.copyto(wanted, array_of(source)[:, : wanted.shape[1]], casting="no")
+
     def mark(self) -> Mark:
         """The time in seconds: a call returns when its work is done."""
         return perf_counter()
