@@ -99,6 +99,11 @@ def to_tokens(maps: Sequence[Tensor]) -> Tensor:
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
+def tokens_first(x_RNC: Tensor) -> Tensor:
+    """The same numbers, token-major: [N, R, C]."""
+    return x_RNC.transpose(0, 1).contiguous()
+
+
 class ConvBlock(nn.Module):
     """A block of the convolutional 𝒯: c + conv3(SiLU(LN(conv3(c)))) on each scale's map, the norm in float32.
 
@@ -138,8 +143,8 @@ class ConcatFusion(nn.Module):
         self.linear.weight[:, :C] += torch.eye(C)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, x_RNC: Tensor, c_RNC: Tensor) -> Tensor:
-        both = torch.cat([x_RNC, c_RNC], -1).float()
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        both = torch.cat([x, c], -1).float()
         h = F.layer_norm(both, both.shape[-1:], self.norm.weight.float(), self.norm.bias.float(), EPS)
         return self.linear(h.to(self.linear.weight.dtype)).float()
 
@@ -158,8 +163,8 @@ class ZeroFusion(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, x_RNC: Tensor, c_RNC: Tensor) -> Tensor:
-        return x_RNC + self.linear(c_RNC.to(self.linear.weight.dtype)).float()
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return x + self.linear(c.to(self.linear.weight.dtype)).float()
 
 
 class CrossNormFusion(nn.Module):
@@ -177,20 +182,20 @@ class CrossNormFusion(nn.Module):
         """Start as the base: nothing of c."""
         nn.init.zeros_(self.gain)
 
-    def forward(self, x_RNC: Tensor, c_RNC: Tensor) -> Tensor:
-        return x_RNC + self.gain.float() * cross_normalise(c_RNC, x_RNC)
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return x + self.gain.float() * cross_normalise(c, x)
 
 
-def cross_normalise(c_RNC: Tensor, x_RNC: Tensor) -> Tensor:
+def cross_normalise(c: Tensor, x: Tensor) -> Tensor:
     """c with the mean and variance of x, both over the channels of one token, f32.
 
     ControlNeXt takes them over a whole feature map. A map of all tokens would show a coarse scale what the finer ones
     hold, and one of a single scale has one token at first; over a token's channels, as in every other norm of this
     model, teacher forcing and sampling compute the same.
     """
-    mean = x_RNC.mean(-1, keepdim=True)
-    deviation = ((x_RNC - mean).square().mean(-1, keepdim=True) + EPS).sqrt()
-    return F.layer_norm(c_RNC, c_RNC.shape[-1:], eps=EPS) * deviation + mean
+    mean = x.mean(-1, keepdim=True)
+    deviation = ((x - mean).square().mean(-1, keepdim=True) + EPS).sqrt()
+    return F.layer_norm(c, c.shape[-1:], eps=EPS) * deviation + mean
 
 
 class ControlBranch(nn.Module):
@@ -282,19 +287,21 @@ class ControlBranch(nn.Module):
         return torch.cat([x + to_tokens([c]).float() for x, c in zip(inputs, features, strict=True)], 1)
 
     def forward(
-        self, c_RNC: Tensor, rows: Sequence[Tensor], cache: Cache | None, layer: int, sides: Sequence[int]
+        self, c: Tensor, rows: Sequence[Tensor], cache: Cache | None, layer: int, sides: Sequence[int]
     ) -> list[Tensor]:
-        """𝒯: the outputs of all blocks, f32 [R, N, C] each, first to last.
+        """𝒯: the outputs of all blocks, f32, first to last, in the shape of c: as in `Block.forward`.
 
-        c with its positions; `rows`: the branch's modulation, f32 [R, 1, C] each; `layer`: its first in the cache.
+        c with its positions; `rows`: the branch's modulation; `layer`: its first in the cache.
         """
         outputs = []
         for j, block in enumerate(self.blocks):
-            if isinstance(block, ConvBlock):
-                c_RNC = block(c_RNC, sides)
+            if isinstance(block, Block):
+                c = block(c, rows[6 * j : 6 * j + 6], cache, layer + j, sides)
+            elif cache is None:
+                c = block(c, sides)
             else:
-                c_RNC = block(c_RNC, rows[6 * j : 6 * j + 6], cache, layer + j, sides)
-            outputs.append(c_RNC)
+                c = tokens_first(block(c.transpose(0, 1).contiguous(), sides))
+            outputs.append(c)
         return outputs
 
 
@@ -335,19 +342,23 @@ class CAR(nn.Module):
         c is None without control. With a cache the N tokens are one scale; without, those of the scales `sides`.
         A trace names `sides` with a cache too: a symbolic N has no root.
         """
-        rows = modulation_RMC.split(1, dim=1)  # M × [R, 1, C]
+        # With a cache all is token-major, as the cache is: no transpose stands between any two products of a block.
+        rows_first = cache is None
+        rows = modulation_RMC.split(1, dim=1) if rows_first else modulation_RMC.transpose(0, 1).contiguous().split(1, dim=0)
+        x = x_RNC + position_NC if rows_first else tokens_first(x_RNC + position_NC)
         depth = len(self.base.blocks)
         outputs: list[Tensor] = []
         if self.branch is not None and c_RNC is not None:
-            outputs = self.branch(c_RNC + position_NC, rows[6 * depth : -2], cache, depth, sides)
+            c = c_RNC + position_NC if rows_first else tokens_first(c_RNC + position_NC)
+            outputs = self.branch(c, rows[6 * depth : -2], cache, depth, sides)
         first = depth - len(outputs)
-        x = x_RNC + position_NC
         for i, block in enumerate(self.base.blocks):
             if i >= first:
                 assert self.branch is not None
                 x = self.branch.fusions[i - first](x, outputs.pop())  # the branch's last output first
             x = block(x, rows[6 * i : 6 * i + 6], cache, i, sides)
-        return self.base.logits(x, rows[-2], rows[-1])
+        logits = self.base.logits(x, rows[-2], rows[-1])
+        return logits if rows_first else logits.transpose(0, 1)
 
     def forward(self, label_B: Tensor, inputs_BlZ: Tensor, controls: Sequence[Tensor] | None = None) -> Tensor:
         """Teacher forcing: logits f32 [B, L, V].

@@ -76,20 +76,18 @@ class Attention(nn.Module):
         self.log_scale_H = nn.Parameter(torch.full((heads,), math.log(4.0)))
         self.proj = Linear(width, width)
 
-    def forward(self, x_RNC: Tensor, cache: Cache | None, layer: int, sides: Sequence[int]) -> Tensor:
-        R, N, C = x_RNC.shape
-        q, k, v = linear(x_RNC, self.qkv_weight).split(C, dim=-1)
+    def forward(self, x: Tensor, cache: Cache | None, layer: int, sides: Sequence[int]) -> Tensor:
+        """x [R, N, C] without a cache, token-major [N, R, C] with one → the same."""
+        rows_or_tokens, C = x.shape[:2], x.shape[2]
+        q, k, v = linear(x, self.qkv_weight).split(C, dim=-1)
         scale_H1 = self.log_scale_H.float().clamp_max(MAX_LOG_SCALE).exp()[:, None]
-        heads = (R, N, self.heads, C // self.heads)
-        q_RNHd = (unit_length((q + self.q_bias).view(heads)) * scale_H1).to(x_RNC.dtype)
-        k_RNHd = unit_length(k.view(heads)).to(x_RNC.dtype)
-        v_RNHd = (v + self.v_bias).view(heads)
+        heads = (*rows_or_tokens, self.heads, C // self.heads)
+        q = (unit_length((q + self.q_bias).view(heads)) * scale_H1).to(x.dtype)
+        k = unit_length(k.view(heads)).to(x.dtype)
+        v = (v + self.v_bias).view(heads)
         if cache is None:
-            out = self._teacher_forced(q_RNHd, k_RNHd, v_RNHd, sides)
-        else:
-            k_TRHd, v_TRHd = cache.append(layer, k_RNHd.transpose(0, 1), v_RNHd.transpose(0, 1))
-            out = self._cached(q_RNHd, k_TRHd, v_TRHd)
-        return self.proj(out)
+            return self.proj(self._teacher_forced(q, k, v, sides))
+        return self.proj(self._cached(q, *cache.append(layer, k, v)))
 
     @staticmethod
     def _teacher_forced(q_RNHd: Tensor, k_RNHd: Tensor, v_RNHd: Tensor, sides: Sequence[int]) -> Tensor:
@@ -113,11 +111,13 @@ class Attention(nn.Module):
         return torch.cat(outputs, 2).transpose(1, 2).flatten(2)
 
     @staticmethod
-    def _cached(q_RNHd: Tensor, k_TRHd: Tensor, v_TRHd: Tensor) -> Tensor:
+    def _cached(q_NRHd: Tensor, k_TRHd: Tensor, v_TRHd: Tensor) -> Tensor:
+        """One scale's queries on everything so far; G = R·H independent attentions. [N, R, C]."""
         # Written out, not scaled_dot_product_attention: the exported graph must show the float32 softmax.
-        scores_RHNT = q_RNHd.permute(0, 2, 1, 3) @ k_TRHd.permute(1, 2, 3, 0)
-        weights_RHNT = scores_RHNT.float().softmax(-1).to(v_TRHd.dtype)
-        return (weights_RHNT @ v_TRHd.permute(1, 2, 0, 3)).transpose(1, 2).flatten(2)
+        q_GNd, k_GdT = q_NRHd.flatten(1, 2).transpose(0, 1), k_TRHd.flatten(1, 2).permute(1, 2, 0)
+        weights_GNT = (q_GNd @ k_GdT).float().softmax(-1).to(v_TRHd.dtype)
+        out_GNd = weights_GNT @ v_TRHd.flatten(1, 2).transpose(0, 1)
+        return out_GNd.transpose(0, 1).contiguous().view(*q_NRHd.shape[:2], -1)
 
 
 class MLP(nn.Module):
@@ -141,9 +141,9 @@ def drop_path(x: Tensor, rate: float) -> Tensor:
     return x * (keep / (1 - rate)).to(x.dtype)
 
 
-def modulate(x_RNC: Tensor, scale_R1C: Tensor, shift_R1C: Tensor, dtype: torch.dtype) -> Tensor:
+def modulate(x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
     """LN(x)·(1 + scale) + shift in float32, then cast to the type of the product that follows."""
-    return (F.layer_norm(x_RNC.float(), x_RNC.shape[-1:], eps=EPS) * (1 + scale_R1C) + shift_R1C).to(dtype)
+    return (F.layer_norm(x.float(), x.shape[-1:], eps=EPS) * (1 + scale) + shift).to(dtype)
 
 
 class Block(nn.Module):
@@ -170,29 +170,29 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x_RNC: Tensor,
+        x: Tensor,
         modulation: Sequence[Tensor],
         cache: Cache | None = None,
         layer: int = 0,
         sides: Sequence[int] = (),
     ) -> Tensor:
-        """x [R, N, C] f32 → [R, N, C] f32. `modulation`: the six f32 [R, 1, C] of `modulation()`.
+        """x f32 → the same shape: [R, N, C] of the scales `sides`, or with a cache token-major [N, R, C] of one scale.
 
-        With a cache the N tokens are one scale; without, those of the scales `sides`, coarse first.
+        `modulation`: the six f32 of `modulation()`, each [R, 1, C] or, with a cache, [1, R, C].
         """
         if self.recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(self._forward, x_RNC, modulation, cache, layer, sides, use_reentrant=False)
-        return self._forward(x_RNC, modulation, cache, layer, sides)
+            return checkpoint(self._forward, x, modulation, cache, layer, sides, use_reentrant=False)
+        return self._forward(x, modulation, cache, layer, sides)
 
     def _forward(
-        self, x_RNC: Tensor, modulation: Sequence[Tensor], cache: Cache | None, layer: int, sides: Sequence[int]
+        self, x: Tensor, modulation: Sequence[Tensor], cache: Cache | None, layer: int, sides: Sequence[int]
     ) -> Tensor:
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
         dtype = self.mlp.fc1.weight.dtype
-        h = self.attn(modulate(x_RNC, scale1, shift1, dtype), cache, layer, sides).float() * gamma1
-        x_RNC = x_RNC + self._drop(h)
-        h = self.mlp(modulate(x_RNC, scale2, shift2, dtype)).float() * gamma2
-        return x_RNC + self._drop(h)
+        h = self.attn(modulate(x, scale1, shift1, dtype), cache, layer, sides).float() * gamma1
+        x = x + self._drop(h)
+        h = self.mlp(modulate(x, scale2, shift2, dtype)).float() * gamma2
+        return x + self._drop(h)
 
     def _drop(self, h: Tensor) -> Tensor:
         return drop_path(h, self.drop_path_rate) if self.training and self.drop_path_rate > 0 else h
@@ -242,9 +242,9 @@ class VAR(nn.Module):
         rows = [block.modulation(cond, shared) for block in [*self.blocks, *branch_blocks]]
         return torch.cat([*rows, self.head_ada_linear(cond).view(R, 2, -1).float()], 1)
 
-    def logits(self, x_RNC: Tensor, scale_R1C: Tensor, shift_R1C: Tensor) -> Tensor:
-        """The head: f32 [R, N, V]."""
-        return self.head(modulate(x_RNC, scale_R1C, shift_R1C, self.head.weight.dtype)).float()
+    def logits(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """The head: f32, V instead of C."""
+        return self.head(modulate(x, scale, shift, self.head.weight.dtype)).float()
 
 
 @torch.no_grad()
