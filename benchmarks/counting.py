@@ -15,6 +15,7 @@ are left out of both. B pictures; R rows; S side of a scale; T tokens seen; C wi
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import sys
 from collections import Counter
@@ -299,6 +300,42 @@ def count_image(plan: Path, batch: int = 1) -> ImageCount:
     return ImageCount(batch=batch, stages=tuple(stages))
 
 
+def extrapolate(few: GraphCount, more: GraphCount, steps: int) -> GraphCount:
+    """What a graph counts that has `steps` times as much beyond `few` as `more` has.
+
+    Of graphs that differ in depth alone everything counted grows by the same amount with every block: two depths tell
+    exactly of each third that lies a whole number of their differences further. Weights come as one sum, without
+    places in weights.bin. BenchmarkError if more than the depth differs.
+    """
+
+    def beyond(a: int, b: int) -> int:
+        return a + steps * (b - a)
+
+    def each(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
+        return {key: beyond(a.get(key, 0), b.get(key, 0)) for key in {**a, **b}}
+
+    sizes = [{dataclasses.replace(p, count=1): p.count for p in graph.products} for graph in (few, more)]
+    if not sizes[0].keys() == sizes[1].keys():
+        raise BenchmarkError(
+            f"{few.graph}: {more.graph} has products of other sizes; give two graphs that differ in depth alone"
+        )
+    return GraphCount(
+        graph=few.graph,
+        nodes=beyond(few.nodes, more.nodes),
+        ops=each(few.ops, more.ops),
+        products=tuple(dataclasses.replace(p, count=beyond(n, sizes[1][p])) for p, n in sizes[0].items()),
+        flops_by_op=each(few.flops_by_op, more.flops_by_op),
+        weights={"all": beyond(few.weight_elements, more.weight_elements)},
+        weight_bytes=beyond(few.weight_bytes, more.weight_bytes),
+        stored={},
+        kv_read=beyond(few.kv_read, more.kv_read),
+        kv_written=beyond(few.kv_written, more.kv_written),
+        kv_bytes=beyond(few.kv_bytes, more.kv_bytes),
+        io_bytes=beyond(few.io_bytes, more.io_bytes),
+        activation_bytes=each(few.activation_bytes, more.activation_bytes),
+    )
+
+
 def stored_weights(plan: Path, batch: int = 1) -> tuple[int, int]:
     """(bytes of weights.bin that some graph of the plan refers to, each once; bytes of the whole file)."""
     manifest = open_manifest(plan)
@@ -328,6 +365,9 @@ class Card:
 
 RTX_4090 = Card(
     name="RTX 4090, FP16 (dense, sums in FP32)", flops_per_s=165e12, bytes_per_s=1.008e12, precision_bytes=2
+)
+RTX_4090_FP32 = Card(
+    name="RTX 4090, FP32 (without TF32)", flops_per_s=82.6e12, bytes_per_s=1.008e12, precision_bytes=4
 )
 
 

@@ -1,0 +1,394 @@
+"""Many pictures on one opened plan: does memory stay where it is, and does a seed keep giving its picture?
+
+    python -m benchmarks.soak                                  # 500 pictures of the shipped plan: minutes
+    python -m benchmarks.soak --backend openvino -o results.jsonl
+    python -m benchmarks.soak --plan d16.plan --images 60 --threads 2
+
+Three parts, one after the other in one process:
+
+    one thread   --images pictures by calls of 1 to 4 at once, each with its own seed, class, control image and
+                 guidance (a third without); more control images than the plan remembers, so that some are forgotten.
+                 Between them the same request again and again, which must give the same tokens and pixels.
+    threads      the same calls by --threads threads at once on the same plan, round after round: each must give what
+                 it gave alone.
+    reopening    the plan is opened, makes a picture and is closed again, --opens times.
+
+Resident memory is sampled after every call, round or closing. The first third of a part is warm-up: allocators and
+engines grow to what they need. Of the rest, the median of the second half may exceed the first's by --tolerance.
+After a closing, no file descriptor and no thread of the operating system may be left that wasn't there after the
+first one. Linux only: it tells memory, descriptors and threads in /proc.
+
+Tables go to stdout, then one line of JSON (`benchmarks.machine`) whose results are flat rows, each with "question":
+
+    memory      part, samples (after the warm-up), rss_first, rss_last (medians of the halves), growth (their ratio
+                − 1), tolerance, bytes_per_picture, passed
+    pictures    part, calls, pictures, different (calls that gave another picture than before), passed
+    handles     part, descriptors_first, descriptors_last, threads_first, threads_last, passed
+    sample      part, pictures (made so far in that part), rss
+
+Bytes of memory. The exit code is 1 if anything did not pass; stderr says what.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.machine import BenchmarkError, emit, markdown_table, record
+from benchmarks.subject import draw_control
+from car_runtime.backends import check_name
+from car_runtime.errors import BackendError, CarError
+from car_runtime.plan import CACHED, Plan, default_plan, open_plan
+
+PROC = Path("/proc/self")
+ALONE, TOGETHER, REOPENING = "one thread", "threads", "reopening"
+CONTROLS = CACHED + 4
+PROBE_EVERY = 20
+"""Pictures between two of the request that is repeated."""
+ROUNDS = 9
+SEED = 0
+
+Log = Callable[[str], None]
+Control = NDArray[np.uint8] | None
+Row = dict[str, Any]
+
+
+# ---- What is asked for ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One call of `Plan.generate`."""
+
+    control: int
+    label: int | None
+    seed: int
+    n: int
+    cfg: float | None
+    """None: the plan's own."""
+
+
+PROBE = Call(control=0, label=0, seed=1234, n=2, cfg=None)
+
+
+def calls(classes: int) -> Iterator[Call]:
+    """Ever different calls; the same ones each time."""
+    generator = np.random.default_rng(SEED)
+    while True:
+        yield Call(
+            control=int(generator.integers(CONTROLS)),
+            label=None if generator.random() < 0.1 else int(generator.integers(classes)),
+            seed=int(generator.integers(1 << 31)),
+            n=int(generator.integers(1, 5)),
+            cfg=0.0 if generator.random() < 1 / 3 else None,
+        )
+
+
+def controls_of(plan: Plan) -> list[Control]:
+    """Control images, each another; of a plan without control, none."""
+    model = plan.manifest.model
+    if model.control_type is None:
+        return [None] * CONTROLS
+    image = draw_control(model.image_size)
+    return [np.roll(image, i * max(1, model.image_size // CONTROLS), axis=1) for i in range(CONTROLS)]
+
+
+def make(plan: Plan, controls: Sequence[Control], call: Call) -> str:
+    """A digest of the pictures and tokens of a call."""
+    result = plan.generate(controls[call.control], call.label, call.seed, call.n, cfg=call.cfg)
+    return hashlib.sha256(result.images.tobytes() + result.tokens.tobytes()).hexdigest()
+
+
+# ---- What is looked at ----
+
+
+def resident() -> int:
+    """Bytes of memory that this process has now, garbage collected."""
+    gc.collect()
+    pages = int((PROC / "statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def handles() -> tuple[int, int]:
+    """Open file descriptors and threads of this process."""
+    # The listing has a descriptor of its own while it is read; it is counted every time.
+    return len(os.listdir(PROC / "fd")), len(os.listdir(PROC / "task"))
+
+
+@dataclass
+class Part:
+    """What was seen in a part."""
+
+    name: str
+    pictures: int = 0
+    calls: int = 0
+    different: int = 0
+    samples: list[tuple[int, int]] = field(default_factory=list)
+    """Pictures so far in this part, and resident bytes then."""
+
+    def compare(self, call: Call, found: str, expected: str) -> None:
+        self.calls += 1
+        self.pictures += call.n
+        self.different += found != expected
+
+    def sample(self) -> None:
+        self.samples.append((self.pictures, resident()))
+
+    def memory_row(self, tolerance: float) -> Row:
+        """Whether memory grew from the first half after the warm-up to the second."""
+        first, last = halves(self.samples)
+        growth = last[1] / first[1] - 1
+        return {
+            "question": "memory",
+            "part": self.name,
+            "samples": len(self.samples) - len(self.samples) // 3,
+            "rss_first": int(first[1]),
+            "rss_last": int(last[1]),
+            "growth": growth,
+            "tolerance": tolerance,
+            "bytes_per_picture": (last[1] - first[1]) / (last[0] - first[0]),
+            "passed": growth <= tolerance,
+        }
+
+    def pictures_row(self) -> Row:
+        return {
+            "question": "pictures",
+            "part": self.name,
+            "calls": self.calls,
+            "pictures": self.pictures,
+            "different": self.different,
+            "passed": not self.different,
+        }
+
+    def sample_rows(self) -> list[Row]:
+        return [
+            {"question": "sample", "part": self.name, "pictures": pictures, "rss": rss}
+            for pictures, rss in self.samples
+        ]
+
+
+def halves(samples: Sequence[tuple[int, int]]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Medians (pictures, bytes) of the first and of the second half of what follows the first third."""
+    settled = np.array(samples[len(samples) // 3 :], np.float64)
+    if len(settled) < 2:
+        raise BenchmarkError(f"{len(samples)} samples are too few to see growth; give --images 20 or more")
+    middle = len(settled) // 2
+    first, last = np.median(settled[:middle], axis=0), np.median(settled[middle:], axis=0)
+    return (float(first[0]), float(first[1])), (float(last[0]), float(last[1]))
+
+
+# ---- The parts ----
+
+
+def alone(plan: Plan, controls: Sequence[Control], images: int) -> tuple[Part, list[tuple[Call, str]]]:
+    """Pictures by one thread; also every call with its digest."""
+    part, made, expected, probed = Part(ALONE), [], make(plan, controls, PROBE), 0
+    for call in calls(plan.manifest.model.classes):
+        if part.pictures >= images:
+            return part, made
+        made.append((call, make(plan, controls, call)))
+        part.pictures += call.n
+        if part.pictures >= probed + PROBE_EVERY or part.pictures >= images:
+            probed = part.pictures
+            part.compare(PROBE, make(plan, controls, PROBE), expected)
+        part.sample()
+    raise AssertionError("calls() has no end")
+
+
+def together(plan: Plan, controls: Sequence[Control], known: Sequence[tuple[Call, str]], threads: int) -> Part:
+    """The known calls by several threads at once, each thread beginning at another one."""
+    part = Part(TOGETHER)
+    each = max(1, len(known) // 40)
+
+    def run(number: int) -> list[tuple[Call, str, str]]:
+        chosen = [known[(number * each + i) % len(known)] for i in range(each)]
+        return [(call, make(plan, controls, call), expected) for call, expected in chosen]
+
+    with ThreadPoolExecutor(threads) as pool:
+        for turn in range(ROUNDS):
+            for results in pool.map(run, range(turn, turn + threads)):
+                for call, found, expected in results:
+                    part.compare(call, found, expected)
+            part.sample()
+    return part
+
+
+def reopening(path: Path, backend: str, cpu_threads: int | None, opens: int) -> tuple[Part, Row]:
+    """Openings with a picture each; memory after every closing, and descriptors and threads that are left."""
+    part, seen, expected = Part(REOPENING), [], ""
+    for _ in range(opens):
+        with open_plan(path, backend, threads=cpu_threads, verify=False) as plan:
+            found = make(plan, controls_of(plan), PROBE)
+        expected = expected or found
+        part.compare(PROBE, found, expected)
+        del plan
+        part.sample()
+        seen.append(handles())
+    (descriptors, threads), (descriptors_last, threads_last) = seen[0], seen[-1]
+    row = {
+        "question": "handles",
+        "part": REOPENING,
+        "descriptors_first": descriptors,
+        "descriptors_last": descriptors_last,
+        "threads_first": threads,
+        "threads_last": threads_last,
+        "passed": descriptors_last <= descriptors and threads_last <= threads,
+    }
+    return part, row
+
+
+def soak(args: argparse.Namespace, log: Log) -> Row:
+    """All parts as one record. Raises BenchmarkError and the runtime's errors."""
+    if not (PROC / "statm").is_file():
+        raise BenchmarkError(f"{PROC / 'statm'} isn't there; run this on Linux, which tells a process's memory in it")
+    path, began = args.plan or default_plan(), time.monotonic()
+    gc.collect()
+    gc.freeze()  # what was there before isn't looked through again at every sample
+    with open_plan(path, args.backend, threads=args.cpu_threads) as plan:
+        backend, controls = plan.backend_name, controls_of(plan)
+        log(f"{args.images} pictures on {backend}, one thread")
+        first, known = alone(plan, controls, args.images)
+        log(f"the same calls by {args.threads} threads at once")
+        second = together(plan, controls, known, args.threads)
+    del plan
+    log(f"opening {args.opens} times")
+    third, left = reopening(path, backend, args.cpu_threads, args.opens)
+    gc.unfreeze()
+    parts = (first, second, third)
+    rows = [part.memory_row(args.tolerance) for part in parts]
+    rows += [part.pictures_row() for part in parts]
+    rows += [left, *(row for part in parts for row in part.sample_rows())]
+    settings = {"plan": path.name, "backend": backend, "seconds": time.monotonic() - began}
+    settings |= {name: getattr(args, name) for name in ("images", "threads", "cpu_threads", "opens", "tolerance")}
+    return record("soak", settings, rows)
+
+
+# ---- The command ----
+
+
+def failures(found: Mapping[str, Any]) -> list[str]:
+    """What did not pass, a line each."""
+    lines = []
+    for row in found["results"]:
+        if row.get("passed", True):
+            continue
+        if row["question"] == "memory":
+            grew = f"{row['rss_first'] / 1e6:.1f} → {row['rss_last'] / 1e6:.1f} MB, {row['growth']:.2%}"
+            lines.append(
+                f"memory grew in part {row['part']!r}: {grew}, {row['bytes_per_picture']:,.0f} bytes a picture"
+            )
+        elif row["question"] == "pictures":
+            lines.append(f"{row['different']} of {row['calls']} calls gave another picture in part {row['part']!r}")
+        else:
+            grown = [f"{k} {row[f'{k}_first']} → {row[f'{k}_last']}" for k in ("descriptors", "threads")]
+            lines.append(f"left open after closing: {', '.join(grown)}")
+    return lines
+
+
+def tables(found: Mapping[str, Any]) -> Iterator[str]:
+    """A heading and a table per question."""
+    rows = {q: [r for r in found["results"] if r["question"] == q] for q in ("memory", "pictures", "handles")}
+    yield "Does memory stay where it is? After the first third, medians of the two halves"
+    yield markdown_table(
+        [
+            {
+                "part": r["part"],
+                "samples": r["samples"],
+                "first half, MB": r["rss_first"] / 1e6,
+                "second half, MB": r["rss_last"] / 1e6,
+                "growth": f"{r['growth']:+.2%}",
+                "allowed": f"{r['tolerance']:.2%}",
+                "bytes a picture": r["bytes_per_picture"],
+                "passed": "yes" if r["passed"] else "no",
+            }
+            for r in rows["memory"]
+        ]
+    )
+    yield "Does a request give the same picture every time?"
+    columns = ("part", "calls", "pictures", "different")
+    yield markdown_table(
+        [{k: r[k] for k in columns} | {"passed": "yes" if r["passed"] else "no"} for r in rows["pictures"]]
+    )
+    yield "Is anything left when a plan is closed?"
+    (left,) = rows["handles"]
+    yield markdown_table(
+        [
+            {"": what, "after the first": left[f"{key}_first"], "after the last": left[f"{key}_last"]}
+            for what, key in (("file descriptors", "descriptors"), ("threads", "threads"))
+        ]
+    )
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.soak",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--plan", type=Path, help="plan directory (default: the shipped plan)")
+    parser.add_argument("--backend", default="auto", help="as car-run's (default: auto)")
+    parser.add_argument("--images", type=int, default=500, help="pictures by one thread (default: 500)")
+    parser.add_argument("--threads", type=int, default=4, help="threads that call at once (default: 4)")
+    parser.add_argument("--cpu-threads", type=int, help="the engine's own threads (default: all cores)")
+    parser.add_argument("--opens", type=int, default=15, help="openings of the plan (default: 15)")
+    parser.add_argument("--tolerance", type=float, default=0.01, help="growth that passes (default: 0.01, 1 %%)")
+    parser.add_argument("-o", "--output", type=Path, help="append the line of JSON to this file")
+    args = parser.parse_args(argv)
+    if args.images < 20 or args.opens < 3:
+        parser.error(f"images {args.images}, opens {args.opens}: growth can't be seen; give at least 20 and 3")
+    if not 1 <= args.threads <= 256:
+        parser.error(f"threads is {args.threads}; give 1…256")
+    if not 0 <= args.tolerance < 1:
+        parser.error(f"tolerance is {args.tolerance}; give a share such as 0.01")
+    try:
+        check_name(args.backend)
+    except BackendError as error:
+        parser.error(str(error))
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    began = time.monotonic()
+
+    def log(text: str) -> None:
+        print(f"[{time.monotonic() - began:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+    try:
+        with ExitStack() as stack:
+            # Opened first: nobody wants to learn after the measurement that it can't be written.
+            file = stack.enter_context(args.output.open("a", encoding="utf-8")) if args.output else None
+            found = soak(args, log)
+            for text in tables(found):
+                print(f"\n{text}")
+            print()
+            emit(found)
+            if file is not None:
+                emit(found, file)
+    except (BenchmarkError, CarError, OSError) as error:
+        print(f"benchmarks.soak: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("benchmarks.soak: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    for line in failures(found):
+        print(f"benchmarks.soak: failed: {line}", file=sys.stderr)
+    return 1 if failures(found) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
