@@ -91,6 +91,7 @@ ROWS = 4096
 """Products of more rows are measured with so many: the rate has long been reached."""
 STARTS = 3
 FP32, BF16 = "published way, fp32", "published way, bf16 autocast"
+PUBLISHED = {"fp32": FP32, "bf16": BF16, "fp16": "published way, fp16 autocast"}
 
 Record = dict[str, Any]
 
@@ -176,23 +177,29 @@ def runtime_candidates(subject: Subject, name: str, backend: Backend, batches: S
     return [*(candidate(batch, False) for batch in batches), candidate(batches[0], True)]
 
 
-def published_candidates(subject: Subject, batches: Sequence[int], device: str) -> list[Candidate]:
-    """The loop in PyTorch at each batch size, in float32 and under bfloat16 autocast."""
+def published_candidates(
+    subject: Subject,
+    batches: Sequence[int],
+    device: str,
+    precisions: Sequence[str] = ("fp32", "bf16"),
+    compiled: bool = False,
+) -> list[Candidate]:
+    """The loop in PyTorch at each batch size, in float32 and under autocast to what else is asked for."""
     import torch
 
     model = subject.reference().to(device)
 
-    def candidate(name: str, precision: str, batch: int) -> Candidate:
+    def candidate(precision: str, batch: int) -> Candidate:
         def make(seed: int) -> tuple[NDArray[np.int64], dict[str, float]]:
-            return published(subject, model, seed, batch, getattr(torch, DTYPES[precision]), device)
+            return published(subject, model, seed, batch, getattr(torch, DTYPES[precision]), device, compiled)
 
-        return Candidate(name, precision, batch, make)
+        return Candidate(PUBLISHED[precision] + (", compiled" if compiled else ""), precision, batch, make)
 
-    return [candidate(name, p, b) for b in batches for name, p in ((FP32, "fp32"), (BF16, "bf16"))]
+    return [candidate(precision, batch) for batch in batches for precision in precisions]
 
 
 def published(
-    subject: Subject, model: Any, seed: int, batch: int, dtype: Any, device: str
+    subject: Subject, model: Any, seed: int, batch: int, dtype: Any, device: str, compiled: bool = False
 ) -> tuple[NDArray[np.int64], dict[str, float]]:
     """Control image in host memory → RGB in host memory, by the published loop: tokens, and seconds of each stage."""
     import torch
@@ -220,6 +227,7 @@ def published(
         top_p=manifest.sampling.top_p,
         dtype=dtype,
         clock=clock if device == "cpu" else None,
+        compiled=compiled,
     )
     ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return tokens_BL.cpu().numpy(), stages

@@ -35,7 +35,7 @@ import numpy as np
 
 FORMAT = 1
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("numpy", "torch", "onnxruntime", "onnxruntime-gpu")
+PACKAGES = ("numpy", "torch", "onnxruntime", "onnxruntime-gpu", "openvino", "diffusers", "transformers")
 
 
 class BenchmarkError(RuntimeError):

@@ -104,23 +104,34 @@ def sample_published(
     top_p: float = 0.0,
     dtype: torch.dtype = torch.float32,
     clock: Clock | None = None,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Generate as `car_train.sample.sample` does: (tokens int64 [B, L], pixels f32 [B, 3, H, W] in [-1, 1]).
 
     controls: one f32 [B, 3, S·f, S·f] in [-1, 1] per scale. Guidance is always on. dtype: float32, or bfloat16 or
     float16 for autocast over all of it, the decoder too. `clock` is told each stage's seconds; on a GPU every stage
-    is waited for then, so leave it out where the whole is timed.
+    is waited for then, so leave it out where the whole is timed. compiled: the transformer and the decoder under
+    `torch.compile`; the first pictures compile.
     """
     check_published(model)
     device = label_B.device
     with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
-        return _Loop(model, label_B, cfg, top_k, top_p, clock).run(uniforms_BL, controls)
+        return _Loop(model, label_B, cfg, top_k, top_p, clock, compiled).run(uniforms_BL, controls)
 
 
 class _Loop:
     """One call's settings and cache."""
 
-    def __init__(self, model: Model, label_B: Tensor, cfg: float, top_k: int, top_p: float, clock: Clock | None):
+    def __init__(
+        self,
+        model: Model,
+        label_B: Tensor,
+        cfg: float,
+        top_k: int,
+        top_p: float,
+        clock: Clock | None,
+        compiled: bool,
+    ):
         assert model.car is not None
         self.vqvae, self.base, self.branch = model.vqvae, model.car.base, model.car.branch
         self.B, self.cfg, self.clock = len(label_B), cfg, clock
@@ -128,6 +139,9 @@ class _Loop:
         self.top_k = torch.tensor([top_k or self.vqvae.config.vocab], device=label_B.device)
         self.top_p = torch.tensor([top_p if 0 < top_p < 1 else TOP_P_OFF], device=label_B.device)
         self.cache = GrownCache()
+        # What is compiled is found again by its code: a new loop for every picture compiles nothing anew.
+        wrap: Callable[..., Callable[..., Tensor]] = torch.compile if compiled else lambda function: function
+        self.run_trunk, self.decode = wrap(self.trunk), wrap(self.vqvae.decode_latent)
 
     def run(self, uniforms_BL: Tensor, controls: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
         config, quantizer, base = self.vqvae.config, self.vqvae.quantizer, self.base
@@ -140,7 +154,7 @@ class _Loop:
         for k, (side, (start, stop)) in enumerate(zip(config.sides, config.ranges, strict=True)):
             features = self.control_features(controls[k]) if controls is not None else None
             began = self.now()
-            logits_RNV = self.trunk(x_RSSC, features, position_LC[start:stop], cond_RC)
+            logits_RNV = self.run_trunk(x_RSSC, features, position_LC[start:stop], cond_RC)
             logits_BNV = mix(logits_RNV.float(), self.cfg * config.ratios[k], self.B)
             tokens_BN = draw(logits_BNV, uniforms_BL[:, start:stop], self.top_k, self.top_p)
             grids.append(tokens_BN.view(self.B, side, side))
@@ -149,7 +163,7 @@ class _Loop:
                 x_RSSC = base.embed(quantizer.next_input(f_hat, k)).repeat(2, 1, 1, 1)
             self.tell(f"scale_{k}", began)
         began = self.now()
-        pixels = self.vqvae.decode_latent(f_hat)
+        pixels = self.decode(f_hat)
         self.tell("decoder", began)
         return join_tokens(grids), pixels
 

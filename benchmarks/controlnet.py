@@ -1,0 +1,565 @@
+"""How long a picture that follows a control image takes: ours beside ControlNet, T2I-Adapter and LCM.
+
+    python -m benchmarks.controlnet                                          # 256² and 512², all methods
+    python -m benchmarks.controlnet --methods controlnet --sizes 512 --precisions bf16
+    python -m benchmarks.controlnet --device cuda -o results.jsonl
+    python -m benchmarks.controlnet --small --model tiny                     # toys, to try the command in a minute
+
+The others are Stable Diffusion 1.5 exactly (`benchmarks.diffusion`): ControlNet with 20 steps of UniPC and guidance,
+which is the headline, and with the 50 of CAR's paper; T2I-Adapter with 20; LCM with ControlNet with 4 and without a
+second row for guidance. At 256×256 they make as many pixels as ours, 512×512 is their native size. All weights are
+made up: what is compared is time, and nothing is said about quality.
+
+Measured end to end, one picture at a time: control image in host memory, for theirs with a tokenised prompt → RGB in
+host memory. Text encoder, control, steps with their scheduler and decoder are in it, and of ours all stages. Ours and
+theirs take turns in one process, and a ratio is the median of the ratios within one round. Compared are only equals:
+
+    eager       theirs by diffusers in PyTorch, ours by `benchmarks.reference_loop`, CAR's published way
+    compiled    the same under torch.compile, the step as one graph
+    engine      cpu: theirs by OpenVINO, ours by our runtime on OpenVINO and (fp32) ONNX Runtime
+                cuda: ours by our runtime; theirs, for which there is no engine here, eager and compiled
+
+Precision fp32 is that throughout. bf16 and fp16: theirs has its weights in that type, as diffusers loads them; the
+published way of ours is autocast over float32 weights, which are cast again in every product. Engines choose by
+themselves what they multiply in the lower type.
+
+Where a step takes seconds only the first --timed-steps are run, and their time is scaled to all: such rows say
+"scaled": true. Every step does the same work.
+
+Tables go to stdout, then one line of JSON (`benchmarks.machine`) whose results are flat rows, each with "question":
+
+    end_to_end  whose ("ours", "theirs"), method, candidate, backend (null: PyTorch), tier (its own), precision, size,
+                steps (ours: scales), timed_steps, scaled, p50, p95, min, runs, gflop, finite (theirs: no infinity or
+                NaN in the latents); theirs: text_s, control_s, step_s (of one step), decode_s, medians;
+                group (method, size, tier and precision of what it was measured beside)
+    ratio       method, tier, precision, size, steps, candidate, against (theirs), scaled, times_ours (theirs ÷ ours,
+                the median of the rounds), p10, p90, compares (sizes in words)
+    parameters  part, parameters, published (null: the part is nobody's)
+
+Times are seconds; null is what doesn't apply.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks import subject as subjects
+from benchmarks.counting import count_image
+from benchmarks.latency import (
+    DTYPES,
+    Candidate,
+    Record,
+    opened_backends,
+    published_candidates,
+    ratio,
+    runtime_candidates,
+)
+from benchmarks.machine import (
+    BenchmarkError,
+    cores,
+    emit,
+    interleaved,
+    markdown_table,
+    peak_rss,
+    quantiles,
+    record,
+)
+from benchmarks.subject import CACHE, MODELS, Subject
+from car_runtime.errors import BackendError, CarError
+
+if TYPE_CHECKING:
+    from benchmarks.diffusion import Architecture, Method, Networks, Workshop
+
+TIERS = ("eager", "engine", "compiled")
+METHODS = ("controlnet", "t2i", "lcm")
+OFFERED = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "fp16")}
+"""Precisions of each device. CPUs multiply no halves."""
+DEFAULTS = {
+    "cpu": {"tiers": ("eager", "engine"), "precisions": ("fp32", "bf16"), "timed_steps": 2, "warmup": 1, "runs": 5},
+    "cuda": {"tiers": TIERS, "precisions": ("fp16",), "timed_steps": None, "warmup": 3, "runs": 20},
+}
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """What takes turns: one method at one size, in one tier and precision, and ours."""
+
+    method: Method
+    size: int
+    tier: str
+    precision: str
+
+    def __str__(self) -> str:
+        return f"{self.method.name} {self.size}² {self.tier} {self.precision}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ours:
+    """Our candidates of a tier and precision, in the order in which they stand in the tables."""
+
+    subject: Subject
+    candidates: list[Candidate]
+    gflop: float
+    """Of one picture, by count."""
+
+    @property
+    def size(self) -> int:
+        """Of a picture, each way."""
+        return self.subject.manifest.model.image_size
+
+
+@dataclass
+class Rival:
+    """One way to run a method; pictures of `steps` steps, of which the candidate takes `timed`."""
+
+    candidate: Candidate
+    tier: str
+    steps: int
+    timed: int
+    finite: bool
+
+    def seconds(self, steps: int) -> list[float]:
+        """Of every round, scaled from the steps that were taken to `steps`."""
+        return scaled_seconds(self.candidate.seconds, self.candidate.stage_times("steps"), self.timed, steps)
+
+
+def scaled_seconds(whole: Sequence[float], loop: Sequence[float], timed: int, steps: int) -> list[float]:
+    """Whole times in which the loop, by itself `loop` seconds, takes `steps` steps instead of `timed`."""
+    return [w + part * (steps / timed - 1) for w, part in zip(whole, loop, strict=True)]
+
+
+# ---- Theirs ----
+
+
+def rivals_of(networks: Networks, tier: str, group: Group, control: Any, timed_steps: int | None) -> list[Rival]:
+    """One rival for every number of steps; one for all of them where no more than `timed_steps` are taken.
+
+    Each has made a picture when this returns, so that nothing is compiled while others are timed.
+    """
+    from benchmarks.diffusion import draw
+
+    rivals: dict[int, Rival] = {}
+    for steps in group.method.steps:
+        timed = min(steps, timed_steps or steps)
+        if timed in rivals:
+            continue
+
+        def make(seed: int, steps: int = steps, timed: int = timed) -> tuple[Any, dict[str, float]]:
+            drawn = draw(networks, control, seed, group.size, steps, timed)
+            return drawn.pixels, drawn.seconds
+
+        first = draw(networks, control, 0, group.size, steps, timed)
+        if first.pixels.shape != (1, group.size, group.size, 3):
+            raise BenchmarkError(
+                f"{group}: the picture is {first.pixels.shape}; give sizes that the networks halve evenly"
+            )
+        name = f"{group.method.name}, {tier}, {timed} steps"
+        rivals[timed] = Rival(
+            Candidate(name, group.precision, 1, make), tier, steps, timed, bool(first.latents.isfinite().all())
+        )
+    return list(rivals.values())
+
+
+def networks_of(args: argparse.Namespace, group: Group, workshop: Workshop) -> Iterator[tuple[str, Networks]]:
+    """Theirs for a group, with the tier that they really are of."""
+    from benchmarks import diffusion
+
+    architecture = architecture_of(args)
+    if group.tier == "engine" and args.device == "cpu":
+        precision = {"fp32": "f32"}.get(group.precision, group.precision)
+        yield (
+            "engine",
+            diffusion.openvino_networks(architecture, group.method, group.size, precision, args.threads),
+        )
+        return
+    eager = diffusion.assemble(architecture, group.method, workshop, workshop.dtype, args.device)
+    if group.tier != "compiled":
+        yield "eager", eager
+    if group.tier != "eager":
+        yield "compiled", diffusion.compiled(eager)
+
+
+def architecture_of(args: argparse.Namespace) -> Architecture:
+    from benchmarks import diffusion
+
+    return diffusion.SMALL if args.small else diffusion.SD15
+
+
+# ---- Ours ----
+
+
+@contextmanager
+def opened(args: argparse.Namespace, tier: str, precision: str, log: Log) -> Iterator[Ours]:
+    """Ours of a tier and precision, each of which has made a picture."""
+    # On a CPU one float32 plan serves all: OpenVINO multiplies it in what it is told.
+    stored = "fp32" if args.device == "cpu" or tier != "engine" else precision
+    subject = subjects.made_up(args.model, None, stored, (1,), args.cache, log)
+    with ExitStack() as stack:
+        if tier != "engine":
+            candidates = published_candidates(subject, (1,), args.device, (precision,), tier == "compiled")
+        else:
+            backends = (
+                stack.enter_context(opened_backends(args, subject, log))
+                if args.device == "cuda"
+                else dict(_cpu_engines(stack, args, subject, precision, log))
+            )
+            candidates = [runtime_candidates(subject, name, backends[name], (1,))[0] for name in backends]
+        for c in candidates:
+            c.make(0)
+        yield Ours(subject=subject, candidates=candidates, gflop=count_image(subject.plan).total("flops") / 1e9)
+
+
+def _cpu_engines(
+    stack: ExitStack, args: argparse.Namespace, subject: Subject, precision: str, log: Log
+) -> Iterator[tuple[str, Any]]:
+    """OpenVINO in the precision that is asked for, and ONNX Runtime, which on a CPU has float32 alone."""
+    from car_runtime.backends.openvino import OpenVino
+    from car_runtime.backends.ort_cpu import OrtCpu
+
+    where = (subject.plan, subject.manifest, args.threads)
+    openers: dict[str, Callable[[], Any]] = {
+        "openvino": lambda: OpenVino(*where, precision="f32" if precision == "fp32" else precision)
+    }
+    if precision == "fp32":
+        openers["ort-cpu"] = lambda: OrtCpu(*where)
+    for name, opener in openers.items():
+        try:
+            backend = opener()
+        except BackendError as error:
+            if name == "openvino":  # theirs needs it too
+                raise
+            log(f"{name} is left out: {error}")
+            continue
+        stack.callback(backend.close)
+        yield name, backend
+
+
+# ---- Rows ----
+
+
+def our_row(group: Group, ours: Ours, c: Candidate) -> Record:
+    scales = len(ours.subject.manifest.scales)
+    return {
+        "question": "end_to_end",
+        "whose": "ours",
+        "method": "CAR",
+        "candidate": c.name,
+        "backend": c.backend,
+        "tier": group.tier,
+        "precision": c.precision,
+        "size": ours.size,
+        "steps": scales,
+        "timed_steps": scales,
+        "scaled": False,
+        **quantiles(c.seconds),
+        "gflop": ours.gflop,
+        "finite": None,
+        **dict.fromkeys(("text_s", "control_s", "step_s", "decode_s")),
+        "group": str(group),
+    }
+
+
+def rivals_for(rivals: Sequence[Rival], steps: int) -> list[Rival]:
+    """Of each tier the one that makes pictures of `steps` steps, or the one that they are scaled from."""
+    tiers = dict.fromkeys(r.tier for r in rivals)
+    return [max((r for r in rivals if r.tier == tier and r.timed <= steps), key=lambda r: r.timed) for tier in tiers]
+
+
+def their_row(group: Group, rival: Rival, steps: int, gflops: dict[str, float]) -> Record:
+    c = rival.candidate
+    medians = {part: float(np.median(c.stage_times(part))) for part in ("text", "control", "steps", "decode")}
+    return {
+        "question": "end_to_end",
+        "whose": "theirs",
+        "method": group.method.name,
+        "candidate": f"{group.method.name}, {rival.tier}",
+        "backend": "openvino" if rival.tier == "engine" else None,
+        "tier": rival.tier,
+        "precision": group.precision,
+        "size": group.size,
+        "steps": steps,
+        "timed_steps": rival.timed,
+        "scaled": rival.timed != steps,
+        **quantiles(rival.seconds(steps)),
+        "gflop": sum(gflops[part] for part in ("text", "control", "decode")) + steps * gflops["step"],
+        "finite": rival.finite,
+        "text_s": medians["text"],
+        "control_s": medians["control"],
+        "step_s": medians["steps"] / rival.timed,
+        "decode_s": medians["decode"],
+        "group": str(group),
+    }
+
+
+def ratio_row(group: Group, rival: Rival, steps: int, c: Candidate, image_size: int) -> Record:
+    times, p10, p90 = ratio(c.seconds, rival.seconds(steps))
+    return {
+        "question": "ratio",
+        "method": group.method.name,
+        "tier": group.tier,
+        "precision": group.precision,
+        "size": group.size,
+        "steps": steps,
+        "candidate": c.name,
+        "against": rival.tier,
+        "scaled": rival.timed != steps,
+        "times_ours": times,
+        "p10": p10,
+        "p90": p90,
+        "compares": compares(group.size, image_size),
+    }
+
+
+def compares(theirs: int, ours: int) -> str:
+    if theirs == ours:
+        return f"{theirs}×{theirs} with {ours}×{ours}: the same number of pixels"
+    return f"theirs of {theirs}×{theirs} with ours of {ours}×{ours}: not the same number of pixels"
+
+
+def parameter_rows(architecture: Architecture) -> list[Record]:
+    """Counted on networks without weights; a published number that isn't met stops the benchmark."""
+    from benchmarks import diffusion
+
+    return [
+        {
+            "question": "parameters",
+            "part": part,
+            "parameters": diffusion.parameters(diffusion.skeleton(architecture, part)),
+            "published": architecture.parameters.get(part),
+        }
+        for part in diffusion.PARTS
+    ]
+
+
+# ---- The command ----
+
+
+def measure(args: argparse.Namespace, log: Log) -> Record:
+    """Everything, as one record. Raises BenchmarkError and the runtime's errors."""
+    import torch
+
+    torch.set_num_threads(args.threads)
+    architecture = architecture_of(args)
+    rows, measured = parameter_rows(architecture), list[Subject]()
+    for tier in args.tiers:
+        for precision in args.precisions:
+            with opened(args, tier, precision, log) as ours:
+                rows += tier_rows(args, tier, precision, ours, log)
+            measured.append(ours.subject)
+    return record("controlnet", settings_of(args, architecture, measured), rows)
+
+
+def tier_rows(args: argparse.Namespace, tier: str, precision: str, ours: Ours, log: Log) -> list[Record]:
+    """All methods and sizes of one tier and precision beside ours."""
+    import torch
+
+    from benchmarks import diffusion
+
+    workshop = diffusion.Workshop(architecture_of(args), getattr(torch, DTYPES[precision]), args.device)
+    groups = [
+        Group(method=diffusion.METHODS[name], size=size, tier=tier, precision=precision)
+        for name in args.methods
+        for size in args.sizes
+    ]
+    return [row for group in groups for row in group_rows(args, group, workshop, ours, log)]
+
+
+def group_rows(args: argparse.Namespace, group: Group, workshop: Workshop, ours: Ours, log: Log) -> list[Record]:
+    """Measure a group: its end_to_end and ratio rows. Its networks are let go of when this returns."""
+    from benchmarks.diffusion import count_flops
+
+    log(f"{group}: making the networks")
+    rivals = [
+        rival
+        for tier, networks in networks_of(args, group, workshop)
+        for rival in rivals_of(networks, tier, group, ours.subject.control(), args.timed_steps)
+    ]
+    everyone = [*ours.candidates, *(rival.candidate for rival in rivals)]
+    log(f"{group}: {args.warmup} + {args.runs} rounds of {'; '.join(c.name for c in everyone)}")
+    for c in everyone:
+        c.seconds.clear()
+        c.stages.clear()
+    interleaved({c.key: c for c in everyone}, args.warmup, args.runs)
+    for c in everyone:
+        del c.seconds[: args.warmup], c.stages[: args.warmup]
+    gflops = {part: n / 1e9 for part, n in count_flops(architecture_of(args), group.method, group.size).items()}
+    rows = [our_row(group, ours, c) for c in ours.candidates]
+    for steps in group.method.steps:
+        for rival in rivals_for(rivals, steps):
+            rows.append(their_row(group, rival, steps, gflops))
+            rows += [ratio_row(group, rival, steps, c, ours.size) for c in ours.candidates]
+    return rows
+
+
+def settings_of(args: argparse.Namespace, architecture: Architecture, measured: Sequence[Subject]) -> Record:
+    from benchmarks.diffusion import METHODS as DETAILS
+
+    model = measured[0].manifest.model
+    return {
+        "theirs": architecture.name,
+        "ours": {
+            "plans": sorted({subject.plan.name for subject in measured}),
+            **{key: getattr(model, key) for key in ("depth", "width", "image_size", "control_type")},
+        },
+        "made_up_weights": True,
+        "guidance": {"CAR": measured[0].cfg, **{m.name: m.guidance for m in DETAILS.values()}},
+        "batch": 1,
+        "sizes": list(args.sizes),
+        "timed_steps": args.timed_steps,
+        "threads": args.threads,
+        "device": args.device,
+        "warmup": args.warmup,
+        "runs": args.runs,
+        "peak_rss": peak_rss(),
+    }
+
+
+def tables(found: Record) -> Iterator[str]:
+    """A heading and a table per question."""
+    rows = {q: [r for r in found["results"] if r["question"] == q] for q in ("ratio", "end_to_end", "parameters")}
+    yield "How many times as long as ours do others take? Theirs ÷ ours, the median of the rounds"
+    columns = {
+        "method": "method",
+        "steps": "steps",
+        "size": "size",
+        "tier": "tier",
+        "precision": "precision",
+        "candidate": "ours",
+        "against": "against",
+        "times_ours": "× ours",
+        "p10": "p10",
+        "p90": "p90",
+        "scaled": "scaled",
+        "compares": "compares",
+    }
+    yield _table(rows["ratio"], columns)
+    yield "How long does a picture take? Control image in host memory → RGB in host memory, guided; seconds"
+    columns = {
+        "candidate": "candidate",
+        "group": "measured beside",
+        "size": "size",
+        "steps": "steps",
+        "timed_steps": "timed",
+        "p50": "p50",
+        "p95": "p95",
+        "text_s": "text",
+        "control_s": "control",
+        "step_s": "one step",
+        "decode_s": "decode",
+        "gflop": "GFLOP",
+    }
+    yield _table(rows["end_to_end"], columns)
+    yield f"What is compared with? {found['settings']['theirs']}"
+    yield _table(rows["parameters"], {"part": "part", "parameters": "parameters", "published": "published"})
+
+
+def _table(rows: Sequence[Record], columns: dict[str, str]) -> str:
+    return markdown_table([{shown: row[key] for key, shown in columns.items()} for row in rows])
+
+
+def names_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """A reader of comma-separated names, each once."""
+
+    def read(text: str) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(text.split(",")))
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"there is no {unknown[0]!r}; give some of {','.join(known)}")
+        return names
+
+    return read
+
+
+def sizes_of(text: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(dict.fromkeys(map(int, text.split(","))))
+    except ValueError:
+        sizes = (0,)
+    if any(size < 16 or size % 16 for size in sizes):
+        raise argparse.ArgumentTypeError(f"sizes are {text!r}; give multiples of 16, e.g. 256,512")
+    return sizes
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.controlnet",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", choices=list(MODELS), default="d16", help="ours, exported once (default: d16)")
+    parser.add_argument("--cache", type=Path, default=CACHE, help=f"where its plan is kept (default: {CACHE})")
+    parser.add_argument("--sizes", type=sizes_of, help="of their pictures (default: 256,512; with --small 16)")
+    parser.add_argument("--methods", type=names_of(METHODS), default=METHODS, help="default: controlnet,t2i,lcm")
+    parser.add_argument("--tiers", type=names_of(TIERS), help="default: eager,engine; with cuda compiled too")
+    parser.add_argument("--precisions", type=names_of(tuple(DTYPES)), help="default: fp32,bf16; with cuda fp16")
+    parser.add_argument("--timed-steps", type=int, help="steps that are run, then scaled (default: 2; with cuda all)")
+    parser.add_argument("--runs", type=int, help="rounds (default: 5; with cuda 20)")
+    parser.add_argument("--warmup", type=int, help="rounds before them (default: 1; with cuda 3)")
+    parser.add_argument("--threads", type=int, default=cores(), help="CPU threads of everything (default: all cores)")
+    parser.add_argument("--device", choices=list(DEFAULTS), default="cpu", help="of everything (default: cpu)")
+    parser.add_argument("--small", action="store_true", help="theirs in toy sizes, which is not Stable Diffusion 1.5")
+    parser.add_argument("-o", "--output", type=Path, help="append the line of JSON to this file")
+    args = parser.parse_args(argv)
+    for name, value in DEFAULTS[args.device].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.sizes = args.sizes or ((16,) if args.small else (256, 512))
+    args.backends = None  # of ours all that open
+    check_args(parser, args)
+    return args
+
+
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.runs < 1 or args.warmup < 0:
+        parser.error(f"runs {args.runs}, warmup {args.warmup}: give at least 1 and 0")
+    if args.timed_steps is not None and args.timed_steps < 1:
+        parser.error(f"timed-steps is {args.timed_steps}; give at least 1")
+    if not 1 <= args.threads <= 1024:
+        parser.error(f"threads is {args.threads}; give 1…1024")
+    missing = [precision for precision in args.precisions if precision not in OFFERED[args.device]]
+    if missing:
+        parser.error(f"{missing[0]} is not compared on {args.device}; give {','.join(OFFERED[args.device])}")
+    if not args.small and any(size % 64 for size in args.sizes):
+        parser.error(f"sizes are {','.join(map(str, args.sizes))}; Stable Diffusion 1.5 wants multiples of 64")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    began = time.monotonic()
+
+    def log(text: str) -> None:
+        print(f"[{time.monotonic() - began:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+    try:
+        with ExitStack() as stack:
+            # Opened first: nobody wants to learn after the measurement that it can't be written.
+            file = stack.enter_context(args.output.open("a", encoding="utf-8")) if args.output else None
+            found = measure(args, log)
+            for text in tables(found):
+                print(f"\n{text}")
+            print()
+            emit(found)
+            if file is not None:
+                emit(found, file)
+    except (BenchmarkError, CarError, OSError) as error:
+        print(f"benchmarks.controlnet: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("benchmarks.controlnet: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
