@@ -244,6 +244,7 @@ class State:
         step, cache = manifest.graphs["step"], {}
         for name in [f"{kind}_{i}" for i in range(manifest.model.cache_layers) for kind in ("k", "v")]:
             port = step.output(f"new_{name}")
+            dtype = self._backend.cache_dtype or port.dtype
             heads_and_width = tuple(int(dim) for dim in port.shape[2:])
-            cache[name] = self._backend.allocate((manifest.tokens, R, *heads_and_width), port.dtype)
+            cache[name] = self._backend.allocate((manifest.tokens, R, *heads_and_width), dtype)
         return cache

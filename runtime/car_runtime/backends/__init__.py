@@ -46,6 +46,8 @@ class Backend(Protocol):
     """How many pictures a step can make at once, ascending, from 1."""
     guided_only: bool
     """Whether steps always have 2B rows. A request without guidance then runs with cfg 0, for the same picture."""
+    cache_dtype: str | None
+    """What this backend keeps K and V in; None: what the plan's graphs have."""
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """An uninitialised buffer; `dtype` is a numpy name."""

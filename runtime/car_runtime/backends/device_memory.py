@@ -326,6 +326,7 @@ def device_array(buffer: Buffer) -> DeviceArray:
 class OnDevice:
     """The part of a backend that handles buffers, for engines that work in a GPU's memory."""
 
+    cache_dtype: str | None = None
     _memory: Memory
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:

@@ -17,10 +17,11 @@ class HostMemory:
 
     batches: tuple[int, ...] = (1, 2, 3, 4)  # at d16 one guided picture's K/V cache is 270 MB in float32
     guided_only = False
+    cache_dtype: str | None = None
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
-        """An uninitialised array."""
-        array: NDArray[Any] = np.empty(shape, np.dtype(dtype))
+        """An uninitialised array; "bfloat16", which numpy has no name for, is kept as uint16."""
+        array: NDArray[Any] = np.empty(shape, np.dtype("uint16" if dtype == "bfloat16" else dtype))
         return array
 
     def write(self, buffer: Buffer, values: NDArray[Any]) -> None:

@@ -1,20 +1,31 @@
 """OpenVINO on the CPU: the plan's own graphs, in bfloat16 where the CPU multiplies it (AMX, AVX-512 BF16).
 
 The step uses the graph with named dimensions: one compiled model serves all scales, so the packed weights are
-resident once. Buffers are numpy arrays that OpenVINO reads and writes in place.
+resident once. It is rewritten first (`openvino_graphs`), and cut in two where it sorts, which numpy does faster.
+Buffers are numpy arrays that OpenVINO reads and writes in place; K and V are kept in the type that is multiplied in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from car_runtime.backends import Buffer
 from car_runtime.backends.host import HostMemory, array_of, available_cores
+from car_runtime.backends.openvino_graphs import (
+    LOGITS,
+    RANKED,
+    fuse_attention,
+    keep_cache_in_bfloat16,
+    split_at_sort,
+)
 from car_runtime.errors import BackendError, PlanError, RunError, one_line
 from car_runtime.manifest import Manifest
 
@@ -43,20 +54,18 @@ class OpenVino(HostMemory):
             )
         bf16 = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         self.precision = precision or ("bf16" if bf16 else "f32")
+        self.cache_dtype = "bfloat16" if self.precision == "bf16" else None
         self._settings: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": self.precision,
             "INFERENCE_NUM_THREADS": threads or available_cores(),
-            # Fused attention gives wrong values for named dimensions (2026.4, from 30 keys on).
-            "SNIPPETS_MODE": "DISABLE",
         }
         self._lock = Lock()
         self._closed = False
-        self._inputs = {name: {port.name for port in graph.inputs} for name, graph in manifest.graphs.items()}
         names = [name for name in _AT_ONCE if name in manifest.graphs]
         with ThreadPoolExecutor(len(names)) as pool:
             self._models = dict(zip(names, pool.map(self._compile, names), strict=True))
-        self._idle: dict[tuple[str, frozenset[str]], list[Any]] = {}
+        self._idle: dict[tuple[str, frozenset[str]], list[_Request]] = {}
 
     def step_graph(self, scale: int, batch: int) -> str:
         """Always the graph with named dimensions."""
@@ -64,15 +73,9 @@ class OpenVino(HostMemory):
 
     def run(self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
         """Run `graph` on the arrays as they lie in memory. Each call has an inference request of its own."""
-        wanted = self._inputs[graph]
         with self._request(graph, frozenset(outputs)) as request:
             try:
-                for name, buffer in inputs.items():
-                    if name in wanted:
-                        request.set_tensor(name, self._tensor(buffer))
-                for name, buffer in outputs.items():
-                    request.set_tensor(name, self._tensor(buffer))
-                request.infer()
+                request.infer(inputs, outputs)
             except Exception as error:
                 raise RunError(f"OpenVINO failed in the graph {graph!r}: {one_line(error)}") from error
 
@@ -87,14 +90,8 @@ class OpenVino(HostMemory):
             self._closed = True
             self._models, self._idle = {}, {}
 
-    def _tensor(self, buffer: Buffer) -> Any:
-        array = array_of(buffer)
-        if array.size == 0:  # the first scale's past: OpenVINO shares no empty memory
-            return self._ov.Tensor(self._ov.Type(array.dtype), self._ov.Shape(array.shape))
-        return self._ov.Tensor(array, shared_memory=True)
-
     @contextmanager
-    def _request(self, graph: str, outputs: frozenset[str]) -> Iterator[Any]:
+    def _request(self, graph: str, outputs: frozenset[str]) -> Iterator[_Request]:
         """An inference request for this call alone, kept for the next one: it owns the activations.
 
         One that was given an output writes to the same memory until it is given another: so it is kept for calls that
@@ -106,20 +103,77 @@ class OpenVino(HostMemory):
             if graph not in self._models:
                 self._models[graph] = self._compile(graph)
             idle = self._idle.setdefault((graph, outputs), [])
-            request = idle.pop() if idle else self._models[graph].create_infer_request()
+            request = idle.pop() if idle else _Request(self._ov, self._models[graph])
         yield request  # after an error it is not used again
         with self._lock:
             idle.append(request)
 
-    def _compile(self, graph: str) -> Any:
+    def _compile(self, graph: str) -> Sequence[Any]:
+        """One compiled model; the step as two, with its sort between them."""
         file = self._manifest.graphs[graph].file
         try:
-            return self._core.compile_model(str(self._root / file), "CPU", self._settings)
+            model = self._core.read_model(str(self._root / file))
+            models, settings = self._rewrite(model) if graph == "step" else ((model,), self._settings)
+            return [self._core.compile_model(part, "CPU", settings) for part in models]
         except Exception as error:
             raise PlanError(
                 f"OpenVINO {self._ov.__version__} cannot compile {file}: {one_line(error)}; "
                 "export the plan again, or use --backend ort-cpu"
             ) from error
+
+    def _rewrite(self, step: Any) -> tuple[Sequence[Any], dict[str, Any]]:
+        """The parts of a step as they are compiled, and with which settings."""
+        settings = self._settings
+        if not fuse_attention(self._ov, step):
+            settings = settings | {"SNIPPETS_MODE": "DISABLE"}  # what fuses attention, and wrongly so in this form
+        if self.cache_dtype is not None:
+            step = keep_cache_in_bfloat16(self._ov, step)
+        return split_at_sort(self._ov, step) or (step,), settings
+
+
+class _Request:
+    """An inference request for each part of a graph."""
+
+    def __init__(self, ov: Any, models: Sequence[Any]) -> None:
+        self._ov = ov
+        self._parts = [
+            (model.create_infer_request(), _ports(model.inputs), _ports(model.outputs)) for model in models
+        ]
+
+    def infer(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+        """Run the parts one after the other: of a step, first up to its logits, and what follows on the sorted ones."""
+        between: dict[str, Buffer] = {}
+        for request, takes, gives in self._parts:
+            for name, buffer in {**inputs, **between}.items():
+                if name in takes:
+                    request.set_tensor(takes[name], self._tensor(buffer, takes[name]))
+            for name, buffer in outputs.items():
+                if name in gives:
+                    request.set_tensor(gives[name], self._tensor(buffer, gives[name]))
+            request.infer()
+            if LOGITS in gives and len(self._parts) > 1:
+                logits = request.get_tensor(gives[LOGITS]).data
+                between = {LOGITS: logits, RANKED: descending(logits)}
+
+    def _tensor(self, buffer: Buffer, port: Any) -> Any:
+        array, element = array_of(buffer), port.get_element_type()
+        if array.size == 0:  # the first scale's past: OpenVINO shares no empty memory
+            return self._ov.Tensor(element, self._ov.Shape(array.shape))
+        if element == self._ov.Type.bf16:  # numpy has no name for it
+            return self._ov.Tensor(array, self._ov.Shape(array.shape), element)
+        return self._ov.Tensor(array, shared_memory=True)
+
+
+def descending(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A sorted copy, the largest of the last axis first."""
+    ranked: NDArray[np.float32] = np.negative(values)
+    ranked.sort(-1)
+    return np.negative(ranked, out=ranked)
+
+
+def _ports(ports: Sequence[Any]) -> dict[str, Any]:
+    """Each port by all of its names."""
+    return {name: port for port in ports for name in port.get_names()}
 
 
 def _import_openvino() -> Any:
