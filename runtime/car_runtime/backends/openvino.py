@@ -141,7 +141,7 @@ class _Request:
         ]
 
     def infer(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
-        """Run the parts one after the other: of a step, first up to its logits, and what follows on the sorted ones."""
+        """Run the parts one after the other: of a step, first up to its logits, then what follows on the sorted ones."""
         between: dict[str, Buffer] = {}
         for request, takes, gives in self._parts:
             for name, buffer in {**inputs, **between}.items():
