@@ -419,7 +419,8 @@ def measure(args: argparse.Namespace, log: Callable[[str], None], network: Featu
 
 def choose_subject(args: argparse.Namespace, log: Callable[[str], None]) -> Subject:
     if args.model is not None:
-        return subjects.made_up(args.model, args.depth, args.precision, (args.batch,), args.cache, log)
+        batches = tuple(sorted({1, args.batch}))  # tokens are compared picture by picture
+        return subjects.made_up(args.model, args.depth, args.precision, batches, args.cache, log)
     return subjects.existing(args.plan or default_plan(), None)
 
 
