@@ -20,6 +20,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -542,11 +543,16 @@ def document(results: Sequence[Result], figures: Figures, title: str) -> str:
     for heading, members in sections:
         lines += [f"## {heading}", ""]
         for number, result in members:
-            _, section = SECTIONS[result.benchmark]
-            body = checked(result, lambda r, n=number, s=section: list(s(r, n, figures)))
+            body = checked(result, partial(body_of, number=number, figures=figures))
             lines += [f"### {subheading(result)}", "", *body, "", *provenance(result), ""]
     lines += [f"## {LAST}", "", *unmeasured(results), ""]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
+
+
+def body_of(result: Result, number: int, figures: Figures) -> list[str]:
+    """A result's text, by its benchmark; its diagrams go to `figures`."""
+    _, section = SECTIONS[result.benchmark]
+    return list(section(result, number, figures))
 
 
 def introduction() -> list[str]:

@@ -118,8 +118,8 @@ def bars_of(result: Result) -> Iterator[Bar]:
     groups: dict[tuple[Any, ...], list[Row]] = {}
     fewest: dict[tuple[Any, ...], int] = {}
     for row in result.of("end_to_end"):
-        kind = (row["method"], row["tier"], row["precision"], row["size"])
-        fewest[kind] = min(row["steps"], fewest.get(kind, row["steps"]))
+        alike = (row["method"], row["tier"], row["precision"], row["size"])
+        fewest[alike] = min(row["steps"], fewest.get(alike, row["steps"]))
     for row in result.of("end_to_end"):
         steps = None if row["whose"] == "ours" else row["steps"]
         if steps is not None and steps > fewest[row["method"], row["tier"], row["precision"], row["size"]]:
@@ -195,7 +195,8 @@ def stage_stacks(result: Result) -> bytes | None:
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_xlim(0, longest * 1.12)
         axes.grid(visible=False, axis="y")
-        axes.set_xlabel("seconds, medians of the stages added up; numbers: scales, coarse to fine")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: seconds(value) if value else "0"))
+        axes.set_xlabel("medians of the stages added up; numbers: scales, coarse to fine")
         scales = [name for name in stages if name.startswith("scale_")]
         named = {
             "control": "control",

@@ -195,7 +195,8 @@ def halves(samples: Sequence[tuple[int, int]]) -> tuple[tuple[float, float], tup
 
 def alone(plan: Plan, controls: Sequence[Control], images: int) -> tuple[Part, list[tuple[Call, str]]]:
     """Pictures by one thread; also every call with its digest."""
-    part, made, expected, probed = Part(ALONE), [], make(plan, controls, PROBE), 0
+    part, made, probed = Part(ALONE), list[tuple[Call, str]](), 0
+    expected = make(plan, controls, PROBE)
     for call in calls(plan.manifest.model.classes):
         if part.pictures >= images:
             return part, made
