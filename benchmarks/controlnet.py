@@ -83,7 +83,7 @@ TIERS = ("eager", "engine", "compiled")
 METHODS = ("controlnet", "t2i", "lcm")
 OFFERED = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "fp16")}
 """Precisions of each device. CPUs multiply no halves."""
-DEFAULTS = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {"tiers": ("eager", "engine"), "precisions": ("fp32", "bf16"), "timed_steps": 2, "warmup": 1, "runs": 5},
     "cuda": {"tiers": TIERS, "precisions": ("fp16",), "timed_steps": None, "warmup": 3, "runs": 20},
 }

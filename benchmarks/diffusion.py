@@ -459,21 +459,23 @@ def draw(
     time of those, the scheduler's arithmetic included.
     """
     architecture, method, clock = networks.architecture, networks.method, Clock(networks.device)
-    scheduler, to = networks.scheduler, {"dtype": networks.dtype, "device": networks.device}
+    scheduler, dtype, device = networks.scheduler, networks.dtype, networks.device
     with clock.part("text"):
-        states_RNC = networks.text(prompt_ids(architecture, method.rows).to(networks.device))
+        states_RNC = networks.text(prompt_ids(architecture, method.rows).to(device))
     with clock.part("control"):
-        control_R3HW = prepare(control_HW3, size).to(**to).expand(method.rows, -1, -1, -1)
+        control_R3HW = prepare(control_HW3, size).to(device, dtype).expand(method.rows, -1, -1, -1)
         control: tuple[Tensor, ...] = (control_R3HW,)
         if networks.adapter is not None:
             control = tuple(torch.cat([f] * method.rows) for f in networks.adapter(control_R3HW[:1]))
     with clock.part("steps"):
         side = size // architecture.latent_factor
         noise = torch.Generator().manual_seed(seed)
-        scheduler.set_timesteps(steps, device=networks.device)
-        x = torch.randn(1, 4, side, side, generator=noise).to(**to) * scheduler.init_noise_sigma
-        told = guidance_embedding(method.guidance, architecture.guidance_width).to(**to) if method.distilled else None
-        chance = {"generator": noise} if method.distilled else {}
+        scheduler.set_timesteps(steps, device=device)
+        x = torch.randn(1, 4, side, side, generator=noise).to(device, dtype) * scheduler.init_noise_sigma
+        told, chance = None, {}
+        if method.distilled:
+            told = guidance_embedding(method.guidance, architecture.guidance_width).to(device, dtype)
+            chance = {"generator": noise}
         for t in scheduler.timesteps[:timed_steps]:
             predicted = networks.step(scheduler.scale_model_input(x, t), t[None], states_RNC, told, control)
             x = scheduler.step(predicted, t, x, **chance, return_dict=False)[0]
