@@ -202,7 +202,7 @@ def architecture_of(args: argparse.Namespace) -> Architecture:
 def opened(args: argparse.Namespace, tier: str, precision: str, log: Log) -> Iterator[Ours]:
     """Ours of a tier and precision, each of which has made a picture."""
     # On a CPU one float32 plan serves all: OpenVINO multiplies it in what it is told.
-    stored = "fp32" if args.device == "cpu" or tier != "engine" else precision
+    stored = "fp32" if args.device == "cpu" else precision
     subject = subjects.made_up(args.model, None, stored, (1,), args.cache, log)
     with ExitStack() as stack:
         if tier != "engine":

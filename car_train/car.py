@@ -344,7 +344,11 @@ class CAR(nn.Module):
         """
         # With a cache all is token-major, as the cache is: no transpose stands between any two products of a block.
         rows_first = cache is None
-        rows = modulation_RMC.split(1, dim=1) if rows_first else modulation_RMC.transpose(0, 1).contiguous().split(1, dim=0)
+        rows = (
+            modulation_RMC.split(1, dim=1)
+            if rows_first
+            else modulation_RMC.transpose(0, 1).contiguous().split(1, dim=0)
+        )
         x = x_RNC + position_NC if rows_first else tokens_first(x_RNC + position_NC)
         depth = len(self.base.blocks)
         outputs: list[Tensor] = []

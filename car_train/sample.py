@@ -30,9 +30,7 @@ def mix(logits_RNV: Tensor, t: Tensor | float, images: int) -> Tensor:
     The first `images` rows are conditional, the last ones are not.
     With as many rows as images both are the same rows, and guidance is off.
     """
-    first = torch.arange(images, device=logits_RNV.device)
-    cond = logits_RNV.index_select(0, first)
-    uncond = logits_RNV.index_select(0, first + (logits_RNV.shape[0] - images))
+    cond, uncond = logits_RNV[:images], logits_RNV[logits_RNV.shape[0] - images :]
     return (1 + t) * cond - t * uncond
 
 

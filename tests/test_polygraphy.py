@@ -78,10 +78,3 @@ def test_a_sanitised_decoder_agrees_with_the_plans_decoder(plan: Path) -> None:
 def test_inspect_capability_finds_every_form_supported(plan: Path, graph: str) -> None:
     said = polygraphy(plan, "inspect", "capability", f"{graph}.form.onnx", POLYGRAPHY_USE_TENSORRT_RTX="1")
     assert "Graph is fully supported by TensorRT" in said
-
-
-@needs("tensorrt_rtx")
-def test_inspect_capability_says_why_the_plans_own_decoder_needs_a_form(plan: Path) -> None:
-    """What the form replaces is what the parser refuses; when this fails, the rewrite can go."""
-    said = polygraphy(plan, "inspect", "capability", "decoder.onnx", POLYGRAPHY_USE_TENSORRT_RTX="1")
-    assert "SplitToSequence" in said

@@ -5,7 +5,9 @@ Every message names the offending value, and the node where there is one, and en
 
 from __future__ import annotations
 
-from .plan import ExportError
+
+class ExportError(ValueError):
+    """A plan that can't be built; the message ends with the remedy."""
 
 
 class EngineError(ExportError):

@@ -16,6 +16,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as common_passes
 
+from .edits import constant, split_sequences, substitute
 from .errors import GraphError, TopKError
 
 TOPK_LIMIT = 3840
@@ -48,7 +49,7 @@ def engine_form(model: ir.Model) -> ir.Model:
     - A sequence of parts becomes the parts: TensorRT has no sequences.
     """
     _cast_pictures(model.graph)
-    _split_sequences(model.graph)
+    split_sequences(model.graph)
     common_passes.RemoveUnusedNodesPass()(model)
     return model
 
@@ -93,17 +94,17 @@ def sum_float_products(model: ir.Model) -> ir.Model:
         # [.., M, K, 1] · [.., 1, K, N], summed over K.
         sides = []
         for i, (value, axis) in enumerate(zip(node.inputs, (-1, -3), strict=True)):
-            axes = _constant(graph, f"{name}_axis_{i}", [axis])
+            axes = constant(graph, f"{name}_axis_{i}", [axis])
             wide = ir.node("Unsqueeze", [value, axes], name=f"{name}_wide_{i}")
             wide.outputs[0].name = f"{name}_wide_{i}"
             sides.append(wide)
         terms = ir.node("Mul", [side.outputs[0] for side in sides], name=f"{name}_terms")
         terms.outputs[0].name = f"{name}_terms"
-        over = _constant(graph, f"{name}_over", [-2])
+        over = constant(graph, f"{name}_over", [-2])
         total = ir.node("ReduceSum", [terms.outputs[0], over], {"keepdims": 0}, name=f"{name}_sum")
         total.outputs[0].name = f"{name}_summed"
         graph.insert_before(node, [*sides, terms, total])
-        _substitute(graph, node, total.outputs[0])
+        substitute(graph, node, total.outputs[0])
     return model
 
 
@@ -129,41 +130,7 @@ def _cast_pictures(graph: ir.Graph) -> None:
         moved.outputs[0].name = f"{picture.name}_float"
         cast = ir.node("Cast", moved.outputs, {"to": ir.DataType.UINT8}, name=f"{picture.name}_cast")
         graph.insert_before(move, [moved, cast])
-        _substitute(graph, move, cast.outputs[0])
-
-
-def _split_sequences(graph: ir.Graph) -> None:
-    """SplitToSequence whose parts are all picked by SequenceAt: a Split."""
-    for node in [n for n in graph if n.op_type == "SplitToSequence"]:
-        picks = [user for user, _ in node.outputs[0].uses()]
-        wanted = [_numbers(pick.inputs[1]) for pick in picks if pick.op_type == "SequenceAt"]
-        sizes = _numbers(node.inputs[1]) if len(node.inputs) > 1 else None
-        if sizes is None or None in wanted or len(wanted) != len(picks) or not node.attributes.get_int("keepdims", 1):
-            raise GraphError(
-                f"node {node.name!r} (SplitToSequence) has no fixed parts; export the plan again", node.name
-            )
-        places = [int(number[0]) for number in wanted if number is not None]
-        # One size for all parts, or one each.
-        counts = np.repeat(sizes, max(places) + 1) if len(sizes) == 1 else sizes
-        parts = ir.node(
-            "Split",
-            [node.inputs[0], _constant(graph, f"{node.name}_sizes", counts.tolist())],
-            {"axis": node.attributes.get_int("axis", 0)},
-            num_outputs=len(counts),
-            name=f"{node.name}_parts",
-        )
-        for i, value in enumerate(parts.outputs):
-            value.name = f"{node.name}_part_{i}"
-        graph.insert_before(node, parts)
-        for pick, place in zip(picks, places, strict=True):
-            _substitute(graph, pick, parts.outputs[place])
-        graph.remove(node, safe=True)
-
-
-def _numbers(value: ir.Value | None) -> np.ndarray | None:
-    """A small constant, flat."""
-    tensor = value.const_value if value is not None else None
-    return None if tensor is None or isinstance(tensor, ir.ExternalTensor) else tensor.numpy().reshape(-1)
+        substitute(graph, move, cast.outputs[0])
 
 
 # -- attention ---------------------------------------------------------------------------------------------------
@@ -185,12 +152,12 @@ def _add_key_bias(graph: ir.Graph) -> None:
 
 
 def _attention(past: ir.Value) -> ir.Node:
-    """The softmax that a layer's past keys end in: past → Concat → Transpose → MatMul → (Cast) → Softmax."""
+    """A layer's softmax, behind its past keys: past → Concat → (Reshape) → Transpose → MatMul → (Cast) → Softmax."""
     node = None
     value: ir.Value = past
-    for _ in range(6):
+    for _ in range(7):
         users = [user for user, _ in value.uses()]
-        following = [n for n in users if n.op_type in ("Concat", "Transpose", "MatMul", "Cast", "Softmax")]
+        following = [n for n in users if n.op_type in ("Concat", "Reshape", "Transpose", "MatMul", "Cast", "Softmax")]
         if len(following) != 1:
             break
         node = following[0]
@@ -235,19 +202,19 @@ def _split_sort(graph: ir.Graph, sort: ir.Node, vocab: int) -> None:
     upper = vocab - vocab // 2
     parts, nodes = [], []
     for kind, count, largest in (("upper", upper, 1), ("lower", vocab - upper, 0)):
-        k = _constant(graph, f"{name}_{kind}_k", [count])
+        k = constant(graph, f"{name}_{kind}_k", [count])
         top = ir.node("TopK", [values, k], {"axis": -1, "largest": largest, "sorted": 1}, num_outputs=2)
         top.name = f"{name}_{kind}"
         top.outputs[0].name, top.outputs[1].name = f"{name}_{kind}_values", f"{name}_{kind}_indices"
         nodes.append(top)
         parts.append(top.outputs[0])
-    backward = [_constant(graph, f"{name}_{what}", [number]) for what, number in _BACKWARD]
+    backward = [constant(graph, f"{name}_{what}", [number]) for what, number in _BACKWARD]
     reverse = ir.node("Slice", [parts[1], *backward], name=f"{name}_reverse")
     reverse.outputs[0].name = f"{name}_lower_descending"
     whole = ir.node("Concat", [parts[0], reverse.outputs[0]], {"axis": -1}, name=f"{name}_whole")
     whole.outputs[0].name = f"{name}_sorted"
     graph.insert_before(sort, [*nodes, reverse, whole])
-    _substitute(graph, sort, whole.outputs[0])
+    substitute(graph, sort, whole.outputs[0])
 
 
 _BACKWARD = (("start", -1), ("end", np.iinfo(np.int64).min), ("axis", -1), ("step", -1))
@@ -258,31 +225,30 @@ _BACKWARD = (("start", -1), ("end", np.iinfo(np.int64).min), ("axis", -1), ("ste
 
 
 def _halve_rows(graph: ir.Graph) -> None:
-    """Replace row numbers computed from R and B by what they are when R = 2B.
+    """Replace what is computed from R and B by what it is when R = 2B.
 
-    Gather(x, 0 … B−1) and Gather(x, R−B … R−1) are the halves of x; Gather(x, 0 … B−1, 0 … B−1) is x twice.
+    The first B and the last B rows of x, by Slice, are its halves; x tiled R ÷ B times is x twice. Plans of earlier
+    exports have row numbers instead: Gather(x, 0 … B−1), Gather(x, R−B … R−1), and one of 0 … B−1, 0 … B−1.
     """
     halves: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
-    for gather in [n for n in graph if n.op_type == "Gather" and n.attributes.get_int("axis", 0) == 0]:
-        source, rows = gather.inputs
-        assert source is not None
-        assert rows is not None
-        ops = {n.op_type for n in _producers(rows)}
-        if "Range" not in ops:
+    for node in [n for n in graph if n.op_type in ("Gather", "Slice", "Tile")]:
+        kind = _row_kind(node)
+        source = node.inputs[0]
+        if kind is None or source is None:
             continue
-        if "Where" in ops:
-            twice = ir.node("Concat", [source, source], {"axis": 0}, name=f"{gather.name}_twice")
-            graph.insert_before(gather, twice)
+        if kind == "twice":
+            twice = ir.node("Concat", [source, source], {"axis": 0}, name=f"{node.name}_twice")
+            graph.insert_before(node, twice)
             new = twice.outputs[0]
         else:
             if source not in halves:
                 split = ir.node("Split", [source], {"axis": 0, "num_outputs": 2}, num_outputs=2)
-                split.name = f"{gather.name}_halves"
+                split.name = f"{node.name}_halves"
                 split.outputs[0].name, split.outputs[1].name = f"{split.name}_0", f"{split.name}_1"
-                graph.insert_before(gather, split)
+                graph.insert_before(node, split)
                 halves[source] = (split.outputs[0], split.outputs[1])
-            new = halves[source]["Add" in ops]
-        _substitute(graph, gather, new)
+            new = halves[source][kind == "last"]
+        substitute(graph, node, new)
     ranges = [n for n in graph if n.op_type == "Range" and any(True for _ in _readers(n, graph))]
     if ranges:
         raise GraphError(
@@ -292,14 +258,17 @@ def _halve_rows(graph: ir.Graph) -> None:
         )
 
 
-def _substitute(graph: ir.Graph, node: ir.Node, new: ir.Value) -> None:
-    """Let `new` stand for the first output of `node`, which goes; a graph output keeps its name and shape."""
-    old = node.outputs[0]
-    if old.is_graph_output():
-        new.name, new.shape, new.type = old.name, old.shape, old.type
-        old.name = f"{old.name}_before"
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
+def _row_kind(node: ir.Node) -> str | None:
+    """Which rows a node takes by R and B: the "first" B, the "last" B, those B "twice"; None for any other node."""
+    ops = [{n.op_type for n in _producers(value)} if value is not None else set[str]() for value in node.inputs]
+    if node.op_type == "Tile":
+        return "twice" if "Div" in ops[1] else None
+    if node.op_type == "Slice":
+        start, end = ops[1], ops[2]
+        return "last" if "Sub" in start else "first" if "Shape" in end and not start else None
+    if node.attributes.get_int("axis", 0) != 0 or "Range" not in ops[1]:
+        return None
+    return "twice" if "Where" in ops[1] else "last" if "Add" in ops[1] else "first"
 
 
 def _producers(value: ir.Value) -> Iterator[ir.Node]:
@@ -328,11 +297,3 @@ def _readers(node: ir.Node, graph: ir.Graph) -> Iterable[ir.Value]:
             if value.is_graph_output():
                 yield value
             waiting += [user for user, _ in value.uses()]
-
-
-def _constant(graph: ir.Graph, name: str, numbers: list[int]) -> ir.Value:
-    """A small int64 initializer."""
-    tensor = ir.tensor(np.array(numbers, np.int64), name=name)
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(ir.DataType.INT64), const_value=tensor)
-    graph.initializers[name] = value
-    return value

@@ -103,8 +103,7 @@ class StepGraph(nn.Module):
         down = i["down"]
         next_BTTC = self.car.base.embed((down @ f_hat @ down.T).permute(0, 2, 3, 1))
         # Rows beyond the first B are the unconditional twins: the same tokens come in.
-        rows = torch.arange(x_RSSC.shape[0], device=down.device)
-        next_x = next_BTTC.index_select(0, torch.where(rows < images, rows, rows - images))
+        next_x = next_BTTC.repeat(x_RSSC.shape[0] // images, 1, 1, 1)
         new = [t for n in range(self.car.layers) for t in cache.new[n]]
         return tokens_BSS, f_hat, next_x, *new, logits_BSSV
 

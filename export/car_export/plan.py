@@ -25,15 +25,12 @@ from car_train.checkpoint import put_in_place
 from car_train.model import Model
 
 from . import graphs, verify
+from .errors import ExportError
 from .goldens import write_goldens
 from .trace import Names, optimise, specialise, trace
 from .weights import HALVED, WeightStore, external, externalise
 
 Log = Callable[[str], None]
-
-
-class ExportError(ValueError):
-    """A plan that can't be built; the message ends with the remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +202,7 @@ class PlanBuilder:
         model = self._trace(module, inputs, module.output_names, dims)
         optimise(model)
         self._write("step", model)
+        self.store.flush()  # static steps take in what is small
         for batch in self.options.batches:
             for k, (side, (start, _)) in enumerate(zip(self.config.sides, self.config.ranges, strict=True)):
                 sizes = {"R": 2 * batch, "B": batch, "S": side, "P": start, "T": self._next_side(k)}
@@ -287,6 +285,7 @@ STEP_DIMS: dict[str, Names] = {
     "pos": ("S", "S", None),
     "up": (None, "S"),
     "down": ("T", None),
+    "next_x": ("R", "T", "T", None),
 }
 PAST_DIMS: Names = ("P", "R", None, None)
 

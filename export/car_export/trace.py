@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from onnx_ir.passes import common as common_passes
 from onnxscript.rewriter.rules import common as rules
 from torch import Tensor, nn
 
+from .edits import split_sequences
 from .weights import INLINE
 
 OPSET = 20
@@ -63,7 +65,8 @@ def trace(
 ) -> ir.Model:
     """Trace a module whose forward takes `*inputs`.
 
-    `dims` names the dynamic axes of inputs: None or a number is static.
+    `dims` names the dynamic axes of inputs: None or a number is static. Outputs get the names of the inputs' axes that
+    they have; one that is computed is named here too.
     The result's initializers are still the module's own tensors (`weights.externalise` comes next).
     """
     known = {
@@ -111,7 +114,14 @@ def _name_dimensions(model: ir.Model, dims: Mapping[str, Names]) -> None:
     for value in (*model.graph.inputs, *model.graph.outputs):
         assert value.shape is not None
         value.shape = ir.Shape(
-            [d if isinstance(d, int) else symbols.get(str(d.value), str(d.value)) for d in value.shape]
+            [
+                name
+                if isinstance(name, str)
+                else d
+                if isinstance(d, int)
+                else symbols.get(str(d.value), str(d.value))
+                for d, name in itertools.zip_longest(value.shape, dims.get(str(value.name), ()))
+            ]
         )
     for node in model.graph:
         for output in node.outputs:
@@ -143,6 +153,7 @@ def optimise(model: ir.Model) -> None:
         # Tensors from INLINE elements on are external, and must not be read: weights.bin is still being written.
         common_passes.DeduplicateInitializersPass(size_limit=INLINE - 1)(model)
         common_passes.NameFixPass()(model)
+    split_sequences(model.graph)
     for value in [v for v in model.graph.initializers.values() if not v.uses() and not v.is_graph_output()]:
         model.graph.initializers.pop(str(value.name))
     model.graph.doc_string = None
@@ -166,7 +177,10 @@ def specialise(model: ir.Model, sizes: Mapping[str, int], constants: Mapping[str
     for value in list(static.graph.inputs):
         name = str(value.name)
         if name in constants:
-            new = ir.Value(name=name, shape=constants[name].shape, type=value.type, const_value=constants[name])
+            constant: ir.TensorProtocol = constants[name]
+            if constant.size < INLINE:  # such a one is never external: engines want to see it
+                constant = ir.tensor(constant.numpy(), name=name)
+            new = ir.Value(name=name, shape=constants[name].shape, type=value.type, const_value=constant)
             value.replace_all_uses_with(new)
             static.graph.inputs.remove(value)
             static.graph.initializers[name] = new

@@ -40,6 +40,10 @@ class WeightStore:
     def close(self) -> None:
         self.file.close()
 
+    def flush(self) -> None:
+        """Let readers of the file see all that was added."""
+        self.file.flush()
+
     def add(self, name: str, tensor: Tensor, transpose: bool = False) -> ir.ExternalTensor:
         """Write a tensor (once) and return the reference to it.
 

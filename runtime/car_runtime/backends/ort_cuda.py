@@ -207,6 +207,7 @@ def _element(dtype: str) -> Any:
 
 def _load_onnxruntime() -> Any:
     onnxruntime = import_onnxruntime("ort-cuda", "onnxruntime-gpu", "gpu", either="'car-deploy[gpu]'")
+    onnxruntime.set_default_logger_severity(3)  # it warns, at every session, of plugins that it looks for
     preload = getattr(onnxruntime, "preload_dlls", None)
     if preload is not None and PROVIDER in onnxruntime.get_available_providers():
         with contextlib.redirect_stdout(None):  # it prints what it doesn't find
