@@ -374,10 +374,11 @@ def soak(result: Result, number: int, figures: Figures) -> Iterator[str]:
     verdict = "All passed." if all(row.get("passed", True) for row in result.rows) else "**Not all passed.**"
     yield (
         f"{s['images']} pictures by one thread, the same calls by {plural(s['threads'], 'thread')} at once, "
-        f"{s['opens']} openings of the plan. After the first third of each part the median of resident memory may "
-        f"grow by {100 * s['tolerance']:g} % from one half to the other. {verdict}"
+        f"{s['opens']} openings of the plan. After the first third of each part the median of the process's own "
+        f"memory may grow by {100 * s['tolerance']:g} % from one half to the other, and an opening may leave as "
+        f"large a part of what an open plan holds. {verdict}"
     )
-    yield from figures.add(result, number, "memory", "Resident memory over pictures", plots.soak_memory(result))
+    yield from figures.add(result, number, "memory", "Memory over pictures", plots.soak_memory(result))
     yield shown(
         result.of("memory"),
         {
@@ -394,10 +395,12 @@ def soak(result: Result, number: int, figures: Figures) -> Iterator[str]:
     columns = {"part": "part", "calls": "calls", "pictures": "pictures", "different": "gave another picture"}
     yield shown(result.of("pictures"), columns)
     yield ""
-    for left in result.of("handles"):
+    for left in result.of("reopening"):
         yield (
-            f"Left open after closing: {left['descriptors_first']} file descriptors and {left['threads_first']} "
-            f"threads after the first time, {left['descriptors_last']} and {left['threads_last']} after the last."
+            f"An open plan holds {left['rss_held'] / 1e6:,.0f} MB; each of {left['openings']} openings left "
+            f"{left['bytes_per_opening'] / 1e6:.2f} MB ({signed(left['left'])}). After the first closing there were "
+            f"{left['descriptors_first']} file descriptors and {left['threads_first']} threads, after the last "
+            f"{left['descriptors_last']} and {left['threads_last']}."
         )
 
 

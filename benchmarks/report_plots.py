@@ -474,5 +474,5 @@ def soak_memory(result: Result) -> bytes | None:
             axes.set_title(part, loc="left")
             axes.set_xlabel("pictures; grey: warm-up")
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        panels[0].set_ylabel("resident memory, MB")
+        panels[0].set_ylabel("memory of its own, MB")
         return finished()

@@ -13,18 +13,21 @@ Three parts, one after the other in one process:
                  it gave alone.
     reopening    the plan is opened, makes a picture and is closed again, --opens times.
 
-Resident memory is sampled after every call, round or closing, when garbage is collected and free memory given back to
-the system, so that it is what is held. The first third of a part is warm-up: allocators and engines grow to what they
-need. Of the rest, the median of the second half may exceed the first's by --tolerance. After a closing, no file
-descriptor and no thread of the operating system may be left that wasn't there after the first one. Linux only:
-memory, descriptors and threads of a process are told in /proc.
+Memory is sampled after every call, round or closing, when garbage is collected and what is free given back to the
+system, so that it is what is held: resident pages of the process's own (RssAnon). Pages of files, such as libraries
+and mapped weights, are the page cache's, and the kernel takes them back when it wants to. The first third of a part
+is warm-up: allocators and engines grow to what they need. Of the rest, the median of the second half may exceed the
+first's by --tolerance. What a plan leaves when it is closed goes up and down with the allocator; so there an opening
+may leave, by the same medians, --tolerance of what an open plan holds. No file descriptor and no thread of the
+operating system may be left that wasn't there after the first closing. Linux only: all this is told in /proc.
 
 Tables go to stdout, then one line of JSON (`benchmarks.machine`) whose results are flat rows, each with "question":
 
     memory      part, samples (after the warm-up), rss_first, rss_last (medians of the halves), growth (their ratio
                 − 1), tolerance, bytes_per_picture, passed
     pictures    part, calls, pictures, different (calls that gave another picture than before), passed
-    handles     part, descriptors_first, descriptors_last, threads_first, threads_last, passed
+    reopening   openings, rss_held (open less closed, median), rss_first, rss_last (closed), bytes_per_opening, left
+                (÷ rss_held), tolerance, descriptors_first, descriptors_last, threads_first, threads_last, passed
     sample      part, pictures (made so far in that part), rss
 
 Bytes of memory. The exit code is 1 if anything did not pass; stderr says what.
@@ -120,13 +123,13 @@ def make(plan: Plan, controls: Sequence[Control], call: Call) -> str:
 
 
 def resident() -> int:
-    """Bytes of memory that this process has now, without garbage and, with glibc, without what is free."""
+    """Bytes of memory of its own that this process has now, without garbage and, with glibc, without what is free."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-    pages = int((PROC / "statm").read_text(encoding="ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    status = (PROC / "status").read_text(encoding="ascii", errors="replace")
+    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
 
 
 def handles() -> tuple[int, int]:
@@ -235,34 +238,50 @@ def together(plan: Plan, controls: Sequence[Control], known: Sequence[tuple[Call
     return part
 
 
-def reopening(path: Path, backend: str, cpu_threads: int | None, opens: int) -> tuple[Part, Row]:
-    """Openings with a picture each; memory after every closing, and descriptors and threads that are left."""
-    part, seen, expected = Part(REOPENING), [], ""
-    for _ in range(opens):
-        with open_plan(path, backend, threads=cpu_threads, verify=False) as plan:
+def reopening(path: Path, args: argparse.Namespace, backend: str) -> tuple[Part, Row]:
+    """Openings with a picture each; what an open plan holds, and what is left of it after closing."""
+    part, opened, left, expected = Part(REOPENING), list[int](), list[tuple[int, int]](), ""
+    for _ in range(args.opens):
+        with open_plan(path, backend, threads=args.cpu_threads, verify=False) as plan:
             found = make(plan, controls_of(plan), PROBE)
+            opened.append(resident())
         expected = expected or found
         part.compare(PROBE, found, expected)
         del plan
         part.sample()
-        seen.append(handles())
-    (descriptors, threads), (descriptors_last, threads_last) = seen[0], seen[-1]
-    row = {
-        "question": "handles",
-        "part": REOPENING,
+        left.append(handles())
+    return part, reopening_row(part, opened, left, args.tolerance)
+
+
+def reopening_row(part: Part, opened: Sequence[int], left: Sequence[tuple[int, int]], tolerance: float) -> Row:
+    """Whether closing gives back what opening took. opened: bytes with the plan open; left: handles after closing."""
+    first, last = halves([(number, rss) for number, (_, rss) in enumerate(part.samples)])
+    each = (last[1] - first[1]) / (last[0] - first[0])
+    held = float(np.median([rss - closed for rss, (_, closed) in zip(opened, part.samples, strict=True)]))
+    (descriptors, threads), (descriptors_last, threads_last) = left[0], left[-1]
+    return {
+        "question": "reopening",
+        "openings": len(opened),
+        "rss_held": int(held),
+        "rss_first": int(first[1]),
+        "rss_last": int(last[1]),
+        "bytes_per_opening": each,
+        "left": each / held,
+        "tolerance": tolerance,
         "descriptors_first": descriptors,
         "descriptors_last": descriptors_last,
         "threads_first": threads,
         "threads_last": threads_last,
-        "passed": descriptors_last <= descriptors and threads_last <= threads,
+        "passed": each <= tolerance * held and descriptors_last <= descriptors and threads_last <= threads,
     }
-    return part, row
 
 
 def soak(args: argparse.Namespace, log: Log) -> Row:
     """All parts as one record. Raises BenchmarkError and the runtime's errors."""
-    if not (PROC / "statm").is_file():
-        raise BenchmarkError(f"{PROC / 'statm'} isn't there; run this on Linux, which tells a process's memory in it")
+    if not (PROC / "status").is_file():
+        raise BenchmarkError(
+            f"{PROC / 'status'} isn't there; run this on Linux, which tells a process's memory in it"
+        )
     path, began = args.plan or default_plan(), time.monotonic()
     gc.collect()
     gc.freeze()  # what was there before isn't looked through again at every sample
@@ -274,12 +293,12 @@ def soak(args: argparse.Namespace, log: Log) -> Row:
         second = together(plan, controls, known, args.threads)
     del plan
     log(f"opening {args.opens} times")
-    third, left = reopening(path, backend, args.cpu_threads, args.opens)
+    third, row = reopening(path, args, backend)
     gc.unfreeze()
     parts = (first, second, third)
-    rows = [part.memory_row(args.tolerance) for part in parts]
+    rows = [part.memory_row(args.tolerance) for part in (first, second)]
     rows += [part.pictures_row() for part in parts]
-    rows += [left, *(row for part in parts for row in part.sample_rows())]
+    rows += [row, *(sample for part in parts for sample in part.sample_rows())]
     settings = {"plan": path.name, "backend": backend, "seconds": time.monotonic() - began}
     settings |= {name: getattr(args, name) for name in ("images", "threads", "cpu_threads", "opens", "tolerance")}
     return record("soak", settings, rows)
@@ -303,13 +322,14 @@ def failures(found: Mapping[str, Any]) -> list[str]:
             lines.append(f"{row['different']} of {row['calls']} calls gave another picture in part {row['part']!r}")
         else:
             grown = [f"{k} {row[f'{k}_first']} → {row[f'{k}_last']}" for k in ("descriptors", "threads")]
-            lines.append(f"left open after closing: {', '.join(grown)}")
+            memory = f"{row['bytes_per_opening']:,.0f} bytes an opening, {row['left']:.2%} of what it holds"
+            lines.append(f"left after closing: {', '.join(grown)}, {memory}")
     return lines
 
 
 def tables(found: Mapping[str, Any]) -> Iterator[str]:
     """A heading and a table per question."""
-    rows = {q: [r for r in found["results"] if r["question"] == q] for q in ("memory", "pictures", "handles")}
+    rows = {q: [r for r in found["results"] if r["question"] == q] for q in ("memory", "pictures", "reopening")}
     yield "Does memory stay where it is? After the first third, medians of the two halves"
     yield markdown_table(
         [
@@ -332,11 +352,19 @@ def tables(found: Mapping[str, Any]) -> Iterator[str]:
         [{k: r[k] for k in columns} | {"passed": "yes" if r["passed"] else "no"} for r in rows["pictures"]]
     )
     yield "Is anything left when a plan is closed?"
-    (left,) = rows["handles"]
+    (left,) = rows["reopening"]
     yield markdown_table(
         [
-            {"": what, "after the first": left[f"{key}_first"], "after the last": left[f"{key}_last"]}
-            for what, key in (("file descriptors", "descriptors"), ("threads", "threads"))
+            {
+                "openings": left["openings"],
+                "an open plan holds, MB": left["rss_held"] / 1e6,
+                "left an opening, MB": left["bytes_per_opening"] / 1e6,
+                "share": f"{left['left']:+.2%}",
+                "allowed": f"{left['tolerance']:.2%}",
+                "descriptors": f"{left['descriptors_first']} → {left['descriptors_last']}",
+                "threads": f"{left['threads_first']} → {left['threads_last']}",
+                "passed": "yes" if left["passed"] else "no",
+            }
         ]
     )
 
@@ -353,7 +381,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=500, help="pictures by one thread (default: 500)")
     parser.add_argument("--threads", type=int, default=4, help="threads that call at once (default: 4)")
     parser.add_argument("--cpu-threads", type=int, help="the engine's own threads (default: all cores)")
-    parser.add_argument("--opens", type=int, default=30, help="openings of the plan (default: 30)")
+    parser.add_argument("--opens", type=int, default=40, help="openings of the plan (default: 40)")
     parser.add_argument("--tolerance", type=float, default=0.01, help="growth that passes (default: 0.01, 1 %%)")
     parser.add_argument("-o", "--output", type=Path, help="append the line of JSON to this file")
     args = parser.parse_args(argv)

@@ -49,8 +49,8 @@ def growth_record() -> Record:
 
 def soak_record(growing: bool = False) -> Record:
     part = soak.Part("one thread", calls=9, samples=[(i + 1, 100 + i * growing) for i in range(9)])
-    left = {"question": "handles", "part": "reopening", "descriptors_first": 5, "descriptors_last": 5}
-    left |= {"threads_first": 3, "threads_last": 3, "passed": True}
+    closed = soak.Part("reopening", samples=[(i + 1, 50) for i in range(9)])
+    left = soak.reopening_row(closed, [150] * 9, [(5, 3)] * 9, 0.01)
     settings = {"plan": "emoji-canny.plan", "backend": "ort-cpu", "images": 500, "threads": 4, "opens": 9}
     rows = [part.memory_row(0.01), part.pictures_row(), left, *part.sample_rows()]
     return record("soak", {**settings, "tolerance": 0.01}, rows)

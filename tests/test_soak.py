@@ -45,6 +45,20 @@ def test_memory_that_grows_after_the_first_third_does_not_pass() -> None:
         part(100).memory_row(0.01)
 
 
+def test_what_an_opening_leaves_is_held_against_what_an_open_plan_holds() -> None:
+    def row(*closed: int, left: tuple[int, int] = (5, 3)) -> dict[str, Any]:
+        return soak.reopening_row(part(*closed), [rss + 1000 for rss in closed], [(5, 3)] * 8 + [left], 0.01)
+
+    noisy = row(40, 80, 60, 50, 70, 60, 60, 50, 70)
+    assert (noisy["passed"], noisy["rss_held"], noisy["left"]) == (True, 1000, 0)
+    slow = row(*(60 + 20 * i for i in range(9)))
+    assert not slow["passed"]
+    assert (slow["bytes_per_opening"], slow["left"]) == (20, 0.02)
+    assert row(*(60 + 9 * i for i in range(9)))["passed"]
+    assert not row(*[60] * 9, left=(6, 3))["passed"]
+    assert not row(*[60] * 9, left=(5, 4))["passed"]
+
+
 def test_calls_are_the_same_every_time_and_vary_in_everything() -> None:
     first, again = (list(itertools.islice(soak.calls(5), 200)) for _ in range(2))
     assert first == again
@@ -62,12 +76,11 @@ def test_a_plan_passes_and_its_result_says_what_was_seen(tmp_path: Path, capsys:
     found = json.loads(file.read_text(encoding="utf-8"))
     assert found["benchmark"] == "soak"
     assert found["settings"]["backend"] == "ort-cpu"
-    rows = {(r["question"], r["part"]): r for r in found["results"] if r["question"] != "sample"}
-    assert {key for key in rows if key[0] != "handles"} == {
-        (question, name)
-        for question in ("memory", "pictures")
-        for name in (soak.ALONE, soak.TOGETHER, soak.REOPENING)
-    }
+    rows = {(r["question"], r.get("part")): r for r in found["results"] if r["question"] != "sample"}
+    parts = [("pictures", name) for name in (soak.ALONE, soak.TOGETHER, soak.REOPENING)]
+    parts += [("memory", name) for name in (soak.ALONE, soak.TOGETHER)]
+    assert set(rows) == {*parts, ("reopening", None)}
+    assert rows["reopening", None]["rss_held"] > 1 << 20
     assert all(row["passed"] for row in rows.values())
     threads = rows["pictures", soak.TOGETHER]
     assert threads["calls"] >= 3 * soak.ROUNDS
@@ -132,7 +145,7 @@ def test_what_a_closed_plan_leaves_open_is_found(
 
     patched(monkeypatch, forget)
     assert run("--tolerance", "0.9") == 1
-    assert "left open after closing: descriptors" in capsys.readouterr().err
+    assert "left after closing: descriptors" in capsys.readouterr().err
     for file in left:
         file.close()
 
