@@ -342,6 +342,7 @@ class _DeviceBackend:
 
     name = "device"
     guided_only = True
+    cache_dtype = None
 
     def __init__(self, root: Path, manifest: Manifest, batches: tuple[int, ...]) -> None:
         self._host, _ = open_backend("ort-cpu", root, manifest, 1)
