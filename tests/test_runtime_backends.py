@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from car_runtime import BackendError, PlanError, RunError, open_plan
+from car_runtime import BackendError, PlanError, RunError, backends, open_plan
 from car_runtime.backends import OPENERS, cuda, open_backend
-from car_runtime.manifest import read_manifest
+from car_runtime.manifest import WEIGHTS, read_manifest
 from runtime_fixtures import build_plan, relist
 
 
@@ -109,3 +110,18 @@ def test_buffers_are_written_in_place(root: Path) -> None:
     assert np.unique(backend.read(whole[0:1])).tolist() == [0]
     assert np.unique(backend.read(whole[1:2])).tolist() == [128]
     backend.close()
+
+
+def test_auto_prefers_bfloat16_on_openvino_for_large_plans_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = read_manifest(root)
+    size = manifest.files[WEIGHTS].bytes
+
+    def order(large: int, bfloat16: bool, compute: str = "fp32") -> list[str]:
+        monkeypatch.setattr(backends, "LARGE", large)
+        monkeypatch.setattr(backends, "has_openvino_bfloat16", lambda: bfloat16)
+        return backends._best_first(replace(manifest, precision=replace(manifest.precision, compute=compute)))
+
+    usual = list(backends.OPENERS)
+    assert order(size, True) == ["rtx", "trt", "ort-cuda", "openvino", "ort-cpu"]
+    assert order(size + 1, True) == order(size, False) == order(size, True, "fp16") == usual
+    assert usual.index("ort-cpu") < usual.index("openvino")

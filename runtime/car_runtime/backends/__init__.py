@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from car_runtime.errors import BackendError
-from car_runtime.manifest import Manifest
+from car_runtime.manifest import WEIGHTS, Manifest
 
 
 class Buffer(Protocol):
@@ -131,7 +131,10 @@ def _open_trt(root: Path, manifest: Manifest, threads: int | None) -> Backend:
     return open_trt(root, manifest, threads)
 
 
-# Best first: `auto` takes the first that opens.
+LARGE = 256 * 1024 * 1024
+"""Bytes of weights from which `auto` prefers OpenVINO in bfloat16 to ONNX Runtime in float32."""
+
+# Best first: `auto` takes the first that opens (but see `_best_first`).
 OPENERS: dict[str, Opener] = {
     "rtx": _open_rtx,
     "trt": _open_trt,
@@ -160,15 +163,37 @@ def open_backend(name: str, root: Path, manifest: Manifest, threads: int | None 
     if name != "auto":
         return OPENERS[name](root, manifest, threads), "asked for"
     passed_over: dict[str, list[str]] = {}  # reason → backends: several wait for the same thing
-    for candidate, opener in OPENERS.items():
+    for candidate in _best_first(manifest):
         try:
-            backend = opener(root, manifest, threads)
+            backend = OPENERS[candidate](root, manifest, threads)
         except BackendError as error:
             passed_over.setdefault(str(error), []).append(candidate)
             continue
         facts = [f"not {reason.partition(';')[0]}" for reason in _reasons(passed_over)]
         return backend, "; ".join([f"auto: {candidate}, best that opens here", *facts])
     raise BackendError("no backend opens: " + "; ".join(_reasons(passed_over)))
+
+
+def _best_first(manifest: Manifest) -> list[str]:
+    """Names of all backends, best first for this plan on this machine.
+
+    A large float32 plan takes OpenVINO before ONNX Runtime where the CPU multiplies bfloat16: 3.5 times as fast at
+    d16. A small one starts sooner on ONNX Runtime, and gains nothing.
+    """
+    large = manifest.files[WEIGHTS].bytes >= LARGE and manifest.precision.compute == "fp32"
+    if not large or not has_openvino_bfloat16():
+        return list(OPENERS)
+    return [*(name for name in OPENERS if name != "ort-cpu"), "ort-cpu"]
+
+
+def has_openvino_bfloat16() -> bool:
+    """Whether OpenVINO is installed and would multiply in bfloat16 on this CPU."""
+    try:
+        import openvino
+
+        return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    except Exception:
+        return False
 
 
 def _reasons(passed_over: Mapping[str, list[str]]) -> list[str]:

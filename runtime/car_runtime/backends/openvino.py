@@ -8,7 +8,6 @@ Buffers are numpy arrays that OpenVINO reads and writes in place; K and V are ke
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from car_runtime.backends import Buffer
-from car_runtime.backends.host import HostMemory, array_of, available_cores
+from car_runtime.backends.host import HostMemory, array_of, available_cores, forget_pages
 from car_runtime.backends.openvino_graphs import (
     LOGITS,
     RANKED,
@@ -27,7 +26,7 @@ from car_runtime.backends.openvino_graphs import (
     split_at_sort,
 )
 from car_runtime.errors import BackendError, PlanError, RunError, one_line
-from car_runtime.manifest import Manifest
+from car_runtime.manifest import WEIGHTS, Manifest
 
 # The encoder serves editing only; it is compiled when somebody encodes.
 _AT_ONCE = ("step", "condition", "control", "decoder")
@@ -62,9 +61,8 @@ class OpenVino(HostMemory):
         }
         self._lock = Lock()
         self._closed = False
-        names = [name for name in _AT_ONCE if name in manifest.graphs]
-        with ThreadPoolExecutor(len(names)) as pool:
-            self._models = dict(zip(names, pool.map(self._compile, names), strict=True))
+        # One after the other: together they are no faster, and the weights of all would be mapped at once.
+        self._models = {name: self._compile(name) for name in _AT_ONCE if name in manifest.graphs}
         self._idle: dict[tuple[str, frozenset[str]], list[_Request]] = {}
 
     def step_graph(self, scale: int, batch: int) -> str:
@@ -105,6 +103,9 @@ class OpenVino(HostMemory):
             idle = self._idle.setdefault((graph, outputs), [])
             request = idle.pop() if idle else _Request(self._ov, self._models[graph])
         yield request  # after an error it is not used again
+        if not request.used:  # OpenVINO packs weights for a graph when it first runs
+            request.used = True
+            forget_pages(self._root / WEIGHTS)
         with self._lock:
             idle.append(request)
 
@@ -114,12 +115,14 @@ class OpenVino(HostMemory):
         try:
             model = self._core.read_model(str(self._root / file))
             models, settings = self._rewrite(model) if graph == "step" else ((model,), self._settings)
-            return [self._core.compile_model(part, "CPU", settings) for part in models]
+            compiled = [self._core.compile_model(part, "CPU", settings) for part in models]
         except Exception as error:
             raise PlanError(
                 f"OpenVINO {self._ov.__version__} cannot compile {file}: {one_line(error)}; "
                 "export the plan again, or use --backend ort-cpu"
             ) from error
+        forget_pages(self._root / WEIGHTS)
+        return compiled
 
     def _rewrite(self, step: Any) -> tuple[Sequence[Any], dict[str, Any]]:
         """The parts of a step as they are compiled, and with which settings."""
@@ -136,12 +139,13 @@ class _Request:
 
     def __init__(self, ov: Any, models: Sequence[Any]) -> None:
         self._ov = ov
+        self.used = False
         self._parts = [
             (model.create_infer_request(), _ports(model.inputs), _ports(model.outputs)) for model in models
         ]
 
     def infer(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
-        """Run the parts one after the other: of a step, first up to its logits, then what follows on the sorted ones."""
+        """Run the parts one after the other: of a step, first up to its logits, then the rest on the sorted ones."""
         between: dict[str, Buffer] = {}
         for request, takes, gives in self._parts:
             for name, buffer in {**inputs, **between}.items():

@@ -207,7 +207,9 @@ def _element(dtype: str) -> Any:
 
 def _load_onnxruntime() -> Any:
     onnxruntime = import_onnxruntime("ort-cuda", "onnxruntime-gpu", "gpu", either="'car-deploy[gpu]'")
-    onnxruntime.set_default_logger_severity(3)  # it warns, at every session, of plugins that it looks for
+    onnxruntime.set_default_logger_severity(
+        4
+    )  # it tells of plugins and kernels that it tried; what matters is raised
     preload = getattr(onnxruntime, "preload_dlls", None)
     if preload is not None and PROVIDER in onnxruntime.get_available_providers():
         with contextlib.redirect_stdout(None):  # it prints what it doesn't find
