@@ -19,6 +19,7 @@ import dataclasses
 import gc
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -561,8 +562,10 @@ class Engine:
         # mapped and cost no memory; from a module ControlNet's 1.44 GB were held twice.
         self._folder = tempfile.TemporaryDirectory(prefix="openvino-")
         file = Path(self._folder.name) / "model.xml"
-        exported = torch.export.export(make(), tuple(example))
-        openvino.save_model(openvino.convert_model(exported), file, compress_to_fp16=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's of its own exporter
+            exported = torch.export.export(make(), tuple(example))
+            openvino.save_model(openvino.convert_model(exported), file, compress_to_fp16=False)
         del exported
         gc.collect()  # exported programs refer to themselves
         settings = {
