@@ -351,7 +351,7 @@ def quoted_marks(axes: Axes, quoted: Sequence[Row], sizes: Sequence[int]) -> Non
             axes.axhline(row["seconds"], color=GREY, linewidth=0.8, linestyle=(0, (1, 2)))
             axes.annotate(
                 f"{row['method']} {seconds(row['seconds'])}",
-                (sizes[-1], row["seconds"]), (0, 2), textcoords="offset points", ha="right", fontsize=6.5, color=GREY,
+                (sizes[0], row["seconds"]), (0, 2), textcoords="offset points", ha="left", fontsize=6.5, color=GREY,
             )  # fmt: skip
         elif row["image_size"] in sizes:
             axes.plot(row["image_size"], row["seconds"], "x", color=GREY, markersize=5)
@@ -366,7 +366,7 @@ def growth_roofline(result: Result) -> bytes | None:
     card = result.settings["cards"][precision]
     roof, slope = card["flops_per_s"] / 1e12, card["bytes_per_s"] / 1e12
     with page(3.3) as ((axes,), finished):
-        reach = np.geomspace(1, 3e4, 200)
+        reach = np.geomspace(1, 1e5, 200)
         axes.plot(reach, np.minimum(roof, slope * reach), color=GREY, linewidth=1.4)
         sizes = sorted({row["image_size"] for row in rows})
         for colour, marker, size in zip(COLOURS, "osD^", sizes, strict=False):
