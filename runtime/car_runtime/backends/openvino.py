@@ -21,9 +21,9 @@ from car_runtime.backends.host import HostMemory, array_of, available_cores, for
 from car_runtime.backends.openvino_graphs import (
     LOGITS,
     RANKED,
-    fuse_attention,
     keep_cache_in_bfloat16,
     split_at_sort,
+    transpose_in_products,
 )
 from car_runtime.errors import BackendError, PlanError, RunError, one_line
 from car_runtime.manifest import WEIGHTS, Manifest
@@ -58,6 +58,8 @@ class OpenVino(HostMemory):
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": self.precision,
             "INFERENCE_NUM_THREADS": threads or available_cores(),
+            # What fuses attention into one kernel computes it wrongly for named dimensions (2026.4, from 30 keys on).
+            "SNIPPETS_MODE": "DISABLE",
         }
         self._lock = Lock()
         self._closed = False
@@ -114,8 +116,8 @@ class OpenVino(HostMemory):
         file = self._manifest.graphs[graph].file
         try:
             model = self._core.read_model(str(self._root / file))
-            models, settings = self._rewrite(model) if graph == "step" else ((model,), self._settings)
-            compiled = [self._core.compile_model(part, "CPU", settings) for part in models]
+            models = self._rewrite(model) if graph == "step" else (model,)
+            compiled = [self._core.compile_model(part, "CPU", self._settings) for part in models]
         except Exception as error:
             raise PlanError(
                 f"OpenVINO {self._ov.__version__} cannot compile {file}: {one_line(error)}; "
@@ -124,14 +126,12 @@ class OpenVino(HostMemory):
         forget_pages(self._root / WEIGHTS)
         return compiled
 
-    def _rewrite(self, step: Any) -> tuple[Sequence[Any], dict[str, Any]]:
-        """The parts of a step as they are compiled, and with which settings."""
-        settings = self._settings
-        if not fuse_attention(self._ov, step):
-            settings = settings | {"SNIPPETS_MODE": "DISABLE"}  # what fuses attention, and wrongly so in this form
+    def _rewrite(self, step: Any) -> Sequence[Any]:
+        """The parts of a step as they are compiled."""
+        transpose_in_products(self._ov, step)
         if self.cache_dtype is not None:
             step = keep_cache_in_bfloat16(self._ov, step)
-        return split_at_sort(self._ov, step) or (step,), settings
+        return split_at_sort(self._ov, step) or (step,)
 
 
 class _Request:
