@@ -65,7 +65,8 @@ class Result:
         if self.benchmark == "controlnet":
             return f"{', '.join(map(plan_name, s['ours']['plans']))} beside {s['theirs']}"
         backend = s.get("backend")
-        return plan_name(s["plan"]) + (f" on {backend}" if backend else "")
+        name = backend["name"] if isinstance(backend, dict) else backend
+        return plan_name(s["plan"]) + (f" on {name}" if name else "")
 
     @property
     def key(self) -> tuple[str, str, str, str]:

@@ -176,7 +176,7 @@ class Block(nn.Module):
         layer: int = 0,
         sides: Sequence[int] = (),
     ) -> Tensor:
-        """x f32 → the same shape: [R, N, C] of the scales `sides`, or with a cache token-major [N, R, C] of one scale.
+        """x f32 → the same: [R, N, C] of the scales `sides`, or with a cache token-major [N, R, C] of one scale.
 
         `modulation`: the six f32 of `modulation()`, each [R, 1, C] or, with a cache, [1, R, C].
         """

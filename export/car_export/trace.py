@@ -65,8 +65,8 @@ def trace(
 ) -> ir.Model:
     """Trace a module whose forward takes `*inputs`.
 
-    `dims` names the dynamic axes of inputs: None or a number is static. Outputs get the names of the inputs' axes that
-    they have; one that is computed is named here too.
+    `dims` names the dynamic axes of inputs: None or a number is static. Outputs get the names of the inputs' axes
+    that they have; one that is computed is named here too.
     The result's initializers are still the module's own tensors (`weights.externalise` comes next).
     """
     known = {

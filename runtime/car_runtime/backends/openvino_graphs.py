@@ -46,7 +46,8 @@ def _attention(softmax: Node) -> Attention | None:
     q, k, v, transposed = _producer(scores, 0), _producer(scores, 1), _producer(out, 1), _only_reader(out)
     if [_order(node) for node in (q, k, v, transposed)] != [[1, 0, 2], [1, 2, 0], [1, 0, 2], [1, 0, 2]]:
         return None
-    return Attention(*(node.input(0).get_source_output() for node in (q, k, v)), transposed)
+    q_NGd, k_TGd, v_TGd = (node.input(0).get_source_output() for node in (q, k, v))
+    return Attention(q_NGd, k_TGd, v_TGd, transposed)
 
 
 def keep_cache_in_bfloat16(ov: Any, model: Model) -> Model:
