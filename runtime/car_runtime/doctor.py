@@ -244,10 +244,11 @@ def _check_openvino(found: Mapping[str, str | None], gpu: Mapping[str, Any]) -> 
     try:
         import openvino
 
-        devices = openvino.Core().available_devices
+        # Of the CPU alone: to list all devices it would load its plugins for GPUs and NPUs too.
+        openvino.Core().get_property("CPU", "FULL_DEVICE_NAME")
     except Exception as error:
         return f"openvino does not start: {one_line(error)}", INSTALL["openvino"]
-    return (None, []) if "CPU" in devices else (f"openvino finds no CPU, only {devices}", INSTALL["openvino"])
+    return None, []
 
 
 def _check_ort_cuda(found: Mapping[str, str | None], gpu: Mapping[str, Any]) -> Finding:

@@ -44,15 +44,19 @@ class OpenVino(HostMemory):
         self._ov = _import_openvino()
         self._root, self._manifest = root, manifest
         self._core = self._ov.Core()
-        if "CPU" not in self._core.available_devices:
-            raise BackendError("OpenVINO finds no CPU plugin; pip install --force-reinstall openvino")
+        try:
+            # Of the CPU alone: to list all devices OpenVINO would load its plugins for GPUs and NPUs too.
+            capabilities = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        except Exception as error:
+            raise BackendError(
+                f"OpenVINO finds no CPU plugin ({one_line(error)}); pip install --force-reinstall openvino"
+            ) from error
         if manifest.precision.compute != "fp32":
             raise BackendError(
                 f"the plan computes in {manifest.precision.compute}, but OpenVINO wants float32 plans and chooses "
                 "the type itself; export it with --precision fp32 (--weights fp16 keeps it small), or use ort-cpu"
             )
-        bf16 = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        self.precision = precision or ("bf16" if bf16 else "f32")
+        self.precision = precision or ("bf16" if "BF16" in capabilities else "f32")
         self.cache_dtype = "bfloat16" if self.precision == "bf16" else None
         self._settings: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
