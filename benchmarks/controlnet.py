@@ -17,7 +17,7 @@ theirs take turns in one process, and a ratio is the median of the ratios within
     eager       theirs by diffusers in PyTorch, ours by `benchmarks.reference_loop`, CAR's published way
     compiled    the same under torch.compile, the step as one graph
     engine      cpu: theirs by OpenVINO, ours by our runtime on OpenVINO and (fp32) ONNX Runtime
-                cuda: ours by our runtime; theirs, for which there is no engine here, eager and compiled
+                cuda: ours by our runtime; theirs, for which there is no engine here, eager and compiled (--against)
 
 Precision fp32 is that throughout. bf16 and fp16: theirs has its weights in that type, as diffusers loads them; the
 published way of ours is autocast over float32 weights, which are cast again in every product. Engines choose by
@@ -43,7 +43,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -53,6 +52,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks import subject as subjects
+from benchmarks.command import Log, run_command
 from benchmarks.counting import count_image
 from benchmarks.latency import (
     DTYPES,
@@ -66,7 +66,6 @@ from benchmarks.latency import (
 from benchmarks.machine import (
     BenchmarkError,
     cores,
-    emit,
     interleaved,
     markdown_table,
     peak_rss,
@@ -74,12 +73,13 @@ from benchmarks.machine import (
     record,
 )
 from benchmarks.subject import CACHE, MODELS, Subject
-from car_runtime.errors import BackendError, CarError
+from car_runtime.errors import BackendError
 
 if TYPE_CHECKING:
     from benchmarks.diffusion import Architecture, Method, Networks, Workshop
 
 TIERS = ("eager", "engine", "compiled")
+WITHOUT_ENGINE = ("eager", "compiled")
 METHODS = ("controlnet", "t2i", "lcm")
 OFFERED = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "fp16")}
 """Precisions of each device. CPUs multiply no halves."""
@@ -87,7 +87,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {"tiers": ("eager", "engine"), "precisions": ("fp32", "bf16"), "timed_steps": 2, "warmup": 1, "runs": 5},
     "cuda": {"tiers": TIERS, "precisions": ("fp16",), "timed_steps": None, "warmup": 3, "runs": 20},
 }
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,9 +182,10 @@ def networks_of(args: argparse.Namespace, group: Group, workshop: Workshop) -> I
         )
         return
     eager = diffusion.assemble(architecture, group.method, workshop, workshop.dtype, args.device)
-    if group.tier != "compiled":
+    wanted = args.against if group.tier == "engine" else (group.tier,)
+    if "eager" in wanted:
         yield "eager", eager
-    if group.tier != "eager":
+    if "compiled" in wanted:
         yield "compiled", diffusion.compiled(eager)
 
 
@@ -385,6 +385,9 @@ def group_rows(args: argparse.Namespace, group: Group, workshop: Workshop, ours:
         for rival in rivals_of(networks, tier, group, ours.subject.control(), args.timed_steps)
     ]
     everyone = [*ours.candidates, *(rival.candidate for rival in rivals)]
+    if group.tier == "compiled":  # theirs began with forgetting all that had been compiled
+        for c in ours.candidates:
+            c.make(0)
     log(f"{group}: {args.warmup} + {args.runs} rounds of {'; '.join(c.name for c in everyone)}")
     for c in everyone:
         c.seconds.clear()
@@ -392,6 +395,7 @@ def group_rows(args: argparse.Namespace, group: Group, workshop: Workshop, ours:
     interleaved({c.key: c for c in everyone}, args.warmup, args.runs)
     for c in everyone:
         del c.seconds[: args.warmup], c.stages[: args.warmup]
+    log(f"{group}: {'; '.join(f'{c.name} {np.median(c.seconds):.4g} s' for c in everyone)}")
     gflops = {part: n / 1e9 for part, n in count_flops(architecture_of(args), group.method, group.size).items()}
     rows = [our_row(group, ours, c) for c in ours.candidates]
     for steps in group.method.steps:
@@ -503,6 +507,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", type=names_of(METHODS), default=METHODS, help="default: controlnet,t2i,lcm")
     parser.add_argument("--tiers", type=names_of(TIERS), help="default: eager,engine; with cuda compiled too")
     parser.add_argument("--precisions", type=names_of(tuple(DTYPES)), help="default: fp32,bf16; with cuda fp16")
+    parser.add_argument(
+        "--against",
+        type=names_of(WITHOUT_ENGINE),
+        default=WITHOUT_ENGINE,
+        help="theirs beside our engine where they have none, with cuda (default: eager,compiled)",
+    )
     parser.add_argument("--timed-steps", type=int, help="steps that are run, then scaled (default: 2; with cuda all)")
     parser.add_argument("--runs", type=int, help="rounds (default: 5; with cuda 20)")
     parser.add_argument("--warmup", type=int, help="rounds before them (default: 1; with cuda 3)")
@@ -535,30 +545,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
-    began = time.monotonic()
-
-    def log(text: str) -> None:
-        print(f"[{time.monotonic() - began:6.1f} s] {text}", file=sys.stderr, flush=True)
-
-    try:
-        with ExitStack() as stack:
-            # Opened first: nobody wants to learn after the measurement that it can't be written.
-            file = stack.enter_context(args.output.open("a", encoding="utf-8")) if args.output else None
-            found = measure(args, log)
-            for text in tables(found):
-                print(f"\n{text}")
-            print()
-            emit(found)
-            if file is not None:
-                emit(found, file)
-    except (BenchmarkError, CarError, OSError) as error:
-        print(f"benchmarks.controlnet: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("benchmarks.controlnet: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return run_command("benchmarks.controlnet", parse_args(argv), measure, tables)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import dataclasses
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -421,8 +421,8 @@ def op_rows(counts: ImageCount) -> list[dict[str, Any]]:
     ]
 
 
-def roofline_rows(counts: ImageCount, card: Card = RTX_4090) -> list[dict[str, Any]]:
-    """`roofline` in milliseconds, for a table."""
+def roofline_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What `roofline` found, in milliseconds for a table."""
     return [
         {
             "stage": row["stage"],
@@ -431,7 +431,7 @@ def roofline_rows(counts: ImageCount, card: Card = RTX_4090) -> list[dict[str, A
             "at best, ms": 1e3 * float(row["floor_s"]),
             "bound by": row["bound"],
         }
-        for row in roofline(counts, card.flops_per_s, card.bytes_per_s, card.precision_bytes)
+        for row in rows
     ]
 
 
@@ -489,7 +489,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print("\nmatrix products\n")
                 print(markdown_table(product_rows(counts)))
             print(f"\n{RTX_4090.name}: computed from the counts, not measured\n")
-            print(markdown_table(roofline_rows(counts)))
+            card = (RTX_4090.flops_per_s, RTX_4090.bytes_per_s, RTX_4090.precision_bytes)
+            print(markdown_table(roofline_rows(roofline(counts, *card))))
     except BenchmarkError as error:
         print(f"benchmarks.counting: error: {error}", file=sys.stderr)
         return 2

@@ -38,9 +38,7 @@ import argparse
 import dataclasses
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +48,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import subject as subjects
+from benchmarks.command import Log, run_command
 from benchmarks.counting import (
     RTX_4090,
     RTX_4090_FP32,
@@ -63,14 +62,14 @@ from benchmarks.counting import (
     parse_batches,
     roofline,
 )
-from benchmarks.machine import BenchmarkError, cores, emit, in_subprocess, markdown_table, quantiles, record
+from benchmarks.machine import BenchmarkError, cores, in_subprocess, markdown_table, quantiles, record
 from benchmarks.subject import CACHE
 from car_export import graphs
 from car_export.plan import ExportOptions, PlanBuilder
 from car_export.trace import optimise, specialise
 from car_export.weights import INLINE, WeightStore, external
 from car_runtime.backends import check_name
-from car_runtime.errors import BackendError, CarError
+from car_runtime.errors import BackendError
 from car_train.config import SIDES_256, SIDES_512, ModelConfig
 from car_train.model import Model
 
@@ -107,7 +106,6 @@ QUOTED: tuple[dict[str, Any], ...] = tuple(
     )
 )
 
-Log = Callable[[str], None]
 Row = dict[str, Any]
 
 
@@ -374,6 +372,12 @@ def measured_rows(args: argparse.Namespace, log: Log) -> list[Row]:
 # ---- The command ----
 
 
+def measure(args: argparse.Namespace, log: Log) -> Row:
+    """Everything as one record, measured if asked for. Raises BenchmarkError and the runtime's errors."""
+    rows = [*on_paper(args, log), *QUOTED, *(measured_rows(args, log) if args.measure else [])]
+    return record("growth", settings_of(args), rows)
+
+
 def settings_of(args: argparse.Namespace) -> Row:
     cards = {precision: dataclasses.asdict(CARDS[precision]) for precision in args.precisions}
     measured = {name: getattr(args, name) for name in ("models", "backends", "threads", "warmup", "runs")}
@@ -536,31 +540,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
-    began = time.monotonic()
-
-    def log(text: str) -> None:
-        print(f"[{time.monotonic() - began:6.1f} s] {text}", file=sys.stderr, flush=True)
-
-    try:
-        with ExitStack() as stack:
-            # Opened first: nobody wants to learn after the measurement that it can't be written.
-            file = stack.enter_context(args.output.open("a", encoding="utf-8")) if args.output else None
-            rows = [*on_paper(args, log), *QUOTED, *(measured_rows(args, log) if args.measure else [])]
-            found = record("growth", settings_of(args), rows)
-            for text in tables(found):
-                print(f"\n{text}")
-            print()
-            emit(found)
-            if file is not None:
-                emit(found, file)
-    except (BenchmarkError, CarError, OSError) as error:
-        print(f"benchmarks.growth: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("benchmarks.growth: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return run_command("benchmarks.growth", parse_args(argv), measure, tables)
 
 
 if __name__ == "__main__":

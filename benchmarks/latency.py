@@ -52,6 +52,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks import subject as subjects
+from benchmarks.command import Log, run_command
 from benchmarks.counting import (
     RTX_4090,
     ImageCount,
@@ -65,7 +66,6 @@ from benchmarks.counting import (
 from benchmarks.machine import (
     BenchmarkError,
     cores,
-    emit,
     gemm_rate,
     in_subprocess,
     interleaved,
@@ -76,7 +76,7 @@ from benchmarks.machine import (
 )
 from benchmarks.subject import CACHE, MODELS, Subject
 from car_runtime.backends import OPENERS, Backend, check_name, open_backend
-from car_runtime.errors import BackendError, CarError
+from car_runtime.errors import BackendError
 from car_runtime.manifest import WEIGHTS
 from car_runtime.plan import Plan, default_plan
 from car_runtime.sampling import uniforms
@@ -128,9 +128,7 @@ class Candidate:
 
 
 @contextmanager
-def opened_backends(
-    args: argparse.Namespace, subject: Subject, log: Callable[[str], None]
-) -> Iterator[dict[str, Backend]]:
+def opened_backends(args: argparse.Namespace, subject: Subject, log: Log) -> Iterator[dict[str, Backend]]:
     """The engines to measure: those named, which must open, or all of the device that do; others are logged."""
     with ExitStack() as stack:
         found: dict[str, Backend] = {}
@@ -479,8 +477,8 @@ def _python(*arguments: str) -> str:
 # ---- The command ----
 
 
-def measure(args: argparse.Namespace, log: Callable[[str], None]) -> tuple[Record, dict[int, ImageCount]]:
-    """Everything, as one record, and the counts. Raises BenchmarkError and the runtime's errors."""
+def measure(args: argparse.Namespace, log: Log) -> Record:
+    """Everything, as one record. Raises BenchmarkError and the runtime's errors."""
     subject = choose_subject(args, log)
     counts = {batch: count_image(subject.plan, batch) for batch in args.batch}
     with opened_backends(args, subject, log) as backends:
@@ -512,14 +510,14 @@ def measure(args: argparse.Namespace, log: Callable[[str], None]) -> tuple[Recor
     rows += start_rows(subject if args.reference else without_source(subject), list(backends), args.threads)
     card = (RTX_4090.flops_per_s, RTX_4090.bytes_per_s, RTX_4090.precision_bytes)
     rows += [{"question": "roofline", "card": RTX_4090.name, **row} for row in roofline(first, *card)]
-    return record("latency", settings_of(args, subject, reports), rows), counts
+    return record("latency", settings_of(args, subject, reports), rows)
 
 
 def without_source(subject: Subject) -> Subject:
     return Subject(plan=subject.plan, manifest=subject.manifest, source=None)
 
 
-def choose_subject(args: argparse.Namespace, log: Callable[[str], None]) -> Subject:
+def choose_subject(args: argparse.Namespace, log: Log) -> Subject:
     if args.model is not None:
         return subjects.made_up(args.model, args.depth, args.precision, args.batch, args.cache, log)
     return subjects.existing(args.plan or default_plan(), args.checkpoint)
@@ -546,7 +544,7 @@ def settings_of(args: argparse.Namespace, subject: Subject, reports: Mapping[str
     }
 
 
-def tables(found: Record, counts: Mapping[int, ImageCount]) -> Iterator[str]:
+def tables(found: Record) -> Iterator[str]:
     """A heading and a table per question."""
     rows = {q: [r for r in found["results"] if r["question"] == q] for q in ("end_to_end", "stage", "next_seed")}
     yield "How long does a picture take? Control image in host memory → RGB in host memory, guided"
@@ -615,7 +613,7 @@ def tables(found: Record, counts: Mapping[int, ImageCount]) -> Iterator[str]:
     }
     yield _table(limit, columns)
     yield f"What could a GPU do at best? {RTX_4090.name}: computed from the counts, not measured"
-    yield markdown_table(roofline_rows(next(iter(counts.values()))))
+    yield markdown_table(roofline_rows([r for r in found["results"] if r["question"] == "roofline"]))
 
 
 def _table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
@@ -682,30 +680,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
-    began = time.monotonic()
-
-    def log(text: str) -> None:
-        print(f"[{time.monotonic() - began:6.1f} s] {text}", file=sys.stderr, flush=True)
-
-    try:
-        with ExitStack() as stack:
-            # Opened first: nobody wants to learn after the measurement that it can't be written.
-            file = stack.enter_context(args.output.open("a", encoding="utf-8")) if args.output else None
-            found, counts = measure(args, log)
-            for text in tables(found, counts):
-                print(f"\n{text}")
-            print()
-            emit(found)
-            if file is not None:
-                emit(found, file)
-    except (BenchmarkError, CarError, OSError) as error:
-        print(f"benchmarks.latency: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("benchmarks.latency: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return run_command("benchmarks.latency", parse_args(argv), measure, tables)
 
 
 if __name__ == "__main__":

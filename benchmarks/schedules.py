@@ -49,11 +49,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import subject as subjects
-from benchmarks.machine import BenchmarkError, cores, emit, interleaved, markdown_table, record
+from benchmarks.command import Log, run_command
+from benchmarks.machine import BenchmarkError, cores, interleaved, markdown_table, record
 from benchmarks.subject import CACHE, MODELS, Subject
 from car_runtime.backends import Backend, check_name, open_backend
 from car_runtime.cli import add_schedule_flags
-from car_runtime.errors import BackendError, CarError
+from car_runtime.errors import BackendError
 from car_runtime.manifest import Manifest
 from car_runtime.plan import Plan, Result, default_plan
 from car_runtime.sampling import Request, resolve
@@ -277,9 +278,7 @@ class HeldOut:
         self.truth: list[NDArray[Any]] = []
         """Features of the real pictures, in batches."""
 
-    def draw(
-        self, maker: Maker, chosen: Sequence[Candidate], seed: int, log: Callable[[str], None]
-    ) -> dict[str, Drawn]:
+    def draw(self, maker: Maker, chosen: Sequence[Candidate], seed: int, log: Log) -> dict[str, Drawn]:
         """Every picture on every schedule."""
         drawn = {c.name: Drawn() for c in chosen}
         began = time.monotonic()
@@ -327,7 +326,7 @@ class HeldOut:
         for measure, value in control_errors(self.control_type, given, found).items():
             drawn.control[measure].append(value)
 
-    def distances(self, drawn: Mapping[str, Drawn], seed: int, log: Callable[[str], None]) -> Record:
+    def distances(self, drawn: Mapping[str, Drawn], seed: int, log: Log) -> Record:
         """`compare_sets`: by schedule, and "floor"; empty without a network."""
         from car_train.evaluate import compare_sets
 
@@ -384,7 +383,7 @@ def _mean(values: Sequence[float]) -> float | None:
 # ---- The command ----
 
 
-def measure(args: argparse.Namespace, log: Callable[[str], None], network: FeatureNetwork | None = None) -> Record:
+def measure(args: argparse.Namespace, log: Log, network: FeatureNetwork | None = None) -> Record:
     """Everything, as one record. `network`: other features than those of `--features`.
 
     Raises BenchmarkError and the runtime's errors.
@@ -417,7 +416,7 @@ def measure(args: argparse.Namespace, log: Callable[[str], None], network: Featu
     return record("schedules", settings, [*rows, *scale_rows(subject, chosen, stages)])
 
 
-def choose_subject(args: argparse.Namespace, log: Callable[[str], None]) -> Subject:
+def choose_subject(args: argparse.Namespace, log: Log) -> Subject:
     if args.model is not None:
         batches = tuple(sorted({1, args.batch}))  # tokens are compared picture by picture
         return subjects.made_up(args.model, args.depth, args.precision, batches, args.cache, log)
@@ -611,30 +610,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
-    began = time.monotonic()
-
-    def log(text: str) -> None:
-        print(f"[{time.monotonic() - began:6.1f} s] {text}", file=sys.stderr, flush=True)
-
-    try:
-        with ExitStack() as stack:
-            # Opened first: nobody wants to learn after the measurement that it can't be written.
-            file = stack.enter_context(args.output.open("a", encoding="utf-8")) if args.output else None
-            found = measure(args, log)
-            for text in tables(found):
-                print(f"\n{text}")
-            print()
-            emit(found)
-            if file is not None:
-                emit(found, file)
-    except (BenchmarkError, CarError, OSError) as error:
-        print(f"benchmarks.schedules: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("benchmarks.schedules: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return run_command("benchmarks.schedules", parse_args(argv), measure, tables)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -53,10 +52,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.machine import BenchmarkError, emit, markdown_table, record
+from benchmarks.command import Log, run_command
+from benchmarks.machine import BenchmarkError, markdown_table, record
 from benchmarks.subject import draw_control
 from car_runtime.backends import check_name
-from car_runtime.errors import BackendError, CarError
+from car_runtime.errors import BackendError
 from car_runtime.plan import CACHED, Plan, default_plan, open_plan
 
 PROC = Path("/proc/self")
@@ -72,7 +72,6 @@ many calls as there are threads have met in every graph: of the shipped plan wit
 to 147 MB, over 260 calls of the other rounds or 10 of these, and then no more."""
 SEED = 0
 
-Log = Callable[[str], None]
 Control = NDArray[np.uint8] | None
 Row = dict[str, Any]
 
@@ -415,32 +414,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
-    began = time.monotonic()
-
-    def log(text: str) -> None:
-        print(f"[{time.monotonic() - began:6.1f} s] {text}", file=sys.stderr, flush=True)
-
-    try:
-        with ExitStack() as stack:
-            # Opened first: nobody wants to learn after the measurement that it can't be written.
-            file = stack.enter_context(args.output.open("a", encoding="utf-8")) if args.output else None
-            found = soak(args, log)
-            for text in tables(found):
-                print(f"\n{text}")
-            print()
-            emit(found)
-            if file is not None:
-                emit(found, file)
-    except (BenchmarkError, CarError, OSError) as error:
-        print(f"benchmarks.soak: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("benchmarks.soak: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    for line in failures(found):
-        print(f"benchmarks.soak: failed: {line}", file=sys.stderr)
-    return 1 if failures(found) else 0
+    return run_command("benchmarks.soak", parse_args(argv), soak, tables, failures)
 
 
 if __name__ == "__main__":

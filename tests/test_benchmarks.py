@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import torch
 from PIL import Image
 
 from benchmarks import scaling
+from benchmarks.command import run_command
 from benchmarks.machine import (
     BenchmarkError,
     emit,
@@ -27,6 +30,7 @@ from benchmarks.machine import (
     record,
     timed,
 )
+from car_runtime.errors import RunError
 from car_train import checkpoint
 from car_train.config import ModelConfig, VQVAEConfig
 from car_train.model import Model
@@ -263,3 +267,55 @@ def test_scaling_refuses_what_it_cannot_do_in_one_line(
     assert scale(*flags) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("scaling: error:")]
     assert words in line
+
+
+@pytest.mark.parametrize(
+    ("raised", "failed", "code", "says"),
+    [
+        (None, [], 0, ""),
+        (None, ["memory grew"], 1, "benchmarks.x: failed: memory grew"),
+        (BenchmarkError("no GPU; buy one"), [], 2, "benchmarks.x: error: no GPU; buy one"),
+        (RunError("no memory; close something"), [], 2, "benchmarks.x: error: no memory; close something"),
+        (KeyboardInterrupt(), [], 130, "benchmarks.x: interrupted; nothing was written"),
+    ],
+)
+def test_a_command_writes_what_it_measured_and_its_exit_code_says_how_it_ended(
+    raised: BaseException | None,
+    failed: list[str],
+    code: int,
+    says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "results.jsonl"
+    file.write_text("an earlier line\n", encoding="utf-8")
+
+    def measure(args: argparse.Namespace, log: Callable[[str], None]) -> dict[str, Any]:
+        log("begun")
+        if raised is not None:
+            raise raised
+        return record("x", {}, [{"p50": 1.5}])
+
+    args = argparse.Namespace(output=file)
+    assert run_command("benchmarks.x", args, measure, lambda found: ["a table"], lambda found: failed) == code
+    out, err = capsys.readouterr()
+    begun, *rest = err.splitlines()
+    assert begun.endswith(" s] begun")
+    assert rest == ([says] if says else [])
+    written = file.read_text(encoding="utf-8").splitlines()
+    if raised is not None:
+        assert (out, written) == ("", ["an earlier line"])
+        return
+    assert out == f"\na table\n\n{written[1]}\n"
+    assert json.loads(written[1])["results"] == [{"p50": 1.5}]
+
+
+def test_a_command_that_cannot_write_says_so_before_it_measures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(args: argparse.Namespace, log: Callable[[str], None]) -> dict[str, Any]:
+        raise AssertionError("measured")
+
+    args = argparse.Namespace(output=tmp_path / "no" / "folder.jsonl")
+    assert run_command("benchmarks.x", args, measure, lambda found: []) == 2
+    assert "folder.jsonl" in capsys.readouterr().err
