@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -152,3 +154,34 @@ def test_a_wrong_buffer_is_an_error_of_the_engine() -> None:
                 {"f_hat": backend.allocate((1, 3, 8, 8), "float32")},
                 {"image": backend.allocate((1,), "uint8")},
             )
+
+
+SIGNALLED = """
+import os, signal, sys, threading
+from car_runtime import doctor, open_plan
+from car_runtime.backends import openvino_core
+
+make = {"core": openvino_core, "plan": lambda: open_plan(backend="openvino", threads=1)}[sys.argv[1]]
+caught = []
+signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+
+held = [make(), make()]
+held.pop(0), held.pop(0)
+assert doctor.examine()["works"]
+os.kill(os.getpid(), signal.SIGINT)
+
+held.append(make())
+thread = threading.Thread(target=held.clear)
+thread.start()
+thread.join()
+os.kill(os.getpid(), signal.SIGINT)
+print(len(caught))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signal stacks")
+@pytest.mark.parametrize("what", ["core"])
+def test_a_signal_after_openvino_is_gone_does_not_end_the_process(what: str) -> None:
+    """Closed first what was opened first, then one on another thread: no plugin leaves its signal stack behind."""
+    done = subprocess.run([sys.executable, "-c", SIGNALLED, what], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from car_runtime import __version__
-from car_runtime.backends import OPENERS
+from car_runtime.backends import OPENERS, openvino_core
 from car_runtime.errors import CarError, one_line
 
 BACKENDS = ("ort-cpu", "openvino", "ort-cuda", "rtx", "trt")
@@ -242,10 +242,7 @@ def _check_openvino(found: Mapping[str, str | None], gpu: Mapping[str, Any]) -> 
     if found["openvino"] is None:
         return "openvino is not installed", INSTALL["openvino"]
     try:
-        import openvino
-
-        # Of the CPU alone: to list all devices it would load its plugins for GPUs and NPUs too.
-        openvino.Core().get_property("CPU", "FULL_DEVICE_NAME")
+        openvino_core()
     except Exception as error:
         return f"openvino does not start: {one_line(error)}", INSTALL["openvino"]
     return None, []
