@@ -17,6 +17,11 @@ DEMO_ARGS ?= -n 4 --grid
 # More arguments for pytest, e.g. make test PYTEST_ARGS="-k manifest -x"
 PYTEST_ARGS ?=
 
+# All tests are spread over processes, whole files each, as the tests of a file share what they build: two take 1.2 GB of
+# memory each. Tests chosen by PYTEST_ARGS run in one, which starts sooner.
+TEST_PROCESSES ?= 2
+PYTEST_SPREAD = $(if $(strip $(PYTEST_ARGS)),,-n $(TEST_PROCESSES) --dist loadfile)
+
 DEMO_ENV := .venv-demo
 DEV_ENV := .venv
 GPU_ENV := .venv-gpu
@@ -31,7 +36,7 @@ help:
 	@echo 'make test-slow  tests that take minutes or gigabytes of memory'
 	@echo 'make test-gpu   tests that need an NVIDIA GPU (an environment of its own)'
 	@echo 'make clean      remove environments, caches and builds; runs/ and out/ stay'
-	@echo 'Each command does its own set-up. Variables: PYTHON, TORCH, PYTEST_ARGS, DEMO_CONTROL, DEMO_CLASS, DEMO_ARGS.'
+	@echo 'Each command does its own set-up. Variables: PYTHON, TORCH, PYTEST_ARGS, TEST_PROCESSES, DEMO_CONTROL, DEMO_CLASS, DEMO_ARGS.'
 
 demo: $(DEMO_ENV)$(INSTALLED)
 	@if [ -z "$(strip $(DEMO_CONTROL))" ]; then \
@@ -47,26 +52,14 @@ demo: $(DEMO_ENV)$(INSTALLED)
 	done; \
 	echo 'The pictures are in out/:'; printf '  %s\n' $$made
 
-# All tests run in two processes: with every engine's libraries in one, and diffusers', it crashed (SIGSEGV).
-ifeq ($(strip $(PYTEST_ARGS)),)
-define pytest
-	@$(DEV_ENV)/bin/python -m pytest -q --durations=15 tests/test_[a-d]*.py
-	@$(DEV_ENV)/bin/python -m pytest -q --durations=15 tests/test_[!a-d]*.py
-endef
-else
-define pytest
-	@$(DEV_ENV)/bin/python -m pytest -q --durations=15 $(PYTEST_ARGS)
-endef
-endif
-
 test: $(DEV_ENV)$(INSTALLED)
-	$(pytest)
+	@OMP_NUM_THREADS=1 $(DEV_ENV)/bin/python -m pytest -q --durations=15 $(PYTEST_SPREAD) $(PYTEST_ARGS)
 
 check: $(DEV_ENV)$(INSTALLED)
 	@$(DEV_ENV)/bin/python -m ruff check .
 	@$(DEV_ENV)/bin/python -m ruff format --check .
 	@$(DEV_ENV)/bin/python -m mypy
-	$(pytest)
+	@OMP_NUM_THREADS=1 $(DEV_ENV)/bin/python -m pytest -q --durations=15 $(PYTEST_SPREAD) $(PYTEST_ARGS)
 
 # pytest's exit code 5: there is no such test. That is no failure here.
 test-slow: $(DEV_ENV)$(INSTALLED)
