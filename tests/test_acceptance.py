@@ -177,8 +177,8 @@ def test_every_measured_run_computes_control_and_class_anew(
 @pytest.mark.parametrize(
     ("graph", "tensor", "change"),
     [
-        ("step", "car.base.blocks.1.mlp.fc2.weight.T", lambda w: 0 * w),
-        ("step", "car.base.blocks.0.attn.proj.weight.T", lambda w: -w),
+        ("step", "car.base.blocks.1.mlp.fc2.weight", lambda w: 0 * w),
+        ("step", "car.base.blocks.0.attn.proj.weight", lambda w: -w),
         ("step", "quantizer.embedding", lambda w: np.roll(w, 1, axis=0)),
         ("decoder", "vqvae.decoder.conv_in.weight", lambda w: 1.5 * w),
         ("control", "branch.encoder.conv_out.weight", lambda w: 0 * w),
@@ -204,7 +204,7 @@ def test_a_plan_with_another_weight_fails(
 def test_logits_that_are_not_finite_fail_and_the_report_is_still_json(
     built: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = altered(built("fp32"), tmp_path / "nan.plan", "step", "car.base.head.weight.T", lambda w: w * np.nan)
+    plan = altered(built("fp32"), tmp_path / "nan.plan", "step", "car.base.head.weight", lambda w: w * np.nan)
     output = tmp_path / "report.json"
     argv = ["verify", plan, "--backend", "ort-cpu", "--threads", 1, "--runs", 1, "--warmup", 0, "-o", output]
     assert main([str(a) for a in argv]) == 1

@@ -20,10 +20,12 @@ from PIL import Image
 import car_runtime
 from car_export import verify
 from car_export.cli import main as build_engines
+from car_export.graphs import PhasedUp
 from car_export.plan import ExportOptions, build_plan
 from car_runtime import manifest as schema
 from car_train import checkpoint
 from car_train.sample import control_pyramid, sample
+from car_train.vqvae import Up
 from small import small_model
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -241,3 +243,22 @@ def test_the_script_runs_from_a_bare_checkout(saved: Path, tmp_path: Path) -> No
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "bare.plan" / "manifest.json").read_text())["name"] == "bare"
+
+
+@torch.no_grad()
+def test_doubling_in_phases_is_doubling() -> None:
+    """Nearest neighbour and 3×3 convolution as four 2×2 convolutions, at odd sizes and borders too."""
+    up = Up(6).double()
+    phased = PhasedUp(up)
+    for kernel in phased.kernels:
+        assert kernel.shape == (6, 6, 2, 2)
+    phased.kernels = torch.nn.ParameterList(kernel.double() for kernel in phased.kernels)
+    x = torch.randn(2, 6, 5, 7, dtype=torch.float64)
+    assert torch.allclose(phased(x), up(x), atol=1e-6)
+
+
+def test_a_decoder_doubles_small_maps_without_copying_pixels(plan: Path) -> None:
+    model = onnx.load(plan / "decoder.onnx", load_external_data=False)
+    ops = [node.op_type for node in model.graph.node]
+    assert "Resize" not in ops
+    assert ops.count("DepthToSpace") == 2

@@ -36,9 +36,9 @@ SHIPPED: dict[str, Any] = {
     "allocations": {"first picture": 44, "next seed": 0, "open": 30, "other class": 3, "other control": 7},
     "flops": 4_712_678_912,
     "kv_bytes": 6_801_408,
-    "nodes": {"condition": 39, "control": 195, "decoder": 346, "step": 601, "step.00.b1": 542, "step.05.b1": 561},
+    "nodes": {"condition": 39, "control": 195, "decoder": 346, "step": 601, "step.00.b1": 542, "step.05.b1": 560},
     "stored_bytes": 20_301_192,
-    "transposes": 5.0,
+    "transposes": 4.888888888888889,
     "watched": {
         "decoder": {"Cast": 39, "Concat": 2, "InstanceNormalization": 24, "Softmax": 3, "Transpose": 7},
         "step.05.b1": {
@@ -49,7 +49,7 @@ SHIPPED: dict[str, Any] = {
             "LayerNormalization": 22,
             "Softmax": 11,
             "TopK": 1,
-            "Transpose": 45,
+            "Transpose": 44,
         },
     },
     "weight_bytes": 129_412_824,
@@ -58,13 +58,13 @@ SHIPPED: dict[str, Any] = {
 # Nodes of the toy depend on the versions of torch and onnxscript that exported it, those of CI and `make test`.
 TOY: dict[str, Any] = {
     "allocations": {"first picture": 29, "next seed": 0, "open": 15, "other class": 3, "other control": 4},
-    "flops": 6_628_928,
+    "flops": 6_465_088,
     "kv_bytes": 41_472,
-    "nodes": {"condition": 20, "control": 58, "decoder": 194, "step": 257, "step.00.b1": 209, "step.02.b1": 216},
-    "stored_bytes": 518_564,
+    "nodes": {"condition": 20, "control": 58, "decoder": 202, "step": 257, "step.00.b1": 209, "step.02.b1": 216},
+    "stored_bytes": 523_684,
     "transposes": 6.666666666666667,
     "watched": {
-        "decoder": {"Cast": 1, "Concat": 2, "InstanceNormalization": 16, "Softmax": 3, "Transpose": 7},
+        "decoder": {"Cast": 1, "Concat": 3, "InstanceNormalization": 16, "Softmax": 3, "Transpose": 7},
         "step.02.b1": {
             "Cast": 1,
             "Concat": 7,
@@ -76,7 +76,7 @@ TOY: dict[str, Any] = {
             "Transpose": 20,
         },
     },
-    "weight_bytes": 867_608,
+    "weight_bytes": 874_760,
     "weight_bytes_of_a_step": 212_096,
 }
 PLANS = {"shipped": SHIPPED, "toy": TOY}
@@ -124,13 +124,18 @@ def allocations(plan: Path) -> dict[str, int]:
     return found
 
 
+def _ops(graph: Path) -> Counter[str]:
+    """Nodes of each kind, without what engines do once, when they open the graph: transposing stored matrices."""
+    nodes, made = onnx.load(graph, load_external_data=False).graph, set[str]()
+    made |= {tensor.name for tensor in nodes.initializer}
+    made |= {name for node in nodes.node if node.op_type == "Cast" and node.input[0] in made for name in node.output}
+    return Counter(node.op_type for node in nodes.node if node.op_type != "Transpose" or node.input[0] not in made)
+
+
 def measured(plan: Path) -> dict[str, Any]:
     """All the numbers of a plan."""
     manifest, counts = read_manifest(plan), count_image(plan)
-    ops = {
-        name: Counter(node.op_type for node in onnx.load(plan / graph.file, load_external_data=False).graph.node)
-        for name, graph in manifest.graphs.items()
-    }
+    ops = {name: _ops(plan / graph.file) for name, graph in manifest.graphs.items()}
     last = f"step.{len(manifest.scales) - 1:02d}.b1"
     shown = ("control", "condition", "step", "step.00.b1", last, "decoder")
     step = next(stage.count for stage in counts.stages if stage.name == "scale_0")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,10 @@ import pytest
 
 from car_runtime import BackendError, Plan, RunError, open_plan
 from car_runtime.backends.openvino import OpenVino, descending
-from car_runtime.backends.openvino_graphs import transpose_in_products
+from car_runtime.backends.openvino_graphs import multiply_matrices_as_stored, transpose_in_products
 from car_runtime.manifest import Port, read_manifest
 from car_runtime.plan import default_plan
+from small_plans import small_plan
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed (extra openvino)")
 EXAMPLE = Path(__file__).parent.parent / "examples" / "guitar.png"
@@ -104,6 +106,39 @@ def test_the_step_is_cut_at_its_sort_and_reads_keys_row_by_row() -> None:
     assert keys_by_row() - before == attentions
 
 
+def kernels(plan: Plan, graph: str) -> Counter[str]:
+    """What OpenVINO runs of a graph, by kind."""
+    models = [part.get_runtime_model() for part in plan._backend._models[graph]]
+    return Counter(node.get_rt_info()["layerType"].astype(str) for model in models for node in model.get_ops())
+
+
+def test_lengths_and_norms_are_the_kernels_that_are_fast() -> None:
+    with on_openvino("bf16") as plan:
+        plan.generate(EXAMPLE, 2)
+        step, decoder = kernels(plan, "step"), kernels(plan, "decoder")
+        layers = plan.manifest.model.cache_layers
+    assert step["RMS"] == 2 * layers  # of queries and of keys
+    assert step["ReduceL2"] == 0
+    assert (step["MVN"] > 0, decoder["MVN"]) == (True, 0), decoder
+
+
+def test_matrices_are_read_as_the_plan_stores_them() -> None:
+    """[outputs, inputs], which is packed from the mapped file; of a transposed copy two would be kept."""
+    import openvino
+
+    model = openvino.Core().read_model(str(small_plan("fp32") / "step.onnx"))
+
+    def transposed() -> int:
+        turned = [node for node in model.get_ordered_ops() if node.get_type_name() == "Transpose"]
+        sources = [node.input(0).get_source_output().get_node() for node in turned]
+        return [source.get_type_name() for source in sources].count("Constant")
+
+    before = transposed()
+    multiply_matrices_as_stored(openvino, model)
+    assert before > 0
+    assert transposed() == 0
+
+
 def test_sorting_is_descending_and_leaves_its_input_alone() -> None:
     values = np.random.default_rng(0).standard_normal((2, 3, 50)).astype(np.float32)
     before = values.copy()
@@ -180,7 +215,7 @@ print(len(caught))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signal stacks")
-@pytest.mark.parametrize("what", ["core"])
+@pytest.mark.parametrize("what", ["core", "plan"])
 def test_a_signal_after_openvino_is_gone_does_not_end_the_process(what: str) -> None:
     """Closed first what was opened first, then one on another thread: no plugin leaves its signal stack behind."""
     done = subprocess.run([sys.executable, "-c", SIGNALLED, what], capture_output=True, text=True, timeout=300)

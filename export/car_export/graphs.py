@@ -6,6 +6,7 @@ channels, E edge of f̂, H heads, d head width, V vocabulary, M modulation rows,
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from car_train.car import CAR
 from car_train.model import Model
 from car_train.sample import draw, mix
-from car_train.vqvae import VQVAE, join_tokens
+from car_train.vqvae import VQVAE, Up, join_tokens
+
+from .trace import OPSET
 
 
 @dataclass
@@ -119,16 +122,69 @@ class StepGraph(nn.Module):
         return 0.5 * h + 0.5 * picked
 
 
+class PhasedUp(nn.Module):
+    """`Up` without the doubled map: each quarter of the output, by rows and columns odd and even, from a 2×2 kernel.
+
+    Pixels that nearest-neighbour doubling repeats meet several of the 3×3 weights, which are added here instead: 16
+    products a small pixel and channel pair, not 36. The result is the same up to the rounding of those sums.
+    """
+
+    def __init__(self, up: Up):
+        super().__init__()
+        weight, dtype = up.conv.weight.detach().float(), up.conv.weight.dtype
+        rows = [_neighbours(weight, 2, shift) for shift in (0, 1)]
+        kernels = [_neighbours(row, 3, shift) for row in rows for shift in (0, 1)]
+        self.kernels = nn.ParameterList(nn.Parameter(k.to(dtype), requires_grad=False) for k in kernels)
+        self.bias = up.conv.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = []
+        for i, kernel in enumerate(self.kernels):
+            below, right = divmod(i, 2)
+            maps.append(F.conv2d(F.pad(x, (1 - right, right, 1 - below, below)), kernel, self.bias))
+        phases = torch.cat(maps, 1)
+        B, C, (H, W) = x.shape[0], phases.shape[1] // 4, x.shape[2:]
+        if torch.compiler.is_exporting():
+            return torch.onnx.ops.symbolic(
+                "DepthToSpace",
+                (phases,),
+                {"blocksize": 2, "mode": "DCR"},
+                dtype=x.dtype,
+                shape=(B, C, 2 * H, 2 * W),
+                version=OPSET,
+            )
+        return phases.view(B, 2, 2, C, H, W).permute(0, 3, 4, 1, 5, 2).reshape(B, C, 2 * H, 2 * W)
+
+
+def _neighbours(kernel: Tensor, axis: int, shift: int) -> Tensor:
+    """Three taps along an axis → the two that meet different pixels: of even rows (shift 0) or odd ones (shift 1)."""
+    first, middle, last = kernel.unbind(axis)
+    return torch.stack([first + middle, last] if shift else [first, middle + last], axis)
+
+
 class DecoderGraph(nn.Module):
     """f̂ f32 [B, Z, E, E] → pictures uint8 [B, H, W, 3]."""
 
     def __init__(self, model: Model):
         super().__init__()
-        self.vqvae: VQVAE = model.vqvae
+        self.vqvae: VQVAE = copy.copy(model.vqvae)
+        self.vqvae._modules = {**model.vqvae._modules, "decoder": _with_phases(model.vqvae.decoder)}
 
     def forward(self, f_hat: Tensor) -> Tensor:
         pixels = self.vqvae.decode_latent(f_hat)
         return ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def _with_phases(module: nn.Module) -> nn.Module:
+    """The module, or if it has `Up`s in it, a shallow copy that has `PhasedUp`s instead."""
+    if isinstance(module, Up):
+        return PhasedUp(module)
+    children = {name: child and _with_phases(child) for name, child in module._modules.items()}
+    if all(children[name] is child for name, child in module._modules.items()):
+        return module
+    phased = copy.copy(module)
+    phased._modules = children
+    return phased
 
 
 class EncoderGraph(nn.Module):

@@ -44,18 +44,15 @@ class WeightStore:
         """Let readers of the file see all that was added."""
         self.file.flush()
 
-    def add(self, name: str, tensor: Tensor, transpose: bool = False) -> ir.ExternalTensor:
-        """Write a tensor (once) and return the reference to it.
-
-        `transpose` stores a matrix as engines multiply with it.
-        """
+    def add(self, name: str, tensor: Tensor) -> ir.ExternalTensor:
+        """Write a tensor (once) and return the reference to it."""
         halve = self.half and tensor.dtype == torch.float32 and tensor.numel() >= HALVED
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, transpose, halve)
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, halve)
         if key not in self._known:
             self._keep.append(tensor)
-            value = tensor.detach().T if transpose else tensor.detach()
+            value = tensor.detach()
             array = as_array((value.half() if halve else value).cpu())
-            self._known[key] = self.add_array(name + (".T" if transpose else ""), array)
+            self._known[key] = self.add_array(name, array)
             self.parameter_bytes += array.nbytes
         return self._known[key]
 
@@ -98,8 +95,9 @@ def external(
 def externalise(model: ir.Model, store: WeightStore) -> None:
     """Move a traced model's weights into the store, in place.
 
-    A weight that is only ever transposed is stored transposed; one that is stored in half for a float32 graph gets a
-    Cast, which engines fold when they open the graph.
+    Matrices are stored as PyTorch has them, [outputs, inputs], and keep their Transpose: engines pack a constant
+    matrix in a form of their own, from this one without another copy. What is stored in half for a float32 graph gets
+    a Cast, which engines fold when they open the graph.
     """
     graph = model.graph
     for value in list(graph.initializers.values()):
@@ -107,13 +105,6 @@ def externalise(model: ir.Model, store: WeightStore) -> None:
         raw = getattr(tensor, "raw", None)
         if tensor is None or not isinstance(raw, Tensor) or raw.numel() < INLINE:
             continue
-        transposes = [
-            n for n, _ in value.uses() if n.op_type == "Transpose" and list(n.attributes["perm"].as_ints()) == [1, 0]
-        ]
-        for node in transposes:
-            output = node.outputs[0]
-            _replace(graph, output, value.name + ".T", store.add(str(value.name), raw, transpose=True), raw.dtype)
-            graph.remove(node, safe=True)
         if value.uses():
             _replace(graph, value, str(value.name), store.add(str(value.name), raw), raw.dtype)
         elif not value.is_graph_output():

@@ -14,6 +14,7 @@ import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,8 +110,23 @@ def open_plan(
     check_name(backend)
     root = default_plan() if path is None else Path(path)
     manifest = read_manifest(root)
-    verify_files(root, manifest, hashes=verify)
-    opened, why = open_backend(backend, root, manifest, threads)
+    # All but the content of the weights, so that engines read no graph that was changed.
+    verify_files(root, manifest, hashes=False)
+    verify_files(root, manifest, hashes=verify, names=[name for name in manifest.files if name != WEIGHTS])
+    with ThreadPoolExecutor(1) as aside:
+        # An engine opens on one core for the most part, and hashing wants none of its memory: both take their time
+        # at once. What is wrong with the weights comes before what the engine says of them.
+        weights = aside.submit(verify_files, root, manifest, hashes=verify, names=[WEIGHTS])
+        try:
+            opened, why = open_backend(backend, root, manifest, threads)
+        except Exception:
+            weights.result()
+            raise
+        try:
+            weights.result()
+        except BaseException:
+            opened.close()
+            raise
     return Plan(root, manifest, opened, why)
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 from time import perf_counter
 from typing import Any
 
@@ -61,6 +64,28 @@ def array_of(buffer: Buffer) -> NDArray[Any]:
     assert isinstance(buffer, np.ndarray)
     assert buffer.flags.c_contiguous
     return buffer
+
+
+@contextmanager
+def pages_forgotten(file: Path) -> Iterator[None]:
+    """Do something that reads a mapped file once, and `forget_pages` of it meanwhile and at the end.
+
+    So the process never holds the whole file beside what an engine makes of it.
+    """
+    done = Event()
+
+    def forget() -> None:
+        while not done.wait(0.05):
+            forget_pages(file)
+
+    thread = Thread(target=forget, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        forget_pages(file)
 
 
 def forget_pages(file: Path) -> None:

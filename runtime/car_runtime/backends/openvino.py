@@ -16,12 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from car_runtime.backends import Buffer
-from car_runtime.backends.host import HostMemory, array_of, available_cores, forget_pages
+from car_runtime.backends import Buffer, openvino_core
+from car_runtime.backends.host import HostMemory, array_of, available_cores, pages_forgotten
 from car_runtime.backends.openvino_graphs import (
     LOGITS,
     RANKED,
+    fuse_unit_length,
     keep_cache_in_bfloat16,
+    keep_maps_channels_last,
+    multiply_matrices_as_stored,
     split_at_sort,
     transpose_in_products,
 )
@@ -43,9 +46,8 @@ class OpenVino(HostMemory):
         """`precision`: "f32" or "bf16", what is multiplied in; by default bf16 where the CPU has it."""
         self._ov = _import_openvino()
         self._root, self._manifest = root, manifest
-        self._core = self._ov.Core()
         try:
-            # Of the CPU alone: to list all devices OpenVINO would load its plugins for GPUs and NPUs too.
+            self._core = openvino_core()
             capabilities = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         except Exception as error:
             raise BackendError(
@@ -108,10 +110,12 @@ class OpenVino(HostMemory):
                 self._models[graph] = self._compile(graph)
             idle = self._idle.setdefault((graph, outputs), [])
             request = idle.pop() if idle else _Request(self._ov, self._models[graph])
-        yield request  # after an error it is not used again
-        if not request.used:  # OpenVINO packs weights for a graph when it first runs
+        if request.used:
+            yield request  # after an error it is not used again
+        else:  # OpenVINO packs a graph's weights when it first runs
+            with pages_forgotten(self._root / WEIGHTS):
+                yield request
             request.used = True
-            forget_pages(self._root / WEIGHTS)
         with self._lock:
             idle.append(request)
 
@@ -119,23 +123,28 @@ class OpenVino(HostMemory):
         """One compiled model; the step as two, with its sort between them."""
         file = self._manifest.graphs[graph].file
         try:
-            model = self._core.read_model(str(self._root / file))
-            models = self._rewrite(model) if graph == "step" else (model,)
-            compiled = [self._core.compile_model(part, "CPU", self._settings) for part in models]
+            with pages_forgotten(self._root / WEIGHTS):
+                model = self._core.read_model(str(self._root / file))
+                models = self._rewrite(graph, model)
+                compiled = [self._core.compile_model(part, "CPU", self._settings) for part in models]
         except Exception as error:
             raise PlanError(
                 f"OpenVINO {self._ov.__version__} cannot compile {file}: {one_line(error)}; "
                 "export the plan again, or use --backend ort-cpu"
             ) from error
-        forget_pages(self._root / WEIGHTS)
         return compiled
 
-    def _rewrite(self, step: Any) -> Sequence[Any]:
-        """The parts of a step as they are compiled."""
-        transpose_in_products(self._ov, step)
+    def _rewrite(self, graph: str, model: Any) -> Sequence[Any]:
+        """The parts of a graph as they are compiled."""
+        multiply_matrices_as_stored(self._ov, model)
+        keep_maps_channels_last(self._ov, model)
+        if graph != "step":
+            return (model,)
+        transpose_in_products(self._ov, model)
+        fuse_unit_length(self._ov, model)
         if self.cache_dtype is not None:
-            step = keep_cache_in_bfloat16(self._ov, step)
-        return split_at_sort(self._ov, step) or (step,)
+            model = keep_cache_in_bfloat16(self._ov, model)
+        return split_at_sort(self._ov, model) or (model,)
 
 
 class _Request:

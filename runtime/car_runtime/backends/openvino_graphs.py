@@ -50,6 +50,122 @@ def _attention(softmax: Node) -> Attention | None:
     return Attention(q_NGd, k_TGd, v_TGd, transposed)
 
 
+def multiply_matrices_as_stored(ov: Any, model: Model) -> None:
+    """Let products read matrices as the plan stores them, [outputs, inputs], instead of a transposed constant.
+
+    The plugin packs that form from the mapped file; of the other it would keep a second copy in bfloat16.
+    """
+    for product in [node for node in model.get_ordered_ops() if node.get_type_name() == "MatMul"]:
+        turned = _producer(product, 1)
+        if _order(turned) != [1, 0] or product.get_attributes()["transpose_b"]:
+            continue
+        stored = turned.input(0).get_source_output()
+        direct = ov.opset13.matmul(product.input(0).get_source_output(), stored, False, True)
+        product.output(0).replace(direct.output(0))
+
+
+def fuse_unit_length(ov: Any, model: Model) -> None:
+    """x ÷ ‖x‖ of the last axis in the form that the CPU plugin makes one kernel of: an RMS norm with weights 1/√d.
+
+    As nodes of their own the length and the quotient take five times as long. A length that was clamped at 1e-12 has
+    1e-24 added under its root instead.
+    """
+    op, f32, i64 = ov.opset13, ov.Type.f32, ov.Type.i64
+    lengths = [node for node in model.get_ordered_ops() if node.get_type_name() == "ReduceL2"]
+    for x, out in filter(None, map(_unit_length, lengths)):
+        H, d = (x.get_partial_shape()[axis].get_length() for axis in (-2, -1))
+        square = op.reduce_mean(op.power(x, op.constant(2.0, f32)), op.constant([-1], i64), True)
+        root = op.sqrt(op.add(square, op.constant(1e-24 / d, f32)))
+        weights = op.constant([d**-0.5] * d, f32)
+        unit = op.multiply(op.multiply(x, op.divide(op.constant(1.0, f32), root)), weights)
+        factor = _only_reader(out)
+        if factor is not None and factor.get_type_name() == "Multiply":
+            # Next to each other both factors would become one, which is no norm's weight any more.
+            heads = op.reshape(unit, op.constant([-1, H, d], i64), False)
+            out, unit = factor, op.multiply(heads, factor.input(1).get_source_output())
+        out.output(0).replace(unit.output(0))
+
+
+def _unit_length(length: Node) -> tuple[Any, Node] | None:
+    """x [N, R, H, d] and the node that gives x ÷ ‖x‖, if this ReduceL2 is that ‖x‖."""
+    x, out = length.input(0).get_source_output(), _only_reader(length)
+    while out is not None and out.get_type_name() in ("Maximum", "Minimum"):
+        out = _only_reader(out)
+    shape, axes = x.get_partial_shape(), _producer(length, 1).get_data().reshape(-1).tolist()
+    if out is None or out.get_type_name() != "Divide" or len(shape) != 4 or axes not in ([-1], [3]):
+        return None
+    divided = out.input(0).get_source_output()
+    same = (divided.get_node().get_name(), divided.get_index()) == (x.get_node().get_name(), x.get_index())
+    return (x, out) if same and shape[2].is_static and shape[3].is_static else None
+
+
+def keep_maps_channels_last(ov: Any, model: Model) -> None:
+    """Write group norms as means over a map, so that convolutions on both sides stay in their own layout.
+
+    The plugin's MVN wants a group's values one after the other: two copies of the map around each of a decoder's 39
+    norms, a fifth of its time. As there, the squares are those of differences from the mean.
+    """
+    op, f32, i64 = ov.opset13, ov.Type.f32, ov.Type.i64
+    over_map, in_group = op.constant([2, 3], i64), op.constant([2], i64)
+
+    def group_mean(x_BCHW: Any, C: int, G: int) -> Node:
+        """The mean of its group, for every channel: [B, C, 1, 1]."""
+        mean_BGc = op.reshape(op.reduce_mean(x_BCHW, over_map, True), op.constant([0, G, C // G], i64), True)
+        each = op.tile(op.reduce_mean(mean_BGc, in_group, True), op.constant([1, 1, C // G], i64))
+        return op.reshape(each, op.constant([0, C, 1, 1], i64), True)
+
+    for norm in filter(None, map(_group_norm, model.get_ordered_ops())):
+        centred = op.subtract(norm.x, group_mean(norm.x, norm.channels, norm.groups))
+        variance = group_mean(op.multiply(centred, centred), norm.channels, norm.groups)
+        root = op.power(op.add(variance, op.constant(norm.eps, f32)), op.constant(-0.5, f32))
+        scaled = op.multiply(centred, op.multiply(norm.gamma, root))
+        norm.out.output(0).replace(op.add(scaled, norm.beta).output(0))
+
+
+class GroupNorm(NamedTuple):
+    """A group norm of a map [B, C, H, W]: the outputs that go in, and the node that gives the result."""
+
+    x: Any
+    gamma: Any
+    beta: Any
+    out: Node
+    channels: int
+    groups: int
+    eps: float
+
+
+def _group_norm(mvn: Node) -> GroupNorm | None:
+    """As exports write it: an instance norm of [B, G, …] without weights, then γ and β of each channel."""
+    into = _producer(mvn, 0) if mvn.get_type_name() == "MVN" else None
+    if into is None or into.get_type_name() != "Reshape":
+        return None
+    chain = [mvn]
+    for kind in ("Multiply", "Add", "Reshape", "Multiply", "Add"):
+        readers = [reader.get_node() for reader in chain[-1].output(0).get_target_inputs()]
+        readers = [node for node in readers if node.get_type_name() != "ShapeOf"]  # Reshapes read shapes
+        if len(readers) != 1 or readers[0].get_type_name() != kind:
+            return None
+        chain += readers
+    _, ones, zeros, _, scaled, out = chain
+    x = into.input(0).get_source_output()
+    shapes = x.get_partial_shape(), into.output(0).get_partial_shape()
+    if [len(shape) for shape in shapes] != [4, 3] or any(shape[1].is_dynamic for shape in shapes):
+        return None
+    if not (_is_everywhere(ones, 1.0) and _is_everywhere(zeros, 0.0)):
+        return None
+    C, G = (shape[1].get_length() for shape in shapes)
+    gamma, beta = (node.input(1).get_source_output() for node in (scaled, out))
+    return GroupNorm(x, gamma, beta, out, C, G, float(mvn.get_attributes()["eps"]))
+
+
+def _is_everywhere(node: Node, number: float) -> bool:
+    """Whether a sum's or a product's second factor is a constant of this one number, reshaped or not."""
+    constant = _producer(node, 1)
+    while constant.get_type_name() == "Reshape":
+        constant = _producer(constant, 0)
+    return constant.get_type_name() == "Constant" and bool((constant.get_data() == number).all())
+
+
 def keep_cache_in_bfloat16(ov: Any, model: Model) -> Model:
     """K and V come in and go out as bfloat16, in which they are multiplied: half the bytes, and no conversions."""
     ports = ov.preprocess.PrePostProcessor(model)

@@ -37,6 +37,10 @@ class OrtCpu(HostMemory):
             "ort-cpu", "onnxruntime", "cpu", either="'car-deploy[cpu]' or 'car-deploy[gpu]'"
         )
         self._root, self._manifest, self._threads = root, manifest, threads or available_cores()
+        stored = manifest.precision
+        # Folding would copy every matrix to transpose it, only for it to be packed in another form. Where weights are
+        # stored in half it has to be: else they would be widened in every run.
+        self._skipped = ["ConstantFolding"] if stored.compute == stored.weights == "fp32" else []
         self._lock = Lock()
         self._closed = False
         self._inputs = {name: {port.name for port in graph.inputs} for name, graph in manifest.graphs.items()}
@@ -93,7 +97,10 @@ class OrtCpu(HostMemory):
         file = self._manifest.graphs[graph].file
         try:
             session = self._ort.InferenceSession(
-                str(self._root / file), self._options(), providers=["CPUExecutionProvider"]
+                str(self._root / file),
+                self._options(),
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=self._skipped,
             )
         except Exception as error:
             raise PlanError(
