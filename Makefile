@@ -17,8 +17,8 @@ DEMO_ARGS ?= -n 4 --grid
 # More arguments for pytest, e.g. make test PYTEST_ARGS="-k manifest -x"
 PYTEST_ARGS ?=
 
-# All tests are spread over processes, whole files each, as the tests of a file share what they build: two take 1.2 GB of
-# memory each. Tests chosen by PYTEST_ARGS run in one, which starts sooner.
+# All tests are spread over processes, whole files each, as the tests of a file share what they build; two have taken
+# 5.4 GB of memory at most. Tests chosen by PYTEST_ARGS run in one, which starts sooner.
 TEST_PROCESSES ?= 2
 PYTEST_SPREAD = $(if $(strip $(PYTEST_ARGS)),,-n $(TEST_PROCESSES) --dist loadfile)
 
