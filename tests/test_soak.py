@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import pytest
 
 from benchmarks import soak
@@ -59,6 +60,19 @@ def test_what_an_opening_leaves_is_held_against_what_an_open_plan_holds() -> Non
     assert not row(*[60] * 9, left=(5, 4))["passed"]
 
 
+def test_an_allocator_that_goes_up_and_down_hides_no_leak_and_is_none() -> None:
+    # As ONNX Runtime does on the shipped plan: a quarter of what an open plan holds, over ten openings or so.
+    generator, held = np.random.default_rng(0), 1000
+    noise = np.convolve(generator.normal(0, 0.25 * held, 209), np.ones(10) / 10**0.5, "valid").astype(int)
+
+    def passes(leak: int) -> bool:
+        closed = [10_000 + int(n) + leak * i for i, n in enumerate(noise)]
+        row = soak.reopening_row(part(*closed), [rss + held for rss in closed], [(5, 3)] * 200, 0.01)
+        return bool(row["passed"])
+
+    assert [passes(leak) for leak in (0, 5, 15, 20)] == [True, True, False, False]
+
+
 def test_calls_are_the_same_every_time_and_vary_in_everything() -> None:
     first, again = (list(itertools.islice(soak.calls(5), 200)) for _ in range(2))
     assert first == again
@@ -71,8 +85,9 @@ def test_calls_are_the_same_every_time_and_vary_in_everything() -> None:
 
 def test_a_plan_passes_and_its_result_says_what_was_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "results.jsonl"
-    # So few pictures are no more than a warm-up, and memory is all of pytest's here: a tenth of that is no leak.
-    assert run("--tolerance", "0.1", "-o", str(file)) == 0
+    # So few pictures and openings are no more than a warm-up, of a toy that holds 3 MB in all of pytest's memory: an
+    # opening raises that by up to a quarter of them, one way or the other.
+    assert run("--tolerance", "0.9", "-o", str(file)) == 0
     found = json.loads(file.read_text(encoding="utf-8"))
     assert found["benchmark"] == "soak"
     assert found["settings"]["backend"] == "ort-cpu"
