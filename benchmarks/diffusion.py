@@ -33,6 +33,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.machine import BenchmarkError
+from car_runtime.backends import openvino_core
 
 try:
     import diffusers
@@ -573,7 +574,7 @@ class Engine:
             "INFERENCE_PRECISION_HINT": precision,
             "INFERENCE_NUM_THREADS": threads,
         }
-        compiled = openvino.Core().compile_model(file, "CPU", settings)
+        compiled = openvino_core().compile_model(file, "CPU", settings)
         self._request, self._outputs = compiled.create_infer_request(), len(compiled.outputs)
 
     def __call__(self, *inputs: Tensor) -> Any:

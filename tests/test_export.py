@@ -262,3 +262,13 @@ def test_a_decoder_doubles_small_maps_without_copying_pixels(plan: Path) -> None
     ops = [node.op_type for node in model.graph.node]
     assert "Resize" not in ops
     assert ops.count("DepthToSpace") == 2
+
+
+def test_reshapes_read_constants(plan: Path) -> None:
+    """All but one, which takes S × S logits apart: an engine can tell the shapes of a run before it starts."""
+    for graph, computed in (("step", 1), ("condition", 0), ("decoder", 0)):
+        model = onnx.load(plan / f"{graph}.onnx", load_external_data=False).graph
+        known = {tensor.name for tensor in model.initializer}
+        reshapes = [node for node in model.node if node.op_type == "Reshape"]
+        assert len(reshapes) > 3
+        assert sum(node.input[1] not in known for node in reshapes) <= computed, graph

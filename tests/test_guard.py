@@ -60,11 +60,11 @@ TOY: dict[str, Any] = {
     "allocations": {"first picture": 29, "next seed": 0, "open": 15, "other class": 3, "other control": 4},
     "flops": 6_465_088,
     "kv_bytes": 41_472,
-    "nodes": {"condition": 20, "control": 58, "decoder": 202, "step": 257, "step.00.b1": 209, "step.02.b1": 216},
+    "nodes": {"condition": 15, "control": 58, "decoder": 197, "step": 236, "step.00.b1": 209, "step.02.b1": 216},
     "stored_bytes": 523_684,
     "transposes": 6.666666666666667,
     "watched": {
-        "decoder": {"Cast": 1, "Concat": 3, "InstanceNormalization": 16, "Softmax": 3, "Transpose": 7},
+        "decoder": {"Cast": 1, "Concat": 1, "InstanceNormalization": 16, "Softmax": 3, "Transpose": 7},
         "step.02.b1": {
             "Cast": 1,
             "Concat": 7,

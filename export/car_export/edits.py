@@ -36,6 +36,26 @@ def split_sequences(graph: ir.Graph) -> None:
         graph.remove(node, safe=True)
 
 
+def plain_shape(graph: ir.Graph, reshape: ir.Node) -> None:
+    """Let a Reshape read its shape from a constant, if what is computed there can be written with 0 (as in the input)
+    and one −1 (the rest).
+
+    An engine can then tell all shapes of a run before it starts: OpenVINO stops for each that is computed.
+    """
+    (source, target), result = reshape.inputs, reshape.outputs[0]
+    if source is None or source.shape is None or result.shape is None or numbers(target) is not None:
+        return
+    before, after = ([dim if isinstance(dim, int) else str(dim.value) for dim in v.shape] for v in (source, result))
+    shape = [
+        dim if isinstance(dim, int) else 0 if i < len(before) and before[i] == dim else -1
+        for i, dim in enumerate(after)
+    ]
+    if shape.count(-1) > 1 or 0 in after:
+        return
+    reshape.replace_input_with(1, constant(graph, f"{reshape.name}_shape", shape))
+    reshape.attributes.pop("allowzero", None)
+
+
 def numbers(value: ir.Value | None) -> np.ndarray | None:
     """A small constant, flat."""
     tensor = value.const_value if value is not None else None

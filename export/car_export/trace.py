@@ -22,7 +22,7 @@ from onnx_ir.passes import common as common_passes
 from onnxscript.rewriter.rules import common as rules
 from torch import Tensor, nn
 
-from .edits import split_sequences
+from .edits import plain_shape, split_sequences
 from .weights import INLINE
 
 OPSET = 20
@@ -94,6 +94,8 @@ def trace(
         )
     assert onnx_program is not None
     model = onnx_program.model
+    for node in [node for node in model.graph if node.op_type == "Reshape"]:
+        plain_shape(model.graph, node)
     _name_dimensions(model, dims)
     return model
 

@@ -81,7 +81,7 @@ def fuse_unit_length(ov: Any, model: Model) -> None:
         factor = _only_reader(out)
         if factor is not None and factor.get_type_name() == "Multiply":
             # Next to each other both factors would become one, which is no norm's weight any more.
-            heads = op.reshape(unit, op.constant([-1, H, d], i64), False)
+            heads = op.reshape(unit, op.constant([0, 0, 1, H, d], i64), True)
             out, unit = factor, op.multiply(heads, factor.input(1).get_source_output())
         out.output(0).replace(unit.output(0))
 
