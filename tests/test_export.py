@@ -270,5 +270,5 @@ def test_reshapes_read_constants(plan: Path) -> None:
         model = onnx.load(plan / f"{graph}.onnx", load_external_data=False).graph
         known = {tensor.name for tensor in model.initializer}
         reshapes = [node for node in model.node if node.op_type == "Reshape"]
-        assert len(reshapes) > 3
+        assert reshapes
         assert sum(node.input[1] not in known for node in reshapes) <= computed, graph
