@@ -215,7 +215,8 @@ def _key(config: ModelConfig) -> str:
     """Of the sizes and of the code that makes the graphs and the weights, 12 hex digits."""
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
     model = [ROOT / "car_train" / f"{name}.py" for name in ("car", "model", "quantizer", "sample", "var", "vqvae")]
-    export = [ROOT / "export" / "car_export" / f"{name}.py" for name in ("edits", "graphs", "plan", "trace", "weights")]
+    exporter = ("edits", "graphs", "plan", "trace", "weights")
+    export = [ROOT / "export" / "car_export" / f"{name}.py" for name in exporter]
     for path in (*export, *model):
         digest.update(path.read_bytes())
     digest.update(inspect.getsource(make_up).encode())
