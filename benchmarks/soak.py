@@ -18,11 +18,10 @@ system, so that it is what is held: resident pages of the process's own (RssAnon
 and mapped weights, are the page cache's, and the kernel takes them back when it wants to. The first third of a part
 is warm-up: allocators and engines grow to what they need. Of the rest, the median of the second half may exceed the
 first's by --tolerance. Of closings the slope counts, the median of the slopes between any two: an opening may leave
---tolerance of what an open plan holds. Their process has one heap (glibc's M_ARENA_MAX). Otherwise an engine's threads
-allocate in several, where small blocks keep large ones' pages: what a closed plan leaves then goes up and down by a
-quarter of what an open one holds, and drifts for hundreds of openings, without a leak. No file descriptor and no
-thread of the operating system may be left that wasn't there after the first closing. Linux only: all this is told in
-/proc.
+--tolerance of what an open plan holds. Their process has one heap (glibc's M_ARENA_MAX). Otherwise threads allocate
+in several, where small blocks keep large ones' pages: what a closed plan leaves then goes up and down by a quarter of
+what an open one holds, and drifts for hundreds of openings, without a leak. No file descriptor and no thread of the
+operating system may be left that wasn't there after the first closing. Linux only: all this is told in /proc.
 
 Tables go to stdout, then one line of JSON (`benchmarks.machine`) whose results are flat rows, each with "question":
 
