@@ -5,9 +5,11 @@
 
 The files hold results as the benchmarks append them with `-o`, one JSON object a line (`benchmarks.machine`); what
 `benchmarks.training` prints last may be appended by hand. Of results of one benchmark, machine, device and subject
-(plan, model or preset) the newest counts; each of these is a section of its own. The document says of every section
-on which machine, with which versions, from which commit and by which command it was measured, and what was computed
-or quoted instead. The same input gives the same document and the same diagrams.
+(plan, model or preset) the newest counts; each of these is a section of its own. Several of `benchmarks.controlnet`
+are joined: of every comparison the newest counts. A line may be given a "note" by hand, text that stands above its
+figures. The document says of every section on which machine, with which versions, from which commit and by which
+commands it was measured, and what was computed or quoted instead. The same input gives the same document and the same
+diagrams.
 
 Diagrams are named after the document: `performance-….png`. Ones of an earlier report by that name that are no longer
 shown are removed. Everything is written aside and renamed.
@@ -21,6 +23,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ from benchmarks.report_results import (
     Row,
     checked,
     percent,
+    plan_name,
     plural,
     read,
     seconds,
@@ -188,10 +192,16 @@ def controlnet(result: Result, number: int, figures: Figures) -> Iterator[str]:
     ours = s["ours"]
     yield (
         f"Ours (depth {ours['depth']}, {ours['image_size']}×{ours['image_size']}) and theirs ({s['theirs']}) in "
-        f"turn, one picture at a time, {s['warmup']} + {s['runs']} rounds, {plural(s['threads'], 'thread')}. All "
+        f"turn, one picture at a time, {rounds(result)}, {plural(s['threads'], 'thread')}. All "
         "weights are made up: what is compared is time, and nothing is said about quality. Compared are only equals: "
         "eager with eager, compiled with compiled, engine with engine, in the same precision."
     )
+    if any(without_engine(row) for row in result.of("ratio")):
+        yield ""
+        yield (
+            "Theirs has no engine on this device: beside ours, which has one, stands what its users run, PyTorch, "
+            "eager or compiled (column *theirs*). Of equals are the rows whose tier is eager or compiled."
+        )
     if any(row["scaled"] for row in result.of("end_to_end")):
         yield ""
         yield (
@@ -243,6 +253,17 @@ def controlnet(result: Result, number: int, figures: Figures) -> Iterator[str]:
         yield ""
         parts = ", ".join(f"{row['part']} {row['parameters'] / 1e6:,.1f} M" for row in published)
         yield f"Parameters, equal to the published networks': {parts}."
+
+
+def rounds(result: Result) -> str:
+    """How often was measured, in all runs that were joined."""
+    runs = dict.fromkeys((r.settings["warmup"], r.settings["runs"]) for r in (*result.parts, result))
+    return " or ".join(f"{warmup} + {timed}" for warmup, timed in sorted(runs)) + " rounds"
+
+
+def without_engine(ratio: Row) -> bool:
+    """Whether ours is an engine and theirs is PyTorch."""
+    return bool(ratio["tier"] == "engine" != ratio["against"])
 
 
 def yes(value: bool) -> str:
@@ -488,9 +509,9 @@ def latency_headlines(result: Result) -> Iterator[tuple[str, str]]:
         for key, name in (("speedup", "the published loop in float32"), ("speedup_bf16", "its bf16 autocast"))
         if best.get(key) is not None
     ]
-    size = result.settings["model"]["image_size"]
+    plan, size = plan_name(result.settings["plan"]), result.settings["model"]["image_size"]
     yield (
-        f"a picture of {result.subject}, {size}×{size}, batch {best['batch']}, on {best['candidate']}",
+        f"a picture of {plan}, {size}×{size}, batch {best['batch']}, on {best['candidate']}",
         "; ".join([f"**{seconds(best['p50'])}**", *against, f"{percent(best['of_limit'])} of the machine's limit"]),
     )
 
@@ -507,8 +528,9 @@ def controlnet_headlines(result: Result) -> Iterator[tuple[str, str]]:
             chosen[key] = row
     for (method, steps, size), row in chosen.items():
         scaled = ", scaled" if row["scaled"] else ""
+        tier = f"{row['against']} PyTorch" if without_engine(row) else row["tier"]
         yield (
-            f"{method}, {steps} steps, {size}×{size}, {row['tier']}, {row['precision']}",
+            f"{method}, {steps} steps, {size}×{size}, {tier}, {row['precision']}",
             f"**{times(row['times_ours'])}** as long as ours ({row['candidate']}){scaled}",
         )
 
@@ -538,6 +560,7 @@ def document(results: Sequence[Result], figures: Figures, title: str) -> str:
     """All of it as Markdown."""
     lines = [f"# {title}", "", *introduction(), "", "## In short", ""]
     points = [(r, point) for r in results for point in checked(r, lambda r: list(headlines(r)))]
+    points = [(r, (what, f"{figure}; see its note" if any(notes(r)) else figure)) for r, (what, figure) in points]
     lines.append(
         markdown_table([{"what": what, "figure": figure, "machine": r.short_place} for r, (what, figure) in points])
     )
@@ -547,7 +570,7 @@ def document(results: Sequence[Result], figures: Figures, title: str) -> str:
         lines += [f"## {heading}", ""]
         for number, result in members:
             body = checked(result, partial(body_of, number=number, figures=figures))
-            lines += [f"### {subheading(result)}", "", *body, "", *provenance(result), ""]
+            lines += [f"### {subheading(result)}", "", *notes(result), *body, "", *provenance(result), ""]
     lines += [f"## {LAST}", "", *unmeasured(results), ""]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
 
@@ -556,6 +579,12 @@ def body_of(result: Result, number: int, figures: Figures) -> list[str]:
     """A result's text, by its benchmark; its diagrams go to `figures`."""
     _, section = SECTIONS[result.benchmark]
     return list(section(result, number, figures))
+
+
+def notes(result: Result) -> list[str]:
+    """Each that is there, a paragraph."""
+    texts = dict.fromkeys(r.note for r in (*result.parts, result) if r.note)
+    return [line for text in texts for line in (f"**Note:** {text}", "")]
 
 
 def introduction() -> list[str]:
@@ -601,7 +630,17 @@ def anchor(heading: str) -> str:
 
 
 def provenance(result: Result) -> list[str]:
-    """Machine, versions, commit and command under a section."""
+    """Machine, versions, commit and command of each run under a section."""
+    runs = sorted((*result.parts, result), key=lambda r: r.time)
+    blocks = [provenance_of(r) for r in runs]
+    lines = blocks[0]
+    for before, block in pairwise(blocks):
+        # What a run shares with the one before isn't told again.
+        lines += [">", *(block if block[:1] != before[:1] else block[1:])]
+    return lines
+
+
+def provenance_of(result: Result) -> list[str]:
     m = result.machine
     parts = [
         str(m.get("cpu") or "unknown processor"),

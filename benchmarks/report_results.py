@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,10 @@ class Result:
     machine: Row
     settings: Row
     rows: tuple[Row, ...]
+    note: str | None = None
+    """What a reader has to know beside the figures; written into the line by hand."""
+    parts: tuple[Result, ...] = ()
+    """Older ones, of which it has what it did not measure itself (`joined`)."""
 
     def of(self, question: str) -> list[Row]:
         return [row for row in self.rows if row.get("question") == question]
@@ -64,6 +68,8 @@ class Result:
             return ", ".join(s["models"]) if s["measure"] else "on paper"
         if self.benchmark == "controlnet":
             return f"{', '.join(map(plan_name, s['ours']['plans']))} beside {s['theirs']}"
+        if self.benchmark == "latency":
+            return f"{plan_name(s['plan'])}, {'batch' if len(s['batch']) == 1 else 'batches'} {listed(s['batch'])}"
         backend = s.get("backend")
         name = backend["name"] if isinstance(backend, dict) else backend
         return plan_name(s["plan"]) + (f" on {name}" if name else "")
@@ -78,9 +84,57 @@ def plan_name(name: str) -> str:
     return EXPORT.sub("", name.removesuffix(".plan"))
 
 
+TIERS, METHODS = ("engine", "compiled", "eager"), ("ControlNet", "T2I-Adapter", "LCM + ControlNet")
+"""Of `benchmarks.controlnet`, in the order in which they stand where several runs are joined."""
+
+
+def group_of(row: Row) -> tuple[str, int, str, str]:
+    """Method, size, tier and precision of theirs that a row of `benchmarks.controlnet` was measured for."""
+    if row["question"] == "ratio":
+        return row["method"], row["size"], row["tier"], row["precision"]
+    method, size, tier, precision = row["group"].rsplit(maxsplit=3)
+    return method, int(size.removesuffix("²")), tier, precision
+
+
+def comparison(row: Row) -> tuple[Any, ...] | None:
+    """What theirs of a row is, and beside what it was measured. None where a row is of no comparison alone."""
+    if row["question"] == "ratio":
+        return (*group_of(row), row["against"])
+    if row["question"] == "end_to_end" and row["whose"] == "theirs":
+        return (*group_of(row), row["tier"])
+    return None
+
+
+def joined(results: Sequence[Result]) -> Result:
+    """Results of one subject, oldest first, as one: a comparison that took several runs. Of what was measured more
+    than once the newest counts; ours stands before theirs of the same run."""
+    *older, newest = results
+    rows = [(len(older), row) for row in newest.rows]
+    there = {None, *(comparison(row) for row in newest.rows)}
+    for run in reversed(range(len(older))):
+        new = [row for row in older[run].rows if comparison(row) not in there]
+        groups = {group_of(row) for row in new}
+        there |= {comparison(row) for row in new}
+        rows += [(run, row) for row in new]
+        rows += [(run, r) for r in older[run].rows if r.get("whose") == "ours" and group_of(r) in groups]
+
+    def position(run_and_row: tuple[int, Row]) -> tuple[Any, ...]:
+        run, row = run_and_row
+        if row["question"] == "parameters":
+            return (-1,)
+        method, size, tier, precision = group_of(row)
+        return TIERS.index(tier), METHODS.index(method), size, precision, run, row.get("whose", ""), row["steps"]
+
+    rows.sort(key=position)
+    runs = {run for run, _ in rows}
+    parts = tuple(result for run, result in enumerate(older) if run in runs)
+    return replace(newest, rows=tuple(row for _, row in rows), parts=parts)
+
+
 def read(files: Sequence[Path]) -> list[Result]:
-    """The newest result of each subject, in the document's order. BenchmarkError names the file and line."""
-    newest: dict[tuple[str, str, str, str], Result] = {}
+    """The results of each subject, in the document's order: the newest, of comparisons what `joined` makes of all.
+    BenchmarkError names the file and line."""
+    found: dict[tuple[str, str, str, str], list[Result]] = {}
     for file in files:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
@@ -90,14 +144,20 @@ def read(files: Sequence[Path]) -> list[Result]:
             if not line.strip():
                 continue
             result = parse(line, f"{file}:{number}")
-            key = checked(result, lambda r: r.key)
-            if key not in newest or result.time >= newest[key].time:
-                newest[key] = result
-    if not newest:
+            found.setdefault(checked(result, lambda r: r.key), []).append(result)
+    if not found:
         raise BenchmarkError(
             f"no results in {', '.join(map(str, files))}; write some, e.g. with benchmarks.latency -o"
         )
-    return sorted(newest.values(), key=lambda r: (BENCHMARKS.index(r.benchmark), r.device, r.place, r.subject))
+    newest = [newest_of(sorted(results, key=lambda r: r.time)) for results in found.values()]
+    return sorted(newest, key=lambda r: (BENCHMARKS.index(r.benchmark), r.device, r.place, r.subject))
+
+
+def newest_of(results: Sequence[Result]) -> Result:
+    """Of one subject, oldest first."""
+    if results[-1].benchmark != "controlnet" or len(results) == 1:
+        return results[-1]
+    return checked(results[-1], lambda _: joined(results))
 
 
 def parse(line: str, where: str) -> Result:
@@ -123,6 +183,7 @@ def parse(line: str, where: str) -> Result:
             machine=found["machine"],
             settings=found["settings"],
             rows=tuple(found["results"]),
+            note=found.get("note"),
         )
     except (KeyError, ValueError, TypeError) as error:
         raise BenchmarkError(f"{where}: {benchmark} without {error}; measure again with this version") from error
@@ -160,6 +221,10 @@ def percent(value: float | None, digits: int = 0) -> str | None:
 def signed(value: float) -> str:
     """A change, in percent."""
     return f"{'−' if value < 0 else '+'}{100 * abs(value):.2f} %"
+
+
+def listed(parts: Sequence[Any]) -> str:
+    return " and ".join(filter(None, [", ".join(map(str, parts[:-1])), str(parts[-1])]))
 
 
 def plural(number: Any, what: str) -> str:

@@ -59,6 +59,7 @@ def soak_record(growing: bool = False) -> Record:
 def controlnet_record(device: str = "cpu") -> Record:
     ours = {"question": "end_to_end", "whose": "ours", "method": "CAR", "candidate": "ort-cpu", "backend": "ort-cpu"}
     ours |= {"tier": "engine", "precision": "fp32", "size": 256, "steps": 10, "timed_steps": 10, "scaled": False}
+    ours["group"] = "ControlNet 512² engine fp32"
     rows = [{**ours, "p50": 6.0, "p95": 6.5, "min": 5.8, "runs": 3}]
     for steps in (20, 50):
         their = {
@@ -66,6 +67,7 @@ def controlnet_record(device: str = "cpu") -> Record:
             "whose": "theirs",
             "method": "ControlNet",
             "candidate": "ControlNet, engine",
+            "group": ours["group"],
         }
         their |= {"backend": "openvino", "tier": "engine", "precision": "fp32", "size": 512, "steps": steps}
         times_of = {"timed_steps": 2, "scaled": True, "p50": 7.0 * steps, "p95": 8.0 * steps, "min": 6.0, "runs": 3}
@@ -208,6 +210,59 @@ def test_other_machines_devices_and_plans_are_sections_of_their_own(tmp_path: Pa
     assert sections == [f"d16-depth16-fp32 beside Stable Diffusion 1.5 — {place}" for place in places]
     two = changed(soak_record(), settings={**soak_record()["settings"], "backend": "openvino"})
     assert len(re.findall(r"^### ", told(tmp_path, [soak_record(), two]), re.MULTILINE)) == 2
+
+
+def run_of(against: str, steps: Sequence[int], p50: float, day: int) -> Record:
+    """A run of our engine on a GPU beside theirs in PyTorch."""
+    found = changed(controlnet_record("cuda"), machine_gpu="NVIDIA H100", machine_commit=f"commitof{against}{day}")
+    rows = [row for row in found["results"] if row.get("whose") == "ours" or row.get("steps") in steps]
+    for row in rows:
+        if row["question"] == "ratio":
+            row |= {"against": against, "times_ours": p50, "scaled": False}
+        elif row["whose"] == "theirs":
+            row |= {"tier": against, "candidate": f"ControlNet, {against}", "p50": p50, "scaled": False}
+        else:
+            row |= {"p50": p50 / 10}
+    return changed(found, time=f"2026-01-0{day}T00:00:00+00:00", results=[*rows, found["results"][-1]])
+
+
+def test_comparisons_of_several_runs_are_joined(tmp_path: Path) -> None:
+    """Of each the newest counts; ours stands beside theirs of the same run, and every run that counts is named."""
+    runs = [run_of("eager", [20, 50], 3.01, 1), run_of("eager", [20, 50], 3.02, 2), run_of("compiled", [20], 1.03, 3)]
+    texts = []
+    for order in (runs, list(reversed(runs))):
+        text = told(tmp_path, order)
+        assert len(re.findall(r"^### ", text, re.MULTILINE)) == 1
+        ratios = re.findall(r"^\| ControlNet .*\| × .*$", text, re.MULTILINE)
+        assert [re.sub(r" *\| *", "|", r).split("|")[2:9] for r in ratios] == [
+            ["20", "512²", "engine", "fp32", "ort-cpu", "eager", "× 3.02"],
+            ["50", "512²", "engine", "fp32", "ort-cpu", "eager", "× 3.02"],
+            ["20", "512²", "engine", "fp32", "ort-cpu", "compiled", "× 1.03"],
+        ]
+        assert re.findall(r"^\| CAR .*?(\d+ ms)", text, re.MULTILINE) == ["302 ms", "103 ms"]
+        assert re.findall(r"commit (commitof\w+)", text) == ["commitofeager2", "commitofcompiled3"]
+        assert text.count("unet 859.5 M") == 1
+        short = text[text.index("## In short") : text.index("## Contents")]
+        assert "20 steps, 512×512, compiled PyTorch, fp32" in short  # where theirs is nearest to ours
+        assert "50 steps, 512×512, eager PyTorch, fp32" in short
+        assert "Theirs has no engine on this device" in text
+        texts.append(text)
+    assert texts[0] == texts[1]
+    assert "Theirs has no engine" not in told(tmp_path, [controlnet_record()])
+
+
+def test_a_note_stands_above_the_figures_and_is_told_of_in_short(tmp_path: Path) -> None:
+    text = told(tmp_path, [{**controlnet_record(), "note": "The room was warm."}])
+    section = text[text.index("### d16") :]
+    assert section.index("**Note:** The room was warm.") < section.index("Ours (depth 16")
+    assert "see its note" in text[: text.index("## Contents")]
+    assert "note" not in told(tmp_path, [controlnet_record()])[: text.index("## Contents")]
+
+
+def test_other_batches_of_a_plan_are_a_section_of_their_own(records: list[Record], tmp_path: Path) -> None:
+    alone = changed(records[0], settings={**records[0]["settings"], "batch": [1]})
+    sections = re.findall(r"^### (.*?) —", told(tmp_path, [records[0], alone]), re.MULTILINE)
+    assert [s[s.index(",") :] for s in sections] == [", batch 1", ", batches 1 and 2"]
 
 
 def test_what_is_computed_quoted_or_scaled_is_labelled(records: list[Record], tmp_path: Path) -> None:
