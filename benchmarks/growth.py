@@ -117,11 +117,11 @@ Row = dict[str, Any]
 class EmptyStore(WeightStore):
     """A weights.bin with a place for every weight and nothing in it: a hole in the file, whatever their size."""
 
-    def add(self, name: str, tensor: Tensor) -> ir.ExternalTensor:
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+    def add(self, name: str, tensor: Tensor, transpose: bool = False) -> ir.ExternalTensor:
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, transpose)
         if key not in self._known:
             self._keep.append(tensor)
-            shape = tuple(tensor.shape)
+            shape = tuple(reversed(tensor.shape)) if transpose else tuple(tensor.shape)
             dtype, length = torch.empty(0, dtype=tensor.dtype).numpy().dtype, tensor.numel() * tensor.element_size()
             self._known[key] = external(name, dtype, shape, self.offset, length, self.directory)
             self.offset += length

@@ -264,6 +264,17 @@ def test_a_decoder_doubles_in_phases_for_cpus_alone(plan: Path) -> None:
     assert (ops.count("DepthToSpace"), ops.count("Resize")) == ((2, 0) if compute == "fp32" else (0, 2))
 
 
+def test_matrices_are_stored_for_cpus_as_pytorch_has_them_and_for_gpus_transposed(plan: Path) -> None:
+    model = onnx.load(plan / "step.onnx", load_external_data=False).graph
+    stored = {tensor.name: tuple(tensor.dims) for tensor in model.initializer}
+    widened = [node.output[0] for node in model.node if node.op_type == "Cast" and node.input[0] in stored]
+    made = {*stored, *widened}
+    turned = [node for node in model.node if node.op_type == "Transpose" and node.input[0] in made]
+    (fc1,) = (shape for name, shape in stored.items() if "base.blocks.0.mlp.fc1.weight" in name)
+    single = schema.read_manifest(plan).precision.compute == "fp32"
+    assert (fc1, bool(turned)) == (((96, 48), True) if single else ((48, 96), False))
+
+
 def test_reshapes_read_constants(plan: Path) -> None:
     """All but one, which takes S × S logits apart: an engine can tell the shapes of a run before it starts."""
     for graph, computed in (("step", 1), ("condition", 0)):

@@ -63,12 +63,12 @@ def test_two_depths_tell_what_a_really_exported_deeper_model_counts(tmp_path: Pa
 
 def test_an_empty_store_has_a_place_for_every_weight_and_holds_none(tmp_path: Path) -> None:
     store, weight = growth.EmptyStore(tmp_path), torch.empty(1000, 300)
-    first, again, other = store.add("w", weight), store.add("same", weight), store.add("w", weight.clone())
+    first, again, turned = store.add("w", weight), store.add("same", weight), store.add("w", weight, transpose=True)
     table = store.add_array("table", np.arange(5.0))
     store.close()
     assert again is first
-    assert ([*first.shape], [*other.shape]) == ([1000, 300], [1000, 300])
-    assert (first.offset, other.offset, table.offset) == (0, 1_200_000, 2_400_000)
+    assert ([*first.shape], [*turned.shape]) == ([1000, 300], [300, 1000])
+    assert (first.offset, turned.offset, table.offset) == (0, 1_200_000, 2_400_000)
     assert table.numpy().tolist() == [0, 1, 2, 3, 4]  # the exporter reads small constants
     size = (tmp_path / "weights.bin").stat()
     assert size.st_size == 2_400_040

@@ -56,7 +56,7 @@ Arrays = dict[str, np.ndarray]
 
 FP16_MAX = 65504.0
 FACTOR = 10.0
-WRITERS = re.compile(r"\.(attn\.proj|proj_out|mlp\.fc2|conv2|fusions\.\d+\.linear)\.(weight|bias)$")
+WRITERS = re.compile(r"\.(attn\.proj|proj_out|mlp\.fc2|conv2|fusions\.\d+\.linear)\.(weight|bias)(\.T)?$")
 """Parameters whose products are added to a residual stream, the transformer's or the tokenizer's, or are it."""
 SHOWN = 12
 """Tensors that a report lists, largest first."""

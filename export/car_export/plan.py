@@ -109,7 +109,8 @@ class PlanBuilder:
         self.car = self.model.car
         self.options, self.directory, self.log = options, directory, log
         self.config, self.C = model.config.vqvae, model.car.base.config.C
-        self.store = WeightStore(directory, half=options.weights == "fp16" and options.precision == "fp32")
+        single = options.precision == "fp32"  # what CPUs compute in; half precision is for GPUs
+        self.store = WeightStore(directory, half=options.weights == "fp16" and single, transposed=not single)
         self.graphs: dict[str, schema.Graph] = {}
         self.tensors: dict[str, schema.Tensor] = {}
         self.constants: list[dict[str, ir.ExternalTensor]] = []

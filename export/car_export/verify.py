@@ -19,6 +19,7 @@ from torch import Tensor
 
 import car_runtime
 from car_runtime import manifest as schema
+from car_runtime.backends.onnx_runtime import needless_optimizers
 from car_train.model import Model
 from car_train.sample import Recording, control_pyramid, draw, sample
 from car_train.vqvae import split_tokens
@@ -67,12 +68,17 @@ class Verifier:
         path = self.directory / self.manifest.graphs[name].file
         there = {port.name for port in self.manifest.graphs[name].outputs}
         extra_outputs = tuple(output for output in extra_outputs if output not in there)
+        skipped = needless_optimizers(self.manifest.precision)
         if not extra_outputs:
-            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=skipped
+            )
         model = onnx.load(path, load_external_data=False)
         model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(o) for o in extra_outputs)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.directory))
-        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=skipped
+        )
 
     def check_ports(self, name: str, session: ort.InferenceSession) -> None:
         """Names, dtypes and shapes of a graph, as the manifest has them."""

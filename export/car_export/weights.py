@@ -29,8 +29,9 @@ _PAGE = 4096
 class WeightStore:
     """Appends tensors to `weights.bin` and remembers where each went."""
 
-    def __init__(self, directory: Path, half: bool = False):
-        self.directory, self.half = directory, half
+    def __init__(self, directory: Path, half: bool = False, transposed: bool = False):
+        """`half`: float32 weights are stored as float16. `transposed`: see `externalise`."""
+        self.directory, self.half, self.transposed = directory, half, transposed
         self.file: BinaryIO = (directory / FILE).open("wb")
         self.offset = 0
         self.parameter_bytes = 0
@@ -44,15 +45,15 @@ class WeightStore:
         """Let readers of the file see all that was added."""
         self.file.flush()
 
-    def add(self, name: str, tensor: Tensor) -> ir.ExternalTensor:
-        """Write a tensor (once) and return the reference to it."""
+    def add(self, name: str, tensor: Tensor, transpose: bool = False) -> ir.ExternalTensor:
+        """Write a tensor (once), or the transpose of a matrix, and return the reference to it."""
         halve = self.half and tensor.dtype == torch.float32 and tensor.numel() >= HALVED
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, halve)
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, transpose, halve)
         if key not in self._known:
             self._keep.append(tensor)
-            value = tensor.detach()
+            value = tensor.detach().T if transpose else tensor.detach()
             array = as_array((value.half() if halve else value).cpu())
-            self._known[key] = self.add_array(name, array)
+            self._known[key] = self.add_array(name + (".T" if transpose else ""), array)
             self.parameter_bytes += array.nbytes
         return self._known[key]
 
@@ -95,9 +96,10 @@ def external(
 def externalise(model: ir.Model, store: WeightStore) -> None:
     """Move a traced model's weights into the store, in place.
 
-    Matrices are stored as PyTorch has them, [outputs, inputs], and keep their Transpose: engines pack a constant
-    matrix in a form of their own, from this one without another copy. What is stored in half for a float32 graph gets
-    a Cast, which engines fold when they open the graph.
+    Matrices are stored as PyTorch has them, [outputs, inputs], and keep their Transpose: on CPUs engines pack a
+    constant matrix in a form of their own, from this one without another copy. With `store.transposed` they are
+    stored transposed: of some that it has to transpose TensorRT keeps both forms. What is stored in half for a
+    float32 graph gets a Cast, which engines fold when they open the graph.
     """
     graph = model.graph
     for value in list(graph.initializers.values()):
@@ -105,10 +107,20 @@ def externalise(model: ir.Model, store: WeightStore) -> None:
         raw = getattr(tensor, "raw", None)
         if tensor is None or not isinstance(raw, Tensor) or raw.numel() < INLINE:
             continue
+        turned = [n for n, _ in value.uses() if store.transposed and _is_transpose(n)]
+        for node in turned:
+            output = node.outputs[0]
+            _replace(graph, output, f"{value.name}.T", store.add(str(value.name), raw, transpose=True), raw.dtype)
+            graph.remove(node, safe=True)
         if value.uses():
             _replace(graph, value, str(value.name), store.add(str(value.name), raw), raw.dtype)
         elif not value.is_graph_output():
             graph.initializers.pop(str(value.name))
+
+
+def _is_transpose(node: ir.Node) -> bool:
+    """Of a matrix."""
+    return node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == [1, 0]
 
 
 def _replace(graph: ir.Graph, old: ir.Value, name: str, tensor: ir.ExternalTensor, wanted: torch.dtype) -> None:

@@ -6,6 +6,7 @@ from importlib import metadata
 from typing import Any
 
 from car_runtime.errors import BackendError, one_line
+from car_runtime.manifest import Precision
 
 
 def import_onnxruntime(backend: str, package: str, extra: str, either: str) -> Any:
@@ -25,6 +26,15 @@ def import_onnxruntime(backend: str, package: str, extra: str, either: str) -> A
             f"the backend {backend!r} needs {package} ({one_line(error)}); run: pip install 'car-deploy[{extra}]'"
         ) from error
     return onnxruntime
+
+
+def needless_optimizers(precision: Precision) -> list[str]:
+    """What a session on the CPU does without, for its argument `disabled_optimizers`.
+
+    Folding would copy every matrix to transpose it, only for it to be packed in another form. Where weights are
+    stored in half it has to be: else they would be widened in every run.
+    """
+    return ["ConstantFolding"] if precision.compute == precision.weights == "fp32" else []
 
 
 def _is_installed(distribution: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from car_runtime.backends import Buffer
 from car_runtime.backends.host import HostMemory, array_of, available_cores
-from car_runtime.backends.onnx_runtime import import_onnxruntime
+from car_runtime.backends.onnx_runtime import import_onnxruntime, needless_optimizers
 from car_runtime.errors import BackendError, PlanError, RunError, one_line
 from car_runtime.manifest import Manifest
 
@@ -37,10 +37,6 @@ class OrtCpu(HostMemory):
             "ort-cpu", "onnxruntime", "cpu", either="'car-deploy[cpu]' or 'car-deploy[gpu]'"
         )
         self._root, self._manifest, self._threads = root, manifest, threads or available_cores()
-        stored = manifest.precision
-        # Folding would copy every matrix to transpose it, only for it to be packed in another form. Where weights are
-        # stored in half it has to be: else they would be widened in every run.
-        self._skipped = ["ConstantFolding"] if stored.compute == stored.weights == "fp32" else []
         self._lock = Lock()
         self._closed = False
         self._inputs = {name: {port.name for port in graph.inputs} for name, graph in manifest.graphs.items()}
@@ -100,7 +96,7 @@ class OrtCpu(HostMemory):
                 str(self._root / file),
                 self._options(),
                 providers=["CPUExecutionProvider"],
-                disabled_optimizers=self._skipped,
+                disabled_optimizers=needless_optimizers(self._manifest.precision),
             )
         except Exception as error:
             raise PlanError(
