@@ -52,7 +52,7 @@ def altered(source: Path, target: Path, graph: str, tensor: str, change: Callabl
     """A copy of a plan in which one weight is another, with hashes that agree."""
     plan = Path(shutil.copytree(source, target))
     for found in onnx.load(plan / f"{graph}.onnx", load_external_data=False).graph.initializer:
-        if found.name == tensor:
+        if found.name.removesuffix(".T") == tensor:  # half-precision plans store matrices transposed
             place = {entry.key: entry.value for entry in found.external_data}
             dtype = onnx.helper.tensor_dtype_to_np_dtype(found.data_type)
             weights = np.memmap(plan / WEIGHTS, dtype, "r+", int(place["offset"]), tuple(found.dims))
