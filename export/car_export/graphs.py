@@ -131,10 +131,9 @@ class PhasedUp(nn.Module):
 
     def __init__(self, up: Up):
         super().__init__()
-        weight, dtype = up.conv.weight.detach().float(), up.conv.weight.dtype
-        rows = [_neighbours(weight, 2, shift) for shift in (0, 1)]
+        rows = [_neighbours(up.conv.weight.detach(), 2, shift) for shift in (0, 1)]
         kernels = [_neighbours(row, 3, shift) for row in rows for shift in (0, 1)]
-        self.kernels = nn.ParameterList(nn.Parameter(k.to(dtype), requires_grad=False) for k in kernels)
+        self.kernels = nn.ParameterList(nn.Parameter(kernel, requires_grad=False) for kernel in kernels)
         self.bias = up.conv.bias
 
     def forward(self, x: Tensor) -> Tensor:

@@ -98,8 +98,8 @@ def externalise(model: ir.Model, store: WeightStore) -> None:
 
     Matrices are stored as PyTorch has them, [outputs, inputs], and keep their Transpose: on CPUs engines pack a
     constant matrix in a form of their own, from this one without another copy. With `store.transposed` they are
-    stored transposed, the form in which plans were run on a GPU. What is stored in half for a float32 graph gets a
-    Cast, which engines fold when they open the graph.
+    stored transposed, as half-precision plans always were; on GPUs neither form was found better. What is stored in
+    half for a float32 graph gets a Cast, which engines fold when they open the graph.
     """
     graph = model.graph
     for value in list(graph.initializers.values()):
