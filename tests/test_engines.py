@@ -140,8 +140,11 @@ def test_all_profiles_of_the_step_share_one_copy_of_the_weights(compiled: Path) 
     manifest = schema.read_manifest(compiled)
     recipe = next(r for r in engines.recipes(compiled, manifest) if r.graph == "step")
     tensors = onnx.load_model_from_string(recipe.onnx).graph.initializer
-    lengths = [int(e.value) for t in tensors for e in t.external_data if e.key == "length"]
-    assert sum(lengths) <= sidecar(compiled, "step")["weight_bytes"] <= 1.2 * sum(lengths) + 65536
+    lengths = {t.name: int(e.value) for t in tensors for e in t.external_data if e.key == "length"}
+    # Each matrix of queries, keys and values counts: a second copy of one, 13.8 kB, is too much.
+    attention = min(length for name, length in lengths.items() if "qkv_weight" in name)
+    total = sum(lengths.values())
+    assert total <= sidecar(compiled, "step")["weight_bytes"] < total + attention
 
 
 def test_the_runtime_reads_the_sidecars(compiled: Path) -> None:
