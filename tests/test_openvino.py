@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +15,12 @@ import numpy as np
 import pytest
 
 from car_runtime import BackendError, Plan, RunError, open_plan
-from car_runtime.backends.openvino import OpenVino, descending
-from car_runtime.backends.openvino_graphs import multiply_matrices_as_stored, transpose_in_products
+from car_runtime.backends.openvino import ROWS, OpenVino, descending
+from car_runtime.backends.openvino_graphs import (
+    multiply_matrices_as_stored,
+    split_products,
+    transpose_in_products,
+)
 from car_runtime.manifest import Port, read_manifest
 from car_runtime.plan import default_plan
 from small_plans import small_plan
@@ -92,7 +97,7 @@ def test_the_step_is_cut_at_its_sort_and_reads_keys_row_by_row() -> None:
     import openvino
 
     with on_openvino("bf16") as plan:
-        assert len(plan._backend._models["step"]) == 2
+        assert len(plan._backend._models["step"].parts) == 2
         assert plan._backend.cache_dtype == "bfloat16"
         attentions = plan.manifest.model.cache_layers
         model = openvino.Core().read_model(str(plan.path / "step.onnx"))
@@ -108,7 +113,7 @@ def test_the_step_is_cut_at_its_sort_and_reads_keys_row_by_row() -> None:
 
 def kernels(plan: Plan, graph: str) -> Counter[str]:
     """What OpenVINO runs of a graph, by kind."""
-    models = [part.get_runtime_model() for part in plan._backend._models[graph]]
+    models = [part.get_runtime_model() for part in plan._backend._models[graph].parts]
     return Counter(node.get_rt_info()["layerType"].astype(str) for model in models for node in model.get_ops())
 
 
@@ -139,18 +144,44 @@ def test_matrices_are_read_as_the_plan_stores_them() -> None:
     assert transposed() == 0
 
 
-def test_sorting_is_descending_and_leaves_its_input_alone() -> None:
-    values = np.random.default_rng(0).standard_normal((2, 3, 50)).astype(np.float32)
+def test_queries_keys_and_values_are_products_of_their_own() -> None:
+    """Of the rows of one stored matrix, which are not copied."""
+    import openvino
+
+    plan = small_plan("fp32")
+    attentions = read_manifest(plan).model.cache_layers
+    model = openvino.Core().read_model(str(plan / "step.onnx"))
+    multiply_matrices_as_stored(openvino, model)
+
+    def products() -> list[tuple[list[int], int]]:
+        """Shape and address of each constant matrix."""
+        found = [node for node in model.get_ordered_ops() if node.get_type_name() == "MatMul"]
+        matrices = [node.input(1).get_source_output().get_node() for node in found]
+        constants = [node for node in matrices if node.get_type_name() == "Constant"]
+        return [(list(node.get_output_shape(0)), node.data.ctypes.data) for node in constants]
+
+    before = products()
+    owners = split_products(openvino, model)
+    wide = [product for product in before if product not in products()]
+    assert len(owners) == len(wide) == attentions
+    for (outputs, inputs), address in wide:
+        assert outputs == 3 * inputs
+        parts = [([inputs, inputs], address + 4 * i * inputs * inputs) for i in range(3)]
+        assert all(part in products() for part in parts)
+
+
+@pytest.mark.parametrize("tokens", [3, ROWS, 3 * ROWS + 1])
+def test_sorting_is_descending_and_leaves_its_input_alone(tokens: int) -> None:
+    values = np.random.default_rng(0).standard_normal((2, tokens, 50)).astype(np.float32)
     before = values.copy()
-    ranked = descending(values)
+    with ThreadPoolExecutor(2) as pool:
+        ranked = descending(values, pool)
     assert (np.diff(ranked) <= 0).all()
     assert (np.sort(values) == ranked[..., ::-1]).all()
     assert (values == before).all()
 
 
 def test_several_threads_each_get_their_own_picture() -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     with on_openvino("f32") as plan:
         alone = [plan.generate(EXAMPLE, 2, seed=seed).tokens for seed in range(4)]
         with ThreadPoolExecutor(4) as pool:

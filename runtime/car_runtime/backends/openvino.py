@@ -7,11 +7,13 @@ Buffers are numpy arrays that OpenVINO reads and writes in place; K and V are ke
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,7 @@ from car_runtime.backends.openvino_graphs import (
     keep_maps_channels_last,
     multiply_matrices_as_stored,
     split_at_sort,
+    split_products,
     transpose_in_products,
 )
 from car_runtime.errors import BackendError, PlanError, RunError, one_line
@@ -33,6 +36,8 @@ from car_runtime.manifest import WEIGHTS, Manifest
 
 # The encoder serves editing only; it is compiled when somebody encodes.
 _AT_ONCE = ("step", "condition", "control", "decoder")
+ROWS = 64
+"""Tokens whose logits are sorted at once, a megabyte of 4096."""
 
 
 class OpenVino(HostMemory):
@@ -67,6 +72,8 @@ class OpenVino(HostMemory):
             # What fuses attention into one kernel computes it wrongly for named dimensions (2026.4, from 30 keys on).
             "SNIPPETS_MODE": "DISABLE",
         }
+        self._pool = ThreadPoolExecutor(self._settings["INFERENCE_NUM_THREADS"] or os.cpu_count())
+        """Sorts logits while the engine's threads wait."""
         self._lock = Lock()
         self._closed = False
         # One after the other: together they are no faster, and the weights of all would be mapped at once.
@@ -109,7 +116,7 @@ class OpenVino(HostMemory):
             if graph not in self._models:
                 self._models[graph] = self._compile(graph)
             idle = self._idle.setdefault((graph, outputs), [])
-            request = idle.pop() if idle else _Request(self._ov, self._models[graph])
+            request = idle.pop() if idle else _Request(self._ov, self._models[graph], self._pool)
         if request.used:
             yield request  # after an error it is not used again
         else:  # OpenVINO packs a graph's weights when it first runs
@@ -119,42 +126,50 @@ class OpenVino(HostMemory):
         with self._lock:
             idle.append(request)
 
-    def _compile(self, graph: str) -> Sequence[Any]:
+    def _compile(self, graph: str) -> _Compiled:
         """One compiled model; the step as two, with its sort between them."""
         file = self._manifest.graphs[graph].file
         try:
             with pages_forgotten(self._root / WEIGHTS):
                 model = self._core.read_model(str(self._root / file))
-                models = self._rewrite(graph, model)
-                compiled = [self._core.compile_model(part, "CPU", self._settings) for part in models]
+                models, owners = self._rewrite(graph, model)
+                parts = [self._core.compile_model(part, "CPU", self._settings) for part in models]
         except Exception as error:
             raise PlanError(
                 f"OpenVINO {self._ov.__version__} cannot compile {file}: {one_line(error)}; "
                 "export the plan again, or use --backend ort-cpu"
             ) from error
-        return compiled
+        return _Compiled(parts, owners)
 
-    def _rewrite(self, graph: str, model: Any) -> Sequence[Any]:
-        """The parts of a graph as they are compiled."""
+    def _rewrite(self, graph: str, model: Any) -> tuple[Sequence[Any], Sequence[Any]]:
+        """The parts of a graph as they are compiled, and what owns memory that they read."""
         multiply_matrices_as_stored(self._ov, model)
+        owners = split_products(self._ov, model)
         keep_maps_channels_last(self._ov, model)
         if graph != "step":
-            return (model,)
+            return (model,), owners
         transpose_in_products(self._ov, model)
         fuse_unit_length(self._ov, model)
         if self.cache_dtype is not None:
             model = keep_cache_in_bfloat16(self._ov, model)
-        return split_at_sort(self._ov, model) or (model,)
+        return split_at_sort(self._ov, model) or (model,), owners
+
+
+class _Compiled(NamedTuple):
+    """A graph's compiled models, and what owns memory that they read, to be kept as long as they are."""
+
+    parts: Sequence[Any]
+    owners: Sequence[Any]
 
 
 class _Request:
     """An inference request for each part of a graph."""
 
-    def __init__(self, ov: Any, models: Sequence[Any]) -> None:
-        self._ov = ov
+    def __init__(self, ov: Any, compiled: _Compiled, pool: Executor) -> None:
+        self._ov, self._compiled, self._pool = ov, compiled, pool
         self.used = False
         self._parts = [
-            (model.create_infer_request(), _ports(model.inputs), _ports(model.outputs)) for model in models
+            (model.create_infer_request(), _ports(model.inputs), _ports(model.outputs)) for model in compiled.parts
         ]
 
     def infer(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
@@ -170,7 +185,7 @@ class _Request:
             request.infer()
             if LOGITS in gives and len(self._parts) > 1:
                 logits = request.get_tensor(gives[LOGITS]).data
-                between = {LOGITS: logits, RANKED: descending(logits)}
+                between = {LOGITS: logits, RANKED: descending(logits, self._pool)}
 
     def _tensor(self, buffer: Buffer, port: Any) -> Any:
         array, element = array_of(buffer), port.get_element_type()
@@ -181,11 +196,22 @@ class _Request:
         return self._ov.Tensor(array, shared_memory=True)
 
 
-def descending(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A sorted copy, the largest of the last axis first."""
-    ranked: NDArray[np.float32] = np.negative(values)
-    ranked.sort(-1)
-    return np.negative(ranked, out=ranked)
+def descending(values: NDArray[np.float32], pool: Executor) -> NDArray[np.float32]:
+    """A sorted copy, the largest of the last axis first; a block of rows at a time, as many as fit into a cache."""
+    ranked = np.empty_like(values)
+    rows, sorted_rows = (array.reshape(-1, array.shape[-1]) for array in (values, ranked))
+
+    def sort(start: int) -> None:
+        block = sorted_rows[start : start + ROWS]
+        np.negative(rows[start : start + ROWS], out=block)
+        block.sort(-1)
+        np.negative(block, out=block)
+
+    if len(rows) <= ROWS:
+        sort(0)
+    else:
+        list(pool.map(sort, range(0, len(rows), ROWS)))
+    return ranked
 
 
 def _ports(ports: Sequence[Any]) -> dict[str, Any]:

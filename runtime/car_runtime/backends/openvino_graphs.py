@@ -64,6 +64,30 @@ def multiply_matrices_as_stored(ov: Any, model: Model) -> None:
         product.output(0).replace(direct.output(0))
 
 
+def split_products(ov: Any, model: Model) -> list[Node]:
+    """A product whose result is split becomes one product for each part, so that nothing is copied apart.
+
+    Their matrices are rows of the one that was there, in its memory. Returns what owns that memory, and has to live
+    as long as the model and what is compiled from it.
+    """
+    owners = []
+    for split in [node for node in model.get_ordered_ops() if node.get_type_name() == "Split"]:
+        product, parts = _producer(split, 0), split.get_output_size()
+        if product.get_type_name() != "MatMul" or _only_reader(product) is None:
+            continue
+        matrix, last = _producer(product, 1), len(split.get_output_partial_shape(0)) - 1
+        stored = matrix.get_type_name() == "Constant" and product.get_attributes()["transpose_b"]
+        if not stored or _producer(split, 1).get_data().item() not in (-1, last):
+            continue
+        x, (outputs, inputs) = product.input(0).get_source_output(), matrix.get_output_shape(0)
+        for i, part in enumerate(split.outputs()):
+            begin, end = (ov.Coordinate([n * outputs // parts, at]) for n, at in ((i, 0), (i + 1, inputs)))
+            rows = ov.op.Constant(ov.Tensor(matrix.tensor_view, begin, end), shared_memory=True)
+            part.replace(ov.opset13.matmul(x, rows, False, True).output(0))
+        owners.append(matrix)
+    return owners
+
+
 def fuse_unit_length(ov: Any, model: Model) -> None:
     """x ÷ ‖x‖ of the last axis in the form that the CPU plugin makes one kernel of: an RMS norm with weights 1/√d.
 

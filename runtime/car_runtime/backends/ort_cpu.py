@@ -94,7 +94,7 @@ class OrtCpu(HostMemory):
         try:
             session = self._ort.InferenceSession(
                 str(self._root / file),
-                self._options(),
+                self._options(graph),
                 providers=["CPUExecutionProvider"],
                 disabled_optimizers=needless_optimizers(self._manifest.precision),
             )
@@ -105,11 +105,15 @@ class OrtCpu(HostMemory):
             ) from error
         return session
 
-    def _options(self) -> Any:
+    def _options(self, graph: str) -> Any:
         options = self._ort.SessionOptions()
         options.log_severity_level = 4  # what matters arrives as an exception, and stderr is the caller's
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
         # Several sessions take turns: idle threads of one that spin would slow the next one down.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if graph == "condition":
+            # It runs once a class, on a few rows: its matrices, a quarter of a CAR's weights, are read where the file
+            # is mapped, not packed into memory of their own first.
+            options.add_session_config_entry("session.disable_prepacking", "1")
         return options
