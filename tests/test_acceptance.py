@@ -375,3 +375,13 @@ def test_help_of_a_command_loads_nothing_heavy(command: str) -> None:
     )
     assert done.stdout.startswith(f"usage: car-run {command} ")
     assert done.stdout.endswith("0 []\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a child may be handed its parent's peak")
+def test_the_peak_is_of_this_process_and_not_of_the_one_that_started_it() -> None:
+    before = np.ones(60_000_000)  # 0.5 GB
+    code = "from car_runtime.acceptance import peak_rss; print(peak_rss())"
+    peak = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    ours = acceptance.peak_rss()
+    assert ours is not None
+    assert peak < before.nbytes < ours

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from car_runtime.backends import has_openvino_bfloat16
 from golden import OFFICIAL_D16, OFFICIAL_VAE, REFERENCE, _filled, save_official
 
 pytestmark = pytest.mark.slow
@@ -20,19 +21,25 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 
 
+LAUNCHER = """
+import os, sys
+child = os.spawnv(os.P_NOWAIT, sys.executable, [sys.executable, *sys.argv[1:]])
+_, status, usage = os.wait4(child, 0)
+print(usage.ru_maxrss * 1024, file=sys.stderr)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+"""A process's peak counts what it was a copy of before it became another program: here gigabytes of this one."""
+
+
 def run(*argv: object) -> tuple[str, str, float, int]:
     """Run python with arguments: (stdout, stderr, seconds, peak resident bytes). The exit code must be 0."""
     began = time.monotonic()
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / p) for p in (".", "export", "runtime"))}
-    process = subprocess.Popen(
-        [sys.executable, *map(str, argv)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    out, err = process.stdout.read(), process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 0, err
-    return out, err, time.monotonic() - began, usage.ru_maxrss * 1024
+    command = [sys.executable, "-c", LAUNCHER, *map(str, argv)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    *err, peak = done.stderr.splitlines(keepends=True)
+    return done.stdout, "".join(err), time.monotonic() - began, int(peak)
 
 
 def test_d16_exports_and_runs_within_its_limits(tmp_path: Path) -> None:
@@ -66,9 +73,9 @@ def test_d16_exports_and_runs_within_its_limits(tmp_path: Path) -> None:
 
     Image.fromarray(np.load(REFERENCE / "ten.npz")["control_png"]).save(tmp_path / "control.png")
     flags = ["--engine", plan, "--control", tmp_path / "control.png", "--class", 207, "-o", tmp_path / "out.png"]
-    # OpenVINO holds one copy in bfloat16, half of the weights. While it packs that, pages of the file may come on
-    # top: on a busy machine they are given back late.
-    for backend, limit in (("ort-cpu", weights + 1.0e9), ("openvino", weights + 0.6e9)):
+    # OpenVINO holds one copy in bfloat16, half of the weights, where the CPU multiplies that.
+    compact = 2.2e9 if has_openvino_bfloat16() else weights + 1.0e9
+    for backend, limit in (("ort-cpu", weights + 1.0e9), ("openvino", compact)):
         out, _, _, peak = run("-m", "car_runtime", *flags, "--backend", backend, "--json")
         print(f"car-run, {backend}: {json.loads(out)['timings']['total']:.1f} s, peak {peak / 1e9:.2f} GB")
         assert peak <= limit
