@@ -69,7 +69,8 @@ class OpenVino(HostMemory):
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": self.precision,
             "INFERENCE_NUM_THREADS": threads or available_cores(),
-            # What fuses attention into one kernel computes it wrongly for named dimensions (2026.4, from 30 keys on).
+            # What fuses attention into one kernel computes it wrongly for named dimensions, once there are more keys
+            # than when the kernel was made (2026.4).
             "SNIPPETS_MODE": "DISABLE",
         }
         self._pool = ThreadPoolExecutor(self._settings["INFERENCE_NUM_THREADS"] or os.cpu_count())
