@@ -15,11 +15,13 @@ from small import small_model
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fp16": ({}, {"precision": "fp16", "batches": (1, 2)}),
     "fp32": ({"vocab": 4096, "control": False}, {}),
+    "steered": ({}, {}),
     "bf16": ({"control": False}, {"precision": "bf16"}),
 }
 """Kind → options of the model, options of the export.
 
-fp32 has more codes than TensorRT's TopK returns; two kinds have no control branch.
+fp32 has more codes than TensorRT's TopK returns; two kinds have no control branch. `steered`
+is in float32 and has one.
 """
 
 

@@ -1,10 +1,12 @@
-"""Build a plan from a checkpoint or the published .pth files, verify it against PyTorch, and compile its engines."""
+"""Build a plan from a checkpoint or the published .pth files, verify it against PyTorch, compile its engines, or make
+its int8 form."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from car_train.model import Model
 
 from . import engines
 from .builder import Compiler
+from .int8 import Int8Options, to_int8
 from .plan import ExportError, ExportOptions, Log, build_plan, reference_model
 from .verify import VerificationError, verify_plan
 
@@ -26,6 +29,7 @@ EXAMPLES = """examples:
   python export/build_engines.py runs/car -o emoji.plan --verify  # compare an existing plan with its checkpoint again
   python export/build_engines.py runs/car -o emoji.plan --target rtx --sm 89  # and engines (no GPU is needed)
   python export/build_engines.py emoji.plan --target rtx --sm 89,120  # engines of an existing plan
+  python export/build_engines.py d16.plan --weights int8 -o d16-int8.plan --calibrate depths/  # for CPUs, 8 bits
 """
 
 
@@ -40,7 +44,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "checkpoint",
         type=Path,
         nargs="?",
-        help="checkpoint or run of car_train (else: --vae --var [--car]), or a plan, to build engines of (--target)",
+        help="checkpoint or run of car_train (else: --vae --var [--car]), or a plan, to build engines of (--target) "
+        "or to make an int8 plan of (--weights int8)",
     )
     add_official_arguments(parser)
     parser.add_argument("-o", "--output", type=Path, help="the plan to write, NAME.plan")
@@ -49,7 +54,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--precision", choices=["fp32", "fp16", "bf16"], default="fp32", help="compute type (default: fp32)"
     )
     parser.add_argument(
-        "--weights", choices=["fp32", "fp16"], default="fp32", help="storage type for fp32 compute (default: fp32)"
+        "--weights",
+        choices=["fp32", "fp16", "int8"],
+        default="fp32",
+        help="storage type for fp32 compute; int8: large products multiply eight-bit numbers, for CPUs "
+        "(default: fp32)",
+    )
+    parser.add_argument(
+        "--calibrate",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="PATH",
+        help="with --weights int8: control images, or folders of them, to draw after while ranges are measured "
+        "(default: pictures made here)",
     )
     parser.add_argument(
         "--batch", type=integers, default=(1,), help="batch sizes that get static steps, e.g. 1,4 (default: 1)"
@@ -118,20 +136,56 @@ def build_engines_only(args: argparse.Namespace, log: Log) -> Path:
     """Engines of an existing plan, in place."""
     plan: Path = args.checkpoint
     if args.target is None:
-        raise ConfigError(f"{plan} is a plan already; say what to build for, e.g. --target rtx --sm 89")
+        raise ConfigError(
+            f"{plan} is a plan already; say what to build for, e.g. --target rtx --sm 89, or --weights int8"
+        )
     if args.output is not None and args.output.resolve() != plan.resolve():
         raise ConfigError(f"engines are built inside their plan; leave out -o {args.output}, or copy the plan first")
-    parser_defaults = parse_args([str(plan)])
+    _check_settled(args, "target", "sm")
+    engines.build_engines(plan, engines.choose_targets(args.target, args.sm), log)
+    return plan
+
+
+def _check_settled(args: argparse.Namespace, *allowed: str) -> None:
+    """Raise ConfigError if a plan is given with flags that only an export heeds."""
+    defaults = parse_args([str(args.checkpoint)])
     settled = [
         name
         for name, value in vars(args).items()
-        if name not in ("checkpoint", "output", "target", "sm") and value != getattr(parser_defaults, name)
+        if name not in ("checkpoint", "output", *allowed) and value != getattr(defaults, name)
     ]
     if settled:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in settled)
-        raise ConfigError(f"{plan} is a plan already, and {flags} settle how one is exported; give its checkpoint")
-    engines.build_engines(plan, engines.choose_targets(args.target, args.sm), log)
-    return plan
+        raise ConfigError(
+            f"{args.checkpoint} is a plan already, and {flags} settle how one is exported; give its checkpoint"
+        )
+
+
+def make_int8(args: argparse.Namespace, log: Log) -> Path:
+    """The int8 form of an existing plan, beside it."""
+    if args.output is None:
+        raise ConfigError(f"an int8 plan is another plan; name it, e.g. -o {args.checkpoint.stem}-int8.plan")
+    _check_settled(args, "weights", "calibrate", "name")
+    return to_int8(
+        Int8Options(source=args.checkpoint, output=args.output, name=args.name, controls=tuple(args.calibrate or ())),
+        log,
+    )
+
+
+def check_int8(args: argparse.Namespace) -> None:
+    """Raise ConfigError for flags that don't go with `--weights int8`, or that need it."""
+    if args.weights != "int8":
+        if args.calibrate:
+            raise ConfigError(f"--calibrate {args.calibrate[0]} serves --weights int8; add that, or leave it out")
+        return
+    if args.precision != "fp32":
+        raise ConfigError(
+            f"--weights int8 is for CPUs, which compute in fp32; leave out --precision {args.precision}"
+        )
+    if args.target is not None:
+        raise ConfigError(f"--weights int8 is for CPUs; for --target {args.target} use --precision fp16")
+    if args.verify:
+        raise ConfigError("--verify compares with float32 arithmetic; an int8 plan is checked by car-run verify")
 
 
 def run(args: argparse.Namespace) -> Path:
@@ -144,8 +198,9 @@ def run(args: argparse.Namespace) -> Path:
         raise ConfigError(f"--sm {','.join(map(str, args.sm))} needs a compiler; add --target rtx")
     if args.verify and args.target is not None:
         raise ConfigError("--verify builds nothing; leave out --target, or leave out --verify")
+    check_int8(args)
     if is_plan(args.checkpoint):
-        return build_engines_only(args, log)
+        return make_int8(args, log) if args.weights == "int8" else build_engines_only(args, log)
     # Whatever can be wrong with the targets shows before the export, which takes minutes.
     targets = engines.choose_targets(args.target, args.sm) if args.target else []
     for target in targets:
@@ -155,7 +210,7 @@ def run(args: argparse.Namespace) -> Path:
         output=args.output,
         name=args.name or args.output.name.removesuffix(".plan"),
         precision=args.precision,
-        weights=args.weights,
+        weights="fp32" if args.weights == "int8" else args.weights,
         batches=args.batch,
         cfg=args.cfg,
         top_k=args.top_k,
@@ -175,11 +230,22 @@ def run(args: argparse.Namespace) -> Path:
         schema.verify_files(args.output, manifest)
         verify_plan(args.output, reference_model(model, manifest.precision.compute, manifest.precision.weights), log)
         return args.output
+    if args.weights == "int8":
+        return export_int8(model, options, tuple(args.calibrate), log)
     with engines.keeping_engines(args.output, log):
         build_plan(model, options, log)
     if targets:
         engines.build_engines(args.output, targets, log)
     return args.output
+
+
+def export_int8(model: Model, options: ExportOptions, controls: tuple[Path, ...], log: Log) -> Path:
+    """Export a float32 plan aside, verified, and make the int8 one of it."""
+    output = options.output
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as aside:
+        exact = build_plan(model, dataclasses.replace(options, output=Path(aside) / "fp32.plan"), log)
+        return to_int8(Int8Options(source=exact, output=output, controls=controls), log)
 
 
 def main(argv: list[str] | None = None) -> int:

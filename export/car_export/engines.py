@@ -185,6 +185,10 @@ def build_engines(plan: Path, targets: Sequence[Target], log: Log = lambda _: No
     EngineError, or car_runtime's PlanError.
     """
     manifest = schema.read_manifest(plan)
+    if manifest.precision.weights == "int8":
+        raise TargetError(
+            f"{plan} is an int8 plan, which is for CPUs; compile the engines of one exported with --precision fp16"
+        )
     compilers = {flavour: Compiler(flavour) for flavour in {t.flavour for t in targets}}
     for target in targets:
         compilers[target.flavour].check_target(target.name)

@@ -7,12 +7,15 @@ bytes once, on disk and in memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import torch
+from onnx import TensorProto
 from torch import Tensor
 
 FILE = "weights.bin"
@@ -24,6 +27,8 @@ HALVED = 256
 Small ones keep their digits.
 """
 _PAGE = 4096
+Place = tuple[int, int]
+"""Offset and length in the file."""
 
 
 class WeightStore:
@@ -58,17 +63,85 @@ class WeightStore:
         return self._known[key]
 
     def add_array(self, name: str, array: np.ndarray) -> ir.ExternalTensor:
-        """Append an array as it is.
-
-        Large ones start at a page, so that they can be mapped; small ones at a cache line.
-        """
-        align = _PAGE if array.nbytes >= 256 * _PAGE else 64
+        """Append an array as it is, at its `alignment`."""
+        align = alignment(array.nbytes)
         self.file.write(bytes(-self.offset % align))
         self.offset += -self.offset % align
         self.file.write(array.tobytes() if array.nbytes < _PAGE else array.reshape(-1).view(np.uint8).data)
         reference = external(name, array.dtype, array.shape, self.offset, array.nbytes, self.directory)
         self.offset += array.nbytes
         return reference
+
+
+class Moved:
+    """The `weights.bin` of a plan that is made from another: each piece of the old one once, wherever it is used."""
+
+    def __init__(self, source: Path, target: Path):
+        self._source = np.memmap(source, np.uint8, "r")
+        self._file = target.open("wb")
+        self._offset = 0
+        self._places: dict[Place, Place] = {}
+        self._added: set[str] = set()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def piece(self, offset: int, length: int, change: Callable[[np.ndarray], np.ndarray] | None = None) -> Place:
+        """Where a piece of the old file is in the new one, (offset, length).
+
+        change: from its bytes, uint8 [length], to what is stored instead.
+        """
+        if (offset, length) not in self._places:
+            data = self._source[offset : offset + length]
+            self._places[offset, length] = self._append(data if change is None else change(data))
+        return self._places[offset, length]
+
+    def move(self, tensors: Iterable[TensorProto]) -> None:
+        """Let a graph's tensors refer to the new file, but for those that are of it already (`add`)."""
+        for tensor in tensors:
+            if tensor.data_location == TensorProto.EXTERNAL and tensor.name not in self._added:
+                refer(tensor, *self.piece(*place(tensor)))
+
+    def add(self, name: str, array: np.ndarray) -> TensorProto:
+        """A new tensor in the file, for a graph."""
+        self._added.add(name)
+        kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+        tensor = TensorProto(name=name, data_type=kind, dims=array.shape)
+        refer(tensor, *self._append(array))
+        return tensor
+
+    def array(self, tensor: TensorProto) -> np.ndarray:
+        """What a tensor of the old plan's graphs holds; one in the file is read where it is mapped."""
+        if tensor.data_location != TensorProto.EXTERNAL:
+            return onnx.numpy_helper.to_array(tensor)
+        offset, length = place(tensor)
+        kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        return self._source[offset : offset + length].view(kind).reshape(tuple(tensor.dims))
+
+    def _append(self, array: np.ndarray) -> Place:
+        self._offset += self._file.write(bytes(-self._offset % alignment(array.nbytes)))
+        start = self._offset
+        self._offset += self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        return start, array.nbytes
+
+
+def place(tensor: TensorProto) -> Place:
+    """Offset and length of an external tensor."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    return int(entries["offset"]), int(entries["length"])
+
+
+def refer(tensor: TensorProto, offset: int, length: int) -> None:
+    """Let a tensor be external, in `weights.bin`."""
+    tensor.data_location = TensorProto.EXTERNAL
+    del tensor.external_data[:]
+    for key, value in (("location", FILE), ("offset", offset), ("length", length)):
+        tensor.external_data.add(key=key, value=str(value))
+
+
+def alignment(size: int) -> int:
+    """Of so many bytes: large ones start at a page, so that they can be mapped; small ones at a cache line."""
+    return _PAGE if size >= 256 * _PAGE else 64
 
 
 def as_array(tensor: Tensor) -> np.ndarray:

@@ -20,6 +20,8 @@ from onnx import TensorProto
 
 from car_runtime import manifest as schema
 
+from .weights import Moved, place, refer
+
 _BFLOAT16 = ir.DataType.BFLOAT16.numpy()  # numpy has none of its own
 _TYPES = {TensorProto.BFLOAT16: TensorProto.FLOAT}
 
@@ -38,10 +40,10 @@ def widened(plan: Path) -> Iterator[Path]:
 def _copy(plan: Path, folder: Path) -> None:
     manifest = schema.read_manifest(plan)
     graphs = {name: onnx.load(plan / graph.file, load_external_data=False) for name, graph in manifest.graphs.items()}
-    moved = _Weights(plan / schema.WEIGHTS, folder / schema.WEIGHTS)
+    moved = Moved(plan / schema.WEIGHTS, folder / schema.WEIGHTS)
     tensors = {}
     for name, tensor in manifest.tensors.items():
-        offset, _ = moved.place(tensor.offset, tensor.bytes, bfloat16=False)
+        offset, _ = moved.piece(tensor.offset, tensor.bytes)
         tensors[name] = dataclasses.replace(tensor, offset=offset)
     for name, graph in graphs.items():
         _widen_graph(graph.graph, moved)
@@ -67,30 +69,7 @@ def _copy(plan: Path, folder: Path) -> None:
     schema.write_manifest(folder, whole)
 
 
-class _Weights:
-    """`weights.bin` in float32: each piece once, wherever it is used."""
-
-    def __init__(self, source: Path, target: Path):
-        self.source = np.memmap(source, np.uint8, "r")
-        self.file = target.open("wb")
-        self.offset = 0
-        self.places: dict[tuple[int, int], tuple[int, int]] = {}
-
-    def place(self, offset: int, length: int, bfloat16: bool) -> tuple[int, int]:
-        """Where a piece of the source is in the copy: (offset, length)."""
-        if (offset, length) not in self.places:
-            piece = self.source[offset : offset + length]
-            data = piece.view(_BFLOAT16).astype(np.float32).view(np.uint8) if bfloat16 else piece
-            self.offset += self.file.write(bytes(-self.offset % 64))
-            self.places[offset, length] = (self.offset, data.nbytes)
-            self.offset += self.file.write(data.data)
-        return self.places[offset, length]
-
-    def close(self) -> None:
-        self.file.close()
-
-
-def _widen_graph(graph: onnx.GraphProto, weights: _Weights) -> None:
+def _widen_graph(graph: onnx.GraphProto, weights: Moved) -> None:
     for value in (*graph.input, *graph.output, *graph.value_info):
         kind = value.type.tensor_type
         kind.elem_type = _TYPES.get(kind.elem_type, kind.elem_type)
@@ -104,12 +83,15 @@ def _widen_graph(graph: onnx.GraphProto, weights: _Weights) -> None:
         _widen_tensor(tensor, weights)
 
 
-def _widen_tensor(tensor: TensorProto, weights: _Weights) -> None:
+def _wide(data: np.ndarray) -> np.ndarray:
+    """Bytes of bfloat16 numbers as float32."""
+    return data.view(_BFLOAT16).astype(np.float32)
+
+
+def _widen_tensor(tensor: TensorProto, weights: Moved) -> None:
     narrow = tensor.data_type == TensorProto.BFLOAT16
     if tensor.data_location == TensorProto.EXTERNAL:
-        entry = {e.key: e for e in tensor.external_data}
-        offset, length = weights.place(int(entry["offset"].value), int(entry["length"].value), narrow)
-        entry["offset"].value, entry["length"].value = str(offset), str(length)
+        refer(tensor, *weights.piece(*place(tensor), _wide if narrow else None))
     elif narrow:
         array = onnx.numpy_helper.to_array(tensor).astype(np.float32)
         tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))

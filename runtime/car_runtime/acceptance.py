@@ -11,7 +11,9 @@ to nine. fp32: the same sums in another order differ by 1e-5 of the logits' rang
 kernels and depth, and is what TF32 products with their 11 bits reach: who exports float32 is to get it. fp16: at d16
 3e-4 where chains stay in float32 and 1.2e-3 where every result is rounded (`export/numerics.py`); trained weights
 have larger outliers, and 3e-2 is what an export allows a graph as well. bf16 has 8 bits instead of 11, so eight times
-fp16's. The divergence of two distributions is quadratic in the errors of their logits. All limits are far below what
+fp16's. int8 plans round every product's factors to 256 steps: on the plan that ships a divergence of 3e-3, at d16 with
+made-up weights 1e-2, whose flat distributions draw a quarter of the codes alike; a channel that takes all the steps
+for itself, which an export looks for, made it 0.17. The divergence of two distributions is quadratic in the errors of their logits. All limits are far below what
 a wrong weight, row, slot or scale does, which is of the order of the range itself. Codes may differ where two are a
 near tie: nearer than twice the limit of a logit. Drawn codes differ more often the flatter the distribution: at d16,
 6 % of them by fp16 alone, with made-up weights. A pixel in fp32 may fall on the other side of a rounding border.
@@ -76,6 +78,7 @@ LIMITS = {
     "fp32": Limits(logits=1e-3, divergence=1e-6, top1=0.99, sampled=0.99, levels=1),
     "fp16": Limits(logits=3e-2, divergence=1e-3, top1=0.9, sampled=0.85, levels=12),
     "bf16": Limits(logits=0.15, divergence=3e-2, top1=0.75, sampled=0.5, levels=32),
+    "int8": Limits(logits=0.3, divergence=0.1, top1=0.6, sampled=0.15, levels=32),
 }
 """Best first."""
 _TYPES = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "fp32": "fp32", "fp16": "fp16"}
@@ -180,7 +183,9 @@ def verify(
         agreement = compare(plan, goldens)
         facts = plan._backend.report()
         chosen = _TYPES.get(str(facts.get("precision")), "fp32")  # what the backend itself decided to multiply in
-        precision = max(manifest.precision.compute, chosen, key=list(LIMITS).index)
+        given = manifest.precision
+        kinds = [given.compute, chosen, *([given.weights] if given.weights == "int8" else [])]
+        precision = max(kinds, key=list(LIMITS).index)
         checks = judge(agreement, LIMITS[precision])
         failed = sum(not check["passed"] for check in checks)
         log(f"compared with the goldens: {f'{failed} of {len(checks)} checks FAIL' if failed else 'agrees'}")

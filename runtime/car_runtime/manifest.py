@@ -32,6 +32,7 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "int64": 8, "bool": 1, "uint8": 1}
 DTYPES = (*ITEM_BYTES, "bfloat16")
 """Types of ports. numpy has no bfloat16, so named tensors, which a runtime reads itself, have none either."""
 PRECISIONS = ("fp32", "fp16", "bf16")
+STORED = (*PRECISIONS, "int8")
 CONSTANTS = ("pos", "up", "down", "phi", "cfg_ratio")
 
 _AGAIN = "export the plan again"
@@ -87,8 +88,8 @@ class Precision:
     weights: str
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            _require(value in PRECISIONS, f"precision.{name} is {value!r}, not one of {', '.join(PRECISIONS)}")
+        for name, value, known in (("compute", self.compute, PRECISIONS), ("weights", self.weights, STORED)):
+            _require(value in known, f"precision.{name} is {value!r}, not one of {', '.join(known)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 Model = Any
 """An `openvino.Model`."""
 Node = Any
@@ -67,25 +69,53 @@ def multiply_matrices_as_stored(ov: Any, model: Model) -> None:
 def split_products(ov: Any, model: Model) -> list[Node]:
     """A product whose result is split becomes one product for each part, so that nothing is copied apart.
 
-    Their matrices are rows of the one that was there, in its memory. Returns what owns that memory, and has to live
-    as long as the model and what is compiled from it.
+    Their matrices are rows of the one that was there, in its memory; columns, copied, of an int8 one. Returns what
+    owns that memory, and has to live as long as the model and what is compiled from it.
     """
     owners = []
     for split in [node for node in model.get_ordered_ops() if node.get_type_name() == "Split"]:
         product, parts = _producer(split, 0), split.get_output_size()
         if product.get_type_name() != "MatMul" or _only_reader(product) is None:
             continue
-        matrix, last = _producer(product, 1), len(split.get_output_partial_shape(0)) - 1
-        stored = matrix.get_type_name() == "Constant" and product.get_attributes()["transpose_b"]
-        if not stored or _producer(split, 1).get_data().item() not in (-1, last):
+        last = len(split.get_output_partial_shape(0)) - 1
+        if _producer(split, 1).get_data().item() not in (-1, last):
             continue
-        x, (outputs, inputs) = product.input(0).get_source_output(), matrix.get_output_shape(0)
-        for i, part in enumerate(split.outputs()):
-            begin, end = (ov.Coordinate([n * outputs // parts, at]) for n, at in ((i, 0), (i + 1, inputs)))
-            rows = ov.op.Constant(ov.Tensor(matrix.tensor_view, begin, end), shared_memory=True)
-            part.replace(ov.opset13.matmul(x, rows, False, True).output(0))
-        owners.append(matrix)
+        x, transposed = product.input(0).get_source_output(), product.get_attributes()["transpose_b"]
+        matrix, cut = _producer(product, 1), _rows if transposed else _columns
+        matrices = cut(ov, matrix, parts)
+        for part, matrix in zip(split.outputs(), matrices, strict=False):
+            part.replace(ov.opset13.matmul(x, matrix, False, transposed).output(0))
+        if transposed and matrices:
+            owners.append(matrix)
     return owners
+
+
+def _rows(ov: Any, matrix: Node, parts: int) -> list[Node]:
+    """Equal parts of a constant matrix [outputs, inputs], in its memory; none if it is no constant."""
+    if matrix.get_type_name() != "Constant":
+        return []
+    outputs, inputs = matrix.get_output_shape(0)
+    ends = [(ov.Coordinate([n * outputs // parts, at]) for n, at in ((i, 0), (i + 1, inputs))) for i in range(parts)]
+    return [ov.op.Constant(ov.Tensor(matrix.tensor_view, *end), shared_memory=True) for end in ends]
+
+
+def _columns(ov: Any, matrix: Node, parts: int) -> list[Node]:
+    """Equal parts of an int8 matrix [inputs, outputs] with a step size for each output; none if it is no such one."""
+    op, kinds = ov.opset13, [node.get_type_name() for node in (matrix, *_sources(matrix))]
+    if kinds != ["Multiply", "Convert", "Reshape"]:
+        return []
+    numbers, steps = (_producer(node, 0) for node in _sources(matrix))
+    if [node.get_type_name() for node in (numbers, steps)] != ["Constant", "Constant"]:
+        return []
+    cut = zip(*(np.split(node.get_data(), parts, -1) for node in (numbers, steps)), strict=True)
+    return [
+        op.multiply(op.convert(op.constant(np.ascontiguousarray(some)), "f32"), op.constant(sizes[None]))
+        for some, sizes in cut
+    ]
+
+
+def _sources(node: Node) -> list[Node]:
+    return [source.get_source_output().get_node() for source in node.inputs()]
 
 
 def fuse_unit_length(ov: Any, model: Model) -> None:

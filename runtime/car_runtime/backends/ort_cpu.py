@@ -93,7 +93,7 @@ class OrtCpu(HostMemory):
         file = self._manifest.graphs[graph].file
         try:
             session = self._ort.InferenceSession(
-                str(self._root / file),
+                self._source(graph),
                 self._options(graph),
                 providers=["CPUExecutionProvider"],
                 disabled_optimizers=needless_optimizers(self._manifest.precision),
@@ -104,6 +104,10 @@ class OrtCpu(HostMemory):
                 "export the plan again, or upgrade onnxruntime"
             ) from error
         return session
+
+    def _source(self, graph: str) -> str | bytes:
+        """What a session is made from: a file, or the graph itself, whose weights are the plan's."""
+        return str(self._root / self._manifest.graphs[graph].file)
 
     def _options(self, graph: str) -> Any:
         options = self._ort.SessionOptions()

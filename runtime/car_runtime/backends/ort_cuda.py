@@ -38,6 +38,11 @@ class OrtCuda(OnDevice):
     guided_only = False
 
     def __init__(self, root: Path, manifest: Manifest, device: Device | None = None, module: Any = None) -> None:
+        if manifest.precision.weights == "int8":
+            raise BackendError(
+                "the plan is an int8 one, whose products are for CPUs; use --backend ort-cpu or openvino, or export "
+                "it with --precision fp16"
+            )
         if device is None:
             probe()
         self._ort = module if module is not None else _load_onnxruntime()
