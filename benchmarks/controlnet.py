@@ -214,6 +214,12 @@ def opened(args: argparse.Namespace, tier: str, precision: str, log: Log) -> Ite
                 else dict(_cpu_engines(stack, args, subject, precision, log))
             )
             candidates = [runtime_candidates(subject, name, backends[name], (1,))[0] for name in backends]
+            if args.int8:
+                small = subjects.int8(subject, args.cache, log)
+                candidates += [
+                    runtime_candidates(small, name, backend, (1,))[0]
+                    for name, backend in _cpu_engines(stack, args, small, precision, log)
+                ]
         for c in candidates:
             c.make(0)
         yield Ours(subject=subject, candidates=candidates, gflop=count_image(subject.plan).total("flops") / 1e9)
@@ -508,6 +514,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tiers", type=names_of(TIERS), help="default: eager,engine; with cuda compiled too")
     parser.add_argument("--precisions", type=names_of(tuple(DTYPES)), help="default: fp32,bf16; with cuda fp16")
     parser.add_argument(
+        "--int8", action="store_true", help="beside our engine, our int8 plan too; theirs stays as it is"
+    )
+    parser.add_argument(
         "--against",
         type=names_of(WITHOUT_ENGINE),
         default=WITHOUT_ENGINE,
@@ -533,6 +542,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.runs < 1 or args.warmup < 0:
         parser.error(f"runs {args.runs}, warmup {args.warmup}: give at least 1 and 0")
+    if args.int8 and args.device != "cpu":
+        parser.error("--int8 is for CPUs; leave out --device cuda")
     if args.timed_steps is not None and args.timed_steps < 1:
         parser.error(f"timed-steps is {args.timed_steps}; give at least 1")
     if not 1 <= args.threads <= 1024:

@@ -3,6 +3,7 @@
     python -m benchmarks.latency                                        # the shipped plan
     python -m benchmarks.latency --plan emoji.plan --checkpoint runs/car     # and the loop with its weights
     python -m benchmarks.latency --model d16 --batch 1,4 -o results.jsonl    # published sizes, weights made up
+    python -m benchmarks.latency --model d16 --int8          # and the int8 plan that is made from it, on CPU engines
 
 Measured end to end: control image in host memory → RGB in host memory, with guidance, nothing kept from the call
 before. "published way" is `benchmarks.reference_loop`: the same weights in eager PyTorch, in float32 and under
@@ -13,7 +14,8 @@ a start reads are in the page cache.
 The limit of a stage is what this machine needs for its matrix products alone, at their own sizes and in the same type
 and number of threads (PyTorch's; the fastest of five), or for reading its weights, K/V, inputs and outputs once,
 whichever is more (with --device cuda: for its products). "of the limit" is that time ÷ the measured one. Operations
-and bytes are counted in the plan's graphs (`benchmarks.counting`).
+and bytes are counted in the plan's graphs (`benchmarks.counting`). Of an int8 plan the products with weights and the
+convolutions are held to the rate of int8 products, attention's to that of the type that the engine has for the rest.
 
 Tables go to stdout, then one line of JSON (`benchmarks.machine`) whose results are flat rows, each with "question":
 
@@ -82,7 +84,7 @@ from car_runtime.plan import Plan, default_plan
 from car_runtime.sampling import uniforms
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 PRECISIONS = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 """Names in a backend's report → ours."""
 ON_CPU = ("ort-cpu", "openvino")
@@ -110,6 +112,8 @@ class Candidate:
     """Seed → tokens [B, L] and seconds of each stage."""
     backend: str | None = None
     next_seed: bool = False
+    rest: str | None = None
+    """What is multiplied beside weights, attention, where that is another type."""
     seconds: list[float] = field(default_factory=list)
     stages: list[dict[str, float]] = field(default_factory=list)
 
@@ -156,7 +160,8 @@ def runtime_candidates(subject: Subject, name: str, backend: Backend, batches: S
 
     Each has a plan of its own on the same engine: buffers stay what they are from one of its calls to the next.
     """
-    precision = PRECISIONS.get(str(backend.report().get("precision")), subject.manifest.precision.compute)
+    floats = PRECISIONS.get(str(backend.report().get("precision")), subject.manifest.precision.compute)
+    precision = "int8" if subject.manifest.precision.weights == "int8" else floats
     control = subject.control()
 
     def candidate(batch: int, next_seed: bool) -> Candidate:
@@ -170,7 +175,7 @@ def runtime_candidates(subject: Subject, name: str, backend: Backend, batches: S
             return result.tokens, result.timings
 
         shown = name if precision == "fp32" else f"{name}, {precision}"
-        return Candidate(shown, precision, batch, make, name, next_seed)
+        return Candidate(shown, precision, batch, make, name, next_seed, floats)
 
     return [*(candidate(batch, False) for batch in batches), candidate(batches[0], True)]
 
@@ -242,16 +247,20 @@ class Limits:
         self.memory = 1e9 * memory_rate(threads) if device == "cpu" else None
         products = {_size(p): None for count in counts for stage in count.stages for p in stage.count.products}
         kinds = dict.fromkeys(map(self._multiplied_in, precisions))
-        self.rates = {p: gemm_rate(DTYPES[p], threads, products, device) for p in kinds}
+        self.rates = {p: gemm_rate(DTYPES.get(p, p), threads, products, device) for p in kinds}
 
-    def products(self, stage: Stage, precision: str) -> float:
-        """Seconds for a stage's matrix products, each size at its own rate."""
-        return stage.runs * sum(1e-9 * p.flops / self._rate(p, precision) for p in stage.count.products)
+    def products(self, stage: Stage, precision: str, rest: str | None = None) -> float:
+        """Seconds for a stage's matrix products, each size at its own rate; rest: attention's type, if another."""
+        return stage.runs * sum(
+            1e-9 * p.flops / self._rate(p, (rest or precision) if p.kind == "activation" else precision)
+            for p in stage.count.products
+        )
 
-    def stage(self, stage: Stage, precision: str) -> dict[str, Any]:
+    def stage(self, stage: Stage, precision: str, rest: str | None = None) -> dict[str, Any]:
         """{"limit_s", "bound", "gemm_gflops_limit"} of one stage."""
-        c, arithmetic, size = stage.count, self.products(stage, precision), BYTES[precision]
-        moved = stage.runs * ((c.weight_elements + c.kv_read + c.kv_written) * size + c.io_bytes)
+        c, arithmetic = stage.count, self.products(stage, precision, rest)
+        cache = (c.kv_read + c.kv_written) * BYTES[rest or precision]
+        moved = stage.runs * (c.weight_elements * BYTES[precision] + cache + c.io_bytes)
         reading = moved / self.memory if self.memory is not None else 0.0
         return {
             "limit_s": max(arithmetic, reading),
@@ -259,15 +268,15 @@ class Limits:
             "gemm_gflops_limit": 1e-9 * c.flops * stage.runs / arithmetic if arithmetic else None,
         }
 
-    def image(self, counts: ImageCount, precision: str) -> float:
+    def image(self, counts: ImageCount, precision: str, rest: str | None = None) -> float:
         """Seconds of a whole batch: its stages one after the other."""
-        return float(sum(self.stage(stage, precision)["limit_s"] for stage in counts.stages))
+        return float(sum(self.stage(stage, precision, rest)["limit_s"] for stage in counts.stages))
 
     def row(self, counts: ImageCount, precision: str) -> Record:
         arithmetic = sum(self.products(stage, precision) for stage in counts.stages)
         return {
             "question": "limit",
-            "dtype": DTYPES[precision],
+            "dtype": DTYPES.get(precision, precision),
             "threads": self.threads,
             "gemm_gflops": 1e-9 * counts.total("flops") / arithmetic,
             "gemm_gflops_best": self.rates[precision]["best"],
@@ -312,7 +321,7 @@ def end_to_end_rows(
         loop, autocast = by_name.get((FP32, c.batch)), by_name.get((BF16, c.batch))
         first = next(other for other in by_name.values() if other.name == c.name)
         speedup = ratio(c.seconds, loop.seconds) if loop is not None else (None, None, None)
-        limit = limits.image(count, c.precision)
+        limit = limits.image(count, c.precision, c.rest)
         rows.append(
             {
                 "question": "end_to_end",
@@ -347,7 +356,7 @@ def stage_rows(candidates: Sequence[Candidate], counts: Mapping[int, ImageCount]
             seconds = c.stage_times(stage.name)
             if not seconds:
                 continue
-            t, limit = quantiles(seconds), limits.stage(stage, c.precision)
+            t, limit = quantiles(seconds), limits.stage(stage, c.precision, c.rest)
             rows.append(
                 {
                     "question": "stage",
@@ -412,13 +421,14 @@ def start_rows(subject: Subject, backends: Sequence[str], threads: int) -> list[
     files = subject.manifest.files
     weights, plan_bytes = files[WEIGHTS].bytes, sum(entry.bytes for entry in files.values())
     imported = float(np.median([float(_python("-c", IMPORT)) for _ in range(STARTS)]))
+    suffix = ", int8" if subject.manifest.precision.weights == "int8" else ""
     rows = []
     for name in backends:
         alone = in_subprocess("benchmarks.subject:first_picture", str(subject.plan), name, threads, subject.cfg)
         rows.append(
             {
                 "question": "start",
-                "candidate": name,
+                "candidate": f"{name}{suffix}",
                 "import_s": imported,
                 **alone["result"],
                 "cold_start_s": cold_start(subject, name, threads),
@@ -481,7 +491,10 @@ def measure(args: argparse.Namespace, log: Log) -> Record:
     """Everything, as one record. Raises BenchmarkError and the runtime's errors."""
     subject = choose_subject(args, log)
     counts = {batch: count_image(subject.plan, batch) for batch in args.batch}
-    with opened_backends(args, subject, log) as backends:
+    small = subjects.int8(subject, args.cache, log) if args.int8 else None
+    with ExitStack() as stack:
+        backends = stack.enter_context(opened_backends(args, subject, log))
+        eight = stack.enter_context(opened_backends(args, small, log)) if small is not None else {}
         candidates = []
         if subject.source is not None and args.reference:
             import torch
@@ -490,6 +503,9 @@ def measure(args: argparse.Namespace, log: Log) -> Record:
             candidates += published_candidates(subject, args.batch, args.device)
         for name, backend in backends.items():
             candidates += runtime_candidates(subject, name, backend, args.batch)
+        for name, backend in eight.items():
+            assert small is not None
+            candidates += runtime_candidates(small, name, backend, args.batch)
         log("comparing tokens")
         equal = equal_tokens(candidates)
         log(f"measuring {', '.join(c.key for c in candidates)}: {args.warmup} + {args.runs} rounds")
@@ -497,8 +513,10 @@ def measure(args: argparse.Namespace, log: Log) -> Record:
         for c in candidates:
             del c.seconds[: args.warmup], c.stages[: args.warmup]
         reports = {name: backend.report() for name, backend in backends.items()}
+        reports |= {f"{name}, int8": backend.report() for name, backend in eight.items()}
     log("measuring the machine's limit")
-    limits = Limits(args.threads, list(counts.values()), [c.precision for c in candidates], args.device)
+    types = [kind for c in candidates for kind in (c.precision, c.rest) if kind is not None]
+    limits = Limits(args.threads, list(counts.values()), types, args.device)
     first = counts[args.batch[0]]
     rows = [
         *end_to_end_rows(candidates, times, counts, limits, equal),
@@ -508,6 +526,8 @@ def measure(args: argparse.Namespace, log: Log) -> Record:
     ]
     log("measuring starts")
     rows += start_rows(subject if args.reference else without_source(subject), list(backends), args.threads)
+    if small is not None:
+        rows += start_rows(small, list(eight), args.threads)
     card = (RTX_4090.flops_per_s, RTX_4090.bytes_per_s, RTX_4090.precision_bytes)
     rows += [{"question": "roofline", "card": RTX_4090.name, **row} for row in roofline(first, *card)]
     return record("latency", settings_of(args, subject, reports), rows)
@@ -636,6 +656,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--cache", type=Path, default=CACHE, help=f"where --model's plans are kept (default: {CACHE})"
     )
+    parser.add_argument(
+        "--int8", action="store_true", help="measure the plan's int8 form too, made once into --cache"
+    )
     parser.add_argument("--backends", help="e.g. ort-cpu,openvino (default: all of --device that open here)")
     parser.add_argument("--batch", type=parse_batches, default=(1,), help="pictures at once, e.g. 1,4 (default: 1)")
     parser.add_argument("--threads", type=int, default=cores(), help="CPU threads of everything (default: all cores)")
@@ -657,6 +680,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"threads is {args.threads}; give 1…1024")
     if args.checkpoint is not None and args.plan is None:
         parser.error("--checkpoint without --plan; name the plan that was exported from it")
+    if args.int8 and (args.device != "cpu" or args.precision != "fp32"):
+        parser.error("--int8 is for CPUs and made from float32 plans; leave out --device cuda and --precision")
     if args.depth is not None and args.model is None:
         parser.error("--depth cuts --model; give one, e.g. --model d16")
     if args.depth is not None and args.depth < 2:

@@ -271,23 +271,29 @@ def gemm_rate(
 ) -> dict[str, float]:
     """GFLOP/s of matrix products by PyTorch: {"1024×1024×1024": …, "best": …}: the limit to hold others against.
 
-    shapes: (M, N, K), counted as 2·M·N·K operations. dtype: float32, bfloat16, float16 or float64. The fastest of
-    `runs` calls counts: a limit is what the machine can do, not what it does while it is disturbed.
+    shapes: (M, N, K), counted as 2·M·N·K operations. dtype: float32, bfloat16, float16, float64, or int8, whose sums
+    are int32. The fastest of `runs` calls counts: a limit is what the machine can do, not what it does while it is
+    disturbed.
     """
     import torch
 
-    if dtype not in ("float32", "float64", "bfloat16", "float16"):
-        raise BenchmarkError(f"no data type {dtype!r} here; give float32, float64, bfloat16 or float16")
+    if dtype not in ("float32", "float64", "bfloat16", "float16", "int8"):
+        raise BenchmarkError(f"no data type {dtype!r} here; give float32, float64, bfloat16, float16 or int8")
+    whole = dtype == "int8"
+    multiply, sums = (torch._int_mm, torch.int32) if whole else (torch.mm, getattr(torch, dtype))
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     rates: dict[str, float] = {}
     try:
         for m, n, k in shapes:
-            a, b = (torch.randn(size, device=device).to(getattr(torch, dtype)) for size in ((m, k), (k, n)))
-            out = torch.empty(m, n, device=device, dtype=a.dtype)
+            a, b = (
+                (torch.randn(size, device=device) * (30 if whole else 1)).to(getattr(torch, dtype))
+                for size in ((m, k), (k, n))
+            )
+            out = torch.empty(m, n, device=device, dtype=sums)
 
             def product(a: Any = a, b: Any = b, out: Any = out) -> None:
-                torch.mm(a, b, out=out)
+                multiply(a, b, out=out)
                 if device.startswith("cuda"):
                     torch.cuda.synchronize()
 

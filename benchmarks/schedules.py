@@ -3,6 +3,7 @@
     python -m benchmarks.schedules -o results.jsonl             # the shipped plan, on the held-out emoji
     python -m benchmarks.schedules --model d16                  # weights made up: time and tokens alone
     python -m benchmarks.schedules --schedule "--cfg-scales -3" --schedule "--cfg-scales -3 --stop-after 4"
+    python -m benchmarks.schedules --int8                       # and the exact loop of the plan's int8 form
 
 Time: pictures of a new control image (in host memory → RGB in host memory), all schedules in turn, so that whatever
 else the machine does hits all alike; ratios are medians of the ratios within a round. `loop` is the scale steps,
@@ -41,7 +42,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,10 +93,12 @@ class Candidate:
     settings: dict[str, Any]
     request: Request
     """Of one picture, with all that the plan decides filled in."""
+    int8: bool = False
+    """Whether it is the plan's int8 form that draws."""
 
     @property
     def exact(self) -> bool:
-        return not self.flags
+        return not self.flags and not self.int8
 
 
 def default_schedules(K: int, steered: bool) -> dict[str, str]:
@@ -146,15 +149,18 @@ def candidates(manifest: Manifest, named: Mapping[str, str], base: Mapping[str, 
 class Maker:
     """Makes pictures on one engine, with a plan, and so a set of buffers, for each number of rows."""
 
-    def __init__(self, subject: Subject, backend: Backend) -> None:
-        self.backend = backend
-        self._plans = [Plan(subject.plan, subject.manifest, backend, "benchmark") for _ in range(2)]
+    def __init__(self, engines: Sequence[tuple[Subject, Backend]]) -> None:
+        """engines: the plan's, and that of its int8 form, if that is measured too."""
+        self._plans = [
+            [Plan(subject.plan, subject.manifest, backend, "benchmark") for _ in range(2)]
+            for subject, backend in engines
+        ]
 
     def __call__(
         self, candidate: Candidate, control: Pixels | None, label: int, seed: int, n: int = 1, *, anew: bool = False
     ) -> Result:
         """Pictures. anew: what is kept of control and class is computed again."""
-        plan = self._plans[candidate.request.guided]
+        plan = self._plans[candidate.int8][candidate.request.guided]
         if anew:
             for kept in (plan._features, plan._scheduled, plan._conditions):
                 kept.clear()
@@ -393,6 +399,9 @@ def measure(args: argparse.Namespace, log: Log, network: FeatureNetwork | None =
     named = args.schedules or default_schedules(len(manifest.scales), manifest.model.control_type is not None)
     base = {"cfg": subject.cfg if args.cfg is None else args.cfg, "top_k": args.top_k, "top_p": args.top_p}
     chosen = candidates(manifest, named, base)
+    small = subjects.int8(subject, args.cache, log) if args.int8 else None
+    if small is not None:
+        chosen.append(replace(chosen[0], name="int8", int8=True))
     held_out = None
     if args.data is not None:
         with training_errors():
@@ -401,7 +410,12 @@ def measure(args: argparse.Namespace, log: Log, network: FeatureNetwork | None =
         backend, why = open_backend(args.backend, subject.plan, manifest, args.threads)
         stack.callback(backend.close)
         log(f"{manifest.name} on {backend.name} ({why}), {len(chosen)} schedules")
-        maker = Maker(subject, backend)
+        engines = [(subject, backend)]
+        if small is not None:
+            other, _ = open_backend(backend.name, small.plan, small.manifest, args.threads)
+            stack.callback(other.close)
+            engines.append((small, other))
+        maker = Maker(engines)
         log(f"measuring {args.warmup} + {args.runs} rounds")
         times, stages = measure_time(maker, chosen, subject, args)
         if held_out is None:
@@ -548,7 +562,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--depth", type=int, help="cut --model to so many blocks; its width stays")
     parser.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp32", help="of --model's plan")
     parser.add_argument(
-        "--cache", type=Path, default=CACHE, help=f"where --model's plans are kept (default: {CACHE})"
+        "--cache", type=Path, default=CACHE, help=f"where plans made here are kept (default: {CACHE})"
     )
     parser.add_argument(
         "--schedule",
@@ -556,6 +570,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="append",
         metavar="FLAGS",
         help='car-run\'s flags in quotes, beside exact, instead of the default list; may be repeated; "--cfg 0" too',
+    )
+    parser.add_argument(
+        "--int8", action="store_true", help="draw with the plan's int8 form too, made once into --cache"
     )
     parser.add_argument(
         "--data",

@@ -193,6 +193,32 @@ def made_up(
     return Subject(plan=plan, manifest=read(plan), source=source)
 
 
+def int8(subject: Subject, cache: Path, log: Callable[[str], None]) -> Subject:
+    """The int8 form of a subject's plan, made once into `cache`: its name ends in a hash of the plan and of the code.
+
+    It has no loop of its own to compare with. BenchmarkError if it can't be made.
+    """
+    from car_export.errors import ExportError
+    from car_export.int8 import Int8Options, to_int8
+    from car_export.verify import VerificationError
+
+    digest = hashlib.sha256((subject.plan / "manifest.json").read_bytes())
+    digest.update((ROOT / "export" / "car_export" / "int8.py").read_bytes())
+    name = f"{subject.manifest.name}-int8"
+    cache = cache.expanduser()
+    plan = cache / f"{name}-{digest.hexdigest()[:12]}.plan"
+    if not (plan / "manifest.json").is_file():
+        log(f"making {plan.name}, once")
+        try:
+            to_int8(Int8Options(source=subject.plan, output=plan, name=name), log)
+        except (ExportError, VerificationError, CarError) as error:
+            raise BenchmarkError(f"{subject.plan} can't be made an int8 plan: {error}") from error
+        for old in cache.glob(f"{name}-*.plan"):
+            if old != plan:
+                shutil.rmtree(old, ignore_errors=True)
+    return Subject(plan=plan, manifest=read(plan), source=None)
+
+
 def _export(source: Source, precision: str, batches: tuple[int, ...], plan: Path, log: Callable[[str], None]) -> None:
     from car_export.plan import ExportError, ExportOptions, build_plan
     from car_export.verify import VerificationError

@@ -11,12 +11,13 @@ to nine. fp32: the same sums in another order differ by 1e-5 of the logits' rang
 kernels and depth, and is what TF32 products with their 11 bits reach: who exports float32 is to get it. fp16: at d16
 3e-4 where chains stay in float32 and 1.2e-3 where every result is rounded (`export/numerics.py`); trained weights
 have larger outliers, and 3e-2 is what an export allows a graph as well. bf16 has 8 bits instead of 11, so eight times
-fp16's. int8 plans round every product's factors to 256 steps: on the plan that ships a divergence of 3e-3, at d16 with
-made-up weights 1e-2, whose flat distributions draw a quarter of the codes alike; a channel that takes all the steps
-for itself, which an export looks for, made it 0.17. The divergence of two distributions is quadratic in the errors of their logits. All limits are far below what
-a wrong weight, row, slot or scale does, which is of the order of the range itself. Codes may differ where two are a
-near tie: nearer than twice the limit of a logit. Drawn codes differ more often the flatter the distribution: at d16,
-6 % of them by fp16 alone, with made-up weights. A pixel in fp32 may fall on the other side of a rounding border.
+fp16's. int8 plans round every product's factors to 256 steps: on the plan that ships a divergence of 3e-3, at d16
+with made-up weights 1e-2 (one channel that takes all the steps for itself, which an export looks for, made it 0.17).
+The divergence of two distributions is quadratic in the errors of their logits. All limits are far below what a wrong
+weight, row, slot or scale does, which is of the order of the range itself. Codes may differ where two are a near
+tie: nearer than twice the limit of a logit. Drawn codes differ more often the flatter the distribution: at d16 with
+made-up weights 6 % of them by fp16 alone, three quarters by int8. A pixel in fp32 may fall on the other side of a
+rounding border.
 """
 
 from __future__ import annotations
