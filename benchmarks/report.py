@@ -374,6 +374,7 @@ def schedules(result: Result, number: int, figures: Figures) -> Iterator[str]:
         "What a shortened scale loop costs and what it changes, beside the exact one. *KID* is the distance to real "
         "held-out pictures; its floor is what two halves of the real pictures differ by. *F1*: Canny edges of the "
         "picture against the control, one pixel of tolerance."
+        + (" *int8*: the exact loop of the plan's int8 form." if _has_int8(result) else "")
     )
     yield from figures.add(
         result, number, "schedules", "Time and change of each schedule", plots.schedule_map(result)
@@ -394,6 +395,10 @@ def schedules(result: Result, number: int, figures: Figures) -> Iterator[str]:
             "pictures": "pictures",
         },
     )
+
+
+def _has_int8(result: Result) -> bool:
+    return any(row["schedule"] == "int8" for row in result.of("schedule"))
 
 
 def soak(result: Result, number: int, figures: Figures) -> Iterator[str]:
@@ -494,11 +499,18 @@ def headlines(result: Result) -> Iterator[tuple[str, str]]:
         whole = [
             r for r in result.of("schedule") if "--stop-after" not in r["flags"] and r["tokens_equal"] is not None
         ]
-        faster = [r for r in whole if r["ratio"] < 1]
+        faster = [r for r in whole if r["ratio"] < 1 and r["schedule"] != "int8"]
         for row in sorted(faster, key=lambda r: -r["tokens_equal"])[:1]:
             yield (
                 f"the shorter schedule that changes least, {row['schedule']} ({result.subject})",
                 f"{percent(row['ratio'])} of the time, {percent(row['tokens_equal'])} of the tokens as exact",
+            )
+        for row in (r for r in whole if r["schedule"] == "int8"):
+            quality = f"; KID {row['kid_half']:.3f}, exact {whole[0]['kid_half']:.3f}" if row["kid_half"] else ""
+            equal = f"{percent(row['tokens_equal'])} of the tokens as exact"
+            yield (
+                f"the plan's int8 form ({result.subject})",
+                f"{percent(row['ratio'])} of the time, {equal}{quality}",
             )
     else:
         for row in result.rows:

@@ -178,6 +178,24 @@ def test_made_up_weights_are_measured_without_pictures(capsys: pytest.CaptureFix
     assert [row["tokens_equal"] for row in stopped] == len(stopped) * [1.0]
 
 
+def test_the_int8_form_is_a_row_beside_the_exact_loop(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedules, "features", lambda args: Thumbnail())
+    flags = f"--data {pictures} --split all --limit 4 --backend ort-cpu --threads 1 --runs 2 --warmup 0".split()
+    assert schedules.main([*flags, "--int8", "--cache", str(tmp_path), "--schedule", "--cfg 0"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    names = [row["schedule"] for row in rows(found, "schedule")]
+    assert names == ["exact", "--cfg 0", "int8"]
+    exact, _, small = rows(found, "schedule")
+    assert small["flags"] == ""
+    assert 0.2 < small["tokens_equal"] < 1  # another plan drew it
+    assert abs(small["f1_change"]) < 0.2
+    assert small["p50"] > 0 < exact["p50"]
+    (plan,) = tmp_path.iterdir()
+    assert read_manifest(plan).precision.weights == "int8"
+
+
 @pytest.mark.parametrize("K", [3, 6, 10])
 @pytest.mark.parametrize("steered", [True, False])
 def test_the_default_schedules_fit_any_number_of_scales(K: int, steered: bool) -> None:

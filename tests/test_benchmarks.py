@@ -117,6 +117,7 @@ def test_rates_are_of_the_order_of_a_processors() -> None:
     assert set(rates) == {"256×256×256", "best"}
     assert 0.1 < rates["best"] < 1e5
     assert 0.1 < memory_rate(threads=1, size=1 << 24, runs=2) < 1e5
+    assert gemm_rate("int8", threads=1, shapes=[(64, 32, 48)], runs=2)["best"] > 0
     with pytest.raises(BenchmarkError, match="no data type 'int7'"):
         gemm_rate("int7")
 

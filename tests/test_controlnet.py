@@ -109,6 +109,13 @@ def test_the_lower_precision_is_measured_as_well(tmp_path: Path) -> None:
     assert len(rows(found, "ratio")) == 4
 
 
+def test_our_int8_plan_stands_beside_our_engine(tmp_path: Path) -> None:
+    found = run(tmp_path / "r.jsonl", "--methods lcm --tiers engine --precisions bf16 --int8 --runs 1")
+    ours = {row["candidate"]: row["precision"] for row in rows(found, "end_to_end", whose="ours")}
+    assert ours == {"openvino, bf16": "bf16", "openvino, int8": "int8"}
+    assert [row["candidate"] for row in rows(found, "ratio")] == list(ours)
+
+
 def test_settings_name_what_was_compared_and_toys_are_called_toys(found: dict[str, Any]) -> None:
     settings = found["settings"]
     assert settings["theirs"] == "small, not Stable Diffusion 1.5"

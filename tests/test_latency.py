@@ -162,9 +162,49 @@ def test_the_limit_of_a_stage_is_the_slower_of_products_and_memory() -> None:
     )
 
 
+def test_an_int8_plan_is_made_once_and_measured_beside_its_float32_one(tmp_path: Path) -> None:
+    (tmp_path / toy().plan.name).symlink_to(toy().plan)
+    flags = (
+        f"--plan {toy().plan} --cache {tmp_path} --backends ort-cpu --int8 --runs 2 --warmup 0 --threads 1".split()
+    )
+    out, log = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(log):
+        assert latency.main(flags) == latency.main(flags) == 0, log.getvalue()
+    assert log.getvalue().count("making tiny-") == 1
+    found = json.loads(out.getvalue().splitlines()[-1])
+    table = {row["candidate"]: row for row in rows(found, "end_to_end")}
+    assert {name: row["precision"] for name, row in table.items()} == {"ort-cpu": "fp32", "ort-cpu, int8": "int8"}
+    assert 0 < table["ort-cpu, int8"]["tokens_equal"] <= 1
+    weights = {row["candidate"]: row["weights_bytes"] for row in rows(found, "start")}
+    assert weights["ort-cpu, int8"] < weights["ort-cpu"]
+    assert {row["dtype"] for row in rows(found, "limit")} == {"float32", "int8"}
+    assert set(found["settings"]["backends"]) == {"ort-cpu", "ort-cpu, int8"}
+
+
+def test_attention_of_an_int8_plan_is_held_to_the_other_type() -> None:
+    counts = count_image(toy().plan)
+    limits = latency.Limits(1, [counts], ["int8", "fp32"], "cpu")
+    stage = next(s for s in counts.stages if s.name == "scale_2")
+    kinds = {p.kind for p in stage.count.products}
+    assert {"weight", "activation"} <= kinds
+
+    def seconds(precision: str, *kinds: str) -> float:
+        chosen = [p for p in stage.count.products if p.kind in kinds]
+        rates = limits.rates[precision]
+        return sum(p.flops / 1e9 / rates["×".join(map(str, latency._size(p)))] for p in chosen)
+
+    expected = seconds("int8", "weight", "conv") + seconds("fp32", "activation")
+    assert limits.products(stage, "int8", "fp32") == pytest.approx(expected)
+    limits.memory = 1e3
+    c = stage.count
+    moved = c.weight_elements + 4 * (c.kv_read + c.kv_written) + c.io_bytes
+    assert limits.stage(stage, "int8", "fp32")["limit_s"] == pytest.approx(moved / 1e3)
+
+
 @pytest.mark.parametrize(
     ("flags", "remedy"),
     [
+        ("--int8 --device cuda", "leave out --device cuda"),
         ("--runs 0", "give at least 1"),
         ("--batch 0", "give e.g. 1,4"),
         ("--threads 0", "give 1…1024"),
