@@ -23,6 +23,7 @@ from car_export.int8 import Int8Options, Seen, eight_bits, fit, steps_of, to_int
 from car_export.verify import VerificationError
 from car_export.weights import Moved
 from car_runtime import BackendError, Plan, acceptance, open_plan
+from car_runtime.backends import ort_cpu
 from car_runtime.backends.ort_cuda import OrtCuda
 from car_runtime.manifest import WEIGHTS, Precision, read_manifest, verify_files, write_manifest
 from car_runtime.plan import default_plan
@@ -243,6 +244,33 @@ def test_a_picture_depends_on_its_seed_and_not_on_its_batch(shipped: tuple[Path,
         )
         np.testing.assert_array_equal(kept.images[0], together.images[0])
         assert plan.encode(together.images[0]).shape == (1, plan.manifest.tokens)
+
+
+def test_on_a_cpu_without_vnni_sums_are_not_cut_off(
+    shipped: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime then multiplies uint8 by uint8, which this CPU can do as well: the same numbers come out."""
+    given: list[Any] = []
+
+    class Options(ort.SessionOptions):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            given.append(self)
+
+    monkeypatch.setattr(ort, "SessionOptions", Options)
+    with open_plan(shipped[0], "ort-cpu", threads=1) as plan:
+        usual = plan.generate(EXAMPLE, 2, seed=1)
+    monkeypatch.setattr(ort_cpu, "_has_amx", lambda: False)
+    known = len(given)
+    with open_plan(shipped[0], "ort-cpu", threads=1) as plan:
+        careful = plan.generate(EXAMPLE, 2, seed=1)
+    assert {o.get_session_config_entry("session.x64quantprecision") for o in given[known:]} == {"1"}
+    np.testing.assert_array_equal(careful.tokens, usual.tokens)
+    assert np.abs(careful.images.astype(int) - usual.images).max() <= 1
+    with open_plan(backend="ort-cpu", threads=1) as plan:  # a float32 plan is told nothing of the sort
+        with pytest.raises(RuntimeError):
+            given[-1].get_session_config_entry("session.x64quantprecision")
+        assert plan.backend_name == "ort-cpu"
 
 
 def test_what_is_made_is_the_same_each_time(shipped: tuple[Path, list[str]], tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ its seed and not on what else is in its batch, as in every plan. Sums are int32,
 norms, attention, sampling and f̂ stay as they were. In the graphs these are the standard's QuantizeLinear and
 DequantizeLinear around a MatMul, which ONNX Runtime and OpenVINO make one kernel of (VNNI, AMX).
 
-So are the convolutions of the control encoder and the decoder, but for the first and the last of each, and what comes
-out of them is rounded to uint8 too, which is the form that ONNX Runtime has a kernel for.
+So are the convolutions of the control encoder and the decoder, where pictures and latents don't come in or go out.
+What comes out of them is rounded to uint8 too, which is the form that ONNX Runtime has a kernel for.
 
 Per product, on rows that the plan met, the choice is made that errs least:
 
@@ -44,7 +44,6 @@ from car_runtime.backends.host import available_cores
 from car_runtime.backends.ort_cpu import OrtCpu
 from car_runtime.controls import derive
 from car_runtime.errors import ImageError
-from car_runtime.images import load_image
 from car_runtime.plan import Plan, open_plan
 from car_train.checkpoint import put_in_place
 
@@ -63,7 +62,9 @@ MAPS = ("control", "decoder")
 PICTURES = 8
 """Drawn to see what products are given, unless control images are."""
 ROWS = 12
-"""Kept of what a product is given in one run of its graph; two thousand bytes to sixteen each."""
+"""Kept of what a product is given in one run of its graph."""
+RUNS = 96
+"""Of which rows are kept: at d16 a thousand, 0.7 GB for all products. After more runs, of these at random."""
 LABELS = 32
 """Classes whose conditions are looked at in one run, all of them in turn."""
 OUTPUTS = 512
@@ -131,6 +132,15 @@ class Seen:
     high: Floats
     rows: list[Floats] = field(default_factory=list)
     """Each [n, K]."""
+    runs: int = 0
+
+    def keep(self, rows: Floats, rng: np.random.Generator) -> None:
+        """Rows of one run, or in place of an earlier one's: each run is as likely to be kept as any other."""
+        self.runs += 1
+        if len(self.rows) < RUNS:
+            self.rows.append(rows)
+        elif (place := int(rng.integers(self.runs))) < RUNS:
+            self.rows[place] = rows
 
     def range(self, by: Floats | np.float32 = _ONE) -> tuple[float, float]:
         """Least and most, divided by a vector; 0 is always between them, as zeros have to stay zeros."""
@@ -169,7 +179,7 @@ def to_int8(options: Int8Options, log: Log = lambda _: None) -> Path:
     goldens = acceptance.read_goldens(options.source, manifest)
     if output.exists() and not (output / schema.MANIFEST).is_file():
         raise ExportError(f"{output} exists and is not a plan; remove it or choose another name")
-    controls = list(_controls(manifest, options.controls))
+    controls = _controls(manifest, options.controls)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
@@ -208,10 +218,29 @@ def _judge(agreement: Mapping[str, Any], log: Log) -> None:
         )
 
 
-def _controls(manifest: schema.Manifest, given: Sequence[Path]) -> Iterator[Image.Image | None]:
-    """Control images to draw after. Raises ExportError or ImageError."""
+Control = Image.Image | Path | None
+
+
+def _controls(manifest: schema.Manifest, given: Sequence[Path]) -> list[Control]:
+    """Control images to draw after. Raises ExportError for a folder without any."""
+    if not given:
+        return list(_made_up(manifest))
+    found: list[Control] = []
+    for path in given:
+        files = [path]
+        if path.is_dir():
+            known = Image.registered_extensions()
+            files = sorted(file for file in path.iterdir() if file.suffix.lower() in known)
+        if not files:
+            raise ExportError(f"{path}: no picture is there; give control images, or the folder that they are in")
+        found += files
+    return found
+
+
+def _made_up(manifest: schema.Manifest) -> Iterator[Image.Image | None]:
+    """Pictures with edges, areas and noise, and what controls are made of them; None for a plan that takes none."""
     kind, size = manifest.model.control_type, manifest.model.image_size
-    for i in range(0 if given else PICTURES):
+    for i in range(PICTURES):
         picture = Image.fromarray(scene(size, np.random.default_rng(i)))
         if i % 2:
             picture = picture.transpose(Image.Transpose.ROTATE_90)
@@ -219,20 +248,13 @@ def _controls(manifest: schema.Manifest, given: Sequence[Path]) -> Iterator[Imag
             yield None if kind is None else Image.fromarray(derive(picture, kind, size))
         except ImageError:  # a kind that isn't derived from an opaque picture
             yield picture
-    for path in given:
-        files = [path]
-        if path.is_dir():
-            files = sorted(f for f in path.iterdir() if f.suffix.lower() in Image.registered_extensions())
-        if not files:
-            raise ExportError(f"{path}: no picture is there; give control images, or the folder that they are in")
-        yield from map(load_image, files)
 
 
 # ---- What products are given ----
 
 
 def observe(
-    source: Path, manifest: schema.Manifest, controls: Sequence[Image.Image | None], log: Log
+    source: Path, manifest: schema.Manifest, controls: Sequence[Control], log: Log
 ) -> dict[tuple[str, str], Seen]:
     """Draw a picture after each control image, with classes at random, and all classes' conditions.
 
@@ -328,7 +350,7 @@ class _Observer(OrtCpu):
             seen = self.seen.setdefault((graph, x), Seen(low, high))
             seen.low, seen.high = np.minimum(seen.low, low), np.maximum(seen.high, high)
             if K is not None:
-                seen.rows.append(told[f"observed_some_{i}"])
+                seen.keep(told[f"observed_some_{i}"], self._rng)
 
 
 def watched(graph: str, model: onnx.ModelProto, manifest: schema.Manifest) -> dict[str, int | None]:
@@ -368,8 +390,8 @@ def products(model: onnx.ModelProto, manifest: schema.Manifest) -> list[Product]
 
 
 def convolutions(model: onnx.ModelProto) -> list[Convolution]:
-    """Convolutions with kernels of the model, but for those that see, or make, no more than an image's channels and
-    those that no other one comes before or after: few operations, and all that comes in or goes out."""
+    """Convolutions with kernels of the model, but for those of few channels: few operations, and what a picture comes
+    in or goes out by."""
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
     makers = {output: node for node in graph.node for output in node.output}
@@ -406,26 +428,42 @@ def fit(matrix_NK: Floats, seen: Seen, foldable: bool) -> Form:
 
     foldable: whether x may be divided channel by channel.
     """
-    rows_nK = np.concatenate(seen.rows)
-    some_NK = matrix_NK[:: -(-len(matrix_NK) // OUTPUTS)]
-    exact_nN = rows_nK @ some_NK.T
-    size = max(float(np.linalg.norm(exact_nN)), 1e-30)
+    judge = _Judge(matrix_NK, seen)
     best: Form | None = None
     for power in (None, *POWERS) if foldable else (None,):
         smoothing = None if power is None else _smoothing(matrix_NK, seen, power)
-        by = _ONE if smoothing is None else smoothing
-        weights, steps = eight_bits(some_NK * by)
-        rounded_KN = (weights * steps[:, None]).T
-        rows = rows_nK / by
-        low, high = seen.range(by)
+        low, high = seen.range(_ONE if smoothing is None else smoothing)
+        errs = judge.of(smoothing)
         for clip in CLIPS:
             scale, zero = steps_of(low * clip, high * clip)
-            x8 = np.clip(np.round(rows / scale) + np.float32(zero), 0, 255) - np.float32(zero)
-            error = float(np.linalg.norm((x8 * scale) @ rounded_KN - exact_nN)) / size
+            error = errs(scale, zero)
             if best is None or error < best.error:
                 best = Form(scale=scale, zero=zero, smoothing=smoothing, error=error)
     assert best is not None
     return best
+
+
+class _Judge:
+    """How much a product errs in eight bits, on the rows that were kept and some of its outputs."""
+
+    def __init__(self, matrix_NK: Floats, seen: Seen) -> None:
+        self._rows_nK = np.concatenate(seen.rows)
+        self._some_NK = matrix_NK[:: -(-len(matrix_NK) // OUTPUTS)]
+        self._exact_nN = self._rows_nK @ self._some_NK.T
+        self._size = max(float(np.linalg.norm(self._exact_nN)), 1e-30)
+
+    def of(self, smoothing: Floats | None) -> Callable[[np.float32, np.uint8], float]:
+        """From step size and zero point of x to the error, ÷ the length of the result."""
+        by = _ONE if smoothing is None else smoothing
+        weights, steps = eight_bits(self._some_NK * by)
+        rounded_KN = (weights * steps[:, None]).T
+        rows_nK = self._rows_nK / by
+
+        def error(scale: np.float32, zero: np.uint8) -> float:
+            x8 = np.clip(np.round(rows_nK / scale) + np.float32(zero), 0, 255) - np.float32(zero)
+            return float(np.linalg.norm((x8 * scale) @ rounded_KN - self._exact_nN)) / self._size
+
+        return error
 
 
 def steps_of(low: float, high: float) -> tuple[np.float32, np.uint8]:
@@ -535,9 +573,12 @@ class _Rewriter:
         form = self._forms.get(x)
         if form is None:
             form = fit(matrix_NK, self.seen[x], fold is not None)
-        if form.error > WORST:
+            error = form.error
+        else:  # x is rounded already, for another matrix
+            error = _Judge(matrix_NK, self.seen[x]).of(form.smoothing)(form.scale, form.zero)
+        if error > WORST:
             self.left.append(name)
-            return form.error
+            return error
         output, *_ = node.output
         before = self._before.setdefault(output, [])
         if x not in self._forms:
@@ -554,7 +595,7 @@ class _Rewriter:
             before.append(last)
             last = helper.make_node("Add", [last.output[0], *bias], [output], name=f"{node.name}_bias")
         node.CopyFrom(last)
-        return form.error
+        return error
 
     def rewrite_convolution(self, convolution: Convolution) -> None:
         """Let a convolution take uint8 and give uint8."""
@@ -566,9 +607,17 @@ class _Rewriter:
             before += self._rounded(x, f"{x}.int8", scale, zero)
             self._makers[f"{x}.int8"] = before[-1]
         kernels, steps = eight_bits(np.asarray(self.weights.array(convolution.weight), np.float32))
-        if f"{name}.int8" not in self._makers:
+        if f"{name}.numbers" in self._initializers:
+            # Another convolution has them too. Each gets names of its own for the same bytes: ONNX Runtime rewrites
+            # the kernels of each on CPUs without VNNI, and fails where it finds that done.
+            for part in ("numbers", "steps", "zeros"):
+                old, new = f"{name}.{part}", f"{output}.kernels.{part}"
+                self._initializers[new] = self.weights.again(self._initializers[old], new)
+            name = f"{output}.kernels"
+            parts = [f"{name}.{part}" for part in ("numbers", "steps", "zeros")]
+            before.append(helper.make_node("DequantizeLinear", parts, [f"{name}.int8"], axis=0, name=f"{name}.widen"))
+        else:
             before.append(self._widened(name, kernels, steps, axis=0))
-            self._makers[f"{name}.int8"] = before[-1]
         inputs = [f"{x}.int8", f"{name}.int8"]
         if convolution.bias is not None:
             bias = np.asarray(self.weights.array(convolution.bias), np.float64)
@@ -592,6 +641,8 @@ class _Rewriter:
     def _widened(self, name: str, numbers: np.ndarray, steps: Floats, axis: int) -> onnx.NodeProto:
         """A node that makes NAME.int8 of whole numbers and their step sizes."""
         parts = [self._add(f"{name}.numbers", numbers), self._add(f"{name}.steps", steps)]
+        if numbers.dtype == np.int8:  # where they have to become uint8, ONNX Runtime would else give them one for all
+            parts.append(self._add(f"{name}.zeros", np.zeros(len(steps), np.int8)))
         return helper.make_node("DequantizeLinear", parts, [f"{name}.int8"], axis=axis, name=f"{name}.widen")
 
     def finish(self) -> None:
@@ -651,14 +702,7 @@ class _Rewriter:
     def _is_modulation(self, name: str) -> bool:
         """Whether this is a part of the modulation: a row for each picture, not for each token."""
         maker = self._makers.get(name)
-        while maker is not None and maker.op_type in (
-            "Split",
-            "Transpose",
-            "Slice",
-            "Gather",
-            "Unsqueeze",
-            "Reshape",
-        ):
+        while maker is not None and maker.op_type in ("Split", "Transpose", "Slice", "Unsqueeze", "Reshape"):
             name, maker = maker.input[0], self._makers.get(maker.input[0])
         return maker is None and name == "modulation"
 

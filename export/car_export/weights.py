@@ -110,6 +110,14 @@ class Moved:
         refer(tensor, *self._append(array))
         return tensor
 
+    def again(self, tensor: TensorProto, name: str) -> TensorProto:
+        """A tensor of the same bytes by another name, for a tensor that was added."""
+        twin = TensorProto()
+        twin.CopyFrom(tensor)
+        twin.name = name
+        self._added.add(name)
+        return twin
+
     def array(self, tensor: TensorProto) -> np.ndarray:
         """What a tensor of the old plan's graphs holds; one in the file is read where it is mapped."""
         if tensor.data_location != TensorProto.EXTERNAL:

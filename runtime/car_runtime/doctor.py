@@ -40,7 +40,10 @@ RTX_TARGETS = (75, 80, 86, 89, 120, 121)
 """Compute capabilities that TensorRT for RTX builds for: Turing, Ampere, Ada and Blackwell; Hopper (90) is none."""
 DRIVERS = {13: "580", 12: "525"}
 """CUDA's major version → the first NVIDIA driver (on Linux) that runs it."""
-CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "sve")
+CPU_FLAGS = (
+    *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_tile", "amx_bf16", "amx_int8", "asimd", "sve"),
+)
 SECONDS = 20.0
 """How long nvidia-smi may take."""
 # An ONNX model of one node, float32 x [1] → Identity → y, opset 13: what a provider is tried with.

@@ -101,17 +101,31 @@ def _rows(ov: Any, matrix: Node, parts: int) -> list[Node]:
 
 def _columns(ov: Any, matrix: Node, parts: int) -> list[Node]:
     """Equal parts of an int8 matrix [inputs, outputs] with a step size for each output; none if it is no such one."""
-    op, kinds = ov.opset13, [node.get_type_name() for node in (matrix, *_sources(matrix))]
-    if kinds != ["Multiply", "Convert", "Reshape"]:
+    op = ov.opset13
+    if matrix.get_type_name() != "Multiply":
         return []
-    numbers, steps = (_producer(node, 0) for node in _sources(matrix))
-    if [node.get_type_name() for node in (numbers, steps)] != ["Constant", "Constant"]:
+    numbers, steps = _sources(matrix)
+    if numbers.get_type_name() == "Subtract":
+        numbers, zeros = _sources(numbers)
+        if not _is_zero(zeros):
+            return []
+    if [numbers.get_type_name(), steps.get_type_name()] != ["Convert", "Reshape"]:
         return []
-    cut = zip(*(np.split(node.get_data(), parts, -1) for node in (numbers, steps)), strict=True)
+    constants = [_producer(node, 0) for node in (numbers, steps)]
+    if [node.get_type_name() for node in constants] != ["Constant", "Constant"]:
+        return []
+    cut = zip(*(np.split(node.get_data(), parts, -1) for node in constants), strict=True)
     return [
         op.multiply(op.convert(op.constant(np.ascontiguousarray(some)), "f32"), op.constant(sizes[None]))
         for some, sizes in cut
     ]
+
+
+def _is_zero(node: Node) -> bool:
+    """Whether this is a constant of zeros, reshaped or converted."""
+    while node.get_type_name() in ("Reshape", "Convert"):
+        node = _producer(node, 0)
+    return node.get_type_name() == "Constant" and not node.get_data().any()
 
 
 def _sources(node: Node) -> list[Node]:
