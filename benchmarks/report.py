@@ -205,8 +205,8 @@ def controlnet(result: Result, number: int, figures: Figures) -> Iterator[str]:
     if any(row["candidate"].endswith(", int8") for row in result.of("ratio")):
         yield ""
         yield (
-            "Where *ours* is int8 it is the plan's int8 form, opt-in, which multiplies eight-bit numbers, and theirs is "
-            "not: these rows say what is gained by it, not how equals compare."
+            "Where *ours* is int8 it is the plan's int8 form, opt-in, which multiplies eight-bit numbers, and theirs "
+            "is not: these rows say what is gained by it, not how equals compare."
         )
     if any(without_engine(row) for row in result.of("ratio")):
         yield ""
@@ -554,10 +554,9 @@ def controlnet_headlines(result: Result) -> Iterator[tuple[str, str]]:
     for row in result.of("ratio"):
         # The fastest tier that was measured; of several precisions and engines, where theirs is nearest to ours.
         key = (row["method"], row["steps"], row["size"])
-        equals = not row["candidate"].endswith(", int8")
-        if row["tier"] == tiers[0] and equals:
-            if key not in chosen or row["times_ours"] < chosen[key]["times_ours"]:
-                chosen[key] = row
+        equals = row["tier"] == tiers[0] and not row["candidate"].endswith(", int8")
+        if equals and (key not in chosen or row["times_ours"] < chosen[key]["times_ours"]):
+            chosen[key] = row
     for (method, steps, size), row in chosen.items():
         scaled = ", scaled" if row["scaled"] else ""
         tier = f"{row['against']} PyTorch" if without_engine(row) else row["tier"]
