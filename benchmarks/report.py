@@ -83,8 +83,7 @@ class Figures:
 # ---- Sections ----
 
 INT8 = (
-    " *int8*: the plan's int8 form (`--weights int8`), opt-in; what it does to pictures is under "
-    "[shorter schedules](#shorter-schedules)."
+    " *int8*: the plan's int8 form (`--weights int8`), opt-in; what it does to pictures stands among the schedules."
 )
 
 

@@ -277,6 +277,28 @@ def test_what_is_computed_quoted_or_scaled_is_labelled(records: list[Record], tm
     assert "multiplied from fewer" in last
 
 
+def test_int8_stands_beside_what_is_exact_and_not_in_its_place(records: list[Record], tmp_path: Path) -> None:
+    latency = json.loads(json.dumps(records[0]))
+    for row in [r for r in latency["results"] if r.get("backend") == "ort-cpu"]:
+        latency["results"].append({**row, "candidate": "ort-cpu, int8", "precision": "int8", "p50": row["p50"] / 2})
+    beside = json.loads(json.dumps(controlnet_record()))
+    for row in [r for r in beside["results"] if r["question"] == "ratio"]:
+        beside["results"].append({**row, "candidate": "ort-cpu, int8", "times_ours": 2 * row["times_ours"]})
+    drawn = json.loads(json.dumps(schedules_record()))
+    whole = drawn["results"][0]
+    drawn["results"].append({**whole, "schedule": "int8", "ratio": 0.6, "tokens_equal": 0.95, "kid_half": 0.023})
+    text = told(tmp_path, [latency, beside, drawn])
+    short = text[text.index("## In short") : text.index("## Contents")]
+    lines = [line for line in short.splitlines() if "tiny" in line]
+    assert [("on ort-cpu, int8" in line) for line in lines] == [False, True]
+    assert "× 23.3** as long as ours (ort-cpu)" in short
+    assert "× 46.7** as long as ours (ort-cpu, int8)" in short
+    assert "changes least, short (" in short
+    assert "60 % of the time, 95 % of the tokens as exact; KID 0.023, exact 0.021" in short
+    for words in ("not how equals compare", "*int8*: the plan's int8 form", "*int8*: the exact loop"):
+        assert words in text
+
+
 def test_what_is_missing_is_told(tmp_path: Path) -> None:
     text = told(tmp_path, [soak_record()])
     last = text[text.index(f"## {report.LAST}") :]

@@ -32,8 +32,11 @@ def needless_optimizers(precision: Precision) -> list[str]:
     """What a session on the CPU does without, for its argument `disabled_optimizers`.
 
     Folding would copy every matrix to transpose it, only for it to be packed in another form. Where weights are
-    stored in half it has to be: else they would be widened in every run.
+    stored in half it has to be: else they would be widened in every run. Of an int8 plan a product and the sum after
+    it must not become one Gemm, which has no kernel of eight bits: its matrix would be widened in every run.
     """
+    if precision.weights == "int8":
+        return ["MatMulAddFusion"]
     return ["ConstantFolding"] if precision.compute == precision.weights == "fp32" else []
 
 
