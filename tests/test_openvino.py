@@ -164,6 +164,9 @@ def test_queries_keys_and_values_are_products_of_their_own() -> None:
     owners = split_products(openvino, model)
     wide = [product for product in before if product not in products()]
     assert len(owners) == len(wide) == attentions
+    # What is kept is the matrix whose memory the three read, not one of the three.
+    kept = [(list(owner.get_output_shape(0)), owner.data.ctypes.data) for owner in owners]
+    assert sorted(kept) == sorted(wide)
     for (outputs, inputs), address in wide:
         assert outputs == 3 * inputs
         parts = [([inputs, inputs], address + 4 * i * inputs * inputs) for i in range(3)]

@@ -82,10 +82,10 @@ def split_products(ov: Any, model: Model) -> list[Node]:
             continue
         x, transposed = product.input(0).get_source_output(), product.get_attributes()["transpose_b"]
         matrix, cut = _producer(product, 1), _rows if transposed else _columns
-        matrices = cut(ov, matrix, parts)
-        for part, matrix in zip(split.outputs(), matrices, strict=False):
-            part.replace(ov.opset13.matmul(x, matrix, False, transposed).output(0))
-        if transposed and matrices:
+        pieces = cut(ov, matrix, parts)
+        for part, piece in zip(split.outputs(), pieces, strict=False):
+            part.replace(ov.opset13.matmul(x, piece, False, transposed).output(0))
+        if transposed and pieces:
             owners.append(matrix)
     return owners
 
