@@ -25,7 +25,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,9 +44,9 @@ from car_runtime.backends.ort_cpu import OrtCpu
 from car_runtime.controls import derive
 from car_runtime.errors import ImageError
 from car_runtime.plan import Plan, open_plan
-from car_train.checkpoint import put_in_place
 
 from .errors import ExportError
+from .plan import written_aside
 from .verify import VerificationError, scene
 from .weights import FILE, INLINE, Moved
 
@@ -166,7 +165,6 @@ def to_int8(options: Int8Options, log: Log = lambda _: None) -> Path:
     Nothing is left at `options.output` if anything fails. Raises ExportError, VerificationError, or the runtime's
     CarError for a plan or an image that can't be read.
     """
-    output = options.output
     manifest = schema.read_manifest(options.source)
     if manifest.precision.compute != "fp32" or manifest.precision.weights == "int8":
         raise ExportError(
@@ -177,29 +175,15 @@ def to_int8(options: Int8Options, log: Log = lambda _: None) -> Path:
         raise ExportError(f"the plan {manifest.name!r} takes no control image; leave out --calibrate")
     schema.verify_files(options.source, manifest)
     goldens = acceptance.read_goldens(options.source, manifest)
-    if output.exists() and not (output / schema.MANIFEST).is_file():
-        raise ExportError(f"{output} exists and is not a plan; remove it or choose another name")
     controls = _controls(manifest, options.controls)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    except OSError as error:
-        raise ExportError(f"{output}: can't write there ({error.strerror}); choose another folder") from error
-    try:
+    with written_aside(options.output) as aside:
         seen = observe(options.source, manifest, controls, log)
         provenance = {"int8 calibration": f"{len(controls)} pictures, {'given' if options.controls else 'made up'}"}
         write(aside, options, manifest, seen, provenance, log)
         with open_plan(aside, "ort-cpu") as plan:
             agreement = acceptance.compare(plan, goldens)
         _judge(agreement, log)
-        put_in_place(aside, output)
-    except OSError as error:
-        raise ExportError(
-            f"{output}: could not be written ({error}); free some space or choose another folder"
-        ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return output
+    return options.output
 
 
 def _judge(agreement: Mapping[str, Any], log: Log) -> None:

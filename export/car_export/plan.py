@@ -5,12 +5,13 @@ Trace the graphs, store the weights once, write the manifest, verify, then renam
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -347,7 +348,19 @@ def build_plan(model: Model, options: ExportOptions, log: Log = lambda _: None) 
 
     Raises ExportError or verify.VerificationError.
     """
-    output = options.output
+    with written_aside(options.output) as aside:
+        builder = PlanBuilder(model, options, aside, log)
+        builder.build()
+        verify.verify_plan(aside, builder.reference, log)
+    return options.output
+
+
+@contextlib.contextmanager
+def written_aside(output: Path) -> Iterator[Path]:
+    """A folder beside a plan's place, which goes there when the block is done and is gone if it fails.
+
+    Raises ExportError where something else stands in the plan's place, or nothing can be written.
+    """
     if output.exists() and not (output / schema.MANIFEST).is_file():
         raise ExportError(f"{output} exists and is not a plan; remove it or choose another name")
     try:
@@ -356,9 +369,7 @@ def build_plan(model: Model, options: ExportOptions, log: Log = lambda _: None) 
     except OSError as error:
         raise ExportError(f"{output}: can't write there ({error.strerror}); choose another folder") from error
     try:
-        builder = PlanBuilder(model, options, aside, log)
-        builder.build()
-        verify.verify_plan(aside, builder.reference, log)
+        yield aside
         put_in_place(aside, output)
     except OSError as error:
         raise ExportError(
@@ -366,4 +377,3 @@ def build_plan(model: Model, options: ExportOptions, log: Log = lambda _: None) 
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return output

@@ -88,7 +88,7 @@ def machine(gpu: Mapping[str, Any] | None = None) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "cores_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "flags": _cpu_flags(),
+        "flags": cpu_flags(),
         **_memory(),
         "os": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
@@ -116,7 +116,8 @@ def _cpu_name() -> str | None:
     return name + (f" (family {family}, model {model})" if family and model else "")
 
 
-def _cpu_flags() -> list[str] | None:
+def cpu_flags() -> list[str] | None:
+    """Of `CPU_FLAGS`, those that the processor has; None where the system doesn't tell."""
     found = _cpuinfo()
     listed = found.get("flags") or found.get("Features")
     return None if listed is None else [flag for flag in CPU_FLAGS if flag in listed.split()]

@@ -129,7 +129,6 @@ class OrtCpu(HostMemory):
 
 def _has_amx() -> bool:
     """Whether this CPU multiplies int8 by AMX; False where the system doesn't tell."""
-    try:
-        return "amx_int8" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
-    except OSError:
-        return False
+    from car_runtime.doctor import cpu_flags  # int8 plans alone need it
+
+    return "amx_int8" in (cpu_flags() or [])
