@@ -113,7 +113,7 @@ def test_the_step_is_cut_at_its_sort_and_reads_keys_row_by_row() -> None:
 
 def kernels(plan: Plan, graph: str) -> Counter[str]:
     """What OpenVINO runs of a graph, by kind."""
-    models = [part.get_runtime_model() for part in plan._backend._models[graph].parts]
+    models = [make().model.get_runtime_model() for make in plan._backend._models[graph].parts]
     return Counter(node.get_rt_info()["layerType"].astype(str) for model in models for node in model.get_ops())
 
 

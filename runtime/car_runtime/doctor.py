@@ -21,7 +21,7 @@ from car_runtime import __version__
 from car_runtime.backends import OPENERS, openvino_core
 from car_runtime.errors import CarError, one_line
 
-BACKENDS = ("ort-cpu", "openvino", "ort-cuda", "rtx", "trt")
+BACKENDS = ("ort-cpu", "openvino", "amx", "ort-cuda", "rtx", "trt")
 PACKAGES = (
     *("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "openvino"),
     *("cuda-python", "tensorrt-rtx", "tensorrt", "torch"),
@@ -29,13 +29,21 @@ PACKAGES = (
 INSTALL = {
     "ort-cpu": ["pip install 'car-deploy[cpu]'"],
     "openvino": ["pip install 'car-deploy[openvino]'"],
+    "amx": ["pip install 'car-deploy[openvino]'"],
     "ort-cuda": ["pip uninstall onnxruntime", "pip install 'car-deploy[gpu]'"],
     "rtx": ["pip install 'car-deploy[rtx]'"],
     "trt": ["pip install 'car-deploy[trt]'  # libraries: from NVIDIA's index, see its TensorRT installation guide"],
 }
 """Per backend, what installs its packages. In a checkout, '.' stands for car-deploy."""
-COMPUTES = {"ort-cpu": ("fp32", "fp16"), "openvino": ("fp32",), "ort-cuda": ("fp32", "fp16", "bf16")}
+COMPUTES = {
+    "ort-cpu": ("fp32", "fp16"),
+    "openvino": ("fp32",),
+    "amx": ("fp32",),
+    "ort-cuda": ("fp32", "fp16", "bf16"),
+}
 """What the backends that need no engines compute in."""
+INT8 = ("ort-cpu", "openvino")
+"""Those of them that take int8 plans."""
 RTX_TARGETS = (75, 80, 86, 89, 120, 121)
 """Compute capabilities that TensorRT for RTX builds for: Turing, Ampere, Ada and Blackwell; Hopper (90) is none."""
 DRIVERS = {13: "580", 12: "525"}
@@ -252,6 +260,21 @@ def _check_openvino(found: Mapping[str, str | None], gpu: Mapping[str, Any]) -> 
     return None, []
 
 
+def _check_amx(found: Mapping[str, str | None], gpu: Mapping[str, Any]) -> Finding:
+    from car_runtime.backends.amx import check_cpu
+    from car_runtime.native import build
+
+    problem, install = _check_openvino(found, gpu)
+    if problem is not None:
+        return problem, install
+    try:
+        check_cpu()
+        build.load()
+    except CarError as error:
+        return str(error).partition(";")[0], ["apt install gcc"] if "compile" in str(error) else []
+    return None, []
+
+
 def _check_ort_cuda(found: Mapping[str, str | None], gpu: Mapping[str, Any]) -> Finding:
     if conflict := _conflict(found, "gpu"):
         return conflict
@@ -283,6 +306,7 @@ def _check_trt(found: Mapping[str, str | None], gpu: Mapping[str, Any]) -> Findi
 _CHECKS: dict[str, Callable[[Mapping[str, str | None], Mapping[str, Any]], Finding]] = {
     "ort-cpu": _check_ort_cpu,
     "openvino": _check_openvino,
+    "amx": _check_amx,
     "ort-cuda": _check_ort_cuda,
     "rtx": _check_rtx,
     "trt": _check_trt,
@@ -349,6 +373,7 @@ def _on_cpu(found: Mapping[str, str | None], gpu: Mapping[str, Any]) -> str:
 _VERSIONS: dict[str, Callable[[Mapping[str, str | None], Mapping[str, Any]], str]] = {
     "ort-cpu": _on_cpu,
     "openvino": lambda found, gpu: f"openvino {found['openvino']}",
+    "amx": lambda found, gpu: f"its own code, compiled here, and openvino {found['openvino']}",
     "ort-cuda": lambda found, gpu: f"{_on_cpu(found, gpu)} on {gpu['name']}",
     "rtx": lambda found, gpu: f"tensorrt-rtx {found['tensorrt-rtx']} on {gpu['name']}, engines for {gpu['target']}",
     "trt": lambda found, gpu: f"tensorrt {found['tensorrt']} on {gpu['name']}, engines for {gpu['target']}",
@@ -376,6 +401,8 @@ def _plan(root: Path, gpu: Mapping[str, Any], backends: list[dict[str, Any]]) ->
     usable = {entry["name"] for entry in backends if entry["usable"]}
     compute = manifest.precision.compute
     runs_on = [name for name, computes in COMPUTES.items() if name in usable and compute in computes]
+    if manifest.precision.weights == "int8":
+        runs_on = [name for name in runs_on if name in INT8]
     engines = [_engine(engine, gpu, usable) for engine in manifest.engines]
     build = []
     for flavour in ("rtx", "trt"):

@@ -8,12 +8,13 @@ Buffers are numpy arrays that OpenVINO reads and writes in place; K and V are ke
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,7 +118,7 @@ class OpenVino(HostMemory):
             if graph not in self._models:
                 self._models[graph] = self._compile(graph)
             idle = self._idle.setdefault((graph, outputs), [])
-            request = idle.pop() if idle else _Request(self._ov, self._models[graph], self._pool)
+            request = idle.pop() if idle else _Request(self._models[graph], self._pool)
         if request.used:
             yield request  # after an error it is not used again
         else:  # OpenVINO packs a graph's weights when it first runs
@@ -127,7 +128,7 @@ class OpenVino(HostMemory):
         with self._lock:
             idle.append(request)
 
-    def _compile(self, graph: str) -> _Compiled:
+    def _compile(self, graph: str) -> Compiled:
         """One compiled model; the step as two, with its sort between them."""
         file = self._manifest.graphs[graph].file
         try:
@@ -140,7 +141,7 @@ class OpenVino(HostMemory):
                 f"OpenVINO {self._ov.__version__} cannot compile {file}: {one_line(error)}; "
                 "export the plan again, or use --backend ort-cpu"
             ) from error
-        return _Compiled(parts, owners)
+        return Compiled([partial(EnginePart, self._ov, part) for part in parts], owners)
 
     def _rewrite(self, graph: str, model: Any) -> tuple[Sequence[Any], Sequence[Any]]:
         """The parts of a graph as they are compiled, and what owns memory that they read."""
@@ -156,37 +157,57 @@ class OpenVino(HostMemory):
         return split_at_sort(self._ov, model) or (model,), owners
 
 
-class _Compiled(NamedTuple):
-    """A graph's compiled models, and what owns memory that they read, to be kept as long as they are."""
+class Part(Protocol):
+    """What makes a part of a graph's outputs; one call at a time."""
 
-    parts: Sequence[Any]
+    def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> NDArray[np.float32] | None:
+        """Take what it needs of the inputs, write what it makes of the outputs; the logits, if it makes them."""
+        ...
+
+
+class Compiled(NamedTuple):
+    """What makes a graph's parts, one after the other, and what owns memory that they read, as long as they are."""
+
+    parts: Sequence[Callable[[], Part]]
     owners: Sequence[Any]
 
 
 class _Request:
-    """An inference request for each part of a graph."""
+    """A graph's parts for one call after the other."""
 
-    def __init__(self, ov: Any, compiled: _Compiled, pool: Executor) -> None:
-        self._ov, self._compiled, self._pool = ov, compiled, pool
+    def __init__(self, compiled: Compiled, pool: Executor) -> None:
+        self._compiled, self._pool = compiled, pool
         self.used = False
-        self._parts = [
-            (model.create_infer_request(), _ports(model.inputs), _ports(model.outputs)) for model in compiled.parts
-        ]
+        self._parts = [make() for make in compiled.parts]
 
     def infer(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
         """Run the parts one after the other: of a step, first up to its logits, then the rest on the sorted ones."""
         between: dict[str, Buffer] = {}
-        for request, takes, gives in self._parts:
-            for name, buffer in {**inputs, **between}.items():
-                if name in takes:
-                    request.set_tensor(takes[name], self._tensor(buffer, takes[name]))
-            for name, buffer in outputs.items():
-                if name in gives:
-                    request.set_tensor(gives[name], self._tensor(buffer, gives[name]))
-            request.infer()
-            if LOGITS in gives and len(self._parts) > 1:
-                logits = request.get_tensor(gives[LOGITS]).data
+        for part in self._parts:
+            logits = part.run({**inputs, **between}, outputs)
+            if logits is not None and len(self._parts) > 1:
                 between = {LOGITS: logits, RANKED: descending(logits, self._pool)}
+
+
+class EnginePart:
+    """An inference request of a compiled model."""
+
+    def __init__(self, ov: Any, model: Any) -> None:
+        self._ov, self.model = ov, model
+        self._request = model.create_infer_request()
+        self._takes, self._gives = _ports(model.inputs), _ports(model.outputs)
+
+    def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> NDArray[np.float32] | None:
+        """See `Part`."""
+        for ports, buffers in ((self._takes, inputs), (self._gives, outputs)):
+            for name, buffer in buffers.items():
+                if name in ports:
+                    self._request.set_tensor(ports[name], self._tensor(buffer, ports[name]))
+        self._request.infer()
+        if LOGITS not in self._gives:
+            return None
+        logits: NDArray[np.float32] = self._request.get_tensor(self._gives[LOGITS]).data
+        return logits
 
     def _tensor(self, buffer: Buffer, port: Any) -> Any:
         array, element = array_of(buffer), port.get_element_type()

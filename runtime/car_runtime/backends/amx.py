@@ -1,0 +1,129 @@
+"""OpenVINO in bfloat16 with the step's transformer in code of our own, for CPUs with AMX.
+
+Three quarters of a picture's time on OpenVINO are the transformer's. `car_runtime.native` takes little more than half
+as long for it: weights lie in huge pages in the order in which they are multiplied, and what comes before and after a
+product is done where the product is. The residual stream stays in float32. Control, condition, decoder and the
+drawing of tokens are OpenVINO's, as in the backend `openvino`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from car_runtime.backends import Buffer
+from car_runtime.backends.host import array_of, pages_forgotten
+from car_runtime.backends.openvino import Compiled, EnginePart, OpenVino
+from car_runtime.backends.openvino_graphs import LOGITS, keep_cache_in_bfloat16, split_at_sort
+from car_runtime.errors import BackendError, PlanError, one_line
+from car_runtime.manifest import WEIGHTS, Manifest
+from car_runtime.native import build, reader
+from car_runtime.native.reader import UnknownStep, read_step
+from car_runtime.native.transformer import Transformer, Workspace
+
+
+class Amx(OpenVino):
+    """The `amx` backend."""
+
+    name = "amx"
+
+    def __init__(self, root: Path, manifest: Manifest, threads: int | None = None) -> None:
+        if manifest.precision.compute != "fp32" or manifest.precision.weights == "int8":
+            types = "int8" if manifest.precision.weights == "int8" else manifest.precision.compute
+            raise BackendError(f"the plan multiplies in {types}, but 'amx' wants float32 plans; use another backend")
+        check_cpu()
+        self._library = build.load()
+        self._cores = threads or physical_cores()
+        super().__init__(root, manifest, threads, "bf16")
+
+    def report(self) -> dict[str, Any]:
+        """OpenVINO's version, the type that is multiplied in, and the threads."""
+        return {**super().report(), "engine": f"amx, openvino {self._ov.__version__}", "threads": self._cores}
+
+    def _compile(self, graph: str) -> Compiled:
+        """The step is our transformer, and OpenVINO's model of what comes after its logits."""
+        if graph != "step":
+            return super()._compile(graph)
+        file = self._root / self._manifest.graphs[graph].file
+        with pages_forgotten(self._root / WEIGHTS):
+            try:
+                step = read_step(file, self._root / WEIGHTS)
+                self._check(step)
+                transformer = Transformer(self._library, step, self._cores)
+            except UnknownStep as error:
+                raise BackendError(
+                    f"'amx' does not know the plan's step ({one_line(error)}); export the plan again, "
+                    "or use --backend openvino"
+                ) from error
+            try:
+                model = keep_cache_in_bfloat16(self._ov, self._core.read_model(str(file)))  # its shapes are looked at
+                parts = split_at_sort(self._ov, model)
+                drawing = self._core.compile_model(parts[1], "CPU", self._settings) if parts is not None else None
+            except Exception as error:
+                raise PlanError(
+                    f"OpenVINO {self._ov.__version__} cannot compile {file.name}: {one_line(error)}; "
+                    "export the plan again, or use --backend ort-cpu"
+                ) from error
+        if drawing is None:
+            raise BackendError("'amx' wants a step that sorts its logits; use --backend openvino")
+        first = partial(_TransformerPart, transformer, self._library, self._manifest.model.vocab)
+        return Compiled([first, partial(EnginePart, self._ov, drawing)], [])
+
+    def _check(self, step: reader.Transformer) -> None:
+        """The loop's buffers are made after the manifest: what the graph says has to be the same. UnknownStep."""
+        model = self._manifest.model
+        rows = self._manifest.graphs["condition"].output("modulation").shape[1]
+        layers = len(step.base) + len(step.branch)
+        says = (model.width, model.heads, model.vocab, model.cache_layers, rows)
+        if (step.width, step.heads, len(step.head.matrix), layers, step.modulation_rows) != says:
+            raise UnknownStep("it is not of the manifest's width, heads, codes, layers or modulation")
+
+
+class _TransformerPart:
+    """The transformer with the workspace of one call after the other."""
+
+    def __init__(self, transformer: Transformer, library: Any, vocab: int) -> None:
+        self._transformer, self._vocab = transformer, vocab
+        self._workspace = Workspace(library)
+        self._logits = np.empty(0, np.float32)
+
+    def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> NDArray[np.float32]:
+        """See `openvino.Part`."""
+        given = {name: array_of(buffer) for name, buffer in outputs.items()}
+        if LOGITS not in given:
+            shape = (*array_of(inputs["uniforms"]).shape, self._vocab)
+            if self._logits.size < np.prod(shape):
+                self._logits = np.empty(np.prod(shape), np.float32)
+            given[LOGITS] = self._logits[: np.prod(shape)].reshape(shape)
+        self._transformer.run({name: array_of(buffer) for name, buffer in inputs.items()}, given, self._workspace)
+        return given[LOGITS]
+
+
+def check_cpu() -> None:
+    """Raise BackendError unless this CPU multiplies bfloat16 in tiles, and the system is one that the code is for."""
+    from car_runtime.doctor import cpu_flags
+
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise BackendError("the backend 'amx' is for Linux on x86-64; use another backend")
+    flags = cpu_flags() or []
+    missing = [flag for flag in build.CPU_FLAGS if flag not in flags]
+    if missing:
+        raise BackendError(f"this CPU has no {', '.join(missing)}, which 'amx' needs; use another backend")
+
+
+def physical_cores() -> int:
+    """Cores that this process may use; two threads of a core share its tiles."""
+    usable = os.sched_getaffinity(0)
+    siblings = [Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings") for cpu in usable]
+    try:
+        return len({file.read_text(encoding="ascii") for file in siblings})
+    except OSError:
+        return len(usable)

@@ -1,0 +1,73 @@
+"""`step.c` as a library for this machine: compiled once by its C compiler and kept in ~/.cache/car."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from car_runtime.errors import BackendError, one_line
+
+SOURCE = Path(__file__).with_name("step.c")
+ROOT = Path("~/.cache/car/native")
+FLAGS = ["-O3", "-march=x86-64-v4", "-mamx-tile", "-mamx-bf16", "-mavx512bf16", "-fopenmp", "-fPIC", "-shared"]
+CPU_FLAGS = ("amx_tile", "amx_bf16", "avx512_bf16")
+"""What the code needs, as /proc/cpuinfo names it."""
+_SECONDS = 120
+
+
+def load() -> Any:
+    """The library, compiled now if this machine hasn't yet. BackendError with the remedy."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    source = SOURCE.read_bytes()
+    kept = _kept(hashlib.sha256(b"\0".join([source, *map(str.encode, FLAGS)])).hexdigest()[:16])
+    if not kept.is_file():
+        if compiler is None:
+            raise BackendError(
+                "the backend 'amx' is compiled on this machine, which has no C compiler; "
+                "install gcc 11 or newer (apt install gcc), or use --backend openvino"
+            )
+        _compile(shlex.split(compiler), kept)
+    try:
+        library = ctypes.CDLL(str(kept))
+    except OSError as error:
+        raise BackendError(f"{kept} can't be loaded ({one_line(error)}); delete it to compile it again") from error
+    refused = library.car_start()
+    if refused:
+        raise BackendError(f"the system keeps AMX from this process ({os.strerror(refused)}); use --backend openvino")
+    return library
+
+
+def _kept(key: str) -> Path:
+    try:
+        return ROOT.expanduser() / f"step-{key}.so"
+    except RuntimeError:  # nobody's home
+        return Path(tempfile.gettempdir()) / f"car-native-{os.getuid()}" / f"step-{key}.so"
+
+
+def _compile(compiler: list[str], output: Path) -> None:
+    """Beside its place, then renamed: nobody loads half a library."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(prefix=".step-", dir=output.parent) as folder:
+            made = Path(folder) / output.name
+            subprocess.run(
+                [*compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=_SECONDS,
+            )
+            made.replace(output)
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        raise BackendError(
+            f"{compiler[0]} can't compile {SOURCE.name} into {output.parent} ({said[0] if said else error}); "
+            "it needs gcc 11 or clang 12 with OpenMP, or newer; set CC to one, or use --backend openvino"
+        ) from error
