@@ -228,7 +228,8 @@ def opened(args: argparse.Namespace, tier: str, precision: str, log: Log) -> Ite
 def _cpu_engines(
     stack: ExitStack, args: argparse.Namespace, subject: Subject, precision: str, log: Log
 ) -> Iterator[tuple[str, Any]]:
-    """OpenVINO in the precision that is asked for, and ONNX Runtime, which on a CPU has float32 alone."""
+    """OpenVINO in the precision that is asked for, `amx` in bfloat16, and ONNX Runtime, which has float32 alone."""
+    from car_runtime.backends.amx import Amx
     from car_runtime.backends.openvino import OpenVino
     from car_runtime.backends.ort_cpu import OrtCpu
 
@@ -236,6 +237,8 @@ def _cpu_engines(
     openers: dict[str, Callable[[], Any]] = {
         "openvino": lambda: OpenVino(*where, precision="f32" if precision == "fp32" else precision)
     }
+    if precision == "bf16":
+        openers["amx"] = lambda: Amx(*where)
     if precision == "fp32":
         openers["ort-cpu"] = lambda: OrtCpu(*where)
     for name, opener in openers.items():
