@@ -29,7 +29,8 @@ from car_train.config import CARConfig, ModelConfig, VARConfig, VQVAEConfig
 from car_train.model import Model
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "guitar.png"
-SIDES = (1, 2, 3, 6, 9)
+SIDES = (1, 3, 10)
+"""Three guided pictures have 600 rows in the last scale: more than the kernel takes at once."""
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -150,7 +151,7 @@ def test_the_transformer_computes_what_the_graph_does(
 @needs_amx
 @pytest.mark.parametrize("threads", [1, 3, 7])
 def test_threads_change_no_bit(exact: Plan, run: Callable[..., Arrays], threads: int) -> None:
-    for scale in (0, 3, 4):
+    for scale in range(len(SIDES)):
         inputs, outputs = step_arrays(exact, scale, 3, True)
         one, other = run(inputs, outputs), run(inputs, outputs, threads)
         assert all((one[name] == other[name]).all() for name in one)
@@ -159,7 +160,7 @@ def test_threads_change_no_bit(exact: Plan, run: Callable[..., Arrays], threads:
 
 @needs_amx
 def test_a_picture_is_the_same_in_every_batch(exact: Plan, run: Callable[..., Arrays]) -> None:
-    for scale in (1, 4):
+    for scale in (1, 2):
         inputs, outputs = step_arrays(exact, scale, 3, True)
         together = run(inputs, outputs)["logits"]
         alone, places = step_arrays(exact, scale, 1, True)
@@ -282,6 +283,16 @@ def test_without_a_compiler_the_remedy_is_said(nothing_kept: Path, monkeypatch: 
     monkeypatch.delenv("CC", raising=False)
     with pytest.raises(BackendError, match="install gcc"):
         build.load()
+
+
+def test_where_nobody_is_at_home_nothing_is_looked_for_in_a_shared_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(path: Path) -> Path:
+        raise RuntimeError("could not determine home directory")
+
+    monkeypatch.setattr(Path, "expanduser", nobody)
+    folder = build._kept("key").parent
+    assert list(folder.iterdir()) == []
+    assert folder.stat().st_mode & 0o077 == 0
 
 
 @needs_amx

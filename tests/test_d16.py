@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from car_runtime.backends import has_openvino_bfloat16
+from car_runtime import BackendError
+from car_runtime.backends import amx, has_openvino_bfloat16
 from golden import OFFICIAL_D16, OFFICIAL_VAE, REFERENCE, _filled, save_official
 
 pytestmark = pytest.mark.slow
@@ -75,7 +77,11 @@ def test_d16_exports_and_runs_within_its_limits(tmp_path: Path) -> None:
     flags = ["--engine", plan, "--control", tmp_path / "control.png", "--class", 207, "-o", tmp_path / "out.png"]
     # OpenVINO holds one copy in bfloat16, half of the weights, where the CPU multiplies that.
     compact = 2.2e9 if has_openvino_bfloat16() else weights + 1.0e9
-    for backend, limit in (("ort-cpu", weights + 1.0e9), ("openvino", compact)):
+    limits = {"ort-cpu": weights + 1.0e9, "openvino": compact}
+    with suppress(BackendError):  # no AMX here
+        amx.check_cpu()
+        limits["amx"] = 2.2e9
+    for backend, limit in limits.items():
         out, _, _, peak = run("-m", "car_runtime", *flags, "--backend", backend, "--json")
         print(f"car-run, {backend}: {json.loads(out)['timings']['total']:.1f} s, peak {peak / 1e9:.2f} GB")
         assert peak <= limit

@@ -298,7 +298,7 @@ def test_openvino_multiplies_in_eight_bits_too(shipped: tuple[Path, list[str]]) 
         if not {"avx512_vnni", "amx_int8", "avx_vnni"} & set(acceptance.machine()["flags"] or cpu_flags()):
             pytest.skip("this CPU multiplies no eight-bit numbers")
         backend: Any = plan._backend
-        made = [node.get_rt_info() for node in backend._models["step"].parts[0].get_runtime_model().get_ops()]
+        made = [node.get_rt_info() for node in backend._models["step"].parts[0]().model.get_runtime_model().get_ops()]
         kinds = Counter(
             str(info["primitiveType"].astype(str)).rsplit("_", 1)[-1]
             for info in made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import os
@@ -47,8 +48,10 @@ def load() -> Any:
 def _kept(key: str) -> Path:
     try:
         return ROOT.expanduser() / f"step-{key}.so"
-    except RuntimeError:  # nobody's home
-        return Path(tempfile.gettempdir()) / f"car-native-{os.getuid()}" / f"step-{key}.so"
+    except RuntimeError:  # nobody's home: for this process alone, since others could write where it would be found
+        folder = tempfile.mkdtemp(prefix="car-native-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return Path(folder) / f"step-{key}.so"
 
 
 def _compile(compiler: list[str], output: Path) -> None:

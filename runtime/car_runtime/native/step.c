@@ -31,7 +31,16 @@ typedef uint16_t bf16;
 
 #define LOG2E 1.44269504f
 
-enum { ROWS = 16, DEPTH = 32, TILE = 512, PANEL = 64, NEAR = 256, BLOCK = 512, FAR = 1 << 20, PAGE = 2 << 20 };
+enum {
+    ROWS = 16,      /* of a tile, */
+    DEPTH = 32,     /* its columns */
+    TILE = 512,     /* and its numbers */
+    PANEL = 64,     /* columns that a product makes at once, */
+    NEAR = 256,     /* of so many inputs at a time, */
+    BLOCK = 512,    /* and rows */
+    FAR = 1 << 20,  /* bytes of a left operand that stay in the second cache */
+    PAGE = 2 << 20, /* bytes of a huge page */
+};
 
 struct product { /* y = x·Wᵀ + b */
     const bf16 *w;
@@ -187,8 +196,8 @@ static inline void clear(int tiles)
     }
 }
 
-/* c [rows][PANEL] += a·b over `steps` tiles; rows is 16 or 32. Fetches `lines` of what is needed
- * next into the second cache at every step. */
+/* c [rows][PANEL] += a·b over `steps` tiles; rows is 16 or 32. At every step it fetches `lines` of what is needed next
+ * into the second cache. */
 static inline __attribute__((always_inline)) void multiply(int rows, const bf16 *a, const bf16 *b, int64_t steps,
                                                            float *c, int first, const char *next, int64_t lines)
 {
@@ -363,8 +372,8 @@ static void product(const struct run *s, const struct task *t, bf16 *left, float
                         const int64_t steps = (k1 - k < NEAR ? k1 - k : NEAR) / DEPTH;
                         const bf16 *b = right + k / DEPTH * 2 * TILE;
                         /* what comes after it: further down, or the start of the slice 32 columns on */
-                        const bf16 *after = k + NEAR < k1 ? b + NEAR / DEPTH * 2 * TILE : right + half + k0 / DEPTH * 2 * TILE;
-                        const char *next = (const char *)after;
+                        const bf16 *below = b + NEAR / DEPTH * 2 * TILE, *beside = right + half + k0 / DEPTH * 2 * TILE;
+                        const char *next = (const char *)(k + NEAR < k1 ? below : beside);
                         const int64_t lines = (32 + blocks - 1) / blocks;
                         for (int64_t m = 0; m < rows; m += 32, next += lines * steps * 64) {
                             const bf16 *a = left_row(s, left, m0 + m, k);
