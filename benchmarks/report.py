@@ -550,15 +550,15 @@ def controlnet_headlines(result: Result) -> Iterator[tuple[str, str]]:
     tiers = [
         tier for tier in ("engine", "compiled", "eager") if any(row["tier"] == tier for row in result.of("ratio"))
     ]
-    # The fastest tier measured, and in it our fastest engine; of several precisions, where theirs is nearest to ours.
+    # The fastest tier measured, and in it our fastest engine; of several of theirs, that which is nearest to ours.
     fastest: dict[tuple[Any, ...], Row] = {}
     for row in result.of("ratio"):
-        key = (row["method"], row["steps"], row["size"], row["precision"])
+        key = (row["method"], row["steps"], row["size"], row["precision"], row["against"])
         equals = row["tier"] == tiers[0] and not row["candidate"].endswith(", int8")
         if equals and (key not in fastest or row["times_ours"] > fastest[key]["times_ours"]):
             fastest[key] = row
     chosen: dict[tuple[Any, ...], Row] = {}
-    for (*of, _precision), row in fastest.items():
+    for (*of, _precision, _against), row in fastest.items():
         if tuple(of) not in chosen or row["times_ours"] < chosen[tuple(of)]["times_ours"]:
             chosen[tuple(of)] = row
     for (method, steps, size), row in chosen.items():
