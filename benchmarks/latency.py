@@ -77,6 +77,7 @@ from benchmarks.machine import (
     record,
 )
 from benchmarks.subject import CACHE, MODELS, Subject
+from car_runtime.acceptance import ON_CPU
 from car_runtime.backends import OPENERS, Backend, check_name, open_backend
 from car_runtime.errors import BackendError
 from car_runtime.manifest import WEIGHTS
@@ -87,7 +88,6 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 PRECISIONS = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 """Names in a backend's report → ours."""
-ON_CPU = ("ort-cpu", "openvino", "amx")
 WARMUP_AND_RUNS = {"cpu": (3, 10), "cuda": (10, 100)}
 ROWS = 4096
 """Products of more rows are measured with so many: the rate has long been reached."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from car_runtime.backends import Buffer
 from car_runtime.backends.host import array_of, pages_forgotten
-from car_runtime.backends.openvino import Compiled, EnginePart, OpenVino
+from car_runtime.backends.openvino import Compiled, OpenVino
 from car_runtime.backends.openvino_graphs import LOGITS, keep_cache_in_bfloat16, split_at_sort
-from car_runtime.errors import BackendError, PlanError, one_line
+from car_runtime.errors import BackendError, one_line
 from car_runtime.manifest import WEIGHTS, Manifest
 from car_runtime.native import build, reader
 from car_runtime.native.reader import UnknownStep, read_step
@@ -53,29 +53,28 @@ class Amx(OpenVino):
         if graph != "step":
             return super()._compile(graph)
         file = self._root / self._manifest.graphs[graph].file
-        with pages_forgotten(self._root / WEIGHTS):
-            try:
+        try:
+            with pages_forgotten(self._root / WEIGHTS):
                 step = read_step(file, self._root / WEIGHTS)
                 self._check(step)
                 transformer = Transformer(self._library, step, self._cores)
-            except UnknownStep as error:
-                raise BackendError(
-                    f"'amx' does not know the plan's step ({one_line(error)}); export the plan again, "
-                    "or use --backend openvino"
-                ) from error
-            try:
-                model = keep_cache_in_bfloat16(self._ov, self._core.read_model(str(file)))  # its shapes are looked at
-                parts = split_at_sort(self._ov, model)
-                drawing = self._core.compile_model(parts[1], "CPU", self._settings) if parts is not None else None
-            except Exception as error:
-                raise PlanError(
-                    f"OpenVINO {self._ov.__version__} cannot compile {file.name}: {one_line(error)}; "
-                    "export the plan again, or use --backend ort-cpu"
-                ) from error
-        if drawing is None:
+        except UnknownStep as error:
+            raise BackendError(
+                f"'amx' does not know the plan's step ({one_line(error)}); export the plan again, "
+                "or use --backend openvino"
+            ) from error
+        drawing = super()._compile(graph)
+        if not drawing.parts:
             raise BackendError("'amx' wants a step that sorts its logits; use --backend openvino")
         first = partial(_TransformerPart, transformer, self._library, self._manifest.model.vocab)
-        return Compiled([first, partial(EnginePart, self._ov, drawing)], [])
+        return Compiled([first, *drawing.parts], drawing.owners)
+
+    def _rewrite(self, graph: str, model: Any) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Of the step only what draws from the sorted logits; nothing if it isn't cut there."""
+        if graph != "step":
+            return super()._rewrite(graph, model)
+        parts = split_at_sort(self._ov, keep_cache_in_bfloat16(self._ov, model))  # it looks at the cache's shapes
+        return (() if parts is None else parts[1:]), ()
 
     def _check(self, step: reader.Transformer) -> None:
         """The loop's buffers are made after the manifest: what the graph says has to be the same. UnknownStep."""

@@ -85,10 +85,9 @@ def read_step(file: Path, weights: Path) -> Transformer:
     UnknownStep if it is none. Shapes are checked: all fit each other.
     """
     try:
-        nodes, tensors = onnx_file.parse(file.read_bytes())
-    except ValueError as error:
+        return _Reader(_Graph(*onnx_file.parse(file.read_bytes()), weights)).transformer()
+    except (ValueError, IndexError, ZeroDivisionError, RecursionError) as error:  # a broken file, or one made to be
         raise UnknownStep(f"{file.name} can't be read: {error}") from error
-    return _Reader(_Graph(nodes, tensors, weights)).transformer()
 
 
 class _Graph:
@@ -139,7 +138,7 @@ class _Graph:
         if not tensor.external:
             return tensor.values()
         offset, size = int(tensor.external.get("offset", 0)), math.prod(shape) * dtype.itemsize
-        inside = offset >= 0 and 0 < size <= self._weights.stat().st_size - offset and min(shape) > 0
+        inside = offset >= 0 and 0 < size <= self._weights.stat().st_size - offset and all(dim > 0 for dim in shape)
         if tensor.external.get("location") != self._weights.name or not inside:
             raise UnknownStep(f"{name} is not in {self._weights.name}")
         mapped: NDArray[Any] = np.memmap(self._weights, dtype, "r", offset, shape)
@@ -181,6 +180,8 @@ class _Reader:
         self._guided(graph.follow("Transpose", logits, perm=[1, 0, 2]))
         if len(self._eps) != 1:
             raise UnknownStep(f"norms with different eps, {self._eps}")
+        if len({len(block.fc1.matrix) for block in [*base, *branch]}) != 1:
+            raise UnknownStep("MLPs of different widths")
         if sorted(block.layer for block in [*base, *branch]) != list(range(len(base) + len(branch))):
             raise UnknownStep("keys and values of a layer twice")
         return Transformer(
