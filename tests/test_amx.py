@@ -262,6 +262,14 @@ def test_a_graph_that_computes_anything_else_is_not_understood(
         read_step(tmp_path / "step.onnx", plan / "weights.bin")
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_half_a_file_is_not_understood(plan: Path, tmp_path: Path, share: float) -> None:
+    whole = (plan / "step.onnx").read_bytes()
+    (tmp_path / "step.onnx").write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(UnknownStep):
+        read_step(tmp_path / "step.onnx", plan / "weights.bin")
+
+
 @needs_amx
 def test_a_step_that_is_not_understood_is_left_to_other_backends(plan: Path, tmp_path: Path) -> None:
     changed = shutil.copytree(plan, tmp_path / "changed.plan")
