@@ -228,8 +228,8 @@ def opened(args: argparse.Namespace, tier: str, precision: str, log: Log) -> Ite
 def _cpu_engines(
     stack: ExitStack, args: argparse.Namespace, subject: Subject, precision: str, log: Log
 ) -> Iterator[tuple[str, Any]]:
-    """OpenVINO in the precision that is asked for, `amx` in bfloat16, and ONNX Runtime, which has float32 alone."""
-    from car_runtime.backends.amx import Amx
+    """OpenVINO in the precision that is asked for, our own code for AMX, and ONNX Runtime, which has float32 alone."""
+    from car_runtime.backends.amx import Amx, AmxFp32
     from car_runtime.backends.openvino import OpenVino
     from car_runtime.backends.ort_cpu import OrtCpu
 
@@ -240,6 +240,7 @@ def _cpu_engines(
     if precision == "bf16":
         openers["amx"] = lambda: Amx(*where)
     if precision == "fp32":
+        openers["amx-fp32"] = lambda: AmxFp32(*where)
         openers["ort-cpu"] = lambda: OrtCpu(*where)
     for name, opener in openers.items():
         try:

@@ -96,7 +96,9 @@ def test_without_any_package_nothing_works_and_each_has_its_command(
     report = json.loads(capsys.readouterr().out)
     for backend in report["backends"]:
         assert not backend["usable"]
-        extra = {"ort-cpu": "cpu", "ort-cuda": "gpu", "amx": "openvino"}.get(backend["name"], backend["name"])
+        extra = {"ort-cpu": "cpu", "ort-cuda": "gpu", "amx": "openvino", "amx-fp32": "openvino"}.get(
+            backend["name"], backend["name"]
+        )
         assert len(backend["install"]) == 1, "there is nothing to uninstall"
         assert f"car-deploy[{extra}]" in backend["install"][0]
     assert main(["doctor"]) == 1

@@ -122,6 +122,6 @@ def test_auto_prefers_bfloat16_on_openvino_for_large_plans_alone(root: Path, mon
         return backends._best_first(replace(manifest, precision=replace(manifest.precision, compute=compute)))
 
     usual = list(backends.OPENERS)
-    assert order(size, True) == ["rtx", "trt", "ort-cuda", "amx", "openvino", "ort-cpu"]
+    assert order(size, True) == ["rtx", "trt", "ort-cuda", "amx", "openvino", "amx-fp32", "ort-cpu"]
     assert order(size + 1, True) == order(size, False) == order(size, True, "fp16") == usual
     assert usual.index("ort-cpu") < usual.index("openvino")

@@ -48,7 +48,7 @@ from car_runtime.plan import Plan, open_plan
 
 FORMAT = 1
 GOLDENS = "goldens.npz"
-ON_CPU = ("ort-cpu", "openvino", "amx")
+ON_CPU = ("ort-cpu", "openvino", "amx", "amx-fp32")
 WARMUP_AND_RUNS = {True: (3, 10), False: (10, 100)}
 """Whether the backend is a CPU's → pictures before measuring, and measured ones."""
 DRAWN = 0.995

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from car_runtime import __version__
 from car_runtime.backends import OPENERS, openvino_core
 from car_runtime.errors import CarError, one_line
 
-BACKENDS = ("ort-cpu", "openvino", "amx", "ort-cuda", "rtx", "trt")
+BACKENDS = ("ort-cpu", "openvino", "amx", "amx-fp32", "ort-cuda", "rtx", "trt")
 PACKAGES = (
     *("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "openvino"),
     *("cuda-python", "tensorrt-rtx", "tensorrt", "torch"),
@@ -30,6 +31,7 @@ INSTALL = {
     "ort-cpu": ["pip install 'car-deploy[cpu]'"],
     "openvino": ["pip install 'car-deploy[openvino]'"],
     "amx": ["pip install 'car-deploy[openvino]'"],
+    "amx-fp32": ["pip install 'car-deploy[openvino]'"],
     "ort-cuda": ["pip uninstall onnxruntime", "pip install 'car-deploy[gpu]'"],
     "rtx": ["pip install 'car-deploy[rtx]'"],
     "trt": ["pip install 'car-deploy[trt]'  # libraries: from NVIDIA's index, see its TensorRT installation guide"],
@@ -39,6 +41,7 @@ COMPUTES = {
     "ort-cpu": ("fp32", "fp16"),
     "openvino": ("fp32",),
     "amx": ("fp32",),
+    "amx-fp32": ("fp32",),
     "ort-cuda": ("fp32", "fp16", "bf16"),
 }
 """What the backends that need no engines compute in."""
@@ -260,7 +263,7 @@ def _check_openvino(found: Mapping[str, str | None], gpu: Mapping[str, Any]) -> 
     return None, []
 
 
-def _check_amx(found: Mapping[str, str | None], gpu: Mapping[str, Any]) -> Finding:
+def _check_amx(found: Mapping[str, str | None], gpu: Mapping[str, Any], parts: int = 1) -> Finding:
     from car_runtime.backends.amx import check_cpu
     from car_runtime.native import build
 
@@ -268,8 +271,8 @@ def _check_amx(found: Mapping[str, str | None], gpu: Mapping[str, Any]) -> Findi
     if problem is not None:
         return problem, install
     try:
-        check_cpu()
-        build.load()
+        check_cpu("amx" if parts == 1 else "amx-fp32")
+        build.load(parts)
     except CarError as error:
         return str(error).partition(";")[0], ["apt install gcc"] if "compile" in str(error) else []
     return None, []
@@ -307,6 +310,7 @@ _CHECKS: dict[str, Callable[[Mapping[str, str | None], Mapping[str, Any]], Findi
     "ort-cpu": _check_ort_cpu,
     "openvino": _check_openvino,
     "amx": _check_amx,
+    "amx-fp32": partial(_check_amx, parts=2),
     "ort-cuda": _check_ort_cuda,
     "rtx": _check_rtx,
     "trt": _check_trt,
@@ -370,10 +374,15 @@ def _on_cpu(found: Mapping[str, str | None], gpu: Mapping[str, Any]) -> str:
     return f"onnxruntime {found['onnxruntime'] or found['onnxruntime-gpu']}"
 
 
+def _with_openvino(found: Mapping[str, str | None], gpu: Mapping[str, Any]) -> str:
+    return f"its own code, compiled here, and openvino {found['openvino']}"
+
+
 _VERSIONS: dict[str, Callable[[Mapping[str, str | None], Mapping[str, Any]], str]] = {
     "ort-cpu": _on_cpu,
     "openvino": lambda found, gpu: f"openvino {found['openvino']}",
-    "amx": lambda found, gpu: f"its own code, compiled here, and openvino {found['openvino']}",
+    "amx": _with_openvino,
+    "amx-fp32": _with_openvino,
     "ort-cuda": lambda found, gpu: f"{_on_cpu(found, gpu)} on {gpu['name']}",
     "rtx": lambda found, gpu: f"tensorrt-rtx {found['tensorrt-rtx']} on {gpu['name']}, engines for {gpu['target']}",
     "trt": lambda found, gpu: f"tensorrt {found['tensorrt']} on {gpu['name']}, engines for {gpu['target']}",

@@ -115,11 +115,20 @@ def _open_openvino(root: Path, manifest: Manifest, threads: int | None) -> Backe
 
 
 def _open_amx(root: Path, manifest: Manifest, threads: int | None) -> Backend:
+    return _amx("Amx")(root, manifest, threads)
+
+
+def _open_amx_fp32(root: Path, manifest: Manifest, threads: int | None) -> Backend:
+    return _amx("AmxFp32")(root, manifest, threads)
+
+
+def _amx(kind: str) -> Opener:
     try:
-        from car_runtime.backends.amx import Amx
+        from car_runtime.backends import amx
     except ImportError as error:
-        raise BackendError(f"the backend 'amx' can't be loaded here ({error}); use another") from error
-    return Amx(root, manifest, threads)
+        raise BackendError(f"the backends for AMX can't be loaded here ({error}); use another") from error
+    opener: Opener = getattr(amx, kind)
+    return opener
 
 
 def _open_ort_cuda(root: Path, manifest: Manifest, threads: int | None) -> Backend:
@@ -151,6 +160,7 @@ OPENERS: dict[str, Opener] = {
     "ort-cpu": _open_ort_cpu,
     "openvino": _open_openvino,
     "amx": _open_amx,
+    "amx-fp32": _open_amx_fp32,
 }
 
 
@@ -193,7 +203,7 @@ def _best_first(manifest: Manifest) -> list[str]:
     large = manifest.files[WEIGHTS].bytes >= LARGE and manifest.precision.compute == "fp32"
     if not large or not has_openvino_bfloat16():
         return list(OPENERS)
-    on_cpu = ("amx", "openvino", "ort-cpu")
+    on_cpu = ("amx", "openvino", "amx-fp32", "ort-cpu")
     return [*(name for name in OPENERS if name not in on_cpu), *on_cpu]
 
 

@@ -23,18 +23,22 @@ CPU_FLAGS = ("amx_tile", "amx_bf16", "avx512_bf16")
 _SECONDS = 120
 
 
-def load() -> Any:
-    """The library, compiled now if this machine hasn't yet. BackendError with the remedy."""
+def load(parts: int = 1) -> Any:
+    """The library, compiled now if this machine hasn't yet. BackendError with the remedy.
+
+    `parts`: how many of bfloat16 stand for a number, 1 or 2.
+    """
+    flags = [*FLAGS, f"-DPARTS={parts}"]
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     source = SOURCE.read_bytes()
-    kept = _kept(hashlib.sha256(b"\0".join([source, *map(str.encode, FLAGS)])).hexdigest()[:16])
+    kept = _kept(hashlib.sha256(b"\0".join([source, *map(str.encode, flags)])).hexdigest()[:16])
     if not kept.is_file():
         if compiler is None:
             raise BackendError(
                 "the backend 'amx' is compiled on this machine, which has no C compiler; "
                 "install gcc 11 or newer (apt install gcc), or use --backend openvino"
             )
-        _compile(shlex.split(compiler), kept)
+        _compile([*shlex.split(compiler), *flags], kept)
     try:
         library = ctypes.CDLL(str(kept))
     except OSError as error:
@@ -61,7 +65,7 @@ def _compile(compiler: list[str], output: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".step-", dir=output.parent) as folder:
             made = Path(folder) / output.name
             subprocess.run(
-                [*compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"],
+                [*compiler, str(SOURCE), "-o", str(made), "-lm"],
                 check=True,
                 capture_output=True,
                 text=True,

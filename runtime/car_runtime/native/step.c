@@ -5,13 +5,16 @@
  * and its fusions (CAR, arXiv 2410.04671, section 3.2), the head, and guidance. Matrix products multiply bfloat16 and
  * add float32; norms, softmax, GELU, the residual stream and the logits are float32.
  *
+ * With PARTS 2 a number that is multiplied is two of bfloat16, the nearest one and the nearest one to what is left: 17
+ * bits, of float32's 24. Products are then three, x₁w₁ + x₁w₂ + x₂w₁, and keys and values are kept in float32.
+ *
  * Shapes: R rows, N tokens of this scale, P of the past, T = P + N, M = N·R with row m = n·R + r, C width, H heads of
  * width d = 32 or 64, V codes.
  *
  * Tiles. AMX multiplies a tile of 16 rows × 32 bfloat16 by one of 16 pairs × 16 columns. Both operands lie in memory
  * tile after tile, a kilobyte each, so that a tile is 16 neighbouring cache lines:
- *   left, M × K:    [K/256][M/16][8][16 rows][32]         (made by whatever comes before a product)
- *   right, N × K:   [N/32][K/32][2][16 pairs][16][2]      (a matrix [outputs, inputs], packed once)
+ *   left, M × K:    [K/256][M/16][8][PARTS][16 rows][32]         (made by whatever comes before a product)
+ *   right, N × K:   [N/32][K/32][2][PARTS][16 pairs][16][2]      (a matrix [outputs, inputs], packed once)
  *
  * A product's columns are shared out among the threads, 64 at a time. Weights come from memory once; what is multiplied
  * with them stays in the second cache, a megabyte of it at a time, and 32 columns of 256 inputs in the first.
@@ -27,14 +30,26 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#ifndef PARTS
+#define PARTS 1
+#endif
+
 typedef uint16_t bf16;
+#if PARTS == 1
+typedef bf16 cached; /* of keys and values */
+#else
+typedef float cached;
+#endif
 
 #define LOG2E 1.44269504f
+
+const int car_parts = PARTS;
 
 enum {
     ROWS = 16,      /* of a tile, */
     DEPTH = 32,     /* its columns */
-    TILE = 512,     /* and its numbers */
+    TILE = 512,     /* and its numbers, */
+    SPAN = PARTS * TILE, /* in all parts */
     PANEL = 64,     /* columns that a product makes at once, */
     NEAR = 256,     /* of so many inputs at a time, */
     BLOCK = 512,    /* and rows */
@@ -71,8 +86,8 @@ struct call {
     int64_t rows, images, side, past;
     const float *x, *modulation, *control, *position; /* [R,N,C], [R,rows,C], [N,C], [N,C] */
     double guidance;
-    const bf16 *const *past_k, *const *past_v; /* of each layer, [P,R,C] */
-    bf16 *const *new_k, *const *new_v;         /* [N,R,C] */
+    const cached *const *past_k, *const *past_v; /* of each layer, [P,R,C] */
+    cached *const *new_k, *const *new_v;         /* [N,R,C] */
     float *logits;                             /* [images,N,V] */
     char *workspace;
 };
@@ -107,22 +122,59 @@ int car_start(void)
 
 /* ---- vectors ---------------------------------------------------------------------------------------------------- */
 
-/* 2^x, 3e-6 off: what becomes of it is rounded to bfloat16 */
+/* 2^x, 3e-6 off where what becomes of it is rounded to bfloat16, and 1e-7 otherwise */
 static inline __m512 power(__m512 x)
 {
+    static const float rough[] = {0.01353417f, 0.05201146f, 0.24144276f, 0.69300383f, 1.00000259f};
+    static const float fine[] = {0.000217022552f, 0.00124396879f, 0.00967884099f, 0.055483342f, 0.240229836f, 0.693146984f, 1.0f};
     const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); /* x − ⌊x⌋ */
-    __m512 y = _mm512_set1_ps(0.01353417f);
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.05201146f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.24144276f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.69300383f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.00000259f));
+    const float *c = PARTS == 1 ? rough : fine;
+    __m512 y = _mm512_set1_ps(c[0]);
+    for (int i = 1; i < (PARTS == 1 ? 5 : 7); i++)
+        y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(c[i]));
     return _mm512_scalef_ps(y, x); /* times 2^⌊x⌋ */
 }
 
-static inline void store_bf16(bf16 *to, __m512 first, __m512 second)
+static inline __m512 widened(__m256i numbers) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16); }
+
+/* 32 numbers in parts */
+static inline void part(__m512 first, __m512 second, __m512i parts[PARTS])
 {
-    const __m512bh both = _mm512_cvtne2ps_pbh(second, first);
-    _mm512_storeu_si512(to, (__m512i)both);
+    parts[0] = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+    if (PARTS == 2) {
+        first = _mm512_sub_ps(first, widened(_mm512_castsi512_si256(parts[0])));
+        second = _mm512_sub_ps(second, widened(_mm512_extracti64x4_epi64(parts[0], 1)));
+        parts[PARTS - 1] = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+    }
+}
+
+/* A row of a tile */
+static inline void store_row(bf16 *to, __m512 first, __m512 second)
+{
+    __m512i parts[PARTS];
+    part(first, second, parts);
+    for (int i = 0; i < PARTS; i++)
+        _mm512_storeu_si512(to + i * TILE, parts[i]);
+}
+
+static inline void store_cached(cached *to, __m512 first, __m512 second)
+{
+#if PARTS == 1
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+#else
+    _mm512_storeu_ps(to, first);
+    _mm512_storeu_ps(to + 16, second);
+#endif
+}
+
+/* 32 numbers of keys or values in parts; zeros from NULL */
+static inline void load_cached(const cached *from, __m512i parts[PARTS])
+{
+#if PARTS == 1
+    parts[0] = from ? _mm512_loadu_si512(from) : _mm512_setzero_si512();
+#else
+    part(from ? _mm512_loadu_ps(from) : _mm512_setzero_ps(), from ? _mm512_loadu_ps(from + 16) : _mm512_setzero_ps(), parts);
+#endif
 }
 
 /* 16 × 16 numbers of 32 bits, rows to columns. */
@@ -160,15 +212,19 @@ void car_pack(const float *matrix, int64_t outputs, int64_t inputs, bf16 *packed
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t n = 0; n < outputs; n += ROWS)
         for (int64_t k = 0; k < tiles; k++) {
-            __m512i r[16];
+            __m512i r[PARTS][16], parts[PARTS];
             for (int i = 0; i < 16; i++) {
                 const float *from = matrix + (n + i) * inputs + k * DEPTH;
-                r[i] = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from));
+                part(_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16), parts);
+                for (int j = 0; j < PARTS; j++)
+                    r[j][i] = parts[j];
             }
-            transpose(r);
-            bf16 *to = packed + ((n / 32 * tiles + k) * 2 + n / 16 % 2) * TILE;
-            for (int i = 0; i < 16; i++)
-                _mm512_store_si512(to + 32 * i, r[i]);
+            bf16 *to = packed + ((n / 32 * tiles + k) * 2 + n / 16 % 2) * SPAN;
+            for (int j = 0; j < PARTS; j++, to += TILE) {
+                transpose(r[j]);
+                for (int i = 0; i < 16; i++)
+                    _mm512_store_si512(to + 32 * i, r[j][i]);
+            }
         }
 }
 
@@ -196,6 +252,45 @@ static inline void clear(int tiles)
     }
 }
 
+/* Tiles 0 to 3 += a·b: one or two tiles of rows, a and `below`, and two of columns. */
+static inline __attribute__((always_inline)) void accumulate(const bf16 *a, const bf16 *below, const bf16 *b, int two)
+{
+    if (PARTS == 2) { /* a₁b₂ first */
+        _tile_loadd(4, a, 64);
+        _tile_loadd(6, b + TILE, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, b + SPAN + TILE, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        if (two) {
+            _tile_loadd(5, below, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_loadd(6, b, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, b + SPAN, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        if (two) {
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+            _tile_loadd(5, below + TILE, 64);
+        }
+        _tile_loadd(4, a + TILE, 64);
+    } else {
+        _tile_loadd(4, a, 64);
+        _tile_loadd(6, b, 64);
+        _tile_loadd(7, b + SPAN, 64);
+        if (two)
+            _tile_loadd(5, below, 64);
+    }
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if (two) {
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+}
+
 /* c [rows][PANEL] += a·b over `steps` tiles; rows is 16 or 32. At every step it fetches `lines` of what is needed next
  * into the second cache. */
 static inline __attribute__((always_inline)) void multiply(int rows, const bf16 *a, const bf16 *b, int64_t steps,
@@ -215,16 +310,7 @@ static inline __attribute__((always_inline)) void multiply(int rows, const bf16 
     for (int64_t k = 0; k < steps; k++) {
         for (int64_t i = 0; i < lines; i++, next += 64)
             _mm_prefetch(next, _MM_HINT_T1);
-        _tile_loadd(4, a + k * TILE, 64);
-        _tile_loadd(6, b + k * 2 * TILE, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, b + k * 2 * TILE + TILE, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        if (rows == 32) {
-            _tile_loadd(5, a + (NEAR / DEPTH + k) * TILE, 64);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
+        accumulate(a + k * SPAN, a + (NEAR / DEPTH + k) * SPAN, b + 2 * k * SPAN, rows == 32);
     }
     _tile_stored(0, c, stride);
     _tile_stored(1, c + 16, stride);
@@ -261,7 +347,7 @@ struct task {
 static inline bf16 *left_row(const struct run *s, bf16 *left, int64_t m, int64_t k)
 {
     const int64_t group = k / NEAR * (s->padded / ROWS) + m / ROWS;
-    return left + (group * (NEAR / DEPTH) + k % NEAR / DEPTH) * TILE + m % ROWS * DEPTH;
+    return left + (group * (NEAR / DEPTH) + k % NEAR / DEPTH) * SPAN + m % ROWS * DEPTH;
 }
 
 static inline const float *modulation(const struct run *s, int64_t row, int64_t index)
@@ -282,7 +368,7 @@ static inline void *destination(const struct run *s, const struct task *t, int64
     if (n >= C)
         return (n < 2 * C ? s->call->new_k : s->call->new_v)[t->block->layer] + m * C + n % C;
     const int64_t token = m / R, groups = (s->N + 15) / 16, tile = n / DEPTH, pair = m % R * s->model->heads + tile / deep;
-    return s->q + ((pair * groups + token / 16) * deep + tile % deep) * TILE + token % 16 * DEPTH;
+    return s->q + ((pair * groups + token / 16) * deep + tile % deep) * SPAN + token % 16 * DEPTH;
 }
 
 /* y of 32 or 64 columns ÷ their length × factor */
@@ -320,11 +406,15 @@ static void finish(const struct run *s, const struct task *t, const float *sums,
                 const __m512 cube = _mm512_mul_ps(_mm512_mul_ps(y[j], y[j]), y[j]);
                 const __m512 u = _mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), y[j]);
                 const __m512 e = power(_mm512_mul_ps(u, _mm512_set1_ps(-2 * 0.79788456f * LOG2E)));
-                y[j] = _mm512_mul_ps(y[j], _mm512_rcp14_ps(_mm512_add_ps(e, _mm512_set1_ps(1.0f))));
+                const __m512 below = _mm512_add_ps(e, _mm512_set1_ps(1.0f));
+                y[j] = PARTS == 1 ? _mm512_mul_ps(y[j], _mm512_rcp14_ps(below)) : _mm512_div_ps(y[j], below);
             }
         if (!wide) {
-            store_bf16(to[0], y[0], y[1]);
-            store_bf16(to[1], y[2], y[3]);
+            for (int i = 0; i < 2; i++)
+                if (t->finish == QKV && part)
+                    store_cached(to[i], y[2 * i], y[2 * i + 1]);
+                else
+                    store_row(to[i], y[2 * i], y[2 * i + 1]);
             continue;
         }
         for (int j = 0; j < 4; j++) {
@@ -349,7 +439,7 @@ static inline int64_t columns_of(int64_t threads, int64_t panels) { return threa
 static void product(const struct run *s, const struct task *t, bf16 *left, float *sums)
 {
     const struct product *p = t->product;
-    const int64_t tiles = p->inputs / DEPTH, panels = p->outputs / PANEL, half = tiles * 2 * TILE;
+    const int64_t tiles = p->inputs / DEPTH, panels = p->outputs / PANEL, half = tiles * 2 * SPAN;
     const int64_t threads = omp_get_num_threads(), id = omp_get_thread_num();
     const int64_t across = columns_of(threads, panels), down = threads / across;
     const int64_t column = id % across, share = id / across;
@@ -360,8 +450,8 @@ static void product(const struct run *s, const struct task *t, bf16 *left, float
     for (int64_t m0 = begin; m0 < end; m0 += BLOCK) {
         const int64_t rows = end - m0 < BLOCK ? end - m0 : BLOCK, blocks = (rows + 31) / 32;
         /* A left operand of more than FAR bytes is multiplied in slices, whose sums wait in that cache too. */
-        const int whole = 2 * rows * p->inputs <= FAR;
-        const int64_t slice = whole ? p->inputs : FAR / 2 / (2 * rows) / NEAR * NEAR;
+        const int whole = 2 * PARTS * rows * p->inputs <= FAR;
+        const int64_t slice = whole ? p->inputs : FAR / 2 / (2 * PARTS * rows) / NEAR * NEAR;
         for (int64_t k0 = 0; k0 < p->inputs; k0 += slice) {
             const int64_t k1 = k0 + slice < p->inputs ? k0 + slice : p->inputs;
             for (int64_t panel = first_panel; panel < last_panel; panel++) {
@@ -370,11 +460,11 @@ static void product(const struct run *s, const struct task *t, bf16 *left, float
                     const bf16 *right = p->w + (2 * panel + side) * half;
                     for (int64_t k = k0; k < k1; k += NEAR) {
                         const int64_t steps = (k1 - k < NEAR ? k1 - k : NEAR) / DEPTH;
-                        const bf16 *b = right + k / DEPTH * 2 * TILE;
+                        const bf16 *b = right + k / DEPTH * 2 * SPAN;
                         /* what comes after it: further down, or the start of the slice 32 columns on */
-                        const bf16 *below = b + NEAR / DEPTH * 2 * TILE, *beside = right + half + k0 / DEPTH * 2 * TILE;
+                        const bf16 *below = b + NEAR / DEPTH * 2 * SPAN, *beside = right + half + k0 / DEPTH * 2 * SPAN;
                         const char *next = (const char *)(k + NEAR < k1 ? below : beside);
-                        const int64_t lines = (32 + blocks - 1) / blocks;
+                        const int64_t lines = (32 * PARTS + blocks - 1) / blocks;
                         for (int64_t m = 0; m < rows; m += 32, next += lines * steps * 64) {
                             const bf16 *a = left_row(s, left, m0 + m, k);
                             float *at = c + m * PANEL + 32 * side;
@@ -434,7 +524,7 @@ static void modulate(const struct run *s, const float *x, int64_t scale, int64_t
                 y[j] = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(from + at), mean), root);
                 y[j] = _mm512_fmadd_ps(y[j], factor, _mm512_loadu_ps(b + at));
             }
-            store_bf16(left_row(s, s->left, m, i), y[0], y[1]);
+            store_row(left_row(s, s->left, m, i), y[0], y[1]);
         }
     }
 }
@@ -455,7 +545,7 @@ static void join(const struct run *s, const float *x, const float *c, const stru
                 y[j] = _mm512_fmadd_ps(y[j], _mm512_loadu_ps(fusion->weight + i + 16 * j),
                                        _mm512_loadu_ps(fusion->bias + i + 16 * j));
             }
-            store_bf16(left_row(s, s->left, m, i), y[0], y[1]);
+            store_row(left_row(s, s->left, m, i), y[0], y[1]);
         }
     }
 }
@@ -473,36 +563,44 @@ static void gather(const struct run *s, const struct block *block)
     int64_t task, end;
     for (share_of(groups * R, &task, &end); task < end; task++) {
         const int64_t group = task / R, row = task % R;
-        const bf16 *keys[32], *values[32];
+        const cached *keys[32], *values[32];
         for (int64_t i = 0; i < 32; i++) {
-            const int64_t token = 32 * group + i, at = (token < P ? token : token - P) * R + row;
-            keys[i] = token >= s->T ? NULL : (token < P ? s->call->past_k : (const bf16 *const *)s->call->new_k)[block->layer] + at * C;
-            values[i] = token >= s->T ? NULL : (token < P ? s->call->past_v : (const bf16 *const *)s->call->new_v)[block->layer] + at * C;
+            const int64_t token = 32 * group + i, at = ((token < P ? token : token - P) * R + row) * C;
+            const int old = token < P, none = token >= s->T;
+            keys[i] = none ? NULL : (old ? s->call->past_k : (const cached *const *)s->call->new_k)[block->layer] + at;
+            values[i] = none ? NULL : (old ? s->call->past_v : (const cached *const *)s->call->new_v)[block->layer] + at;
         }
         for (int64_t head = 0; head < H; head++) {
-            bf16 *k = s->k + ((row * H + head) * groups + group) * 2 * s->deep * TILE;
-            bf16 *v = s->v + ((row * H + head) * groups + group) * 2 * s->deep * TILE;
+            bf16 *k = s->k + ((row * H + head) * groups + group) * 2 * s->deep * SPAN;
+            bf16 *v = s->v + ((row * H + head) * groups + group) * 2 * s->deep * SPAN;
             const int64_t column = head * s->deep * DEPTH;
             for (int64_t depth = 0; depth < s->deep; depth++)
                 for (int64_t half = 0; half < 2; half++) {
-                    __m512i r[16];
+                    __m512i r[PARTS][16], parts[PARTS];
                     for (int i = 0; i < 16; i++) {
-                        const bf16 *from = keys[16 * half + i];
-                        r[i] = from ? _mm512_loadu_si512(from + column + depth * DEPTH) : _mm512_setzero_si512();
+                        const cached *from = keys[16 * half + i];
+                        load_cached(from ? from + column + depth * DEPTH : NULL, parts);
+                        for (int j = 0; j < PARTS; j++)
+                            r[j][i] = parts[j];
                     }
-                    transpose(r);
-                    for (int i = 0; i < 16; i++)
-                        _mm512_store_si512(k + (2 * depth + half) * TILE + 32 * i, r[i]);
+                    for (int j = 0; j < PARTS; j++) {
+                        transpose(r[j]);
+                        for (int i = 0; i < 16; i++)
+                            _mm512_store_si512(k + (2 * depth + half) * SPAN + j * TILE + 32 * i, r[j][i]);
+                    }
                 }
             for (int64_t pair = 0; pair < 16; pair++)
                 for (int64_t half = 0; half < s->deep; half++) {
-                    __m512i r[2];
+                    __m512i r[2][PARTS];
                     for (int i = 0; i < 2; i++) {
-                        const bf16 *from = values[2 * pair + i];
-                        r[i] = from ? _mm512_loadu_si512(from + column + half * 32) : _mm512_setzero_si512();
+                        const cached *from = values[2 * pair + i];
+                        load_cached(from ? from + column + half * 32 : NULL, r[i]);
                     }
-                    _mm512_store_si512(v + 2 * half * TILE + 32 * pair, _mm512_permutex2var_epi16(r[0], low, r[1]));
-                    _mm512_store_si512(v + (2 * half + 1) * TILE + 32 * pair, _mm512_permutex2var_epi16(r[0], high, r[1]));
+                    for (int j = 0; j < PARTS; j++) {
+                        bf16 *to = v + 2 * half * SPAN + j * TILE + 32 * pair;
+                        _mm512_store_si512(to, _mm512_permutex2var_epi16(r[0][j], low, r[1][j]));
+                        _mm512_store_si512(to + SPAN, _mm512_permutex2var_epi16(r[0][j], high, r[1][j]));
+                    }
                 }
         }
     }
@@ -522,11 +620,11 @@ static inline float weigh(float *scores, int64_t T, bf16 *to)
     for (int64_t i = 0; i < padded; i += 16)
         top = _mm512_max_ps(top, _mm512_loadu_ps(scores + i));
     top = _mm512_set1_ps(_mm512_reduce_max_ps(top) * LOG2E);
-    for (int64_t i = 0; i < padded; i += 32, to += TILE) {
+    for (int64_t i = 0; i < padded; i += 32, to += SPAN) {
         const __m512 a = power(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i), log2e, top));
         const __m512 b = power(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i + 16), log2e, top));
         sum = _mm512_add_ps(sum, _mm512_add_ps(a, b));
-        store_bf16(to, a, b);
+        store_row(to, a, b);
     }
     return 1 / _mm512_reduce_add_ps(sum);
 }
@@ -542,25 +640,15 @@ static void attend(const struct run *s, char *private)
     for (share_of(R * H * blocks, &task, &end); task < end; task++) {
         const int64_t pair = task / blocks, first = task % blocks * 32, row = pair / H, head = pair % H;
         const int64_t queries = s->N - first < 32 ? s->N - first : 32, two = queries > 16;
-        const bf16 *q = s->q + (pair * query_groups + first / 16) * deep * TILE;
-        const bf16 *k = s->k + pair * groups * 2 * deep * TILE, *v = s->v + pair * groups * 2 * deep * TILE;
+        const bf16 *q = s->q + (pair * query_groups + first / 16) * deep * SPAN;
+        const bf16 *k = s->k + pair * groups * 2 * deep * SPAN, *v = s->v + pair * groups * 2 * deep * SPAN;
         const int bytes = (int)(stride * sizeof(float)), out_bytes = PANEL * sizeof(float);
         float each[32];
-        for (int64_t g = 0; g < groups; g++, k += 2 * deep * TILE) {
+        for (int64_t g = 0; g < groups; g++, k += 2 * deep * SPAN) {
             float *to = scores + 32 * g;
             clear(4);
-            for (int64_t depth = 0; depth < deep; depth++) {
-                _tile_loadd(4, q + depth * TILE, 64);
-                _tile_loadd(6, k + 2 * depth * TILE, 64);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_loadd(7, k + (2 * depth + 1) * TILE, 64);
-                _tile_dpbf16ps(1, 4, 7);
-                if (two) {
-                    _tile_loadd(5, q + (deep + depth) * TILE, 64);
-                    _tile_dpbf16ps(2, 5, 6);
-                    _tile_dpbf16ps(3, 5, 7);
-                }
-            }
+            for (int64_t depth = 0; depth < deep; depth++)
+                accumulate(q + depth * SPAN, q + (deep + depth) * SPAN, k + 2 * depth * SPAN, two);
             _tile_stored(0, to, bytes);
             _tile_stored(1, to + 16, bytes);
             if (two) {
@@ -569,22 +657,11 @@ static void attend(const struct run *s, char *private)
             }
         }
         for (int64_t i = 0; i < queries; i++)
-            each[i] = weigh(scores + i * stride, s->T, weights + i / 16 * groups * TILE + i % 16 * DEPTH);
+            each[i] = weigh(scores + i * stride, s->T, weights + i / 16 * groups * SPAN + i % 16 * DEPTH);
         for (int64_t half = 0; half < deep; half++) {
             clear(4);
-            for (int64_t g = 0; g < groups; g++) {
-                const bf16 *b = v + 2 * (deep * g + half) * TILE;
-                _tile_loadd(4, weights + g * TILE, 64);
-                _tile_loadd(6, b, 64);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_loadd(7, b + TILE, 64);
-                _tile_dpbf16ps(1, 4, 7);
-                if (two) {
-                    _tile_loadd(5, weights + (groups + g) * TILE, 64);
-                    _tile_dpbf16ps(2, 5, 6);
-                    _tile_dpbf16ps(3, 5, 7);
-                }
-            }
+            for (int64_t g = 0; g < groups; g++)
+                accumulate(weights + g * SPAN, weights + (groups + g) * SPAN, v + 2 * (deep * g + half) * SPAN, two);
             float *to = out + 32 * half;
             _tile_stored(0, to, out_bytes);
             _tile_stored(1, to + 16, out_bytes);
@@ -597,7 +674,7 @@ static void attend(const struct run *s, char *private)
             const float *from = out + i * PANEL;
             const __m512 factor = _mm512_set1_ps(each[i]);
             for (int64_t half = 0; half < deep; half++, from += 32)
-                store_bf16(left_row(s, s->left, (first + i) * R + row, (head * deep + half) * DEPTH), _mm512_mul_ps(_mm512_loadu_ps(from), factor),
+                store_row(left_row(s, s->left, (first + i) * R + row, (head * deep + half) * DEPTH), _mm512_mul_ps(_mm512_loadu_ps(from), factor),
                            _mm512_mul_ps(_mm512_loadu_ps(from + 16), factor));
         }
     }
@@ -647,9 +724,9 @@ static void neighbours(const struct run *s)
             for (int64_t i = 0; i < C; i += 32) {
                 bf16 *to = left_row(s, s->left, m, tap * C + i);
                 if (inside)
-                    store_bf16(to, _mm512_loadu_ps(from + i), _mm512_loadu_ps(from + i + 16));
+                    store_row(to, _mm512_loadu_ps(from + i), _mm512_loadu_ps(from + i + 16));
                 else
-                    _mm512_storeu_si512(to, _mm512_setzero_si512());
+                    store_row(to, _mm512_setzero_ps(), _mm512_setzero_ps());
             }
         }
     }
@@ -737,16 +814,16 @@ static size_t lay_out(struct run *s, char *at)
     TAKE(x, s->M * C * sizeof(float));
     TAKE(branch, model->branch_depth * s->M * C * sizeof(float));
     TAKE(raw, s->M * model->codes * sizeof(float));
-    TAKE(left, s->padded * whole(most(inputs, 2 * C)) * sizeof(bf16));
-    TAKE(hidden, s->padded * whole(model->base[0].fc1.outputs) * sizeof(bf16));
-    TAKE(q, RH * ((s->N + 15) / 16) * s->deep * TILE * sizeof(bf16));
-    TAKE(k, RH * groups * 2 * s->deep * TILE * sizeof(bf16));
-    TAKE(v, RH * groups * 2 * s->deep * TILE * sizeof(bf16));
+    TAKE(left, s->padded * whole(most(inputs, 2 * C)) * PARTS * sizeof(bf16));
+    TAKE(hidden, s->padded * whole(model->base[0].fc1.outputs) * PARTS * sizeof(bf16));
+    TAKE(q, RH * ((s->N + 15) / 16) * s->deep * SPAN * sizeof(bf16));
+    TAKE(k, RH * groups * 2 * s->deep * SPAN * sizeof(bf16));
+    TAKE(v, RH * groups * 2 * s->deep * SPAN * sizeof(bf16));
     const int64_t widest = most(most(3 * C, model->base[0].fc1.outputs), model->codes) / PANEL;
     const int64_t rows = s->padded < BLOCK ? s->padded : BLOCK;
     /* Shared out among fewer threads, each has the more columns. */
     const size_t sums = (widest + model->threads) * (rows + 16) * PANEL * sizeof(float);
-    const size_t attention = 32 * (groups * 32 + 16 + PANEL) * sizeof(float) + 2 * groups * TILE * sizeof(bf16);
+    const size_t attention = 32 * (groups * 32 + 16 + PANEL) * sizeof(float) + 2 * groups * SPAN * sizeof(bf16);
     s->private_bytes = sums + model->threads * (aligned(attention) + 64);
     TAKE(private, s->private_bytes);
 #undef TAKE

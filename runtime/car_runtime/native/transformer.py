@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from ctypes import POINTER, Structure, byref, c_double, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, Structure, byref, c_double, c_int, c_int64, c_size_t, c_void_p
 from typing import Any
 
 import numpy as np
@@ -79,9 +79,10 @@ class Transformer:
     """Packed weights, ready to run. Threads may run it at once, each with a `Workspace` of its own."""
 
     def __init__(self, library: Any, step: reader.Transformer, threads: int) -> None:
-        """`library`: `build.load`. Weights are packed in bfloat16 by `threads` threads: 2 bytes each."""
+        """`library`: `build.load`. Weights are packed by `threads` threads: 2 bytes each, or 4 in two parts."""
         _declare(library)
         self._library = library
+        self._bytes = 2 * c_int.in_dll(library, "car_parts").value
         self._keep: list[reader.Floats] = []
         blocks = [*step.base, *step.branch]
         products = [one for block in blocks for one in (block.qkv, block.proj, block.fc1, block.fc2)]
@@ -91,7 +92,7 @@ class Transformer:
             outputs, inputs = product.matrix.shape
             if outputs % _PANEL or inputs % 32:
                 raise reader.UnknownStep(f"a matrix of {outputs} × {inputs}: they have to be multiples of 64 and 32")
-        self._weights = Memory(library, sum(2 * product.matrix.size for product in products))
+        self._weights = Memory(library, sum(self._bytes * product.matrix.size for product in products))
         self._filled, self._threads = 0, threads
         base, branch = ((_Block * max(len(some), 1))(*map(self._block, some)) for some in (step.base, step.branch))
         fusions = (_Fusion * max(len(step.fusions), 1))(*map(self._fusion, step.fusions))
@@ -112,8 +113,13 @@ class Transformer:
         )
         self._layers = len(blocks)
 
+    @property
+    def cache_dtype(self) -> type[np.generic]:
+        """Of keys and values: float32, or bfloat16 kept as uint16."""
+        return np.uint16 if self._bytes == 2 else np.float32
+
     def run(self, inputs: Arrays, outputs: Arrays, workspace: Workspace) -> None:
-        """One scale: `inputs` and `outputs` as a plan's step has them, K and V in bfloat16 (kept as uint16).
+        """One scale: `inputs` and `outputs` as a plan's step has them, K and V in `cache_dtype`.
 
         outputs: `logits` f32 [B, S, S, V], and `new_k_i`, `new_v_i` [N, R, H, d] of each layer. ValueError if an
         array has another shape or type than the others want.
@@ -131,9 +137,9 @@ class Transformer:
             _check(control, (S, S, C))
         _check(logits, (min(len(logits), R), S, S, self._model.codes))
         for array in (*keys, *values):
-            _check(array, (past, R, H, C // H), np.uint16)
+            _check(array, (past, R, H, C // H), self.cache_dtype)
         for array in (*new_keys, *new_values):
-            _check(array, (S * S, R, H, C // H), np.uint16)
+            _check(array, (S * S, R, H, C // H), self.cache_dtype)
         call = _Call(
             rows=R,
             images=len(logits),
@@ -158,7 +164,7 @@ class Transformer:
         matrix = np.ascontiguousarray(product.matrix, np.float32)
         packed = self._weights.address + self._filled
         self._library.car_pack(_address(matrix), outputs, inputs, packed, self._threads)
-        self._filled += 2 * matrix.size
+        self._filled += self._bytes * matrix.size
         return _Product(w=packed, b=self._kept(product.bias), inputs=inputs, outputs=outputs)
 
     def _block(self, block: reader.Block) -> _Block:
