@@ -228,7 +228,7 @@ def opened(args: argparse.Namespace, tier: str, precision: str, log: Log) -> Ite
 def _cpu_engines(
     stack: ExitStack, args: argparse.Namespace, subject: Subject, precision: str, log: Log
 ) -> Iterator[tuple[str, Any]]:
-    """OpenVINO in the precision that is asked for, our own code for AMX, and ONNX Runtime, which has float32 alone."""
+    """OpenVINO in the precision that is asked for, our code for AMX, and ONNX Runtime, which has float32 alone."""
     from car_runtime.backends.amx import Amx, AmxFp32
     from car_runtime.backends.openvino import OpenVino
     from car_runtime.backends.ort_cpu import OrtCpu

@@ -17,13 +17,17 @@ import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from amx_machine import needs_amx
 from car_export.plan import ExportOptions, build_plan
 from car_runtime import BackendError, acceptance, open_plan
 from car_runtime.backends import amx
 from car_runtime.manifest import read_manifest
 from car_runtime.native import build
-from car_runtime.native.reader import UnknownStep, read_step
-from car_runtime.native.transformer import Transformer, Workspace
+from car_runtime.native.convolutions import read_decoder, read_encoder
+from car_runtime.native.graph import UnknownGraph
+from car_runtime.native.memory import Workspace
+from car_runtime.native.reader import read_step
+from car_runtime.native.transformer import Transformer
 from car_runtime.plan import Plan, default_plan
 from car_train.config import CARConfig, ModelConfig, VARConfig, VQVAEConfig
 from car_train.model import Model
@@ -32,18 +36,6 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "guitar.png"
 SIDES = (1, 3, 10)
 """Three guided pictures have 600 rows in the last scale: more than the kernel takes at once."""
 Arrays = dict[str, NDArray[Any]]
-
-
-def unusable() -> str | None:
-    """Why this machine can't run the backend."""
-    try:
-        amx.check_cpu()
-    except BackendError as error:
-        return str(error)
-    return None if shutil.which("gcc") or shutil.which("clang") else "no C compiler"
-
-
-needs_amx = pytest.mark.skipif(unusable() is not None, reason=str(unusable()))
 
 
 def config(head_width: int, control: bool) -> ModelConfig:
@@ -193,7 +185,7 @@ def test_two_parts_draw_what_ort_cpu_draws() -> None:
 @needs_amx
 def test_a_picture_of_the_shipped_plan_is_nearly_that_of_ort_cpu() -> None:
     with open_plan(backend="ort-cpu", threads=1) as exact, open_plan(backend="amx", threads=2) as plan:
-        wanted, got = (p.generate(EXAMPLE, 2, seed=1, n=3) for p in (exact, plan))
+        wanted, got = (p.generate(EXAMPLE, 2, seed=1, n=12) for p in (exact, plan))
         again = plan.generate(EXAMPLE, 2, seed=2)
         short = plan.generate(EXAMPLE, 2, seed=2, cfg_scales="-3")
         assert plan.encode(got.images[0]).shape == got.tokens[:1].shape
@@ -201,7 +193,7 @@ def test_a_picture_of_the_shipped_plan_is_nearly_that_of_ort_cpu() -> None:
     assert (got.tokens[1] == again.tokens[0]).all()
     assert (got.images[1] == again.images[0]).all()
     coarse = exact.manifest.scales[2].stop
-    assert (got.tokens[:, :coarse] == wanted.tokens[:, :coarse]).mean() > 0.9
+    assert (got.tokens[:, :coarse] == wanted.tokens[:, :coarse]).mean() > 0.8
     assert (short.tokens[0] != -1).all()
 
 
@@ -270,7 +262,7 @@ def test_a_graph_that_computes_anything_else_is_not_understood(
     model = onnx.load(str(plan / "step.onnx"), load_external_data=False)
     change(model.graph)
     (tmp_path / "step.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(UnknownStep):
+    with pytest.raises(UnknownGraph):
         read_step(tmp_path / "step.onnx", plan / "weights.bin")
 
 
@@ -278,7 +270,7 @@ def test_a_graph_that_computes_anything_else_is_not_understood(
 def test_half_a_file_is_not_understood(plan: Path, tmp_path: Path, share: float) -> None:
     whole = (plan / "step.onnx").read_bytes()
     (tmp_path / "step.onnx").write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(UnknownStep):
+    with pytest.raises(UnknownGraph):
         read_step(tmp_path / "step.onnx", plan / "weights.bin")
 
 
@@ -290,6 +282,124 @@ def test_a_step_that_is_not_understood_is_left_to_other_backends(plan: Path, tmp
     (changed / "step.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(BackendError, match="--backend openvino"):
         amx.Amx(changed, read_manifest(changed), 1)
+
+
+@needs_amx
+@pytest.mark.parametrize(("backend", "limit", "levels"), [("amx", 0.02, 4), ("amx-fp32", 2e-5, 1)])
+def test_encoder_and_decoder_compute_what_the_graphs_do(
+    plan: Path, exact: Plan, backend: str, limit: float, levels: int
+) -> None:
+    manifest = exact.manifest
+    steered = "control" in manifest.graphs
+    rng = np.random.default_rng(3)
+    arrays = {port.name: rng.integers(0, 256, port.shape, np.uint8) for port in controls(exact)}
+    arrays["f_hat"] = rng.standard_normal((3, *manifest.graphs["decoder"].input("f_hat").shape[1:])).astype("f")
+    size = manifest.model.image_size
+    with open_plan(plan, backend=backend, threads=2) as opened:
+        assert opened._backend.report()["own"] == (["control"] if steered else []) + ["decoder", "step"]
+        found = []
+        for engine in (exact._backend, opened._backend):
+            made = {"image": np.zeros((3, size, size, 3), np.uint8), "features": np.zeros(0, np.float32)}
+            engine.run("decoder", {"f_hat": arrays["f_hat"]}, {"image": made["image"]})
+            if steered:
+                made["features"] = np.zeros(manifest.graphs["control"].output("features").shape, np.float32)
+                inputs = {port.name: arrays[port.name] for port in controls(exact)}
+                engine.run("control", inputs, {"features": made["features"]})
+            found.append(made)
+    wanted, got = found
+    assert np.abs(wanted["image"].astype(int) - got["image"]).max() <= levels
+    assert wanted["image"].std() > 20
+    off = np.abs(wanted["features"] - got["features"])
+    assert not steered or off.max() < limit * np.abs(wanted["features"]).max()
+
+
+def controls(plan: Plan) -> tuple[Any, ...]:
+    graphs = plan.manifest.graphs
+    return graphs["control"].inputs if "control" in graphs else ()
+
+
+def other_silu(graph: onnx.GraphProto) -> None:
+    """Of something else."""
+    sigmoids = [node for node in graph.node if node.op_type == "Sigmoid"]
+    sigmoids[1].input[0] = sigmoids[0].input[0]
+
+
+def other_pads(graph: onnx.GraphProto) -> None:
+    conv = next(node for node in graph.node if node.op_type == "Conv" and node.attribute)
+    next(a for a in conv.attribute if a.name == "pads").ints[:] = [2, 2, 0, 0]
+
+
+def other_group_weights(graph: onnx.GraphProto) -> None:
+    norm = next(node for node in graph.node if node.op_type == "InstanceNormalization")
+    norm.input[1], norm.input[2] = norm.input[2], norm.input[1]
+
+
+def other_rounding(graph: onnx.GraphProto) -> None:
+    for tensor in graph.initializer:
+        if tensor.data_type == 1 and not tensor.dims and numpy_helper.to_array(tensor) == 127.5:
+            tensor.CopyFrom(numpy_helper.from_array(np.array(120, np.float32), tensor.name))
+
+
+def other_quarters(graph: onnx.GraphProto) -> None:
+    joined = next(node for node in graph.node if node.op_type == "Concat" and len(node.input) == 4)
+    joined.input[0], joined.input[1] = joined.input[1], joined.input[0]
+
+
+def other_scale(graph: onnx.GraphProto) -> None:
+    """Weights of attention that do not become values of their own tokens."""
+    softmax = next(node for node in graph.node if node.op_type == "Softmax")
+    next(a for a in softmax.attribute if a.name == "axis").i = 1
+
+
+DECODERS = [other_silu, other_pads, other_group_weights, other_rounding, other_quarters, other_scale]
+
+
+@pytest.mark.parametrize("change", DECODERS, ids=lambda change: change.__name__)
+def test_a_decoder_that_computes_anything_else_is_not_understood(
+    plan: Path, tmp_path: Path, change: Callable[[onnx.GraphProto], None]
+) -> None:
+    _, channels, side, _ = read_manifest(plan).graphs["decoder"].input("f_hat").shape
+    assert isinstance(channels, int)
+    assert isinstance(side, int)
+    read_decoder(plan / "decoder.onnx", plan / "weights.bin", channels, side)
+    model = onnx.load(str(plan / "decoder.onnx"), load_external_data=False)
+    change(model.graph)
+    (tmp_path / "decoder.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(UnknownGraph):
+        read_decoder(tmp_path / "decoder.onnx", plan / "weights.bin", channels, side)
+
+
+@needs_amx
+def test_a_decoder_that_is_not_understood_is_openvinos(plan: Path, tmp_path: Path) -> None:
+    changed = shutil.copytree(plan, tmp_path / "changed.plan")
+    model = onnx.load(str(changed / "decoder.onnx"), load_external_data=False)
+    other_rounding(model.graph)
+    (changed / "decoder.onnx").write_bytes(model.SerializeToString())
+    backend = amx.Amx(changed, read_manifest(changed), 1)
+    assert "decoder" not in backend.report()["own"]
+    port = read_manifest(changed).graphs["decoder"].input("f_hat")
+    image = np.zeros((1, *read_manifest(changed).graphs["decoder"].output("image").shape[1:]), np.uint8)
+    backend.run("decoder", {"f_hat": np.zeros((1, *port.shape[1:]), np.float32)}, {"image": image})
+    assert image.any()
+    backend.close()
+
+
+@pytest.mark.parametrize("scale", [0, 2])
+def test_encoders_of_their_own_are_not_understood(plan: Path, tmp_path: Path, scale: int) -> None:
+    if not (plan / "control.onnx").exists():
+        return
+    sides = tuple(int(port.shape[0]) for port in read_manifest(plan).graphs["control"].inputs)
+    read_encoder(plan / "control.onnx", plan / "weights.bin", sides)
+    model = onnx.load(str(plan / "control.onnx"), load_external_data=False)
+    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+    each = len(convolutions) // len(sides)
+    changed = convolutions[scale * each + 1]
+    changed.input[2] = convolutions[0].input[2] if changed.input[2] != convolutions[0].input[2] else changed.input[2]
+    strides = next(a for a in changed.attribute if a.name == "strides")
+    strides.ints[:] = [3 - strides.ints[0]] * 2
+    (tmp_path / "control.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(UnknownGraph):
+        read_encoder(tmp_path / "control.onnx", plan / "weights.bin", sides)
 
 
 @pytest.fixture

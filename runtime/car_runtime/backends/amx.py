@@ -26,8 +26,12 @@ from car_runtime.backends.openvino_graphs import LOGITS, keep_cache_in_bfloat16,
 from car_runtime.errors import BackendError, one_line
 from car_runtime.manifest import WEIGHTS, Manifest
 from car_runtime.native import build, reader
-from car_runtime.native.reader import UnknownStep, read_step
-from car_runtime.native.transformer import Transformer, Workspace
+from car_runtime.native.convolutions import read_decoder, read_encoder
+from car_runtime.native.graph import UnknownGraph
+from car_runtime.native.maps import Maps, Room, Sizes
+from car_runtime.native.memory import Workspace
+from car_runtime.native.reader import read_step
+from car_runtime.native.transformer import Transformer
 
 
 class Amx(OpenVino):
@@ -46,14 +50,24 @@ class Amx(OpenVino):
         check_cpu(self.name)
         self._library = build.load(self.parts)
         self._cores = threads or physical_cores()
+        self._own: list[str] = []
         super().__init__(root, manifest, threads, "bf16" if self.parts == 1 else "f32")
 
     def report(self) -> dict[str, Any]:
-        """OpenVINO's version, the type that is multiplied in, and the threads."""
-        return {**super().report(), "engine": f"{self.name}, openvino {self._ov.__version__}", "threads": self._cores}
+        """OpenVINO's version, the type that is multiplied in, the threads, and which graphs are in our own code."""
+        engine = f"{self.name}, openvino {self._ov.__version__}"
+        return {**super().report(), "engine": engine, "threads": self._cores, "own": sorted(self._own)}
 
     def _compile(self, graph: str) -> Compiled:
-        """The step is our transformer, and OpenVINO's model of what comes after its logits."""
+        """The step is our transformer, and OpenVINO's model of what comes after it; maps where we know them."""
+        if graph in ("control", "decoder"):
+            try:
+                with pages_forgotten(self._root / WEIGHTS):
+                    compiled = self._maps(graph)
+            except UnknownGraph:  # OpenVINO takes longer for it, and no more
+                return super()._compile(graph)
+            self._own.append(graph)
+            return compiled
         if graph != "step":
             return super()._compile(graph)
         file = self._root / self._manifest.graphs[graph].file
@@ -62,7 +76,7 @@ class Amx(OpenVino):
                 step = read_step(file, self._root / WEIGHTS)
                 self._check(step)
                 transformer = Transformer(self._library, step, self._cores)
-        except UnknownStep as error:
+        except UnknownGraph as error:
             raise BackendError(
                 f"{self.name!r} does not know the plan's step ({one_line(error)}); export the plan again, "
                 "or use --backend openvino"
@@ -70,8 +84,28 @@ class Amx(OpenVino):
         drawing = super()._compile(graph)
         if not drawing.parts:
             raise BackendError(f"{self.name!r} wants a step that sorts its logits; use --backend openvino")
+        self._own.append(graph)
         first = partial(_TransformerPart, transformer, self._library, self._manifest.model.vocab)
         return Compiled([first, *drawing.parts], drawing.owners)
+
+    def _maps(self, graph: str) -> Compiled:
+        """The control encoder or the decoder. UnknownGraph if it is of another kind than we know."""
+        ports, weights = self._manifest.graphs[graph], self._root / WEIGHTS
+        part: type[_EncoderPart] | type[_DecoderPart]
+        if graph == "control":
+            sides = [_size(port.shape[0]) for port in ports.inputs]
+            network, part = read_encoder(self._root / ports.file, weights, tuple(sides)), _EncoderPart
+            tokens, channels = map(_size, ports.output("features").shape)
+        else:
+            _, channels, *sides = map(_size, ports.input("f_hat").shape[:3])
+            network, part = read_decoder(self._root / ports.file, weights, channels, sides[0]), _DecoderPart
+            _, height, width, channels = map(_size, ports.output("image").shape)
+            tokens = height * width
+        maps, sizes = Maps(self._library, network, self._cores), tuple((side, side) for side in sides)
+        made = Room(maps, sizes).sizes
+        if (sum(h * w for h, w in made), network.channels[-1]) != (tokens, channels):
+            raise UnknownGraph("what comes out is not of the manifest's size")
+        return Compiled([partial(part, maps, sizes)], ())
 
     def _rewrite(self, graph: str, model: Any) -> tuple[Sequence[Any], Sequence[Any]]:
         """Of the step only what draws from the sorted logits; nothing if it isn't cut there."""
@@ -83,17 +117,17 @@ class Amx(OpenVino):
         return (() if parts is None else parts[1:]), ()
 
     def _check(self, step: reader.Transformer) -> None:
-        """The loop's buffers are made after the manifest: what the graph says has to be the same. UnknownStep."""
+        """The loop's buffers are made after the manifest: what the graph says has to be the same. UnknownGraph."""
         model = self._manifest.model
         rows = self._manifest.graphs["condition"].output("modulation").shape[1]
         layers = len(step.base) + len(step.branch)
         says = (model.width, model.heads, model.vocab, model.cache_layers, rows)
         if (step.width, step.heads, len(step.head.matrix), layers, step.modulation_rows) != says:
-            raise UnknownStep("it is not of the manifest's width, heads, codes, layers or modulation")
+            raise UnknownGraph("it is not of the manifest's width, heads, codes, layers or modulation")
 
 
 class AmxFp32(Amx):
-    """The `amx-fp32` backend: the transformer's numbers in two parts of bfloat16 each, 17 bits, and float32 beside it.
+    """The `amx-fp32` backend: what is multiplied is in two parts of bfloat16, 17 bits; the rest is float32.
 
     Each product is three of bfloat16, which takes less than half of the time that float32's own multiplications do.
     """
@@ -120,6 +154,47 @@ class _TransformerPart:
             given[LOGITS] = self._logits[: np.prod(shape)].reshape(shape)
         self._transformer.run({name: array_of(buffer) for name, buffer in inputs.items()}, given, self._workspace)
         return given[LOGITS]
+
+
+class _EncoderPart:
+    """The control encoder with the memory of one call after the other."""
+
+    def __init__(self, maps: Maps, sizes: Sizes) -> None:
+        self._room, self._scales = Room(maps, sizes), range(len(sizes))
+
+    def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+        """See `openvino.Part`."""
+        for k in self._scales:
+            self._room.pixels(k)[:] = array_of(inputs[f"control_{k}"])
+        self._room.run()
+        features, start = array_of(outputs["features"]), 0
+        for k in self._scales:
+            blocks = self._room.output(k)
+            tokens = blocks.reshape(len(blocks), -1, blocks.shape[-1]).transpose(1, 0, 2)
+            end = start + len(tokens)
+            features[start:end] = tokens.reshape(len(tokens), -1)[:, : features.shape[1]]  # without those that pad
+            start = end
+
+
+class _DecoderPart:
+    """The decoder with the memory of one call after the other."""
+
+    def __init__(self, maps: Maps, sizes: Sizes) -> None:
+        self._room = Room(maps, sizes)
+
+    def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+        """See `openvino.Part`."""
+        x = self._room.input(0)
+        for f_hat, image in zip(array_of(inputs["f_hat"]), array_of(outputs["image"]), strict=True):
+            for block in range(len(x)):
+                channels = f_hat[32 * block : 32 * block + 32]
+                x[block, :, :, : len(channels)] = channels.transpose(1, 2, 0)
+            self._room.run(image[None])
+
+
+def _size(dimension: int | str) -> int:
+    """A number, or one picture."""
+    return dimension if isinstance(dimension, int) else 1
 
 
 def check_cpu(name: str = "amx") -> None:

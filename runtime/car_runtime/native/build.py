@@ -1,4 +1,4 @@
-"""`step.c` as a library for this machine: compiled once by its C compiler and kept in ~/.cache/car."""
+"""The kernels as a library for this machine: compiled once by its C compiler and kept in ~/.cache/car."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from car_runtime.errors import BackendError, one_line
 
-SOURCE = Path(__file__).with_name("step.c")
+SOURCES = [Path(__file__).with_name(name) for name in ("tiles.h", "tiles.c", "step.c", "maps.c")]
 ROOT = Path("~/.cache/car/native")
 FLAGS = ["-O3", "-march=x86-64-v4", "-mamx-tile", "-mamx-bf16", "-mavx512bf16", "-fopenmp", "-fPIC", "-shared"]
 CPU_FLAGS = ("amx_tile", "amx_bf16", "avx512_bf16")
@@ -30,8 +30,8 @@ def load(parts: int = 1) -> Any:
     """
     flags = [*FLAGS, f"-DPARTS={parts}"]
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    source = SOURCE.read_bytes()
-    kept = _kept(hashlib.sha256(b"\0".join([source, *map(str.encode, flags)])).hexdigest()[:16])
+    sources = [source.read_bytes() for source in SOURCES]
+    kept = _kept(hashlib.sha256(b"\0".join([*sources, *map(str.encode, flags)])).hexdigest()[:16])
     if not kept.is_file():
         if compiler is None:
             raise BackendError(
@@ -51,21 +51,22 @@ def load(parts: int = 1) -> Any:
 
 def _kept(key: str) -> Path:
     try:
-        return ROOT.expanduser() / f"step-{key}.so"
+        return ROOT.expanduser() / f"kernels-{key}.so"
     except RuntimeError:  # nobody's home: for this process alone, since others could write where it would be found
         folder = tempfile.mkdtemp(prefix="car-native-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        return Path(folder) / f"step-{key}.so"
+        return Path(folder) / f"kernels-{key}.so"
 
 
 def _compile(compiler: list[str], output: Path) -> None:
     """Beside its place, then renamed: nobody loads half a library."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(prefix=".step-", dir=output.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=".kernels-", dir=output.parent) as folder:
             made = Path(folder) / output.name
+            sources = [str(source) for source in SOURCES if source.suffix == ".c"]
             subprocess.run(
-                [*compiler, str(SOURCE), "-o", str(made), "-lm"],
+                [*compiler, *sources, "-o", str(made), "-lm"],
                 check=True,
                 capture_output=True,
                 text=True,
@@ -75,6 +76,6 @@ def _compile(compiler: list[str], output: Path) -> None:
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         raise BackendError(
-            f"{compiler[0]} can't compile {SOURCE.name} into {output.parent} ({said[0] if said else error}); "
+            f"{compiler[0]} can't compile the kernels into {output.parent} ({said[0] if said else error}); "
             "it needs gcc 11 or clang 12 with OpenMP, or newer; set CC to one, or use --backend openvino"
         ) from error

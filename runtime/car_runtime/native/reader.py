@@ -2,16 +2,13 @@
 
 The graph is followed from its inputs to `logits`, node by node, as a VAR transformer with or without a control branch
 would have it. So what comes out is what the graph computes, whatever its constants are called; a graph that computes
-anything else is an `UnknownStep`.
+anything else is an `UnknownGraph`.
 
 Shapes: C width, H heads, V codes, D blocks of the base.
 """
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from car_runtime.native import onnx_file
+from car_runtime.native.graph import Floats, Graph, UnknownGraph, floats, read_graph
 from car_runtime.native.onnx_file import Node
-
-Floats = NDArray[np.float32]
-
-
-class UnknownStep(Exception):  # noqa: N818 - a finding, which a backend turns into its error
-    """The graph isn't a transformer as this module knows it; says what was looked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,78 +73,13 @@ class Transformer:
 def read_step(file: Path, weights: Path) -> Transformer:
     """The transformer of a plan's `step.onnx`; its large constants are mapped from the file `weights`, not read.
 
-    UnknownStep if it is none. Shapes are checked: all fit each other.
+    UnknownGraph if it is none. Shapes are checked: all fit each other.
     """
-    try:
-        return _Reader(_Graph(*onnx_file.parse(file.read_bytes()), weights)).transformer()
-    except (ValueError, IndexError, ZeroDivisionError, RecursionError) as error:  # a broken file, or one made to be
-        raise UnknownStep(f"{file.name} can't be read: {error}") from error
-
-
-class _Graph:
-    """Nodes by what they do with what, and constants by name."""
-
-    def __init__(self, nodes: Sequence[Node], tensors: Mapping[str, onnx_file.Tensor], weights: Path) -> None:
-        self._weights, self._tensors = weights, tensors
-        self._readers: dict[str, list[Node]] = defaultdict(list)
-        self._producers: dict[str, Node] = {}
-        for node in nodes:
-            for name in dict.fromkeys(node.input):
-                self._readers[name].append(node)
-            for name in node.output:
-                self._producers[name] = node
-
-    def reader(self, kind: str, *inputs: str | None, **wanted: Any) -> Node:
-        """The one node of a kind that takes these inputs (None: any) and has these attributes."""
-        at = next(i for i, name in enumerate(inputs) if name is not None)
-        found = [node for node in self._readers[inputs[at] or ""] if node.op_type == kind]
-        found = [node for node in found if _takes(node, inputs) and _has(node, wanted)]
-        if len(found) != 1:
-            raise UnknownStep(f"{len(found)} nodes {kind} of {', '.join(name or 'anything' for name in inputs)}")
-        return found[0]
-
-    def follow(self, kind: str, *inputs: str | None, **wanted: Any) -> str:
-        """What that node gives."""
-        return self.reader(kind, *inputs, **wanted).output[0]
-
-    def producer(self, name: str, *kinds: str) -> Node:
-        """The node that gives this, of one of these kinds."""
-        node = self._producers.get(name)
-        if node is None or node.op_type not in kinds:
-            raise UnknownStep(f"{name} is not given by {' or '.join(kinds)}")
-        return node
-
-    def constant(self, name: str) -> NDArray[Any]:
-        """A constant, also one stored in half precision or transposed; of one that repeats a number, that number."""
-        node = self._producers.get(name)
-        if node is not None and node.op_type in ("Cast", "Expand"):
-            return self.constant(node.input[0])
-        if node is not None and node.op_type == "Transpose" and _has(node, {"perm": [1, 0]}):
-            turned: NDArray[Any] = self.constant(node.input[0]).T
-            return turned
-        tensor = self._tensors.get(name)
-        if tensor is None or tensor.data_type not in onnx_file.TYPES:
-            raise UnknownStep(f"{name} is no constant of numbers")
-        dtype, shape = onnx_file.TYPES[tensor.data_type], tensor.dims
-        if not tensor.external:
-            return tensor.values()
-        offset, size = int(tensor.external.get("offset", 0)), math.prod(shape) * dtype.itemsize
-        inside = offset >= 0 and 0 < size <= self._weights.stat().st_size - offset and all(dim > 0 for dim in shape)
-        if tensor.external.get("location") != self._weights.name or not inside:
-            raise UnknownStep(f"{name} is not in {self._weights.name}")
-        mapped: NDArray[Any] = np.memmap(self._weights, dtype, "r", offset, shape)
-        return mapped
-
-    def number(self, name: str) -> float:
-        """A constant that is one number."""
-        value = self.constant(name)
-        if value.size != 1:
-            raise UnknownStep(f"{name} is not one number")
-        return float(value.reshape(()))
+    return read_graph(file, weights, lambda graph: _Reader(graph).transformer())
 
 
 class _Reader:
-    def __init__(self, graph: _Graph) -> None:
+    def __init__(self, graph: Graph) -> None:
         self._graph = graph
         turned = graph.follow("Transpose", "modulation", perm=[1, 0, 2])
         self._rows = list(graph.reader("Split", turned, axis=0).output)
@@ -179,11 +105,11 @@ class _Reader:
         head, logits = self._product(h, None, self._width)
         self._guided(graph.follow("Transpose", logits, perm=[1, 0, 2]))
         if len(self._eps) != 1:
-            raise UnknownStep(f"norms with different eps, {self._eps}")
+            raise UnknownGraph(f"norms with different eps, {self._eps}")
         if len({len(block.fc1.matrix) for block in [*base, *branch]}) != 1:
-            raise UnknownStep("MLPs of different widths")
+            raise UnknownGraph("MLPs of different widths")
         if sorted(block.layer for block in [*base, *branch]) != list(range(len(base) + len(branch))):
-            raise UnknownStep("keys and values of a layer twice")
+            raise UnknownGraph("keys and values of a layer twice")
         return Transformer(
             width=self._width,
             heads=self._heads,
@@ -201,7 +127,7 @@ class _Reader:
         graph = self._graph
         try:
             features = graph.follow("Reshape", "control", None)
-        except UnknownStep:
+        except UnknownGraph:
             return None, [], []
         maps = graph.follow("Transpose", "x", perm=[0, 3, 1, 2])
         conv = graph.reader(
@@ -210,7 +136,7 @@ class _Reader:
         kernel, bias = (graph.constant(name) for name in conv.input[1:])
         C = self._width = len(kernel)
         if (kernel.shape, bias.shape) != ((C, C, 3, 3), (C,)):
-            raise UnknownStep(f"the branch's convolution has kernels {kernel.shape}")
+            raise UnknownGraph(f"the branch's convolution has kernels {kernel.shape}")
         tokens = graph.follow("Transpose", graph.follow("Reshape", conv.output[0], None), perm=[0, 2, 1])
         c = self._sum(self._sum(tokens, features), self._position)
         c = graph.follow("Transpose", c, perm=[1, 0, 2])
@@ -223,7 +149,7 @@ class _Reader:
             block, c = self._block(c, 6 * (blocks_in_all - blocks_in_all // 3 + j))
             blocks.append(block)
             states.append(c)
-        return Product(matrix=matrix, bias=_floats(bias)), blocks, states
+        return Product(matrix=matrix, bias=floats(bias)), blocks, states
 
     def _block(self, x: str, row: int) -> tuple[Block, str]:
         gamma1, gamma2, scale1, scale2, shift1, shift2 = range(row, row + 6)
@@ -242,19 +168,19 @@ class _Reader:
         C = self._width = self._width or matrix.shape[-1]
         split = graph.reader("Split", product.output[0], axis=2)
         if matrix.shape != (3 * C, C) or len(split.output) != 3:
-            raise UnknownStep(f"queries, keys and values by a matrix {matrix.shape}")
+            raise UnknownGraph(f"queries, keys and values by a matrix {matrix.shape}")
         q, k, v = split.output
         q, q_bias = self._plus_constant(q)
         scaled = graph.reader("Mul", self._unit(q), None)
-        temperature = _floats(graph.constant(scaled.input[1])).reshape(-1)
+        temperature = floats(graph.constant(scaled.input[1])).reshape(-1)
         self._heads = self._heads or len(temperature)
         if len(temperature) != self._heads or C / self._heads not in (32, 64):
-            raise UnknownStep(f"{len(temperature)} heads of {C} channels; a head has to have 32 or 64")
+            raise UnknownGraph(f"{len(temperature)} heads of {C} channels; a head has to have 32 or 64")
         v, v_bias = self._plus_constant(v)
         new_k, new_v = self._unit(k), graph.follow("Reshape", v, None)
         layer = _layer(new_k, "new_k_")
         if _layer(new_v, "new_v_") != layer:
-            raise UnknownStep(f"{new_k} beside {new_v}")
+            raise UnknownGraph(f"{new_k} beside {new_v}")
         q, k, v = (
             graph.follow("Reshape", one, None)
             for one in (scaled.output[0], self._with_past(new_k), self._with_past(new_v))
@@ -266,8 +192,8 @@ class _Reader:
         out = graph.follow("MatMul", weights, graph.follow("Transpose", v, perm=[1, 0, 2]))
         out = graph.follow("Reshape", graph.follow("Transpose", out, perm=[1, 0, 2]), None)
         if (q_bias.shape, v_bias.shape) != ((C,), (C,)):
-            raise UnknownStep(f"biases {q_bias.shape} and {v_bias.shape} of queries and values")
-        bias = np.concatenate([_floats(q_bias), _floats(v_bias)])
+            raise UnknownGraph(f"biases {q_bias.shape} and {v_bias.shape} of queries and values")
+        bias = np.concatenate([floats(q_bias), floats(v_bias)])
         return Product(matrix=matrix, bias=bias), temperature, layer, out
 
     def _unit(self, x: str) -> str:
@@ -277,7 +203,7 @@ class _Reader:
         length = graph.reader("ReduceL2", heads, None, keepdims=1)
         clamped = graph.reader("Clip", length.output[0], None)
         if graph.constant(length.input[1]).tolist() != [-1] or not np.isclose(graph.number(clamped.input[1]), 1e-12):
-            raise UnknownStep(f"{length.output[0]} is not the length that is divided by")
+            raise UnknownGraph(f"{length.output[0]} is not the length that is divided by")
         return graph.follow("Div", heads, clamped.output[0])
 
     def _with_past(self, new: str) -> str:
@@ -287,10 +213,10 @@ class _Reader:
         graph = self._graph
         norm = graph.reader("LayerNormalization", graph.follow("Concat", x, c, axis=-1), None, None, axis=-1)
         self._eps.add(self._epsilon(norm))
-        weight, bias = (_floats(graph.constant(name)) for name in norm.input[1:])
+        weight, bias = (floats(graph.constant(name)) for name in norm.input[1:])
         linear, x = self._product(norm.output[0], self._width, 2 * self._width)
         if (weight.shape, bias.shape) != ((2 * self._width,), (2 * self._width,)):
-            raise UnknownStep(f"a fusion's norm has weights {weight.shape}")
+            raise UnknownGraph(f"a fusion's norm has weights {weight.shape}")
         return Fusion(weight=weight, bias=bias, linear=linear), x
 
     def _modulated(self, x: str, scale: int, shift: int) -> str:
@@ -299,10 +225,10 @@ class _Reader:
         norm = graph.reader("LayerNormalization", x, None, axis=-1)
         self._eps.add(self._epsilon(norm))
         if len(norm.input) > 2 or (graph.constant(norm.input[1]) != 1).any():
-            raise UnknownStep(f"{norm.output[0]} has weights of its own")
+            raise UnknownGraph(f"{norm.output[0]} has weights of its own")
         factor = graph.reader("Add", self._rows[scale], None)
         if graph.number(factor.input[1]) != 1:
-            raise UnknownStep(f"{factor.output[0]} is not 1 + scale")
+            raise UnknownGraph(f"{factor.output[0]} is not 1 + scale")
         return self._sum(self._times(norm.output[0], factor.output[0]), self._rows[shift])
 
     def _product(self, x: str, outputs: int | None, inputs: int) -> tuple[Product, str]:
@@ -312,8 +238,8 @@ class _Reader:
         matrix = graph.constant(node.input[1]).T
         y, bias = self._plus_constant(node.output[0])
         if matrix.shape != (outputs or len(matrix), inputs) or bias.shape != matrix.shape[:1]:
-            raise UnknownStep(f"a matrix {matrix.shape} and a bias {bias.shape} where {inputs} inputs come in")
-        return Product(matrix=matrix, bias=_floats(bias)), y
+            raise UnknownGraph(f"a matrix {matrix.shape} and a bias {bias.shape} where {inputs} inputs come in")
+        return Product(matrix=matrix, bias=floats(bias)), y
 
     def _guided(self, logits: str) -> None:
         """(1 + t)·(the first rows) − t·(the last ones) are the graph's `logits`."""
@@ -327,7 +253,7 @@ class _Reader:
         rows = [graph.producer(name, "Slice") for name in names]
         known = graph.number(more.input[1]) == 1 and more.output[0] in with_.input and t in without.input
         if not known or [node.input[0] for node in rows] != [logits, logits] or self._first_row(rows[0]) != 0:
-            raise UnknownStep("logits are not (1 + t)·conditional − t·unconditional")
+            raise UnknownGraph("logits are not (1 + t)·conditional − t·unconditional")
 
     def _first_row(self, node: Node) -> int:
         return int(self._graph.constant(node.input[1]).item())
@@ -336,7 +262,7 @@ class _Reader:
     def _epsilon(norm: Node) -> float:
         value = norm.attributes.get("epsilon", 1e-5)
         if not isinstance(value, float):
-            raise UnknownStep(f"{norm.output[0]} has an epsilon {value!r}")
+            raise UnknownGraph(f"{norm.output[0]} has an epsilon {value!r}")
         return value
 
     def _plus_constant(self, x: str) -> tuple[str, NDArray[Any]]:
@@ -350,21 +276,7 @@ class _Reader:
         return self._graph.follow("Mul", a, b)
 
 
-def _takes(node: Node, inputs: tuple[str | None, ...]) -> bool:
-    return len(node.input) >= len(inputs) and all(
-        wanted is None or wanted == given for wanted, given in zip(inputs, node.input, strict=False)
-    )
-
-
-def _has(node: Node, wanted: dict[str, Any]) -> bool:
-    return all(node.attributes.get(name) == value for name, value in wanted.items())
-
-
 def _layer(name: str, prefix: str) -> int:
     if not name.startswith(prefix) or not name.removeprefix(prefix).isdecimal():
-        raise UnknownStep(f"{name} is not the output {prefix}…")
+        raise UnknownGraph(f"{name} is not the output {prefix}…")
     return int(name.removeprefix(prefix))
-
-
-def _floats(values: NDArray[Any]) -> Floats:
-    return np.ascontiguousarray(values, np.float32)

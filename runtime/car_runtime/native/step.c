@@ -19,48 +19,19 @@
  * A product's columns are shared out among the threads, 64 at a time. Weights come from memory once; what is multiplied
  * with them stays in the second cache, a megabyte of it at a time, and 32 columns of 256 inputs in the first.
  */
-#define _GNU_SOURCE
-#include <errno.h>
-#include <immintrin.h>
-#include <math.h>
-#include <omp.h>
-#include <stdint.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+#include "tiles.h"
 
-#ifndef PARTS
-#define PARTS 1
-#endif
-
-typedef uint16_t bf16;
 #if PARTS == 1
 typedef bf16 cached; /* of keys and values */
 #else
 typedef float cached;
 #endif
 
-#define LOG2E 1.44269504f
-
-const int car_parts = PARTS;
-
 enum {
-    ROWS = 16,      /* of a tile, */
-    DEPTH = 32,     /* its columns */
-    TILE = 512,     /* and its numbers, */
-    SPAN = PARTS * TILE, /* in all parts */
-    PANEL = 64,     /* columns that a product makes at once, */
-    NEAR = 256,     /* of so many inputs at a time, */
-    BLOCK = 512,    /* and rows */
-    FAR = 1 << 20,  /* bytes of a left operand that stay in the second cache */
-    PAGE = 2 << 20, /* bytes of a huge page */
-};
-
-struct product { /* y = x·Wᵀ + b */
-    const bf16 *w;
-    const float *b;
-    int64_t inputs, outputs;
+    PANEL = 64,    /* columns that a product makes at once, */
+    NEAR = 256,    /* of so many inputs at a time, */
+    BLOCK = 512,   /* and rows */
+    FAR = 1 << 20, /* bytes of a left operand that stay in the second cache */
 };
 
 struct block {
@@ -92,70 +63,7 @@ struct call {
     char *workspace;
 };
 
-/* ---- memory ---------------------------------------------------------------------------------------------------- */
-
-static size_t aligned(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
-
-/* Zeroed memory in huge pages, where the system has them: products run at twice the speed in it. NULL if there is none. */
-void *car_allocate(size_t bytes)
-{
-    size_t size = (bytes + PAGE - 1) / PAGE * PAGE;
-    char *p = mmap(NULL, size + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (p == MAP_FAILED)
-        return NULL;
-    char *start = (char *)(((uintptr_t)p + PAGE - 1) & ~(uintptr_t)(PAGE - 1));
-    if (start > p)
-        munmap(p, start - p);
-    munmap(start + size, p + PAGE - start);
-    madvise(start, size, MADV_HUGEPAGE);
-    return start;
-}
-
-void car_free(void *p, size_t bytes) { munmap(p, (bytes + PAGE - 1) / PAGE * PAGE); }
-
-/* Ask the system for the tiles, once a process. 0, or what it answers instead. */
-int car_start(void)
-{
-    const int ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18;
-    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) ? errno : 0;
-}
-
-/* ---- vectors ---------------------------------------------------------------------------------------------------- */
-
-/* 2^x, 3e-6 off where what becomes of it is rounded to bfloat16, and 1e-7 otherwise */
-static inline __m512 power(__m512 x)
-{
-    static const float rough[] = {0.01353417f, 0.05201146f, 0.24144276f, 0.69300383f, 1.00000259f};
-    static const float fine[] = {0.000217022552f, 0.00124396879f, 0.00967884099f, 0.055483342f, 0.240229836f, 0.693146984f, 1.0f};
-    const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); /* x − ⌊x⌋ */
-    const float *c = PARTS == 1 ? rough : fine;
-    __m512 y = _mm512_set1_ps(c[0]);
-    for (int i = 1; i < (PARTS == 1 ? 5 : 7); i++)
-        y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(c[i]));
-    return _mm512_scalef_ps(y, x); /* times 2^⌊x⌋ */
-}
-
-static inline __m512 widened(__m256i numbers) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16); }
-
-/* 32 numbers in parts */
-static inline void part(__m512 first, __m512 second, __m512i parts[PARTS])
-{
-    parts[0] = (__m512i)_mm512_cvtne2ps_pbh(second, first);
-    if (PARTS == 2) {
-        first = _mm512_sub_ps(first, widened(_mm512_castsi512_si256(parts[0])));
-        second = _mm512_sub_ps(second, widened(_mm512_extracti64x4_epi64(parts[0], 1)));
-        parts[PARTS - 1] = (__m512i)_mm512_cvtne2ps_pbh(second, first);
-    }
-}
-
-/* A row of a tile */
-static inline void store_row(bf16 *to, __m512 first, __m512 second)
-{
-    __m512i parts[PARTS];
-    part(first, second, parts);
-    for (int i = 0; i < PARTS; i++)
-        _mm512_storeu_si512(to + i * TILE, parts[i]);
-}
+/* ---- keys and values ------------------------------------------------------------------------------------------ */
 
 static inline void store_cached(cached *to, __m512 first, __m512 second)
 {
@@ -177,119 +85,7 @@ static inline void load_cached(const cached *from, __m512i parts[PARTS])
 #endif
 }
 
-/* 16 × 16 numbers of 32 bits, rows to columns. */
-static inline void transpose(__m512i r[16])
-{
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; i++) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-    }
-}
-
-/* A matrix f32 [outputs, inputs] as the right operand. outputs is a multiple of 32, inputs of 32. */
-void car_pack(const float *matrix, int64_t outputs, int64_t inputs, bf16 *packed, int64_t threads)
-{
-    const int64_t tiles = inputs / DEPTH;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t n = 0; n < outputs; n += ROWS)
-        for (int64_t k = 0; k < tiles; k++) {
-            __m512i r[PARTS][16], parts[PARTS];
-            for (int i = 0; i < 16; i++) {
-                const float *from = matrix + (n + i) * inputs + k * DEPTH;
-                part(_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16), parts);
-                for (int j = 0; j < PARTS; j++)
-                    r[j][i] = parts[j];
-            }
-            bf16 *to = packed + ((n / 32 * tiles + k) * 2 + n / 16 % 2) * SPAN;
-            for (int j = 0; j < PARTS; j++, to += TILE) {
-                transpose(r[j]);
-                for (int i = 0; i < 16; i++)
-                    _mm512_store_si512(to + 32 * i, r[j][i]);
-            }
-        }
-}
-
 /* ---- products --------------------------------------------------------------------------------------------------- */
-
-static void configure(void)
-{
-    struct {
-        uint8_t palette, start, reserved[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    } __attribute__((packed)) all = {.palette = 1};
-    for (int i = 0; i < 8; i++)
-        all.bytes[i] = 64, all.rows[i] = ROWS;
-    _tile_loadconfig(&all);
-}
-
-static inline void clear(int tiles)
-{
-    _tile_zero(0);
-    _tile_zero(1);
-    if (tiles > 2) {
-        _tile_zero(2);
-        _tile_zero(3);
-    }
-}
-
-/* Tiles 0 to 3 += a·b: one or two tiles of rows, a and `below`, and two of columns. */
-static inline __attribute__((always_inline)) void accumulate(const bf16 *a, const bf16 *below, const bf16 *b, int two)
-{
-    if (PARTS == 2) { /* a₁b₂ first */
-        _tile_loadd(4, a, 64);
-        _tile_loadd(6, b + TILE, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, b + SPAN + TILE, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        if (two) {
-            _tile_loadd(5, below, 64);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-        _tile_loadd(6, b, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, b + SPAN, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        if (two) {
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-            _tile_loadd(5, below + TILE, 64);
-        }
-        _tile_loadd(4, a + TILE, 64);
-    } else {
-        _tile_loadd(4, a, 64);
-        _tile_loadd(6, b, 64);
-        _tile_loadd(7, b + SPAN, 64);
-        if (two)
-            _tile_loadd(5, below, 64);
-    }
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    if (two) {
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-}
 
 /* c [rows][PANEL] += a·b over `steps` tiles; rows is 16 or 32. At every step it fetches `lines` of what is needed next
  * into the second cache. */
@@ -310,7 +106,7 @@ static inline __attribute__((always_inline)) void multiply(int rows, const bf16 
     for (int64_t k = 0; k < steps; k++) {
         for (int64_t i = 0; i < lines; i++, next += 64)
             _mm_prefetch(next, _MM_HINT_T1);
-        accumulate(a + k * SPAN, a + (NEAR / DEPTH + k) * SPAN, b + 2 * k * SPAN, rows == 32);
+        accumulate(a + k * SPAN, a + (NEAR / DEPTH + k) * SPAN, b + 2 * k * SPAN, rows == 32, 64, TILE);
     }
     _tile_stored(0, c, stride);
     _tile_stored(1, c + 16, stride);
@@ -502,12 +298,6 @@ static inline void moments(const float *a, const float *b, int64_t n, double eps
     *root = _mm512_set1_ps((float)(1 / sqrt(_mm512_reduce_add_ps(square) / count + eps)));
 }
 
-static void share_of(int64_t all, int64_t *begin, int64_t *end)
-{
-    const int64_t threads = omp_get_num_threads(), id = omp_get_thread_num();
-    *begin = all * id / threads, *end = all * (id + 1) / threads;
-}
-
 /* left = LN(x)·(1 + scale) + shift */
 static void modulate(const struct run *s, const float *x, int64_t scale, int64_t shift)
 {
@@ -557,9 +347,6 @@ static void gather(const struct run *s, const struct block *block)
 {
     const int64_t C = s->model->width, R = s->call->rows, H = s->model->heads, P = s->call->past;
     const int64_t groups = (s->T + 31) / 32;
-    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
-                                         36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     int64_t task, end;
     for (share_of(groups * R, &task, &end); task < end; task++) {
         const int64_t group = task / R, row = task % R;
@@ -598,35 +385,12 @@ static void gather(const struct run *s, const struct block *block)
                     }
                     for (int j = 0; j < PARTS; j++) {
                         bf16 *to = v + 2 * half * SPAN + j * TILE + 32 * pair;
-                        _mm512_store_si512(to, _mm512_permutex2var_epi16(r[0][j], low, r[1][j]));
-                        _mm512_store_si512(to + SPAN, _mm512_permutex2var_epi16(r[0][j], high, r[1][j]));
+                        _mm512_store_si512(to, interleaved(r[0][j], r[1][j], 0));
+                        _mm512_store_si512(to + SPAN, interleaved(r[0][j], r[1][j], 1));
                     }
                 }
         }
     }
-}
-
-/* The weights of one query from its T scores: exp(score − largest), a row of a left operand; returns 1 ÷ their sum. */
-static inline float weigh(float *scores, int64_t T, bf16 *to)
-{
-    const int64_t padded = (T + 31) / 32 * 32;
-    const __mmask16 tail = T % 16 ? (__mmask16)((1u << T % 16) - 1) : 0xffff;
-    const __m512 least = _mm512_set1_ps(-INFINITY), log2e = _mm512_set1_ps(LOG2E);
-    const int64_t last = (T - 1) / 16 * 16;
-    _mm512_storeu_ps(scores + last, _mm512_mask_blend_ps(tail, least, _mm512_loadu_ps(scores + last)));
-    if (last + 16 < padded)
-        _mm512_storeu_ps(scores + last + 16, least);
-    __m512 top = least, sum = _mm512_setzero_ps();
-    for (int64_t i = 0; i < padded; i += 16)
-        top = _mm512_max_ps(top, _mm512_loadu_ps(scores + i));
-    top = _mm512_set1_ps(_mm512_reduce_max_ps(top) * LOG2E);
-    for (int64_t i = 0; i < padded; i += 32, to += SPAN) {
-        const __m512 a = power(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i), log2e, top));
-        const __m512 b = power(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i + 16), log2e, top));
-        sum = _mm512_add_ps(sum, _mm512_add_ps(a, b));
-        store_row(to, a, b);
-    }
-    return 1 / _mm512_reduce_add_ps(sum);
 }
 
 /* left = softmax(q·kᵀ)·v, 32 queries of one head at a time */
@@ -648,7 +412,7 @@ static void attend(const struct run *s, char *private)
             float *to = scores + 32 * g;
             clear(4);
             for (int64_t depth = 0; depth < deep; depth++)
-                accumulate(q + depth * SPAN, q + (deep + depth) * SPAN, k + 2 * depth * SPAN, two);
+                accumulate(q + depth * SPAN, q + (deep + depth) * SPAN, k + 2 * depth * SPAN, two, 64, TILE);
             _tile_stored(0, to, bytes);
             _tile_stored(1, to + 16, bytes);
             if (two) {
@@ -661,7 +425,7 @@ static void attend(const struct run *s, char *private)
         for (int64_t half = 0; half < deep; half++) {
             clear(4);
             for (int64_t g = 0; g < groups; g++)
-                accumulate(weights + g * SPAN, weights + (groups + g) * SPAN, v + 2 * (deep * g + half) * SPAN, two);
+                accumulate(weights + g * SPAN, weights + (groups + g) * SPAN, v + 2 * (deep * g + half) * SPAN, two, 64, TILE);
             float *to = out + 32 * half;
             _tile_stored(0, to, out_bytes);
             _tile_stored(1, to + 16, out_bytes);
@@ -798,6 +562,8 @@ static void scale(const struct run *s)
     guide(s);
     _tile_release();
 }
+
+static size_t aligned(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
 
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 

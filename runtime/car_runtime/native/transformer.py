@@ -7,26 +7,24 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from ctypes import POINTER, Structure, byref, c_double, c_int, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, Structure, byref, c_double, c_int64, c_size_t, c_void_p
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from car_runtime.native import reader
+from car_runtime.native.graph import Floats, UnknownGraph
+from car_runtime.native.memory import Memory, Product, Workspace, address, declare, parts_of
 
 Arrays = Mapping[str, NDArray[Any]]
 _PANEL = 64
 """Columns that a product makes at once."""
 
 
-class _Product(Structure):
-    _fields_ = [("w", c_void_p), ("b", c_void_p), ("inputs", c_int64), ("outputs", c_int64)]
-
-
 class _Block(Structure):
     _fields_ = [
-        *((name, _Product) for name in ("qkv", "proj", "fc1", "fc2")),
+        *((name, Product) for name in ("qkv", "proj", "fc1", "fc2")),
         ("temperature", c_void_p),
         ("modulation", c_int64),
         ("layer", c_int64),
@@ -34,7 +32,7 @@ class _Block(Structure):
 
 
 class _Fusion(Structure):
-    _fields_ = [("linear", _Product), ("weight", c_void_p), ("bias", c_void_p)]
+    _fields_ = [("linear", Product), ("weight", c_void_p), ("bias", c_void_p)]
 
 
 class _Model(Structure):
@@ -45,8 +43,8 @@ class _Model(Structure):
         ("base", POINTER(_Block)),
         ("branch", POINTER(_Block)),
         ("fusions", POINTER(_Fusion)),
-        ("inject", _Product),
-        ("head", _Product),
+        ("inject", Product),
+        ("head", Product),
     ]
 
 
@@ -61,20 +59,6 @@ class _Call(Structure):
     ]
 
 
-class Memory:
-    """Zeroed memory of the kernel's, in huge pages where the system has them. MemoryError if there is none."""
-
-    def __init__(self, library: Any, size: int) -> None:
-        self.size, self._library = size, library
-        self.address = library.car_allocate(size)
-        if not self.address:
-            raise MemoryError(f"no {size:,} bytes for the step's weights or activations")
-
-    def __del__(self) -> None:
-        if getattr(self, "address", None):
-            self._library.car_free(self.address, self.size)
-
-
 class Transformer:
     """Packed weights, ready to run. Threads may run it at once, each with a `Workspace` of its own."""
 
@@ -82,8 +66,8 @@ class Transformer:
         """`library`: `build.load`. Weights are packed by `threads` threads: 2 bytes each, or 4 in two parts."""
         _declare(library)
         self._library = library
-        self._bytes = 2 * c_int.in_dll(library, "car_parts").value
-        self._keep: list[reader.Floats] = []
+        self._bytes = 2 * parts_of(library)
+        self._keep: list[Floats] = []
         blocks = [*step.base, *step.branch]
         products = [one for block in blocks for one in (block.qkv, block.proj, block.fc1, block.fc2)]
         products += [fusion.linear for fusion in step.fusions] + [step.head]
@@ -91,7 +75,7 @@ class Transformer:
         for product in products:
             outputs, inputs = product.matrix.shape
             if outputs % _PANEL or inputs % 32:
-                raise reader.UnknownStep(f"a matrix of {outputs} × {inputs}: they have to be multiples of 64 and 32")
+                raise UnknownGraph(f"a matrix of {outputs} × {inputs}: they have to be multiples of 64 and 32")
         self._weights = Memory(library, sum(self._bytes * product.matrix.size for product in products))
         self._filled, self._threads = 0, threads
         base, branch = ((_Block * max(len(some), 1))(*map(self._block, some)) for some in (step.base, step.branch))
@@ -108,7 +92,7 @@ class Transformer:
             base=base,
             branch=branch,
             fusions=fusions,
-            inject=self._product(step.inject) if step.inject is not None else _Product(),
+            inject=self._product(step.inject) if step.inject is not None else Product(),
             head=self._product(step.head),
         )
         self._layers = len(blocks)
@@ -145,27 +129,27 @@ class Transformer:
             images=len(logits),
             side=S,
             past=past,
-            x=_address(x),
-            modulation=_address(inputs["modulation"]),
-            control=None if control is None else _address(control),
-            position=_address(inputs["pos"]),
+            x=address(x),
+            modulation=address(inputs["modulation"]),
+            control=None if control is None else address(control),
+            position=address(inputs["pos"]),
             guidance=float(inputs["cfg"][0]) * float(inputs["cfg_ratio"][0]),
             past_k=ctypes.cast(_addresses(keys), c_void_p),
             past_v=ctypes.cast(_addresses(values), c_void_p),
             new_k=ctypes.cast(_addresses(new_keys), c_void_p),
             new_v=ctypes.cast(_addresses(new_values), c_void_p),
-            logits=_address(logits),
+            logits=address(logits),
         )
         call.workspace = workspace.room(self._library.car_workspace(byref(self._model), byref(call)))
         self._library.car_scale(byref(self._model), byref(call))
 
-    def _product(self, product: reader.Product) -> _Product:
+    def _product(self, product: reader.Product) -> Product:
         outputs, inputs = product.matrix.shape
         matrix = np.ascontiguousarray(product.matrix, np.float32)
         packed = self._weights.address + self._filled
-        self._library.car_pack(_address(matrix), outputs, inputs, packed, self._threads)
+        self._library.car_pack(address(matrix), outputs, inputs, packed, self._threads)
         self._filled += self._bytes * matrix.size
-        return _Product(w=packed, b=self._kept(product.bias), inputs=inputs, outputs=outputs)
+        return Product(w=packed, b=self._kept(product.bias), inputs=inputs, outputs=outputs)
 
     def _block(self, block: reader.Block) -> _Block:
         products = {name: self._product(getattr(block, name)) for name in ("qkv", "proj", "fc1", "fc2")}
@@ -176,42 +160,20 @@ class Transformer:
         weight, bias = self._kept(fusion.weight), self._kept(fusion.bias)
         return _Fusion(linear=self._product(fusion.linear), weight=weight, bias=bias)
 
-    def _kept(self, values: reader.Floats) -> int:
+    def _kept(self, values: Floats) -> int:
         array = np.array(values, np.float32)  # a copy: the file's pages are given back
         self._keep.append(array)
-        return _address(array)
-
-
-class Workspace:
-    """Activations of one call after the other; grows to what the largest needs."""
-
-    def __init__(self, library: Any) -> None:
-        self._library = library
-        self._memory: Memory | None = None
-
-    def room(self, size: int) -> int:
-        """The address of so many bytes."""
-        if self._memory is None or self._memory.size < size:
-            self._memory = None
-            self._memory = Memory(self._library, size)
-        return int(self._memory.address)
+        return address(array)
 
 
 def _declare(library: Any) -> None:
-    library.car_allocate.argtypes, library.car_allocate.restype = [c_size_t], c_void_p
-    library.car_free.argtypes, library.car_free.restype = [c_void_p, c_size_t], None
-    library.car_pack.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int64]
-    library.car_pack.restype = None
+    declare(library)
     library.car_workspace.argtypes, library.car_workspace.restype = [POINTER(_Model), POINTER(_Call)], c_size_t
     library.car_scale.argtypes, library.car_scale.restype = [POINTER(_Model), POINTER(_Call)], None
 
 
 def _addresses(arrays: Sequence[NDArray[Any]]) -> Any:
-    return (c_void_p * len(arrays))(*map(_address, arrays))
-
-
-def _address(array: NDArray[Any]) -> int:
-    return array.ctypes.data
+    return (c_void_p * len(arrays))(*map(address, arrays))
 
 
 def _check(array: NDArray[Any], shape: tuple[int, ...], dtype: Any = np.float32) -> None:
