@@ -757,8 +757,19 @@ def compute(session: Any, arrays: Mapping[str, np.ndarray], outputs: Any) -> dic
 class FakeOnnxRuntime:
     """What the backend uses of onnxruntime-gpu: sessions that bind addresses of the fake device."""
 
-    def __init__(self, device: FakeDevice, *, provider: str = "CUDAExecutionProvider", records: bool = True) -> None:
+    def __init__(
+        self,
+        device: FakeDevice,
+        *,
+        provider: str = "CUDAExecutionProvider",
+        records: bool = True,
+        unknown: str | None = None,
+        unrecordable: str | None = None,
+        failing: str | None = None,
+    ) -> None:
+        """An option of the provider's that it doesn't know, can't record with, fails with when it runs."""
         self.__version__ = "1.99"
+        self._unknown, self._unrecordable, self.failing = unknown, unrecordable, failing
         self._device, self._provider = device, provider
         self.records = records
         """Whether sessions with CUDA graphs open, as they do when all nodes run on the GPU."""
@@ -775,15 +786,21 @@ class FakeOnnxRuntime:
     def RunOptions(self) -> FakeRunOptions:  # noqa: N802
         return FakeRunOptions()
 
-    def InferenceSession(self, path: str, options: Any, providers: list[Any]) -> FakeSession:  # noqa: N802
+    def InferenceSession(  # noqa: N802
+        self, path: str, options: Any, providers: list[Any], enable_fallback: int = 1
+    ) -> FakeSession:
         (name, settings), fallback = providers
         assert (name, fallback) == ("CUDAExecutionProvider", "CPUExecutionProvider")
         assert settings["user_compute_stream"] == str(self._device.stream)
-        if settings["enable_cuda_graph"] == "1" and not self.records:
+        if settings["enable_cuda_graph"] == "1" and (not self.records or self._unrecordable in settings):
             raise RuntimeError("This session cannot use the graph capture feature as requested\n by the user")
-        self.sessions.append(
-            FakeSession(self, self._device, path, self._provider, settings["enable_cuda_graph"] == "1")
-        )
+        provider = self._provider
+        if self._unknown in settings:
+            if not enable_fallback:
+                raise RuntimeError(f"Unknown provider option: {self._unknown!r}")
+            print("*************** EP Error ***************")
+            provider = fallback
+        self.sessions.append(FakeSession(self, self._device, path, provider, settings))
         return self.sessions[-1]
 
 
@@ -816,8 +833,11 @@ class FakeBinding:
 class FakeSession:
     """onnxruntime.InferenceSession with the CUDA execution provider."""
 
-    def __init__(self, ort: FakeOnnxRuntime, device: FakeDevice, path: str, provider: str, records: bool) -> None:
-        self._ort, self._device, self._provider, self._records = ort, device, provider, records
+    def __init__(
+        self, ort: FakeOnnxRuntime, device: FakeDevice, path: str, provider: str, settings: dict[str, str]
+    ) -> None:
+        self._ort, self._device, self._provider, self.settings = ort, device, provider, settings
+        self._records = settings["enable_cuda_graph"] == "1"
         self.name = Path(path).stem
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
@@ -833,7 +853,7 @@ class FakeSession:
 
     def run_with_iobinding(self, binding: FakeBinding, options: FakeRunOptions) -> None:
         assert options.entries["disable_synchronize_execution_providers"] == "1"
-        if self._ort.fail:
+        if self._ort.fail or self._ort.failing in self.settings:
             raise RuntimeError("CUDA failure 700:\n an illegal memory access was encountered")
         number = int(options.entries["gpu_graph_id"])
         if self._records and number != -1:

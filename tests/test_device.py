@@ -1181,6 +1181,76 @@ def test_ort_cuda_failing_run_is_named(root: Path) -> None:
     fake.plan.close()
 
 
+HALF = {
+    "control": {"use_tf32": "1", "cudnn_conv_algo_search": "HEURISTIC", "prefer_nhwc": "1"},
+    "decoder": {"use_tf32": "1", "cudnn_conv_algo_search": "HEURISTIC"},
+}
+
+
+@pytest.mark.parametrize("kind", ["fp16", "steered"])
+def test_ort_cuda_lets_halves_on_the_tensor_cores(kind: str) -> None:
+    """No product in float32 may get there: TF32 keeps ten bits of a number."""
+    fake = FakeOrt(small_plan(kind))
+    fake.plan.encode(CONTROL)
+    assert {session.name for session in fake.ort.sessions} == {"step", "condition", "control", "decoder", "encoder"}
+    for session in fake.ort.sessions:
+        special = HALF.get(session.name, {}) if kind == "fp16" else {}
+        names = ("use_tf32", "cudnn_conv_algo_search", "prefer_nhwc")
+        assert {n: session.settings[n] for n in names if n in session.settings} == {"use_tf32": "0", **special}
+    assert fake.backend.report()["options_refused"] == {}
+    fake.plan.close()
+
+
+@pytest.mark.parametrize("graph", sorted(HALF))
+def test_what_goes_on_the_tensor_cores_has_no_product_in_float32(graph: str) -> None:
+    onnx = pytest.importorskip("onnx")
+    model = onnx.shape_inference.infer_shapes(
+        onnx.load(small_plan("fp16") / f"{graph}.onnx", load_external_data=False)
+    )
+    types = {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
+    products = [
+        node for node in model.graph.node if node.op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum")
+    ]
+    assert len(products) > 10
+    assert {types[node.output[0]] for node in products} == {onnx.TensorProto.FLOAT16}
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"unknown": "prefer_nhwc"}, "Unknown provider option: 'prefer_nhwc'"),
+        ({"unrecordable": "prefer_nhwc"}, "cannot use the graph capture feature as requested by the user"),
+        ({"failing": "prefer_nhwc"}, "CUDA failure 700: an illegal memory access was encountered"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_ort_cuda_does_without_options_that_are_refused(
+    options: dict[str, str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = small_plan("fp16")
+    with open_plan(root, "ort-cpu", threads=1) as cpu:
+        expected = cpu.generate(CONTROL, 0, seed=1)
+    fake = FakeOrt(root, **options)
+    for _ in range(3):
+        found = fake.plan.generate(CONTROL, 0, seed=1)
+        assert (found.tokens == expected.tokens).all()
+        assert (found.images == expected.images).all()
+    report = fake.backend.report()
+    assert list(report["options_refused"]) == ["control"]
+    assert reason in report["options_refused"]["control"]
+    assert report["not_captured"] == {}
+    used = {session.name: session for session in fake.ort.sessions}  # the last of each
+    assert used["control"].settings["use_tf32"] == "0"
+    assert used["decoder"].settings["use_tf32"] == "1"
+    assert used["decoder"].launches
+    assert capsys.readouterr().out == ""
+    fake.ort.fail = True  # what has run does not fail because of its options
+    with pytest.raises(RunError, match="failed in the graph 'condition' on the GPU"):
+        fake.plan.generate(CONTROL, 1, seed=1)
+    assert list(fake.backend.report()["options_refused"]) == ["control"]
+    fake.plan.close()
+
+
 def test_buffers_of_the_backends_are_device_arrays(fake: Fake) -> None:
     assert isinstance(fake.backend.allocate((1,), "bfloat16"), DeviceArray)
     assert json.dumps(fake.backend.report())
