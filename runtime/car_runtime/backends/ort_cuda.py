@@ -178,6 +178,7 @@ class OrtCuda(OnDevice):
         return _HALF.get(graph, {})
 
     def _make_session(self, graph: str, record: bool) -> Any:
+        own = self._options(graph)
         options = self._ort.SessionOptions()
         options.log_severity_level = 4  # what matters arrives as an exception, and stderr is the caller's
         provider = {
@@ -187,13 +188,11 @@ class OrtCuda(OnDevice):
             "enable_cuda_graph": str(int(record)),
             "arena_extend_strategy": "kSameAsRequested",
             "use_tf32": "0",  # float32 means float32: the tokens are to be the CPU's
-            **self._options(graph),
+            **own,
         }
         path = str(self._root / self._manifest.graphs[graph].file)
         providers = [(PROVIDER, provider), "CPUExecutionProvider"]
-        if self._options(
-            graph
-        ):  # what is wrong with them is to be raised, not printed before it goes on without a GPU
+        if own:  # what is wrong with them is to be raised, not printed before it goes on without a GPU
             return self._ort.InferenceSession(path, options, providers=providers, enable_fallback=0)
         return self._ort.InferenceSession(path, options, providers=providers)
 
