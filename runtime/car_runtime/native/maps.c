@@ -8,10 +8,11 @@
  *   maps, float32:           [channels/32][height][width][32]
  *   what is multiplied:      [channels/32][1 + height + 1][1 + width + 1][PARTS][32], zeros outside
  * so that 16 neighbours of a row are a tile, with whichever tap. A convolution is then a product whose left operand is
- * never written: see tiles.h for the right one, whose inputs are in the order [blocks/near][tap down][near][tap across][32].
+ * never written. Its right one (see tiles.h) has its inputs in the order
+ *   [channels/32/near][tap down][near][tap across][32]
  *
- * What is computed is cut into blocks of 32 tiles, the same ones for any number of threads; a channel's mean and squared
- * deviations are taken of each block and joined in their order.
+ * What is computed is cut into blocks of 32 tiles, the same ones for any number of threads; a channel's mean and
+ * squared deviations are taken of each block and joined in their order.
  */
 #include "tiles.h"
 
@@ -34,16 +35,16 @@ struct moments { /* of maps, block after block */
 struct convolution {
     struct product product;
     int64_t channels, down, across, near;
-    int64_t top, left;             /* where the first tap is, from the border on */
-    int64_t stride;                /* of its positions */
-    int64_t spread, row, column;   /* its outputs are every spread-th of a map, from this one on */
+    int64_t top, left;           /* where the first tap is, from the border on */
+    int64_t stride;              /* of its positions */
+    int64_t spread, row, column; /* its outputs are every spread-th of a map, from this one on */
 };
 
 struct pass {
     int64_t maps, threads;
     const int64_t *heights, *widths; /* of the input */
-    const float *x;                  /* NULL: `left` is made already, or from */
-    const uint8_t *pixels;           /* [height, width, 3] of each map; not NULL: 3 × 3 of them are a position's channels */
+    const float *x;                  /* NULL: `left` is made already, or of */
+    const uint8_t *pixels;           /* [height, width, 3] of each map: 3 × 3 of them are a position's channels */
     const struct norm *norm;
     int64_t silu;
     struct moments before; /* of x, as many blocks as */
@@ -52,8 +53,8 @@ struct pass {
     const struct convolution *convolution;
     const float *residual; /* added, or NULL */
     float *out;
-    uint8_t *image;       /* instead of `out`: three channels from −1 to 1 as [height, width, 3] */
-    bf16 *onward;         /* instead of `out`: y or silu(y) as the `left` of the next convolution */
+    uint8_t *image; /* instead of `out`: three channels from −1 to 1 as [height, width, 3] */
+    bf16 *onward;   /* instead of `out`: y or silu(y) as the `left` of the next convolution */
     int64_t silu_after;
     struct moments after; /* values NULL: not wanted */
     int64_t first_block;  /* of what this convolution adds to them */
@@ -192,7 +193,8 @@ static void unfold(const struct pass *p)
             for (int64_t x = 0; x < W; x++, to += POSITION) {
                 for (int dy = 0; dy < 3; dy++)
                     _mm512_storeu_ps(neighbours + 9 * dy, _mm512_loadu_ps(rows[dy] + 3 * x));
-                store_parts(to, DEPTH, _mm512_loadu_ps(neighbours), _mm512_maskz_loadu_ps((1 << 11) - 1, neighbours + 16));
+                store_parts(to, DEPTH, _mm512_loadu_ps(neighbours),
+                            _mm512_maskz_loadu_ps((1 << 11) - 1, neighbours + 16));
             }
         }
     }
@@ -223,10 +225,10 @@ static void clear_border(const struct pass *p)
 
 /* ---- convolutions ------------------------------------------------------------------------------------------------ */
 
-/* c [16 or 32][32] += a·b, over `blocks` times 32 channels and `across` taps. After each it fetches `lines` of `next`. */
+/* c [16 or 32][32] += a·b, over `blocks` times 32 channels and `across` taps; at each it fetches `lines` of `next`. */
 static inline __attribute__((always_inline)) void taps(int two, const struct tile *t, int64_t offset, int64_t dy,
-                                                       int64_t blocks, int64_t across, int stride, const bf16 *b, float *c,
-                                                       int first, const char *next, int64_t lines)
+                                                       int64_t blocks, int64_t across, int stride, const bf16 *b,
+                                                       float *c, int first, const char *next, int64_t lines)
 {
     const int row = DEPTH * sizeof(float);
     const bf16 *a = t->in + offset * t->plane + dy * t->pitch, *below = a;
@@ -271,7 +273,8 @@ static void lay_out(const struct pass *p, const struct block *block, struct tile
     for (int64_t i = 0; i < block->tiles; i++, at++) {
         while (at == tiles_of(p, map))
             map++, at = 0;
-        const int64_t H = p->heights[map], W = p->widths[map], width = outputs_of(W, c->stride), height = outputs_of(H, c->stride);
+        const int64_t H = p->heights[map], W = p->widths[map];
+        const int64_t height = outputs_of(H, c->stride), width = outputs_of(W, c->stride);
         const int64_t across = (width + ROWS - 1) / ROWS, y = at / across, x = at % across * ROWS;
         const int64_t border = p->onward ? 2 : 0, all = width * c->spread + border;
         const int64_t row = y * c->spread + c->row + border / 2, column = x * c->spread + c->column + border / 2;
@@ -414,7 +417,8 @@ int64_t car_convolve(const struct pass *p)
         const int64_t threads = omp_get_num_threads();
         /* so many shares of a block's outputs, that there is work for all */
         const int64_t wanted = (8 * threads + count - 1) / count, shares = wanted < panels ? wanted : panels;
-        int64_t task, end;
+        /* neighbouring blocks to one thread, since they read the same rows, but so few that nobody waits long */
+        const int64_t chunk = count * shares / (8 * threads) + 1;
         cut(p, blocks);
         configure();
         if (p->pixels)
@@ -424,7 +428,8 @@ int64_t car_convolve(const struct pass *p)
         if (p->onward)
             clear_border(p);
 #pragma omp barrier
-        for (share_of(count * shares, &task, &end); task < end; task++) {
+#pragma omp for schedule(dynamic, chunk)
+        for (int64_t task = 0; task < count * shares; task++) {
             const int64_t share = task / count, id = task % count;
             convolve(p, blocks + id, id, panels * share / shares, panels * (share + 1) / shares);
         }
@@ -459,15 +464,16 @@ static void pack_tokens(const struct attention *p, const float *qkv, int64_t tok
                 transpose(r[j] + 16 * half);
                 for (int i = 0; i < 16; i++) {
                     _mm512_store_si512(k + half * SPAN + j * TILE + 32 * i, r[j][16 * half + i]);
-                    _mm512_store_si512(v + half * SPAN + j * TILE + 32 * i, interleaved(rows[j][2 * i], rows[j][2 * i + 1], half));
+                    _mm512_store_si512(v + half * SPAN + j * TILE + 32 * i,
+                                       interleaved(rows[j][2 * i], rows[j][2 * i + 1], half));
                 }
             }
     }
 }
 
 /* out = softmax(scale·q·kᵀ)·v, 32 queries */
-static void attend(const struct attention *p, const float *qkv, const bf16 *k, const bf16 *v, int64_t tokens, int64_t first,
-                   float *out)
+static void attend(const struct attention *p, const float *qkv, const bf16 *k, const bf16 *v, int64_t tokens,
+                   int64_t first, float *out)
 {
     const int64_t blocks = p->channels / DEPTH, groups = (tokens + 31) / 32, stride = groups * 32 + 16;
     const int64_t queries = tokens - first < 32 ? tokens - first : 32;
@@ -478,7 +484,8 @@ static void attend(const struct attention *p, const float *qkv, const bf16 *k, c
         for (int64_t block = 0; block < blocks; block++) {
             const float *from = qkv + (block * tokens + first + i) * DEPTH;
             bf16 *to = q + (i / 16 * blocks + block) * SPAN + i % 16 * DEPTH;
-            store_row(to, _mm512_mul_ps(scale, _mm512_loadu_ps(from)), _mm512_mul_ps(scale, _mm512_loadu_ps(from + 16)));
+            store_row(to, _mm512_mul_ps(scale, _mm512_loadu_ps(from)),
+                      _mm512_mul_ps(scale, _mm512_loadu_ps(from + 16)));
         }
     for (int64_t group = 0; group < groups; group++) {
         clear(4);
@@ -494,7 +501,8 @@ static void attend(const struct attention *p, const float *qkv, const bf16 *k, c
     for (int64_t block = 0; block < blocks; block++) {
         clear(4);
         for (int64_t group = 0; group < groups; group++)
-            accumulate(weights + group * SPAN, weights + (groups + group) * SPAN, v + (group * blocks + block) * 2 * SPAN, 1, 64, TILE);
+            accumulate(weights + group * SPAN, weights + (groups + group) * SPAN,
+                       v + (group * blocks + block) * 2 * SPAN, 1, 64, TILE);
         _tile_stored(0, sums, DEPTH * sizeof(float));
         _tile_stored(1, sums + 16, DEPTH * sizeof(float));
         _tile_stored(2, sums + TILE, DEPTH * sizeof(float));
@@ -502,7 +510,8 @@ static void attend(const struct attention *p, const float *qkv, const bf16 *k, c
         for (int64_t i = 0; i < queries; i++)
             for (int j = 0; j < 2; j++) {
                 const __m512 y = _mm512_loadu_ps(sums + i * DEPTH + 16 * j);
-                _mm512_storeu_ps(out + (block * tokens + first + i) * DEPTH + 16 * j, _mm512_mul_ps(y, _mm512_set1_ps(each[i])));
+                _mm512_storeu_ps(out + (block * tokens + first + i) * DEPTH + 16 * j,
+                                 _mm512_mul_ps(y, _mm512_set1_ps(each[i])));
             }
     }
 }

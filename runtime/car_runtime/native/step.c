@@ -59,7 +59,7 @@ struct call {
     double guidance;
     const cached *const *past_k, *const *past_v; /* of each layer, [P,R,C] */
     cached *const *new_k, *const *new_v;         /* [N,R,C] */
-    float *logits;                             /* [images,N,V] */
+    float *logits;                               /* [images,N,V] */
     char *workspace;
 };
 
@@ -81,7 +81,8 @@ static inline void load_cached(const cached *from, __m512i parts[PARTS])
 #if PARTS == 1
     parts[0] = from ? _mm512_loadu_si512(from) : _mm512_setzero_si512();
 #else
-    part(from ? _mm512_loadu_ps(from) : _mm512_setzero_ps(), from ? _mm512_loadu_ps(from + 16) : _mm512_setzero_ps(), parts);
+    const __m512 zero = _mm512_setzero_ps();
+    part(from ? _mm512_loadu_ps(from) : zero, from ? _mm512_loadu_ps(from + 16) : zero, parts);
 #endif
 }
 
@@ -163,7 +164,8 @@ static inline void *destination(const struct run *s, const struct task *t, int64
         return t->x + m * C + n;
     if (n >= C)
         return (n < 2 * C ? s->call->new_k : s->call->new_v)[t->block->layer] + m * C + n % C;
-    const int64_t token = m / R, groups = (s->N + 15) / 16, tile = n / DEPTH, pair = m % R * s->model->heads + tile / deep;
+    const int64_t token = m / R, groups = (s->N + 15) / 16, tile = n / DEPTH;
+    const int64_t pair = m % R * s->model->heads + tile / deep;
     return s->q + ((pair * groups + token / 16) * deep + tile % deep) * SPAN + token % 16 * DEPTH;
 }
 
@@ -242,7 +244,8 @@ static void product(const struct run *s, const struct task *t, bf16 *left, float
     if (share >= down)
         return;
     const int64_t first_panel = panels * column / across, last_panel = panels * (column + 1) / across;
-    const int64_t groups = s->padded / ROWS, begin = groups * share / down * ROWS, end = groups * (share + 1) / down * ROWS;
+    const int64_t groups = s->padded / ROWS;
+    const int64_t begin = groups * share / down * ROWS, end = groups * (share + 1) / down * ROWS;
     for (int64_t m0 = begin; m0 < end; m0 += BLOCK) {
         const int64_t rows = end - m0 < BLOCK ? end - m0 : BLOCK, blocks = (rows + 31) / 32;
         /* A left operand of more than FAR bytes is multiplied in slices, whose sums wait in that cache too. */
@@ -355,7 +358,8 @@ static void gather(const struct run *s, const struct block *block)
             const int64_t token = 32 * group + i, at = ((token < P ? token : token - P) * R + row) * C;
             const int old = token < P, none = token >= s->T;
             keys[i] = none ? NULL : (old ? s->call->past_k : (const cached *const *)s->call->new_k)[block->layer] + at;
-            values[i] = none ? NULL : (old ? s->call->past_v : (const cached *const *)s->call->new_v)[block->layer] + at;
+            values[i] =
+                none ? NULL : (old ? s->call->past_v : (const cached *const *)s->call->new_v)[block->layer] + at;
         }
         for (int64_t head = 0; head < H; head++) {
             bf16 *k = s->k + ((row * H + head) * groups + group) * 2 * s->deep * SPAN;
@@ -397,7 +401,8 @@ static void gather(const struct run *s, const struct block *block)
 static void attend(const struct run *s, char *private)
 {
     const int64_t R = s->call->rows, H = s->model->heads, deep = s->deep;
-    const int64_t groups = (s->T + 31) / 32, stride = groups * 32 + 16, query_groups = (s->N + 15) / 16, blocks = (s->N + 31) / 32;
+    const int64_t groups = (s->T + 31) / 32, stride = groups * 32 + 16;
+    const int64_t query_groups = (s->N + 15) / 16, blocks = (s->N + 31) / 32;
     float *scores = (float *)private, *out = scores + 32 * stride;
     bf16 *weights = (bf16 *)(out + 32 * PANEL);
     int64_t task, end;
@@ -425,7 +430,8 @@ static void attend(const struct run *s, char *private)
         for (int64_t half = 0; half < deep; half++) {
             clear(4);
             for (int64_t g = 0; g < groups; g++)
-                accumulate(weights + g * SPAN, weights + (groups + g) * SPAN, v + 2 * (deep * g + half) * SPAN, two, 64, TILE);
+                accumulate(weights + g * SPAN, weights + (groups + g) * SPAN, v + 2 * (deep * g + half) * SPAN, two, 64,
+                           TILE);
             float *to = out + 32 * half;
             _tile_stored(0, to, out_bytes);
             _tile_stored(1, to + 16, out_bytes);
@@ -438,8 +444,9 @@ static void attend(const struct run *s, char *private)
             const float *from = out + i * PANEL;
             const __m512 factor = _mm512_set1_ps(each[i]);
             for (int64_t half = 0; half < deep; half++, from += 32)
-                store_row(left_row(s, s->left, (first + i) * R + row, (head * deep + half) * DEPTH), _mm512_mul_ps(_mm512_loadu_ps(from), factor),
-                           _mm512_mul_ps(_mm512_loadu_ps(from + 16), factor));
+                store_row(left_row(s, s->left, (first + i) * R + row, (head * deep + half) * DEPTH),
+                          _mm512_mul_ps(_mm512_loadu_ps(from), factor),
+                          _mm512_mul_ps(_mm512_loadu_ps(from + 16), factor));
         }
     }
 }
@@ -599,8 +606,13 @@ static size_t lay_out(struct run *s, char *at)
 static struct run prepare(const struct model *model, const struct call *call)
 {
     const int64_t N = call->side * call->side, M = N * call->rows;
-    return (struct run){
-        .model = model, .call = call, .N = N, .T = call->past + N, .M = M, .padded = (M + ROWS - 1) / ROWS * ROWS, .deep = model->width / model->heads / DEPTH};
+    return (struct run){.model = model,
+                        .call = call,
+                        .N = N,
+                        .T = call->past + N,
+                        .M = M,
+                        .padded = (M + ROWS - 1) / ROWS * ROWS,
+                        .deep = model->width / model->heads / DEPTH};
 }
 
 /* Bytes of workspace that a call needs. */

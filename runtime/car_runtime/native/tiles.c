@@ -11,7 +11,7 @@ const int car_parts = PARTS;
 
 enum { PAGE = 2 << 20 }; /* bytes of a huge page */
 
-/* Zeroed memory in huge pages, where the system has them: products run at twice the speed in it. NULL if there is none. */
+/* Zeroed memory in huge pages, where the system has them: products run at twice the speed in it. NULL if none is left. */
 void *car_allocate(size_t bytes)
 {
     size_t size = (bytes + PAGE - 1) / PAGE * PAGE;

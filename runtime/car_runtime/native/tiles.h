@@ -43,7 +43,8 @@ struct product { /* y = x·Wᵀ + b */
 static inline __m512 power(__m512 x)
 {
     static const float rough[] = {0.01353417f, 0.05201146f, 0.24144276f, 0.69300383f, 1.00000259f};
-    static const float fine[] = {0.000217022552f, 0.00124396879f, 0.00967884099f, 0.055483342f, 0.240229836f, 0.693146984f, 1.0f};
+    static const float fine[] = {
+        0.000217022552f, 0.00124396879f, 0.00967884099f, 0.055483342f, 0.240229836f, 0.693146984f, 1.0f};
     const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); /* x − ⌊x⌋ */
     const float *c = PARTS == 1 ? rough : fine;
     __m512 y = _mm512_set1_ps(c[0]);
@@ -79,8 +80,8 @@ static inline void store_row(bf16 *to, __m512 first, __m512 second) { store_part
 /* The first or the second half of two rows of 32, in pairs */
 static inline __m512i interleaved(__m512i first, __m512i second, int half)
 {
-    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
-                                         36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     return _mm512_permutex2var_epi16(first, half ? _mm512_add_epi16(low, _mm512_set1_epi16(16)) : low, second);
 }
 
