@@ -147,9 +147,7 @@ class Maps:
 
     def _convolution(self, given: Convolution, sections: int) -> _Convolution:
         _, inputs, down, across = given.kernel.shape
-        near = max(
-            1, 16 // across
-        )  # blocks of 32 channels: with 3 taps their weights fit into L1 once, or nearly twice
+        near = max(1, 16 // across)  # blocks of 32 channels, whose weights fit into the first cache or nearly do
         matrix = packing_order(given.kernel, sections, near)
         bias = _sectioned(given.bias[:, None], sections)[:, 0]
         packed = self._weights.address + self._filled
@@ -256,7 +254,7 @@ class Room:
         for convolution in step.convolutions:
             call.convolution = pointer(convolution)
             call.first_block += self._library.car_convolve(byref(call))
-            call.x = None  # `left` is the same for the next
+            call.x = call.pixels = None  # `left` is the same for the next
 
     def _attend(self, what: Attend) -> None:
         heights, widths = self._areas[self._sizes[what.source]]
