@@ -14,14 +14,15 @@ Measured end to end, one picture at a time: control image in host memory, for th
 host memory. Text encoder, control, steps with their scheduler and decoder are in it, and of ours all stages. Ours and
 theirs take turns in one process, and a ratio is the median of the ratios within one round. Compared are only equals:
 
-    eager       theirs by diffusers in PyTorch, ours by `benchmarks.reference_loop`, CAR's published way
-    compiled    the same under torch.compile, the step as one graph
+    eager       theirs by diffusers in PyTorch, ours by `car_train.sample` and by `benchmarks.reference_loop`, CAR's
+                published way
+    compiled    theirs and the published way under torch.compile, the step as one graph
     engine      cpu: theirs by OpenVINO, ours by our runtime on OpenVINO and (fp32) ONNX Runtime
                 cuda: ours by our runtime; theirs, for which there is no engine here, eager and compiled (--against)
 
-Precision fp32 is that throughout. bf16 and fp16: theirs has its weights in that type, as diffusers loads them; the
-published way of ours is autocast over float32 weights, which are cast again in every product. Engines choose by
-themselves what they multiply in the lower type.
+Precision fp32 is that throughout. bf16 and fp16: theirs has its weights in that type, as diffusers loads them, and so
+has `car_train.sample`; the published way of ours is autocast over float32 weights, which are cast again in every
+product. Engines choose by themselves what they multiply in the lower type. PyTorch has convolutions channels last.
 
 Where a step takes seconds only the first --timed-steps are run, and their time is scaled to all: such rows say
 "scaled": true. Every step does the same work.
@@ -59,6 +60,7 @@ from benchmarks.latency import (
     Candidate,
     Record,
     opened_backends,
+    own_loop,
     published_candidates,
     ratio,
     runtime_candidates,
@@ -207,6 +209,8 @@ def opened(args: argparse.Namespace, tier: str, precision: str, log: Log) -> Ite
     with ExitStack() as stack:
         if tier != "engine":
             candidates = published_candidates(subject, (1,), args.device, (precision,), tier == "compiled")
+            if tier == "eager":
+                candidates.append(own_loop(subject, args.device, precision))
         else:
             backends = (
                 stack.enter_context(opened_backends(args, subject, log))

@@ -234,7 +234,7 @@ def parameters(module: nn.Module) -> int:
 def build(architecture: Architecture, part: str, dtype: torch.dtype, device: str) -> nn.Module:
     """A network with weights of ordinary size from a fixed seed, frozen, on `device` in `dtype`.
 
-    On a GPU with channels last, as diffusers' guide to faster inference has it.
+    With channels last, as diffusers' guide to faster inference has it for GPUs; on CPUs it is faster too.
     """
     module = skeleton(architecture, part).to_empty(device=device)
     torch.manual_seed(SEED)
@@ -248,7 +248,7 @@ def build(architecture: Architecture, part: str, dtype: torch.dtype, device: str
         buffer.copy_(torch.arange(buffer.shape[-1], device=device).expand_as(buffer))
     # Through nn.Module: diffusers' own warns about parts to keep in float32, of which these have none.
     module = nn.Module.to(module, dtype=dtype)
-    return module.to(memory_format=torch.channels_last) if device.startswith("cuda") else module  # type: ignore[call-overload]
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _starts_from_zero(name: str) -> bool:

@@ -201,6 +201,42 @@ def published_candidates(
     return [candidate(precision, batch) for batch in batches for precision in precisions]
 
 
+def own_loop(subject: Subject, device: str, precision: str) -> Candidate:
+    """`car_train.sample` in eager PyTorch with weights in `precision`, convolutions channels last.
+
+    AdaLN is computed once, keys and values are written into one cache, and nothing is cast but at norms.
+    """
+    import torch
+
+    from car_export.plan import compute_model
+    from car_train.sample import control_pyramid, sample
+
+    model = compute_model(subject.reference(), precision).to(device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    assert model.car is not None
+    car, manifest, dtype = model.car, subject.manifest, getattr(torch, DTYPES[precision])
+
+    def make(seed: int) -> tuple[NDArray[np.int64], dict[str, float]]:
+        control, controls = subject.control(), None
+        if control is not None:
+            pyramid = control_pyramid(Image.fromarray(control), [s.control_size for s in manifest.scales])
+            controls = [c.to(device, dtype, memory_format=torch.channels_last) for c in pyramid]
+        tokens_BL, pixels = sample(
+            model.vqvae,
+            car,
+            torch.zeros(1, dtype=torch.int64, device=device),
+            torch.from_numpy(uniforms([seed], manifest.tokens)).to(device),
+            controls,
+            cfg=subject.cfg,
+            top_k=manifest.sampling.top_k,
+            top_p=manifest.sampling.top_p,
+        )
+        ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return tokens_BL.cpu().numpy(), {}
+
+    return Candidate(f"PyTorch, {precision}", precision, 1, make)
+
+
 def published(
     subject: Subject, model: Any, seed: int, batch: int, dtype: Any, device: str, compiled: bool = False
 ) -> tuple[NDArray[np.int64], dict[str, float]]:

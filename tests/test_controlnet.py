@@ -64,7 +64,7 @@ def test_every_method_is_measured_in_every_tier_beside_ours(found: dict[str, Any
         assert 0 < row["min"] <= row["p50"] <= row["p95"]
         assert row["backend"] == ("openvino" if row["tier"] == "engine" else None)
     ours = rows(found, "end_to_end", whose="ours")
-    candidates = {"eager": ["published way, fp32"], "engine": ["openvino", "ort-cpu"]}
+    candidates = {"eager": ["published way, fp32", "PyTorch, fp32"], "engine": ["openvino", "ort-cpu"]}
     assert Counter((r["tier"], r["candidate"]) for r in ours) == Counter(
         (tier, name) for tier, names in candidates.items() for name in names * len(METHODS)
     )
@@ -104,9 +104,9 @@ def test_the_lower_precision_is_measured_as_well(tmp_path: Path) -> None:
     found = run(tmp_path / "r.jsonl", "--methods controlnet --precisions bf16 --timed-steps 1 --runs 1")
     assert {r["precision"] for r in found["results"] if r["question"] != "parameters"} == {"bf16"}
     ours = [r["candidate"] for r in rows(found, "end_to_end", whose="ours")]
-    assert ours == ["published way, bf16 autocast", "openvino, bf16"]
+    assert ours == ["published way, bf16 autocast", "PyTorch, bf16", "openvino, bf16"]
     assert all(r["finite"] for r in rows(found, "end_to_end", whose="theirs"))
-    assert len(rows(found, "ratio")) == 4
+    assert len(rows(found, "ratio")) == 6
 
 
 def test_our_int8_plan_stands_beside_our_engine(tmp_path: Path) -> None:
