@@ -1,9 +1,9 @@
-"""OpenVINO in bfloat16 with the step's transformer in code of our own, for CPUs with AMX.
+"""Transformer, control encoder and decoder in code of our own, for CPUs with AMX, and OpenVINO for the rest.
 
-Three quarters of a picture's time on OpenVINO are the transformer's. `car_runtime.native` takes little more than half
-as long for it: weights lie in huge pages in the order in which they are multiplied, and what comes before and after a
-product is done where the product is. The residual stream stays in float32. Control, condition, decoder and the
-drawing of tokens are OpenVINO's, as in the backend `openvino`.
+`car_runtime.native` takes about half as long for them as OpenVINO: weights lie in huge pages in the order in which
+they are multiplied, and what comes before and after a product is done where the product is. What isn't multiplied,
+such as the residual stream and the decoder's maps, stays in float32. The condition and the drawing of tokens are
+OpenVINO's, as in the backend `openvino`, and so are an encoder and a decoder of another kind than we know.
 """
 
 from __future__ import annotations
