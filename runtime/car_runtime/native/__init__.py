@@ -1,1 +1,1 @@
-"""The step's transformer in C, for CPUs with AMX: what the `amx` backend runs instead of an engine."""
+"""Transformer, control encoder and decoder in C, for CPUs with AMX: what the `amx` backends run instead of an engine."""
