@@ -1,1 +1,1 @@
-"""Transformer, control encoder and decoder in C, for CPUs with AMX: what the `amx` backends run instead of an engine."""
+"""Transformer, control encoder and decoder in C, for CPUs with AMX: what `amx` and `amx-fp32` run."""
