@@ -17,7 +17,7 @@ theirs take turns in one process, and a ratio is the median of the ratios within
     eager       theirs by diffusers in PyTorch, ours by `car_train.sample` and by `benchmarks.reference_loop`, CAR's
                 published way
     compiled    theirs and the published way under torch.compile, the step as one graph
-    engine      cpu: theirs by OpenVINO, ours by our runtime on OpenVINO and (fp32) ONNX Runtime
+    engine      cpu: theirs by OpenVINO, ours by our runtime on OpenVINO, our code for AMX and (fp32) ONNX Runtime
                 cuda: ours by our runtime; theirs, for which there is no engine here, eager and compiled (--against)
 
 Precision fp32 is that throughout. bf16 and fp16: theirs has its weights in that type, as diffusers loads them, and so

@@ -209,7 +209,7 @@ def own_loop(subject: Subject, device: str, precision: str) -> Candidate:
     import torch
 
     from car_export.plan import compute_model
-    from car_train.sample import control_pyramid, sample
+    from car_train.sample import sample
 
     model = compute_model(subject.reference(), precision).to(device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -217,10 +217,9 @@ def own_loop(subject: Subject, device: str, precision: str) -> Candidate:
     car, manifest, dtype = model.car, subject.manifest, getattr(torch, DTYPES[precision])
 
     def make(seed: int) -> tuple[NDArray[np.int64], dict[str, float]]:
-        control, controls = subject.control(), None
-        if control is not None:
-            pyramid = control_pyramid(Image.fromarray(control), [s.control_size for s in manifest.scales])
-            controls = [c.to(device, dtype, memory_format=torch.channels_last) for c in pyramid]
+        controls = _pyramid(subject)
+        if controls is not None:
+            controls = [c.to(device, dtype, memory_format=torch.channels_last) for c in controls]
         tokens_BL, pixels = sample(
             model.vqvae,
             car,
@@ -231,7 +230,7 @@ def own_loop(subject: Subject, device: str, precision: str) -> Candidate:
             top_k=manifest.sampling.top_k,
             top_p=manifest.sampling.top_p,
         )
-        ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        _to_host(pixels)
         return tokens_BL.cpu().numpy(), {}
 
     return Candidate(f"PyTorch, {precision}", precision, 1, make)
@@ -244,18 +243,15 @@ def published(
     import torch
 
     from benchmarks.reference_loop import sample_published
-    from car_train.sample import control_pyramid
 
     manifest, stages = subject.manifest, dict[str, float]()
 
     def clock(stage: str, seconds: float) -> None:
         stages[stage] = stages.get(stage, 0.0) + seconds
 
-    control = subject.control()
-    controls = None
-    if control is not None:
-        pyramid = control_pyramid(Image.fromarray(control), [s.control_size for s in manifest.scales])
-        controls = [c.expand(batch, -1, -1, -1).to(device) for c in pyramid]
+    controls = _pyramid(subject)
+    if controls is not None:
+        controls = [c.expand(batch, -1, -1, -1).to(device) for c in controls]
     tokens_BL, pixels = sample_published(
         model,
         torch.zeros(batch, dtype=torch.int64, device=device),
@@ -268,8 +264,26 @@ def published(
         clock=clock if device == "cpu" else None,
         compiled=compiled,
     )
-    ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    _to_host(pixels)
     return tokens_BL.cpu().numpy(), stages
+
+
+def _pyramid(subject: Subject) -> list[Any] | None:
+    """The control image at the size of every scale, f32 [1, 3, s, s]; None for a plan without control."""
+    from car_train.sample import control_pyramid
+
+    control = subject.control()
+    if control is None:
+        return None
+    return control_pyramid(Image.fromarray(control), [s.control_size for s in subject.manifest.scales])
+
+
+def _to_host(pixels: Any) -> NDArray[np.uint8]:
+    """Pixels f32 [B, 3, H, W] in [-1, 1] as uint8 [B, H, W, 3] in host memory."""
+    import torch
+
+    pictures: NDArray[np.uint8] = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return pictures
 
 
 # ---- The limit ----

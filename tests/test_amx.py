@@ -193,7 +193,7 @@ def test_a_picture_of_the_shipped_plan_is_nearly_that_of_ort_cpu() -> None:
     assert (got.tokens[1] == again.tokens[0]).all()
     assert (got.images[1] == again.images[0]).all()
     coarse = exact.manifest.scales[2].stop
-    assert (got.tokens[:, :coarse] == wanted.tokens[:, :coarse]).mean() > 0.8
+    assert (got.tokens[:, :coarse] == wanted.tokens[:, :coarse]).mean() > 0.9
     assert (short.tokens[0] != -1).all()
 
 
@@ -251,6 +251,13 @@ def beyond_the_file(graph: onnx.GraphProto) -> None:
     tensor.dims[0] *= 1 << 30
 
 
+def write_changed(plan: Path, name: str, change: Callable[[onnx.GraphProto], None], folder: Path) -> None:
+    """A plan's graph, changed, into `folder`."""
+    model = onnx.load(str(plan / name), load_external_data=False)
+    change(model.graph)
+    (folder / name).write_bytes(model.SerializeToString())
+
+
 CHANGES = [other_gelu, other_order, other_eps, other_guidance, other_one, weights_elsewhere, beyond_the_file]
 
 
@@ -259,9 +266,7 @@ def test_a_graph_that_computes_anything_else_is_not_understood(
     plan: Path, tmp_path: Path, change: Callable[[onnx.GraphProto], None]
 ) -> None:
     read_step(plan / "step.onnx", plan / "weights.bin")
-    model = onnx.load(str(plan / "step.onnx"), load_external_data=False)
-    change(model.graph)
-    (tmp_path / "step.onnx").write_bytes(model.SerializeToString())
+    write_changed(plan, "step.onnx", change, tmp_path)
     with pytest.raises(UnknownGraph):
         read_step(tmp_path / "step.onnx", plan / "weights.bin")
 
@@ -277,9 +282,7 @@ def test_half_a_file_is_not_understood(plan: Path, tmp_path: Path, share: float)
 @needs_amx
 def test_a_step_that_is_not_understood_is_left_to_other_backends(plan: Path, tmp_path: Path) -> None:
     changed = shutil.copytree(plan, tmp_path / "changed.plan")
-    model = onnx.load(str(changed / "step.onnx"), load_external_data=False)
-    other_gelu(model.graph)
-    (changed / "step.onnx").write_bytes(model.SerializeToString())
+    write_changed(plan, "step.onnx", other_gelu, changed)
     with pytest.raises(BackendError, match="--backend openvino"):
         amx.Amx(changed, read_manifest(changed), 1)
 
@@ -345,13 +348,13 @@ def other_quarters(graph: onnx.GraphProto) -> None:
     joined.input[0], joined.input[1] = joined.input[1], joined.input[0]
 
 
-def other_scale(graph: onnx.GraphProto) -> None:
+def other_axis(graph: onnx.GraphProto) -> None:
     """Weights of attention that do not become values of their own tokens."""
     softmax = next(node for node in graph.node if node.op_type == "Softmax")
     next(a for a in softmax.attribute if a.name == "axis").i = 1
 
 
-DECODERS = [other_silu, other_pads, other_group_weights, other_rounding, other_quarters, other_scale]
+DECODERS = [other_silu, other_pads, other_group_weights, other_rounding, other_quarters, other_axis]
 
 
 @pytest.mark.parametrize("change", DECODERS, ids=lambda change: change.__name__)
@@ -362,9 +365,7 @@ def test_a_decoder_that_computes_anything_else_is_not_understood(
     assert isinstance(channels, int)
     assert isinstance(side, int)
     read_decoder(plan / "decoder.onnx", plan / "weights.bin", channels, side)
-    model = onnx.load(str(plan / "decoder.onnx"), load_external_data=False)
-    change(model.graph)
-    (tmp_path / "decoder.onnx").write_bytes(model.SerializeToString())
+    write_changed(plan, "decoder.onnx", change, tmp_path)
     with pytest.raises(UnknownGraph):
         read_decoder(tmp_path / "decoder.onnx", plan / "weights.bin", channels, side)
 
@@ -372,9 +373,7 @@ def test_a_decoder_that_computes_anything_else_is_not_understood(
 @needs_amx
 def test_a_decoder_that_is_not_understood_is_openvinos(plan: Path, tmp_path: Path) -> None:
     changed = shutil.copytree(plan, tmp_path / "changed.plan")
-    model = onnx.load(str(changed / "decoder.onnx"), load_external_data=False)
-    other_rounding(model.graph)
-    (changed / "decoder.onnx").write_bytes(model.SerializeToString())
+    write_changed(plan, "decoder.onnx", other_rounding, changed)
     backend = amx.Amx(changed, read_manifest(changed), 1)
     assert "decoder" not in backend.report()["own"]
     port = read_manifest(changed).graphs["decoder"].input("f_hat")
@@ -390,14 +389,14 @@ def test_encoders_of_their_own_are_not_understood(plan: Path, tmp_path: Path, sc
         return
     sides = tuple(int(port.shape[0]) for port in read_manifest(plan).graphs["control"].inputs)
     read_encoder(plan / "control.onnx", plan / "weights.bin", sides)
-    model = onnx.load(str(plan / "control.onnx"), load_external_data=False)
-    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
-    each = len(convolutions) // len(sides)
-    changed = convolutions[scale * each + 1]
-    changed.input[2] = convolutions[0].input[2] if changed.input[2] != convolutions[0].input[2] else changed.input[2]
-    strides = next(a for a in changed.attribute if a.name == "strides")
-    strides.ints[:] = [3 - strides.ints[0]] * 2
-    (tmp_path / "control.onnx").write_bytes(model.SerializeToString())
+
+    def other_stride(graph: onnx.GraphProto) -> None:
+        convolutions = [node for node in graph.node if node.op_type == "Conv"]
+        changed = convolutions[scale * len(convolutions) // len(sides) + 1]
+        strides = next(a for a in changed.attribute if a.name == "strides")
+        strides.ints[:] = [3 - strides.ints[0]] * 2
+
+    write_changed(plan, "control.onnx", other_stride, tmp_path)
     with pytest.raises(UnknownGraph):
         read_encoder(tmp_path / "control.onnx", plan / "weights.bin", sides)
 

@@ -1,6 +1,6 @@
 /* Networks of convolutions on CPUs with AMX: CAR's control encoder and the tokenizer's decoder.
  *
- * What they are is what a plan's graphs say (car_runtime.native.maps makes sure of that): convolutions of 1 to 3 taps
+ * What they are is what a plan's graphs say (car_runtime.native.convolutions makes sure of that): convolutions of 1 to 3 taps
  * each way, group norms and SiLU before them, sums after them, and attention of one head.
  *
  * Several maps go through a network at once: the pictures of a batch, or the control image at the size of every scale.
@@ -230,33 +230,21 @@ static inline __attribute__((always_inline)) void taps(int two, const struct til
                                                        int64_t blocks, int64_t across, int stride, const bf16 *b,
                                                        float *c, int first, const char *next, int64_t lines)
 {
-    const int row = DEPTH * sizeof(float);
     const bf16 *a = t->in + offset * t->plane + dy * t->pitch, *below = a;
     int64_t plane_below = 0;
     if (two)
         below = t[1].in + offset * t[1].plane + dy * t[1].pitch, plane_below = t[1].plane;
-    if (first) {
+    if (first)
         clear(two ? 4 : 2);
-    } else {
-        _tile_loadd(0, c, row);
-        _tile_loadd(1, c + 16, row);
-        if (two) {
-            _tile_loadd(2, c + TILE, row);
-            _tile_loadd(3, c + TILE + 16, row);
-        }
-    }
+    else
+        load_sums(c, DEPTH, two);
     for (int64_t i = 0; i < blocks; i++, a += t->plane, below += plane_below)
         for (int64_t j = 0; j < across; j++, b += 2 * SPAN) {
             for (int64_t line = 0; line < lines; line++, next += 64)
                 _mm_prefetch(next, _MM_HINT_T1);
             accumulate(a + j * POSITION, below + j * POSITION, b, two, stride, DEPTH);
         }
-    _tile_stored(0, c, row);
-    _tile_stored(1, c + 16, row);
-    if (two) {
-        _tile_stored(2, c + TILE, row);
-        _tile_stored(3, c + TILE + 16, row);
-    }
+    store_sums(c, DEPTH, two);
 }
 
 static int64_t tiles_of(const struct pass *p, int64_t map)
@@ -491,10 +479,7 @@ static void attend(const struct attention *p, const float *qkv, const bf16 *k, c
         clear(4);
         for (int64_t block = 0; block < blocks; block++, k += 2 * SPAN)
             accumulate(q + block * SPAN, q + (blocks + block) * SPAN, k, 1, 64, TILE);
-        _tile_stored(0, scores + 32 * group, stride * sizeof(float));
-        _tile_stored(1, scores + 32 * group + 16, stride * sizeof(float));
-        _tile_stored(2, scores + 16 * stride + 32 * group, stride * sizeof(float));
-        _tile_stored(3, scores + 16 * stride + 32 * group + 16, stride * sizeof(float));
+        store_sums(scores + 32 * group, stride, 1);
     }
     for (int64_t i = 0; i < queries; i++)
         each[i] = weigh(scores + i * stride, tokens, weights + i / 16 * groups * SPAN + i % 16 * DEPTH);
@@ -503,10 +488,7 @@ static void attend(const struct attention *p, const float *qkv, const bf16 *k, c
         for (int64_t group = 0; group < groups; group++)
             accumulate(weights + group * SPAN, weights + (groups + group) * SPAN,
                        v + (group * blocks + block) * 2 * SPAN, 1, 64, TILE);
-        _tile_stored(0, sums, DEPTH * sizeof(float));
-        _tile_stored(1, sums + 16, DEPTH * sizeof(float));
-        _tile_stored(2, sums + TILE, DEPTH * sizeof(float));
-        _tile_stored(3, sums + TILE + 16, DEPTH * sizeof(float));
+        store_sums(sums, DEPTH, 1);
         for (int64_t i = 0; i < queries; i++)
             for (int j = 0; j < 2; j++) {
                 const __m512 y = _mm512_loadu_ps(sums + i * DEPTH + 16 * j);

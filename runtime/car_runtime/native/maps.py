@@ -186,8 +186,7 @@ class Room:
         bytes_each = 3 if maps.network.pixels else 4 * maps.channels[0]
         self._input = Memory(maps.library, bytes_each * _positions(sizes))
         self._sizes = self._all_sizes(sizes)
-        areas = {at: np.array(at, np.int64).T.copy() for at in self._sizes}
-        self._areas = areas
+        self._areas = {at: np.array(at, np.int64).T.copy() for at in self._sizes}
         for step in self._steps:
             if isinstance(step, Attend) and max(h * w for h, w in self._sizes[step.source]) > _ATTENDED:
                 raise UnknownGraph(f"attention over more than {_ATTENDED} positions")
@@ -213,8 +212,8 @@ class Room:
 
     def output(self, k: int) -> Floats:
         """Map `k` of those that came out."""
-        last = self._maps.network.steps[-1].target
-        sizes, C = self._sizes[last], self._maps.channels[last]
+        last = self._steps[-1].target
+        sizes, C = self.sizes, self._maps.channels[last]
         (H, W), start = sizes[k], 4 * C * _positions(sizes[:k])
         return self._view(self._base + self._at[last] + start, (C // _DEPTH, H, W, _DEPTH))
 
@@ -281,7 +280,7 @@ class Room:
     def _all_sizes(self, sizes: Sizes) -> list[Sizes]:
         """Of every map of the network."""
         found = {0: sizes}
-        for step in self._maps.network.steps:
+        for step in self._steps:
             H_W = found[step.source]
             if isinstance(step, Convolve):
                 one = step.convolutions[0]

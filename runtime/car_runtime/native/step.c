@@ -93,28 +93,17 @@ static inline void load_cached(const cached *from, __m512i parts[PARTS])
 static inline __attribute__((always_inline)) void multiply(int rows, const bf16 *a, const bf16 *b, int64_t steps,
                                                            float *c, int first, const char *next, int64_t lines)
 {
-    const int stride = PANEL * sizeof(float);
     if (first) {
         clear(rows / 8);
     } else {
-        _tile_loadd(0, c, stride);
-        _tile_loadd(1, c + 16, stride);
-        if (rows == 32) {
-            _tile_loadd(2, c + 16 * PANEL, stride);
-            _tile_loadd(3, c + 16 * PANEL + 16, stride);
-        }
+        load_sums(c, PANEL, rows == 32);
     }
     for (int64_t k = 0; k < steps; k++) {
         for (int64_t i = 0; i < lines; i++, next += 64)
             _mm_prefetch(next, _MM_HINT_T1);
         accumulate(a + k * SPAN, a + (NEAR / DEPTH + k) * SPAN, b + 2 * k * SPAN, rows == 32, 64, TILE);
     }
-    _tile_stored(0, c, stride);
-    _tile_stored(1, c + 16, stride);
-    if (rows == 32) {
-        _tile_stored(2, c + 16 * PANEL, stride);
-        _tile_stored(3, c + 16 * PANEL + 16, stride);
-    }
+    store_sums(c, PANEL, rows == 32);
 }
 
 /* What becomes of a product's sums. */
@@ -411,19 +400,13 @@ static void attend(const struct run *s, char *private)
         const int64_t queries = s->N - first < 32 ? s->N - first : 32, two = queries > 16;
         const bf16 *q = s->q + (pair * query_groups + first / 16) * deep * SPAN;
         const bf16 *k = s->k + pair * groups * 2 * deep * SPAN, *v = s->v + pair * groups * 2 * deep * SPAN;
-        const int bytes = (int)(stride * sizeof(float)), out_bytes = PANEL * sizeof(float);
         float each[32];
         for (int64_t g = 0; g < groups; g++, k += 2 * deep * SPAN) {
             float *to = scores + 32 * g;
             clear(4);
             for (int64_t depth = 0; depth < deep; depth++)
                 accumulate(q + depth * SPAN, q + (deep + depth) * SPAN, k + 2 * depth * SPAN, two, 64, TILE);
-            _tile_stored(0, to, bytes);
-            _tile_stored(1, to + 16, bytes);
-            if (two) {
-                _tile_stored(2, to + 16 * stride, bytes);
-                _tile_stored(3, to + 16 * stride + 16, bytes);
-            }
+            store_sums(to, stride, two);
         }
         for (int64_t i = 0; i < queries; i++)
             each[i] = weigh(scores + i * stride, s->T, weights + i / 16 * groups * SPAN + i % 16 * DEPTH);
@@ -433,12 +416,7 @@ static void attend(const struct run *s, char *private)
                 accumulate(weights + g * SPAN, weights + (groups + g) * SPAN, v + 2 * (deep * g + half) * SPAN, two, 64,
                            TILE);
             float *to = out + 32 * half;
-            _tile_stored(0, to, out_bytes);
-            _tile_stored(1, to + 16, out_bytes);
-            if (two) {
-                _tile_stored(2, to + 16 * PANEL, out_bytes);
-                _tile_stored(3, to + 16 * PANEL + 16, out_bytes);
-            }
+            store_sums(to, PANEL, two);
         }
         for (int64_t i = 0; i < queries; i++) {
             const float *from = out + i * PANEL;

@@ -137,6 +137,29 @@ static inline void clear(int tiles)
     }
 }
 
+/* Tiles 0 and 1, and with `two` 2 and 3 below them, from and to rows of so many numbers */
+static inline __attribute__((always_inline)) void load_sums(const float *c, int64_t numbers, int two)
+{
+    const int64_t stride = numbers * sizeof(float);
+    _tile_loadd(0, c, stride);
+    _tile_loadd(1, c + 16, stride);
+    if (two) {
+        _tile_loadd(2, c + ROWS * numbers, stride);
+        _tile_loadd(3, c + ROWS * numbers + 16, stride);
+    }
+}
+
+static inline __attribute__((always_inline)) void store_sums(float *c, int64_t numbers, int two)
+{
+    const int64_t stride = numbers * sizeof(float);
+    _tile_stored(0, c, stride);
+    _tile_stored(1, c + 16, stride);
+    if (two) {
+        _tile_stored(2, c + ROWS * numbers, stride);
+        _tile_stored(3, c + ROWS * numbers + 16, stride);
+    }
+}
+
 /* Tiles 0 to 3 += a·b: one or two tiles of rows, a and `below`, and two of columns. Rows are `stride` bytes apart,
  * their parts `apart` numbers. */
 static inline __attribute__((always_inline)) void accumulate(const bf16 *a, const bf16 *below, const bf16 *b, int two,
