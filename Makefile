@@ -59,7 +59,7 @@ check: $(DEV_ENV)$(INSTALLED)
 	@$(DEV_ENV)/bin/python -m ruff check .
 	@$(DEV_ENV)/bin/python -m ruff format --check .
 	@$(DEV_ENV)/bin/python -m mypy
-	@$(DEV_ENV)/bin/clang-format --dry-run --Werror runtime/car_runtime/native/*.c runtime/car_runtime/native/*.h
+	@$(DEV_ENV)/bin/clang-format --dry-run --Werror runtime/car_runtime/backends/amx/*.c runtime/car_runtime/backends/amx/*.h
 	@OMP_NUM_THREADS=1 $(DEV_ENV)/bin/python -m pytest -q --durations=15 $(PYTEST_SPREAD) $(PYTEST_ARGS)
 
 # pytest's exit code 5: there is no such test. That is no failure here.

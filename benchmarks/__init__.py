@@ -1,1 +1,1 @@
-"""Measurements whose numbers the documents quote. Each prints a table, then one JSON line (`benchmarks.machine`)."""
+"""Measurements whose numbers the documents quote. Each prints a table, then one line of JSON (`harness.machine`)."""

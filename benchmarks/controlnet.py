@@ -5,29 +5,31 @@
     python -m benchmarks.controlnet --device cuda -o results.jsonl
     python -m benchmarks.controlnet --small --model tiny                     # toys, to try the command in a minute
 
-The others are Stable Diffusion 1.5 exactly (`benchmarks.diffusion`): ControlNet with 20 steps of UniPC and guidance,
-which is the headline, and with the 50 of CAR's paper; T2I-Adapter with 20; LCM with ControlNet with 4 and without a
-second row for guidance. At 256×256 they make as many pixels as ours, 512×512 is their native size. All weights are
-made up: what is compared is time, and nothing is said about quality.
+The others are Stable Diffusion 1.5 exactly (`benchmarks.baselines.diffusion`): ControlNet with 20 steps of UniPC and
+guidance, which is the headline, and with the 50 of CAR's paper; T2I-Adapter with 20; LCM with ControlNet with 4 and
+without a second row for guidance. At 256×256 they make as many pixels as ours, 512×512 is their native size. All
+weights are made up: what is compared is time, and nothing is said about quality.
 
 Measured end to end, one picture at a time: control image in host memory, for theirs with a tokenised prompt → RGB in
 host memory. Text encoder, control, steps with their scheduler and decoder are in it, and of ours all stages. Ours and
 theirs take turns in one process, and a ratio is the median of the ratios within one round. Compared are only equals:
 
-    eager       theirs by diffusers in PyTorch, ours by `car_train.sample` and by `benchmarks.reference_loop`, CAR's
-                published way
+    eager       theirs by diffusers in PyTorch, ours by `car_train.model.sample` and by
+                `benchmarks.baselines.reference_loop`, CAR's published way
     compiled    theirs and the published way under torch.compile, the step as one graph
     engine      cpu: theirs by OpenVINO, ours by our runtime on OpenVINO, our code for AMX and (fp32) ONNX Runtime
                 cuda: ours by our runtime; theirs, for which there is no engine here, eager and compiled (--against)
 
 Precision fp32 is that throughout. bf16 and fp16: theirs has its weights in that type, as diffusers loads them, and so
-has `car_train.sample`; the published way of ours is autocast over float32 weights, which are cast again in every
-product. Engines choose by themselves what they multiply in the lower type. PyTorch has convolutions channels last.
+has `car_train.model.sample`; the published way of ours is autocast over float32 weights, which are cast again in
+every product. Engines choose by themselves what they multiply in the lower type. PyTorch has convolutions channels
+last.
 
 Where a step takes seconds only the first --timed-steps are run, and their time is scaled to all: such rows say
 "scaled": true. Every step does the same work.
 
-Tables go to stdout, then one line of JSON (`benchmarks.machine`) whose results are flat rows, each with "question":
+Tables go to stdout, then one line of JSON (`benchmarks.harness.machine`) whose results are flat rows, each with
+"question":
 
     end_to_end  whose ("ours", "theirs"), method, candidate, backend (null: PyTorch), tier (its own), precision, size,
                 steps (ours: scales), timed_steps, scaled, p50, p95, min, runs, gflop, finite (theirs: no infinity or
@@ -52,9 +54,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks import subject as subjects
-from benchmarks.command import Log, run_command
 from benchmarks.counting import count_image
+from benchmarks.harness import workload as subjects
+from benchmarks.harness.cli import Log, run_command
+from benchmarks.harness.machine import (
+    BenchmarkError,
+    cores,
+    interleaved,
+    markdown_table,
+    peak_rss,
+    quantiles,
+    record,
+)
+from benchmarks.harness.workload import CACHE, MODELS, Subject
 from benchmarks.latency import (
     DTYPES,
     Candidate,
@@ -65,20 +77,10 @@ from benchmarks.latency import (
     ratio,
     runtime_candidates,
 )
-from benchmarks.machine import (
-    BenchmarkError,
-    cores,
-    interleaved,
-    markdown_table,
-    peak_rss,
-    quantiles,
-    record,
-)
-from benchmarks.subject import CACHE, MODELS, Subject
 from car_runtime.errors import BackendError
 
 if TYPE_CHECKING:
-    from benchmarks.diffusion import Architecture, Method, Networks, Workshop
+    from benchmarks.baselines.diffusion import Architecture, Method, Networks, Workshop
 
 TIERS = ("eager", "engine", "compiled")
 WITHOUT_ENGINE = ("eager", "compiled")
@@ -147,7 +149,7 @@ def rivals_of(networks: Networks, tier: str, group: Group, control: Any, timed_s
 
     Each has made a picture when this returns, so that nothing is compiled while others are timed.
     """
-    from benchmarks.diffusion import draw
+    from benchmarks.baselines.diffusion import draw
 
     rivals: dict[int, Rival] = {}
     for steps in group.method.steps:
@@ -173,7 +175,7 @@ def rivals_of(networks: Networks, tier: str, group: Group, control: Any, timed_s
 
 def networks_of(args: argparse.Namespace, group: Group, workshop: Workshop) -> Iterator[tuple[str, Networks]]:
     """Theirs for a group, with the tier that they really are of."""
-    from benchmarks import diffusion
+    from benchmarks.baselines import diffusion
 
     architecture = architecture_of(args)
     if group.tier == "engine" and args.device == "cpu":
@@ -192,7 +194,7 @@ def networks_of(args: argparse.Namespace, group: Group, workshop: Workshop) -> I
 
 
 def architecture_of(args: argparse.Namespace) -> Architecture:
-    from benchmarks import diffusion
+    from benchmarks.baselines import diffusion
 
     return diffusion.SMALL if args.small else diffusion.SD15
 
@@ -233,9 +235,9 @@ def _cpu_engines(
     stack: ExitStack, args: argparse.Namespace, subject: Subject, precision: str, log: Log
 ) -> Iterator[tuple[str, Any]]:
     """OpenVINO in the precision that is asked for, our code for AMX, and ONNX Runtime, which has float32 alone."""
-    from car_runtime.backends.amx import Amx, AmxFp32
-    from car_runtime.backends.openvino import OpenVino
-    from car_runtime.backends.ort_cpu import OrtCpu
+    from car_runtime.backends.amx.backend import Amx, AmxFp32
+    from car_runtime.backends.onnxruntime.cpu import OrtCpu
+    from car_runtime.backends.openvino.backend import OpenVino
 
     where = (subject.plan, subject.manifest, args.threads)
     openers: dict[str, Callable[[], Any]] = {
@@ -342,7 +344,7 @@ def compares(theirs: int, ours: int) -> str:
 
 def parameter_rows(architecture: Architecture) -> list[Record]:
     """Counted on networks without weights; a published number that isn't met stops the benchmark."""
-    from benchmarks import diffusion
+    from benchmarks.baselines import diffusion
 
     return [
         {
@@ -377,7 +379,7 @@ def tier_rows(args: argparse.Namespace, tier: str, precision: str, ours: Ours, l
     """All methods and sizes of one tier and precision beside ours."""
     import torch
 
-    from benchmarks import diffusion
+    from benchmarks.baselines import diffusion
 
     workshop = diffusion.Workshop(architecture_of(args), getattr(torch, DTYPES[precision]), args.device)
     groups = [
@@ -390,7 +392,7 @@ def tier_rows(args: argparse.Namespace, tier: str, precision: str, ours: Ours, l
 
 def group_rows(args: argparse.Namespace, group: Group, workshop: Workshop, ours: Ours, log: Log) -> list[Record]:
     """Measure a group: its end_to_end and ratio rows. Its networks are let go of when this returns."""
-    from benchmarks.diffusion import count_flops
+    from benchmarks.baselines.diffusion import count_flops
 
     log(f"{group}: making the networks")
     rivals = [
@@ -420,7 +422,7 @@ def group_rows(args: argparse.Namespace, group: Group, workshop: Workshop, ours:
 
 
 def settings_of(args: argparse.Namespace, architecture: Architecture, measured: Sequence[Subject]) -> Record:
-    from benchmarks.diffusion import METHODS as DETAILS
+    from benchmarks.baselines.diffusion import METHODS as DETAILS
 
     model = measured[0].manifest.model
     return {

@@ -27,11 +27,11 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from benchmarks.machine import BenchmarkError, markdown_table
+from benchmarks.harness.machine import BenchmarkError, markdown_table
 from car_export.trace import specialise
 from car_export.weights import external
 from car_runtime.errors import PlanError
-from car_runtime.manifest import WEIGHTS, Manifest, read_manifest
+from car_runtime.format.manifest import WEIGHTS, Manifest, read_manifest
 
 VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Shape")
 """Nodes that give the same bytes another shape."""

@@ -17,7 +17,8 @@ published one at every size, so its convolutions grow with the pixels, and its a
 Beside them stand figures that others published for that card, as quoted: measured elsewhere, in other settings, some
 without encoder and decoder. They say what order a floor has to be seen in, not who is faster.
 
-Tables go to stdout, then one line of JSON (`benchmarks.machine`) whose results are flat rows, each with "question":
+Tables go to stdout, then one line of JSON (`benchmarks.harness.machine`) whose results are flat rows, each with
+"question":
 
     size        image_size, sides, tokens, published (whether a model with these scales is): computed
     floor       image_size, depth, precision, batch, stage, gflop, weight_bytes, kv_bytes, io_bytes, compute_s,
@@ -47,8 +48,6 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from benchmarks import subject as subjects
-from benchmarks.command import Log, run_command
 from benchmarks.counting import (
     RTX_4090,
     RTX_4090_FP32,
@@ -62,13 +61,15 @@ from benchmarks.counting import (
     parse_batches,
     roofline,
 )
-from benchmarks.machine import BenchmarkError, cores, in_subprocess, markdown_table, quantiles, record
-from benchmarks.subject import CACHE
+from benchmarks.harness import workload as subjects
+from benchmarks.harness.cli import Log, run_command
+from benchmarks.harness.machine import BenchmarkError, cores, in_subprocess, markdown_table, quantiles, record
+from benchmarks.harness.workload import CACHE
 from car_export import graphs
 from car_export.plan import ExportOptions, PlanBuilder
 from car_export.trace import optimise, specialise
 from car_export.weights import INLINE, WeightStore, external
-from car_runtime.backends import check_name
+from car_runtime.backends.registry import check_name
 from car_runtime.errors import BackendError
 from car_train.config import SIDES_256, SIDES_512, ModelConfig
 from car_train.model import Model
@@ -318,7 +319,7 @@ def depth_rows(
 def pictures(plan: str, backend: str, batch: int, threads: int, warmup: int, runs: int) -> Row:
     """Seconds of batches on a newly opened plan, and the type it multiplies in; for `in_subprocess`."""
     from benchmarks.latency import runtime_candidates
-    from car_runtime.backends import open_backend
+    from car_runtime.backends.registry import open_backend
 
     path = Path(plan)
     subject = subjects.Subject(plan=path, manifest=subjects.read(path), source=None)

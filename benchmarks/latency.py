@@ -6,10 +6,10 @@
     python -m benchmarks.latency --model d16 --int8          # and the int8 plan that is made from it, on CPU engines
 
 Measured end to end: control image in host memory → RGB in host memory, with guidance, nothing kept from the call
-before. "published way" is `benchmarks.reference_loop`: the same weights in eager PyTorch, in float32 and under
-bfloat16 autocast. All candidates take turns in one process, and every ratio is the median of the ratios within one
-round, so that it holds on a busy machine. Memory and starting are measured in processes of their own; the files that
-a start reads are in the page cache.
+before. "published way" is `benchmarks.baselines.reference_loop`: the same weights in eager PyTorch, in float32 and
+under bfloat16 autocast. All candidates take turns in one process, and every ratio is the median of the ratios within
+one round, so that it holds on a busy machine. Memory and starting are measured in processes of their own; the files
+that a start reads are in the page cache.
 
 The limit of a stage is what this machine needs for its matrix products alone, at their own sizes and in the same type
 and number of threads (PyTorch's; the fastest of five), or for reading its weights, K/V, inputs and outputs once,
@@ -17,7 +17,8 @@ whichever is more (with --device cuda: for its products). "of the limit" is that
 and bytes are counted in the plan's graphs (`benchmarks.counting`). Of an int8 plan the products with weights and the
 convolutions are held to the rate of int8 products, attention's to that of the type that the engine has for the rest.
 
-Tables go to stdout, then one line of JSON (`benchmarks.machine`) whose results are flat rows, each with "question":
+Tables go to stdout, then one line of JSON (`benchmarks.harness.machine`) whose results are flat rows, each with
+"question":
 
     end_to_end  candidate, backend (null: PyTorch), precision, batch, p50, p95, min, runs, images_per_s;
                 speedup, speedup_p10, speedup_p90 (against the loop in float32), speedup_bf16 (against its autocast);
@@ -53,8 +54,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks import subject as subjects
-from benchmarks.command import Log, run_command
 from benchmarks.counting import (
     RTX_4090,
     ImageCount,
@@ -65,7 +64,9 @@ from benchmarks.counting import (
     roofline,
     roofline_rows,
 )
-from benchmarks.machine import (
+from benchmarks.harness import workload as subjects
+from benchmarks.harness.cli import Log, run_command
+from benchmarks.harness.machine import (
     BenchmarkError,
     cores,
     gemm_rate,
@@ -76,13 +77,14 @@ from benchmarks.machine import (
     quantiles,
     record,
 )
-from benchmarks.subject import CACHE, MODELS, Subject
-from car_runtime.acceptance import ON_CPU
-from car_runtime.backends import OPENERS, Backend, check_name, open_backend
+from benchmarks.harness.workload import CACHE, MODELS, Subject
+from car_runtime.backends.base import Backend
+from car_runtime.backends.registry import OPENERS, check_name, open_backend
 from car_runtime.errors import BackendError
-from car_runtime.manifest import WEIGHTS
+from car_runtime.format.manifest import WEIGHTS
 from car_runtime.plan import Plan, default_plan
-from car_runtime.sampling import uniforms
+from car_runtime.request import uniforms
+from car_runtime.verify import ON_CPU
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
@@ -202,14 +204,14 @@ def published_candidates(
 
 
 def own_loop(subject: Subject, device: str, precision: str) -> Candidate:
-    """`car_train.sample` in eager PyTorch with weights in `precision`, convolutions channels last.
+    """`car_train.model.sample` in eager PyTorch with weights in `precision`, convolutions channels last.
 
     AdaLN is computed once, keys and values are written into one cache, and nothing is cast but at norms.
     """
     import torch
 
     from car_export.plan import compute_model
-    from car_train.sample import sample
+    from car_train.model.sample import sample
 
     model = compute_model(subject.reference(), precision).to(device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -242,7 +244,7 @@ def published(
     """Control image in host memory → RGB in host memory, by the published loop: tokens, and seconds of each stage."""
     import torch
 
-    from benchmarks.reference_loop import sample_published
+    from benchmarks.baselines.reference_loop import sample_published
 
     manifest, stages = subject.manifest, dict[str, float]()
 
@@ -270,7 +272,7 @@ def published(
 
 def _pyramid(subject: Subject) -> list[Any] | None:
     """The control image at the size of every scale, f32 [1, 3, s, s]; None for a plan without control."""
-    from car_train.sample import control_pyramid
+    from car_train.model.sample import control_pyramid
 
     control = subject.control()
     if control is None:
@@ -474,7 +476,9 @@ def start_rows(subject: Subject, backends: Sequence[str], threads: int) -> list[
     suffix = ", int8" if subject.manifest.precision.weights == "int8" else ""
     rows = []
     for name in backends:
-        alone = in_subprocess("benchmarks.subject:first_picture", str(subject.plan), name, threads, subject.cfg)
+        alone = in_subprocess(
+            "benchmarks.harness.workload:first_picture", str(subject.plan), name, threads, subject.cfg
+        )
         rows.append(
             {
                 "question": "start",

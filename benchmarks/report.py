@@ -3,13 +3,13 @@
     python -m benchmarks.report results.jsonl -o docs/performance.md --images docs/images
     python -m benchmarks.report cpu.jsonl gpu.jsonl -o performance.md --images images
 
-The files hold results as the benchmarks append them with `-o`, one JSON object a line (`benchmarks.machine`); what
-`benchmarks.training` prints last may be appended by hand. Of results of one benchmark, machine, device and subject
-(plan, model or preset) the newest counts; each of these is a section of its own. Several of `benchmarks.controlnet`
-are joined: of every comparison the newest counts. A line may be given a "note" by hand, text that stands above its
-figures. The document says of every section on which machine, with which versions, from which commit and by which
-commands it was measured, and what was computed or quoted instead. The same input gives the same document and the same
-diagrams.
+The files hold results as the benchmarks append them with `-o`, one JSON object a line (`benchmarks.harness.machine`);
+what `benchmarks.training` prints last may be appended by hand. Of results of one benchmark, machine, device and
+subject (plan, model or preset) the newest counts; each of these is a section of its own. Several of
+`benchmarks.controlnet` are joined: of every comparison the newest counts. A line may be given a "note" by hand, text
+that stands above its figures. The document says of every section on which machine, with which versions, from which
+commit and by which commands it was measured, and what was computed or quoted instead. The same input gives the same
+document and the same diagrams.
 
 Diagrams are named after the document: `performance-….png`. Ones of an earlier report by that name that are no longer
 shown are removed. Everything is written aside and renamed.
@@ -27,9 +27,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report_plots as plots
-from benchmarks.machine import PACKAGES, BenchmarkError, markdown_table
-from benchmarks.report_results import (
+from benchmarks.analysis import report_plots as plots
+from benchmarks.analysis.report_results import (
     Result,
     Row,
     checked,
@@ -41,6 +40,7 @@ from benchmarks.report_results import (
     signed,
     times,
 )
+from benchmarks.harness.machine import PACKAGES, BenchmarkError, markdown_table
 from car_train.files import written_aside
 
 LAST = "What isn't measured"

@@ -13,8 +13,9 @@ dropped labels and schedule. Only the learning rate follows the size: `lr`·√(
 for one width is neither too hot for wider ones nor too cold for narrower ones. Validation is the trainer's: all
 tokens of all held-out pictures, teacher-forced, label given.
 
-The result is one JSON object (`benchmarks.machine`) with the key `fits` besides. It is written after every size; a
-size in it, under the same settings, is not trained again, and one that was interrupted goes on from its checkpoint.
+The result is one JSON object (`benchmarks.harness.machine`) with the key `fits` besides. It is written after every
+size; a size in it, under the same settings, is not trained again, and one that was interrupted goes on from its
+checkpoint.
 """
 
 from __future__ import annotations
@@ -33,16 +34,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.harness.machine import BenchmarkError, emit, markdown_table, record
 from car_train import checkpoint
 from car_train.config import ConfigError, ModelConfig, VARConfig
-from car_train.data import DataError, find_pictures
+from car_train.data.dataset import DataError, find_pictures
+from car_train.evaluation.report import ReportError, read_run, summary
 from car_train.files import written_aside
 from car_train.model import Model
-from car_train.report import ReportError, read_run, summary
-from car_train.stages import TransformerStage, add_var
-from car_train.train import PRECISIONS, Trainer, TrainingError, TrainOptions, seed_everything
-
-from .machine import BenchmarkError, emit, markdown_table, record
+from car_train.training.stages import TransformerStage, add_var
+from car_train.training.trainer import PRECISIONS, Trainer, TrainingError, TrainOptions, seed_everything
 
 LR_WIDTH = 192
 """Width at which a size's learning rate is `--lr`: that of the transformer in the shipped plan."""
@@ -253,7 +253,7 @@ def plot(found: dict[str, Any]) -> bytes:
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-        from car_train.report_curves import STYLE
+        from car_train.evaluation.report_curves import STYLE
     except ImportError as error:
         raise BenchmarkError(f"--plot needs matplotlib ({error}); pip install matplotlib") from error
 
@@ -271,7 +271,7 @@ def plot(found: dict[str, Any]) -> bytes:
 def _draw_fit(axes: Any, rows: Sequence[dict[str, Any]], name: str, fit: dict[str, float]) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-    from car_train.report_curves import COLOURS, GREY
+    from car_train.evaluation.report_curves import COLOURS, GREY
 
     sizes, values = (np.array([row[k] for row in rows], np.float64) for k in ("block_parameters", name))
     line = np.geomspace(sizes.min() / 1.3, sizes.max() * 1.3, 50)

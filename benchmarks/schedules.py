@@ -12,12 +12,14 @@ that none pays for what the one before it left.
 
 Tokens, quality, control: each held-out picture of `--data` is drawn once by each schedule, with its own control and
 class and the seed that `python -m car_train eval` gives it. All is measured by what `eval` measures with:
-`car_train.evaluate` and `car_train.metrics`. Distances between sets have a noise floor: real pictures against real
-ones, one half against the other half, over random halvings; compare `kid_half` with it, which is taken likewise.
-Controls are compared with the one that was given: Canny's edges as F1 with one pixel of tolerance. One token that
-differs changes all that come after it, so `tokens_equal` says how different pictures are, not how much worse.
+`car_train.evaluation.evaluate` and `car_train.evaluation.metrics`. Distances between sets have a noise floor: real
+pictures against real ones, one half against the other half, over random halvings; compare `kid_half` with it, which
+is taken likewise. Controls are compared with the one that was given: Canny's edges as F1 with one pixel of tolerance.
+One token that differs changes all that come after it, so `tokens_equal` says how different pictures are, not how much
+worse.
 
-Tables go to stdout, then one line of JSON (`benchmarks.machine`) whose results are flat rows, each with "question":
+Tables go to stdout, then one line of JSON (`benchmarks.harness.machine`) whose results are flat rows, each with
+"question":
 
     schedule    schedule, flags (car-run's), p50, p95, min, runs, ratio, ratio_p10, ratio_p90 (÷ exact), loop_p50,
                 loop_ratio, rows_shrink (whether steps without guidance have half the rows here), pictures,
@@ -49,19 +51,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import subject as subjects
-from benchmarks.command import Log, run_command
-from benchmarks.machine import BenchmarkError, cores, interleaved, markdown_table, record
-from benchmarks.subject import CACHE, MODELS, Subject
-from car_runtime.backends import Backend, check_name, open_backend
-from car_runtime.cli import add_schedule_flags
+from benchmarks.harness import workload as subjects
+from benchmarks.harness.cli import Log, run_command
+from benchmarks.harness.machine import BenchmarkError, cores, interleaved, markdown_table, record
+from benchmarks.harness.workload import CACHE, MODELS, Subject
+from car_runtime.backends.base import Backend
+from car_runtime.backends.registry import check_name, open_backend
+from car_runtime.cli.main import add_schedule_flags
 from car_runtime.errors import BackendError
-from car_runtime.manifest import Manifest
+from car_runtime.format.manifest import Manifest
 from car_runtime.plan import Plan, Result, default_plan
-from car_runtime.sampling import Request, resolve
+from car_runtime.request import Request, resolve
 
 if TYPE_CHECKING:
-    from car_train.evaluate import FeatureNetwork
+    from car_train.evaluation.evaluate import FeatureNetwork
 
 EMOJI = Path("~/.cache/car/data/emoji")
 """What the shipped plan was trained on, all but the held-out pictures."""
@@ -252,8 +255,8 @@ class HeldOut:
     """The pictures of a split with their controls, and what measures drawn ones by them."""
 
     def __init__(self, manifest: Manifest, args: argparse.Namespace, network: FeatureNetwork | None) -> None:
-        from car_train.data import ControlledImages
-        from car_train.evaluate import EvalOptions, choose, control_maker
+        from car_train.data.dataset import ControlledImages
+        from car_train.evaluation.evaluate import EvalOptions, choose, control_maker
 
         model = manifest.model
         options = EvalOptions(
@@ -303,7 +306,7 @@ class HeldOut:
         seed: int,
         drawn: Mapping[str, Drawn],
     ) -> None:
-        from car_train.evaluate import to_pixels
+        from car_train.evaluation.evaluate import to_pixels
 
         pictures: dict[str, list[Pixels]] = {c.name: [] for c in chosen}
         truth = []
@@ -324,7 +327,7 @@ class HeldOut:
                 drawn[name].features.append(self.network(np.stack(images)))
 
     def _follow(self, given: Pixels, image: Pixels, drawn: Drawn) -> None:
-        from car_train.metrics import control_errors
+        from car_train.evaluation.metrics import control_errors
 
         assert self._maker is not None
         assert self.control_type is not None
@@ -334,7 +337,7 @@ class HeldOut:
 
     def distances(self, drawn: Mapping[str, Drawn], seed: int, log: Log) -> Record:
         """`compare_sets`: by schedule, and "floor"; empty without a network."""
-        from car_train.evaluate import compare_sets
+        from car_train.evaluation.evaluate import compare_sets
 
         if self.network is None:
             return {}
@@ -440,10 +443,10 @@ def choose_subject(args: argparse.Namespace, log: Log) -> Subject:
 @contextmanager
 def training_errors() -> Iterator[None]:
     """What data, weights and annotators raise, as the benchmark's own errors."""
-    from car_train.annotate import AnnotatorError
-    from car_train.data import DataError
-    from car_train.evaluate import EvaluationError
-    from car_train.pretrained import WeightsError
+    from car_train.data.annotate import AnnotatorError
+    from car_train.data.dataset import DataError
+    from car_train.data.pretrained import WeightsError
+    from car_train.evaluation.evaluate import EvaluationError
 
     try:
         yield
@@ -456,8 +459,8 @@ def features(args: argparse.Namespace) -> FeatureNetwork | None:
     import cv2
     import torch
 
-    from car_train.evaluate import EfficientNetLite0
-    from car_train.pretrained import fetch
+    from car_train.data.pretrained import fetch
+    from car_train.evaluation.evaluate import EfficientNetLite0
 
     torch.set_num_threads(args.threads)
     cv2.setNumThreads(args.threads)

@@ -23,7 +23,8 @@ in several, where small blocks keep large ones' pages: what a closed plan leaves
 what an open one holds, and drifts for hundreds of openings, without a leak. No file descriptor and no thread of the
 operating system may be left that wasn't there after the first closing. Linux only: all this is told in /proc.
 
-Tables go to stdout, then one line of JSON (`benchmarks.machine`) whose results are flat rows, each with "question":
+Tables go to stdout, then one line of JSON (`benchmarks.harness.machine`) whose results are flat rows, each with
+"question":
 
     memory      part, samples (after the warm-up), rss_first, rss_last (medians of the halves), growth (their ratio
                 − 1), tolerance, bytes_per_picture, passed
@@ -55,10 +56,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.command import Log, run_command
-from benchmarks.machine import BenchmarkError, in_subprocess, markdown_table, record
-from benchmarks.subject import draw_control
-from car_runtime.backends import check_name
+from benchmarks.harness.cli import Log, run_command
+from benchmarks.harness.machine import BenchmarkError, in_subprocess, markdown_table, record
+from benchmarks.harness.workload import draw_control
+from car_runtime.backends.registry import check_name
 from car_runtime.errors import BackendError
 from car_runtime.plan import CACHED, Plan, default_plan, open_plan
 

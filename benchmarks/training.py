@@ -9,8 +9,8 @@ The plain one is what the published code does: attention over the masked [L, L] 
 pictures in every step, one convolution after the other for every scale of the control, PyTorch's products, pictures
 and kernels in NCHW. In bf16 its tokenizer, control encoder and injection stay in float32, as published.
 
-Ours gives every scale its prefix to attend to, takes tokens from a cache, and has the kernels of `car_train.products`
-and channels-last. The rows between tell what each is worth alone.
+Ours gives every scale its prefix to attend to, takes tokens from a cache, and has the kernels of
+`car_train.model.kernels` and channels-last. The rows between tell what each is worth alone.
 
 All variants run in turn in one process, so that ratios hold on a busy machine, and must find the same loss; each
 one's peak memory is measured once more in a process of its own. Weights are made up: the time of a step doesn't
@@ -31,15 +31,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.machine import BenchmarkError, emit, in_subprocess, interleaved, markdown_table, record
-from car_train import products
-from car_train.car import ControlBranch, to_maps
+from benchmarks.harness.machine import BenchmarkError, emit, in_subprocess, interleaved, markdown_table, record
 from car_train.config import SIDES_256, CARConfig, VARConfig, VQVAEConfig
 from car_train.model import Model
-from car_train.stages import Objective, Stage, TransformerStage, VQVAEStage, add_branch, add_var, new_vqvae
-from car_train.train import parameter_groups
-from car_train.var import Attention
-from car_train.vqvae import join_tokens
+from car_train.model import kernels as products
+from car_train.model.car import ControlBranch, to_maps
+from car_train.model.var import Attention
+from car_train.model.vqvae import join_tokens
+from car_train.training.stages import Objective, Stage, TransformerStage, VQVAEStage, add_branch, add_var, new_vqvae
+from car_train.training.trainer import parameter_groups
 
 PRESETS: dict[str, tuple[VQVAEConfig, VARConfig, CARConfig]] = {
     "d16": (

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .config import ConfigError, ModelConfig
-from .model import Model
+from car_train.config import ConfigError, ModelConfig
+from car_train.model import Model
 
 
 class CheckpointError(ValueError):

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import annotate, checkpoint, evaluate, hed, official, pretrained, report
-from .config import (
+from car_train import checkpoint
+from car_train.config import (
     CONTROL_TYPES,
     ENCODERS,
     FUSIONS,
@@ -23,14 +23,26 @@ from .config import (
     VARConfig,
     VQVAEConfig,
 )
-from .data import DataError, find_pictures, load_control
-from .datasets import DEFAULT_ROOT, DatasetError, fetch
-from .losses import PatchDiscriminator, Perceptual
-from .model import Model
-from .sample import control_pyramid
-from .sample import sample as reference_loop
-from .stages import Stage, TransformerStage, VQVAEStage, add_branch, add_var, new_vqvae
-from .train import PRECISIONS, SCHEDULES, Trainer, TrainingError, TrainOptions, seed_everything, sheet, stage_name
+from car_train.data import annotate, hed, pretrained
+from car_train.data.dataset import DataError, find_pictures, load_control
+from car_train.data.datasets import DEFAULT_ROOT, DatasetError, fetch
+from car_train.evaluation import evaluate, report
+from car_train.interop import official
+from car_train.model import Model
+from car_train.model.sample import control_pyramid
+from car_train.model.sample import sample as reference_loop
+from car_train.training.losses import PatchDiscriminator, Perceptual
+from car_train.training.stages import Stage, TransformerStage, VQVAEStage, add_branch, add_var, new_vqvae
+from car_train.training.trainer import (
+    PRECISIONS,
+    SCHEDULES,
+    Trainer,
+    TrainingError,
+    TrainOptions,
+    seed_everything,
+    sheet,
+    stage_name,
+)
 
 EXAMPLES = """examples:
   python -m car_train data emoji

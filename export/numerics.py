@@ -10,7 +10,7 @@ from pathlib import Path
 _CHECKOUT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(_CHECKOUT), str(_CHECKOUT / "export"), str(_CHECKOUT / "runtime")]
 
-from car_export.numerics import main  # noqa: E402
+from car_export.precision.numerics import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from car_export.cli import main as build_engines
+from car_train.interop.official import build_model
 from car_train.model import Model
-from car_train.official import build_model
-from golden import Golden, save_official
+from fixtures.golden import Golden, save_official
 
 # Models are small here: more threads gain nothing, and on a busy machine they wait for each other.
 torch.set_num_threads(1)

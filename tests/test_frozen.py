@@ -1,4 +1,4 @@
-"""What must not change while the code is moved and renamed: an export's bytes, tokens, command lines, checkpoint keys.
+"""What must not change while code is moved and renamed: an export's bytes, tokens, help texts, checkpoint keys.
 
 `python tests/test_frozen.py` prints the values of this checkout as JSON. tests/data/frozen.json has them as they were
 before the moves; a value there is replaced only together with a reason, in a commit of its own.
@@ -27,8 +27,8 @@ from safetensors import safe_open
 
 import car_runtime
 from car_train import checkpoint
-from golden import Golden
-from small import small_model
+from fixtures.golden import Golden
+from fixtures.small import small_model
 
 HERE = Path(__file__).resolve().parent
 FROZEN = HERE / "data" / "frozen.json"
@@ -37,7 +37,7 @@ TOOLS = ("torch", "onnx", "onnxscript")
 """What else decides the bytes of a graph."""
 BACKENDS = ("ort-cpu", "openvino", "amx", "amx-fp32")
 COMMANDS: dict[str, tuple[str, list[list[str]]]] = {
-    "car-run": ("car_runtime.cli", [[], ["doctor"], ["verify"]]),
+    "car-run": ("car_runtime.cli.main", [[], ["doctor"], ["verify"]]),
     "python -m car_train": (
         "car_train.cli",
         [
@@ -46,7 +46,7 @@ COMMANDS: dict[str, tuple[str, list[list[str]]]] = {
         ],
     ),
     "python export/build_engines.py": ("car_export.cli", [[]]),
-    "python export/numerics.py": ("car_export.numerics", [[]]),
+    "python export/numerics.py": ("car_export.precision.numerics", [[]]),
     **{
         f"python -m benchmarks.{name}": (f"benchmarks.{name}", [[]])
         for name in "controlnet counting latency report scaling schedules training".split()
@@ -173,7 +173,7 @@ def test_checkpoints_have_the_same_keys(frozen: dict[str, Any]) -> None:
 def main() -> None:
     """Export `tiny` both ways and print everything."""
     from car_export.cli import main as build_engines
-    from golden import save_official
+    from fixtures.golden import save_official
 
     golden = Golden("tiny")
     found: dict[str, Any] = {"tools": {name: version(name) for name in TOOLS}, "python": list(sys.version_info[:2])}

@@ -11,16 +11,16 @@ import time
 from pathlib import Path
 
 import car_runtime.errors
-from car_train import checkpoint, official
+from car_export.plan import ExportError, ExportOptions, Log, build_plan, reference_model
+from car_export.quantize.int8 import Int8Options, to_int8
+from car_export.tensorrt import build as engines
+from car_export.tensorrt.compiler import Compiler
+from car_export.verify import VerificationError, verify_plan
+from car_train import checkpoint
 from car_train.cli import add_official_arguments, integers, load_official
 from car_train.config import ConfigError
+from car_train.interop import official
 from car_train.model import Model
-
-from . import engines
-from .builder import Compiler
-from .int8 import Int8Options, to_int8
-from .plan import ExportError, ExportOptions, Log, build_plan, reference_model
-from .verify import VerificationError, verify_plan
 
 EXAMPLES = """examples:
   python export/build_engines.py runs/car -o emoji.plan --weights fp16
@@ -224,7 +224,7 @@ def run(args: argparse.Namespace) -> Path:
             f"{args.class_names} has {len(names)} names for {model.car.base.config.classes} classes; give one a line"
         )
     if args.verify:
-        from car_runtime import manifest as schema
+        from car_runtime.format import manifest as schema
 
         manifest = schema.read_manifest(args.output)
         schema.verify_files(args.output, manifest)

@@ -16,11 +16,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from car_export.verify import scene
 from car_runtime.controls import derive
 from car_train.model import Model
-from car_train.sample import Recording, control_pyramid, sample
-
-from .verify import scene
+from car_train.model.sample import Recording, control_pyramid, sample
 
 FILE = "goldens.npz"
 KEPT = 16

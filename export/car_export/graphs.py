@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from car_train.car import CAR
+from car_export.trace import OPSET
 from car_train.model import Model
-from car_train.sample import draw, mix
-from car_train.vqvae import VQVAE, Up, join_tokens
-
-from .trace import OPSET
+from car_train.model.car import CAR
+from car_train.model.sample import draw, mix
+from car_train.model.vqvae import VQVAE, Up, join_tokens
 
 
 @dataclass

@@ -21,15 +21,14 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from car_runtime import manifest as schema
+from car_export import graphs, verify
+from car_export.errors import ExportError
+from car_export.goldens import write_goldens
+from car_export.trace import Names, optimise, specialise, trace
+from car_export.weights import HALVED, WeightStore, external, externalise
+from car_runtime.format import manifest as schema
 from car_train.checkpoint import put_in_place
 from car_train.model import Model
-
-from . import graphs, verify
-from .errors import ExportError
-from .goldens import write_goldens
-from .trace import Names, optimise, specialise, trace
-from .weights import HALVED, WeightStore, external, externalise
 
 Log = Callable[[str], None]
 

@@ -22,8 +22,8 @@ from onnx_ir.passes import common as common_passes
 from onnxscript.rewriter.rules import common as rules
 from torch import Tensor, nn
 
-from .edits import plain_shape, split_sequences
-from .weights import INLINE
+from car_export.graph_utils import plain_shape, split_sequences
+from car_export.weights import INLINE
 
 OPSET = 20
 """The first with Gelu, which engines fuse; every engine in use reads it."""

@@ -18,13 +18,12 @@ from PIL import Image
 from torch import Tensor
 
 import car_runtime
-from car_runtime import manifest as schema
-from car_runtime.backends.onnx_runtime import needless_optimizers
+from car_export.precision.bf16_to_fp32 import widened
+from car_runtime.backends.onnxruntime.session import needless_optimizers
+from car_runtime.format import manifest as schema
 from car_train.model import Model
-from car_train.sample import Recording, control_pyramid, draw, sample
-from car_train.vqvae import split_tokens
-
-from .widen import widened
+from car_train.model.sample import Recording, control_pyramid, draw, sample
+from car_train.model.vqvae import split_tokens
 
 Log = Callable[[str], None]
 Arrays = dict[str, np.ndarray]

@@ -2,6 +2,6 @@
 
 import sys
 
-from car_runtime.cli import main
+from car_runtime.cli.main import main
 
 sys.exit(main())

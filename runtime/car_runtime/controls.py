@@ -1,8 +1,8 @@
 """Control images derived from a photo, as training made them from its pictures; numpy and Pillow alone.
 
-The definitions, with their constants, are those of `car_train.controls`, which has OpenCV to do them. Canny is equal
-to `cv2.Canny(grey, 100, 200)` to the bit; the others differ from training by at most one grey level in 255, because
-sums are rounded in another order. `tests/test_controls.py` holds the two together.
+The definitions, with their constants, are those of `car_train.data.controls`, which has OpenCV to do them. Canny is
+equal to `cv2.Canny(grey, 100, 200)` to the bit; the others differ from training by at most one grey level in 255,
+because sums are rounded in another order. `tests/train/test_controls.py` holds the two together.
 
 Shape legend: H, W a picture's sides; uint8 HWC.
 """

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from car_runtime import __version__
-from car_runtime.backends import OPENERS, openvino_core
+from car_runtime.backends.openvino.core import openvino_core
+from car_runtime.backends.registry import OPENERS
 from car_runtime.errors import CarError, one_line
 
 BACKENDS = ("ort-cpu", "openvino", "amx", "amx-fp32", "ort-cuda", "rtx", "trt")
@@ -169,7 +170,7 @@ def probe_gpu() -> dict[str, Any]:
     found: dict[str, Any] = {"usable": False, "why": None, "name": None, "capability": None, "target": None}
     found |= {"memory": None, "driver": None, "nvidia_smi": _nvidia_smi()}
     try:
-        from car_runtime.backends.cuda import probe
+        from car_runtime.backends.cuda.driver import probe
 
         gpu = probe()
     except CarError as error:
@@ -264,8 +265,8 @@ def _check_openvino(found: Mapping[str, str | None], gpu: Mapping[str, Any]) -> 
 
 
 def _check_amx(found: Mapping[str, str | None], gpu: Mapping[str, Any], parts: int = 1) -> Finding:
-    from car_runtime.backends.amx import check_cpu
-    from car_runtime.native import build
+    from car_runtime.backends.amx import build
+    from car_runtime.backends.amx.backend import check_cpu
 
     problem, install = _check_openvino(found, gpu)
     if problem is not None:
@@ -398,7 +399,7 @@ def _sm(gpu: Mapping[str, Any]) -> int | None:
 
 def _plan(root: Path, gpu: Mapping[str, Any], backends: list[dict[str, Any]]) -> dict[str, Any]:
     """Which engines of a plan this machine can use, and the commands that build what is missing."""
-    from car_runtime.manifest import read_manifest, verify_files
+    from car_runtime.format.manifest import read_manifest, verify_files
 
     report: dict[str, Any] = {"path": str(root), "name": None, "problem": None, "precision": None}
     report |= {"runs_on": [], "engines": [], "build": []}
@@ -449,7 +450,7 @@ def _engine(engine: Any, gpu: Mapping[str, Any], usable: set[str]) -> dict[str, 
 
 def _engines_problem(root: Path, manifest: Any, flavour: str, gpu: Mapping[str, Any]) -> str | None:
     """Why the engines of a flavour don't run here: none for this GPU, some missing, or built by another version."""
-    from car_runtime.backends.sidecar import engines_for
+    from car_runtime.backends.tensorrt.engine_metadata import engines_for
 
     try:
         version = __import__({"rtx": "tensorrt_rtx", "trt": "tensorrt"}[flavour]).__version__

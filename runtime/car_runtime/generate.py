@@ -18,9 +18,9 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from car_runtime.backends import Backend, Buffer, Mark
-from car_runtime.manifest import Manifest, Scale
-from car_runtime.sampling import Request, Sampling, uniforms
+from car_runtime.backends.base import Backend, Buffer, Mark
+from car_runtime.format.manifest import Manifest, Scale
+from car_runtime.request import Request, Sampling, uniforms
 from car_runtime.schedule import Schedule
 
 SLOT = 256

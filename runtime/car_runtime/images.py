@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from car_runtime.errors import ImageError, OutputError
-from car_runtime.manifest import Scale
+from car_runtime.format.manifest import Scale
 
 MAX_PIXELS = 64 * 1024 * 1024
 """Checked on the header, before anything is decoded: RGB of this size is 192 MB."""

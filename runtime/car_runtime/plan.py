@@ -28,11 +28,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from car_runtime import images as image_io
-from car_runtime import sampling
-from car_runtime.backends import Backend, Buffer, Mark, check_name, open_backend
+from car_runtime import request as sampling
+from car_runtime.backends.base import Backend, Buffer, Mark
+from car_runtime.backends.registry import check_name, open_backend
 from car_runtime.errors import PlanError, RequestError
+from car_runtime.format.manifest import WEIGHTS, Manifest, read_manifest, verify_files
 from car_runtime.generate import Condition, State, Step, run_scales
-from car_runtime.manifest import WEIGHTS, Manifest, read_manifest, verify_files
 from car_runtime.schedule import Scales, Schedule
 
 CACHED = 8

@@ -1,0 +1,366 @@
+"""Pictures, labels and controls from a folder: class = sub-folder.
+
+    photos/                     controls/          with control_root: the same relative paths, any image extension
+      cat/a.jpg, cat/b.png        cat/a.png, cat/b.png
+      dog/…                       dog/…
+
+What a picture becomes, here and in `car_runtime.controls` alike: RGBA, turned as its EXIF says, stretched to the
+model's size with LANCZOS (Pillow, premultiplied), composited on white. Controls made on the fly come from that very
+square. Stretching is what the runtime does to control images, so what is trained is what will be asked.
+"""
+
+import fnmatch
+import hashlib
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from car_train.data.controls import CONTROL_TYPES, NEEDS_ALPHA, make_control, on_white
+
+EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+VAL_SHARE = 0.05
+SPLITS = ("train", "val", "all")
+
+# Augmentation. A picture with alpha may shrink and move on transparent ground, as far as it stays whole (many emoji
+# fill their square); an opaque one is only zoomed into, so that no border comes into sight.
+ALPHA_SCALE = (0.8, 1.05)  # size of the drawing
+OPAQUE_SCALE = (1.0, 1.2)
+
+Pixels = NDArray[np.uint8]
+
+
+class DataError(ValueError):
+    """A picture folder cannot be used. The message says which one and ends with the remedy."""
+
+
+class ControlledImages(Dataset[dict[str, Any]]):
+    """Pictures with labels, and with control images if asked for.
+
+    root:         a folder of class folders; labels follow the sorted folder names (`class_names`). Files beside
+                  them are ignored.
+    image_size:   side of the pictures given out, in pixels.
+    split:        "train" (about 95 %), "val" (about 5 %) or "all": by a hash of the file name without extension, so
+                  the split is the same on every machine, does not move when pictures are added, and puts equally
+                  named pictures of different classes (one emoji in three styles) on the same side.
+    control_type: one of `CONTROL_TYPES`, made on the fly after augmentation. With `control_root`: what the files
+                  there show, so that a mirrored normal map has its x turned round.
+    control_root: a folder with a control image for every picture, but for those that its `skipped.txt` lists.
+    augment:      mirror, shift and scale at random, from (seed, epoch, index) alone: a resumed run sees the same
+                  pictures.
+    preload:      decode everything once and keep it in memory (uint8 RGBA; twice the model's side at most).
+    classes:      pictures of some classes only (`select_classes`); labels and `class_names` stay those of all.
+
+    Items are dicts: `image` float32 [3, S, S] in [−1, 1]; `label` int; `control` uint8 tensor [S, S, 3], if there
+    are controls.
+
+    Pictures that cannot be read are left out and listed in a warning: at construction with `preload`, otherwise
+    when met (the next picture takes their place). So are, for controls that need one, pictures without alpha.
+    Raises DataError: no classes, an empty class folder, an empty split, unknown types, a control image missing.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        image_size: int,
+        *,
+        split: str = "train",
+        control_type: str | None = None,
+        control_root: str | Path | None = None,
+        augment: bool = False,
+        seed: int = 0,
+        preload: bool = True,
+        classes: str | None = None,
+    ) -> None:
+        if split not in SPLITS:
+            raise DataError(f"no split {split!r}; choose one of: {', '.join(SPLITS)}")
+        if control_type is not None and control_type not in CONTROL_TYPES:
+            raise DataError(f"no control type {control_type!r}; choose one of: {', '.join(CONTROL_TYPES)}")
+        self.root = Path(root).expanduser()
+        self.image_size = image_size
+        self.control_type = control_type
+        self.augment = augment
+        self.seed = seed
+        self.epoch = 0
+        self.class_names, files = find_pictures(self.root)
+        chosen = set(select_classes(classes, self.class_names))
+        files = [(path, label) for path, label in files if label in chosen]
+        self.files = [(path, label) for path, label in files if split == "all" or split_of(path) == split]
+        if not self.files:
+            raise DataError(
+                f"{self.root}: none of {len(files)} pictures is in split {split!r}; add some, or use split='all'"
+            )
+        self.control_files: list[Path] | None = None
+        if control_root is not None:
+            folder = Path(control_root).expanduser()
+            without = _left_out(folder)
+            self.files = [f for f in self.files if f[0].relative_to(self.root).as_posix() not in without]
+            self.control_files = find_controls(self.root, folder, [path for path, _ in self.files])
+        self._pictures: list[Pixels] | None = None
+        self._controls: list[Pixels] | None = None
+        if preload:
+            self._preload()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose augmentation `__getitem__` applies, before a loader is made: workers copy it."""
+        self.epoch = epoch
+
+    def fingerprint(self) -> str:
+        """Hex digest of the list of pictures (path, label, bytes, time of change), 16 digits."""
+        digest = hashlib.sha256()
+        for path, label in self.files:
+            status = path.stat()
+            facts = f"{path.relative_to(self.root)}\0{label}\0{status.st_size}\0{status.st_mtime_ns}\n"
+            digest.update(facts.encode())
+        return digest.hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        for k in range(len(self)):
+            at = (index + k) % len(self)
+            try:
+                picture, control = self._load(at)
+                break
+            except (*UNREADABLE, DataError) as error:
+                warnings.warn(f"left out: {self.files[at][0]}: {error}", stacklevel=2)
+        else:
+            raise DataError(f"{self.root}: no picture can be read; check the files")
+        return self._item(picture, control, self.files[at][1], np.random.default_rng([self.seed, self.epoch, index]))
+
+    def _item(self, picture: Pixels, control: Pixels | None, label: int, rng: np.random.Generator) -> dict[str, Any]:
+        size = self.image_size
+        if self.augment:
+            box, mirror = random_box(rng, has_alpha(picture))
+        else:
+            box, mirror = (0.0, 0.0, 1.0, 1.0), False
+        rgba = crop(picture, box, mirror, size)
+        item: dict[str, Any] = {"image": to_float(on_white(rgba)), "label": label}
+        if control is not None:
+            made = crop(control, box, mirror, size)
+            if mirror and self.control_type == "normal":
+                made[..., 0] = 255 - made[..., 0]
+            item["control"] = torch.from_numpy(made)
+        elif self.control_type is not None:
+            item["control"] = torch.from_numpy(make_control(rgba, self.control_type))
+        return item
+
+    def _load(self, index: int) -> tuple[Pixels, Pixels | None]:
+        """(RGBA, control file's RGB if any), squares; from memory where they are preloaded."""
+        if self._pictures is not None:
+            return self._pictures[index], None if self._controls is None else self._controls[index]
+        picture = self._read(self.files[index][0], "RGBA")
+        if self.control_files is not None:
+            return picture, self._read(self.control_files[index], "RGB")
+        if self.control_type in NEEDS_ALPHA and not has_alpha(picture):
+            raise DataError(f"no alpha channel, which {self.control_type!r} is made from; give control_root")
+        return picture, None
+
+    def _read(self, path: Path, mode: str) -> Pixels:
+        with Image.open(path) as opened:
+            image = to_8_bits(ImageOps.exif_transpose(opened)).convert(mode)
+        # Augmented pictures keep up to twice the side, so that zooming in does not blur them; the others take the
+        # model's size in one step, as the runtime does it.
+        side = self.image_size
+        if self.augment:
+            side = min(max(image.size), 2 * self.image_size)
+        return np.asarray(image.resize((side, side), Image.Resampling.LANCZOS))
+
+    def _preload(self) -> None:
+        pictures: list[Pixels] = []
+        controls: list[Pixels] = []
+        kept: list[int] = []
+        failed: list[str] = []
+        for i, (path, _) in enumerate(tqdm(self.files, desc=f"reading {self.root.name}", unit="img", leave=False)):
+            try:
+                picture, control = self._load(i)
+            except (*UNREADABLE, DataError) as error:
+                failed.append(f"{path}: {error}")
+                continue
+            kept.append(i)
+            pictures.append(picture)
+            if control is not None:
+                controls.append(control)
+        if failed:
+            warnings.warn(f"{len(failed)} of {len(self)} pictures left out:\n" + _some(failed), stacklevel=3)
+        if not kept:
+            raise DataError(f"{self.root}: no picture can be used: {failed[0]}; check the files")
+        self.files = [self.files[i] for i in kept]
+        if self.control_files is not None:
+            self.control_files = [self.control_files[i] for i in kept]
+        self._pictures, self._controls = pictures, controls or None
+
+
+# What Pillow raises on damaged files.
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+
+def find_pictures(root: Path) -> tuple[list[str], list[tuple[Path, int]]]:
+    """(class names, [(picture, label)]) of a folder of class folders, both sorted; without hidden ones.
+
+    Raises DataError: no such folder, no class folders, a class folder without pictures.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder; give a folder with one sub-folder of pictures per class")
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not folders:
+        raise DataError(f"{root} has no class folders; put the pictures of each class in a sub-folder of its own")
+    files: list[tuple[Path, int]] = []
+    empty: list[str] = []
+    for label, folder in enumerate(folders):
+        found = sorted(p for p in folder.rglob("*") if _is_picture(p))
+        files += [(path, label) for path in found]
+        if not found:
+            empty.append(folder.name)
+    if empty:
+        raise DataError(
+            f"{root}: class folders without pictures: {_some(empty, ', ')}; add pictures "
+            f"({', '.join(sorted(EXTENSIONS))}) or remove the folders"
+        )
+    return [folder.name for folder in folders], files
+
+
+def select_classes(chosen: str | None, names: Sequence[str]) -> list[int]:
+    """Class numbers of a comma-separated list of names, patterns, numbers and ranges: "0-99", "cat,dog,17", "noto-*".
+
+    None chooses all; a leading "!" turns the choice round ("!0-99": all but the first hundred).
+    Raises DataError for a class that isn't there.
+    """
+    if chosen is None:
+        return list(range(len(names)))
+    numbers: set[int] = set()
+    for part in chosen.removeprefix("!").split(","):
+        first, dash, last = part.partition("-")
+        matches = [i for i, name in enumerate(names) if fnmatch.fnmatchcase(name, part)]
+        if part in names:
+            numbers.add(names.index(part))
+        elif matches:
+            numbers.update(matches)
+        elif part.isdigit():
+            numbers.add(int(part))
+        elif dash and first.isdigit() and last.isdigit() and int(first) <= int(last) < len(names):
+            numbers.update(range(int(first), int(last) + 1))
+        else:
+            raise DataError(
+                f"class {part!r} of {chosen!r} isn't there; give names, patterns, numbers up to {len(names) - 1} or "
+                f"ranges, separated by commas; names: {_some(names, ', ')}"
+            )
+    if max(numbers) >= len(names):
+        raise DataError(f"class {max(numbers)} is out of range; give 0…{len(names) - 1}")
+    if chosen.startswith("!"):
+        numbers = set(range(len(names))) - numbers
+        if not numbers:
+            raise DataError(f"classes {chosen!r} leave none; leave some")
+    return sorted(numbers)
+
+
+def _left_out(control_root: Path) -> set[str]:
+    """Pictures that `python -m car_train controls` could make no control of: one a line, its relative path, a tab."""
+    listed = control_root / "skipped.txt"
+    if not listed.is_file():
+        return set()
+    return {line.partition("\t")[0] for line in listed.read_text(encoding="utf-8").splitlines()}
+
+
+def find_controls(root: Path, control_root: Path, pictures: Sequence[Path]) -> list[Path]:
+    """For each picture under `root`, the file under `control_root` with the same path, up to the extension.
+
+    Raises DataError, naming some, when any is missing.
+    """
+    if not control_root.is_dir():
+        raise DataError(f"{control_root} is not a folder; give the folder of control images")
+    have = {p.relative_to(control_root).with_suffix(""): p for p in sorted(control_root.rglob("*")) if _is_picture(p)}
+    wanted = [p.relative_to(root).with_suffix("") for p in pictures]
+    missing = [str(w) for w in wanted if w not in have]
+    if missing:
+        raise DataError(
+            f"{control_root} lacks {len(missing)} of {len(wanted)} control images: {_some(missing, ', ')}; "
+            "make them, or remove these pictures"
+        )
+    return [have[w] for w in wanted]
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
+
+
+def split_of(path: Path) -> str:
+    """ "train" or "val", from the file's name without folder and extension alone."""
+    digest = hashlib.sha256(path.stem.encode("utf-8")).digest()
+    return "val" if int.from_bytes(digest[:8], "big") < VAL_SHARE * 2**64 else "train"
+
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """16-bit and 32-bit grey (depth maps) from 0…65535, float grey from 0…1; Pillow alone would clip at 255."""
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    top = 1.0 if image.mode == "F" else 65535.0
+    return Image.fromarray(np.rint(np.clip(np.asarray(image, np.float64) / top, 0, 1) * 255).astype(np.uint8))
+
+
+def load_control(path: str | Path) -> Image.Image:
+    """A control image for the reference sampler, read as the runtime reads it.
+
+    Turned as its EXIF says, deep grey scaled to 8 bits, transparent parts on black. Raises DataError.
+    """
+    try:
+        with Image.open(path) as opened:
+            image = to_8_bits(ImageOps.exif_transpose(opened)).convert("RGBA")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: not a readable image ({error}); give a picture such as a PNG") from error
+    black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+    return Image.alpha_composite(black, image).convert("RGB")
+
+
+def has_alpha(rgba: Pixels) -> bool:
+    """Whether any pixel of uint8 [H, W, 4] is not fully opaque."""
+    return bool(rgba[..., 3].min() < 255)
+
+
+def random_box(rng: np.random.Generator, alpha: bool) -> tuple[tuple[float, float, float, float], bool]:
+    """((left, top, right, bottom), mirror): what to show, in shares of the side; with alpha, also beyond the picture.
+
+    Always four draws, so that (seed, epoch, index) means the same for every picture.
+    """
+    u_scale, u_x, u_y, u_mirror = rng.random(4)
+    low, high = ALPHA_SCALE if alpha else OPAQUE_SCALE
+    side = 1 / (low + (high - low) * u_scale)
+    reach = abs(1 - side) / 2
+    left = (1 - side) / 2 + reach * (2 * u_x - 1)
+    top = (1 - side) / 2 + reach * (2 * u_y - 1)
+    return (left, top, left + side, top + side), bool(u_mirror < 0.5)
+
+
+def crop(pixels: Pixels, box: tuple[float, float, float, float], mirror: bool, size: int) -> Pixels:
+    """Cut a box out of a square and resize it with LANCZOS: uint8 [N, N, C] → [size, size, C].
+
+    box: shares of the side; where it reaches beyond the picture, RGBA is transparent and RGB repeats the border.
+    """
+    n = pixels.shape[0]
+    beyond = max(0.0, -box[0], -box[1], box[2] - 1, box[3] - 1)
+    pad = int(np.ceil(beyond * n - 1e-9))
+    if pad:
+        margins = ((pad, pad), (pad, pad), (0, 0))
+        pixels = np.pad(pixels, margins) if pixels.shape[2] == 4 else np.pad(pixels, margins, mode="edge")
+    left, top, right, bottom = (min(max(side * n + pad, 0), n + 2 * pad) for side in box)
+    image = Image.fromarray(pixels).resize((size, size), Image.Resampling.LANCZOS, box=(left, top, right, bottom))
+    out = np.array(image)
+    return np.ascontiguousarray(out[:, ::-1]) if mirror else out
+
+
+def to_float(rgb: Pixels) -> torch.Tensor:
+    """uint8 [H, W, 3] in [0, 255] → float32 [3, H, W] in [−1, 1]."""
+    return torch.from_numpy(rgb).permute(2, 0, 1).to(torch.float32).div_(127.5).sub_(1).contiguous()
+
+
+def _some(items: Sequence[str], separator: str = "\n", most: int = 10) -> str:
+    more = f"{separator}… and {len(items) - most} more" if len(items) > most else ""
+    return separator.join(items[:most]) + more

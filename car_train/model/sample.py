@@ -1,0 +1,121 @@
+"""The reference loop: next-scale sampling in PyTorch (CAR algorithm 1, VAR section 3.2).
+
+It is also the sampling definition of the exported graphs.
+
+Randomness comes in as one uniform number per token, so that every backend draws the same picture from the same seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from car_train.model.car import CAR
+from car_train.model.var import KVCache
+from car_train.model.vqvae import VQVAE, join_tokens
+
+TOP_P_OFF = 2.0
+"""More than all the probability there is: every token is kept."""
+
+
+def mix(logits_RNV: Tensor, t: Tensor | float, images: int) -> Tensor:
+    """Classifier-free guidance, (1 + t)·cond − t·uncond.
+
+    The first `images` rows are conditional, the last ones are not.
+    With as many rows as images both are the same rows, and guidance is off.
+    """
+    cond, uncond = logits_RNV[:images], logits_RNV[logits_RNV.shape[0] - images :]
+    return (1 + t) * cond - t * uncond
+
+
+def draw(logits_NV: Tensor, uniforms_N: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """One categorical draw per row by inverse CDF, int64 [..., N].
+
+    logits: f32 [..., N, V]. uniforms: f32 [..., N] in [0, 1). top_k: int64 [1], 1…V (V keeps all). top_p: f32 [1];
+    `TOP_P_OFF` keeps all.
+
+    Kept are the logits not below the k-th largest and, of these, from the most probable downward, those before which
+    less than top_p of the probability has passed. Ties at a border stay together. Then the first token, in vocabulary
+    order, whose running sum exceeds uniform × total.
+    """
+    ranked = logits_NV.sort(dim=-1, descending=True).values
+    kept = ranked >= ranked.index_select(-1, top_k - 1)
+    p = ranked.masked_fill(~kept, -torch.inf).softmax(-1)
+    kept = kept & (p.cumsum(-1) - p < top_p)
+    border = ranked.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
+    cdf = logits_NV.masked_fill(logits_NV < border, -torch.inf).softmax(-1).cumsum(-1)
+    return (cdf <= uniforms_N[..., None] * cdf[..., -1:]).sum(-1)
+
+
+def control_pyramid(control: Image.Image, sizes: Sequence[int]) -> list[Tensor]:
+    """A control picture at every scale's size, f32 [1, 3, s, s] in [-1, 1].
+
+    Pillow's default filter, as the published data loader.
+    """
+    images = [np.asarray(control.convert("RGB").resize((s, s))) for s in sizes]
+    return [torch.from_numpy(i.copy()).permute(2, 0, 1)[None].float() / 255 * 2 - 1 for i in images]
+
+
+@dataclass
+class Recording:
+    """What went into and came out of every scale of one run: the exporter's goldens."""
+
+    scales: list[dict[str, Tensor]] = field(default_factory=list)
+    cache: KVCache | None = None
+
+
+@torch.no_grad()
+def sample(
+    vqvae: VQVAE,
+    model: CAR,
+    label_B: Tensor,
+    uniforms_BL: Tensor,
+    controls: Sequence[Tensor] | None = None,
+    cfg: float = 4.0,
+    top_k: int = 0,
+    top_p: float = 0.0,
+    record: Recording | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Generate: (tokens int64 [B, L], pixels f32 [B, 3, H, W] in [-1, 1]).
+
+    label: int64 [B] in 0…classes (`classes` is "no class"). uniforms: f32 [B, L] in [0, 1). controls as in
+    `CAR.forward`. top_k 0 and top_p 0 keep everything. `record` collects what went into and came out of every scale.
+    """
+    quantizer, base = vqvae.quantizer, model.base
+    config, B = vqvae.config, label_B.shape[0]
+    k_keep = torch.tensor([top_k or config.vocab], device=label_B.device)
+    p_keep = torch.tensor([top_p if 0 < top_p < 1 else TOP_P_OFF], device=label_B.device)
+    rows = torch.cat([label_B, torch.full_like(label_B, base.config.classes)]) if cfg else label_B
+    R, C, H = rows.shape[0], base.config.C, base.config.H
+    modulation, position = model.modulations(rows), base.position()
+    cache = KVCache(model.layers, config.tokens, R, H, C // H, like=base.blocks[0].attn.qkv_weight)
+    x_RSSC = base.start(rows)[:, None]
+    f_hat = torch.zeros(B, config.latent_channels, config.latent_size, config.latent_size, device=label_B.device)
+    grids: list[Tensor] = []
+    for k, (side, (start, stop), ratio) in enumerate(zip(config.sides, config.ranges, config.ratios, strict=True)):
+        features = c = None
+        if controls is not None:
+            assert model.branch is not None, "controls given to a model without a control branch"
+            features = model.branch.features(controls[k])
+            # The control reaches both guidance rows; one control for all pictures broadcasts.
+            own = features.shape[0] > 1
+            c = model.branch.inject(x_RSSC, features.repeat(R // B, 1, 1) if own else features)
+        logits_RNV = model.trunk(x_RSSC.flatten(1, 2), c, position[start:stop], modulation, cache)
+        cache.advance(stop - start)
+        logits_BNV = mix(logits_RNV, cfg * ratio, B)
+        tokens_BSS = draw(logits_BNV, uniforms_BL[:, start:stop], k_keep, p_keep).view(B, side, side)
+        before, f_hat = f_hat, f_hat + quantizer.contribution(F.embedding(tokens_BSS, quantizer.embedding), k)
+        grids.append(tokens_BSS)
+        if record is not None:
+            scale = {"x": x_RSSC, "f_hat": before, "f_hat_out": f_hat, "logits": logits_BNV, "tokens": tokens_BSS}
+            record.scales.append({**scale, "control": features} if features is not None else scale)
+            record.cache = cache
+        if k + 1 < len(config.sides):
+            x_RSSC = base.embed(quantizer.next_input(f_hat, k)).repeat(R // B, 1, 1, 1)
+    return join_tokens(grids), vqvae.decode_latent(f_hat)

@@ -1,0 +1,292 @@
+"""What each stage trains, and its loss: tokenizer (VQVAE), base (VAR), control branch (CAR)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from car_train.config import CARConfig, ModelConfig, VARConfig, VQVAEConfig
+from car_train.model import Model
+from car_train.model.sample import control_pyramid, sample
+from car_train.model.vqvae import join_tokens, split_tokens
+from car_train.training.losses import (
+    PatchDiscriminator,
+    Perceptual,
+    adaptive_weight,
+    generator_loss,
+    hinge_discriminator_loss,
+)
+
+REVIVE_EVERY = 100
+"""Steps between revivals of unused codes, in the first two thirds of the tokenizer's training."""
+
+Batch = dict[str, Tensor]
+"""`image` f32 [B, 3, H, W] in [-1, 1] and/or `tokens` int64 [B, L]; `label` int64 [B]; `control` uint8 [B, S, S, 3];
+`drop` f32 [B], a uniform number for each picture that decides whether its label is dropped."""
+
+
+class Stage:
+    """What one stage trains: subclasses give `loss` and `picture`."""
+
+    control_type: str | None = None
+    takes_tokens = False
+    """Whether the loss can do with `tokens` in place of `image`."""
+
+    def __init__(self, model: Model, trainable: nn.Module):
+        self.model, self.trainable = model, trainable
+        model.requires_grad_(False).eval()
+        trainable.requires_grad_(True)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss to minimise and what else to log, of one batch on the device."""
+        raise NotImplementedError
+
+    def picture(self, batch: Batch) -> list[Tensor]:
+        """Rows of a sample sheet, each f32 [B, 3, H, W] in [-1, 1]."""
+        raise NotImplementedError
+
+    def extra_loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """What an adversary minimises, on the pictures of the last `loss`; None where there is none (yet)."""
+        return None
+
+    adversary: nn.Module | None = None
+    """Trained beside the model by `extra_loss` with an optimizer of its own; never part of a checkpoint's model."""
+    critic: Any = None
+    """The adversary as the trainer wraps it (distributed), for its own update."""
+
+    def to(self, device: torch.device) -> None:
+        """Move everything the stage computes with."""
+        self.model.to(device)
+
+    def before_step(self, step: int) -> None:
+        """Told the number of the optimizer step to come, from 0."""
+
+    def after_step(self, step: int, steps: int) -> dict[str, float]:
+        """Upkeep after an optimizer step; returns what to log."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """What else a resumed run needs, besides weights and optimizers."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take up the `state` of an earlier run."""
+
+
+class VQVAEStage(Stage):
+    """Tokenizer (VAR eq. 5): L1 + L2 + codebook + β·commitment + λp·perceptual + λg·adversarial.
+
+    perceptual: the network, and its weight λp. adversary: a PatchGAN; its share λg is `adversarial` times the
+    adaptive weight, which keeps its gradient at the decoder's last layer as large as that of the other losses, and is
+    0 before `adversarial_start`: a critic of noise has nothing to teach.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        perceptual: Perceptual | None = None,
+        perceptual_weight: float = 1.0,
+        adversary: PatchDiscriminator | None = None,
+        adversarial_weight: float = 0.5,
+        adversarial_start: int = 0,
+    ):
+        super().__init__(model, model.vqvae)
+        self.perceptual, self.perceptual_weight = perceptual, perceptual_weight
+        self.adversary, self.adversarial_weight = adversary, adversarial_weight
+        self.adversarial_start, self.step = adversarial_start, 0
+        config = model.config.vqvae
+        self.used_KV = torch.zeros(len(config.sides), config.vocab, dtype=torch.bool)
+        self.last_images: Tensor | None = None
+        self.last_recon: Tensor | None = None
+
+    def to(self, device: torch.device) -> None:
+        super().to(device)
+        for module in (self.perceptual, self.adversary):
+            if module is not None:
+                module.to(device)
+
+    def before_step(self, step: int) -> None:
+        self.step = step
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        images, training = batch["image"], self.trainable.training
+        recon, quantisation, grids = self.model.vqvae(images)
+        recon = recon.float()
+        l1, l2 = F.l1_loss(recon, images), F.mse_loss(recon, images)
+        metrics = {"l1": l1, "l2": l2, "quantisation": quantisation}
+        seen = l1 + l2
+        if self.perceptual is not None:
+            metrics["perceptual"] = self.perceptual(recon, images)
+            seen = seen + self.perceptual_weight * metrics["perceptual"]
+        loss = seen + quantisation
+        if training:
+            for used, grid in zip(self.used_KV, grids, strict=True):
+                used[grid.unique().cpu()] = True
+            self.last_images, self.last_recon = images, recon.detach()
+            if self.adversary is not None and self.step >= self.adversarial_start:
+                self.adversary.requires_grad_(False)
+                fooled = generator_loss(self.adversary(recon))
+                last_layer = self.model.vqvae.decoder.conv_out.get_parameter("weight")
+                weight = adaptive_weight(seen, fooled, last_layer)
+                if dist.is_initialized():  # one weight for all, as on one process
+                    dist.all_reduce(weight)
+                    weight /= dist.get_world_size()
+                loss = loss + self.adversarial_weight * weight * fooled
+                metrics |= {"adversarial": fooled, "adaptive": weight}
+        mse = F.mse_loss(recon.clamp(-1, 1), images, reduction="none").mean((1, 2, 3))
+        metrics["psnr"] = (10 * torch.log10(4 / mse.clamp_min(1e-12))).mean()
+        return loss, metrics
+
+    def extra_loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]] | None:
+        if self.adversary is None or step < self.adversarial_start:
+            return None
+        assert self.last_images is not None
+        assert self.last_recon is not None
+        self.adversary.requires_grad_(True)
+        # One pass over both, so that distributed training hooks into a single backward.
+        real, fake = self.critic(torch.cat([self.last_images, self.last_recon])).chunk(2)
+        loss = hinge_discriminator_loss(real, fake)
+        return loss, {"discriminator": loss}
+
+    def after_step(self, step: int, steps: int) -> dict[str, float]:
+        if step != 1 and step % REVIVE_EVERY:
+            return {}
+        quantizer = self.model.vqvae.quantizer
+        if dist.is_initialized():
+            used = self.used_KV.to(quantizer.embedding.device, torch.uint8)
+            dist.all_reduce(used, dist.ReduceOp.MAX)
+            self.used_KV = used.bool().cpu()
+        used_V = self.used_KV.any(0)
+        log = {"codes_used": used_V.float().mean().item()}
+        log |= {f"codes_used_{k}": used.float().mean().item() for k, used in enumerate(self.used_KV)}
+        if step < steps * 2 / 3 and self.last_images is not None:
+            with torch.no_grad():
+                latent = self.model.vqvae.latent(_of_all_processes(self.last_images))
+                quantizer.revive(latent, used_V.to(quantizer.embedding.device))
+            if dist.is_initialized():  # the first process's draws count
+                dist.broadcast(quantizer.embedding.data, 0)
+        self.used_KV.zero_()
+        return log
+
+    def state(self) -> dict[str, Any]:
+        return {"used_KV": self.used_KV}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.used_KV = state["used_KV"]
+
+    def picture(self, batch: Batch) -> list[Tensor]:
+        return [batch["image"], self.model.vqvae(batch["image"])[0].float().clamp(-1, 1)]
+
+
+class TransformerStage(Stage):
+    """Next-scale cross-entropy (VAR eq. 6) averaged over all L tokens.
+
+    With a branch, that of CAR (eq. 7) on a frozen base.
+    """
+
+    takes_tokens = True
+
+    def __init__(self, model: Model):
+        assert model.car is not None, "config.var"
+        super().__init__(model, model.car.branch or model.car.base)
+        self.car = model.car
+        self.control_type = model.config.car.control_type if model.config.car else None
+
+    def _controls(self, batch: Batch) -> list[Tensor] | None:
+        if "control" not in batch:
+            return None
+        config, device = self.model.config.vqvae, batch["label"].device
+        pyramids = [
+            control_pyramid(Image.fromarray(c.numpy()), [s * config.patch for s in config.sides])
+            for c in batch["control"].cpu()
+        ]
+        return [torch.cat(scale).to(device) for scale in zip(*pyramids, strict=True)]
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        config, label = self.model.config.vqvae, batch["label"]
+        with torch.no_grad():
+            if "tokens" in batch:
+                grids = split_tokens(batch["tokens"], config.sides)
+            else:
+                grids = self.model.vqvae.encode(batch["image"])
+            with torch.autocast(label.device.type, enabled=False):
+                inputs = self.model.vqvae.quantizer.decode(grids)[1]
+        if self.trainable.training:
+            dropped = batch["drop"] < self.car.base.config.label_dropout
+            label = torch.where(dropped, self.car.base.config.classes, label)
+        logits, target = self.car(label, inputs, self._controls(batch)), join_tokens(grids)
+        each_BL = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
+        hit = (logits.argmax(-1) == target).float()
+        last = config.sides[-1] ** 2
+        metrics = {"accuracy": hit.mean(), "loss_last": each_BL[:, -last:].mean()}
+        return each_BL.mean(), metrics | {"accuracy_last": hit[:, -last:].mean()}
+
+    def picture(self, batch: Batch) -> list[Tensor]:
+        config, B = self.model.config.vqvae, len(batch["image"])
+        uniforms = torch.rand(B, config.tokens, generator=torch.Generator().manual_seed(0)).to(batch["image"].device)
+        controls = self._controls(batch)
+        _, drawn = sample(
+            self.model.vqvae,
+            self.car,
+            batch["label"],
+            uniforms,
+            controls,
+            cfg=2.0,
+            top_k=config.vocab // 4,
+            top_p=0.9,
+        )
+        return ([controls[-1]] if controls else []) + [drawn, batch["image"]]
+
+
+def _of_all_processes(x_B: Tensor) -> Tensor:
+    """The batches of all processes as one, in the order of the undivided batch."""
+    if not dist.is_initialized():
+        return x_B
+    x_B = x_B.contiguous()
+    parts = [torch.empty_like(x_B) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x_B)
+    return torch.cat(parts)
+
+
+class Objective(nn.Module):
+    """A stage's loss as a module's forward: what DistributedDataParallel wraps.
+
+    The parameters are those of the stage's model; an adversary isn't among them.
+    """
+
+    def __init__(self, stage: Stage):
+        super().__init__()
+        self.model, self.stage = stage.model, stage
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.stage.loss(batch)
+
+
+def new_vqvae(config: VQVAEConfig) -> Model:
+    return Model(ModelConfig(vqvae=config))
+
+
+def add_var(model: Model, config: VARConfig, class_names: tuple[str, ...]) -> Model:
+    """A model with a trained tokenizer and a new base."""
+    grown = Model(ModelConfig(vqvae=model.config.vqvae, var=config, class_names=class_names))
+    grown.vqvae = model.vqvae
+    return grown
+
+
+def add_branch(model: Model, config: CARConfig) -> Model:
+    """A model with a trained base and a new branch, initialised from it. A branch that was there is left out."""
+    assert model.car is not None, "add_branch needs a base"
+    grown = Model(
+        ModelConfig(vqvae=model.config.vqvae, var=model.config.var, car=config, class_names=model.config.class_names)
+    )
+    assert grown.car is not None
+    assert grown.car.branch is not None
+    grown.vqvae, grown.car.base = model.vqvae, model.car.base
+    grown.car.branch.initialise(model.car.base, model.vqvae)
+    return grown

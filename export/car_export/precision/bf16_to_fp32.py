@@ -1,0 +1,97 @@
+"""A float32 copy of a bfloat16 plan, for engines that can't compute in bfloat16: exports are verified on it.
+
+Every bfloat16 number is a float32 number, so the copy has the same weights and computes what the plan does, but for
+the rounding of intermediate results.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx import TensorProto
+
+from car_export.weights import Moved, place, refer
+from car_runtime.format import manifest as schema
+
+_BFLOAT16 = ir.DataType.BFLOAT16.numpy()  # numpy has none of its own
+_TYPES = {TensorProto.BFLOAT16: TensorProto.FLOAT}
+
+
+@contextlib.contextmanager
+def widened(plan: Path) -> Iterator[Path]:
+    """The copy, in a folder beside the plan that is removed afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{plan.name}.widened-", dir=plan.parent))
+    try:
+        _copy(plan, folder)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _copy(plan: Path, folder: Path) -> None:
+    manifest = schema.read_manifest(plan)
+    graphs = {name: onnx.load(plan / graph.file, load_external_data=False) for name, graph in manifest.graphs.items()}
+    moved = Moved(plan / schema.WEIGHTS, folder / schema.WEIGHTS)
+    tensors = {}
+    for name, tensor in manifest.tensors.items():
+        offset, _ = moved.piece(tensor.offset, tensor.bytes)
+        tensors[name] = dataclasses.replace(tensor, offset=offset)
+    for name, graph in graphs.items():
+        _widen_graph(graph.graph, moved)
+        (folder / manifest.graphs[name].file).write_bytes(graph.SerializeToString())
+    moved.close()
+
+    def ports(side: tuple[schema.Port, ...]) -> tuple[schema.Port, ...]:
+        return tuple(dataclasses.replace(p, dtype="float32") if p.dtype == "bfloat16" else p for p in side)
+
+    copied = {
+        name: dataclasses.replace(graph, inputs=ports(graph.inputs), outputs=ports(graph.outputs))
+        for name, graph in manifest.graphs.items()
+    }
+    names = [schema.WEIGHTS, *(graph.file for graph in copied.values())]
+    whole = dataclasses.replace(
+        manifest,
+        precision=schema.Precision(compute="fp32", weights="fp32"),
+        tensors=tensors,
+        graphs=copied,
+        engines=(),
+        files=schema.describe_files(folder, names, manifest.chunk_bytes),
+    )
+    schema.write_manifest(folder, whole)
+
+
+def _widen_graph(graph: onnx.GraphProto, weights: Moved) -> None:
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        kind = value.type.tensor_type
+        kind.elem_type = _TYPES.get(kind.elem_type, kind.elem_type)
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "to":
+                attribute.i = _TYPES.get(attribute.i, attribute.i)
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                _widen_tensor(attribute.t, weights)
+    for tensor in graph.initializer:
+        _widen_tensor(tensor, weights)
+
+
+def _wide(data: np.ndarray) -> np.ndarray:
+    """Bytes of bfloat16 numbers as float32."""
+    return data.view(_BFLOAT16).astype(np.float32)
+
+
+def _widen_tensor(tensor: TensorProto, weights: Moved) -> None:
+    narrow = tensor.data_type == TensorProto.BFLOAT16
+    if tensor.data_location == TensorProto.EXTERNAL:
+        refer(tensor, *weights.piece(*place(tensor), _wide if narrow else None))
+    elif narrow:
+        array = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    tensor.data_type = _TYPES.get(tensor.data_type, tensor.data_type)

@@ -1,0 +1,81 @@
+"""The kernels as a library for this machine: compiled once by its C compiler and kept in ~/.cache/car."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from car_runtime.errors import BackendError, one_line
+
+SOURCES = [Path(__file__).with_name(name) for name in ("tiles.h", "tiles.c", "step.c", "convnet.c")]
+ROOT = Path("~/.cache/car/native")
+FLAGS = ["-O3", "-march=x86-64-v4", "-mamx-tile", "-mamx-bf16", "-mavx512bf16", "-fopenmp", "-fPIC", "-shared"]
+CPU_FLAGS = ("amx_tile", "amx_bf16", "avx512_bf16")
+"""What the code needs, as /proc/cpuinfo names it."""
+_SECONDS = 120
+
+
+def load(parts: int = 1) -> Any:
+    """The library, compiled now if this machine hasn't yet. BackendError with the remedy.
+
+    `parts`: how many of bfloat16 stand for a number, 1 or 2.
+    """
+    flags = [*FLAGS, f"-DPARTS={parts}"]
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    sources = [source.read_bytes() for source in SOURCES]
+    kept = _kept(hashlib.sha256(b"\0".join([*sources, *map(str.encode, flags)])).hexdigest()[:16])
+    if not kept.is_file():
+        if compiler is None:
+            raise BackendError(
+                "the backend 'amx' is compiled on this machine, which has no C compiler; "
+                "install gcc 11 or newer (apt install gcc), or use --backend openvino"
+            )
+        _compile([*shlex.split(compiler), *flags], kept)
+    try:
+        library = ctypes.CDLL(str(kept))
+    except OSError as error:
+        raise BackendError(f"{kept} can't be loaded ({one_line(error)}); delete it to compile it again") from error
+    refused = library.car_start()
+    if refused:
+        raise BackendError(f"the system keeps AMX from this process ({os.strerror(refused)}); use --backend openvino")
+    return library
+
+
+def _kept(key: str) -> Path:
+    try:
+        return ROOT.expanduser() / f"kernels-{key}.so"
+    except RuntimeError:  # nobody's home: for this process alone, since others could write where it would be found
+        folder = tempfile.mkdtemp(prefix="car-native-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return Path(folder) / f"kernels-{key}.so"
+
+
+def _compile(compiler: list[str], output: Path) -> None:
+    """Beside its place, then renamed: nobody loads half a library."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(prefix=".kernels-", dir=output.parent) as folder:
+            made = Path(folder) / output.name
+            sources = [str(source) for source in SOURCES if source.suffix == ".c"]
+            subprocess.run(
+                [*compiler, *sources, "-o", str(made), "-lm"],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=_SECONDS,
+            )
+            made.replace(output)
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        raise BackendError(
+            f"{compiler[0]} can't compile the kernels into {output.parent} ({said[0] if said else error}); "
+            "it needs gcc 11 or clang 12 with OpenMP, or newer; set CC to one, or use --backend openvino"
+        ) from error

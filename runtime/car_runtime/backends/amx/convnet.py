@@ -1,0 +1,383 @@
+"""Networks of convolutions in machine code for this CPU (`maps.c`): weights packed once, then map after map.
+
+Shapes: C channels, padded to a multiple of 32, of a map of H × W positions: f32 [C/32, H, W, 32].
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p, pointer
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from car_runtime.backends.amx.convolutions import Attend, Convolution, Convolve, Network, Norm
+from car_runtime.backends.amx.graph import Floats, UnknownGraph
+from car_runtime.backends.amx.memory import Memory, Product, Workspace, address, declare, parts_of
+
+Sizes = tuple[tuple[int, int], ...]
+"""Height and width of each map that goes through at once."""
+_BLOCK, _TILE, _DEPTH = 32, 16, 32
+"""Tiles of a block, positions of a tile, channels that lie together."""
+_ATTENDED = 4096
+"""Positions of a map with attention: scores of 32 of them to all others lie on a thread's stack."""
+_BEYOND = 16384
+"""Bytes behind what is multiplied: a tile reads 16 positions, however many a row has left."""
+
+
+class _Norm(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("weight", "bias")),
+        *((name, c_int64) for name in ("groups", "channels")),
+        ("eps", c_double),
+    ]
+
+
+class _Moments(Structure):
+    _fields_ = [(name, c_void_p) for name in ("map", "count", "values")]
+
+
+class _Convolution(Structure):
+    _fields_ = [
+        ("product", Product),
+        *((name, c_int64) for name in ("channels", "down", "across", "near")),
+        *((name, c_int64) for name in ("top", "left", "stride", "spread", "row", "column")),
+    ]
+
+
+class _Pass(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("maps", "threads")),
+        *((name, c_void_p) for name in ("heights", "widths", "x", "pixels")),
+        ("norm", POINTER(_Norm)),
+        ("silu", c_int64),
+        ("before", _Moments),
+        ("blocks_before", c_int64),
+        ("left", c_void_p),
+        ("convolution", POINTER(_Convolution)),
+        *((name, c_void_p) for name in ("residual", "out", "image", "onward")),
+        ("silu_after", c_int64),
+        ("after", _Moments),
+        ("first_block", c_int64),
+    ]
+
+
+class _Attention(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("maps", "threads")),
+        *((name, c_void_p) for name in ("heights", "widths")),
+        ("channels", c_int64),
+        ("scale", c_double),
+        *((name, c_void_p) for name in ("qkv", "out", "right")),
+    ]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step of the network with its weights packed, and not in `what` any more."""
+
+    what: Convolve | Attend
+    norm: _Norm
+    convolutions: tuple[_Convolution, ...]
+
+
+class Maps:
+    """A network, ready to run. Threads may run it at once, each with a `Room` of its own."""
+
+    def __init__(self, library: Any, network: Network, threads: int) -> None:
+        """`library`: `build.load`. Weights are packed by `threads` threads. UnknownGraph if it can't be laid out."""
+        declare(library)
+        library.car_convolve.argtypes, library.car_convolve.restype = [POINTER(_Pass)], c_int64
+        library.car_attend.argtypes, library.car_attend.restype = [POINTER(_Attention)], None
+        self.library, self.network, self.threads = library, network, threads
+        self.parts = parts_of(library)
+        self._keep: list[NDArray[Any]] = []
+        thirds = {step.source for step in network.steps if isinstance(step, Attend)}
+        others = {m for step in network.steps if isinstance(step, Convolve) for m in (step.source, step.residual)}
+        if thirds & others:
+            raise UnknownGraph("queries, keys and values that are read as a map too")
+        self.sections = [3 if m in thirds else 1 for m in range(len(network.channels))]
+        self.channels = [s * _padded(c // s) for c, s in zip(network.channels, self.sections, strict=True)]
+        """Padded, of each map."""
+        self.onward = {m for m in range(1, len(network.channels)) if self._goes_onward(m)}
+        """Maps that are kept as the convolution multiplies them that alone reads them."""
+        kernels = [one for step in network.steps if isinstance(step, Convolve) for one in step.convolutions]
+        sizes = [_padded(k.kernel.shape[1]) * k.kernel[0, 0].size for k in kernels]  # or less, of pixels
+        outputs = [
+            self.channels[step.target]
+            for step in network.steps
+            if isinstance(step, Convolve)
+            for _ in step.convolutions
+        ]
+        self._weights = Memory(library, 2 * self.parts * int(np.dot(sizes, outputs)))
+        self._filled = 0
+        self.steps = [self._step(step) for step in network.steps]
+        self.network = replace(network, steps=tuple(step.what for step in self.steps))
+
+    def _step(self, step: Convolve | Attend) -> _Step:
+        if isinstance(step, Attend):
+            return _Step(step, _Norm(), ())
+        given = step.convolutions
+        if self.network.pixels and step.source == 0:
+            kernel = given[0].kernel.transpose(0, 2, 3, 1).reshape(len(given[0].kernel), -1, 1, 1)
+            given = (replace(given[0], kernel=kernel, top=1, left=1),)
+        convolutions = tuple(self._convolution(one, self.sections[step.target]) for one in given)
+        packed = tuple(replace(one, kernel=np.empty((0, 0, 0, 0), np.float32)) for one in step.convolutions)
+        return _Step(replace(step, convolutions=packed), self._norm(step.norm), convolutions)
+
+    def _goes_onward(self, m: int) -> bool:
+        readers = [step for step in self.network.steps if m in step.reads]
+        makers = [step for step in self.network.steps if step.target == m]
+        if len(readers) != 1 or not all(isinstance(step, Convolve) for step in (*readers, *makers)):
+            return False
+        reader, maker = readers[0], makers[0]
+        assert isinstance(reader, Convolve)
+        assert isinstance(maker, Convolve)
+        alone = reader.norm is None and m != reader.residual
+        return alone and maker.residual is None and len(maker.convolutions) == 1
+
+    def _norm(self, norm: Norm | None) -> _Norm:
+        if norm is None:
+            return _Norm()
+        weight, bias = self._kept(norm.weight), self._kept(norm.bias)
+        return _Norm(weight=weight, bias=bias, groups=norm.groups, channels=len(norm.weight), eps=norm.eps)
+
+    def _convolution(self, given: Convolution, sections: int) -> _Convolution:
+        _, inputs, down, across = given.kernel.shape
+        near = max(1, 16 // across)  # blocks of 32 channels, whose weights fit into the first cache or nearly do
+        matrix = packing_order(given.kernel, sections, near)
+        bias = _sectioned(given.bias[:, None], sections)[:, 0]
+        packed = self._weights.address + self._filled
+        self.library.car_pack(address(matrix), *matrix.shape, packed, self.threads)
+        self._filled += 2 * self.parts * matrix.size
+        product = Product(w=packed, b=self._kept(bias), inputs=matrix.shape[1], outputs=len(matrix))
+        places = {name: getattr(given, name) for name in ("top", "left", "stride", "spread", "row", "column")}
+        return _Convolution(product, _padded(inputs), down, across, near, **places)
+
+    def _kept(self, values: Floats) -> int:
+        array = np.array(values, np.float32)  # a copy: the file's pages are given back
+        self._keep.append(array)
+        return address(array)
+
+
+def packing_order(kernel: Floats, sections: int, near: int) -> Floats:
+    """Kernels [outputs, inputs, down, across] as the matrix that `maps.c` multiplies with, channels padded.
+
+    [outputs, inputs/32/near · down · near · across · 32]; the outputs of each section are padded by themselves.
+    """
+    outputs, inputs, down, across = kernel.shape
+    kernel = _sectioned(kernel.reshape(outputs, -1), sections).reshape(-1, inputs, down, across)
+    padded = np.zeros((len(kernel), _padded(inputs), down, across), np.float32)
+    padded[:, :inputs] = kernel
+    blocks = padded.reshape(len(kernel), -1, _DEPTH, down, across).transpose(0, 3, 1, 4, 2)
+    chunks = [blocks[:, :, i : i + near].reshape(len(kernel), -1) for i in range(0, blocks.shape[2], near)]
+    return np.ascontiguousarray(np.concatenate(chunks, axis=1))
+
+
+class Room:
+    """Memory of one call after the other, laid out for maps of one set of sizes."""
+
+    def __init__(self, maps: Maps, sizes: Sizes) -> None:
+        self._maps, self._library, self._steps = maps, maps.library, maps.network.steps
+        self._workspace = Workspace(maps.library)
+        bytes_each = 3 if maps.network.pixels else 4 * maps.channels[0]
+        self._input = Memory(maps.library, bytes_each * _positions(sizes))
+        self._sizes = self._all_sizes(sizes)
+        self._areas = {at: np.array(at, np.int64).T.copy() for at in self._sizes}
+        for step in self._steps:
+            if isinstance(step, Attend) and max(h * w for h, w in self._sizes[step.source]) > _ATTENDED:
+                raise UnknownGraph(f"attention over more than {_ATTENDED} positions")
+        self._lay_out()
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of the maps that come out."""
+        return self._sizes[self._steps[-1].target]
+
+    def input(self, k: int) -> Floats:
+        """Map `k` of those that go in, f32 [C/32, H, W, 32], to be filled; channels that pad are 0 and stay so."""
+        sizes, C = self._sizes[0], self._maps.channels[0]
+        (H, W), start = sizes[k], 4 * C * _positions(sizes[:k])
+        return self._view(self._input.address + start, (C // _DEPTH, H, W, _DEPTH))
+
+    def pixels(self, k: int) -> NDArray[np.uint8]:
+        """Map `k` of those that go in, where pixels do, uint8 [H, W, 3], to be filled."""
+        (H, W), start = self._sizes[0][k], 3 * _positions(self._sizes[0][:k])
+        memory: Any = (ctypes.c_char * (3 * H * W)).from_address(self._input.address + start)
+        values: NDArray[np.uint8] = np.ndarray((H, W, 3), np.uint8, memory)
+        return values
+
+    def output(self, k: int) -> Floats:
+        """Map `k` of those that came out."""
+        last = self._steps[-1].target
+        sizes, C = self.sizes, self._maps.channels[last]
+        (H, W), start = sizes[k], 4 * C * _positions(sizes[:k])
+        return self._view(self._base + self._at[last] + start, (C // _DEPTH, H, W, _DEPTH))
+
+    def run(self, image: NDArray[np.uint8] | None = None) -> None:
+        """From `input` to `output`, or to pixels, uint8 [maps, H, W, 3] of equal maps. ValueError if they aren't."""
+        if image is not None:
+            expected = [(*size, 3) for size in self.sizes]
+            if image.dtype != np.uint8 or not image.flags.c_contiguous or [one.shape for one in image] != expected:
+                raise ValueError(f"pixels {image.dtype} {image.shape} where {expected} come out")
+        self._base = int(self._workspace.room(self._bytes))
+        for i, step in enumerate(self._maps.steps):
+            if isinstance(step.what, Attend):
+                self._attend(step.what)
+            else:
+                self._convolve(step.what, step, image if i + 1 == len(self._maps.steps) else None)
+
+    def _convolve(self, what: Convolve, step: _Step, image: NDArray[np.uint8] | None) -> None:
+        call = self._pass(self._sizes[what.source])
+        call.left = self._base + self._left
+        if what.source == 0 and self._maps.network.pixels:
+            call.pixels = self._place(0)
+        elif what.source in self._maps.onward:
+            call.left = self._place(what.source)
+        else:
+            call.x = self._place(what.source)
+        call.norm, call.silu = pointer(step.norm), what.silu
+        call.before, call.blocks_before = self._moments(what.source), self._blocks[what.source]
+        call.residual = None if what.residual is None else self._place(what.residual)
+        call.after = self._moments(what.target)
+        if image is not None:
+            call.image = address(image)
+        elif what.target in self._maps.onward:
+            call.onward = self._place(what.target)
+            call.silu_after = any(isinstance(s, Convolve) and s.source == what.target and s.silu for s in self._steps)
+        else:
+            call.out = self._place(what.target)
+        for convolution in step.convolutions:
+            call.convolution = pointer(convolution)
+            call.first_block += self._library.car_convolve(byref(call))
+            call.x = call.pixels = None  # `left` is the same for the next
+
+    def _attend(self, what: Attend) -> None:
+        heights, widths = self._areas[self._sizes[what.source]]
+        self._library.car_attend(
+            byref(
+                _Attention(
+                    maps=len(heights),
+                    threads=self._maps.threads,
+                    heights=address(heights),
+                    widths=address(widths),
+                    channels=self._maps.channels[what.target],
+                    scale=what.scale,
+                    qkv=self._place(what.source),
+                    out=self._place(what.target),
+                    right=self._base + self._left,
+                )
+            )
+        )
+
+    def _pass(self, sizes: Sizes) -> _Pass:
+        heights, widths = self._areas[sizes]
+        return _Pass(maps=len(heights), threads=self._maps.threads, heights=address(heights), widths=address(widths))
+
+    def _all_sizes(self, sizes: Sizes) -> list[Sizes]:
+        """Of every map of the network."""
+        found = {0: sizes}
+        for step in self._steps:
+            H_W = found[step.source]
+            if isinstance(step, Convolve):
+                one = step.convolutions[0]
+                H_W = tuple(
+                    (((h - 1) // one.stride + 1) * one.spread, ((w - 1) // one.stride + 1) * one.spread)
+                    for h, w in H_W
+                )
+            found[step.target] = H_W
+        return [found[i] for i in range(len(found))]
+
+    def _lay_out(self) -> None:
+        """Where each map lies: memory is used again when a map has been read for the last time."""
+        steps, channels = self._steps, self._maps.channels
+        last_read = {m: i for i, step in enumerate(steps) for m in step.reads}
+        last_read[steps[-1].target] = len(steps)
+        free: list[tuple[int, int]] = []
+        self._at: dict[int, int] = {}
+        end = left = 0
+        held: dict[int, tuple[int, int]] = {}
+        for i, step in enumerate(steps):
+            size = self._bytes_of(step.target)
+            fitting = sorted((room, at) for room, at in free if room >= size)
+            if fitting:
+                free.remove(fitting[0])
+                held[step.target] = fitting[0]
+            else:
+                held[step.target], end = (size, end), end + size
+            self._at[step.target] = held[step.target][1]
+            free += [held.pop(m) for m in step.reads if last_read[m] == i and m in held]
+            left = max(left, self._left_bytes(step))
+        self._blocks = self._count_blocks()
+        self._moments_at: dict[int, tuple[int, int, int]] = {}
+        for m, blocks in self._blocks.items():
+            self._moments_at[m] = (end, end + _aligned(8 * blocks), end + 2 * _aligned(8 * blocks))
+            end += 2 * _aligned(8 * blocks) + _aligned(8 * blocks * channels[m])
+        self._left, self._bytes = end, end + left + _BEYOND
+        self._base = 0
+
+    def _bytes_of(self, m: int) -> int:
+        sizes, C = self._sizes[m], self._maps.channels[m]
+        if m in self._maps.onward:
+            return _aligned(2 * self._maps.parts * _positions(sizes, 2) * C + _BEYOND)
+        return _aligned(4 * _positions(sizes) * C)
+
+    def _left_bytes(self, step: Convolve | Attend) -> int:
+        parts, sizes = self._maps.parts, self._sizes[step.source]
+        if isinstance(step, Attend):
+            groups = sum((h * w + 31) // 32 for h, w in sizes)
+            return 2 * 2 * parts * groups * 32 * self._maps.channels[step.target]
+        if step.source in self._maps.onward:
+            return 0
+        return 2 * parts * _positions(sizes, 2) * self._maps.channels[step.source]
+
+    def _count_blocks(self) -> dict[int, int]:
+        """Of how many blocks a map that is normalised has moments; 0 of others."""
+        steps = self._steps
+        normalised = {s.source for s in steps if isinstance(s, Convolve) and s.norm is not None}
+        if 0 in normalised or any(isinstance(s, Attend) and s.target in normalised for s in steps):
+            raise UnknownGraph("a norm of the input, or of what comes out of attention")
+        found = dict.fromkeys(range(len(self._sizes)), 0)
+        for step in steps:
+            if isinstance(step, Convolve) and step.target in normalised:
+                one = step.convolutions[0]
+                for h, w in self._sizes[step.source]:
+                    tiles = ((h - 1) // one.stride + 1) * -(-((w - 1) // one.stride + 1) // _TILE)
+                    found[step.target] += len(step.convolutions) * -(-tiles // _BLOCK)
+        return found
+
+    def _moments(self, m: int) -> _Moments:
+        if not self._blocks[m]:
+            return _Moments()
+        return _Moments(*(self._base + at for at in self._moments_at[m]))
+
+    def _place(self, m: int) -> int:
+        return int(self._input.address) if m == 0 else self._base + self._at[m]
+
+    def _view(self, start: int, shape: tuple[int, ...]) -> Floats:
+        memory: Any = (ctypes.c_char * (4 * int(np.prod(shape)))).from_address(start)
+        values: Floats = np.ndarray(shape, np.float32, memory)
+        return values
+
+
+def _positions(sizes: Sequence[tuple[int, int]], border: int = 0) -> int:
+    return sum((h + border) * (w + border) for h, w in sizes)
+
+
+def _padded(channels: int) -> int:
+    return -(-channels // _DEPTH) * _DEPTH
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 64) * 64
+
+
+def _sectioned(rows: Floats, sections: int) -> Floats:
+    """Rows of each section, padded with zeros."""
+    each = len(rows) // sections
+    padded = np.zeros((sections, _padded(each), rows.shape[1]), np.float32)
+    padded[:, :each] = rows.reshape(sections, each, -1)
+    return padded.reshape(sections * _padded(each), -1)

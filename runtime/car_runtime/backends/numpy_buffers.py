@@ -1,0 +1,112 @@
+"""What the engines that run on the CPU share: numpy arrays as buffers, and the machine's cores."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from car_runtime.backends.base import Buffer, Mark
+
+_DONT_NEED = 4
+"""MADV_DONTNEED of madvise(2)."""
+
+
+class HostMemory:
+    """The part of a backend that handles buffers, for engines that work on numpy arrays in place."""
+
+    batches: tuple[int, ...] = (1, 2, 3, 4)  # at d16 one guided picture's K/V cache is 270 MB in float32
+    guided_only = False
+    cache_dtype: str | None = None
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """An uninitialised array; "bfloat16", which numpy has no name for, is kept as uint16."""
+        array: NDArray[Any] = np.empty(shape, np.dtype("uint16" if dtype == "bfloat16" else dtype))
+        return array
+
+    def write(self, buffer: Buffer, values: NDArray[Any]) -> None:
+        """Copy `values` into the array."""
+        np.copyto(array_of(buffer), values, casting="no")
+
+    def read(self, buffer: Buffer) -> NDArray[Any]:
+        """A copy of the array."""
+        copied: NDArray[Any] = array_of(buffer).copy()
+        return copied
+
+    def copy(self, source: Buffer, target: Buffer) -> None:
+        """Copy one array to another."""
+        np.copyto(array_of(target), array_of(source), casting="no")
+
+    def copy_rows(self, source: Buffer, target: Buffer) -> None:
+        """Copy the first rows of each entry of one array to another."""
+        wanted = array_of(target)
+        np.copyto(wanted, array_of(source)[:, : wanted.shape[1]], casting="no")
+
+    def mark(self) -> Mark:
+        """The time in seconds: a call returns when its work is done."""
+        return perf_counter()
+
+    def seconds(self, begin: Mark, end: Mark) -> float:
+        """The difference."""
+        return float(end - begin)
+
+
+def array_of(buffer: Buffer) -> NDArray[Any]:
+    """The array that a buffer of `HostMemory` is."""
+    assert isinstance(buffer, np.ndarray)
+    assert buffer.flags.c_contiguous
+    return buffer
+
+
+@contextmanager
+def pages_forgotten(file: Path) -> Iterator[None]:
+    """Do something that reads a mapped file once, and `forget_pages` of it meanwhile and at the end.
+
+    So the process never holds the whole file beside what an engine makes of it.
+    """
+    done = Event()
+
+    def forget() -> None:
+        while not done.wait(0.05):
+            forget_pages(file)
+
+    thread = Thread(target=forget, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        forget_pages(file)
+
+
+def forget_pages(file: Path) -> None:
+    """Give back the memory that a mapped file takes in this process; what is read again comes from the file again.
+
+    Engines map `weights.bin`, read it once and keep what they made of it: half of an opened d16 was such pages. Linux
+    alone tells what is mapped; elsewhere nothing happens, and the system takes the pages when it needs them.
+    """
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return
+    libc, name = ctypes.CDLL(None), str(file.resolve())
+    for line in lines:
+        addresses, access, *_ = line.split(maxsplit=5)
+        if line.endswith(name) and "w" not in access:
+            first, end = (int(address, 16) for address in addresses.split("-"))
+            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _DONT_NEED)
+
+
+def available_cores() -> int:
+    """Threads for the engine: its own choice (0, one per physical core) unless this process has fewer."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if usable == os.cpu_count() else usable

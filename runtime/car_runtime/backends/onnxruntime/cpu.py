@@ -1,0 +1,134 @@
+"""ONNX Runtime on the CPU: one session per graph, buffers are numpy arrays that the engine reads and writes in place.
+
+The step uses the graph with named dimensions: one session serves all scales, so the weights are resident once, and at
+d16 it was measured to be as fast as static sessions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from car_runtime.backends.base import Buffer
+from car_runtime.backends.numpy_buffers import HostMemory, array_of, available_cores
+from car_runtime.backends.onnxruntime.session import import_onnxruntime, needless_optimizers
+from car_runtime.errors import BackendError, PlanError, RunError, one_line
+from car_runtime.format.manifest import Manifest
+
+# The encoder serves editing only; it is opened when somebody encodes.
+_AT_ONCE = ("step", "condition", "control", "decoder")
+
+
+class OrtCpu(HostMemory):
+    """The `ort-cpu` backend."""
+
+    name = "ort-cpu"
+
+    def __init__(self, root: Path, manifest: Manifest, threads: int | None = None) -> None:
+        if manifest.precision.compute == "bf16":
+            raise BackendError(
+                "the plan computes in bfloat16, which onnxruntime cannot on a CPU; "
+                "run it with --backend rtx, or export it with --precision fp16 or fp32"
+            )
+        self._ort = import_onnxruntime(
+            "ort-cpu", "onnxruntime", "cpu", either="'car-deploy[cpu]' or 'car-deploy[gpu]'"
+        )
+        self._root, self._manifest, self._threads = root, manifest, threads or available_cores()
+        self._lock = Lock()
+        self._closed = False
+        self._inputs = {name: {port.name for port in graph.inputs} for name, graph in manifest.graphs.items()}
+        self._run_options = self._ort.RunOptions()
+        self._run_options.log_severity_level = 4
+        names = [name for name in _AT_ONCE if name in manifest.graphs]
+        # Making a session leaves the interpreter free: together they take as long as the largest.
+        with ThreadPoolExecutor(len(names)) as pool:
+            self._sessions = dict(zip(names, pool.map(self._open, names), strict=True))
+
+    def step_graph(self, scale: int, batch: int) -> str:
+        """Always the graph with named dimensions."""
+        return "step"
+
+    def run(self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+        """Run `graph` on the arrays as they lie in memory. Sessions are thread-safe; each call binds anew."""
+        session = self._session(graph)
+        binding = session.io_binding()
+        wanted = self._inputs[graph]
+        try:
+            for name, buffer in inputs.items():
+                if name in wanted:
+                    array = array_of(buffer)
+                    binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+            for name, buffer in outputs.items():
+                array = array_of(buffer)
+                binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+            session.run_with_iobinding(binding, self._run_options)
+        except Exception as error:
+            raise RunError(f"onnxruntime failed in the graph {graph!r}: {one_line(error)}") from error
+
+    def report(self) -> dict[str, Any]:
+        """ONNX Runtime's version and the threads that it was given (0: its own choice)."""
+        return {"engine": f"onnxruntime {self._ort.__version__}", "threads": self._threads}
+
+    def close(self) -> None:
+        """Drop the sessions; what still runs keeps its own until it is done."""
+        with self._lock:
+            self._closed = True
+            self._sessions = {}
+
+    def _session(self, graph: str) -> Any:
+        session = self._sessions.get(graph)
+        if session is None:
+            with self._lock:
+                if self._closed:
+                    raise RunError("the plan was closed while it was in use; keep it open until all calls return")
+                if graph not in self._sessions:
+                    self._sessions[graph] = self._open(graph)
+                session = self._sessions[graph]
+        return session
+
+    def _open(self, graph: str) -> Any:
+        file = self._manifest.graphs[graph].file
+        try:
+            session = self._ort.InferenceSession(
+                self._source(graph),
+                self._options(graph),
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=needless_optimizers(self._manifest.precision),
+            )
+        except Exception as error:
+            raise PlanError(
+                f"onnxruntime {self._ort.__version__} cannot open {file}: {one_line(error)}; "
+                "export the plan again, or upgrade onnxruntime"
+            ) from error
+        return session
+
+    def _source(self, graph: str) -> str | bytes:
+        """What a session is made from: a file, or the graph itself, whose weights are the plan's."""
+        return str(self._root / self._manifest.graphs[graph].file)
+
+    def _options(self, graph: str) -> Any:
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 4  # what matters arrives as an exception, and stderr is the caller's
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        # Several sessions take turns: idle threads of one that spin would slow the next one down.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        if self._manifest.precision.weights == "int8" and not _has_amx():
+            # CPUs without VNNI add products of u8 and s8 in 16 bits, which is too few; those of u8 and u8 they don't.
+            # With VNNI ONNX Runtime leaves it at that by itself, but takes AMX for a CPU without.
+            options.add_session_config_entry("session.x64quantprecision", "1")
+        if graph == "condition" and self._manifest.precision.weights != "int8":
+            # It runs once a class, on a few rows: its matrices, a quarter of a CAR's weights, are read where the file
+            # is mapped, not packed into memory of their own first. Int8 ones would be packed in every run.
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        return options
+
+
+def _has_amx() -> bool:
+    """Whether this CPU multiplies int8 by AMX; False where the system doesn't tell."""
+    from car_runtime.doctor import cpu_flags  # int8 plans alone need it
+
+    return "amx_int8" in (cpu_flags() or [])

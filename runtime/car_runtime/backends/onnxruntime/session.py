@@ -1,0 +1,48 @@
+"""Loading ONNX Runtime, of which two packages exist that overwrite each other."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Any
+
+from car_runtime.errors import BackendError, one_line
+from car_runtime.format.manifest import Precision
+
+
+def import_onnxruntime(backend: str, package: str, extra: str, either: str) -> Any:
+    """The module, for a backend that needs `package`, which comes with `extra`.
+
+    `either`: what to install where both packages are. Raises BackendError with the remedy.
+    """
+    if all(_is_installed(name) for name in ("onnxruntime", "onnxruntime-gpu")):
+        raise BackendError(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; "
+            f"pip uninstall both, then install {either}"
+        )
+    try:
+        import onnxruntime
+    except Exception as error:
+        raise BackendError(
+            f"the backend {backend!r} needs {package} ({one_line(error)}); run: pip install 'car-deploy[{extra}]'"
+        ) from error
+    return onnxruntime
+
+
+def needless_optimizers(precision: Precision) -> list[str]:
+    """What a session on the CPU does without, for its argument `disabled_optimizers`.
+
+    Folding would copy every matrix to transpose it, only for it to be packed in another form. Where weights are
+    stored in half it has to be: else they would be widened in every run. Of an int8 plan a product and the sum after
+    it must not become one Gemm, which has no kernel of eight bits: its matrix would be widened in every run.
+    """
+    if precision.weights == "int8":
+        return ["MatMulAddFusion"]
+    return ["ConstantFolding"] if precision.compute == precision.weights == "fp32" else []
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        metadata.distribution(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,264 @@
+"""What is asked for, made exact: class, seeds, guidance, schedule and known tokens, checked against the plan.
+
+The draw itself (guidance, top-k, top-p, inverse CDF) is inside the step graph; what leaves here are its inputs.
+
+Shapes: n pictures asked for, L tokens per picture over all scales.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from car_runtime.errors import RequestError
+from car_runtime.format.manifest import Manifest, Scale
+from car_runtime.schedule import MAX_STRENGTH, Scales, Schedule, parse_scales
+
+MAX_PICTURES = 1024
+"""Pictures of one request: they are all held in memory until it ends (200 MB at 256×256)."""
+MAX_CFG = 1000.0
+"""Far above any use (4 is usual); beyond it float32 logits lose what distinguishes them."""
+MAX_SEED = 2**63 - 1
+TOP_P_OFF = 2.0
+"""What the step graph is given for "no top-p": no share of the probability ever reaches it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Resolved sampling settings, in the caller's terms (`top_p` 0 = off; `top_k` = vocabulary is off)."""
+
+    cfg: float
+    top_k: int
+    top_p: float
+
+    @property
+    def guided(self) -> bool:
+        """Whether the unconditional rows are needed: without guidance they would be half the work for nothing."""
+        return self.cfg > 0
+
+    @property
+    def top_p_input(self) -> float:
+        """`top_p` as the step graph takes it."""
+        return self.top_p if self.top_p > 0 else TOP_P_OFF
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Pictures to make: one class, consecutive seeds, and the tokens of each picture that are given, not drawn."""
+
+    label: int
+    """Class index; `classes` itself is "no class"."""
+    seeds: tuple[int, ...]
+    sampling: Sampling
+    schedule: Schedule
+    known: NDArray[np.int64]
+    """[n, L], 0 where the mask is false."""
+    known_mask: NDArray[np.bool_]
+    """[n, L]."""
+
+    @property
+    def guided(self) -> bool:
+        """Whether any scale needs the unconditional rows."""
+        return self.sampling.guided and self.schedule.guided
+
+    def part(self, pictures: slice) -> Request:
+        """The same request for some of its pictures."""
+        return replace(
+            self, seeds=self.seeds[pictures], known=self.known[pictures], known_mask=self.known_mask[pictures]
+        )
+
+
+def resolve(
+    manifest: Manifest,
+    *,
+    label: int | str | None = None,
+    seed: int = 0,
+    n: int = 1,
+    cfg: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    cfg_scales: Scales | None = None,
+    control_scales: Scales | None = None,
+    control_strength: float | None = None,
+    stop_after: int | None = None,
+    known_tokens: Any = None,
+    known_mask: Any = None,
+) -> Request:
+    """Check a request against a plan and fill in the plan's defaults. Raises RequestError, naming value and range.
+
+    `known_tokens` int [L] or [n, L] in 0…vocab−1 and `known_mask` bool of such a shape come together: where the mask
+    is true the token is kept (VAR's zero-shot editing).
+    """
+    n = _integer("n", n, 1, MAX_PICTURES, "ask for fewer and go on with another seed")
+    seed = _integer("seed", seed, 0, MAX_SEED + 1 - n, "choose a seed in that range")
+    known_nL, mask_nL = _resolve_known(manifest, n, known_tokens, known_mask)
+    return Request(
+        label=resolve_label(manifest, label),
+        seeds=tuple(range(seed, seed + n)),
+        sampling=resolve_sampling(manifest, cfg, top_k, top_p),
+        schedule=resolve_schedule(manifest, cfg_scales, control_scales, control_strength, stop_after),
+        known=known_nL,
+        known_mask=mask_nL,
+    )
+
+
+def resolve_sampling(manifest: Manifest, cfg: float | None, top_k: int | None, top_p: float | None) -> Sampling:
+    """Fill in defaults and check ranges: cfg 0…1000 (0 = off), top_k 0…vocab (0 = off), top_p 0…1 (0 or 1 = off).
+
+    A default top_k above the vocabulary is cut to it (the published 900 suits a vocabulary of 4096); an explicit one
+    is an error.
+    """
+    defaults, vocab = manifest.sampling, manifest.model.vocab
+    cfg = _number("cfg", defaults.cfg if cfg is None else cfg, 0.0, MAX_CFG, "4 is usual, 0 turns guidance off")
+    if top_k is None:
+        top_k = min(defaults.top_k, vocab)
+    top_k = _integer("top_k", top_k, 0, vocab, "0 turns it off")
+    top_p = _number("top_p", defaults.top_p if top_p is None else top_p, 0.0, 1.0, "0 turns it off")
+    return Sampling(cfg=cfg, top_k=top_k or vocab, top_p=top_p if top_p < 1 else 0.0)
+
+
+def resolve_schedule(
+    manifest: Manifest,
+    cfg_scales: Scales | None,
+    control_scales: Scales | None,
+    control_strength: float | None,
+    stop_after: int | None,
+) -> Schedule:
+    """Check scales (0…K−1) and strength (0…2); what is None is as in the exact loop."""
+    K = len(manifest.scales)
+    if manifest.model.control_type is None:
+        for name, value in (("control_scales", control_scales), ("control_strength", control_strength)):
+            if value is not None:
+                raise RequestError(
+                    f"{name} is {value!r}, but the plan {manifest.name!r} has no control branch (plain VAR); "
+                    "leave it out"
+                )
+    strength = 1.0 if control_strength is None else control_strength
+    last = K - 1 if stop_after is None else stop_after
+    return Schedule(
+        scales=K,
+        cfg_scales=parse_scales("cfg_scales", cfg_scales, K),
+        control_scales=parse_scales("control_scales", control_scales, K),
+        control_strength=_number(
+            "control_strength", strength, 0.0, MAX_STRENGTH, "1 is what the branch was trained on"
+        ),
+        drawn=1 + _integer("stop_after", last, 0, K - 1, f"{K - 1} draws them all, as leaving it out does"),
+    )
+
+
+def resolve_label(manifest: Manifest, label: int | str | None) -> int:
+    """Class index of an index, a name (any case; one of its comma-separated synonyms will do) or None, "no class"."""
+    classes = manifest.model.classes
+    if label is None:
+        return classes
+    if isinstance(label, str):
+        found = _by_name(manifest.model.class_names or (), label)
+        if len(found) > 1:
+            raise RequestError(
+                f"class {label!r} means any of {', '.join(map(str, found))}; give one of these indices"
+            )
+        if not found and not re.fullmatch(r"\s*[-+]?[0-9]{1,18}\s*", label):
+            raise RequestError(f"there is no class {label!r}{_near(manifest, label)}")
+        label = found[0] if found else int(label)
+    return _integer("class", label, 0, classes - 1, "leave it out for no class; --list-classes shows them")
+
+
+def _by_name(names: Sequence[str], wanted: str) -> list[int]:
+    """Indices of the classes of that whole name or, failing that, with that synonym."""
+    key = wanted.strip().casefold()
+    exact = [i for i, name in enumerate(names) if name.casefold() == key]
+    return exact or [
+        i for i, name in enumerate(names) if key in (part.strip() for part in name.casefold().split(","))
+    ]
+
+
+def _near(manifest: Manifest, label: str) -> str:
+    names = manifest.model.class_names
+    last = manifest.model.classes - 1
+    if names is None:
+        return f", since this plan has no class names; give an index, 0…{last}"
+    words = {part.strip().casefold(): part.strip() for name in names for part in name.split(",")}
+    near = [words[key] for key in difflib.get_close_matches(label.strip().casefold(), words, n=3, cutoff=0.6)]
+    return (
+        f"; did you mean {' or '.join(map(repr, near))}?"
+        if near
+        else f"; give an index, 0…{last}, or see --list-classes"
+    )
+
+
+def _resolve_known(manifest: Manifest, n: int, tokens: Any, mask: Any) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    L, vocab = manifest.tokens, manifest.model.vocab
+    if (tokens is None) != (mask is None):
+        missing = "known_mask" if mask is None else "known_tokens"
+        raise RequestError(f"known_tokens and known_mask come together, but {missing} is missing; give both")
+    if tokens is None:
+        return np.zeros((n, L), np.int64), np.zeros((n, L), np.bool_)
+    tokens, mask = np.asarray(tokens), np.asarray(mask)
+    for name, value, kinds, what in (
+        ("known_tokens", tokens, "iu", "integers"),
+        ("known_mask", mask, "b", "booleans"),
+    ):
+        if value.shape not in ((L,), (n, L)) or value.dtype.kind not in kinds:
+            raise RequestError(
+                f"{name} is {value.dtype} {list(value.shape)}; give {what} of shape [{L}] or [{n}, {L}]"
+            )
+    tokens, mask = np.broadcast_to(tokens, (n, L)), np.broadcast_to(mask, (n, L))
+    bad = tokens[mask & ((tokens < 0) | (tokens >= vocab))]
+    if bad.size:
+        raise RequestError(f"known_tokens holds {int(bad[0])}; keep tokens in 0…{vocab - 1} where known_mask is true")
+    return np.where(mask, tokens, 0).astype(np.int64), mask.copy()
+
+
+def uniforms(seeds: Sequence[int], L: int) -> NDArray[np.float32]:
+    """All the randomness: float32 [n, L] in [0, 1), row i from seed i alone, scale after scale, row by row."""
+    return np.stack([np.random.default_rng(seed).random(L, dtype=np.float32) for seed in seeds])
+
+
+def known_mask_of(repaint_HW: Any, scales: Sequence[Scale]) -> NDArray[np.bool_]:
+    """Which tokens to keep, bool [L], when pixels where `repaint_HW` (bool, any size) is true are made anew.
+
+    A token is kept when less than half of the area it covers is to be repainted. Asking for none at all would redraw
+    every coarse token, and with it the whole picture, for the smallest spot (VAR's zero-shot editing forces the
+    tokens outside the mask likewise).
+    """
+    repaint = np.asarray(repaint_HW)
+    if repaint.ndim != 2 or repaint.dtype != np.bool_ or 0 in repaint.shape:
+        raise RequestError(
+            f"the repaint mask is {repaint.dtype} {list(repaint.shape)}; give booleans of shape [H, W]"
+        )
+    keep = [_cover(repaint, scale.side) < 0.5 for scale in scales]
+    return np.concatenate([part.reshape(-1) for part in keep])
+
+
+def _cover(mask_HW: NDArray[np.bool_], side: int) -> NDArray[np.float64]:
+    """Share of each cell of a side × side grid that the mask covers, exact when the grid cuts through pixels."""
+    rows, columns = (_overlap(side, length) for length in mask_HW.shape)
+    return np.asarray(rows @ mask_HW.astype(np.float64) @ columns.T)
+
+
+def _overlap(cells: int, pixels: int) -> NDArray[np.float64]:
+    """[cells, pixels]: the share of each cell's length that each pixel takes; rows sum to 1."""
+    edges, grid = np.arange(cells + 1) * (pixels / cells), np.arange(pixels + 1)
+    shared = np.minimum(edges[1:, None], grid[None, 1:]) - np.maximum(edges[:-1, None], grid[None, :-1])
+    return np.asarray(np.maximum(shared, 0) * (cells / pixels))
+
+
+def _integer(name: str, value: object, low: int, high: int, remedy: str) -> int:
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or not low <= int(value) <= high:  # type: ignore[call-overload]
+        raise RequestError(f"{name} is {value!r}, but must be a whole number in {low}…{high}; {remedy}")
+    return int(value)  # type: ignore[call-overload, no-any-return]
+
+
+def _number(name: str, value: object, low: float, high: float, remedy: str) -> float:
+    real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not real or not low <= value <= high or math.isnan(value):  # type: ignore[operator, arg-type]
+        raise RequestError(f"{name} is {value!r}, but must be a number in {low:g}…{high:g}; {remedy}")
+    return float(value)  # type: ignore[arg-type]

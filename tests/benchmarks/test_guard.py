@@ -1,0 +1,188 @@
+"""What a picture costs stays where it is: nodes, fused nodes, operations, weights and allocations, all counted.
+
+Nothing is timed, so nothing here depends on the machine. A number that goes up is a loss of speed that no other test
+sees; one that goes down is a gain to be kept. When a change is meant (or the shipped plan is another), renew the
+numbers with
+
+    PYTHONPATH=.:export:runtime:tests python tests/benchmarks/test_guard.py
+
+and say in the commit why they changed.
+"""
+
+from __future__ import annotations
+
+import pprint
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from benchmarks.counting import FUSED, count_image, stored_weights
+from benchmarks.harness.workload import draw_control
+from car_runtime.backends.onnxruntime.cpu import OrtCpu
+from car_runtime.format.manifest import read_manifest
+from car_runtime.plan import Plan, default_plan
+from fixtures.toy_plan import toy
+
+WATCHED = (*FUSED, "Transpose", "Concat", "Cast")
+
+# Operations and bytes are those of one picture with guidance, bytes in the type computed in (stored_bytes: in
+# weights.bin); allocations are buffers, on ort-cpu; "transposes" are the last step's, per attention layer.
+SHIPPED: dict[str, Any] = {
+    "allocations": {"first picture": 44, "next seed": 0, "open": 30, "other class": 3, "other control": 7},
+    "flops": 4_712_678_912,
+    "kv_bytes": 6_801_408,
+    "nodes": {"condition": 39, "control": 195, "decoder": 346, "step": 601, "step.00.b1": 542, "step.05.b1": 560},
+    "stored_bytes": 20_301_192,
+    "transposes": 4.888888888888889,
+    "watched": {
+        "decoder": {"Cast": 39, "Concat": 2, "InstanceNormalization": 24, "Softmax": 3, "Transpose": 7},
+        "step.05.b1": {
+            "Cast": 61,
+            "Concat": 21,
+            "CumSum": 2,
+            "Gelu": 9,
+            "LayerNormalization": 22,
+            "Softmax": 11,
+            "TopK": 1,
+            "Transpose": 44,
+        },
+    },
+    "weight_bytes": 129_412_824,
+    "weight_bytes_of_a_step": 19_061_232,
+}
+# Nodes of the toy depend on the versions of torch and onnxscript that exported it, those of CI and `make test`.
+TOY: dict[str, Any] = {
+    "allocations": {"first picture": 29, "next seed": 0, "open": 15, "other class": 3, "other control": 4},
+    "flops": 6_465_088,
+    "kv_bytes": 41_472,
+    "nodes": {"condition": 15, "control": 58, "decoder": 197, "step": 236, "step.00.b1": 209, "step.02.b1": 216},
+    "stored_bytes": 523_684,
+    "transposes": 6.666666666666667,
+    "watched": {
+        "decoder": {"Cast": 1, "Concat": 1, "InstanceNormalization": 16, "Softmax": 3, "Transpose": 7},
+        "step.02.b1": {
+            "Cast": 1,
+            "Concat": 7,
+            "CumSum": 2,
+            "Gelu": 3,
+            "LayerNormalization": 8,
+            "Softmax": 5,
+            "TopK": 1,
+            "Transpose": 20,
+        },
+    },
+    "weight_bytes": 874_760,
+    "weight_bytes_of_a_step": 212_096,
+}
+PLANS = {"shipped": SHIPPED, "toy": TOY}
+
+
+def path_of(name: str) -> Path:
+    return default_plan() if name == "shipped" else toy().plan
+
+
+class Counting:
+    """A backend that counts the buffers it is asked for, and does what the real one does."""
+
+    def __init__(self, backend: OrtCpu) -> None:
+        self._backend, self.allocated = backend, 0
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Any:
+        self.allocated += 1
+        return self._backend.allocate(shape, dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+
+@cache
+def allocations(plan: Path) -> dict[str, int]:
+    """Buffers asked for by opening and by pictures one after the other."""
+    manifest = read_manifest(plan)
+    backend = Counting(OrtCpu(plan, manifest, 1))
+    found: dict[str, int] = {}
+
+    def since(name: str) -> None:
+        found[name], backend.allocated = backend.allocated, 0
+
+    control = draw_control(manifest.model.image_size)
+    with Plan(plan, manifest, backend, "test") as opened:
+        since("open")
+        opened.generate(control, 0, seed=0)
+        since("first picture")
+        opened.generate(control, 0, seed=1)
+        since("next seed")
+        opened.generate(control, 1, seed=1)
+        since("other class")
+        opened.generate(np.ascontiguousarray(control[::-1]), 0, seed=0)
+        since("other control")
+    return found
+
+
+def _ops(graph: Path) -> Counter[str]:
+    """Nodes of each kind, without what engines do once, when they open the graph: transposing stored matrices."""
+    nodes, made = onnx.load(graph, load_external_data=False).graph, set[str]()
+    made |= {tensor.name for tensor in nodes.initializer}
+    made |= {name for node in nodes.node if node.op_type == "Cast" and node.input[0] in made for name in node.output}
+    return Counter(node.op_type for node in nodes.node if node.op_type != "Transpose" or node.input[0] not in made)
+
+
+def measured(plan: Path) -> dict[str, Any]:
+    """All the numbers of a plan."""
+    manifest, counts = read_manifest(plan), count_image(plan)
+    ops = {name: _ops(plan / graph.file) for name, graph in manifest.graphs.items()}
+    last = f"step.{len(manifest.scales) - 1:02d}.b1"
+    shown = ("control", "condition", "step", "step.00.b1", last, "decoder")
+    step = next(stage.count for stage in counts.stages if stage.name == "scale_0")
+    return {
+        "nodes": {name: ops[name].total() for name in shown},
+        "watched": {name: {op: ops[name][op] for op in WATCHED if ops[name][op]} for name in (last, "decoder")},
+        "transposes": ops[last]["Transpose"] / manifest.model.cache_layers,
+        "flops": counts.total("flops"),
+        "weight_bytes": counts.total("weight_bytes"),
+        "weight_bytes_of_a_step": step.weight_bytes,
+        "kv_bytes": counts.total("kv_bytes"),
+        "stored_bytes": stored_weights(plan)[0],
+        "allocations": allocations(plan),
+    }
+
+
+@pytest.mark.parametrize("name", list(PLANS))
+def test_a_picture_costs_what_it_cost_before(name: str) -> None:
+    found = measured(path_of(name))
+    changed = {key: (value, found[key]) for key, value in PLANS[name].items() if found[key] != value}
+    assert not changed, (
+        f"{name}, (before, now): {pprint.pformat(changed)}; renew them as this file says if it is meant"
+    )
+    assert found.keys() == PLANS[name].keys()
+
+
+@pytest.mark.parametrize("name", list(PLANS))
+def test_a_second_picture_allocates_nothing(name: str) -> None:
+    found, scales = allocations(path_of(name)), len(read_manifest(path_of(name)).scales)
+    assert found["next seed"] == 0
+    assert found["other class"] == 3  # the label, start tokens and modulation
+    assert found["other control"] == scales + 1  # a control image per scale, and the features
+
+
+@pytest.mark.parametrize("name", list(PLANS))
+def test_what_engines_fuse_is_one_node_each(name: str) -> None:
+    manifest = read_manifest(path_of(name))
+    layers, depth = manifest.model.cache_layers, manifest.model.depth
+    model = onnx.load(path_of(name) / manifest.graphs["step"].file, load_external_data=False)
+    ops = Counter(node.op_type for node in model.graph.node)
+    assert ops["Gelu"] == layers
+    assert ops["LayerNormalization"] == 2 * layers + 1 + depth // 2  # two a block, the head's, one a fusion
+    assert ops["Softmax"] == layers + 2  # attention, and two when a token is drawn
+    assert ops["TopK"] == 1
+    assert ops["Conv"] == 2  # at the branch's entry, and φ
+
+
+if __name__ == "__main__":
+    for shown in PLANS:
+        print(f"{shown.upper()}: dict[str, Any] = {pprint.pformat(measured(path_of(shown)), width=110)}")

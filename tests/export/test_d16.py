@@ -1,0 +1,89 @@
+"""The published size, d16 at 256×256, with made-up weights: exported, verified, run. Minutes, 8 GB, 5 GB of disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from car_runtime import BackendError
+from car_runtime.backends.amx import backend as amx
+from car_runtime.backends.registry import has_openvino_bfloat16
+from fixtures.golden import OFFICIAL_D16, OFFICIAL_VAE, REFERENCE, _filled, save_official
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+
+
+LAUNCHER = """
+import os, sys
+child = os.spawnv(os.P_NOWAIT, sys.executable, [sys.executable, *sys.argv[1:]])
+_, status, usage = os.wait4(child, 0)
+print(usage.ru_maxrss * 1024, file=sys.stderr)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+"""A process's peak counts what it was a copy of before it became another program: here gigabytes of this one."""
+
+
+def run(*argv: object) -> tuple[str, str, float, int]:
+    """Run python with arguments: (stdout, stderr, seconds, peak resident bytes). The exit code must be 0."""
+    began = time.monotonic()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / p) for p in (".", "export", "runtime"))}
+    command = [sys.executable, "-c", LAUNCHER, *map(str, argv)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    *err, peak = done.stderr.splitlines(keepends=True)
+    return done.stdout, "".join(err), time.monotonic() - began, int(peak)
+
+
+def test_d16_exports_and_runs_within_its_limits(tmp_path: Path) -> None:
+    car = {k: s for k, s in OFFICIAL_D16.items() if k.startswith("car_")}
+    var = {k: s for k, s in OFFICIAL_D16.items() if not k.startswith("car_")}
+    files = save_official({"vae": _filled(OFFICIAL_VAE), "var": _filled(var), "car": _filled(car)}, tmp_path)
+    parameters = sum(path.stat().st_size for path in files.values()) - 4 * (
+        680 * 680 + 24 * 1024 + 10 * 4096
+    )  # less the buffers
+    plan = tmp_path / "d16.plan"
+    argv = [
+        "--vae",
+        files["vae"],
+        "--var",
+        files["var"],
+        "--car",
+        files["car"],
+        "--control-type",
+        "depth",
+        "-o",
+        plan,
+    ]
+    _, log, seconds, peak = run(ROOT / "export" / "build_engines.py", *argv)
+    weights = (plan / "weights.bin").stat().st_size
+    share = weights / parameters
+    print(f"export: {seconds:.0f} s, peak {peak / 1e9:.2f} GB, weights.bin {weights / 1e9:.3f} GB, ×{share:.4f}")
+    assert "whole greedy run" in log
+    assert seconds <= 180
+    assert peak <= 8e9
+    assert weights <= 1.05 * parameters
+
+    Image.fromarray(np.load(REFERENCE / "ten.npz")["control_png"]).save(tmp_path / "control.png")
+    flags = ["--engine", plan, "--control", tmp_path / "control.png", "--class", 207, "-o", tmp_path / "out.png"]
+    # OpenVINO holds one copy in bfloat16, half of the weights, where the CPU multiplies that.
+    compact = 2.2e9 if has_openvino_bfloat16() else weights + 1.0e9
+    limits = {"ort-cpu": weights + 1.0e9, "openvino": compact}
+    with suppress(BackendError):  # no AMX here
+        amx.check_cpu()
+        limits |= {"amx": 2.2e9, "amx-fp32": weights + 1.0e9}
+    for backend, limit in limits.items():
+        out, _, _, peak = run("-m", "car_runtime", *flags, "--backend", backend, "--json")
+        print(f"car-run, {backend}: {json.loads(out)['timings']['total']:.1f} s, peak {peak / 1e9:.2f} GB")
+        assert peak <= limit
+        assert Image.open(tmp_path / "out.png").size == (256, 256)

@@ -1,0 +1,398 @@
+"""The programming interface on a small real plan, held to the same model written in numpy."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import car_runtime.plan as plan_module
+from car_runtime import ImageError, PlanError, RequestError, RunError, open_plan
+from car_runtime.backends.base import Buffer
+from car_runtime.backends.registry import open_backend
+from car_runtime.format.manifest import Manifest, read_manifest
+from car_runtime.images import control_pyramid, load_image
+from car_runtime.plan import Plan
+from fixtures.runtime_plan import CLASSES, NAMES, SIDES, SIZE, L, V, Z, build_plan, generate, picture
+
+CONTROL = np.random.default_rng(1).integers(0, 256, (40, 50, 3), np.uint8)
+OTHER_CONTROL = 255 - CONTROL
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_plan(tmp_path_factory.mktemp("plan") / "tiny.plan")
+
+
+@pytest.fixture(scope="module")
+def plan(root: Path) -> Iterator[Plan]:
+    with open_plan(root, "ort-cpu", threads=1) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def var(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plan]:
+    with open_plan(build_plan(tmp_path_factory.mktemp("plan") / "var.plan", control=False), threads=1) as opened:
+        yield opened
+
+
+@pytest.fixture
+def runs(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each graph runs from here on, with nothing cached yet."""
+    counter: Counter[str] = Counter()
+    run = plan._backend.run
+
+    def counting(graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+        counter[graph] += 1
+        run(graph, inputs, outputs)
+
+    monkeypatch.setattr(plan._backend, "run", counting)
+    plan._features.clear()
+    plan._conditions.clear()
+    return counter
+
+
+def _pyramid(plan: Plan, control: np.ndarray) -> list[np.ndarray]:
+    return control_pyramid(load_image(control), plan.manifest.scales)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"cfg": 0},
+        {"cfg": 4, "top_k": 1},
+        {"cfg": 0.5, "top_k": 3, "top_p": 0},
+        {"top_k": 0, "top_p": 0.3},
+        {"top_p": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("label", [None, 0, 2])
+def test_tokens_and_pictures_are_the_models(plan: Plan, settings: dict[str, Any], label: int | None) -> None:
+    result = plan.generate(CONTROL, label, seed=100, n=6, **settings)
+    oracle = {**settings, "top_k": settings.get("top_k") or V, "top_p": settings.get("top_p", 0.95) or 2.0}
+    assert result.images.shape == (6, SIZE, SIZE, 3)
+    assert result.images.dtype == np.uint8
+    assert result.tokens.dtype == np.int64
+    for i in range(6):
+        tokens, image = generate(_pyramid(plan, CONTROL), CLASSES if label is None else label, 100 + i, **oracle)
+        assert result.tokens[i].tolist() == tokens.tolist()
+        # Both round a float32 sigmoid; a value half-way between two levels may go either way.
+        assert np.abs(result.images[i].astype(int) - image).max() <= 1
+
+
+def test_a_var_plan_needs_no_control(var: Plan) -> None:
+    result = var.generate(label="cat", seed=4, n=2)
+    for i in range(2):
+        assert result.tokens[i].tolist() == generate(None, 0, 4 + i)[0].tolist()
+
+
+def test_control_class_seed_and_settings_all_matter(plan: Plan) -> None:
+    base = plan.generate(CONTROL, 0, 0, n=4).tokens
+    for other in (
+        plan.generate(OTHER_CONTROL, 0, 0, n=4),
+        plan.generate(CONTROL, 1, 0, n=4),
+        plan.generate(CONTROL, 0, 50, n=4),
+        plan.generate(CONTROL, 0, 0, n=4, cfg=6),
+        plan.generate(CONTROL, 0, 0, n=4, top_k=1),
+    ):
+        assert (other.tokens != base).any()
+
+
+def test_a_picture_depends_on_its_seed_and_not_on_its_batch(plan: Plan) -> None:
+    together = plan.generate(CONTROL, 1, seed=20, n=7)
+    assert together.request.seeds == tuple(range(20, 27))
+    for i in range(7):
+        alone = plan.generate(CONTROL, 1, seed=20 + i)
+        assert (alone.tokens[0] == together.tokens[i]).all()
+        assert (alone.images[0] == together.images[i]).all()
+
+
+def test_known_tokens_stay_and_the_rest_follows_them(plan: Plan) -> None:
+    first = plan.generate(CONTROL, 0, seed=1)
+    rng = np.random.default_rng(3)
+    mask, known = rng.random((5, L)) < 0.5, rng.integers(0, V, (5, L))
+    result = plan.generate(CONTROL, 0, seed=1, n=5, known_tokens=known, known_mask=mask)
+    assert (result.tokens[mask] == known[mask]).all()
+    for i in range(5):
+        tokens, _ = generate(_pyramid(plan, CONTROL), 0, 1 + i, known=known[i], known_mask=mask[i])
+        assert result.tokens[i].tolist() == tokens.tolist()
+    again = plan.generate(CONTROL, 0, seed=9, known_tokens=first.tokens[0], known_mask=np.ones(L, bool))
+    assert (again.images == first.images).all()
+
+
+def test_known_tokens_do_not_linger_in_the_next_call(plan: Plan) -> None:
+    before = plan.generate(CONTROL, 0, seed=1).tokens
+    plan.generate(CONTROL, 0, seed=1, known_tokens=np.zeros(L, int), known_mask=np.ones(L, bool))
+    assert (plan.generate(CONTROL, 0, seed=1).tokens == before).all()
+
+
+def test_an_edit_goes_by_way_of_encode_and_a_pixel_mask(plan: Plan) -> None:
+    photo = np.random.default_rng(4).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+    tokens = plan.encode(photo)
+    repaint = np.zeros((SIZE, SIZE), bool)
+    repaint[:, SIZE // 2 :] = True
+    keep = plan.known_mask(repaint)
+    result = plan.generate(CONTROL, 0, known_tokens=tokens[0], known_mask=keep)
+    assert 0 < keep.sum() < L
+    assert (result.tokens[0][keep] == tokens[0][keep]).all()
+
+
+def test_encode_takes_arrays_files_and_lists(plan: Plan, tmp_path: Path) -> None:
+    photos = np.random.default_rng(4).integers(0, 256, (3, SIZE, SIZE, 3), np.uint8)
+    Image.fromarray(photos[1]).save(tmp_path / "x.png")
+    expected = [
+        np.floor(p.reshape(s, SIZE // s, s, SIZE // s, 3).mean((1, 3, 4)) / 16).reshape(-1)
+        for p in photos
+        for s in SIDES
+    ]
+    tokens = plan.encode(photos)
+    assert tokens.dtype == np.int64
+    assert tokens.tolist() == np.concatenate(expected).reshape(3, L).tolist()
+    mixed = plan.encode([photos[0], tmp_path / "x.png", Image.fromarray(photos[2])])
+    assert (mixed == tokens).all()
+    assert plan.encode(Image.new("RGB", (99, 12))).shape == (1, L)
+    with pytest.raises(RequestError, match="at least one"):
+        plan.encode([])
+
+
+def test_a_plan_without_encoder_says_so(tmp_path: Path) -> None:
+    root = build_plan(tmp_path / "x.plan")
+    graphs = {k: v for k, v in read_manifest(root).graphs.items() if k != "encoder"}
+    with (
+        open_plan(build_plan(tmp_path / "x.plan", graphs=graphs), threads=1) as plan,
+        pytest.raises(RequestError, match="has no encoder; export it again"),
+    ):
+        plan.encode(CONTROL)
+
+
+def test_stream_yields_every_scale_and_ends_with_the_picture(plan: Plan) -> None:
+    result = plan.generate(CONTROL, "lion", seed=2, n=5)
+    steps = list(plan.stream(CONTROL, "lion", seed=2, n=5))
+    assert [(s.index, s.last, s.pictures) for s in steps] == [
+        (k, k == 2, pictures) for pictures in (range(4), range(4, 5)) for k in range(3)
+    ]
+    for step in steps:
+        scale = plan.manifest.scales[step.index]
+        expected = result.tokens[step.pictures.start : step.pictures.stop, scale.start : scale.stop]
+        assert (step.tokens.reshape(len(step.pictures), -1) == expected).all()
+        # The stream is over: results must not be views of buffers that later scales wrote.
+        assert step.f_hat.shape == (len(step.pictures), Z, 4, 4)
+        assert (step.preview() == np.stack([picture(f_hat) for f_hat in step.f_hat])).all()
+    assert (np.concatenate([s.preview() for s in steps if s.last]) == result.images).all()
+
+
+def test_a_stream_may_be_left_early(plan: Plan) -> None:
+    expected = plan.generate(CONTROL, 0, seed=2)
+    stream = plan.stream(CONTROL, 0, seed=2)
+    next(stream)
+    between = plan.generate(CONTROL, 0, seed=2)
+    del stream
+    assert (between.tokens == expected.tokens).all()
+    assert (plan.generate(CONTROL, 0, seed=2).tokens == expected.tokens).all()
+
+
+def test_a_bad_stream_raises_before_its_first_scale(plan: Plan) -> None:
+    with pytest.raises(RequestError, match="cfg is -1"):
+        plan.stream(CONTROL, cfg=-1)
+
+
+def test_a_second_seed_costs_no_control_and_no_condition(plan: Plan, runs: Counter[str]) -> None:
+    plan.generate(CONTROL, 0, seed=0)
+    assert runs == {"control": 1, "condition": 1, "step": 3, "decoder": 1}
+    plan.generate(CONTROL.copy(), "cat", seed=1)
+    assert runs == {"control": 1, "condition": 1, "step": 6, "decoder": 2}
+    plan.generate(OTHER_CONTROL, 0)
+    assert (runs["control"], runs["condition"]) == (2, 1)
+    plan.generate(CONTROL, 1)
+    assert (runs["control"], runs["condition"]) == (2, 2)
+
+
+def test_the_cache_tells_controls_of_the_same_bytes_apart(plan: Plan, runs: Counter[str]) -> None:
+    flat = np.arange(32 * 32 * 3, dtype=np.uint32).astype(np.uint8)
+    plan.generate(flat.reshape(32, 32, 3))
+    plan.generate(flat.reshape(16, 64, 3))
+    assert runs["control"] == 2
+
+
+def test_the_cache_is_bounded(plan: Plan, runs: Counter[str]) -> None:
+    for i in range(plan_module.CACHED + 3):
+        plan.generate(np.full((16, 16), i, np.uint8))
+    assert len(plan._features._values) == plan_module.CACHED
+    plan.generate(np.full((16, 16), 0, np.uint8))
+    assert runs["control"] == plan_module.CACHED + 4
+
+
+def test_threads_on_one_plan_get_what_they_would_get_alone(plan: Plan) -> None:
+    jobs = [(control, label, seed) for control in (CONTROL, OTHER_CONTROL) for label in (0, 1) for seed in (0, 7)]
+    alone = [plan.generate(*job, n=3).tokens for job in jobs]
+    plan._features.clear()
+    plan._conditions.clear()
+    together: list[Any] = [None] * len(jobs)
+
+    def work(i: int) -> None:
+        for _ in range(5):
+            together[i] = plan.generate(*jobs[i], n=3).tokens
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for expected, found in zip(alone, together, strict=True):
+        assert (expected == found).all()
+
+
+def test_timings_cover_every_stage(plan: Plan) -> None:
+    timings = plan.generate(CONTROL, n=5).timings
+    assert list(timings) == ["control", "condition", "scale_0", "scale_1", "scale_2", "decoder", "total"]
+    assert all(seconds >= 0 for seconds in timings.values())
+    assert timings["total"] >= sum(seconds for stage, seconds in timings.items() if stage != "total")
+
+
+def test_on_scale_hears_of_every_scale(plan: Plan) -> None:
+    heard: list[tuple[int, range]] = []
+    plan.generate(CONTROL, n=2, on_scale=lambda step: heard.append((step.index, step.pictures)))
+    assert heard == [(k, range(2)) for k in range(3)]
+
+
+def test_facts_of_the_plan(plan: Plan, root: Path) -> None:
+    assert plan.class_names == NAMES
+    assert plan.backend_name == "ort-cpu"
+    assert plan.why == "asked for"
+    assert plan.path == root
+    with open_plan(root) as automatic:
+        assert automatic.why.startswith("auto: ort-cpu")
+
+
+def test_control_and_plan_must_fit(plan: Plan, var: Plan, tmp_path: Path) -> None:
+    with pytest.raises(
+        RequestError, match="follows a control image of type 'canny' and none was given; give control"
+    ):
+        plan.generate()
+    with pytest.raises(RequestError, match="no control branch"):
+        var.generate(CONTROL)
+    with pytest.raises(ImageError, match="there is no image"):
+        plan.generate(tmp_path / "missing.png")
+    with pytest.raises(ImageError, match="under 8"):
+        plan.generate(np.zeros((1, 1, 3), np.uint8))
+
+
+def test_a_closed_plan_says_so(root: Path) -> None:
+    plan = open_plan(root, threads=1)
+    stream = plan.stream(CONTROL)
+    step = next(stream)
+    plan.close()
+    plan.close()
+    for use in (lambda: plan.generate(CONTROL), lambda: plan.encode(CONTROL), step.preview):
+        with pytest.raises(RequestError, match="is closed; open it again"):
+            use()
+    with pytest.raises(RunError, match="closed while it was in use"):
+        next(stream)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, "2", 10**6, True])
+def test_a_bad_number_of_threads_is_refused(root: Path, threads: Any) -> None:
+    with pytest.raises(RequestError, match="threads is"):
+        open_plan(root, threads=threads)
+
+
+def test_a_missing_default_plan_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(plan_module, "DEFAULT_PLAN", tmp_path / "absent.plan")
+    with pytest.raises(PlanError, match=r"none ships with this installation .*; name one"):
+        open_plan()
+
+
+def test_an_edited_plan_does_not_open_unless_told_to(tmp_path: Path) -> None:
+    root = build_plan(tmp_path / "x.plan")
+    content = bytearray((root / "weights.bin").read_bytes())
+    content[1] ^= 1  # the lowest bits of a weight: nothing but the hash shows it
+    (root / "weights.bin").write_bytes(content)
+    with pytest.raises(PlanError, match="changed after the export"):
+        open_plan(root)
+    open_plan(root, verify=False, threads=1).close()
+
+
+class _Device:
+    """A buffer that can do no more than the protocol says, standing for one on a GPU."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._array.shape
+
+    def __getitem__(self, rows: slice, /) -> _Device:
+        return _Device(self._array[rows])
+
+    def reshape(self, shape: tuple[int, ...], /) -> _Device:
+        assert all(size >= 0 for size in shape)
+        return _Device(self._array.reshape(shape))
+
+
+class _DeviceBackend:
+    """ort-cpu behind buffers that are no arrays."""
+
+    name = "device"
+    guided_only = True
+    cache_dtype = None
+
+    def __init__(self, root: Path, manifest: Manifest, batches: tuple[int, ...]) -> None:
+        self._host, _ = open_backend("ort-cpu", root, manifest, 1)
+        self.batches = batches
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> _Device:
+        # Rubbish, so that reading what was never written shows.
+        return _Device(np.full(shape, 77, np.dtype(dtype)))
+
+    def write(self, buffer: Any, values: np.ndarray) -> None:
+        self._host.write(buffer._array, values)
+
+    def read(self, buffer: Any) -> np.ndarray:
+        return self._host.read(buffer._array)
+
+    def copy(self, source: Any, target: Any) -> None:
+        self._host.copy(source._array, target._array)
+
+    def mark(self) -> float:
+        return self._host.mark()
+
+    def seconds(self, begin: float, end: float) -> float:
+        return self._host.seconds(begin, end)
+
+    def report(self) -> dict[str, Any]:
+        return {}
+
+    def step_graph(self, scale: int, batch: int) -> str:
+        assert batch in self.batches
+        return self._host.step_graph(scale, batch)
+
+    def run(self, graph: str, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+        arrays = [{name: buffer._array for name, buffer in side.items()} for side in (inputs, outputs)]
+        self._host.run(graph, *arrays)
+
+    def close(self) -> None:
+        self._host.close()
+
+
+@pytest.mark.parametrize("cfg", [0.0, 3.0])
+@pytest.mark.parametrize("batches", [(1,), (1, 2), (1, 4)], ids=str)
+def test_the_loop_needs_no_more_of_a_backend_than_the_protocol(
+    plan: Plan, root: Path, batches: tuple[int, ...], cfg: float
+) -> None:
+    """Nor does a picture depend on the sizes of batches, or on guidance rows that guide nothing."""
+    expected = plan.generate(CONTROL, 1, seed=3, n=5, cfg=cfg)
+    device = Plan(root, plan.manifest, _DeviceBackend(root, plan.manifest, batches), "a test")
+    result = device.generate(CONTROL, 1, seed=3, n=5, cfg=cfg)
+    assert (result.tokens == expected.tokens).all()
+    assert (result.images == expected.images).all()
+    assert (list(device.stream(CONTROL, 1, seed=3, cfg=cfg))[-1].preview() == expected.images[:1]).all()
+    device.close()

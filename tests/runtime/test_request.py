@@ -1,0 +1,168 @@
+"""Requests: what is filled in, what is refused, and which tokens an edit keeps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from car_runtime.errors import RequestError
+from car_runtime.format.manifest import Manifest, read_manifest
+from car_runtime.request import known_mask_of, resolve, resolve_label, uniforms
+from fixtures.runtime_plan import CLASSES, SIDES, L, V, build_plan
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return read_manifest(build_plan(tmp_path_factory.mktemp("sampling") / "tiny.plan"))
+
+
+def test_defaults_come_from_the_plan_and_fit_its_vocabulary(manifest: Manifest) -> None:
+    sampling = resolve(manifest).sampling
+    assert (sampling.cfg, sampling.top_k, sampling.top_p) == (1.5, V, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("settings", "top_k", "top_p_input"),
+    [
+        ({"top_k": 0, "top_p": 0}, V, 2.0),
+        ({"top_k": V, "top_p": 1}, V, 2.0),
+        ({"top_k": 1, "top_p": 0.5}, 1, 0.5),
+        ({"top_k": np.int64(3), "top_p": np.float32(0.25)}, 3, 0.25),
+    ],
+)
+def test_off_is_spelled_as_the_step_graph_takes_it(
+    manifest: Manifest, settings: dict[str, Any], top_k: int, top_p_input: float
+) -> None:
+    sampling = resolve(manifest, **settings).sampling
+    assert (sampling.top_k, sampling.top_p_input) == (top_k, top_p_input)
+
+
+def test_without_guidance_there_are_no_unconditional_rows(manifest: Manifest) -> None:
+    assert not resolve(manifest, cfg=0).sampling.guided
+    assert resolve(manifest, cfg=0.1).sampling.guided
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"cfg": -0.1}, "cfg is -0.1, but must be a number in 0…1000"),
+        ({"cfg": float("nan")}, "cfg is nan"),
+        ({"cfg": float("inf")}, "cfg is inf"),
+        ({"cfg": "4"}, "cfg is '4'"),
+        ({"cfg": True}, "cfg is True"),
+        ({"top_k": V + 1}, f"top_k is {V + 1}, but must be a whole number in 0…{V}"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_k": 2.0}, "top_k is 2.0"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"top_p": -0.1}, "top_p is -0.1"),
+        ({"n": 0}, "n is 0"),
+        ({"n": 10**9}, "n is 1000000000, but must be a whole number in 1…1024"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**63}, f"seed is {2**63}"),
+        ({"seed": 1.5}, "seed is 1.5"),
+        ({"label": 3}, "class is 3, but must be a whole number in 0…2"),
+        ({"label": -1}, "class is -1"),
+        ({"label": "-1"}, "class is -1"),
+        ({"label": "99"}, "class is 99"),
+        ({"label": "--5"}, "there is no class '--5'"),
+        ({"label": "golden retreiver"}, "there is no class 'golden retreiver'; did you mean 'Golden Retriever'?"),
+        ({"label": "xyzzy"}, "there is no class 'xyzzy'; give an index, 0…2"),
+        ({"label": ""}, "there is no class ''"),
+        ({"label": 1.0}, "class is 1.0"),
+        ({"known_tokens": np.zeros(L, int)}, "known_mask is missing; give both"),
+        ({"known_mask": np.zeros(L, bool)}, "known_tokens is missing; give both"),
+        ({"known_tokens": np.zeros(3, int), "known_mask": np.zeros(L, bool)}, f"give integers of shape [{L}]"),
+        ({"known_tokens": np.zeros(L), "known_mask": np.zeros(L, bool)}, "known_tokens is float64"),
+        ({"known_tokens": np.zeros(L, int), "known_mask": np.zeros(L, int)}, "give booleans"),
+        ({"known_tokens": np.full(L, V), "known_mask": np.ones(L, bool)}, f"known_tokens holds {V}"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_its_range(
+    manifest: Manifest, settings: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        resolve(manifest, **settings)
+    assert says in str(caught.value)
+    assert "; " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("label", "index"),
+    [(None, CLASSES), (0, 0), ("2", 2), (" 1 ", 1), ("cat", 0), ("LION", 2), ("goldie", 1), ("golden retriever", 1)],
+)
+def test_a_class_is_found_by_index_name_and_synonym(manifest: Manifest, label: Any, index: int) -> None:
+    assert resolve_label(manifest, label) == index
+
+
+def test_a_name_that_two_classes_share_asks_for_an_index(manifest: Manifest) -> None:
+    model = replace(manifest.model, class_names=("crane, bird", "dog", "crane, machine"))
+    with pytest.raises(RequestError, match="any of 0, 2; give one of these"):
+        resolve_label(replace(manifest, model=model), "crane")
+
+
+def test_a_plan_without_names_takes_indices_alone(manifest: Manifest) -> None:
+    nameless = replace(manifest, model=replace(manifest.model, class_names=None))
+    assert resolve_label(nameless, "2") == 2
+    with pytest.raises(RequestError, match="no class names; give an index"):
+        resolve_label(nameless, "cat")
+
+
+def test_known_tokens_are_read_only_where_the_mask_is_true(manifest: Manifest) -> None:
+    tokens, mask = np.full(L, 10**6), np.zeros(L, bool)
+    tokens[3], mask[3] = 7, True
+    request = resolve(manifest, n=2, known_tokens=tokens, known_mask=mask)
+    assert request.known.shape == request.known_mask.shape == (2, L)
+    assert request.known[:, 3].tolist() == [7, 7]
+    assert request.known.sum() == 14
+
+
+def test_uniforms_of_a_picture_depend_on_its_seed_alone() -> None:
+    together = uniforms([5, 6, 7], L)
+    assert together.dtype == np.float32
+    assert together.shape == (3, L)
+    assert (together[1] == np.random.default_rng(6).random(L, dtype=np.float32)).all()
+    assert (uniforms([6], L)[0] == together[1]).all()
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_kept_tokens_follow_the_area_that_is_repainted(manifest: Manifest, H: int, W: int, seed: int) -> None:
+    repaint = np.random.default_rng(seed).random((H, W)) < 0.5
+    kept = known_mask_of(repaint, manifest.scales)
+    # The slow way: every pixel split in side × side parts, which divide among the cells evenly.
+    for scale in manifest.scales:
+        S = scale.side
+        fine = repaint.repeat(S, 0).repeat(S, 1).reshape(S, H, S, W).mean((1, 3))
+        clear = abs(fine - 0.5) > 1e-9
+        assert (kept[scale.start : scale.stop].reshape(S, S) == (fine < 0.5))[clear].all()
+
+
+def test_repainting_nothing_keeps_all_and_repainting_all_keeps_nothing(manifest: Manifest) -> None:
+    assert known_mask_of(np.zeros((9, 7), bool), manifest.scales).all()
+    assert not known_mask_of(np.ones((9, 7), bool), manifest.scales).any()
+
+
+def test_a_small_spot_leaves_the_coarse_tokens_alone(manifest: Manifest) -> None:
+    repaint = np.zeros((32, 32), bool)
+    repaint[:8, :8] = True
+    kept = [known_mask_of(repaint, manifest.scales)[scale.start : scale.stop] for scale in manifest.scales]
+    assert [int((~part).sum()) for part in kept] == [0, 0, 1]
+    assert len(SIDES) == 3
+
+
+@pytest.mark.parametrize("mask", [np.zeros(3, bool), np.zeros((2, 2)), np.zeros((0, 2), bool), "x"])
+def test_a_repaint_mask_of_another_kind_is_refused(manifest: Manifest, mask: Any) -> None:
+    with pytest.raises(RequestError, match="give booleans of shape"):
+        known_mask_of(mask, manifest.scales)
+
+
+def test_version_is_the_packages() -> None:
+    import car_runtime
+
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert f'\nversion = "{car_runtime.__version__}"\n' in text

@@ -1,0 +1,130 @@
+"""The token cache holds what the tokenizer says, is made once, and is never stale or half written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from car_train.data.dataset import ControlledImages, DataError
+from car_train.model.vqvae import join_tokens
+from car_train.training.token_cache import MARKER, CachedTokens, open_cache
+from fixtures.small import small_model
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for name in ("x", "y"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(6):
+            noise = rng.integers(0, 255, (24, 24, 4), np.uint8)
+            Image.fromarray(noise).save(tmp_path / "pictures" / name / f"{name}{i}.png")
+    return tmp_path / "pictures"
+
+
+def images(pictures: Path, **options: object) -> ControlledImages:
+    settings = {"split": "all", "augment": True, "seed": 5} | options
+    return ControlledImages(pictures, 20, **settings)  # type: ignore[arg-type]
+
+
+def test_every_view_holds_the_tokens_of_that_epochs_pictures(pictures: Path, tmp_path: Path) -> None:
+    vqvae, data = small_model().vqvae, images(pictures)
+    cache = open_cache(data, vqvae, views=3, root=tmp_path / "tokens", batch=5)
+    assert cache.tokens.shape == (3, 12, vqvae.config.tokens)
+    assert cache.tokens.dtype == np.uint16
+    assert isinstance(cache.tokens, np.memmap)
+    items = CachedTokens(data, cache)
+    for epoch in (0, 2, 4):
+        items.set_epoch(epoch)
+        data.set_epoch(epoch % 3)
+        for i in (0, 7, 11):
+            item = data[i]
+            expected = join_tokens(vqvae.encode(item["image"][None]))[0]
+            assert torch.equal(items[i]["tokens"], expected)
+            assert items[i]["label"] == item["label"]
+    assert not np.array_equal(cache.tokens[0], cache.tokens[1])
+
+
+def test_controls_follow_the_view(pictures: Path, tmp_path: Path) -> None:
+    data = images(pictures, control_type="canny")
+    items = CachedTokens(data, open_cache(data, small_model().vqvae, views=2, root=tmp_path / "tokens"))
+    items.set_epoch(3)
+    found = items[4]["control"]
+    data.set_epoch(1)
+    assert torch.equal(found, data[4]["control"])
+    assert set(items[4]) == {"tokens", "label", "control"}
+
+
+def test_a_cache_is_made_once(pictures: Path, tmp_path: Path) -> None:
+    vqvae, root = small_model().vqvae, tmp_path / "tokens"
+    open_cache(images(pictures), vqvae, views=2, root=root)
+
+    def never(_: torch.Tensor) -> list[torch.Tensor]:
+        raise AssertionError("encoded twice")
+
+    # Another control type, or none: the same tokens.
+    cache = open_cache(images(pictures, control_type="hed"), vqvae, views=2, root=root, encode=never)
+    assert cache.views == 2
+    assert len(list(root.iterdir())) == 1
+
+
+def test_whatever_tokens_follow_from_makes_another_cache(pictures: Path, tmp_path: Path) -> None:
+    vqvae, root = small_model().vqvae, tmp_path / "tokens"
+
+    def caches() -> int:
+        return len(list(root.iterdir()))
+
+    open_cache(images(pictures), vqvae, views=2, root=root)
+    for count, options in enumerate([{"seed": 6}, {"augment": False}, {"classes": "y"}], start=2):
+        open_cache(images(pictures, **options), vqvae, views=2, root=root)
+        assert caches() == count
+    open_cache(images(pictures), vqvae, views=2, root=root, precision="bf16")
+    with torch.no_grad():
+        vqvae.quant_conv.bias[0] += 1e-3
+    open_cache(images(pictures), vqvae, views=2, root=root)
+    Image.new("RGB", (30, 30)).save(pictures / "x" / "x0.png")
+    open_cache(images(pictures), vqvae, views=2, root=root)
+    assert caches() == 7
+
+
+def test_an_interrupted_encoding_leaves_nothing(pictures: Path, tmp_path: Path) -> None:
+    vqvae, root = small_model().vqvae, tmp_path / "tokens"
+    calls = []
+
+    def stop(batch: torch.Tensor) -> list[torch.Tensor]:
+        calls.append(len(batch))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return vqvae.encode(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        open_cache(images(pictures), vqvae, views=2, root=root, batch=5, encode=stop)
+    assert list(root.iterdir()) == []
+
+
+def test_a_damaged_cache_says_so(pictures: Path, tmp_path: Path) -> None:
+    vqvae, root = small_model().vqvae, tmp_path / "tokens"
+    open_cache(images(pictures), vqvae, views=1, root=root)
+    (folder,) = root.iterdir()
+    facts = json.loads((folder / MARKER).read_text())
+    (folder / MARKER).write_text(json.dumps(facts | {"views": 4}))
+    with pytest.raises(DataError, match="remove it"):
+        open_cache(images(pictures), vqvae, views=1, root=root)
+    (folder / "tokens.npy").write_bytes(b"")
+    with pytest.raises(DataError, match="remove it"):
+        open_cache(images(pictures), vqvae, views=1, root=root)
+
+
+def test_a_full_disk_says_how_much_is_needed(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("car_train.training.token_cache.np.save", full)
+    with pytest.raises(DataError, match="MiB: free some space"):
+        open_cache(images(pictures), small_model().vqvae, views=1, root=tmp_path / "tokens")
+    assert list((tmp_path / "tokens").iterdir()) == []
