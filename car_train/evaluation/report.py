@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from car_train.config import ConfigError, ModelConfig
+from car_train.errors import UserError
 from car_train.files import written_aside
 
 STAGES = {"vqvae": "Tokenizer (VQVAE)", "var": "Transformer (VAR)", "car": "Control branch (CAR)"}
@@ -39,7 +40,7 @@ Array = NDArray[np.float64]
 Record = dict[str, float]
 
 
-class ReportError(ValueError):
+class ReportError(UserError, ValueError):
     """A folder that no report can be made of, or an output that can't be written; the message has the remedy."""
 
 

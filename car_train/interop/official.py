@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from car_train.config import SIDES_256, SIDES_512, CARConfig, ModelConfig, VARConfig, VQVAEConfig
+from car_train.errors import UserError
 from car_train.model import Model
 
 # Buffers that the published modules save and that follow from the config. They are checked for shape, not loaded.
@@ -23,7 +24,7 @@ _BUFFERS = re.compile(
 )
 
 
-class OfficialCheckpointError(ValueError):
+class OfficialCheckpointError(UserError, ValueError):
     """The files are not what they should be; the message lists every finding and ends with the remedy."""
 
 

@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from car_train.data.dataset import ControlledImages, DataError
+from car_train.files import folder_aside
 from car_train.model.vqvae import VQVAE, join_tokens
 
 DEFAULT_ROOT = Path("~/.cache/car/tokens")
@@ -128,26 +126,15 @@ def open_cache(
     if (folder / MARKER).is_file():
         return TokenCache(folder)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
+        with folder_aside(folder) as aside:
+            _encode(images, encode or vqvae.encode, facts, batch, aside)
+            (aside / MARKER).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
+        size = views * len(images) * vqvae.config.tokens * 2 / 2**20
         raise DataError(
-            f"{folder.parent}: can't write there ({error}); give another folder (--token-root)"
+            f"{folder}: can't be written ({error}); it needs {size:.0f} MiB: free some space, or give another "
+            "folder (--token-root)"
         ) from error
-    try:
-        _encode(images, encode or vqvae.encode, facts, batch, aside)
-        (aside / MARKER).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        os.chmod(aside, 0o755)
-        os.replace(aside, folder)
-    except OSError as error:
-        if not (folder / MARKER).is_file():  # another run may have been first; its cache is as good
-            size = views * len(images) * vqvae.config.tokens * 2 / 2**20
-            raise DataError(
-                f"{folder}: can't be written ({error}); it needs {size:.0f} MiB: free some space, or give another "
-                "folder (--token-root)"
-            ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return TokenCache(folder)
 
 

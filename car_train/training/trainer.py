@@ -42,6 +42,8 @@ from tqdm import tqdm
 from car_train import checkpoint
 from car_train.config import ConfigError
 from car_train.data.dataset import ControlledImages
+from car_train.errors import UserError
+from car_train.files import remove_folder
 from car_train.model.car import ConvBlock
 from car_train.model.var import Block
 from car_train.model.vqvae import Decoder, Encoder, ResBlock
@@ -53,7 +55,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError, RuntimeError):
     """Training can't go on; the message says why and ends with the remedy."""
 
 
@@ -384,7 +386,7 @@ class Trainer:
                     stack.enter_context(self.average.applied())
                 checkpoint.save(self.stage.model, path, state)
             for old in sorted(self.options.output.glob("step-*"))[: -self.options.keep]:
-                checkpoint.remove(old)
+                remove_folder(old)
         self.world.barrier()
         return path
 

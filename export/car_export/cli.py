@@ -19,6 +19,7 @@ from car_export.verify import VerificationError, verify_plan
 from car_train import checkpoint
 from car_train.cli import add_official_arguments, integers, load_official
 from car_train.config import ConfigError
+from car_train.files import sha256
 from car_train.interop import official
 from car_train.model import Model
 
@@ -116,7 +117,7 @@ def load_model(args: argparse.Namespace) -> tuple[Model, dict[str, str]]:
         raise ConfigError("--var is missing; give the published transformer, e.g. --var var_d16.pth")
     files = {part: path for part in ("vae", "var", "car") if (path := getattr(args, part)) is not None}
     model = load_official(args)
-    return model, {f"sha256 {part} {path.name}": checkpoint.sha256(path) for part, path in files.items()}
+    return model, {f"sha256 {part} {path.name}": sha256(path) for part, path in files.items()}
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from car_export.goldens import write_goldens
 from car_export.trace import Names, optimise, specialise, trace
 from car_export.weights import HALVED, WeightStore, external, externalise
 from car_runtime.format import manifest as schema
-from car_train.checkpoint import put_in_place
+from car_train.files import put_in_place
 from car_train.model import Model
 
 Log = Callable[[str], None]

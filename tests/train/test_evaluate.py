@@ -34,6 +34,7 @@ from car_train.evaluation.evaluate import (
     to_pixels,
 )
 from car_train.evaluation.metrics import control_errors, kernel_distance, psnr
+from car_train.files import sha256
 from car_train.model import Model
 from car_train.model.sample import control_pyramid, sample
 from car_train.model.vqvae import join_tokens
@@ -480,7 +481,7 @@ def test_features_see_what_a_picture_shows() -> None:
     assert (nearest == np.arange(len(files))).all()
     np.testing.assert_allclose(network(np.asarray(same[0])[None])[0], a[0], rtol=1e-3, atol=1e-4)
     assert network.logits(np.asarray(same[0])[None]).shape == (1, 1000)
-    assert network.about["sha256"] == checkpoint.sha256(weights)
+    assert network.about["sha256"] == sha256(weights)
 
 
 @efficientnet
