@@ -51,5 +51,5 @@ class CompileError(EngineError):
     """The compiler gave up for another reason; the message has its words."""
 
 
-class EngineFileError(EngineError):
-    """An engine could not be written."""
+class OutputError(EngineError):
+    """A file of the plan could not be written."""

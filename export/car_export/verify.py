@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 import car_runtime
-from car_export.precision.bf16_to_fp32 import widened
+from car_export.precision.bf16_to_fp32 import float32_copy
 from car_runtime.backends.onnxruntime.session import needless_optimizers
 from car_runtime.format import manifest as schema
 from car_train.model import Model
@@ -349,7 +349,7 @@ def verify_plan(directory: Path, reference: Model, log: Log) -> None:
         Verifier(directory, reference, log).run()
         return
     # ONNX Runtime has no bfloat16 on CPUs. What is left to find in a float32 copy is everything but rounding.
-    with widened(directory) as copy:
+    with float32_copy(directory) as copy:
         Verifier(copy, reference, log).run()
 
 

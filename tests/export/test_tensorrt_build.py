@@ -303,7 +303,7 @@ def test_a_full_disk_is_named_and_leaves_the_plan_whole(changeable: Path) -> Non
     change_weights(changeable, "condition")
     before = sorted(p.name for p in (changeable / "engines").iterdir())
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    with pytest.raises(errors.EngineFileError, match=r"condition.*could not be written.*; free 1 MB there"):
+    with pytest.raises(errors.OutputError, match=r"condition.*could not be written.*; free 1 MB there"):
         engines.build_engines(changeable, SM89)
     assert sorted(p.name for p in (changeable / "engines").iterdir()) == before
     schema.verify_files(changeable, schema.read_manifest(changeable))

@@ -24,8 +24,9 @@ import numpy as np
 import onnx
 
 from car_export.errors import EngineError, NoGpuError, TargetError
-from car_export.tensorrt import rewrites as forms
-from car_export.tensorrt.compiler import MODULES, SETTINGS, Built, Compiler, Port, Profile, gpu_here, write_aside
+from car_export.files import write_file
+from car_export.tensorrt import rewrites
+from car_export.tensorrt.compiler import MODULES, SETTINGS, Built, Compiler, Port, Profile, gpu_here
 from car_runtime.errors import PlanError
 from car_runtime.format import manifest as schema
 
@@ -103,14 +104,14 @@ def recipes(plan: Path, manifest: schema.Manifest, target: str = "sm89") -> list
     """What each engine of a plan is made from, the longest to build last."""
     found = []
     for graph, profiles in _profiles(manifest).items():
-        model = forms.load_graph(plan / manifest.graphs[graph].file)
+        model = rewrites.load_graph(plan / manifest.graphs[graph].file)
         if graph == "step":
-            forms.engine_step(model, manifest.model.vocab)
+            rewrites.engine_step(model, manifest.model.vocab)
         else:
-            forms.engine_form(model)
+            rewrites.engine_form(model)
         if target == "sm75" and manifest.precision.compute != "fp32":
-            forms.sum_float_products(model)
-        data = forms.to_bytes(model)
+            rewrites.sum_float_products(model)
+        data = rewrites.to_bytes(model)
         found.append(Recipe(graph=graph, onnx=data, profiles=profiles, weights=_hash_weights(plan, data)))
     return found
 
@@ -216,7 +217,7 @@ def build_engines(plan: Path, targets: Sequence[Target], log: Log = lambda _: No
                 },
             )
             sidecar = _sidecar(engine, compiler.version, recipe, built)
-            write_aside(plan / f"{name}.json", (json.dumps(sidecar, indent=1) + "\n").encode())
+            write_file(plan / f"{name}.json", (json.dumps(sidecar, indent=1) + "\n").encode())
             manifest = _enter(plan, manifest, engine)
             files.append(plan / engine.file)
             log(_summary(engine, built))
