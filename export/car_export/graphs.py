@@ -1,7 +1,7 @@
 """Tracing wrappers: the model as the graphs of a plan (docs/plan-format.md). The model itself knows nothing of ONNX.
 
-Shapes: R transformer rows, B pictures, S side of this scale, T side of the next, P past tokens, C width, Z latent
-channels, E edge of f̂, H heads, d head width, V vocabulary, M modulation rows, L tokens of a picture.
+Shapes: R transformer rows, B images, S side of this scale, T side of the next, P past tokens, C width, Z latent
+channels, E edge of f̂, H heads, d head width, V vocabulary, M modulation rows, L tokens of an image.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class StepGraph(nn.Module):
 
 
 class PhasedUp(nn.Module):
-    """`Up` without the doubled map: each quarter of the output, by rows and columns odd and even, from a 2×2 kernel.
+    """`Up` without the doubled feature map: each quarter of the output (odd and even rows, columns) by a 2×2 kernel.
 
     Pixels that nearest-neighbour doubling repeats meet several of the 3×3 weights, which are added here instead: 16
     products a small pixel and channel pair, not 36. The result is the same up to the rounding of those sums.
@@ -136,11 +136,11 @@ class PhasedUp(nn.Module):
         self.bias = up.conv.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        maps = []
+        quarters = []
         for i, kernel in enumerate(self.kernels):
             below, right = divmod(i, 2)
-            maps.append(F.conv2d(F.pad(x, (1 - right, right, 1 - below, below)), kernel, self.bias))
-        phases = torch.cat(maps, 1)
+            quarters.append(F.conv2d(F.pad(x, (1 - right, right, 1 - below, below)), kernel, self.bias))
+        phases = torch.cat(quarters, 1)
         B, C, (H, W) = x.shape[0], phases.shape[1] // 4, x.shape[2:]
         if torch.compiler.is_exporting():
             return torch.onnx.ops.symbolic(
@@ -161,10 +161,10 @@ def _neighbours(kernel: Tensor, axis: int, shift: int) -> Tensor:
 
 
 class DecoderGraph(nn.Module):
-    """f̂ f32 [B, Z, E, E] → pictures uint8 [B, H, W, 3].
+    """f̂ f32 [B, Z, E, E] → images uint8 [B, H, W, 3].
 
-    In float32, in which CPUs compute, maps are doubled in phases. In half precision they are not: on a GPU cuDNN took
-    kernels without tensor cores for the phases, and a d16's decoder twice the time.
+    In float32, in which CPUs compute, feature maps are doubled in phases. In half precision they are not: on a GPU cuDNN
+    took kernels without tensor cores for the phases, and a d16's decoder twice the time.
     """
 
     def __init__(self, model: Model):
@@ -191,7 +191,7 @@ def _with_phases(module: nn.Module) -> nn.Module:
 
 
 class EncoderGraph(nn.Module):
-    """Pictures uint8 [B, H, W, 3] → tokens of all scales int64 [B, L]."""
+    """Images uint8 [B, H, W, 3] → tokens of all scales int64 [B, L]."""
 
     def __init__(self, model: Model):
         super().__init__()

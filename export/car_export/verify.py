@@ -290,12 +290,12 @@ class Verifier:
     def run(self) -> None:
         config, classes = self.reference.config.vqvae, self.car.base.config.classes
         rng = np.random.default_rng(0)
-        picture = scene(config.image_size, rng)
+        image = scene(config.image_size, rng)
         controls = pyramid = None
         if self.car.branch is not None:
             sizes = [s.control_size for s in self.manifest.scales]
-            controls = [np.asarray(Image.fromarray(picture).resize((s, s))) for s in sizes]
-            pyramid = control_pyramid(Image.fromarray(picture), sizes)
+            controls = [np.asarray(Image.fromarray(image).resize((s, s))) for s in sizes]
+            pyramid = control_pyramid(Image.fromarray(image), sizes)
         for batch in sorted(
             {1, *(int(name.rsplit(".b", 1)[1]) for name in self.manifest.graphs if name.startswith("step."))}
         ):
@@ -312,8 +312,8 @@ class Verifier:
                     self.control(controls, record)
                 self.condition(rows)
                 self.decoder(record, pixels)
-                self.encoder(picture[None])
-                self.whole_run(picture if controls else None, int(label[0]), tokens, pixels, record)
+                self.encoder(image[None])
+                self.whole_run(image if controls else None, int(label[0]), tokens, pixels, record)
         if self.problems:
             raise VerificationError(
                 f"{len(self.problems)} differences between the plan and the model:\n  "
@@ -367,7 +367,7 @@ def _read(directory: Path, tensor: schema.Tensor) -> np.ndarray:
 
 
 def scene(size: int, rng: np.random.Generator) -> np.ndarray:
-    """A picture to test with, uint8 [size, size, 3]: smooth colours, a disc with an edge, and some noise."""
+    """A test image, uint8 [size, size, 3]: smooth colours, a disc with an edge, and some noise."""
     y, x = np.mgrid[0:size, 0:size] / size
     waves = np.stack([np.sin(7 * x + 3 * y), np.cos(5 * y), np.sin(9 * x * y)], -1) * 90 + 128
     disc = (x - 0.45) ** 2 + (y - 0.55) ** 2 < 0.09

@@ -27,7 +27,7 @@ _TYPES = {TensorProto.BFLOAT16: TensorProto.FLOAT}
 
 @contextlib.contextmanager
 def float32_copy(plan: Path) -> Iterator[Path]:
-    """The copy, in a folder beside the plan that is reweights afterwards."""
+    """A float32 copy of a plan, in a folder next to it that is removed afterwards."""
     folder = Path(tempfile.mkdtemp(prefix=f".{plan.name}.widened-", dir=plan.parent))
     try:
         _copy(plan, folder)
@@ -82,15 +82,15 @@ def _widen_graph(graph: onnx.GraphProto, weights: WeightCopier) -> None:
         _widen_tensor(tensor, weights)
 
 
-def _wide(data: np.ndarray) -> np.ndarray:
-    """Bytes of bfloat16 numbers as float32."""
+def _as_float32(data: np.ndarray) -> np.ndarray:
+    """bf16 values, as bytes uint8 [n], as float32 [n / 2]."""
     return data.view(_BFLOAT16).astype(np.float32)
 
 
 def _widen_tensor(tensor: TensorProto, weights: WeightCopier) -> None:
     narrow = tensor.data_type == TensorProto.BFLOAT16
     if tensor.data_location == TensorProto.EXTERNAL:
-        refer(tensor, *weights.copy(*place(tensor), _wide if narrow else None))
+        refer(tensor, *weights.copy(*place(tensor), _as_float32 if narrow else None))
     elif narrow:
         array = onnx.numpy_helper.to_array(tensor).astype(np.float32)
         tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))

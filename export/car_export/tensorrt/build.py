@@ -216,15 +216,15 @@ def build_engines(plan: Path, targets: Sequence[Target], log: Log = lambda _: No
                     "precision": manifest.precision.compute,
                 },
             )
-            sidecar = _sidecar(engine, compiler.version, recipe, built)
-            write_file(plan / f"{name}.json", (json.dumps(sidecar, indent=1) + "\n").encode())
+            metadata = _engine_metadata(engine, compiler.version, recipe, built)
+            write_file(plan / f"{name}.json", (json.dumps(metadata, indent=1) + "\n").encode())
             manifest = _enter(plan, manifest, engine)
             files.append(plan / engine.file)
             log(_summary(engine, built))
     return files
 
 
-def _sidecar(engine: schema.Engine, version: str, recipe: Recipe, built: Built) -> dict[str, Any]:
+def _engine_metadata(engine: schema.Engine, version: str, recipe: Recipe, built: Built) -> dict[str, Any]:
     """What a runtime must know of an engine that it can't ask without loading it."""
 
     def ports(side: Sequence[Port]) -> list[dict[str, Any]]:
@@ -370,7 +370,7 @@ def _carry_over(plan: Path, before: Path, log: Log) -> None:
 
 
 def _version(folder: Path, engine: schema.Engine) -> str | None:
-    """The compiler's version, from the sidecar."""
+    """The compiler's version, from the engine's metadata; None if it can't be read."""
     try:
         facts: Mapping[str, Any] = json.loads((folder / str(engine.details["sidecar"])).read_text(encoding="utf-8"))
         return str(facts["version"])
