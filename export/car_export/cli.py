@@ -17,10 +17,11 @@ from car_export.tensorrt import build as engines
 from car_export.tensorrt.compiler import Compiler
 from car_export.verify import VerificationError, verify_plan
 from car_train import checkpoint
-from car_train.cli import add_official_arguments, integers, load_official
 from car_train.config import ConfigError
 from car_train.files import sha256
+from car_train.flags import integers
 from car_train.interop import official
+from car_train.interop.command import add_official_arguments, load_official
 from car_train.model import Model
 
 EXAMPLES = """examples:

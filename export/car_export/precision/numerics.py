@@ -44,9 +44,9 @@ from car_export.verify import scene
 from car_runtime.controls import derive
 from car_runtime.format import manifest as schema
 from car_train import checkpoint
-from car_train.cli import add_official_arguments
 from car_train.config import ConfigError
 from car_train.interop import official
+from car_train.interop.command import add_official_arguments
 from car_train.model import Model
 from car_train.model.sample import TOP_P_OFF, Recording, control_pyramid, draw, mix, sample
 from car_train.model.vqvae import split_tokens
