@@ -37,12 +37,13 @@ import torch
 from benchmarks.harness.machine import BenchmarkError, emit, markdown_table, record
 from car_train import checkpoint
 from car_train.config import ConfigError, ModelConfig, VARConfig
-from car_train.data.dataset import DataError, find_pictures
-from car_train.evaluation.report import ReportError, read_run, summary
+from car_train.data.dataset import DataError, find_images
+from car_train.evaluation.runs import ReportError, read_run, summary
 from car_train.files import written_aside
 from car_train.model import Model
+from car_train.training.options import PRECISIONS, TrainOptions
 from car_train.training.stages import TransformerStage, add_var
-from car_train.training.trainer import PRECISIONS, Trainer, TrainingError, TrainOptions, seed_everything
+from car_train.training.trainer import Trainer, TrainingError, seed_everything
 
 LR_WIDTH = 192
 """Width at which a size's learning rate is `--lr`: that of the transformer in the shipped plan."""
@@ -117,14 +118,14 @@ def block_parameters(config: ModelConfig) -> int:
 def _fingerprint_pictures(root: Path) -> str:
     """Of the names and sizes of all pictures, 16 hex digits."""
     digest = hashlib.sha256()
-    for path, label in find_pictures(root)[1]:
+    for path, label in find_images(root)[1]:
         digest.update(f"{path.relative_to(root).as_posix()}\0{label}\0{path.stat().st_size}\n".encode())
     return digest.hexdigest()[:16]
 
 
 def train(plan: Plan, size: Size, folder: Path) -> None:
     """Train one size into a run's folder, or go on with what is there."""
-    names = tuple(find_pictures(plan.data)[0])
+    names = tuple(find_images(plan.data)[0])
     seed_everything(plan.seed)
     stage = TransformerStage(add_var(checkpoint.load(plan.vqvae), size.config(len(names)), names))
     quarter = max(1, plan.steps // 4)
@@ -253,7 +254,7 @@ def plot(found: dict[str, Any]) -> bytes:
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-        from car_train.evaluation.report_curves import STYLE
+        from car_train.evaluation.curves import STYLE
     except ImportError as error:
         raise BenchmarkError(f"--plot needs matplotlib ({error}); pip install matplotlib") from error
 
@@ -271,7 +272,7 @@ def plot(found: dict[str, Any]) -> bytes:
 def _draw_fit(axes: Any, rows: Sequence[dict[str, Any]], name: str, fit: dict[str, float]) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-    from car_train.evaluation.report_curves import COLOURS, GREY
+    from car_train.evaluation.curves import COLOURS, GREY
 
     sizes, values = (np.array([row[k] for row in rows], np.float64) for k in ("block_parameters", name))
     line = np.geomspace(sizes.min() / 1.3, sizes.max() * 1.3, 50)

@@ -55,7 +55,7 @@ def plans(
                 files["vae"],
                 "--var",
                 files["var"],
-                "--sides",
+                "--patch-nums",
                 ",".join(map(str, golden.sides)),
                 "-o",
                 output,

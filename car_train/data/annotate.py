@@ -41,7 +41,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from car_train.data.controls import CONTROL_TYPES, NEEDS_ALPHA, make_control, on_white
-from car_train.data.dataset import UNREADABLE, find_pictures, has_alpha, to_8_bits
+from car_train.data.dataset import UNREADABLE, find_images, has_alpha, to_8_bits
 from car_train.errors import UserError
 from car_train.files import sha256, written_aside
 
@@ -544,7 +544,7 @@ def annotate_folder(
 ) -> Report:
     """Make the control of every picture under `data`, in the same place under `output`, as PNG.
 
-    data:   a folder of class folders, as `data.find_pictures` reads it.
+    data:   a folder of class folders, as `data.find_images` reads it.
     output: absent, empty, or made by this function with the same annotator and size: what is there already is kept.
     size:   side of the controls. None: `DEFAULT_SIZE`, or the picture's larger side if that is smaller.
     limit:  at most so many pictures per class, the first ones by name; None for all.
@@ -554,7 +554,7 @@ def annotate_folder(
     Pictures that cannot be read, or of which the annotator makes nothing, are skipped and listed in
     `output/skipped.txt`. Raises AnnotatorError: numbers out of range, `output` in use for something else or made with
     other settings, two pictures that would share a control, nothing could be made, a full disk; DataError as
-    `find_pictures`.
+    `find_images`.
     """
     for name, value in (("size", size), ("limit", limit), ("batch", batch)):
         if value is not None and value < 1:
@@ -580,7 +580,7 @@ def _pictures(data: Path, limit: int | None) -> list[Path]:
     """Paths under `data`. Raises AnnotatorError where two differ in their extension alone."""
     taken: dict[int, int] = {}
     pictures: list[Path] = []
-    for path, label in find_pictures(data)[1]:
+    for path, label in find_images(data)[1]:
         taken[label] = taken.get(label, 0) + 1
         if limit is None or taken[label] <= limit:
             pictures.append(path.relative_to(data))

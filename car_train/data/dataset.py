@@ -90,7 +90,7 @@ class ControlledImages(Dataset[dict[str, Any]]):
         self.augment = augment
         self.seed = seed
         self.epoch = 0
-        self.class_names, files = find_pictures(self.root)
+        self.class_names, files = find_images(self.root)
         chosen = set(select_classes(classes, self.class_names))
         files = [(path, label) for path, label in files if label in chosen]
         self.files = [(path, label) for path, label in files if split == "all" or split_of(path) == split]
@@ -204,7 +204,7 @@ class ControlledImages(Dataset[dict[str, Any]]):
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
-def find_pictures(root: Path) -> tuple[list[str], list[tuple[Path, int]]]:
+def find_images(root: Path) -> tuple[list[str], list[tuple[Path, int]]]:
     """(class names, [(picture, label)]) of a folder of class folders, both sorted; without hidden ones.
 
     Raises DataError: no such folder, no class folders, a class folder without pictures.

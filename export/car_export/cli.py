@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from car_export.command import add_model_arguments, load_model, run_command
+from car_export.command import add_model_arguments, flags_of, load_model, run_command
 from car_export.config import ExportOptions, Int8Options
 from car_export.plan import build_plan, reference_model
 from car_export.quantize.int8 import to_int8
@@ -115,9 +115,8 @@ def _check_chosen(args: argparse.Namespace, *allowed: str) -> None:
         if name not in ("checkpoint", "output", *allowed) and value != getattr(defaults, name)
     ]
     if chosen:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in chosen)
         raise ConfigError(
-            f"{args.checkpoint} is a plan already, and {flags} settle how one is exported; give its checkpoint"
+            f"{args.checkpoint} is a plan already, and {flags_of(chosen)} settle how one is exported; give its checkpoint"
         )
 
 

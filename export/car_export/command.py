@@ -5,17 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from car_export.errors import ExportError
 from car_export.verify import VerificationError
 from car_runtime.errors import CarError
 from car_train import checkpoint
-from car_train.cli import add_official_arguments, load_official
 from car_train.config import ConfigError
 from car_train.errors import UserError
 from car_train.files import sha256
+from car_train.interop.command import add_official_arguments, load_official
 from car_train.model import Model
 
 Log = Callable[[str], None]
@@ -35,8 +35,9 @@ def load_model(args: argparse.Namespace) -> tuple[Model, dict[str, str]]:
         )
     if args.checkpoint is not None:
         if needless := [name for name in _official_arguments() if getattr(args, name) is not None]:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in needless)
-            raise ConfigError(f"{args.checkpoint}: a checkpoint of car_train is a whole model; leave out {flags}")
+            raise ConfigError(
+                f"{args.checkpoint} is asked for, which is a whole model; leave out {flags_of(needless)}"
+            )
         hashes = checkpoint.fingerprint(args.checkpoint)
         return checkpoint.load(args.checkpoint), {f"sha256 {name}": digest for name, digest in hashes.items()}
     if args.var is None and args.car is None:
@@ -44,6 +45,11 @@ def load_model(args: argparse.Namespace) -> tuple[Model, dict[str, str]]:
     files = {name: path for name in ("vae", "var", "car") if (path := getattr(args, name)) is not None}
     model = load_official(args)
     return model, {f"sha256 {name} {path.name}": sha256(path) for name, path in files.items()}
+
+
+def flags_of(names: Iterable[str]) -> str:
+    """The flags that set these arguments, for a message."""
+    return ", ".join("--patch-nums" if name == "sides" else f"--{name.replace('_', '-')}" for name in names)
 
 
 def _official_arguments() -> list[str]:

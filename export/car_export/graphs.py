@@ -163,7 +163,7 @@ def _neighbours(kernel: Tensor, axis: int, shift: int) -> Tensor:
 class DecoderGraph(nn.Module):
     """f̂ f32 [B, Z, E, E] → images uint8 [B, H, W, 3].
 
-    In float32, in which CPUs compute, feature maps are doubled in phases. In half precision they are not: on a GPU cuDNN
+    In float32, in which CPUs compute, feature maps are doubled in phases. In half precision they are not: cuDNN
     took kernels without tensor cores for the phases, and a d16's decoder twice the time.
     """
 

@@ -208,7 +208,7 @@ def test_a_plan_can_be_moved(built: Callable[[str], Path], tmp_path: Path) -> No
         (["--vae", "nothing.pth", "--var", "nothing.pth", "-o", "x.plan"], "no such file"),
         (["CHECKPOINT", "-o", "x.plan", "--verify"], "no plan"),
         (["CHECKPOINT", "-o", "x.plan", "--top-p", "2"], "0…1"),
-        (["CHECKPOINT", "-o", "x.plan", "--sides", "1,2"], "leave out"),
+        (["CHECKPOINT", "-o", "x.plan", "--patch-nums", "1,2"], "leave out"),
         (["CHECKPOINT", "-o", "x.plan", "--class-names", "none.txt"], "one name a line"),
     ],
 )

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 COMMON = "--batch 8 --warmup 2 --workers 0 --threads 1 --seed 3 --validate-every 3 --save-every 3".split()
 # 24 channels: norms have groups of three. Before a norm of single channels a bias counts for nothing, its gradient is
 # rounding alone, and Adam makes steps of ±lr of that.
-TOKENIZER = "--sides 1,2,4 --vocab 32 --latent-channels 8 --channels 24 --multipliers 1,2,2".split()
+TOKENIZER = "--patch-nums 1,2,4 --vocab 32 --latent-channels 8 --channels 24 --multipliers 1,2,2".split()
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_two_processes_take_the_steps_of_one(pictures: Path, tmp_path: Path) -> 
 
 
 def test_a_critic_trains_on_two_processes(pictures: Path, tmp_path: Path) -> None:
-    flags = ["vqvae", "--data", str(pictures), *COMMON, *TOKENIZER, "--steps", "4", "--accumulate", "2"]
+    flags = ["vqvae", "--data", str(pictures), *COMMON, *TOKENIZER, "--steps", "4", "--grad-accum", "2"]
     run(2, *flags, *"--adversarial 0.5 --critic-width 8".split(), "-o", str(tmp_path / "run"))
     assert all(np.isfinite(r["discriminator"]) for r in log(tmp_path / "run"))
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from car_train.config import CARConfig, ModelConfig, VARConfig, VQVAEConfig
 from car_train.model import kernels as products
 from car_train.model.car import CAR
-from car_train.training.trainer import _match_layout
+from car_train.training.optimizer import match_layout
 
 MODEL = ModelConfig(
     vqvae=VQVAEConfig(sides=(1, 2, 3), vocab=32, latent_channels=8, channels=8, multipliers=(1, 2), res_blocks=1),
@@ -90,5 +90,5 @@ def test_the_fused_step_is_the_plain_one_also_after_a_change_of_layout() -> None
         if i == 1:  # as a run resumed from one in the other layout
             for state in optimizers[1].state.values():
                 state["exp_avg"] = state["exp_avg"].contiguous()
-            _match_layout(optimizers[1])
+            match_layout(optimizers[1])
     torch.testing.assert_close(fused.detach(), plain.detach())
