@@ -116,7 +116,8 @@ def _check_chosen(args: argparse.Namespace, *allowed: str) -> None:
     ]
     if chosen:
         raise ConfigError(
-            f"{args.checkpoint} is a plan already, and {flags_of(chosen)} settle how one is exported; give its checkpoint"
+            f"{args.checkpoint} is a plan already, and {flags_of(chosen)} settle how one is exported; "
+            "give its checkpoint"
         )
 
 
