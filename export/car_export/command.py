@@ -8,8 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from car_export.errors import ExportError
-from car_export.verify import VerificationError
+from car_export.errors import ExportError, VerificationError
 from car_runtime.errors import CarError
 from car_train import checkpoint
 from car_train.config import ConfigError

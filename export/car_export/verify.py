@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 import car_runtime
-from car_export.precision.bf16_to_fp32 import float32_copy
+from car_export.bf16_to_fp32 import float32_copy
+from car_export.errors import VerificationError
 from car_runtime.backends.onnxruntime.session import needless_optimizers
 from car_runtime.format import manifest as schema
 from car_train.model import Model
@@ -41,10 +42,6 @@ DRAWN = 0.995
 A uniform number may fall on a border of the running sum.
 """
 CFG = 4.0
-
-
-class VerificationError(ValueError):
-    """The plan and the model disagree; the message lists every finding."""
 
 
 class Verifier:

@@ -30,13 +30,13 @@ import onnx
 from PIL import Image
 
 from car_export.config import Int8Options
-from car_export.errors import ExportError
+from car_export.errors import ExportError, VerificationError
 from car_export.files import plan_written_aside
 from car_export.observe import load_graph
 from car_export.quantize.rewrite import MAX_ERROR, GraphQuantizer
 from car_export.quantize.sites import CONV_GRAPHS, GRAPHS, conv_sites, matmul_sites
 from car_export.quantize.statistics import ActivationStats, Control, Stats, collect
-from car_export.verify import VerificationError, scene
+from car_export.verify import scene
 from car_export.weights import FILE, WeightCopier
 from car_runtime import verify
 from car_runtime.controls import derive
