@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -230,19 +229,20 @@ def test_bad_requests_are_one_line_with_a_remedy(
     assert [p.name for p in tmp_path.iterdir()] == ["FILE.plan"]
 
 
-def test_the_script_runs_from_a_bare_checkout(saved: Path, tmp_path: Path) -> None:
+def test_the_script_runs_from_a_bare_checkout(saved: Path, built: Callable[[str], Path], tmp_path: Path) -> None:
     """No installation, another working directory: the three packages are found beside the script."""
     script = Path(__file__).parents[2] / "export" / "build_engines.py"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, str(script), str(saved), "-o", "bare.plan"],
+        [sys.executable, str(script), str(saved), "-o", str(built("fp32")), "--verify"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "bare.plan" / "manifest.json").read_text())["name"] == "bare"
+    assert done.stdout.strip() == str(built("fp32"))
+    assert "verified against PyTorch" in done.stderr
 
 
 @torch.no_grad()

@@ -427,6 +427,7 @@ def rewritten(root: Path, **changes: Any) -> Path:
 def test_a_model_that_int8_is_too_coarse_for_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     strict = dataclasses.replace(acceptance.LIMITS["int8"], divergence=1e-9)
     monkeypatch.setitem(acceptance.LIMITS, "int8", strict)
+    monkeypatch.setattr(int8, "IMAGES", 1)
     with pytest.raises(VerificationError, match=r"(?s)INT8 is too coarse for this model.*divergence.*--calibrate"):
         to_int8(Int8Options(source=default_plan(), output=tmp_path / "o.plan"))
     assert not list(tmp_path.iterdir())

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from car_export.errors import EngineError, NoGpuError, TargetError
 from car_export.files import write_file
 from car_export.tensorrt import rewrites
 from car_export.tensorrt.compiler import MODULES, SETTINGS, Built, Compiler, Port, Profile, gpu_here
+from car_runtime.backends.tensorrt.engine_metadata import engines_of
 from car_runtime.errors import PlanError
 from car_runtime.format import manifest as schema
 
@@ -225,7 +226,7 @@ def build_engines(plan: Path, targets: Sequence[Target], log: Log = lambda _: No
 
 
 def _engine_metadata(engine: schema.Engine, version: str, recipe: Recipe, built: Built) -> dict[str, Any]:
-    """What a runtime must know of an engine that it can't ask without loading it."""
+    """What a runtime must know of an engine that it can't ask without loading it, as JSON."""
 
     def ports(side: Sequence[Port]) -> list[dict[str, Any]]:
         return [{"name": p.name, "dtype": p.dtype, "shape": list(p.shape)} for p in side]
@@ -357,7 +358,7 @@ def _carry_over(plan: Path, before: Path, log: Log) -> None:
     manifest, former = schema.read_manifest(plan), schema.read_manifest(before)
     made = {t: {r.graph: r for r in recipes(plan, manifest, t)} for t in {e.target for e in former.engines}}
     for engine in former.engines:
-        version = _version(before, engine)
+        version = _version(before, former, engine)
         recipe = made[engine.target].get(str(engine.details.get("graph")))
         if version is None or recipe is None or recipe.key(engine.flavour, version, engine.target) != engine.key:
             log(f"{engine.file}: of other weights or another form; left out")
@@ -369,10 +370,10 @@ def _carry_over(plan: Path, before: Path, log: Log) -> None:
         log(f"{engine.file}: carried over")
 
 
-def _version(folder: Path, engine: schema.Engine) -> str | None:
-    """The compiler's version, from the engine's metadata; None if it can't be read."""
+def _version(folder: Path, manifest: schema.Manifest, engine: schema.Engine) -> str | None:
+    """The version of the compiler that built an engine, by its metadata; None where that can't be read."""
     try:
-        facts: Mapping[str, Any] = json.loads((folder / str(engine.details["sidecar"])).read_text(encoding="utf-8"))
-        return str(facts["version"])
-    except (OSError, ValueError, KeyError, TypeError):
+        (metadata,) = engines_of(folder, dataclasses.replace(manifest, engines=(engine,)), engine.flavour)
+    except PlanError:
         return None
+    return metadata.version
