@@ -22,10 +22,14 @@ PYTEST_ARGS ?=
 TEST_PROCESSES ?= 2
 PYTEST_SPREAD = $(if $(strip $(PYTEST_ARGS)),,-n $(TEST_PROCESSES) --dist loadfile)
 
-# `make quick`, for while one works: what breaks most often and takes seconds. The model (blocks, sampling, losses, the
-# published checkpoints' numbers), the runtime's core (requests, schedules, the loop, images, the manifest), and the
-# rewrites of graphs. No export, no training run, no engine but ONNX Runtime. Each file has to stay under 10 s of a core.
-QUICK_TESTS ?= tests/runtime/test_request.py
+# `make quick`, for while one works: what protects most for a second of a core. The model's arithmetic, the runtime's
+# request, loop, schedules, images and manifest, the tokens of the shipped plan, and one export, byte by byte. Left to
+# `make test`: engines other than ONNX Runtime, training, annotators, the commands, benchmarks, packaging. On two quiet
+# cores lint, types and these tests stay under 90 s; a file belongs here if it takes less than 10 s of a core.
+QUICK_TESTS ?= $(addprefix tests/runtime/test_,request.py plan.py images.py manifest.py schedules.py) \
+	$(addprefix tests/train/test_,kernels.py sample.py losses.py data.py) \
+	$(addprefix tests/test_frozen.py::test_,checkpoints_have_the_same_keys \
+	'the_shipped_plan_draws_the_same_tokens[ort-cpu]' 'an_export_of_tiny_has_the_same_bytes[var]')
 
 DEMO_ENV := .venv-demo
 DEV_ENV := .venv

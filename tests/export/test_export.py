@@ -34,7 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "var": {},
 }
 L = 39
-"""Tokens of a picture of `small_model`, which has 20×20 pixels."""
+"""Tokens of an image of `small_model`, which has 20×20 pixels."""
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_fp16_survives_a_residual_stream_ten_times_as_large(tmp_path: Path) -> N
             assert np.isfinite(step.f_hat).all()
 
 
-def test_sampled_pictures_equal_the_reference_loop(built: Callable[[str], Path]) -> None:
+def test_sampled_images_equal_the_reference_loop(built: Callable[[str], Path]) -> None:
     """Not only greedy: the same seeds draw the same tokens in PyTorch and in the plan.
 
     With and without guidance, five in a batch.

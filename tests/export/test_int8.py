@@ -245,7 +245,7 @@ def test_the_plan_that_ships_draws_nearly_the_same_in_int8(shipped: tuple[Path, 
     assert "vs. PyTorch" in said[-1]
 
 
-def test_a_picture_depends_on_its_seed_and_not_on_its_batch(shipped: tuple[Path, list[str]]) -> None:
+def test_an_image_depends_on_its_seed_and_not_on_its_batch(shipped: tuple[Path, list[str]]) -> None:
     with open_plan(shipped[0], "ort-cpu", threads=1) as plan:
         together = plan.generate(EXAMPLE, 2, seed=4, n=4)
         for i in range(4):
@@ -344,7 +344,7 @@ def test_control_images_by_the_command(tmp_path: Path, capsys: pytest.CaptureFix
     for i in range(2):
         noise = RNG.integers(0, 256, (30, 40, 3), np.uint8)
         Image.fromarray(noise).save(controls / f"{i}.png")
-    (controls / "notes.txt").write_text("no picture")
+    (controls / "notes.txt").write_text("no image")
     output = tmp_path / "out" / "s.plan"
     flags = ["--weights", "int8", "-o", str(output), "--calibrate", str(controls), str(EXAMPLE)]
     assert cli.main([str(default_plan()), *flags]) == 0

@@ -131,8 +131,8 @@ def test_the_forms_of_the_other_graphs_compute_the_same(graph: str, target: str)
     proto = onnx.load_model_from_string(data)
     assert not [n.name for n in proto.graph.node if "Sequence" in n.op_type]
     # TensorRT takes uint8 only from a cast and only into one.
-    pictures = {v.name for v in (*proto.graph.input, *proto.graph.output) if v.type.tensor_type.elem_type == 2}
-    touching = {n.op_type for n in proto.graph.node if pictures & {*n.input, *n.output}}
+    images = {v.name for v in (*proto.graph.input, *proto.graph.output) if v.type.tensor_type.elem_type == 2}
+    touching = {n.op_type for n in proto.graph.node if images & {*n.input, *n.output}}
     assert touching <= {"Cast", "Shape"}
 
 
