@@ -152,6 +152,7 @@ def names_of(requirements: Sequence[str]) -> set[str]:
 
 def test_the_extras_are_those_of_the_install_page_and_each_engine_is_in_one_of_them() -> None:
     extras = {extra: names_of(wanted) for extra, wanted in project()["optional-dependencies"].items()}
+    assert {"cpu", "gpu", "train", "export", "rtx", "dev"} <= set(extras)
     table = (ROOT / "docs/install.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(extras)
     assert [extra for extra, names in extras.items() if "onnxruntime" in names] == ["cpu"]
