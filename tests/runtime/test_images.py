@@ -31,8 +31,8 @@ RAMP = np.linspace(0, 255, 256).astype(np.uint8).reshape(16, 16)
 
 def _reference(name: str) -> Any:
     """The published model's numbers, from the tests' own copy or from beside the checkout."""
-    here = Path(__file__).parent
-    for folder in (here / "data" / "reference", here.parent.parent / "shared" / "reference"):
+    tests = Path(__file__).parents[1]
+    for folder in (tests / "data" / "reference", tests.parents[1] / "shared" / "reference"):
         if (folder / name).is_file():
             return np.load(folder / name)
     pytest.skip(f"{name} is not here")
@@ -147,7 +147,7 @@ def _png_header(width: int, height: int) -> bytes:
         (_png_header(100_000, 100_000), "over 67108864 pixels; make it smaller"),
         (_png_header(64, 64), "truncated, damaged"),
         (png_bytes(np.zeros((64, 64, 3), np.uint8))[:-40], "truncated, damaged"),
-        (png_bytes(np.zeros((1, 1, 3), np.uint8)), "1×1 pixels, under 8 on an edge; give a larger picture"),
+        (png_bytes(np.zeros((1, 1, 3), np.uint8)), "1×1 pixels, under 8 on an edge; give a larger image"),
         (png_bytes(np.zeros((7, 500, 3), np.uint8)), "500×7 pixels, under 8"),
     ],
     ids=["empty", "text", "72 MP", "100 MP", "10 GP", "no data", "truncated", "1×1", "thin"],

@@ -16,6 +16,7 @@ import car_runtime.plan as plan_module
 from car_runtime import ImageError, PlanError, RequestError, RunError, open_plan
 from car_runtime.backends.base import Buffer
 from car_runtime.backends.registry import open_backend
+from car_runtime.conditioning import CACHED
 from car_runtime.format.manifest import Manifest, read_manifest
 from car_runtime.images import control_pyramid, load_image
 from car_runtime.plan import Plan
@@ -53,8 +54,7 @@ def runs(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         run(graph, inputs, outputs)
 
     monkeypatch.setattr(plan._backend, "run", counting)
-    plan._features.clear()
-    plan._conditions.clear()
+    plan.forget()
     return counter
 
 
@@ -176,15 +176,15 @@ def test_a_plan_without_encoder_says_so(tmp_path: Path) -> None:
 def test_stream_yields_every_scale_and_ends_with_the_picture(plan: Plan) -> None:
     result = plan.generate(CONTROL, "lion", seed=2, n=5)
     steps = list(plan.stream(CONTROL, "lion", seed=2, n=5))
-    assert [(s.index, s.last, s.pictures) for s in steps] == [
+    assert [(s.index, s.last, s.images) for s in steps] == [
         (k, k == 2, pictures) for pictures in (range(4), range(4, 5)) for k in range(3)
     ]
     for step in steps:
         scale = plan.manifest.scales[step.index]
-        expected = result.tokens[step.pictures.start : step.pictures.stop, scale.start : scale.stop]
-        assert (step.tokens.reshape(len(step.pictures), -1) == expected).all()
+        expected = result.tokens[step.images.start : step.images.stop, scale.start : scale.stop]
+        assert (step.tokens.reshape(len(step.images), -1) == expected).all()
         # The stream is over: results must not be views of buffers that later scales wrote.
-        assert step.f_hat.shape == (len(step.pictures), Z, 4, 4)
+        assert step.f_hat.shape == (len(step.images), Z, 4, 4)
         assert (step.preview() == np.stack([picture(f_hat) for f_hat in step.f_hat])).all()
     assert (np.concatenate([s.preview() for s in steps if s.last]) == result.images).all()
 
@@ -223,18 +223,17 @@ def test_the_cache_tells_controls_of_the_same_bytes_apart(plan: Plan, runs: Coun
 
 
 def test_the_cache_is_bounded(plan: Plan, runs: Counter[str]) -> None:
-    for i in range(plan_module.CACHED + 3):
+    for i in range(CACHED + 3):
         plan.generate(np.full((16, 16), i, np.uint8))
-    assert len(plan._features._values) == plan_module.CACHED
+    assert len(plan._conditioning.features) == CACHED
     plan.generate(np.full((16, 16), 0, np.uint8))
-    assert runs["control"] == plan_module.CACHED + 4
+    assert runs["control"] == CACHED + 4
 
 
 def test_threads_on_one_plan_get_what_they_would_get_alone(plan: Plan) -> None:
     jobs = [(control, label, seed) for control in (CONTROL, OTHER_CONTROL) for label in (0, 1) for seed in (0, 7)]
     alone = [plan.generate(*job, n=3).tokens for job in jobs]
-    plan._features.clear()
-    plan._conditions.clear()
+    plan.forget()
     together: list[Any] = [None] * len(jobs)
 
     def work(i: int) -> None:
@@ -259,7 +258,7 @@ def test_timings_cover_every_stage(plan: Plan) -> None:
 
 def test_on_scale_hears_of_every_scale(plan: Plan) -> None:
     heard: list[tuple[int, range]] = []
-    plan.generate(CONTROL, n=2, on_scale=lambda step: heard.append((step.index, step.pictures)))
+    plan.generate(CONTROL, n=2, on_scale=lambda step: heard.append((step.index, step.images)))
     assert heard == [(k, range(2)) for k in range(3)]
 
 

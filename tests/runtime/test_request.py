@@ -11,10 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from car_runtime.config import GenerationConfig
 from car_runtime.errors import RequestError
 from car_runtime.format.manifest import Manifest, read_manifest
-from car_runtime.request import known_mask_of, resolve, resolve_label, uniforms
+from car_runtime.request import Request, known_mask_of, resolve, resolve_label, uniforms
 from fixtures.runtime_plan import CLASSES, SIDES, L, V, build_plan
+
+CONTROL = np.zeros((9, 9), np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +25,12 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return read_manifest(build_plan(tmp_path_factory.mktemp("sampling") / "tiny.plan"))
 
 
+def ask(manifest: Manifest, **settings: Any) -> Request:
+    return resolve(manifest, GenerationConfig(control=CONTROL, **settings))
+
+
 def test_defaults_come_from_the_plan_and_fit_its_vocabulary(manifest: Manifest) -> None:
-    sampling = resolve(manifest).sampling
+    sampling = ask(manifest).sampling
     assert (sampling.cfg, sampling.top_k, sampling.top_p) == (1.5, V, 0.95)
 
 
@@ -39,13 +46,13 @@ def test_defaults_come_from_the_plan_and_fit_its_vocabulary(manifest: Manifest) 
 def test_off_is_spelled_as_the_step_graph_takes_it(
     manifest: Manifest, settings: dict[str, Any], top_k: int, top_p_input: float
 ) -> None:
-    sampling = resolve(manifest, **settings).sampling
+    sampling = ask(manifest, **settings).sampling
     assert (sampling.top_k, sampling.top_p_input) == (top_k, top_p_input)
 
 
 def test_without_guidance_there_are_no_unconditional_rows(manifest: Manifest) -> None:
-    assert not resolve(manifest, cfg=0).sampling.guided
-    assert resolve(manifest, cfg=0.1).sampling.guided
+    assert not ask(manifest, cfg=0).sampling.guided
+    assert ask(manifest, cfg=0.1).sampling.guided
 
 
 @pytest.mark.parametrize(
@@ -87,7 +94,7 @@ def test_a_value_out_of_range_is_named_with_its_range(
     manifest: Manifest, settings: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(RequestError) as caught:
-        resolve(manifest, **settings)
+        ask(manifest, **settings)
     assert says in str(caught.value)
     assert "; " in str(caught.value)
 
@@ -116,7 +123,7 @@ def test_a_plan_without_names_takes_indices_alone(manifest: Manifest) -> None:
 def test_known_tokens_are_read_only_where_the_mask_is_true(manifest: Manifest) -> None:
     tokens, mask = np.full(L, 10**6), np.zeros(L, bool)
     tokens[3], mask[3] = 7, True
-    request = resolve(manifest, n=2, known_tokens=tokens, known_mask=mask)
+    request = ask(manifest, n=2, known_tokens=tokens, known_mask=mask)
     assert request.known.shape == request.known_mask.shape == (2, L)
     assert request.known[:, 3].tolist() == [7, 7]
     assert request.known.sum() == 14

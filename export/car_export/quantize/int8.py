@@ -40,13 +40,14 @@ from car_export.errors import ExportError
 from car_export.plan import written_aside
 from car_export.verify import VerificationError, scene
 from car_export.weights import FILE, INLINE, Moved
-from car_runtime import verify as acceptance
+from car_runtime import agreement as acceptance
 from car_runtime.backends.base import Buffer
 from car_runtime.backends.numpy_buffers import available_cores
 from car_runtime.backends.onnxruntime.cpu import OrtCpu
 from car_runtime.controls import derive
 from car_runtime.errors import ImageError
 from car_runtime.format import manifest as schema
+from car_runtime.format.goldens import GOLDENS, read_goldens
 from car_runtime.plan import Plan, open_plan
 
 Log = Callable[[str], None]
@@ -173,7 +174,7 @@ def to_int8(options: Int8Options, log: Log = lambda _: None) -> Path:
     if options.controls and manifest.model.control_type is None:
         raise ExportError(f"the plan {manifest.name!r} takes no control image; leave out --calibrate")
     schema.verify_files(options.source, manifest)
-    goldens = acceptance.read_goldens(options.source, manifest)
+    goldens = read_goldens(options.source, manifest)
     controls = _controls(manifest, options.controls)
     with written_aside(options.output) as aside:
         seen = observe(options.source, manifest, controls, log)
@@ -512,7 +513,7 @@ def write(
         weights.move(model.graph.initializer)
         onnx.save(model, directory / graph.file)
     weights.close()
-    shutil.copyfile(options.source / acceptance.GOLDENS, directory / acceptance.GOLDENS)
+    shutil.copyfile(options.source / GOLDENS, directory / GOLDENS)
     if left:
         log(f"in float32 still, being off by more than {100 * WORST:.0f} %: {', '.join(left)}")
         provenance = {**provenance, "int8 leaves": ", ".join(left)}
