@@ -169,6 +169,15 @@ def test_a_control_may_come_from_stdin(here: Path, built: Path, monkeypatch: pyt
     assert (np.asarray(Image.open("out.png")) == _expected(built)[0]).all()
 
 
+@pytest.mark.parametrize("flag", ["--control", "--photo"])
+def test_an_input_image_is_decoded_once(here: Path, flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+    original = Image.open
+    monkeypatch.setattr(Image, "open", lambda source: opened.append(source) or original(source))
+    assert main([*CAR, flag, "../in/edges.png"]) == 0
+    assert opened == ["../in/edges.png"]
+
+
 def test_a_photo_gives_its_control(here: Path, built: Path) -> None:
     controls = pytest.importorskip("car_runtime.controls")
     assert main([*CAR, "--photo", "../in/edges.png", "--grid"]) == 0

@@ -1,4 +1,4 @@
-"""Pictures in and out: every kind of file becomes the right RGB or one clear error; nothing half-written stays."""
+"""Images in and out: every kind of file becomes the right RGB or one clear error; nothing half-written stays."""
 
 from __future__ import annotations
 
@@ -25,17 +25,9 @@ from car_runtime.images import (
     square,
     write_files,
 )
+from fixtures.golden import REFERENCE
 
 RAMP = np.linspace(0, 255, 256).astype(np.uint8).reshape(16, 16)
-
-
-def _reference(name: str) -> Any:
-    """The published model's numbers, from the tests' own copy or from beside the checkout."""
-    tests = Path(__file__).parents[1]
-    for folder in (tests / "data" / "reference", tests.parents[1] / "shared" / "reference"):
-        if (folder / name).is_file():
-            return np.load(folder / name)
-    pytest.skip(f"{name} is not here")
 
 
 def _scales(sizes: list[int]) -> list[Scale]:
@@ -45,7 +37,7 @@ def _scales(sizes: list[int]) -> list[Scale]:
 
 @pytest.mark.parametrize("name", ["tiny.npz", "ten.npz"])
 def test_control_pyramid_is_what_the_published_model_saw(name: str) -> None:
-    golden = _reference(name)
+    golden = np.load(REFERENCE / name)
     stream = io.BytesIO(png_bytes(golden["control_png"]))
     expected = [golden[f"control_{k}"] for k in range(sum(key.startswith("control_") for key in golden) - 1)]
     pyramid = control_pyramid(load_image(stream), _scales([len(image) for image in expected]))

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from car_export import goldens as golden_arrays
-from car_runtime import BackendError, PlanError
+from car_runtime import BackendError, GenerationConfig, PlanError, open_plan
 from car_runtime import agreement as acceptance
 from car_runtime.agreement import LIMITS
 from car_runtime.cli.main import main
@@ -174,6 +174,22 @@ def test_every_measured_run_computes_control_and_class_anew(
     monkeypatch.setattr(Conditioning, "compute_features", count)
     verify(built("fp32"), **QUICK | {"warmup": 2, "runs": 5})
     assert len(counted) == 1 + 2 + 5  # the first picture; comparing finds its features there
+
+
+def test_a_stream_gives_the_logits_that_it_draws_from(built: Callable[[str], Path]) -> None:
+    with open_plan(built("fp32"), "ort-cpu", threads=1) as plan:
+        stored = read_goldens(plan.path, plan.manifest)
+        config = GenerationConfig(control=stored.control, label=stored.label, cfg=stored.cfg, top_k=1, top_p=0, n=2)
+        for scale in list(plan.stream(config, logits=True)):
+            assert scale.logits is not None
+            assert scale.logits.shape == (2, *scale.tokens.shape[1:], plan.manifest.model.vocab)
+            assert (scale.logits.argmax(-1) == scale.tokens).all()
+        free = plan.generate(config)
+        given = {"known_tokens": free.tokens, "known_mask": np.ones(free.tokens.shape, bool)}
+        forced = [scale.logits for scale in plan.stream(config, seed=5, logits=True, **given)]
+        drawn = [scale.logits for scale in plan.stream(config, logits=True)]
+    for found, wanted in zip(forced, drawn, strict=True):
+        np.testing.assert_array_equal(found, wanted)
 
 
 # -- failing ---------------------------------------------------------------------------------------------------------
