@@ -189,7 +189,7 @@ def _tokens(manifest: Manifest, goldens: Goldens | None, got: Tokens, want: Toke
 
 
 def draw(logits_NV: Floats, uniforms_N: Floats, top_k: int, top_p: float) -> Tokens:
-    """The draw of docs/plan-format.md in float64, int64 [N]. top_k: 1…V; top_p above 1 keeps all.
+    """The draw of docs/reference/plan-format.md in float64, int64 [N]. top_k: 1…V; top_p above 1 keeps all.
 
     Logits that are not finite give code 0.
     """

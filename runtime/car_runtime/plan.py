@@ -55,7 +55,8 @@ class Result:
 class ScaleResult:
     """A batch of images after one more scale. It stays valid when the stream goes on.
 
-    Values are fetched from the engine when they are first looked at, so that a loop nobody watches waits for nothing.
+    Values are fetched from the engine when they are first looked at, or when the stream goes on: a loop that nobody
+    watches waits for nothing. Once the plan is closed only what was fetched is there.
     """
 
     def __init__(self, plan: Plan, step: Step, images: range) -> None:
@@ -66,7 +67,7 @@ class ScaleResult:
         """Whether it is the last one that is drawn."""
         self.images = images
         """Which of the n images these are."""
-        self._step = step
+        self._step: Step | None = step
         self._values: dict[str, Any] = {}
         self._lock = Lock()
 
@@ -101,6 +102,7 @@ class ScaleResult:
         """A value by name, from the engine the first time. Another thread that looks holds up `_keep`."""
         with self._lock:
             if name not in self._values:
+                assert self._step is not None
                 self._values[name] = self.plan._read_step(self._step, name)
             return self._values[name]
 
@@ -108,6 +110,7 @@ class ScaleResult:
         """Fetch everything: the engine's buffers are about to be used for other things."""
         for name in ("tokens", "f_hat", "logits", "seconds"):
             self._fetch(name)
+        self._step = None  # or a result that somebody keeps would keep them too
 
 
 def default_plan() -> Path:

@@ -1,7 +1,8 @@
 """Schedules of the scale loop: which scales are guided, which follow the control, and where the loop stops.
 
 Scales go by their indices, 0 … K−1, coarse first. Nothing here is on unless it is asked for: the schedule of a
-request that names none is exact, with guidance and control at every scale and all scales drawn (docs/schedules.md).
+request that names none is exact, with guidance and control at every scale and all scales drawn
+(docs/design/schedules.md).
 """
 
 from __future__ import annotations

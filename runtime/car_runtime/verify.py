@@ -2,7 +2,7 @@
 
 An export stores what the float32 PyTorch model computes for one control image, `goldens.npz`. Here the plan computes
 it again, through the same loop as `car-run`, and every difference is measured (`car_runtime.agreement`); then the
-time of each stage, the cold start and the memory. docs/acceptance.md describes the report.
+time of each stage, the cold start and the memory. docs/verification.md describes the report.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from car_runtime.cli.options import add_backend_flag, add_threads_flag, subcomma
 ABOUT = "Compare a plan on this machine with what PyTorch computed when it was exported, and measure it."
 EXAMPLES = """examples:
   car-run verify                                          the plan that ships with the package
-  car-run verify d16.plan --backend rtx -o report.json    the acceptance test of a GPU; docs/acceptance.md explains it
+  car-run verify d16.plan --backend rtx -o report.json    a GPU's acceptance test (docs/verification.md)
   car-run verify d16.plan --batch 1,4 --runs 20 --json
 
 exit code: 0 everything agrees, 1 something differs or fails, 2 the plan or the arguments cannot be used

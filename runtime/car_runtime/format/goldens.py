@@ -21,7 +21,7 @@ GOLDENS = "goldens.npz"
 
 @dataclass(frozen=True, kw_only=True)
 class Goldens:
-    """The arrays of `goldens.npz`; docs/plan-format.md lists them."""
+    """The arrays of `goldens.npz`; docs/reference/plan-format.md lists them."""
 
     control: NDArray[np.uint8] | None
     label: int
