@@ -171,8 +171,7 @@ def runtime_candidates(subject: Subject, name: str, backend: Backend, batches: S
 
         def make(seed: int) -> tuple[NDArray[np.int64], dict[str, float]]:
             if not next_seed:
-                plan._features.clear()
-                plan._conditions.clear()
+                plan.forget()
             result = plan.generate(control, 0, seed, batch, cfg=subject.cfg)
             return result.tokens, result.timings
 

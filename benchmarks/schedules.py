@@ -54,10 +54,11 @@ from numpy.typing import NDArray
 from benchmarks.harness import workload as subjects
 from benchmarks.harness.cli import Log, run_command
 from benchmarks.harness.machine import BenchmarkError, cores, interleaved, markdown_table, record
-from benchmarks.harness.workload import CACHE, MODELS, Subject
+from benchmarks.harness.workload import CACHE, MODELS, Subject, draw_control
 from car_runtime.backends.base import Backend
 from car_runtime.backends.registry import check_name, open_backend
-from car_runtime.cli.main import add_schedule_flags
+from car_runtime.cli.options import add_setting, add_settings
+from car_runtime.config import GenerationConfig
 from car_runtime.errors import BackendError
 from car_runtime.format.manifest import Manifest
 from car_runtime.plan import Plan, Result, default_plan
@@ -137,13 +138,14 @@ def candidates(manifest: Manifest, named: Mapping[str, str], base: Mapping[str, 
     base: guidance and draws of all. BenchmarkError or RequestError for flags that are none, or don't fit the plan.
     """
     parser = _Parser(prog="--schedule", add_help=False, allow_abbrev=False)
-    parser.add_argument("--cfg", type=float)
-    add_schedule_flags(parser)
+    add_setting(parser, "cfg")
+    add_settings(parser, "schedule")
+    control = None if manifest.model.control_type is None else draw_control(manifest.model.image_size)
     found: list[Candidate] = []
     for name, flags in {"exact": "", **named}.items():
         given = {k: v for k, v in vars(parser.parse_args(shlex.split(flags))).items() if v is not None}
         settings = {**base, **given}
-        request = resolve(manifest, **settings)
+        request = resolve(manifest, GenerationConfig(control=control, **settings))
         if all((request.sampling, request.schedule) != (c.request.sampling, c.request.schedule) for c in found):
             found.append(Candidate(name=name, flags=flags, settings=settings, request=request))
     return found
@@ -165,8 +167,7 @@ class Maker:
         """Pictures. anew: what is kept of control and class is computed again."""
         plan = self._plans[candidate.int8][candidate.request.guided]
         if anew:
-            for kept in (plan._features, plan._scheduled, plan._conditions):
-                kept.clear()
+            plan.forget()
         return plan.generate(control, label, seed, n, **candidate.settings)
 
 

@@ -60,8 +60,9 @@ from benchmarks.harness.cli import Log, run_command
 from benchmarks.harness.machine import BenchmarkError, in_subprocess, markdown_table, record
 from benchmarks.harness.workload import draw_control
 from car_runtime.backends.registry import check_name
+from car_runtime.conditioning import CACHED
 from car_runtime.errors import BackendError
-from car_runtime.plan import CACHED, Plan, default_plan, open_plan
+from car_runtime.plan import Plan, default_plan, open_plan
 
 PROC = Path("/proc/self")
 ALONE, TOGETHER, REOPENING = "one thread", "threads", "reopening"

@@ -37,6 +37,7 @@ from car_runtime.backends.registry import OPENERS
 from car_runtime.backends.tensorrt import backend as tensorrt_engines
 from car_runtime.backends.tensorrt import runtime_cache
 from car_runtime.backends.tensorrt.backend import TensorRT, open_rtx, open_trt
+from car_runtime.format.goldens import GOLDENS
 from car_runtime.format.manifest import Manifest, describe_files, read_manifest, write_manifest
 from car_runtime.plan import Plan
 from fixtures.fake_device import GPU, DeviceFault, Enqueued, FakeDevice, FakeOnnxRuntime, FakeTensorRT, write_engines
@@ -223,7 +224,7 @@ def test_the_acceptance_test_passes_on_the_fake(tmp_path: Path, monkeypatch: pyt
     forms = write_forms(root)
     write_goldens(root, small_model(depth=2, sides=(1, 2, 4)), cfg=2.0, top_k=0, top_p=0.0)
     manifest = read_manifest(root)
-    files = manifest.files | describe_files(root, [acceptance.GOLDENS])
+    files = manifest.files | describe_files(root, [GOLDENS])
     write_manifest(root, replace(manifest, files=files))
     write_engines(root)
     device = FakeDevice()

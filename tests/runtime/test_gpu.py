@@ -26,9 +26,7 @@ from car_runtime.backends.onnxruntime.cuda import open_ort_cuda
 from car_runtime.backends.tensorrt import backend as tensorrt_engines
 from car_runtime.backends.tensorrt.backend import MODULES, open_rtx, open_trt
 from car_runtime.format.manifest import read_manifest
-from car_runtime.generate import State, run_scales
 from car_runtime.plan import Plan
-from car_runtime.request import resolve
 from fixtures.small_plans import small_plan
 
 pytestmark = pytest.mark.gpu
@@ -93,20 +91,10 @@ def _control(plan: Plan, image: np.ndarray = CONTROL) -> np.ndarray | None:
 
 def _forced(plan: Plan, tokens: np.ndarray, seed: int = 0) -> np.ndarray:
     """The guided logits [L, V] of a run that keeps these tokens."""
-    manifest, backend = plan.manifest, plan._backend
-    V = manifest.model.vocab
-    request = resolve(
-        manifest, label=1, seed=seed, known_tokens=tokens, known_mask=np.ones(tokens.shape, bool), cfg=3.0
-    )
-    state = State(backend, manifest, 1, 2, logits=True)
-    picture = plan._control_image(_control(plan))
-    features = plan._control_features(picture) if picture is not None else None
-    state.load(request, plan._condition(request.label, 1, 2), features)
-    for _ in run_scales(backend, manifest.scales, plan._constants, state):
-        pass
-    assert (state.all_tokens()[0] == tokens).all()
-    assert state.logits is not None
-    return np.concatenate([backend.read(logits).reshape(-1, V) for logits in state.logits])
+    kept = {"known_tokens": tokens, "known_mask": np.ones(tokens.shape, bool)}
+    scales = list(plan.stream(_control(plan), 1, seed, cfg=3.0, logits=True, **kept))
+    assert (np.concatenate([scale.tokens.reshape(-1) for scale in scales]) == tokens).all()
+    return np.concatenate([np.asarray(scale.logits).reshape(-1, plan.manifest.model.vocab) for scale in scales])
 
 
 def test_logits_and_likeliest_tokens_are_the_cpus(plan: Plan, cpu: Plan) -> None:

@@ -38,10 +38,11 @@ from car_export.quantize.sites import CONV_GRAPHS, GRAPHS, conv_sites, matmul_si
 from car_export.quantize.statistics import ActivationStats, Control, Stats, collect
 from car_export.verify import scene
 from car_export.weights import FILE, WeightCopier
-from car_runtime import verify
+from car_runtime import agreement as agreements
 from car_runtime.controls import derive
 from car_runtime.errors import ImageError
 from car_runtime.format import manifest as schema
+from car_runtime.format.goldens import GOLDENS, read_goldens
 from car_runtime.plan import open_plan
 
 Log = Callable[[str], None]
@@ -64,14 +65,14 @@ def to_int8(options: Int8Options, log: Log = lambda _: None) -> Path:
     if options.controls and manifest.model.control_type is None:
         raise ExportError(f"the plan {manifest.name!r} takes no control image; leave out --calibrate")
     schema.verify_files(options.source, manifest)
-    goldens = verify.read_goldens(options.source, manifest)
+    goldens = read_goldens(options.source, manifest)
     controls = _controls(manifest, options.controls)
     with plan_written_aside(options.output) as aside:
         stats = collect(options.source, manifest, controls, log)
         provenance = {"int8 calibration": f"{len(controls)} images, {'given' if options.controls else 'synthetic'}"}
         _write(aside, options, manifest, stats, provenance, log)
         with open_plan(aside, "ort-cpu") as plan:
-            agreement = verify.compare(plan, goldens)
+            agreement = agreements.compare(plan, goldens)
         _judge(agreement, log)
     return options.output
 
@@ -83,7 +84,7 @@ def _judge(agreement: Mapping[str, Any], log: Log) -> None:
         f"vs. PyTorch in float32: {100 * whole['top1']:.1f} % of the most probable codes are equal, divergence "
         f"{whole['divergence']:.2g} nats"
     )
-    failed = [check for check in verify.judge(agreement, verify.LIMITS["int8"]) if not check["passed"]]
+    failed = [check for check in agreements.judge(agreement, agreements.LIMITS["int8"]) if not check["passed"]]
     if failed:
         raise VerificationError(
             "INT8 is too coarse for this model:\n  "
@@ -148,7 +149,7 @@ def _write(
         weights.move(model.graph.initializer)
         onnx.save(model, directory / graph.file)
     weights.close()
-    shutil.copyfile(options.source / verify.GOLDENS, directory / verify.GOLDENS)
+    shutil.copyfile(options.source / GOLDENS, directory / GOLDENS)
     if left:
         log(f"still in float32, with errors above {100 * MAX_ERROR:.0f} %: {', '.join(left)}")
         provenance = {**provenance, "int8 leaves": ", ".join(left)}
