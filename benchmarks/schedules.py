@@ -12,7 +12,7 @@ that none pays for what the one before it left.
 
 Tokens, quality, control: each held-out picture of `--data` is drawn once by each schedule, with its own control and
 class and the seed that `python -m car_train eval` gives it. All is measured by what `eval` measures with:
-`car_train.evaluation.evaluate` and `car_train.evaluation.metrics`. Distances between sets have a noise floor: real
+`car_train.evaluation.sets` and `car_train.evaluation.metrics`. Distances between sets have a noise floor: real
 pictures against real ones, one half against the other half, over random halvings; compare `kid_half` with it, which
 is taken likewise. Controls are compared with the one that was given: Canny's edges as F1 with one pixel of tolerance.
 One token that differs changes all that come after it, so `tokens_equal` says how different pictures are, not how much
@@ -65,7 +65,7 @@ from car_runtime.plan import Plan, Result, default_plan
 from car_runtime.request import Request, resolve
 
 if TYPE_CHECKING:
-    from car_train.evaluation.evaluate import FeatureNetwork
+    from car_train.evaluation.features import FeatureNetwork
 
 EMOJI = Path("~/.cache/car/data/emoji")
 """What the shipped plan was trained on, all but the held-out pictures."""
@@ -257,7 +257,9 @@ class HeldOut:
 
     def __init__(self, manifest: Manifest, args: argparse.Namespace, network: FeatureNetwork | None) -> None:
         from car_train.data.dataset import ControlledImages
-        from car_train.evaluation.evaluate import EvalOptions, choose, control_maker
+        from car_train.evaluation.controls import control_maker
+        from car_train.evaluation.evaluate import choose
+        from car_train.evaluation.options import EvalOptions
 
         model = manifest.model
         options = EvalOptions(
@@ -307,7 +309,7 @@ class HeldOut:
         seed: int,
         drawn: Mapping[str, Drawn],
     ) -> None:
-        from car_train.evaluation.evaluate import to_pixels
+        from car_train.images import to_pixels
 
         pictures: dict[str, list[Pixels]] = {c.name: [] for c in chosen}
         truth = []
@@ -338,7 +340,7 @@ class HeldOut:
 
     def distances(self, drawn: Mapping[str, Drawn], seed: int, log: Log) -> Record:
         """`compare_sets`: by schedule, and "floor"; empty without a network."""
-        from car_train.evaluation.evaluate import compare_sets
+        from car_train.evaluation.sets import compare_sets
 
         if self.network is None:
             return {}
@@ -444,10 +446,10 @@ def choose_subject(args: argparse.Namespace, log: Log) -> Subject:
 @contextmanager
 def training_errors() -> Iterator[None]:
     """What data, weights and annotators raise, as the benchmark's own errors."""
-    from car_train.data.annotate import AnnotatorError
+    from car_train.data.annotator import AnnotatorError
     from car_train.data.dataset import DataError
     from car_train.data.pretrained import WeightsError
-    from car_train.evaluation.evaluate import EvaluationError
+    from car_train.evaluation.options import EvaluationError
 
     try:
         yield
@@ -461,7 +463,7 @@ def features(args: argparse.Namespace) -> FeatureNetwork | None:
     import torch
 
     from car_train.data.pretrained import fetch
-    from car_train.evaluation.evaluate import EfficientNetLite0
+    from car_train.evaluation.features import EfficientNetLite0
 
     torch.set_num_threads(args.threads)
     cv2.setNumThreads(args.threads)

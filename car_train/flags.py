@@ -64,7 +64,7 @@ def add_flags(parser: Container, defaults: Any, *names: str, **instead: Any) -> 
 
 def given(args: argparse.Namespace, cls: Any) -> dict[str, Any]:
     """The parsed values of a dataclass's options, by field name; without those that the command has no flag for."""
-    dests = {f.name: f.metadata.get("dest") or f.name for f in dataclasses.fields(cls)}
+    dests = {f.name: f.metadata["dest"] or f.name for f in dataclasses.fields(cls) if "dest" in f.metadata}
     return {name: getattr(args, dest) for name, dest in dests.items() if hasattr(args, dest)}
 
 
@@ -111,3 +111,18 @@ def integers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 1,2,3,4") from None
+
+
+def numbers(count: int) -> Callable[[str], tuple[float, ...]]:
+    """A reader of so many numbers: "0.5,0.5,0.5" → (0.5, 0.5, 0.5)."""
+
+    def read(text: str) -> tuple[float, ...]:
+        try:
+            values = tuple(float(part) for part in text.split(","))
+        except ValueError:
+            values = ()
+        if len(values) != count:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {count} numbers such as 0.485,0.456,0.406")
+        return values
+
+    return read
