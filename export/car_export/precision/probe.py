@@ -1,7 +1,7 @@
 """The graphs of a half-precision plan in ONNX Runtime, run by the runtime's own loop: their logits, and how large the
 values inside them get.
 
-Shapes: B images; S side of a scale; L tokens of an image; V vocabulary.
+Shapes: L tokens of an image; V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from car_export.precision.case import Case
 from car_export.weights import place
 from car_runtime.backends.base import Buffer
 from car_runtime.backends.numpy_buffers import array_of
+from car_runtime.config import GenerationConfig
 from car_runtime.format import manifest as schema
 from car_runtime.plan import Plan
 
@@ -31,7 +32,7 @@ WRITERS = re.compile(r"\.(attn\.proj|proj_out|mlp\.fc2|conv2|fusions\.\d+\.linea
 
 
 class ProbedOrtCpu(ObservedOrtCpu):
-    """ONNX Runtime that keeps the guided logits and, with `probe`, the largest |value| of every tensor in the graphs.
+    """ONNX Runtime that with `probe` keeps the largest |value| of every half-precision tensor in the graphs.
 
     factor: what the parameters that `WRITERS` names are multiplied by.
     """
@@ -46,7 +47,6 @@ class ProbedOrtCpu(ObservedOrtCpu):
         self._probe, self._factor, self._directory = probe, factor, directory
         self._probes: dict[str, list[tuple[str, bool]]] = {}
         self._replaced: dict[str, tuple[list[str], list[ort.OrtValue]]] = {}  # a session reads them from here
-        self._logits: list[np.ndarray] = []
         manifest = schema.read_manifest(directory)
         graphs = [name for name in manifest.graphs if not name.startswith("step.")]
         super().__init__(directory, manifest, {name: load_graph(directory, manifest, name) for name in graphs})
@@ -56,16 +56,20 @@ class ProbedOrtCpu(ObservedOrtCpu):
 
         The decoder and the encoder run too. To be called once: the sessions are closed afterwards.
         """
-        self._logits.clear()
-        tokens = case.tokens.numpy()
+        config = GenerationConfig(
+            control=case.control,
+            label=case.label,
+            cfg=case.cfg,
+            known_tokens=case.tokens.numpy(),
+            known_mask=np.ones(case.tokens.shape, np.bool_),
+        )
         with Plan(self._directory, self._manifest, self, "numerics") as plan:
-            plan.generate(
-                case.control, case.label, cfg=case.cfg, known_tokens=tokens, known_mask=np.ones(tokens.shape, bool)
-            )
+            scales = list(plan.stream(config, logits=True))
+            scales[-1].preview()
             if "encoder" in self._manifest.graphs:
                 plan.encode(case.image)
-        vocab = self._manifest.model.vocab
-        return torch.cat([torch.from_numpy(logits_BSSV).reshape(-1, vocab) for logits_BSSV in self._logits])
+            logits = [torch.from_numpy(scale.logits).flatten(0, 2) for scale in scales]
+        return torch.cat(logits)
 
     def edit(self, graph: str, model: onnx.ModelProto) -> None:
         """Add the probes, and multiply the parameters."""
@@ -74,14 +78,11 @@ class ProbedOrtCpu(ObservedOrtCpu):
             self._scale(graph, model)
 
     def buffers(self, graph: str, inputs: Mapping[str, Buffer]) -> tuple[dict[str, Buffer], dict[str, Buffer]]:
-        """A number for each probe, and the step's logits."""
-        outputs: dict[str, Buffer] = {f"largest.{name}": np.empty((), np.float32) for name, _ in self._probes[graph]}
-        if graph == "step":
-            outputs["logits"] = np.empty((*inputs["uniforms"].shape, self._manifest.model.vocab), np.float32)
-        return {}, outputs
+        """A number for each probe."""
+        return {}, {f"largest.{name}": np.empty((), np.float32) for name, _ in self._probes[graph]}
 
     def record(self, graph: str, outputs: Mapping[str, Buffer]) -> None:
-        """Keep the largest values, and the logits."""
+        """Keep the largest values."""
         for name, is_stream in self._probes[graph]:
             value = float(array_of(outputs[f"largest.{name}"]))
             value = np.inf if np.isnan(value) else value
@@ -89,8 +90,6 @@ class ProbedOrtCpu(ObservedOrtCpu):
                 self.stream = max(self.stream, value)
             else:
                 self.largest[graph, name] = max(self.largest.get((graph, name), 0.0), value)
-        if graph == "step":
-            self._logits.append(array_of(outputs["logits"]))
 
     def _scale(self, graph: str, model: onnx.ModelProto) -> None:
         """Multiply the parameters in `WRITERS`: small ones in the graph, external ones as a session loads them."""
