@@ -9,7 +9,6 @@ from typing import Any
 import onnx
 
 from car_runtime.backends.base import Buffer
-from car_runtime.backends.numpy_buffers import available_cores
 from car_runtime.backends.onnxruntime.cpu import OrtCpu
 from car_runtime.format.manifest import Manifest
 
@@ -26,7 +25,7 @@ class ObservedOrtCpu(OrtCpu):
         for graph, model in observed.items():
             self.edit(graph, model)
             self._content[graph] = model.SerializeToString()
-        super().__init__(root, manifest, available_cores())
+        super().__init__(root, manifest)
         for graph, model in observed.items():
             self._inputs[graph] = {value.name for value in model.graph.input}
 
