@@ -418,9 +418,9 @@ def test_times_are_the_devices(fake: Fake) -> None:
 def test_logits_can_be_read(tmp_path: Path) -> None:
     """They go to the caller's buffer where one is given, and to scratch memory else."""
     with Fake(make_root(tmp_path)) as fake:
-        profile = next(p for p in fake.backend._sidecars["step"].profiles if p.name == "step.01.b1")
+        profile = next(p for p in fake.backend._metadata["step"].profiles if p.name == "step.01.b1")
         inputs, outputs = {}, {}
-        dtypes = fake.backend._sidecars["step"].inputs | fake.backend._sidecars["step"].outputs
+        dtypes = fake.backend._metadata["step"].inputs | fake.backend._metadata["step"].outputs
         for port, shape in profile.inputs.items():
             if port != "key_bias":
                 inputs[port] = fake.backend.allocate(shape, dtypes[port])
@@ -705,8 +705,8 @@ def test_the_newest_fitting_engines_are_taken(tmp_path: Path) -> None:
     write_engines(root)
     write_engines(root, target="sm120")
     with Fake(root) as fake:
-        assert {s.version for s in fake.backend._sidecars.values()} == {"1.2.3"}
-        assert {s.target for s in fake.backend._sidecars.values()} == {"sm89"}
+        assert {s.version for s in fake.backend._metadata.values()} == {"1.2.3"}
+        assert {s.target for s in fake.backend._metadata.values()} == {"sm89"}
 
 
 def test_a_missing_engine_is_named(tmp_path: Path) -> None:
@@ -774,11 +774,11 @@ def test_an_engine_must_be_what_its_sidecar_says(
         (lambda s: s.update(target="sm90"), "target is 'sm90', but the manifest has 'sm89'"),
         (lambda s: s.update(key="0"), "key is '0', but the manifest has"),
         (lambda s: s.update(profiles=[]), "there are no profiles"),
-        (lambda s: s.update(weight_bytes=1.5), "weight_bytes is '1.5', but must be of type int"),
+        (lambda s: s.update(weight_bytes=1.5), "weight_bytes is 1.5, but must be an integer"),
         (lambda s: s["profiles"][0]["inputs"].popitem(), "disagree about the inputs"),
         (lambda s: s["profiles"][0]["outputs"].update(more=[1]), "disagree about the outputs more"),
         (lambda s: s["inputs"][0].update(dtype="complex64"), "has dtype 'complex64', not one of"),
-        (lambda s: s["profiles"][0].update(inputs={"x": ["R"]}), "x is 'R', but must be of type int"),
+        (lambda s: s["profiles"][0].update(inputs={"x": ["R"]}), r"x'\]\[0\] is 'R', but must be an integer"),
         (lambda s: s["profiles"][0].update(inputs={"x": [-1]}), "has the dimension -1"),
     ],
 )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from car_runtime.errors import BackendError, one_line
+from car_runtime.system.files import replacing
 
 SOURCES = [Path(__file__).with_name(name) for name in ("tiles.h", "tiles.c", "step.c", "convnet.c")]
 ROOT = Path("~/.cache/car/native")
@@ -62,8 +63,7 @@ def _compile(compiler: list[str], output: Path) -> None:
     """Beside its place, then renamed: nobody loads half a library."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(prefix=".kernels-", dir=output.parent) as folder:
-            made = Path(folder) / output.name
+        with replacing(output) as made:
             sources = [str(source) for source in SOURCES if source.suffix == ".c"]
             subprocess.run(
                 [*compiler, *sources, "-o", str(made), "-lm"],
@@ -72,7 +72,6 @@ def _compile(compiler: list[str], output: Path) -> None:
                 text=True,
                 timeout=_SECONDS,
             )
-            made.replace(output)
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         raise BackendError(
