@@ -41,15 +41,15 @@ from PIL import Image
 from car_runtime import __version__
 from car_runtime import plan as plan_module
 from car_runtime import request as sampling
-from car_runtime.doctor import machine
+from car_runtime.backends.registry import on_cpu
 from car_runtime.errors import PlanError, RequestError
 from car_runtime.format.manifest import MANIFEST, WEIGHTS, Manifest, read_manifest
 from car_runtime.generate import State, run_scales
 from car_runtime.plan import Plan, open_plan
+from car_runtime.system.machine import machine
 
 FORMAT = 1
 GOLDENS = "goldens.npz"
-ON_CPU = ("ort-cpu", "openvino", "amx", "amx-fp32")
 WARMUP_AND_RUNS = {True: (3, 10), False: (10, 100)}
 """Whether the backend is a CPU's → pictures before measuring, and measured ones."""
 DRAWN = 0.995
@@ -191,7 +191,7 @@ def verify(
         checks = judge(agreement, LIMITS[precision])
         failed = sum(not check["passed"] for check in checks)
         log(f"compared with the goldens: {f'{failed} of {len(checks)} checks FAIL' if failed else 'agrees'}")
-        defaults = WARMUP_AND_RUNS[plan.backend_name in ON_CPU]
+        defaults = WARMUP_AND_RUNS[on_cpu(plan.backend_name)]
         warm, count = (d if given is None else given for d, given in zip(defaults, (warmup, runs), strict=True))
         latency = []
         for batch in batches:

@@ -30,15 +30,16 @@ from car_runtime import BackendError, PlanError, RunError, open_plan
 from car_runtime import verify as acceptance
 from car_runtime.backends.cuda import driver as cuda
 from car_runtime.backends.cuda.buffers import DeviceArray, Memory
-from car_runtime.backends.cuda.driver import CudaError, Gpu
+from car_runtime.backends.cuda.driver import CudaError
 from car_runtime.backends.onnxruntime import cuda as ort_cuda
 from car_runtime.backends.onnxruntime.cuda import OrtCuda, open_ort_cuda
-from car_runtime.backends.registry import OPENERS
 from car_runtime.backends.tensorrt import backend as tensorrt_engines
 from car_runtime.backends.tensorrt import runtime_cache
 from car_runtime.backends.tensorrt.backend import TensorRT, open_rtx, open_trt
 from car_runtime.format.manifest import Manifest, describe_files, read_manifest, write_manifest
 from car_runtime.plan import Plan
+from car_runtime.system import gpu as nvidia
+from car_runtime.system.gpu import Gpu
 from fixtures.fake_device import GPU, DeviceFault, Enqueued, FakeDevice, FakeOnnxRuntime, FakeTensorRT, write_engines
 from fixtures.runtime_plan import LAYERS, SIDES, SIZE, C, D, E, H, L, V, Z, build_plan
 from fixtures.small import small_model
@@ -231,7 +232,7 @@ def test_the_acceptance_test_passes_on_the_fake(tmp_path: Path, monkeypatch: pyt
     def open_fake(root: Path, manifest: Manifest, threads: int | None) -> TensorRT:
         return TensorRT(root, manifest, "rtx", device, FakeTensorRT(device, root, forms))
 
-    monkeypatch.setitem(OPENERS, "rtx", open_fake)
+    monkeypatch.setattr(tensorrt_engines, "open_rtx", open_fake)
     report = acceptance.verify(root, "rtx", warmup=1, runs=3)
     assert report["passed"], report["checks"]
     assert report["backend"]["name"] == "rtx"
@@ -932,7 +933,7 @@ def test_classic_tensorrt_has_no_such_cache(root: Path) -> None:
 
 def _no_driver() -> None:
     try:
-        cuda.probe()
+        nvidia.probe()
     except BackendError as error:
         if "no NVIDIA driver" in str(error):
             return
@@ -968,16 +969,16 @@ def test_the_real_probe_says_that_there_is_no_driver(monkeypatch: pytest.MonkeyP
     """Also where its library is there, but no driver behind it."""
     _no_driver()
     pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
-    monkeypatch.setattr(cuda, "_has_driver", lambda: True)
+    monkeypatch.setattr(nvidia, "has_driver", lambda: True)
     with pytest.raises(BackendError, match="no NVIDIA driver on this machine"):
-        cuda.probe()
+        nvidia.probe()
 
 
 def test_without_cuda_python_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_has_driver", lambda: True)
+    monkeypatch.setattr(nvidia, "has_driver", lambda: True)
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(BackendError, match=r"need cuda-python .*; run: pip install 'car-deploy\[rtx\]'"):
-        cuda.probe()
+        nvidia.probe()
 
 
 class _Status(int):
@@ -1003,15 +1004,15 @@ def test_each_reason_for_no_gpu_has_its_remedy(
         cudaGetDeviceCount = staticmethod(lambda: (_Status(status), count))  # noqa: N815
         cudaGetErrorString = staticmethod(lambda status: (_Status(0), b"in words"))  # noqa: N815
 
-    monkeypatch.setattr(cuda, "_has_driver", lambda: True)
-    monkeypatch.setattr(cuda, "_import_runtime", lambda: Runtime)
+    monkeypatch.setattr(nvidia, "has_driver", lambda: True)
+    monkeypatch.setattr(nvidia, "import_runtime", lambda: Runtime)
     with pytest.raises(BackendError, match=what):
-        cuda.probe()
+        nvidia.probe()
 
 
 def test_the_real_cuda_runtime_has_every_function_that_is_called() -> None:
     runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
-    source = Path(cuda.__file__).read_text()
+    source = Path(cuda.__file__).read_text() + Path(nvidia.__file__).read_text()
     called = set(re.findall(r'"(cuda[A-Z]\w+)"', source))
     assert len(called) >= 20
     assert [name for name in sorted(called) if not hasattr(runtime, name)] == []
@@ -1026,7 +1027,7 @@ def test_a_failing_call_is_named_with_its_remedy() -> None:
     _no_driver()
     pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
     device = cuda.CudaDevice.__new__(cuda.CudaDevice)
-    device._runtime = cuda._import_runtime()
+    device._runtime = nvidia.import_runtime()
     with pytest.raises(
         CudaError, match=r"CUDA failed in cudaMalloc: cudaErrorInsufficientDriver \(CUDA driver"
     ) as caught:

@@ -42,12 +42,12 @@ from car_export.verify import VerificationError, scene
 from car_export.weights import FILE, INLINE, Moved
 from car_runtime import verify as acceptance
 from car_runtime.backends.base import Buffer
-from car_runtime.backends.numpy_buffers import available_cores
 from car_runtime.backends.onnxruntime.cpu import OrtCpu
 from car_runtime.controls import derive
 from car_runtime.errors import ImageError
 from car_runtime.format import manifest as schema
 from car_runtime.plan import Plan, open_plan
+from car_runtime.system.cpu import engine_threads
 
 Log = Callable[[str], None]
 Floats = NDArray[np.float32]
@@ -273,7 +273,7 @@ class _Observer(OrtCpu):
             for graph in GRAPHS
             if graph in manifest.graphs
         }
-        super().__init__(root, manifest, available_cores())
+        super().__init__(root, manifest, engine_threads())
         for graph in self._watched:
             self._inputs[graph] |= {"observed_rows"}
 

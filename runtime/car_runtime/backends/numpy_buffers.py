@@ -1,9 +1,8 @@
-"""What the engines that run on the CPU share: numpy arrays as buffers, and the machine's cores."""
+"""What the engines that run on the CPU share: numpy arrays as buffers, and care for the pages of mapped weights."""
 
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +19,10 @@ _DONT_NEED = 4
 """MADV_DONTNEED of madvise(2)."""
 
 
-class HostMemory:
+class NumpyBuffers:
     """The part of a backend that handles buffers, for engines that work on numpy arrays in place."""
 
-    batches: tuple[int, ...] = (1, 2, 3, 4)  # at d16 one guided picture's K/V cache is 270 MB in float32
+    batches: tuple[int, ...] = (1, 2, 3, 4)  # at d16 one guided image's K/V cache is 270 MB in float32
     guided_only = False
     cache_dtype: str | None = None
 
@@ -60,7 +59,7 @@ class HostMemory:
 
 
 def array_of(buffer: Buffer) -> NDArray[Any]:
-    """The array that a buffer of `HostMemory` is."""
+    """The array that a buffer of `NumpyBuffers` is."""
     assert isinstance(buffer, np.ndarray)
     assert buffer.flags.c_contiguous
     return buffer
@@ -104,9 +103,3 @@ def forget_pages(file: Path) -> None:
         if line.endswith(name) and "w" not in access:
             first, end = (int(address, 16) for address in addresses.split("-"))
             libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _DONT_NEED)
-
-
-def available_cores() -> int:
-    """Threads for the engine: its own choice (0, one per physical core) unless this process has fewer."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 0 if usable == os.cpu_count() else usable

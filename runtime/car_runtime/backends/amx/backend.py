@@ -8,9 +8,6 @@ OpenVINO's, as in the backend `openvino`, and so are an encoder and a decoder of
 
 from __future__ import annotations
 
-import os
-import platform
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +23,7 @@ from car_runtime.backends.amx.convolutions import read_decoder, read_encoder
 from car_runtime.backends.amx.graph import UnknownGraph
 from car_runtime.backends.amx.match_transformer import read_step
 from car_runtime.backends.amx.memory import Workspace
+from car_runtime.backends.amx.spec import BF16_TERMS
 from car_runtime.backends.amx.transformer import Transformer
 from car_runtime.backends.base import Buffer
 from car_runtime.backends.numpy_buffers import array_of, pages_forgotten
@@ -33,14 +31,15 @@ from car_runtime.backends.openvino.backend import Compiled, OpenVino
 from car_runtime.backends.openvino.graphs import LOGITS, keep_cache_in_bfloat16, split_at_sort
 from car_runtime.errors import BackendError, one_line
 from car_runtime.format.manifest import WEIGHTS, Manifest
+from car_runtime.system.cpu import physical_cores
 
 
 class Amx(OpenVino):
     """The `amx` backend."""
 
     name = "amx"
-    parts = 1
-    """Numbers of bfloat16 that stand for one."""
+    bf16_terms = BF16_TERMS[name]
+    """How many bf16 values stand for a number."""
 
     def __init__(self, root: Path, manifest: Manifest, threads: int | None = None) -> None:
         if manifest.precision.compute != "fp32" or manifest.precision.weights == "int8":
@@ -48,11 +47,11 @@ class Amx(OpenVino):
             raise BackendError(
                 f"the plan multiplies in {types}, but {self.name!r} wants float32 plans; use another backend"
             )
-        check_cpu(self.name)
-        self._library = build.load(self.parts)
+        build.check_cpu(self.name)
+        self._library = build.load(self.bf16_terms)
         self._cores = threads or physical_cores()
         self._own: list[str] = []
-        super().__init__(root, manifest, threads, "bf16" if self.parts == 1 else "f32")
+        super().__init__(root, manifest, threads, "bf16" if self.bf16_terms == 1 else "f32")
 
     def report(self) -> dict[str, Any]:
         """OpenVINO's version, the type that is multiplied in, the threads, and which graphs are in our own code."""
@@ -134,7 +133,7 @@ class AmxFp32(Amx):
     """
 
     name = "amx-fp32"
-    parts = 2
+    bf16_terms = BF16_TERMS[name]
 
 
 class _TransformerPart:
@@ -196,25 +195,3 @@ class _DecoderPart:
 def _size(dimension: int | str) -> int:
     """A number, or one picture."""
     return dimension if isinstance(dimension, int) else 1
-
-
-def check_cpu(name: str = "amx") -> None:
-    """Raise BackendError unless this CPU multiplies bfloat16 in tiles, and the system is one that the code is for."""
-    from car_runtime.doctor import cpu_flags
-
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        raise BackendError(f"the backend {name!r} is for Linux on x86-64; use another backend")
-    flags = cpu_flags() or []
-    missing = [flag for flag in build.CPU_FLAGS if flag not in flags]
-    if missing:
-        raise BackendError(f"this CPU has no {', '.join(missing)}, which {name!r} needs; use another backend")
-
-
-def physical_cores() -> int:
-    """Cores that this process may use; two threads of a core share its tiles."""
-    usable = os.sched_getaffinity(0)
-    siblings = [Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings") for cpu in usable]
-    try:
-        return len({file.read_text(encoding="ascii") for file in siblings})
-    except OSError:
-        return len(usable)

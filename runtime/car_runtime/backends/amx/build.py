@@ -6,14 +6,17 @@ import atexit
 import ctypes
 import hashlib
 import os
+import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from car_runtime.errors import BackendError, one_line
+from car_runtime.system import cpu
 from car_runtime.system.files import replacing
 
 SOURCES = [Path(__file__).with_name(name) for name in ("tiles.h", "tiles.c", "step.c", "convnet.c")]
@@ -22,6 +25,16 @@ FLAGS = ["-O3", "-march=x86-64-v4", "-mamx-tile", "-mamx-bf16", "-mavx512bf16", 
 CPU_FLAGS = ("amx_tile", "amx_bf16", "avx512_bf16")
 """What the code needs, as /proc/cpuinfo names it."""
 _SECONDS = 120
+
+
+def check_cpu(name: str = "amx") -> None:
+    """Raise BackendError unless this CPU multiplies bfloat16 in tiles, and the system is one that the code is for."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise BackendError(f"the backend {name!r} is for Linux on x86-64; use another backend")
+    flags = cpu.cpu_flags() or []
+    missing = [flag for flag in CPU_FLAGS if flag not in flags]
+    if missing:
+        raise BackendError(f"this CPU has no {', '.join(missing)}, which {name!r} needs; use another backend")
 
 
 def load(parts: int = 1) -> Any:

@@ -23,20 +23,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from car_runtime.backends.base import Buffer
-from car_runtime.backends.cuda.buffers import ALIGNMENT, DeviceArray, Memory, OnDevice, device_array
-from car_runtime.backends.cuda.driver import CudaDevice, Device, Graph, opening, probe
-from car_runtime.backends.tensorrt.engine_metadata import (
-    FLAVOURS,
-    EngineMetadata,
-    Profile,
-    build_command,
-    engines_for,
-)
+from car_runtime.backends.cuda.buffers import ALIGNMENT, CudaBuffers, DeviceArray, Memory, device_array
+from car_runtime.backends.cuda.driver import CudaDevice, Device, Graph, opening
+from car_runtime.backends.tensorrt.engine_metadata import EngineMetadata, Profile, build_command, engines_for
 from car_runtime.backends.tensorrt.runtime_cache import RuntimeCache
-from car_runtime.errors import BackendError, CarError, PlanError, RunError
+from car_runtime.backends.tensorrt.spec import FLAVOURS, RTX, TRT
+from car_runtime.errors import BackendError, CarError, PlanError, RunError, one_line
 from car_runtime.format.manifest import Manifest
+from car_runtime.system.gpu import probe
 
-MODULES = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}
 GRAPHS = 128
 """Recordings kept, the latest used: ten scales at two batch sizes are twenty, for each set of buffers in use."""
 MASKED = -1e9
@@ -45,13 +40,9 @@ MASKED = -1e9
 # The encoder serves editing only; it is loaded when somebody encodes.
 _AT_ONCE = ("step", "condition", "control", "decoder")
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32"}
-_INSTALL = {
-    "rtx": "run: pip install 'car-deploy[rtx]'",
-    "trt": "install TensorRT 11 for Python as NVIDIA describes, and cuda-python",
-}
 
 
-class TensorRT(OnDevice):
+class TensorRT(CudaBuffers):
     """The backends `rtx` and `trt`. `device` and `module` are given by tests alone."""
 
     guided_only = True
@@ -397,7 +388,7 @@ class TensorRT(OnDevice):
 
     @property
     def _title(self) -> str:
-        return FLAVOURS[self.name]
+        return FLAVOURS[self.name].title
 
     @property
     def _remedy(self) -> str:
@@ -458,12 +449,12 @@ def open_trt(root: Path, manifest: Manifest, threads: int | None) -> TensorRT:
 
 
 def _import_tensorrt(flavour: str) -> Any:
+    module, spec = FLAVOURS[flavour].module, {"rtx": RTX, "trt": TRT}[flavour]
     try:
-        return importlib.import_module(MODULES[flavour])
+        return importlib.import_module(module)
     except Exception as error:
-        why = " ".join(str(error).split())
         raise BackendError(
-            f"the backend {flavour!r} needs the package {MODULES[flavour]} ({why}); {_INSTALL[flavour]}"
+            f"the backend {flavour!r} needs the package {module} ({one_line(error)}); run: {spec.install[0]}"
         ) from error
 
 

@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from car_runtime.backends.cuda.driver import Gpu
 from car_runtime.system.files import write_atomically
+from car_runtime.system.gpu import Gpu
 
 DEFAULT_ROOT = Path("~/.cache/car/runtime")
 
