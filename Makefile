@@ -32,7 +32,7 @@ INSTALLED := /.installed
 help:
 	@echo 'make demo       pictures from the control images in examples/, into out/ (installs no PyTorch)'
 	@echo 'make test       all tests that take seconds, on the CPU'
-	@echo 'make check      ruff, mypy, clang-format, then the tests: what a change must pass'
+	@echo 'make check      ruff, mypy, import-linter, clang-format, then the tests: what a change must pass'
 	@echo 'make test-slow  tests that take minutes or gigabytes of memory'
 	@echo 'make test-gpu   tests that need an NVIDIA GPU (an environment of its own)'
 	@echo 'make clean      remove environments, caches and builds; runs/ and out/ stay'
@@ -59,6 +59,7 @@ check: $(DEV_ENV)$(INSTALLED)
 	@$(DEV_ENV)/bin/python -m ruff check .
 	@$(DEV_ENV)/bin/python -m ruff format --check .
 	@$(DEV_ENV)/bin/python -m mypy
+	@$(DEV_ENV)/bin/lint-imports --no-cache
 	@$(DEV_ENV)/bin/clang-format --dry-run --Werror runtime/car_runtime/backends/amx/*.c runtime/car_runtime/backends/amx/*.h
 	@OMP_NUM_THREADS=1 $(DEV_ENV)/bin/python -m pytest -q --durations=15 $(PYTEST_SPREAD) $(PYTEST_ARGS)
 
