@@ -37,12 +37,12 @@ def check_cpu(name: str = "amx") -> None:
         raise BackendError(f"this CPU has no {', '.join(missing)}, which {name!r} needs; use another backend")
 
 
-def load(parts: int = 1) -> Any:
+def load(bf16_terms: int = 1) -> Any:
     """The library, compiled now if this machine hasn't yet. BackendError with the remedy.
 
-    `parts`: how many of bfloat16 stand for a number, 1 or 2.
+    `bf16_terms`: how many bf16 values stand for a number, 1 or 2.
     """
-    flags = [*FLAGS, f"-DPARTS={parts}"]
+    flags = [*FLAGS, f"-DBF16_TERMS={bf16_terms}"]
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     sources = [source.read_bytes() for source in SOURCES]
     kept = _kept(hashlib.sha256(b"\0".join([*sources, *map(str.encode, flags)])).hexdigest()[:16])
