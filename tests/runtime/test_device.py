@@ -15,7 +15,7 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -865,14 +865,15 @@ def test_the_runtime_cache_is_kept_beside_the_engines(tmp_path: Path) -> None:
 
 def test_where_the_plan_is_read_only_the_cache_goes_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_root(tmp_path)
-    write = runtime_cache._write
+    write = runtime_cache.write_atomically
 
-    def refuse(path: Path, content: bytes) -> None:
-        if path.is_relative_to(root):
-            raise PermissionError(13, "Permission denied", str(path))
-        write(path, content)
+    def refuse(contents: Mapping[Path, bytes]) -> None:
+        for path in contents:
+            if path.is_relative_to(root):
+                raise PermissionError(13, "Permission denied", str(path))
+        write(contents)
 
-    monkeypatch.setattr(runtime_cache, "_write", refuse)
+    monkeypatch.setattr(runtime_cache, "write_atomically", refuse)
     for expected in (None, str(Path("~/.cache/car/runtime").expanduser())):
         with Fake(root) as fake:
             fake.plan.generate(CONTROL, 0)
@@ -883,7 +884,7 @@ def test_where_the_plan_is_read_only_the_cache_goes_home(tmp_path: Path, monkeyp
 def test_a_cache_that_cannot_be_kept_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_root(tmp_path)
 
-    monkeypatch.setattr(runtime_cache, "_write", _full)
+    monkeypatch.setattr(runtime_cache, "write_atomically", _full)
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(Path, "expanduser", _homeless)
     with Fake(root) as fake:
@@ -905,16 +906,6 @@ def test_a_cache_of_another_machine_is_made_anew(tmp_path: Path) -> None:
         assert fake.backend.report()["runtime_cache"]["loaded"] is None
     assert path.read_bytes() == b"compiled:condition,control,decoder,step"
     assert stat.S_ISREG(path.stat().st_mode)
-
-
-def test_a_cache_is_written_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "engines" / "x.cache"
-    runtime_cache._write(path, b"old")
-    monkeypatch.setattr(os, "replace", _full)
-    with pytest.raises(OSError, match="No space"):
-        runtime_cache._write(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in path.parent.iterdir()] == ["x.cache"]
 
 
 def _full(*_: object) -> None:

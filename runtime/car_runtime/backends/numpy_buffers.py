@@ -69,7 +69,7 @@ def array_of(buffer: Buffer) -> NDArray[Any]:
 def pages_forgotten(file: Path) -> Iterator[None]:
     """Do something that reads a mapped file once, and `forget_pages` of it meanwhile and at the end.
 
-    So the process never holds the whole file beside what an engine makes of it.
+    So the process never holds the whole file and also what an engine makes of it.
     """
     done = Event()
 
@@ -91,7 +91,7 @@ def forget_pages(file: Path) -> None:
     """Give back the memory that a mapped file takes in this process; what is read again comes from the file again.
 
     Engines map `weights.bin`, read it once and keep what they made of it: half of an opened d16 was such pages. Linux
-    alone tells what is mapped; elsewhere nothing happens, and the system takes the pages when it needs them.
+    alone says what is mapped; elsewhere nothing happens, and the system takes the pages when it needs them.
     """
     try:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()

@@ -41,8 +41,8 @@ def verify_files(
     """Check that every file of the plan is there, inside it, of its size and, with `hashes`, of its content.
 
     `names`: these files alone. hashlib lets go of the interpreter's lock, so the chunks of all files are hashed at
-    once: 2.5 GB take about a second on 2 cores with SHA instructions. Raises PlanError, which tells a truncated file
-    from an edited one.
+    once: 2.5 GB take about a second on 2 cores with SHA instructions. Raises PlanError, which says whether
+    a file was truncated or edited.
     """
     paths = {name: _inside(Path(root), name) for name in (manifest.files if names is None else names)}
     for name, path in paths.items():

@@ -175,7 +175,7 @@ class Engine:
     key: str
     """Hash of what it was built from."""
     details: dict[str, Any] = field(default_factory=dict, metadata=REST)
-    """Whatever else its flavour records; in JSON these keys stand beside the others."""
+    """Whatever else its flavour records; in JSON these keys stand among the others."""
 
 
 @dataclass(frozen=True, kw_only=True)

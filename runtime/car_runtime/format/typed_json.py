@@ -40,7 +40,7 @@ class Value:
     raw: Any
     file: str
     remedy: str
-    """What an error tells the user to do."""
+    """The remedy that ends an error."""
     path: str = ""
 
     def refuse(self, problem: str) -> NoReturn:

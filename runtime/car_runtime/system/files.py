@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under another name beside their place, then renamed."""
+"""Files that are whole or not there: written under another name in the same directory, then renamed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write_atomically(contents: Mapping[Path, bytes]) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` for somebody else to write to: renamed to `path` at the end, deleted after an error."""
+    """A name next to `path` for somebody else to write to: renamed to `path` at the end, deleted after an error."""
     aside = aside_of(path)
     try:
         yield aside

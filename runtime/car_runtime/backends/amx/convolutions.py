@@ -121,7 +121,7 @@ def _decoder(graph: Graph, channels: int, side: int) -> Network:
         raise UnsupportedGraphError(f"pixels are rounded otherwise, by {numbers}")
     reader = _Reader(graph, "f_hat", channels, (side, side))
     if reader.channels[reader.map(most.input[0])] != 3:
-        raise UnsupportedGraphError("the picture is not of three channels")
+        raise UnsupportedGraphError("the image is not of three channels")
     return reader.network()
 
 
@@ -139,7 +139,7 @@ def _encoder(graph: Graph, sides: tuple[int, ...]) -> Network:
 
 
 def _encoder_of(graph: Graph, k: int, side: int, features: str) -> tuple[Network, list[object]]:
-    """The network of one scale, and all that tells it from another one's."""
+    """The network of one scale, and all that distinguishes it from another one's."""
     centred = graph.follow("Unsqueeze", graph.follow("Transpose", f"control_{k}", perm=[2, 0, 1]), None)
     shares = graph.reader("Div", graph.follow("Cast", centred, to=1), None)
     doubled = graph.reader("Mul", shares.output[0], None)
@@ -159,7 +159,7 @@ def _encoder_of(graph: Graph, k: int, side: int, features: str) -> tuple[Network
     firsts = [step for step in network.steps if 0 in step.reads]
     if len(firsts) != 1 or not isinstance(firsts[0], Convolve) or not firsts[0].takes_pixels:
         raise UnsupportedGraphError(f"pixels of control_{k} go elsewhere than into a convolution of 3 × 3 taps")
-    return replace(network, pixels=True), reader.told
+    return replace(network, pixels=True), reader.signature
 
 
 @dataclass
@@ -170,7 +170,7 @@ class _Reader:
     size: tuple[int, int]
     channels: list[int] = field(init=False)
     sizes: list[tuple[int, int]] = field(init=False)
-    told: list[object] = field(default_factory=list)
+    signature: list[object] = field(default_factory=list)
     """All steps with the names of their constants."""
     _steps: list[Convolve | Attend] = field(default_factory=list)
     _made: dict[str, int] = field(default_factory=dict)
@@ -199,7 +199,7 @@ class _Reader:
 
     def _convolve(self, name: str, residual: str | None = None) -> int:
         node = self.graph.producer(name, "Conv")
-        source, norm, silu, told = self._input(node.input[0])
+        source, norm, silu, signature = self._input(node.input[0])
         convolution = self._convolution(node)
         _, _, down, across = convolution.kernel.shape
         stride, (H, W) = convolution.stride, self.sizes[source]
@@ -213,7 +213,7 @@ class _Reader:
             raise UnsupportedGraphError(f"{name}: {down} × {across} taps, in steps of {stride}, or other pads")
         convolution = replace(convolution, top=1 - down // 2, left=1 - across // 2)
         size = ((H - 1) // stride + 1, (W - 1) // stride + 1)
-        return self._step(source, (convolution,), norm, silu, residual, size, [told, node.input[1:], stride])
+        return self._step(source, (convolution,), norm, silu, residual, size, [signature, node.input[1:], stride])
 
     def _convolution(self, node: Node) -> Convolution:
         """Its constants and its stride."""
@@ -234,7 +234,7 @@ class _Reader:
         silu: bool,
         residual: str | None,
         size: tuple[int, int],
-        told: object,
+        signature: object,
     ) -> int:
         outputs, inputs = convolutions[0].kernel.shape[:2]
         if inputs != self.channels[source]:
@@ -246,7 +246,7 @@ class _Reader:
         self._steps.append(
             Convolve(source=source, target=target, convolutions=convolutions, norm=norm, silu=silu, residual=other)
         )
-        self.told.append((source, target, other, silu, told))
+        self.signature.append((source, target, other, silu, signature))
         return target
 
     def _new(self, channels: int, size: tuple[int, int]) -> int:
@@ -264,7 +264,7 @@ class _Reader:
         raise UnsupportedGraphError(f"{name} is not the sum of a map and a convolution's")
 
     def _input(self, name: str) -> tuple[int, Norm | None, bool, object]:
-        """The map that a convolution reads, what is done with it before, and what tells that from others."""
+        """The map that a convolution reads, what is done with it before, and what distinguishes that from others."""
         graph, silu = self.graph, False
         if name not in self._made and graph.given_by(name) == "Mul":
             x, share = graph.producer(name, "Mul").input
@@ -324,7 +324,7 @@ class _Reader:
             raise UnsupportedGraphError(f"{name} is spread otherwise")
         if joined.attributes.get("axis") != 1 or len(joined.input) != 4:
             raise UnsupportedGraphError(f"{name} is not of four parts")
-        convolutions, sources, told = list[Convolution](), set[str](), list[object]()
+        convolutions, sources, signature = list[Convolution](), set[str](), list[object]()
         for i, part in enumerate(joined.input):
             conv = graph.producer(part, "Conv")
             padded = graph.producer(conv.input[0], "Pad")
@@ -339,12 +339,12 @@ class _Reader:
                 raise UnsupportedGraphError(f"{part} has kernels {one.kernel.shape}")
             convolutions.append(replace(one, top=row, left=column, out_stride=2, row=row, column=column))
             sources.add(padded.input[0])
-            told.append(conv.input[1:])
+            signature.append(conv.input[1:])
         if len(sources) != 1 or len({one.kernel.shape for one in convolutions}) != 1:
             raise UnsupportedGraphError(f"{name} is not of four parts of one map")
         source = self.map(sources.pop())
         H, W = self.sizes[source]
-        return self._step(source, tuple(convolutions), None, False, None, (2 * H, 2 * W), told)
+        return self._step(source, tuple(convolutions), None, False, None, (2 * H, 2 * W), signature)
 
     def _attended(self, name: str) -> int:
         """Attention of one head over all positions."""
@@ -371,7 +371,7 @@ class _Reader:
         target = self._new(C, (H, W))
         scale = graph.number(scaled.input[1])
         self._steps.append(Attend(source=source, target=target, scale=scale))
-        self.told.append((source, target, scale))
+        self.signature.append((source, target, scale))
         return target
 
     def _thirds(self, name: str, size: int) -> bool:

@@ -180,7 +180,7 @@ class _Reader:
         new_k, new_v = self._unit(k), graph.follow("Reshape", v, None)
         layer = _layer(new_k, "new_k_")
         if _layer(new_v, "new_v_") != layer:
-            raise UnsupportedGraphError(f"{new_k} beside {new_v}")
+            raise UnsupportedGraphError(f"{new_k} with {new_v}")
         q, k, v = (
             graph.follow("Reshape", one, None)
             for one in (scaled.output[0], self._with_past(new_k), self._with_past(new_v))

@@ -256,8 +256,8 @@ static void gemm(const struct run *s, const struct gemm *t, bf16 *left, float *s
                         const bf16 *b = right + k / DEPTH * 2 * SPAN;
                         /* what comes after it: further down, or the start of the slice 32 columns on */
                         const bf16 *below = b + K_CHUNK / DEPTH * 2 * SPAN,
-                                   *beside = right + half + k0 / DEPTH * 2 * SPAN;
-                        const char *next = (const char *)(k + K_CHUNK < k1 ? below : beside);
+                                   *next_side = right + half + k0 / DEPTH * 2 * SPAN;
+                        const char *next = (const char *)(k + K_CHUNK < k1 ? below : next_side);
                         const int64_t lines = (32 * BF16_TERMS + blocks - 1) / blocks;
                         for (int64_t m = 0; m < rows; m += 32, next += lines * steps * 64) {
                             const bf16 *a = left_row(s, left, m0 + m, k);

@@ -105,7 +105,7 @@ class TensorRT(CudaBuffers):
             else:
                 self._device.launch(recorded)
                 self._launches += 1
-                if self._cache is not None:  # what a picture needs is compiled by now
+                if self._cache is not None:  # what an image needs is compiled by now
                     self._cache.save()
             self._remember(key, recorded)
 

@@ -1,6 +1,6 @@
 """The compiled engines of a plan: which there are, and the metadata that each one's sidecar records.
 
-A sidecar is the JSON file beside an engine, written from the network definition when it was built: an engine itself
+A sidecar is the JSON file next to an engine, written from the network definition when it was built: an engine itself
 can be asked nothing without the GPU that it is for. docs/plan-format.md describes both. Only the standard library is
 imported here.
 """
@@ -126,7 +126,7 @@ def _read(root: Path, engine: Engine) -> EngineMetadata:
     if not isinstance(name, str):
         raise PlanError(f"the engine {engine.file} has no sidecar in the manifest; {REMEDY}")
     if name not in engine_files(engine):
-        raise PlanError(f"the sidecar {name!r} does not lie beside {engine.file}; {REMEDY}")
+        raise PlanError(f"the sidecar {name!r} does not lie next to {engine.file}; {REMEDY}")
     try:
         whole = parse_json((root / name).read_bytes(), name, REMEDY)
     except (OSError, ValueError) as error:

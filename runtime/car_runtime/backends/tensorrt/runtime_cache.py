@@ -1,7 +1,7 @@
 """What TensorRT for RTX compiled on this machine, kept for the next start.
 
 Engines for RTX hold no machine code for one GPU: that is made when a context is, in seconds to minutes, and can be
-saved. One file serves all engines of a plan. It lies beside them or, where that folder can't be written, in
+saved. One file serves all engines of a plan. It lies next to them or, where that folder can't be written, in
 ~/.cache/car. TensorRT refuses a file that doesn't fit the GPU, the driver or its version, and compiles again.
 """
 
