@@ -79,12 +79,11 @@ from benchmarks.harness.machine import (
 )
 from benchmarks.harness.workload import CACHE, MODELS, Subject
 from car_runtime.backends.base import Backend
-from car_runtime.backends.registry import OPENERS, check_name, open_backend
+from car_runtime.backends.registry import BACKENDS, check_name, on_cpu, open_backend
 from car_runtime.errors import BackendError
 from car_runtime.format.manifest import WEIGHTS
 from car_runtime.plan import Plan, default_plan
 from car_runtime.request import uniforms
-from car_runtime.verify import ON_CPU
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
@@ -138,7 +137,7 @@ def opened_backends(args: argparse.Namespace, subject: Subject, log: Log) -> Ite
     """The engines to measure: those named, which must open, or all of the device that do; others are logged."""
     with ExitStack() as stack:
         found: dict[str, Backend] = {}
-        for name in args.backends or [name for name in OPENERS if device_of(name) == args.device]:
+        for name in args.backends or [name for name in BACKENDS if device_of(name) == args.device]:
             try:
                 backend, _ = open_backend(name, subject.plan, subject.manifest, args.threads)
             except BackendError as error:
@@ -154,7 +153,7 @@ def opened_backends(args: argparse.Namespace, subject: Subject, log: Log) -> Ite
 
 
 def device_of(backend: str) -> str:
-    return "cpu" if backend in ON_CPU else "cuda"
+    return "cpu" if on_cpu(backend) else "cuda"
 
 
 def runtime_candidates(subject: Subject, name: str, backend: Backend, batches: Sequence[int]) -> list[Candidate]:

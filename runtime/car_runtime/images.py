@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import secrets
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from car_runtime.errors import ImageError, OutputError
 from car_runtime.format.manifest import Scale
+from car_runtime.system.files import write_atomically
 
 MAX_PIXELS = 64 * 1024 * 1024
 """Checked on the header, before anything is decoded: RGB of this size is 192 MB."""
@@ -196,17 +196,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 def write_files(contents: Mapping[Path, bytes]) -> None:
     """Write all of the files or none: each aside in its own directory, then renamed. Raises OutputError."""
-    # Not tempfile: its files are private, and a result should have the permissions that the process gives new files.
-    suffix = secrets.token_hex(4)
-    aside = {path: path.with_name(f".{path.name[:40]}.{suffix}") for path in contents}
     try:
-        for path, content in contents.items():
-            with open(aside[path], "xb") as file:
-                file.write(content)
-        for path in contents:
-            os.replace(aside[path], path)
+        write_atomically(contents)
     except OSError as error:
-        raise OutputError(f"cannot write {str(path)!r} ({error.strerror}); choose another place") from error
-    finally:
-        for left in aside.values():
-            left.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {error.filename!r} ({error.strerror}); choose another place") from error

@@ -20,15 +20,15 @@ import numpy as np
 
 from car_runtime import __version__
 from car_runtime.agreement import LIMITS, compare, judge
-from car_runtime.doctor import machine
+from car_runtime.backends.registry import on_cpu
 from car_runtime.errors import RequestError
 from car_runtime.format.goldens import Goldens, read_goldens
 from car_runtime.format.manifest import MANIFEST, WEIGHTS, Manifest, read_manifest
 from car_runtime.plan import Plan, default_plan, open_plan
+from car_runtime.system.machine import machine
 from car_runtime.system.process import peak_rss, process_age
 
 FORMAT = 1
-ON_CPU = ("ort-cpu", "openvino", "amx", "amx-fp32")
 WARMUP_AND_RUNS = {True: (3, 10), False: (10, 100)}
 """Whether the backend is a CPU's → images before measuring, and measured ones."""
 _TYPES = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "fp32": "fp32", "fp16": "fp16"}
@@ -68,7 +68,7 @@ def verify(
         checks = judge(agreement, LIMITS[limits])
         failed = sum(not check["passed"] for check in checks)
         log(f"compared with the goldens: {f'{failed} of {len(checks)} checks FAIL' if failed else 'agrees'}")
-        defaults = WARMUP_AND_RUNS[plan.backend_name in ON_CPU]
+        defaults = WARMUP_AND_RUNS[on_cpu(plan.backend_name)]
         warmup, runs = defaults[0] if warmup is None else warmup, defaults[1] if runs is None else runs
         latency = []
         for batch in batches:

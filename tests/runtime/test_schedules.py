@@ -22,7 +22,7 @@ from car_runtime.backends.base import Buffer
 from car_runtime.backends.cuda import driver as cuda
 from car_runtime.backends.cuda.buffers import Memory
 from car_runtime.backends.cuda.driver import CudaDevice
-from car_runtime.backends.numpy_buffers import HostMemory
+from car_runtime.backends.numpy_buffers import NumpyBuffers
 from car_runtime.backends.onnxruntime.cpu import OrtCpu
 from car_runtime.backends.onnxruntime.cuda import OrtCuda
 from car_runtime.backends.tensorrt.backend import TensorRT
@@ -555,7 +555,7 @@ def test_openvino_goes_on_with_half_the_rows() -> None:
 
 @pytest.mark.parametrize("memory", ["host", "device"])
 def test_the_first_rows_of_each_entry_are_copied(memory: str) -> None:
-    place: Any = HostMemory() if memory == "host" else Memory(FakeDevice())
+    place: Any = NumpyBuffers() if memory == "host" else Memory(FakeDevice())
     values = np.arange(5 * 4 * 2 * 3, dtype=np.float16).reshape(5, 4, 2, 3)
     source, target = place.allocate(values.shape, "float16"), place.allocate((5, 2, 2, 3), "float16")
     place.write(source, values)
