@@ -26,7 +26,7 @@ class CheckpointError(UserError, ValueError):
     """A checkpoint that can't be read or written; the message ends with the remedy."""
 
 
-def parts(model: Model) -> dict[str, nn.Module]:
+def modules(model: Model) -> dict[str, nn.Module]:
     """The modules of a model by file name: vqvae, var, car (the branch alone)."""
     found: dict[str, nn.Module] = {"vqvae": model.vqvae}
     if model.car is not None:
@@ -47,7 +47,7 @@ def save(model: Model, directory: str | Path, trainer: dict[str, Any] | None = N
     try:
         with folder_aside(directory) as aside:
             (aside / "config.json").write_text(model.config.to_json(), encoding="utf-8")
-            for name, module in parts(model).items():
+            for name, module in modules(model).items():
                 # Contiguous copies: training may keep weights channels-last.
                 save_file(
                     {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()},
@@ -84,7 +84,7 @@ def load(path: str | Path) -> Model:
         raise CheckpointError(f"{path}: {error}") from error
     with torch.device("meta"):
         model = Model(config)
-    for name, module in parts(model).items():
+    for name, module in modules(model).items():
         file = path / f"{name}.safetensors"
         if not file.is_file():
             raise CheckpointError(

@@ -45,6 +45,7 @@ class VQVAEConfig:
         "tokens per edge of each scale, coarse first; the last is also the latent's edge",
         flag="--patch-nums",
         aliases=("--sides",),
+        metavar="PATCH_NUMS",
     )
     vocab: int = option(4096, "codes")
     latent_channels: int = option(32)

@@ -1,4 +1,4 @@
-"""Control images for a whole picture folder, made beforehand: `python -m car_train controls`.
+"""Control images for a whole image folder, made beforehand: `python -m car_train controls`.
 
     python -m car_train controls --data photos --annotator hed -o photos-hed --size 256
     python -m car_train controls --data photos --annotator depth --onnx midas.onnx -o photos-depth --size 256
@@ -6,16 +6,16 @@
 
 The output mirrors the class folders: `cat/a.jpg` has its control in `cat/a.png`, as `--control-root` of the training
 expects it. Beside them stand `controls.json` (what made them; an interrupted run continues, and another setting is
-refused) and, where pictures had to be left out, `skipped.txt`. Every PNG is written aside and renamed.
+refused) and, where images had to be left out, `skipped.txt`. Every PNG is written aside and renamed.
 
-A control is made from the picture as training sees it: RGBA, turned as its EXIF says, stretched to a square with
+A control is made from the image as training sees it: RGBA, turned as its EXIF says, stretched to a square with
 LANCZOS (`--size`), composited on white. Who makes it:
 
     canny, sketch   OpenCV, as in `controls`.
-    depth, normal   from the alpha channel, as in `controls`; pictures without one are skipped. With `--onnx`: a net.
+    depth, normal   from the alpha channel, as in `controls`; images without one are skipped. With `--onnx`: a net.
     hed             the HED network (`hed`), fetched from PyPI once. `--soft`: its look without a network, as in
                     `controls`, which is also what the runtime derives from a photo.
-    any, --onnx     any net with one picture as input and one map as output; see `NetSettings`.
+    any, --onnx     any net with one image as input and one map as output; see `NetSettings`.
 
 The same from Python: `annotate = make_annotator("hed"); annotate(image)`, uint8 [H, W, 3 or 4] → uint8 [H, W, 3].
 """
@@ -36,12 +36,12 @@ from car_train.data.pretrained import WeightsError, fetch
 from car_train.flags import add_flags, given
 
 HED_WORK = 256
-"""HED works at twice the control's side, up to this: in a 64×64 picture it finds little but the outline (no windows,
+"""HED works at twice the control's side, up to this: in a 64×64 image it finds little but the outline (no windows,
 no noses), at 128×128 the drawing inside too; from 256 on the line width of its training is right as it is."""
 
 HED_MARGIN = 8
 """Pixels of repeated border around what HED works on. Without them the zeros that its convolutions add to a white
-picture are an edge of 0.24 along the border, with 8 one of 0.001; 16 would take a quarter longer."""
+image are an edge of 0.24 along the border, with 8 one of 0.001; 16 would take a quarter longer."""
 
 
 def make_annotator(
@@ -90,7 +90,7 @@ def make_annotator(
 
 
 def hed_work_size(side: int) -> int:
-    """At which side HED looks at a picture of this side, in pixels: see `HED_WORK`."""
+    """At which side HED looks at an image of this side, in pixels: see `HED_WORK`."""
     return max(side, min(2 * side, HED_WORK))
 
 
@@ -112,10 +112,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size",
         type=int,
         metavar="N",
-        help=f"side; best the model's (default: the picture's, at most {DEFAULT_SIZE})",
+        help=f"side; best the model's (default: the image's, at most {DEFAULT_SIZE})",
     )
-    add("--limit", type=int, metavar="N", help="pictures per class (default: all)")
-    add("--batch", type=int, default=1, metavar="N", help="pictures a net takes at once (default: 1, fast on a CPU)")
+    add("--limit", type=int, metavar="N", help="images per class (default: all)")
+    add("--batch", type=int, default=1, metavar="N", help="images a net takes at once (default: 1, fast on a CPU)")
     add("--threads", type=int, default=0, metavar="N", help="CPU threads of a net (default: 0, all)")
     add("--overwrite", action="store_true", help="make all anew; controls made with other settings are removed")
     add("--soft", action="store_true", help="hed without its network")
@@ -141,7 +141,7 @@ def _settings(args: argparse.Namespace) -> NetSettings:
 
 
 def run(args: argparse.Namespace) -> Path:
-    """The folder of controls, to be printed; what became of the pictures goes to stderr."""
+    """The folder of controls, to be printed; what became of the images goes to stderr."""
     annotator = make_annotator(
         args.annotator, onnx=args.onnx, settings=_settings(args), soft=args.soft, threads=args.threads
     )
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> Path:
     print(f"{report.made} made, {report.present} present, {len(report.skipped)} skipped", file=sys.stderr)
     if report.skipped:
         print(
-            f"{args.output / SKIPPED} lists the skipped pictures; training with --control-root leaves them out",
+            f"{args.output / SKIPPED} lists the skipped images; training with --control-root leaves them out",
             file=sys.stderr,
         )
     output: Path = args.output.expanduser()

@@ -32,7 +32,7 @@ class AnnotatorError(UserError, ValueError):
 
 
 class UnusableImageError(AnnotatorError):
-    """This annotator makes nothing of this picture; of others it may."""
+    """This annotator makes nothing of this image; of others it may."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,7 @@ class Annotator:
     control_type: one of `CONTROL_TYPES`.
     needs_alpha:  whether it works from the alpha channel.
     origin:       what made the controls, for `controls.json`: equal origins give equal controls.
-    at_once:      pictures that its net always takes; with fewer the rest of its work is lost.
+    at_once:      images that its net always takes; with fewer the rest of its work is lost.
     """
 
     control_type: str
@@ -142,20 +142,20 @@ class Annotator:
         """uint8 [H, W, 3 or 4] (RGB, or RGBA not premultiplied) → uint8 [H, W, 3] in [0, 255].
 
         All three channels are equal but for normals. Raises UnusableImageError: no alpha where it is needed, or a net
-        gave values that are not finite; AnnotatorError: not a picture, or the net fails.
+        gave values that are not finite; AnnotatorError: not an image, or the net fails.
         """
         return self.batch([image])[0]
 
     def batch(self, images: Sequence[Pixels]) -> list[Pixels]:
-        """The same for several pictures of any sizes; a net takes those of one size together."""
+        """The same for several images of any sizes; a net takes those of one size together."""
         for image in images:
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 4) or 0 in image.shape:
                 raise AnnotatorError(
-                    f"a picture is uint8 [H, W, 3 or 4], not {image.dtype} {list(image.shape)}; convert it first"
+                    f"an image is uint8 [H, W, 3 or 4], not {image.dtype} {list(image.shape)}; convert it first"
                 )
             if self.needs_alpha and (image.shape[2] != 4 or not has_alpha(image)):
                 raise UnusableImageError(
-                    f"{self.control_type} is made from the alpha channel, and this picture has none; "
+                    f"{self.control_type} is made from the alpha channel, and this image has none; "
                     "give a depth or normal net with --onnx"
                 )
         return self.make(images)

@@ -28,7 +28,7 @@ from car_train.files import sha256
 
 
 class AnnotatorNet:
-    """An ONNX net in ONNX Runtime, on the CPU: pictures in, controls out."""
+    """An ONNX net in ONNX Runtime, on the CPU: images in, controls out."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class AnnotatorNet:
         if len(inputs) != 1:
             names = ", ".join(i.name for i in inputs) or "none"
             raise AnnotatorError(
-                f"{path}: the net has {len(inputs)} inputs ({names}), not one; export it with the picture alone"
+                f"{path}: the net has {len(inputs)} inputs ({names}), not one; export it with the image alone"
             )
         self.input, self.dtype = inputs[0].name, self._dtype(inputs[0])
         self.channels, (self.fixed_batch, *self.fixed) = self._layout(inputs[0])
@@ -79,7 +79,7 @@ class AnnotatorNet:
         }
         if tensor.type not in types:
             raise AnnotatorError(
-                f"{self.path}: input {tensor.name!r} is {tensor.type}; export the net with a float or uint8 picture"
+                f"{self.path}: input {tensor.name!r} is {tensor.type}; export the net with a float or uint8 image"
             )
         given = (self.settings.range, self.settings.mean, self.settings.std)
         if tensor.type == "tensor(uint8)" and given != (None, None, None):
@@ -98,9 +98,7 @@ class AnnotatorNet:
         if not axes and not all(_fixed(shape[a]) for a in (1, 3)):
             raise AnnotatorError(f"{where}, which doesn't say where its channels are; give --layout nchw or nhwc")
         if not axes or _fixed(shape[axes[0]]) not in (None, 3):
-            raise AnnotatorError(
-                f"{where}, without the three channels of a picture; export the net with an RGB input"
-            )
+            raise AnnotatorError(f"{where}, without the three channels of an image; export the net with an RGB input")
         h, w = (2, 3) if axes[0] == 1 else (1, 2)
         return axes[0], (_fixed(shape[0]), _fixed(shape[h]), _fixed(shape[w]))
 
@@ -114,7 +112,7 @@ class AnnotatorNet:
         raise AnnotatorError(f"{self.path}: the net's outputs are {', '.join(names)}, {asked}; give it with --tensor")
 
     def _sides(self, height: int, width: int) -> tuple[int, int]:
-        """(h, w) that go into the net, margins included, for a picture of this size."""
+        """(h, w) that go into the net, margins included, for an image of this size."""
         m, multiple, longer = self.settings.margin, self.settings.multiple, max(height, width)
         share = (self.settings.work_size or self.work_size(longer)) / longer
         h, w = (
@@ -139,7 +137,7 @@ class AnnotatorNet:
         return [made[i] for i in range(len(images))]
 
     def _run(self, images: Sequence[Pixels]) -> Floats:
-        """Pictures of one size → maps float32 [B, h', w', C], margins still there."""
+        """Images of one size → maps float32 [B, h', w', C], margins still there."""
         m = self.settings.margin
         h, w = self._sides(*images[0].shape[:2])
         squares = [
@@ -153,7 +151,7 @@ class AnnotatorNet:
             x = (x * self.factor + self.summand).astype(self.dtype)
         if self.channels == 1:
             x = x.transpose(0, 3, 1, 2)
-        # A net of a fixed batch gets its last picture more than once.
+        # A net of a fixed batch gets its last image more than once.
         missing = (self.fixed_batch or len(x)) - len(x)
         x = np.ascontiguousarray(np.concatenate([x, np.repeat(x[-1:], missing, axis=0)]))
         try:
@@ -179,7 +177,7 @@ class AnnotatorNet:
         axes = [a for a in (1, 3) if out.ndim == 4 and out.shape[a] in allowed]
         if not axes or out.shape[0] != batch or out.size == 0 or out.dtype.kind not in "fu":
             raise AnnotatorError(
-                f"{self.path}: output {self.output!r} is {out.dtype} {list(shape)} for {batch} pictures, not "
+                f"{self.path}: output {self.output!r} is {out.dtype} {list(shape)} for {batch} images, not "
                 f"{wanted}; export the net with such an output for {self.control_type}, or name another with --tensor"
             )
         # Where either axis could be it, as in [B, 3, 3, 3], that of the input; [B, h, w] has got its own at the end.
@@ -192,7 +190,7 @@ class AnnotatorNet:
     def _finish(self, map_hwC: Floats, height: int, width: int) -> Pixels:
         """One map → control uint8 [H, W, 3]: margins cut off, resized, values brought to 0…255."""
         if not np.isfinite(map_hwC).all():
-            raise UnusableImageError(f"{self.path.name} gives values that are not finite; leave this picture out")
+            raise UnusableImageError(f"{self.path.name} gives values that are not finite; leave this image out")
         if self.control_type not in NEEDS_ALPHA:
             map_hwC = _edges(map_hwC.mean(axis=2, keepdims=True), self.settings.sigmoid)
         map_HWC = self._to_size(map_hwC, height, width)
@@ -237,7 +235,7 @@ def _open(path: Path, threads: int) -> Any:
         reason = " ".join(str(error).split())[:300]
         raise AnnotatorError(
             f"{path} cannot be opened by ONNX Runtime {ort.__version__} ({reason}); give an ONNX file of standard "
-            "operators, with its external data beside it"
+            "operators, with its external data alongside it"
         ) from error
 
 
@@ -259,7 +257,7 @@ def _edges(x: Floats, sigmoid: bool) -> Floats:
         return (0.5 * (1 + np.tanh(0.5 * x))).astype(np.float32)  # the sigmoid; exp would overflow
     low, high = float(x.min()), float(x.max())
     if low < -0.5 or high > 1.5:
-        # No numbers in the text: one warning is enough, and Python tells them apart by their text.
+        # No numbers in the text: one warning is enough, and Python distinguishes them by their text.
         warnings.warn(
             "the net gives values far outside 0…1, which are cut off; if these are logits, add --sigmoid",
             stacklevel=2,
@@ -268,7 +266,7 @@ def _edges(x: Floats, sigmoid: bool) -> Floats:
 
 
 def stretch(x: Floats) -> Floats:
-    """Values brought to 0…1 by this picture's least and greatest; 0 where all are equal."""
+    """Values brought to 0…1 by this image's least and greatest; 0 where all are equal."""
     low, high = x.min(), x.max()
     return (x - low) / (high - low) if high > low else np.zeros_like(x)
 

@@ -23,13 +23,13 @@ SKIPPED = "skipped.txt"
 FORMAT = 1
 
 DEFAULT_SIZE = 256
-"""Side of the controls: that of the published models, or the picture's larger side where that is less: beyond it
+"""Side of the controls: that of the published models, or the image's larger side where that is less: beyond it
 there is nothing to see. Lines of one pixel are best made at the side that the model is trained at: give `--size`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What became of the pictures. skipped: (path under the data folder, reason)."""
+    """What became of the images. skipped: (path under the data folder, reason)."""
 
     made: int
     present: int
@@ -46,61 +46,61 @@ def annotate_folder(
     batch: int = 1,
     overwrite: bool = False,
 ) -> Report:
-    """Make the control of every picture under `data`, in the same place under `output`, as PNG.
+    """Make the control of every image under `data`, in the same place under `output`, as PNG.
 
     data:   a folder of class folders, as `data.find_images` reads it.
     output: absent, empty, or made by this function with the same annotator and size: what is there already is kept.
-    size:   side of the controls. None: `DEFAULT_SIZE`, or the picture's larger side if that is smaller.
-    limit:  at most so many pictures per class, the first ones by name; None for all.
-    batch:  pictures that a net takes at once, if they are of one size.
+    size:   side of the controls. None: `DEFAULT_SIZE`, or the image's larger side if that is smaller.
+    limit:  at most so many images per class, the first ones by name; None for all.
+    batch:  images that a net takes at once, if they are of one size.
     overwrite: make all anew; controls that were made with other settings are removed.
 
-    Pictures that cannot be read, or of which the annotator makes nothing, are skipped and listed in
+    Images that cannot be read, or of which the annotator makes nothing, are skipped and listed in
     `output/skipped.txt`. Raises AnnotatorError: numbers out of range, `output` in use for something else or made with
-    other settings, two pictures that would share a control, nothing could be made, a full disk; DataError as
+    other settings, two images that would share a control, nothing could be made, a full disk; DataError as
     `find_images`.
     """
     for name, value in (("size", size), ("limit", limit), ("batch", batch)):
         if value is not None and value < 1:
             raise AnnotatorError(f"{name} {value} is too small; give 1 or more")
     data, output = data.expanduser(), output.expanduser()
-    pictures = _pictures(data, limit)
+    images = _images(data, limit)
     _check_apart(data, output)
     try:
         _claim(output, {"format": FORMAT, **annotator.origin, "size": size or f"up to {DEFAULT_SIZE}"}, overwrite)
-        report = _make_all(data, output, pictures, annotator, size, batch, overwrite)
+        report = _make_all(data, output, images, annotator, size, batch, overwrite)
         _write_skipped(output / SKIPPED, report.skipped)
     except OSError as error:
         raise AnnotatorError(_cannot_write(output, error)) from error
     if report.skipped and not report.made + report.present:
         raise AnnotatorError(
-            f"{data}: none of {len(pictures)} pictures could be used ({': '.join(report.skipped[0])}); see "
+            f"{data}: none of {len(images)} images could be used ({': '.join(report.skipped[0])}); see "
             f"{output / SKIPPED}"
         )
     return report
 
 
-def _pictures(data: Path, limit: int | None) -> list[Path]:
+def _images(data: Path, limit: int | None) -> list[Path]:
     """Paths under `data`. Raises AnnotatorError where two differ in their extension alone."""
     taken: dict[int, int] = {}
-    pictures: list[Path] = []
+    images: list[Path] = []
     for path, label in find_images(data)[1]:
         taken[label] = taken.get(label, 0) + 1
         if limit is None or taken[label] <= limit:
-            pictures.append(path.relative_to(data))
+            images.append(path.relative_to(data))
     seen: dict[Path, Path] = {}
-    for picture in pictures:
-        other = seen.setdefault(picture.with_suffix(""), picture)
-        if other != picture:
-            raise AnnotatorError(f"{data}: {other} and {picture} would share one control; rename one of them")
-    return pictures
+    for image in images:
+        other = seen.setdefault(image.with_suffix(""), image)
+        if other != image:
+            raise AnnotatorError(f"{data}: {other} and {image} would share one control; rename one of them")
+    return images
 
 
 def _check_apart(data: Path, output: Path) -> None:
     inside, around = output.resolve(), data.resolve()
     if inside == around or around in inside.parents or inside in around.parents:
         raise AnnotatorError(
-            f"{output} and the pictures in {data} lie within each other; give a folder of its own for the controls"
+            f"{output} and the images in {data} lie within each other; give a folder of its own for the controls"
         )
 
 
@@ -148,7 +148,7 @@ def _claim(output: Path, settings: dict[str, Any], overwrite: bool) -> None:
 def _make_all(
     data: Path,
     output: Path,
-    pictures: Sequence[Path],
+    images: Sequence[Path],
     annotator: Annotator,
     size: int | None,
     batch: int,
@@ -156,48 +156,46 @@ def _make_all(
 ) -> Report:
     made, present = 0, 0
     skipped: list[tuple[str, str]] = []
-    with tqdm(total=len(pictures), desc=f"{annotator.control_type} of {data.name}", unit="img") as bar:
-        for group in _groups(pictures, max(batch, annotator.at_once)):
+    with tqdm(total=len(images), desc=f"{annotator.control_type} of {data.name}", unit="img") as bar:
+        for group in _groups(images, max(batch, annotator.at_once)):
             waiting = [p for p in group if overwrite or not _is_whole(output / p.with_suffix(".png"))]
             present += len(group) - len(waiting)
             loaded: dict[Path, Pixels] = {}
-            for picture in waiting:
-                read = _try_to_read(data / picture, size)
+            for image in waiting:
+                read = _try_to_read(data / image, size)
                 if isinstance(read, str):
-                    skipped.append((picture.as_posix(), read))
+                    skipped.append((image.as_posix(), read))
                 else:
-                    loaded[picture] = read
-            for picture, control in _annotate(annotator, loaded):
+                    loaded[image] = read
+            for image, control in _annotate(annotator, loaded):
                 if isinstance(control, UnusableImageError):
-                    skipped.append((picture.as_posix(), str(control)))
+                    skipped.append((image.as_posix(), str(control)))
                 else:
-                    _write_png(output / picture.with_suffix(".png"), control)
+                    _write_png(output / image.with_suffix(".png"), control)
                     made += 1
             bar.update(len(group))
     return Report(made=made, present=present, skipped=tuple(skipped))
 
 
-def _annotate(
-    annotator: Annotator, pictures: dict[Path, Pixels]
-) -> Iterator[tuple[Path, Pixels | UnusableImageError]]:
-    """All at once; one by one where a picture among them cannot be annotated, to find out which."""
+def _annotate(annotator: Annotator, images: dict[Path, Pixels]) -> Iterator[tuple[Path, Pixels | UnusableImageError]]:
+    """All at once; one by one where an image among them cannot be annotated, to find out which."""
     try:
-        yield from zip(pictures, annotator.batch(list(pictures.values())), strict=True)
+        yield from zip(images, annotator.batch(list(images.values())), strict=True)
         return
     except UnusableImageError as error:
-        if len(pictures) == 1:
-            yield next(iter(pictures)), error
+        if len(images) == 1:
+            yield next(iter(images)), error
             return
-    for path, image in pictures.items():
+    for path, image in images.items():
         yield from _annotate(annotator, {path: image})
 
 
-def _groups(pictures: Sequence[Path], size: int) -> Iterator[Sequence[Path]]:
-    for start in range(0, len(pictures), size):
-        yield pictures[start : start + size]
+def _groups(images: Sequence[Path], size: int) -> Iterator[Sequence[Path]]:
+    for start in range(0, len(images), size):
+        yield images[start : start + size]
 
 
-def read_picture(path: Path, size: int | None) -> Pixels:
+def read_image(path: Path, size: int | None) -> Pixels:
     """RGBA square as `data.ControlledImages` shows it, uint8 [S, S, 4]; size as in `annotate_folder`."""
     with Image.open(path) as opened:
         image = to_8_bits(ImageOps.exif_transpose(opened)).convert("RGBA")
@@ -206,15 +204,15 @@ def read_picture(path: Path, size: int | None) -> Pixels:
 
 
 def _try_to_read(path: Path, size: int | None) -> Pixels | str:
-    """The picture, or why it cannot be read, in one line."""
+    """The image, or why it cannot be read, in one line."""
     try:
-        return read_picture(path, size)
+        return read_image(path, size)
     except UNREADABLE as error:
         return " ".join(str(error).split()) or type(error).__name__
 
 
 def _is_whole(png: Path) -> bool:
-    """Whether the control is there; the checksums inside tell a damaged one."""
+    """Whether the control is there; the checksums inside reveal a damaged one."""
     try:
         with Image.open(png) as image:
             image.verify()

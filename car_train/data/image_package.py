@@ -29,9 +29,9 @@ class ImagePackage(Package):
 
 
 def copy_licence(tarball: Path, target: Path, package: ImagePackage) -> None:
-    """The pictures' terms, then the package's own LICENSE, if any: it covers the packaging and the names."""
+    """The images' terms, then the package's own LICENSE, if any: it covers the packaging and the names."""
     text = f"{package.title}: {package.copyright}\n"
-    text += f"Licence of the pictures: {package.licence}, {package.licence_url}\n"
+    text += f"Licence of the images: {package.licence}, {package.licence_url}\n"
     if package.licence == "MIT":
         text += f"\n{package.copyright.split(';')[0]}\n\n{_MIT}"
     for _, data in members(tarball, "package/LICENSE", ""):

@@ -335,7 +335,7 @@ def _convert_efficientnet(data: bytes, output: Path) -> None:
 
 
 def _convert_hed(data: bytes, output: Path) -> None:
-    """Keras HDF5 → an ONNX graph with the preparation of the picture in it."""
+    """Keras HDF5 → an ONNX graph with the preparation of the image in it."""
     from car_train.data import hed
 
     with tempfile.TemporaryDirectory(prefix=".hed-", dir=output.parent) as scratch:

@@ -23,7 +23,7 @@ Maker = Callable[[Sequence[Pixels]], list[Pixels]]
 
 
 def silhouette(rgb: Pixels, difference: int = WHITE_DIFFERENCE) -> NDArray[np.bool_]:
-    """Where a picture on white shows its object, bool [H, W]: all but the white that is connected with the border.
+    """Where an image on white shows its object, bool [H, W]: all but the white that is connected with the border.
 
     rgb: uint8 [H, W, 3]. difference: grey levels by which some channel must differ from white.
     """
@@ -33,7 +33,7 @@ def silhouette(rgb: Pixels, difference: int = WHITE_DIFFERENCE) -> NDArray[np.bo
 
 
 def control_maker(control_type: str, options: EvalOptions) -> tuple[Maker, str]:
-    """(pictures uint8 [H, W, 3] → their controls uint8 [H, W, 3]; in words, how these are made).
+    """(images uint8 [H, W, 3] → their controls uint8 [H, W, 3]; in words, how these are made).
 
     With `annotator_onnx`: that network. HED controls that were given as files (`control_root`) are compared with
     those of the real HED network, if its weights are there; all others with what `car_train.data.controls` makes,
@@ -49,11 +49,11 @@ def control_maker(control_type: str, options: EvalOptions) -> tuple[Maker, str]:
         about = (
             f"geometry of the silhouette: what differs from white by {WHITE_DIFFERENCE} grey levels or is enclosed"
         )
-        return lambda pictures: [make_control(_with_alpha(p), control_type) for p in pictures], about
+        return lambda images: [make_control(_with_alpha(p), control_type) for p in images], about
     about = "car_train.data.controls" + (
         ", an approximation of HED without its network" if control_type == "hed" else ""
     )
-    return lambda pictures: [make_control(p, control_type) for p in pictures], about
+    return lambda images: [make_control(p, control_type) for p in images], about
 
 
 def _with_alpha(rgb: Pixels) -> Pixels:

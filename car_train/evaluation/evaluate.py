@@ -1,22 +1,22 @@
-"""What a checkpoint is worth on pictures it has not seen, in numbers; and what is noise in them.
+"""What a checkpoint is worth on images it has not seen, in numbers; and what is noise in them.
 
     python -m car_train eval runs/car --data ~/.cache/car/data/emoji -o report.json --sheet sheet.png
 
 From a tokenizer on: reconstruction (PSNR, SSIM, L1, codes in use). From a transformer on: the loss with the teacher's
-tokens, and pictures drawn by the reference loop, one for each real one, of its class and with its control, as a set
-against the set of real pictures: KID, Fréchet distance, precision and recall on features of a network that is fetched
+tokens, and images drawn by the reference loop, one for each real one, of its class and with its control, as a set
+against the set of real images: KID, Fréchet distance, precision and recall on features of a network that is fetched
 (EfficientNet-Lite0), and with `--inception` FID and Inception Score as the literature has them, by torch-fidelity.
-With a control branch: how well a picture follows its control (CAR section 4), beside four yardsticks.
+With a control branch: how well an image follows its control (CAR section 4), alongside four yardsticks.
 
     base             the same classes and uniform numbers without the control: what the control adds
-    reconstruction   the real picture through the tokenizer: what no control can better
-    truth            the real picture itself: the error of deriving a control from a picture
-    shuffled         the drawn picture against another picture's control: chance
+    reconstruction   the real image through the tokenizer: what no control can better
+    truth            the real image itself: the error of deriving a control from an image
+    shuffled         the drawn image against another image's control: chance
 
-Real pictures alone give the noise floor of the distances between sets: random halves of them against each other.
+Real images alone give the noise floor of the distances between sets: random halves of them against each other.
 
-Picture i of the split is drawn with the uniform numbers of seed `seed + i`, as `car-run --seed` draws them, so
-neither the batch nor the choice of pictures changes it (up to rounding: a sum may be taken in another order).
+Image i of the split is drawn with the uniform numbers of seed `seed + i`, as `car-run --seed` draws them, so
+neither the batch nor the choice of images changes it (up to rounding: a sum may be taken in another order).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ FORMAT = 1
 Report = dict[str, Any]
 
 
-def open_pictures(model: Model, options: EvalOptions) -> ControlledImages:
+def open_images(model: Model, options: EvalOptions) -> ControlledImages:
     """The split of `options`, with controls if the model has a branch. Raises EvaluationError, DataError."""
     config = model.config
     for name in ("control_root", "annotator_onnx"):
@@ -79,7 +79,7 @@ def open_pictures(model: Model, options: EvalOptions) -> ControlledImages:
 
 
 def choose(data: ControlledImages, options: EvalOptions) -> list[int]:
-    """Positions in the split of the pictures to evaluate, in an order that the seed decides."""
+    """Positions in the split of the images to evaluate, in an order that the seed decides."""
     wanted = select_classes(options.classes, data.class_names)
     left = dict.fromkeys(wanted, options.per_class or len(data))
     chosen: list[int] = []
@@ -90,7 +90,7 @@ def choose(data: ControlledImages, options: EvalOptions) -> list[int]:
             chosen.append(i)
     require(
         bool(chosen),
-        f"{options.data}: no picture of split {options.split!r} is of the classes {options.classes}; "
+        f"{options.data}: no image of split {options.split!r} is of the classes {options.classes}; "
         "give others, or --split all",
     )
     return chosen[: options.limit or None]
@@ -106,15 +106,15 @@ def evaluate(
 ) -> Report:
     """Evaluate a checkpoint; the report is made of what JSON knows (numbers that don't exist are None).
 
-    features: compares sets of pictures; without it that part is left out. inception: adds FID, Inception Score,
-    precision and recall. sheet: PNG to write, 64 random pictures: control, drawn, real.
+    features: compares sets of images; without it that part is left out. inception: adds FID, Inception Score,
+    precision and recall. sheet: PNG to write, 64 random images: control, drawn, real.
 
     Raises EvaluationError, CheckpointError, DataError, and what annotators raise.
     """
     began = time.monotonic()
     path = checkpoint.locate(options.checkpoint)
     model = checkpoint.load(path)
-    data = open_pictures(model, options)
+    data = open_images(model, options)
     order = choose(data, options)
     networks: dict[str, FeatureNetwork] = {"features": features} if features is not None else {}
     if inception is not None:
@@ -185,7 +185,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: 0, all)")
     parser.add_argument("-o", "--output", type=Path, metavar="JSON", help="where to write the report")
-    parser.add_argument("--sheet", type=Path, metavar="PNG", help="where to write 64 random pictures")
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help="where to write 64 random images")
     parser.add_argument("--json", action="store_true", help="the report as JSON on stdout, the table on stderr")
 
 

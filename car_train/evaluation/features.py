@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from car_train.evaluation.options import EvaluationError
-from car_train.evaluation.sets import LEAST_PICTURES
+from car_train.evaluation.sets import LEAST_IMAGES
 from car_train.files import sha256
 
 Pixels = NDArray[np.uint8]
@@ -29,13 +29,13 @@ Floats = NDArray[np.floating[Any]]
 
 
 class FeatureNetwork(Protocol):
-    """What turns pictures into the features that sets of pictures are compared by."""
+    """What turns images into the features that sets of images are compared by."""
 
     @property
     def about(self) -> Mapping[str, Any]:
-        """Network, weights and preparation of the pictures, for the report."""
+        """Network, weights and preparation of the images, for the report."""
 
-    def __call__(self, pictures_BHW3: Pixels) -> Floats:
+    def __call__(self, images_BHW3: Pixels) -> Floats:
         """uint8 [B, H, W, 3] → float32 [B, D]."""
 
 
@@ -43,7 +43,7 @@ class EfficientNetLite0:
     """The 1280 features before the classifier of EfficientNet-Lite0, trained on ImageNet.
 
     weights: safetensors with the published names, as `car_train.data.pretrained.fetch("efficientnet")` writes them.
-    Pictures are resized to 224×224 with Pillow's bicubic filter, then (x − 127)/128. Raises EvaluationError.
+    Images are resized to 224×224 with Pillow's bicubic filter, then (x − 127)/128. Raises EvaluationError.
     """
 
     side = 224
@@ -63,7 +63,7 @@ class EfficientNetLite0:
                 f"{weights}: not the weights of EfficientNet-Lite0 ({str(error).splitlines()[0]}); "
                 "leave --features out, and they are fetched"
             ) from error
-        # Channels last: 25 instead of 50 ms a picture on one core of an AMD EPYC (Zen 5).
+        # Channels last: 25 instead of 50 ms an image on one core of an AMD EPYC (Zen 5).
         self.net.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
         self.about = {
             "network": "EfficientNet-Lite0",
@@ -73,14 +73,14 @@ class EfficientNetLite0:
         }
 
     @torch.no_grad()
-    def logits(self, pictures_BHW3: Pixels) -> Floats:
+    def logits(self, images_BHW3: Pixels) -> Floats:
         """Of the 1000 ImageNet classes, float32 [B, 1000]."""
-        return self.net._fc(torch.from_numpy(self(pictures_BHW3)).to(self.device)).cpu().numpy()
+        return self.net._fc(torch.from_numpy(self(images_BHW3)).to(self.device)).cpu().numpy()
 
     @torch.no_grad()
-    def __call__(self, pictures_BHW3: Pixels) -> Floats:
+    def __call__(self, images_BHW3: Pixels) -> Floats:
         size = (self.side, self.side)
-        resized = [np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BICUBIC)) for p in pictures_BHW3]
+        resized = [np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BICUBIC)) for p in images_BHW3]
         x = (torch.from_numpy(np.stack(resized)).to(self.device).float() - 127) / 128
         return self.net.extract_features(x.permute(0, 3, 1, 2)).mean((2, 3)).cpu().numpy()
 
@@ -126,18 +126,18 @@ class Inception:
         }
 
     @torch.no_grad()
-    def __call__(self, pictures_BHW3: Pixels) -> Floats:
-        x = torch.from_numpy(pictures_BHW3).permute(0, 3, 1, 2).contiguous().to(self.device)
+    def __call__(self, images_BHW3: Pixels) -> Floats:
+        x = torch.from_numpy(images_BHW3).permute(0, 3, 1, 2).contiguous().to(self.device)
         return torch.cat(self.net(x), 1).float().cpu().numpy()
 
     def scores(self, real_ND: Floats, made_ND: Floats) -> dict[str, float | None]:
-        """FID, Inception Score (10 parts), precision and recall (3 neighbours); None with too few pictures."""
+        """FID, Inception Score (10 parts), precision and recall (3 neighbours); None with too few images."""
         from torch_fidelity import metric_fid, metric_isc, metric_prc
 
         real, made = (torch.from_numpy(x[:, : self.split].copy()) for x in (real_ND, made_ND))
         logits = torch.from_numpy(made_ND[:, self.split :].copy())
         out: dict[str, float] = {}
-        if len(made) >= LEAST_PICTURES:
+        if len(made) >= LEAST_IMAGES:
             statistics = [metric_fid.fid_features_to_statistics(x) for x in (made, real)]
             out |= metric_fid.fid_statistics_to_metric(*statistics, verbose=False)
         if len(made) >= 10:
@@ -163,7 +163,7 @@ def _load_tensors(file: Path) -> Any:
 
 
 def import_torch_fidelity() -> Any:
-    """The module `torch_fidelity`, also beside a torchvision that can't be imported. Raises EvaluationError."""
+    """The module `torch_fidelity`, also alongside a torchvision that can't be imported. Raises EvaluationError."""
     try:
         with _torchvision_or_nothing():
             import torch_fidelity
@@ -177,7 +177,7 @@ def _torchvision_or_nothing() -> Iterator[None]:
     """While torch-fidelity is imported: empty modules in place of a torchvision that is missing or broken.
 
     It imports torchvision for data sets and networks that play no part here, and the torchvision that PyPI has for
-    Linux can't be imported beside a PyTorch without CUDA.
+    Linux can't be imported alongside a PyTorch without CUDA.
     """
     before = set(sys.modules)
     try:

@@ -26,14 +26,14 @@ from car_train.evaluation.features import FeatureNetwork, Inception
 from car_train.evaluation.generate import uniform_numbers
 from car_train.evaluation.metrics import control_errors, perplexity, psnr, ssim
 from car_train.evaluation.options import EvalOptions
-from car_train.evaluation.sets import LEAST_PICTURES, compare_sets
+from car_train.evaluation.sets import LEAST_IMAGES, compare_sets
 from car_train.images import to_pixels
 from car_train.model import Model
 from car_train.model.sample import sample
 from car_train.model.vqvae import join_tokens
 from car_train.training.stages import control_pyramids
 
-SHEET_PICTURES = 64
+SHEET_IMAGES = 64
 """Images of the contact sheet."""
 
 Pixels = NDArray[np.uint8]
@@ -42,7 +42,7 @@ Report = dict[str, Any]
 
 
 class Measurements:
-    """All that is gathered from the pictures, batch by batch: columns of numbers, features, counts of codes."""
+    """All that is gathered from the images, batch by batch: columns of numbers, features, counts of codes."""
 
     def __init__(self, model: Model, options: EvalOptions, networks: Mapping[str, FeatureNetwork]):
         self.model, self.options, self.networks = model.to(options.device), options, networks
@@ -65,26 +65,26 @@ class Measurements:
         self.seconds: dict[str, float] = defaultdict(float)
 
     def add(self, items: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> None:
-        """Take in one batch: items of `ControlledImages`, and the seed of each picture's uniform numbers."""
+        """Take in one batch: items of `ControlledImages`, and the seed of each image's uniform numbers."""
         images = torch.stack([item["image"] for item in items]).to(self.options.device)
         labels = torch.tensor([item["label"] for item in items], device=self.options.device)
         controls = [item["control"].numpy() for item in items] if self.control_type else None
         self.labels += labels.tolist()
         grids, recon = self._reconstruct(images)
-        pictures = {"truth": images, "reconstruction": recon}
+        shown = {"truth": images, "reconstruction": recon}
         if self.car is not None:
             pyramid = control_pyramids(controls, self.config, self.options.device) if controls else None
             self._teacher_forced("model", labels, grids, pyramid)
-            pictures["generated"] = self._draw(labels, seeds, pyramid)
+            shown["generated"] = self._draw(labels, seeds, pyramid)
             if pyramid and self.options.baseline:
                 self._teacher_forced("base", labels, grids, None)
-                pictures["base"] = self._draw(labels, seeds, None)
-        pixels = {source: to_pixels(x) for source, x in pictures.items()}
+                shown["base"] = self._draw(labels, seeds, None)
+        pixels = {source: to_pixels(x) for source, x in shown.items()}
         self._describe(pixels)
         if controls:
             self._follow(controls, pixels)
         drawn = pixels.get("generated", pixels["reconstruction"])
-        for i in range(min(len(items), SHEET_PICTURES - len(self.tiles))):
+        for i in range(min(len(items), SHEET_IMAGES - len(self.tiles))):
             self.tiles.append(([controls[i]] if controls else []) + [drawn[i], pixels["truth"][i]])
 
     def _reconstruct(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -127,14 +127,14 @@ class Measurements:
     def _describe(self, pixels: Mapping[str, Pixels]) -> None:
         with self._timed("features"):
             for name, network in self.networks.items():
-                for source, pictures in pixels.items():
-                    self.features[name][source].append(network(pictures))
+                for source, images in pixels.items():
+                    self.features[name][source].append(network(images))
 
     def _follow(self, controls: Sequence[Pixels], pixels: Mapping[str, Pixels]) -> None:
         assert self.maker is not None
         assert self.control_type is not None
         with self._timed("controls"):
-            found = {source: self.maker(list(pictures)) for source, pictures in pixels.items()}
+            found = {source: self.maker(list(images)) for source, images in pixels.items()}
             for i, given in enumerate(controls):
                 pairs = {source: (given, made[i]) for source, made in found.items()}
                 if self.previous is not None:
@@ -204,13 +204,13 @@ class Measurements:
     def _inception(self, bank: Mapping[str, Floats], notes: list[str]) -> Report:
         network, real = self.networks["inception"], bank["truth"]
         assert isinstance(network, Inception)
-        if len(real) < LEAST_PICTURES:
+        if len(real) < LEAST_IMAGES:
             notes.append(
-                f"Inception: no FID of {len(real)} pictures; it needs {LEAST_PICTURES}, and thousands to mean much"
+                f"Inception: no FID of {len(real)} images; it needs {LEAST_IMAGES}, and thousands to mean much"
             )
         elif len(real) <= network.split:
             notes.append(
-                f"Inception: FID of {len(real)} pictures and {network.split} features is biased upwards by much"
+                f"Inception: FID of {len(real)} images and {network.split} features is biased upwards by much"
             )
         made = {s: network.scores(real, x) for s, x in tqdm(bank.items(), "inception", disable=None) if s != "truth"}
         return {**network.about, **made}
@@ -229,17 +229,17 @@ class Measurements:
 
     def _classes(self, columns: Mapping[str, Floats], names: Sequence[str]) -> Report:
         labels = np.asarray(self.labels)
-        per_picture = {"psnr": columns["psnr"]}
+        per_image = {"psnr": columns["psnr"]}
         for name, column in columns.items():
             source, _, measure = name.partition("/")
             if measure == "loss":
-                per_picture[f"{source}_loss"] = self._over_tokens(column)
+                per_image[f"{source}_loss"] = self._over_tokens(column)
             elif source in ("generated", "base") and measure != "accuracy":
-                per_picture[f"{source}_{measure}"] = column
+                per_image[f"{source}_{measure}"] = column
         return {
             names[label]: {
                 "pictures": int((labels == label).sum()),
-                **{name: _mean(column[labels == label]) for name, column in per_picture.items()},
+                **{name: _mean(column[labels == label]) for name, column in per_image.items()},
             }
             for label in np.unique(labels)
         }
@@ -248,9 +248,9 @@ class Measurements:
 def teacher_forced(
     model: Model, label_B: Tensor, grids: list[Tensor], controls: list[Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy in nats, and 1 where the likeliest token is the right one; of every token, f32 [B, L] each.
+    """Cross-entropy in nats, and 1 where the most probable token is the right one; of every token, f32 [B, L] each.
 
-    label: int64 [B]. grids: the pictures' tokens, coarse first. controls: as in `CAR.forward`.
+    label: int64 [B]. grids: the images' tokens, coarse first. controls: as in `CAR.forward`.
     """
     assert model.car is not None
     inputs, target_BL = model.vqvae.quantizer.decode(grids)[1], join_tokens(grids)

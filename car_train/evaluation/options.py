@@ -19,7 +19,7 @@ class EvaluationError(UserError, ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """What is evaluated, on which pictures, drawn how."""
+    """What is evaluated, on which images, drawn how."""
 
     checkpoint: Path
     """Of any stage, or a run's folder: its newest one."""

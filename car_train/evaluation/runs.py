@@ -43,7 +43,7 @@ class Run:
     """Lines of the log that could not be read."""
     config: ModelConfig | None
     options: dict[str, Any]
-    pictures: dict[str, int]
+    images: dict[str, int]
     parameters: dict[str, int]
     processes: int
 
@@ -70,7 +70,7 @@ class Run:
         return list(dict.fromkeys(name for record in self.records for name in record))
 
     def images_per_second(self) -> float | None:
-        """Pictures through a training step per second, by the median step: validation and saving don't count."""
+        """Images through a training step per second, by the median step: validation and saving don't count."""
         steps, seconds = self.series("seconds")
         batch = self.options.get("batch")
         forward = np.diff(seconds) > 0
@@ -102,7 +102,7 @@ def read_run(folder: str | Path) -> Run:
         damaged=damaged,
         config=config,
         options=options if isinstance(options, dict) else {},
-        pictures=_numbers(about.get("pictures")),
+        images=_numbers(about.get("pictures")),
         parameters=parameters,
         processes=_numbers(about).get("processes", 1),
     )
@@ -164,7 +164,7 @@ def _newest_checkpoint(folder: Path) -> Path | None:
 
 
 def _config(found: Any, checkpoint: Path | None) -> ModelConfig | None:
-    """The model's sizes, if anything tells them: a report can do without."""
+    """The model's sizes, if anything records them: a report can do without."""
     try:
         if found is not None:
             return ModelConfig.from_json(json.dumps(found))
@@ -220,7 +220,7 @@ def summary(run: Run | str | Path) -> dict[str, Any]:
         "seconds": round(run.seconds, 2),
         "images_per_second": run.images_per_second(),
         "parameters": run.parameters or None,
-        "pictures": run.pictures or None,
+        "pictures": run.images or None,
         "last": last,
         "best": best,
         "unreadable_lines": run.damaged,

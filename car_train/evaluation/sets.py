@@ -19,7 +19,7 @@ from car_train.evaluation.metrics import (
     precision_recall,
 )
 
-LEAST_PICTURES = 64
+LEAST_IMAGES = 64
 """Below this many images a Fréchet distance is left out: it would be bias of the covariances for the most part."""
 HALVINGS = 10
 """Random halvings behind each noise floor."""
@@ -31,30 +31,30 @@ Report = dict[str, Any]
 
 
 def compare_sets(bank: Mapping[str, Floats], seed: int, notes: list[str]) -> Report:
-    """The distances of sets of pictures from the real ones, and the noise floor of these distances.
+    """The distances of sets of images from the real ones, and the noise floor of these distances.
 
     bank: features [N, D] by source; `truth` holds the real ones, all in the same order. notes: is added to.
 
-    Per source: `kid` and `kid_std` over subsets, `fid` of all pictures (that is: the Fréchet distance on these
+    Per source: `kid` and `kid_std` over subsets, `fid` of all images (that is: the Fréchet distance on these
     features), `precision`, `recall`; and, so that nothing but the source differs from the floor, the same from one
-    half of the real pictures to the source's pictures of the other half, mean and std over random halvings
-    (`kid_half`, `kid_half_std`, …). `floor`: these for the real pictures themselves.
+    half of the real images to the source's images of the other half, mean and std over random halvings
+    (`kid_half`, `kid_half_std`, …). `floor`: these for the real images themselves.
     """
     real = bank["truth"]
     n, D = real.shape
-    frechet = n >= LEAST_PICTURES
+    frechet = n >= LEAST_IMAGES
     if not frechet:
         notes.append(
-            f"{n} pictures are too few for covariances of {D} features: no Fréchet distance, only KID; "
-            f"evaluate at least {LEAST_PICTURES}"
+            f"{n} images are too few for covariances of {D} features: no Fréchet distance, only KID; "
+            f"evaluate at least {LEAST_IMAGES}"
         )
     elif n // 2 <= D:
         notes.append(
-            f"{n} pictures, {D} features: covariances of a half are singular and Fréchet distances biased upwards; "
-            "compare them only with the floor and with reports of as many pictures"
+            f"{n} images, {D} features: covariances of a half are singular and Fréchet distances biased upwards; "
+            "compare them only with the floor and with reports of as many images"
         )
     if n < 4:
-        notes.append(f"{n} pictures can't be halved: no distances between sets; evaluate more")
+        notes.append(f"{n} images can't be halved: no distances between sets; evaluate more")
         return {}
     rng = np.random.default_rng([seed, 1])
     halvings = [np.array_split(rng.permutation(n), 2) for _ in range(HALVINGS)]
@@ -69,7 +69,7 @@ def compare_sets(bank: Mapping[str, Floats], seed: int, notes: list[str]) -> Rep
 
 
 def _scores(real: Floats, made: Floats, most: int, frechet: bool) -> dict[str, float]:
-    """Fréchet distance if wanted; precision and recall of at most `most` pictures: these cost N²."""
+    """Fréchet distance if wanted; precision and recall of at most `most` images: these cost N²."""
     out = {"fid": frechet_distance(real, made)} if frechet else {}
     if len(made) > NEIGHBOURS:
         out["precision"], out["recall"] = precision_recall(real[:most], made[:most])

@@ -12,7 +12,7 @@ def table(report: Report) -> str:
     """The report for people, as lines of text."""
     data, steered = report["data"], report["checkpoint"]["control"]
     lines = [
-        f"{report['checkpoint']['name']}{f' ({steered})' if steered else ''} on {data['pictures']} pictures of "
+        f"{report['checkpoint']['name']}{f' ({steered})' if steered else ''} on {data['pictures']} images of "
         f"{data['name']}, split {data['split']}, {len(report['classes'])} classes",
         "",
         *_reconstruction_lines(report["reconstruction"]),
@@ -28,7 +28,7 @@ def table(report: Report) -> str:
         if part in report:
             about = report[part]
             rows = {_title(k, steered): v for k, v in about.items() if isinstance(v, dict) and k != "floor"}
-            lines += _block(f"against the real pictures, {about['network']} ({about['input']})", names, rows)
+            lines += _block(f"against the real images, {about['network']} ({about['input']})", names, rows)
     if "floor" in report.get("distribution", {}):
         about = report["distribution"]
         rows = {_title(k, steered): v for k, v in about.items() if isinstance(v, dict)}
@@ -49,9 +49,9 @@ def _title(source: str, steered: str | None) -> str:
         "generated": f"drawn with {steered}" if steered else "drawn",
         "base": "without control",
         "reconstruction": "reconstruction",
-        "truth": "real picture",
+        "truth": "real image",
         "shuffled": "another's control",
-        "floor": "real pictures",
+        "floor": "real images",
         "generated_over_base": "with / without",
     }
     return titles[source]

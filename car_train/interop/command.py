@@ -21,7 +21,11 @@ def add_official_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--control-type", choices=CONTROL_TYPES, help="what --car was trained on")
     parser.add_argument(
-        "--patch-nums", dest="sides", type=integers, help="tokens per edge of each scale, if not the official ones"
+        "--patch-nums",
+        dest="sides",
+        metavar="PATCH_NUMS",
+        type=integers,
+        help="tokens per edge of each scale, where they are not the official ones",
     )
     parser.add_argument("--sides", type=integers, default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # its old name
 

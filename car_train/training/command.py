@@ -81,7 +81,7 @@ def start_from(stage: Stage, path: Path) -> None:
 
     ConfigError where there is none, or none of this shape.
     """
-    theirs, mine = (checkpoint.parts(m).get(stage.name) for m in (checkpoint.load(path), stage.model))
+    theirs, mine = (checkpoint.modules(m).get(stage.name) for m in (checkpoint.load(path), stage.model))
     assert mine is not None
     if theirs is None:
         raise ConfigError(

@@ -17,13 +17,13 @@ from car_train.model.vqvae import Norm
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN: one verdict for each patch of a picture (Isola et al. 2017, section 3.2.2 and appendix 6.1.2).
+    """PatchGAN: one verdict for each patch of an image (Isola et al. 2017, section 3.2.2 and appendix 6.1.2).
 
     `layers` 4×4 convolutions of stride 2, two of stride 1, LeakyReLU 0.2 between. With 3 layers a verdict sees 70×70
     pixels, with 2 34×34, with 1 16×16.
 
-    The norm is GroupNorm instead of the papers' BatchNorm: a verdict then depends on its own picture alone. Batches
-    of 1 to 4 work, real and fake pictures may share a batch or not, ranks of a distributed run need no statistics of
+    The norm is GroupNorm instead of the papers' BatchNorm: a verdict then depends on its own image alone. Batches
+    of 1 to 4 work, real and fake images may share a batch or not, ranks of a distributed run need no statistics of
     each other, and there are none that an interrupted run would have to restore.
     """
 
@@ -31,21 +31,21 @@ class PatchDiscriminator(nn.Module):
     """Pixels; one layer makes 2×2 verdicts of them."""
 
     def __init__(self, image_size: int, width: int = 64, layers: int = 3):
-        """A discriminator for pictures of about `image_size` pixels.
+        """A discriminator for images of about `image_size` pixels.
 
         image_size: shortest edge. It takes fewer layers where fewer than 2×2 verdicts would be left: 3 from 32
                     pixels on, 2 from 16, 1 from 8.
         width:      channels of the first layer; they double with each, up to 8·width.
         layers:     strided convolutions, at most.
 
-        Raises ConfigError for pictures below 8 pixels, width or layers below 1.
+        Raises ConfigError for images below 8 pixels, width or layers below 1.
         """
         super().__init__()
         if width < 1 or layers < 1:
             raise ConfigError(f"width {width}, layers {layers}: a discriminator needs at least 1 of each")
         if image_size < self.SMALLEST:
             raise ConfigError(
-                f"pictures of {image_size} pixels are too small for the discriminator; "
+                f"images of {image_size} pixels are too small for the discriminator; "
                 f"give at least {self.SMALLEST}, or leave the adversarial loss out"
             )
         self.layers = max(n for n in range(1, layers + 1) if n == 1 or verdicts(image_size, n) >= 2)
@@ -63,13 +63,13 @@ class PatchDiscriminator(nn.Module):
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]  # all of them have one
 
     def forward(self, image_B3HW: Tensor) -> Tensor:
-        """Pictures in [-1, 1] → verdicts f32 [B, 1, h, w], unbounded: above 0 real, below 0 made.
+        """Images in [-1, 1] → verdicts f32 [B, 1, h, w], unbounded: above 0 real, below 0 made.
 
-        Raises ConfigError for pictures of which no verdict would be left.
+        Raises ConfigError for images of which no verdict would be left.
         """
         if verdicts(min(image_B3HW.shape[2:]), self.layers) < 1:
             raise ConfigError(
-                f"pictures of {list(image_B3HW.shape[2:])} pixels are too small for a discriminator of "
+                f"images of {list(image_B3HW.shape[2:])} pixels are too small for a discriminator of "
                 f"{self.layers} layers; give at least {3 * 2**self.layers}"
             )
         return self.conv_out(self.blocks(image_B3HW)).float()
@@ -99,7 +99,7 @@ def adaptive_weight(nll: Tensor, adversarial: Tensor, last_layer: nn.Parameter, 
     VQGAN eq. 7, with δ = 1e-4. The adversarial term then pulls on the decoder as hard as pixels and features do.
 
     nll:         reconstruction loss, with its perceptual term (VQGAN's L_rec).
-    adversarial: `generator_loss` of the same pictures.
+    adversarial: `generator_loss` of the same images.
     last_layer:  weight of the decoder's last convolution.
 
     Both graphs are kept for the backward pass to come; `.grad` is left as it is. In a distributed run each rank finds

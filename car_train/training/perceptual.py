@@ -42,7 +42,7 @@ class FrozenConv(nn.Module):
 
 
 class Fire(nn.Module):
-    """SqueezeNet's module: 1×1 squeezes, then 1×1 beside 3×3 expand (Iandola et al. 2016, section 3.2)."""
+    """SqueezeNet's module: 1×1 squeezes, then 1×1 and 3×3 side by side expand (Iandola et al. 2016, section 3.2)."""
 
     def __init__(self, weights: Mapping[str, Tensor], name: str):
         super().__init__()
@@ -156,12 +156,12 @@ class VGG16(Features):
 
 
 class Perceptual(nn.Module):
-    """How different two pictures look to a frozen ImageNet classifier; LPIPS without its learned weights.
+    """How different two images look to a frozen ImageNet classifier; LPIPS without its learned weights.
 
         d(x, y) = 1/L Σ_l 1/(H_l·W_l) Σ_hw ‖x̂_l,hw − ŷ_l,hw‖²          (Zhang et al. 2018, eq. 1 with w_l = 1)
 
     x̂_l,hw is tap l's vector of channels at one place, of length 1; ReLU makes every term 2·(1 − cosine), in [0, 2].
-    The paper sums over the L taps; the mean keeps the scale whatever the backbone: 0 for equal pictures, about 1.3
+    The paper sums over the L taps; the mean keeps the scale whatever the backbone: 0 for equal images, about 1.3
     for unrelated photographs.
 
     The weights are read when the module is made and are buffers outside its state dict: no optimizer trains them, no
@@ -194,16 +194,16 @@ class Perceptual(nn.Module):
         """d of each pair, f32 [B]; gradients reach `image_B3HW` only.
 
         image_B3HW, truth_B3HW: f32 in [-1, 1] of one shape; the image may leave the range a little.
-        Raises ConfigError for pictures of two shapes, or too small for the deepest tap.
+        Raises ConfigError for images of two shapes, or too small for the deepest tap.
         """
         if image_B3HW.shape != truth_B3HW.shape:
             raise ConfigError(
-                f"pictures of {list(image_B3HW.shape)} and {list(truth_B3HW.shape)} can't be compared; "
+                f"images of {list(image_B3HW.shape)} and {list(truth_B3HW.shape)} can't be compared; "
                 "give two batches of one shape"
             )
         if min(image_B3HW.shape[2:]) < self.features.MINIMUM:
             raise ConfigError(
-                f"pictures of {list(image_B3HW.shape[2:])} pixels are too small for the perceptual loss; "
+                f"images of {list(image_B3HW.shape[2:])} pixels are too small for the perceptual loss; "
                 f"give at least {self.features.MINIMUM}, or leave the term out"
             )
         with torch.no_grad():

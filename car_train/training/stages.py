@@ -25,7 +25,7 @@ REVIVE_EVERY = 100
 
 Batch = dict[str, Tensor]
 """`image` f32 [B, 3, H, W] in [-1, 1] and/or `tokens` int64 [B, L]; `label` int64 [B]; `control` uint8 [B, S, S, 3];
-`drop` f32 [B], a uniform number for each picture that decides whether its label is dropped."""
+`drop` f32 [B], a uniform number for each image that decides whether its label is dropped."""
 
 
 class Stage:
@@ -51,11 +51,11 @@ class Stage:
         raise NotImplementedError
 
     def extra_loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """What an adversary minimises, on the pictures of the last `loss`; None where there is none (yet)."""
+        """What an adversary minimises, on the images of the last `loss`; None where there is none (yet)."""
         return None
 
     adversary: nn.Module | None = None
-    """Trained beside the model by `extra_loss` with an optimizer of its own; never part of a checkpoint's model."""
+    """Trained with the model, by `extra_loss` and an optimizer of its own; never part of a checkpoint's model."""
     critic: Any = None
     """The adversary as the trainer wraps it (distributed), for its own update."""
 

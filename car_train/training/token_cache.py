@@ -1,11 +1,11 @@
-"""The token cache: the tokenizer is frozen in stages 2 and 3, so every picture is encoded once, not once a step.
+"""The token cache: the tokenizer is frozen in stages 2 and 3, so every image is encoded once, not once a step.
 
 A cache is a folder with `tokens.npy`, uint16 or int32 [views, N, L], memory-mapped when training, `labels.npy`,
-int64 [N], and `tokens.json`. A view is one augmentation of all pictures: view v is what epoch v of
+int64 [N], and `tokens.json`. A view is one augmentation of all images: view v is what epoch v of
 `ControlledImages` shows (mirrored or not, moved, zoomed), and epoch e of training reads view e mod `views`. Controls
 made on the fly follow the same augmentation.
 
-What a cache depends on (tokenizer weights, pictures, size, seed, views, precision) is hashed into its name, so it
+What a cache depends on (tokenizer weights, images, size, seed, views, precision) is hashed into its name, so it
 is never stale and all runs on one tokenizer share it.
 """
 
@@ -54,9 +54,9 @@ class TokenCache:
 
 
 class CachedTokens(Dataset[dict[str, Any]]):
-    """The cached pictures: `tokens` int64 [L], `label` int, and `control` uint8 [S, S, 3] if there are controls.
+    """The cached images: `tokens` int64 [L], `label` int, and `control` uint8 [S, S, 3] if there are controls.
 
-    The pictures themselves are read only where a control is made from them.
+    The images themselves are read only where a control is made from them.
     """
 
     def __init__(self, images: ControlledImages, cache: TokenCache):
@@ -110,11 +110,11 @@ def open_cache(
     batch: int = 64,
     encode: Callable[[Tensor], list[Tensor]] | None = None,
 ) -> TokenCache:
-    """The cache of these pictures under this tokenizer; made first, where it doesn't stand yet.
+    """The cache of these images under this tokenizer; made first, where it doesn't stand yet.
 
-    views: augmentations of every picture, at least 1; without augmentation there is one.
+    views: augmentations of every image, at least 1; without augmentation there is one.
     root: folder of caches, `DEFAULT_ROOT` when None. precision: a name for the type `encode` computes in.
-    encode: pictures f32 [B, 3, H, W] in [-1, 1] → token grids; `vqvae.encode` when None.
+    encode: images f32 [B, 3, H, W] in [-1, 1] → token grids; `vqvae.encode` when None.
 
     Raises DataError: the cache is damaged or can't be written. An interrupted encoding leaves nothing behind that
     looks like a cache.

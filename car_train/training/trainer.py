@@ -1,6 +1,6 @@
 """One training loop for all three stages, on one process or, under `torchrun`, on many.
 
-Everything random follows from the seed: order of pictures, augmentation, dropped labels, dropout. A run continues
+Everything random follows from the seed: order of images, augmentation, dropped labels, dropout. A run continues
 from its newest checkpoint; on one process and a CPU, stopped and resumed equals never stopped, bit for bit.
 
 A run's folder:
@@ -80,7 +80,7 @@ class Trainer:
         self._check_classes()
         if len(self.val_images) < self.world.size:
             raise ConfigError(
-                f"{len(self.val_images)} validation pictures for {self.world.size} processes; use fewer processes"
+                f"{len(self.val_images)} validation images for {self.world.size} processes; use fewer processes"
             )
         stage.to(self.device)
         if options.channels_last:
@@ -115,7 +115,7 @@ class Trainer:
                 module.compile()
 
     def _datasets(self) -> tuple[ControlledImages | CachedTokens, ControlledImages | CachedTokens]:
-        """What is trained and validated on: pictures, or their tokens where the stage takes these."""
+        """What is trained and validated on: images, or their tokens where the stage takes these."""
         options = self.options
         if not (self.stage.takes_tokens and options.token_cache):
             return self.images, self.val_images
@@ -163,8 +163,8 @@ class Trainer:
             raise checkpoint.CheckpointError(
                 f"{path}: was trained with another config; give the same model options, or another output folder"
             )
-        mine = checkpoint.parts(self.stage.model)
-        for name, module in checkpoint.parts(loaded).items():
+        mine = checkpoint.modules(self.stage.model)
+        for name, module in checkpoint.modules(loaded).items():
             mine[name].load_state_dict(module.state_dict())
         try:
             self._take_up(state)
@@ -247,7 +247,7 @@ class Trainer:
         per_epoch = len(self.data) // options.batch
         if per_epoch == 0:
             raise ConfigError(
-                f"batch is {options.batch}, but there are {len(self.data)} training pictures; make it smaller"
+                f"batch is {options.batch}, but there are {len(self.data)} training images; make it smaller"
             )
         micro = options.batch // (world.size * options.grad_accum)
         mine = [(m * world.size + world.rank) * micro for m in range(options.grad_accum)]

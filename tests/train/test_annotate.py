@@ -28,7 +28,7 @@ from car_train.data.annotator import (
     UnusableImageError,
 )
 from car_train.data.annotator_net import AnnotatorNet, normals_to_pixels
-from car_train.data.control_folder import annotate_folder, read_picture
+from car_train.data.control_folder import annotate_folder, read_image
 from car_train.data.controls import CONTROL_TYPES, NEEDS_ALPHA, make_control, on_white
 from car_train.data.dataset import ControlledImages, DataError
 from car_train.data.pretrained import WeightsError
@@ -357,7 +357,7 @@ def flattened(path: Path) -> Path:
             lambda p: identity(p, 1, [1, 1, "h", "w"]),
             r"doesn't say where its channels are|without the three channels",
         ),
-        (lambda p: identity(p, 1, [1, 1, 64, 64]), r"without the three channels of a picture; export"),
+        (lambda p: identity(p, 1, [1, 1, 64, 64]), r"without the three channels of an image; export"),
         (lambda p: identity(p, 1, ["b", "c", "h", "w"]), r"doesn't say where its channels are; give --layout"),
     ],
 )
@@ -371,9 +371,9 @@ def test_a_net_of_the_wrong_form_is_refused_when_it_is_opened(
 @pytest.mark.parametrize(
     ("make", "control_type", "message"),
     [
-        (flattened, "depth", r"output 'map' is float32 \[1, 1728\] for 1 pictures, not \[B, 1, h, w\]"),
+        (flattened, "depth", r"output 'map' is float32 \[1, 1728\] for 1 images, not \[B, 1, h, w\]"),
         (lambda p: linear(p, np.eye(3)), "depth", r"\[1, 3, 24, 24\].*for depth, or name another with --tensor"),
-        (linear, "normal", r"\[1, 1, 24, 24\] for 1 pictures, not \[B, 3, h, w\] or \[B, h, w, 3\]; export"),
+        (linear, "normal", r"\[1, 1, 24, 24\] for 1 images, not \[B, 3, h, w\] or \[B, h, w, 3\]; export"),
         (lambda p: linear(p, np.eye(3)[:2]), "hed", r"\[1, 2, 24, 24\].*not \[B, 1, h, w\]"),
     ],
 )
@@ -619,7 +619,7 @@ def test_normals_keep_their_colours_and_grey_is_written_as_grey(folder: Path, tm
         with Image.open(path) as image:
             assert (image.format, image.mode, image.size) == ("PNG", mode, (32, 32))
             shown = np.asarray(image.convert("RGB"))
-        rgba = read_picture(folder / "ant" / "thing.0.png", 32)
+        rgba = read_image(folder / "ant" / "thing.0.png", 32)
         assert_same_control(shown, make_control(rgba, control_type), control_type)
 
 
@@ -642,9 +642,7 @@ def test_pictures_are_turned_as_their_exif_says(tmp_path: Path) -> None:
     exif[0x0112] = 6  # a quarter turn clockwise
     image.save(tmp_path / "pictures" / "a" / "x.png", exif=exif)
     turned = image.transpose(Image.Transpose.ROTATE_270).resize((16, 16), Image.Resampling.LANCZOS)
-    np.testing.assert_array_equal(
-        read_picture(tmp_path / "pictures" / "a" / "x.png", 16)[..., :3], np.asarray(turned)
-    )
+    np.testing.assert_array_equal(read_image(tmp_path / "pictures" / "a" / "x.png", 16)[..., :3], np.asarray(turned))
 
 
 def test_by_default_controls_are_as_large_as_the_picture_up_to_256(tmp_path: Path) -> None:
@@ -784,7 +782,7 @@ def test_pictures_that_cannot_be_used_are_skipped_and_listed(folder: Path, tmp_p
 def test_nothing_but_unusable_pictures_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "pictures" / "a").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "a" / "x.png")
-    with pytest.raises(AnnotatorError, match=r"none of 1 pictures could be used \(a/x\.png: normal is made from"):
+    with pytest.raises(AnnotatorError, match=r"none of 1 images could be used \(a/x\.png: normal is made from"):
         annotate_folder(tmp_path / "pictures", tmp_path / "controls", make_annotator("normal"))
 
 

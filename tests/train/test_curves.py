@@ -102,7 +102,7 @@ def test_an_older_run_without_run_json_is_told_by_its_checkpoint(tmp_path: Path)
     assert found.stage == "car"
     assert found.config == model.config
     # What a checkpoint holds: a buffer would be a mistake here, a parameter left out too.
-    sizes = {name: sum(v.numel() for v in m.state_dict().values()) for name, m in checkpoint.parts(model).items()}
+    sizes = {name: sum(v.numel() for v in m.state_dict().values()) for name, m in checkpoint.modules(model).items()}
     assert found.parameters == {"total": sum(sizes.values()), "trainable": sizes["car"]}
     assert summary(found)["images_per_second"] is None
     assert write([found], tmp_path / "page.png").is_file()

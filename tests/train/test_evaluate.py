@@ -22,7 +22,7 @@ from car_train.data.dataset import ControlledImages, DataError
 from car_train.data.pretrained import DEFAULT_ROOT as WEIGHTS_ROOT
 from car_train.evaluation import evaluate
 from car_train.evaluation.controls import control_maker, silhouette
-from car_train.evaluation.evaluate import choose, open_pictures
+from car_train.evaluation.evaluate import choose, open_images
 from car_train.evaluation.features import EfficientNetLite0, Inception, import_torch_fidelity
 from car_train.evaluation.metrics import control_errors, kernel_distance, psnr
 from car_train.evaluation.options import EvalOptions, EvaluationError
@@ -248,7 +248,7 @@ def test_a_report_is_json_and_a_table(report: Any) -> None:
     plain = {k: v for k, v in report.items() if k != "sheet"}
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
     text = table(plain)
-    for words in ("PSNR", "with canny", "without control", "another's control", "with / without", "real pictures"):
+    for words in ("PSNR", "with canny", "without control", "another's control", "with / without", "real images"):
         assert words in text
 
 
@@ -387,7 +387,7 @@ def test_limits_take_random_pictures_of_the_classes_asked_for(
     checkpoints: Callable[[str], Path], pictures: Path
 ) -> None:
     wanted = options(checkpoints("var"), pictures, classes="bee,3-4", per_class=3)
-    data = open_pictures(checkpoint.load(checkpoints("var")), wanted)
+    data = open_images(checkpoint.load(checkpoints("var")), wanted)
     order = choose(data, wanted)
     assert sorted(data.files[i][1] for i in order) == [1] * 3 + [3] * 3 + [4] * 3
     assert order != sorted(order)

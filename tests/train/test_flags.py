@@ -21,7 +21,7 @@ class Options:
     data: Path = option(help="a folder")
     steps: int = option(10, "how long")
     rate: float = option(0.5)
-    sides: tuple[int, ...] = option((1, 2), flag="--patch-nums", aliases=("--sides",))
+    sides: tuple[int, ...] = option((1, 2), flag="--patch-nums", aliases=("--sides",), metavar="PATCH_NUMS")
     kind: str | None = option(None, choices=("a", "b"))
     fast: bool = option(False)
     safe: bool = option(True, "take risks")
@@ -42,7 +42,7 @@ def test_a_flag_has_its_fields_type_default_and_help(capsys: pytest.CaptureFixtu
         parse("--help")
     text = " ".join(capsys.readouterr().out.split())
     assert "--steps STEPS how long (default: 10)" in text
-    assert "--patch-nums SIDES (default: 1,2)" in text
+    assert "--patch-nums PATCH_NUMS (default: 1,2)" in text
     assert "--no-safe take risks" in text
     for hidden in ("--sides", "unlisted"):
         assert hidden not in text

@@ -87,7 +87,7 @@ def runs(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         == 0
     )
     flags = ["--base", str(root / "var"), "--control", "canny", "--encoder-widths", "8,8,16"]
-    assert train("car", pictures, root / "car", "--steps", "150", "--lr", "4e-3", *flags) == 0
+    assert train("car", pictures, root / "car", "--steps", "60", "--lr", "4e-3", *flags) == 0
     return root
 
 
@@ -249,7 +249,7 @@ def test_some_classes_train_and_the_others_are_left(runs: Path, pictures: Path, 
 def test_run_json_says_what_the_run_is(runs: Path) -> None:
     facts = json.loads((runs / "car" / "run.json").read_text())
     assert facts["stage"] == "car"
-    assert facts["options"]["steps"] == 150
+    assert facts["options"]["steps"] == 60
     assert facts["config"]["car"]["control_type"] == "canny"
     assert 0 < facts["parameters"]["trainable"] < facts["parameters"]["total"]
 
@@ -307,7 +307,7 @@ def test_a_moving_average_is_what_its_formula_says() -> None:
 
 def test_an_average_is_saved_and_validated_but_not_trained(runs: Path, pictures: Path, tmp_path: Path) -> None:
     """With a decay near 1 the saved weights trail far behind what is trained."""
-    flags = [*TOKENIZER, "--steps", "30", "--lr", "2e-3"]
+    flags = [*TOKENIZER, "--steps", "10", "--lr", "2e-3"]
     assert train("vqvae", pictures, tmp_path / "raw", *flags) == 0
     assert train("vqvae", pictures, tmp_path / "averaged", *flags, "--ema", "0.9999") == 0
     assert losses(tmp_path / "averaged") == losses(tmp_path / "raw")
