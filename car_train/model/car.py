@@ -1,6 +1,6 @@
 """CAR (arXiv 2410.04671, section 3.2): a control branch 𝓕, 𝒯, 𝓖 that steers a frozen VAR.
 
-Without its branch it is VAR. Each part of the branch has the alternatives that the paper compares in Table 3.
+Without its branch it is VAR. 𝓕, 𝒯 and 𝓖 each have the alternatives that the paper compares in Table 3.
 
 Shapes as in `var.py`; S side of a scale in tokens, f pixels per latent edge.
 """
@@ -51,7 +51,8 @@ class TokenizerEncoder(nn.Module):
     """𝓕 from the tokenizer: its encoder, frozen, and a trained 1×1 projection; shapes as `ControlEncoder`'s.
 
     A copy, so that a branch is whole without the tokenizer it came from. Nothing is quantised: the projection reads
-    the latent that the codes are nearest to. ConfigError for a tokenizer that is too narrow for one-pixel maps.
+    the latent that the codes are nearest to. ConfigError for a tokenizer that is too narrow for feature maps of one
+    pixel.
     """
 
     def __init__(self, config: VQVAEConfig, width: int):
@@ -87,16 +88,16 @@ class TokenizerEncoder(nn.Module):
 
 
 def to_maps(x_RNC: Tensor, sides: Sequence[int]) -> list[Tensor]:
-    """Tokens of whole scales → one map [R, C, S, S] per scale. Without sides the tokens are one scale's."""
+    """Tokens of whole scales → one feature map [R, C, S, S] per scale. Without sides the tokens are one scale's."""
     sides = sides or (math.isqrt(x_RNC.shape[1]),)
-    parts = x_RNC.split([s * s for s in sides], 1) if len(sides) > 1 else (x_RNC,)
-    return [part.unflatten(1, (s, s)).permute(0, 3, 1, 2) for part, s in zip(parts, sides, strict=True)]
+    segments = x_RNC.split([s * s for s in sides], 1) if len(sides) > 1 else (x_RNC,)
+    return [segment.unflatten(1, (s, s)).permute(0, 3, 1, 2) for segment, s in zip(segments, sides, strict=True)]
 
 
 def to_tokens(maps: Sequence[Tensor]) -> Tensor:
-    """The inverse of `to_maps`: maps [R, C, S, S] → [R, N, C]."""
-    parts = [m.flatten(2).transpose(1, 2) for m in maps]
-    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+    """The inverse of `to_maps`: feature maps [R, C, S, S] → [R, N, C]."""
+    segments = [m.flatten(2).transpose(1, 2) for m in maps]
+    return torch.cat(segments, 1) if len(segments) > 1 else segments[0]
 
 
 def tokens_first(x_RNC: Tensor) -> Tensor:
@@ -105,10 +106,10 @@ def tokens_first(x_RNC: Tensor) -> Tensor:
 
 
 class ConvBlock(nn.Module):
-    """A block of the convolutional 𝒯: c + conv3(SiLU(LN(conv3(c)))) on each scale's map, the norm in float32.
+    """A block of the convolutional 𝒯: c + conv3(SiLU(LN(conv3(c)))) on each scale's feature map, the norm in float32.
 
     No attention: a scale sees nothing of the others, and the class only by way of its inputs. The norm is over the
-    channels of one token, because the first map is a single pixel: a group norm of as many groups as channels would
+    channels of one token, because the first scale is a single pixel: a group norm of as many groups as channels would
     leave nothing of it.
     """
 
@@ -189,9 +190,9 @@ class CrossNormFusion(nn.Module):
 def cross_normalise(c: Tensor, x: Tensor) -> Tensor:
     """c with the mean and variance of x, both over the channels of one token, f32.
 
-    ControlNeXt takes them over a whole feature map. A map of all tokens would show a coarse scale what the finer ones
-    hold, and one of a single scale has one token at first; over a token's channels, as in every other norm of this
-    model, teacher forcing and sampling compute the same.
+    ControlNeXt takes them over a whole feature map. A feature map of all tokens would show a coarse scale what the
+    finer ones hold, and one of a single scale has one token at first; over a token's channels, as in every other norm
+    of this model, teacher forcing and sampling compute the same.
     """
     mean = x.mean(-1, keepdim=True)
     deviation = ((x - mean).square().mean(-1, keepdim=True) + EPS).sqrt()
@@ -234,7 +235,7 @@ class ControlBranch(nn.Module):
     def initialise(self, base: VAR, vqvae: VQVAE) -> None:
         """𝒯 from the base's first half (paper), 𝓕 from the tokenizer if it is its encoder, 𝓖 so that c hardly counts.
 
-        So the first pictures are the base's.
+        So the first images are the base's.
         """
         if isinstance(self.encoder, TokenizerEncoder):
             self.encoder.initialise(vqvae)
@@ -244,7 +245,7 @@ class ControlBranch(nn.Module):
             fusion.initialise()
 
     def requires_grad_(self, requires_grad: bool = True) -> ControlBranch:
-        """Let the branch train, or not. The tokenizer's part of it never does."""
+        """Let the branch train, or not. The tokenizer's encoder in it never does."""
         super().requires_grad_(requires_grad)
         if isinstance(self.encoder, TokenizerEncoder):
             self.encoder.freeze()
@@ -271,10 +272,11 @@ class ControlBranch(nn.Module):
         """`features` and `inject` of all scales `sides` at once, f32 [R, L, C].
 
         start, inputs: as the base's blocks get them, but before `embedding`, which is linear: it goes into the
-        kernel, so that the convolution has Z + 1 channels (the last is one: the bias, within the map) instead of C.
+        kernel, so that the convolution has Z + 1 channels (the last is one: the bias, within the feature map) instead
+        of C.
         """
         dtype, Z = self.input_conv.weight.dtype, embedding.in_features
-        # The first map is one pixel, of which only the kernel's middle sees anything: columns of the same product.
+        # The first scale is one pixel, of which only the kernel's middle sees anything: columns of the same product.
         columns = torch.cat([embedding.weight, embedding.bias[:, None], start_R1C[:, 0].T.to(dtype)], 1)
         kernel_O33E = linear(self.input_conv.weight.permute(0, 2, 3, 1), columns.T)
         bias = self.input_conv.get_parameter("bias")

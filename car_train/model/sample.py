@@ -2,7 +2,7 @@
 
 It is also the sampling definition of the exported graphs.
 
-Randomness comes in as one uniform number per token, so that every backend draws the same picture from the same seed.
+Randomness comes in as one uniform number per token, so that every backend draws the same image from the same seed.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def draw(logits_NV: Tensor, uniforms_N: Tensor, top_k: Tensor, top_p: Tensor) ->
 
 
 def control_pyramid(control: Image.Image, sizes: Sequence[int]) -> list[Tensor]:
-    """A control picture at every scale's size, f32 [1, 3, s, s] in [-1, 1].
+    """A control image at every scale's size, f32 [1, 3, s, s] in [-1, 1].
 
     Pillow's default filter, as the published data loader.
     """
@@ -103,7 +103,7 @@ def sample(
         if controls is not None:
             assert model.branch is not None, "controls given to a model without a control branch"
             features = model.branch.features(controls[k])
-            # The control reaches both guidance rows; one control for all pictures broadcasts.
+            # The control reaches both guidance rows; one control for all images broadcasts.
             own = features.shape[0] > 1
             c = model.branch.inject(x_RSSC, features.repeat(R // B, 1, 1) if own else features)
         logits_RNV = model.trunk(x_RSSC.flatten(1, 2), c, position[start:stop], modulation, cache)

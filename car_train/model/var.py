@@ -1,11 +1,11 @@
 """The VAR transformer (arXiv 2404.02905, section 3.3): next-scale prediction with AdaLN conditioning.
 
-Shapes: R rows (pictures, or twice as many with classifier-free guidance), N tokens of this call, T tokens seen (past
-and present), L tokens of a picture, C width, H heads, d = C/H, V vocabulary, Z latent channels, D depth,
+Shapes: R rows (images, or twice as many with classifier-free guidance), N tokens of this call, T tokens seen (past
+and present), L tokens of an image, C width, H heads, d = C/H, V vocabulary, Z latent channels, D depth,
 M = modulation rows.
 
-Types: the residual stream, norms, softmax and logits are float32 whatever the weights are; matrix products run in the
-weights' type. In float32 all the casts vanish.
+Types: the residual stream, norms, softmax and logits are float32 whatever the weights are; matrix products run in
+the weights' type. In float32 all the casts vanish.
 """
 
 from __future__ import annotations
@@ -91,9 +91,9 @@ class Attention(nn.Module):
 
     @staticmethod
     def _teacher_forced(q_RNHd: Tensor, k_RNHd: Tensor, v_RNHd: Tensor, sides: Sequence[int]) -> Tensor:
-        """Block-causal attention: each scale looks at its own prefix, and no product is masked away.
+        """Block-causal attention: each scale looks at its own prefix, and nothing computed is masked away.
 
-        At the published sides that is 62 % of the products of the masked [L, L] square, and every call takes the
+        At the published sides that is 62 % of the work of the masked [L, L] square, and every call takes the
         kernel for full attention. The coarse scales are one small masked square: one call costs less than many.
         """
         q, k, v = (t.transpose(1, 2) for t in (q_RNHd, k_RNHd, v_RNHd))
@@ -121,6 +121,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers around GELU(tanh): [..., C] → the same; the hidden width is `ratio`·C."""
+
     def __init__(self, width: int, ratio: int):
         super().__init__()
         self.fc1, self.fc2 = Linear(width, ratio * width), Linear(ratio * width, width)
@@ -142,7 +144,9 @@ def drop_path(x: Tensor, rate: float) -> Tensor:
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
-    """LN(x)·(1 + scale) + shift in float32, then cast to the type of the product that follows."""
+    """LN(x)·(1 + scale) + shift in float32, then cast to `dtype`, that of the matrix product that follows.
+
+    x: [..., C], any float type. scale, shift: f32, broadcast against x."""
     return (F.layer_norm(x.float(), x.shape[-1:], eps=EPS) * (1 + scale) + shift).to(dtype)
 
 

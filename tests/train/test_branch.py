@@ -60,7 +60,7 @@ def new_model(parts: Parts, depth: int = 4) -> Model:
 
 
 def batch(model: Model) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Labels, teacher's inputs and controls of two pictures."""
+    """Labels, teacher's inputs and controls of two images."""
     config, generator = model.config.vqvae, torch.Generator().manual_seed(5)
     grids = [torch.randint(config.vocab, (2, s, s), generator=generator) for s in config.sides]
     sizes = [s * config.patch for s in config.sides]
