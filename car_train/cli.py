@@ -337,7 +337,7 @@ def _new_stage(args: argparse.Namespace) -> Stage:
         encoder_widths=widths,
         encoder_strides=(2,) * halvings + (1,) * (len(widths) - 1 - halvings),
     )
-    return TransformerStage(add_branch(base, branch))
+    return TransformerStage(add_branch(base, branch), fresh=args.init is None and not args.resume)
 
 
 def sample(args: argparse.Namespace) -> Path:

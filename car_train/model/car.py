@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from car_train.config import CARConfig, ConfigError, ModelConfig, VQVAEConfig
 from car_train.model.kernels import Linear, convolve, linear
-from car_train.model.var import EPS, VAR, Block, Cache, module_list
+from car_train.model.var import EPS, VAR, Block, Cache, drop_path_rates, module_list
 from car_train.model.vqvae import VQVAE, Encoder
 
 
@@ -129,6 +129,10 @@ class ConvBlock(nn.Module):
         return self.conv2(F.silu(h).to(dtype).permute(0, 3, 1, 2)).float()
 
 
+LITTLE = 0.003
+"""Of a fresh branch, the share in what a concat fusion passes on."""
+
+
 class ConcatFusion(nn.Module):
     """𝓖: x ← Linear(LayerNorm([x, c])), the norm in float32."""
 
@@ -137,12 +141,22 @@ class ConcatFusion(nn.Module):
         self.norm, self.linear = nn.LayerNorm(2 * width, eps=EPS), Linear(2 * width, width)
 
     @torch.no_grad()
-    def initialise(self) -> None:
-        """Start as "x, a little of c"."""
-        C = self.linear.out_features
-        nn.init.trunc_normal_(self.linear.weight, std=0.02)
-        self.linear.weight[:, :C] += torch.eye(C)
+    def initialise(self, deviation: float = 1.0) -> None:
+        """Start as "x, a little of c".
+
+        deviation: what the norm divides x by. `linear` multiplies it back, else the blocks that follow would see x at
+        another size than they know.
+        """
+        C, device = self.linear.out_features, self.linear.weight.device
+        self.norm.reset_parameters()
+        self.linear.weight[:, :C] = deviation * torch.eye(C, device=device)
+        nn.init.normal_(self.linear.weight[:, C:], std=LITTLE * deviation / math.sqrt(C))
         nn.init.zeros_(self.linear.bias)
+
+    def calibrate(self, x: Tensor, c: Tensor) -> None:
+        """`initialise` for what is met here, f32 [R, N, C] each: the mean joint deviation of x and c over tokens."""
+        both = torch.cat([x, c], -1).float()
+        self.initialise((both.var(-1, correction=0) + EPS).sqrt().mean().item())
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         both = torch.cat([x, c], -1).float()
@@ -208,12 +222,13 @@ class ControlBranch(nn.Module):
         assert config.car is not None, "config.car"
         self.config = config.car
         car, var, C, depth = config.car, config.var, config.var.C, config.var.depth // 2
+        rates = iter(drop_path_rates(var.drop_path_rate, var.depth))  # as the blocks of the base's first half
         encoders: dict[str, Callable[[], ControlEncoder | TokenizerEncoder]] = {
             "conv": lambda: ControlEncoder(car, C),
             "vqvae": lambda: TokenizerEncoder(config.vqvae, C),
         }
         blocks: dict[str, Callable[[], Block | ConvBlock]] = {
-            "blocks": lambda: Block(var, 0.0),
+            "blocks": lambda: Block(var, next(rates)),
             "conv": lambda: ConvBlock(C),
         }
         fusions: dict[str, Callable[[int], ConcatFusion | ZeroFusion | CrossNormFusion]] = {
@@ -235,7 +250,8 @@ class ControlBranch(nn.Module):
     def initialise(self, base: VAR, vqvae: VQVAE) -> None:
         """𝒯 from the base's first half (paper), 𝓕 from the tokenizer if it is its encoder, 𝓖 so that c hardly counts.
 
-        So the first images are the base's.
+        With the fusions "zero" and "cross_norm" the model then computes exactly what its base does; "concat" comes
+        close once it is calibrated (`calibrate_fusion`).
         """
         if isinstance(self.encoder, TokenizerEncoder):
             self.encoder.initialise(vqvae)
@@ -326,6 +342,17 @@ class CAR(nn.Module):
         """Number of K/V pairs in a cache: base blocks first, then the branch's."""
         return len(self.base.blocks) + len(self.branch_blocks)
 
+    def set_drop_path(self, rate: float) -> None:
+        """Stochastic depth in base and branch from here on: `rate` at the base's last block, 0 switches it off.
+
+        Blocks drop in training mode alone. A frozen base drops too while its branch trains, so put the whole of this
+        module in training mode, and not the branch alone.
+        """
+        rates = drop_path_rates(rate, len(self.base.blocks))
+        for blocks in (self.base.blocks, self.branch_blocks):
+            for block, block_rate in zip(blocks, rates, strict=False):
+                block.drop_path_rate = block_rate
+
     def modulations(self, label_R: Tensor) -> Tensor:
         """AdaLN of everything that depends on the class alone, f32 [R, M, C]."""
         return self.base.modulations(label_R, self.branch_blocks)
@@ -379,3 +406,28 @@ class CAR(nn.Module):
             assert self.branch is not None, "controls given to a model without a control branch"
             c = self.branch.inject_all(start, inputs_BlZ, base.word_embedding, controls, base.sides)
         return self.trunk(x, c, base.position(), self.modulations(label_B), sides=base.sides)
+
+
+@torch.no_grad()
+def calibrate_fusion(car: CAR, label_B: Tensor, inputs_BlZ: Tensor, controls: Sequence[Tensor]) -> None:
+    """Let a fresh branch start as its base, whatever its fusion is; leaves the model in eval mode.
+
+    label, inputs, controls: one batch, as `CAR.forward` takes it. A concat fusion is given the deviation that it
+    meets there, fusion after fusion in one pass, so that each is measured behind the calibrated ones before it. The
+    other fusions start as the base by themselves.
+    """
+    assert car.branch is not None, "calibrate_fusion needs a branch"
+    car.eval()
+
+    def calibrate(fusion: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+        assert isinstance(fusion, ConcatFusion)
+        fusion.calibrate(*inputs)
+
+    concats = [fusion for fusion in car.branch.fusions if isinstance(fusion, ConcatFusion)]
+    hooks = [fusion.register_forward_pre_hook(calibrate) for fusion in concats]
+    try:
+        if hooks:
+            car(label_B, inputs_BlZ, controls)
+    finally:
+        for hook in hooks:
+            hook.remove()
