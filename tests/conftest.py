@@ -15,7 +15,7 @@ from fixtures.golden import Golden, save_official
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", params=["tiny", "ten"])
+@pytest.fixture(scope="session", params=["tiny", "ten", "tiny_saln"])
 def golden(request: pytest.FixtureRequest) -> Golden:
     return Golden(request.param)
 

@@ -117,8 +117,10 @@ def test_guided_logits_of_a_greedy_run(golden: Golden, models: Callable[..., Mod
     assert_close(logits[..., ::stride], expected)
 
 
+@pytest.mark.parametrize("name", ["tiny", "tiny_saln"])
 @pytest.mark.parametrize("control", [False, True], ids=["var", "car"])
-def test_teacher_forced_logits(tiny: Golden, models: Callable[..., Model], control: bool) -> None:
+def test_teacher_forced_logits(name: str, models: Callable[..., Model], control: bool) -> None:
+    tiny = Golden(name)
     model = models(tiny)
     assert model.car is not None
     controls = [
