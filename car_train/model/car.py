@@ -40,7 +40,7 @@ class ControlEncoder(nn.Module):
         return self.scales([x])[0]
 
     def scales(self, controls: Sequence[Tensor]) -> list[Tensor]:
-        """The features of the control images of several scales, one batch each."""
+        """`forward` of several scales at once: [B, 3, S·f, S·f] each → [B, C, S, S] each."""
         maps = list(controls)
         for conv in (self.conv_in, *self.steps):
             maps = [F.silu(m) for m in convolve(conv.weight, conv.bias, maps, conv.stride[0])]
@@ -83,7 +83,7 @@ class TokenizerEncoder(nn.Module):
         return self.proj(self.quant_conv(self.encoder(x)))
 
     def scales(self, controls: Sequence[Tensor]) -> list[Tensor]:
-        """The features of the control images of several scales, one batch each."""
+        """`forward` of several scales at once: [B, 3, S·f, S·f] each → [B, C, S, S] each."""
         return [self(control) for control in controls]
 
 
