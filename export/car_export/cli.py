@@ -77,6 +77,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--top-p", type=float, default=0.95, help="default top-p of the plan, 0 = off (default: 0.95)"
     )
+    parser.add_argument(
+        "--more-smooth", action="store_true", help="let requests ask for smoother images: codes mixed by Gumbel noise"
+    )
     parser.add_argument("--class-names", type=Path, help="text file with one class name per line")
     parser.add_argument("--verify", action="store_true", help="don't build: compare the existing plan with the model")
     parser.add_argument(
@@ -215,6 +218,7 @@ def run(args: argparse.Namespace) -> Path:
         cfg=args.cfg,
         top_k=args.top_k,
         top_p=args.top_p,
+        more_smooth=args.more_smooth,
         class_names=names,
     )
     model, sources = load_model(args)
