@@ -240,9 +240,11 @@ def _export(source: Source, precision: str, batches: tuple[int, ...], plan: Path
 def _key(config: ModelConfig) -> str:
     """Of the sizes and of the code that makes the graphs and the weights, 12 hex digits."""
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
-    model = [ROOT / "car_train" / f"{name}.py" for name in ("car", "model", "quantizer", "sample", "var", "vqvae")]
-    exporter = ("edits", "graphs", "plan", "trace", "weights")
-    export = [ROOT / "export" / "car_export" / f"{name}.py" for name in exporter]
+    model = sorted((ROOT / "car_train" / "model").glob("*.py"))
+    export = [
+        ROOT / "export" / "car_export" / f"{name}.py"
+        for name in ("graph_utils", "graphs", "plan", "trace", "weights")
+    ]
     for path in (*export, *model):
         digest.update(path.read_bytes())
     digest.update(inspect.getsource(make_up).encode())
