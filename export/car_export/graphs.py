@@ -1,4 +1,4 @@
-"""Tracing wrappers: the model as the graphs of a plan (docs/plan-format.md). The model itself knows nothing of ONNX.
+"""Tracing wrappers: the model as a plan's graphs (docs/reference/plan-format.md). The model knows nothing of ONNX.
 
 Shapes: R transformer rows, B images, S side of this scale, T side of the next, P past tokens, C width, Z latent
 channels, E edge of f̂, H heads, d head width, V vocabulary, M modulation rows, L tokens of an image.
@@ -68,7 +68,7 @@ class ConditionGraph(nn.Module):
 class StepGraph(nn.Module):
     """One scale of the loop (CAR algorithm 1).
 
-    Inputs and outputs as docs/plan-format.md lists them.
+    Inputs and outputs as docs/reference/plan-format.md lists them.
     """
 
     def __init__(self, model: Model, has_past: bool = True, more_smooth: bool = False):

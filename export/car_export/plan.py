@@ -1,4 +1,4 @@
-"""Write a plan (docs/plan-format.md).
+"""Write a plan (docs/reference/plan-format.md).
 
 Trace the graphs, store the weights once, write the manifest, verify, then rename into place.
 """
