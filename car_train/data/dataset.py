@@ -4,9 +4,9 @@
       cat/a.jpg, cat/b.png        cat/a.png, cat/b.png
       dog/…                       dog/…
 
-What an image becomes, here and in `car_runtime.controls` alike: RGBA, turned as its EXIF says, stretched to the
-model's size with LANCZOS (Pillow, premultiplied), composited on white. Controls made on the fly come from that very
-square. Stretching is what the runtime does to control images, so what is trained is what will be asked.
+What an image becomes, here and in `car_runtime.controls` alike: RGBA, turned as its EXIF says, brought to the model's
+square (`images.fitted`: its middle, unless told otherwise) with LANCZOS (Pillow, premultiplied), composited on white.
+Controls made on the fly come from that very square; control files are read as the runtime reads them.
 """
 
 import fnmatch
@@ -19,14 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from car_train.data.controls import CONTROL_TYPES, NEEDS_ALPHA, make_control, on_white
+from car_train.conventions import CONTROL_TYPES, FITS, PRESETS, ControlConvention
+from car_train.data.controls import NEEDS_ALPHA, make_control, on_white
+from car_train.data.images import EXTENSIONS, UNREADABLE, fitted, open_image, open_map
 from car_train.errors import UserError
 
-EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 VAL_SHARE = 0.05
 SPLITS = ("train", "val", "all")
 
@@ -53,6 +54,8 @@ class ControlledImages(Dataset[dict[str, Any]]):
                   named images of different classes (one emoji in three styles) on the same side.
     control_type: one of `CONTROL_TYPES`, made on the fly after augmentation. With `control_root`: what the files
                   there show, so that a mirrored normal map has its x turned round.
+    convention:   how these are made and read; default: the published one of `control_type`.
+    fit:          how an image of another aspect becomes a square: "crop", "pad" or "stretch".
     control_root: a folder with a control image for every image, but for those that its `skipped.txt` lists.
     augment:      mirror, shift and scale at random, from (seed, epoch, index) alone: a resumed run sees the same
                   images.
@@ -79,13 +82,19 @@ class ControlledImages(Dataset[dict[str, Any]]):
         seed: int = 0,
         preload: bool = True,
         classes: str | None = None,
+        convention: ControlConvention | None = None,
+        fit: str = FITS[0],
     ) -> None:
         if split not in SPLITS:
             raise DataError(f"no split {split!r}; choose one of: {', '.join(SPLITS)}")
         if control_type is not None and control_type not in CONTROL_TYPES:
             raise DataError(f"no control type {control_type!r}; choose one of: {', '.join(CONTROL_TYPES)}")
+        if fit not in FITS:
+            raise DataError(f"no fit {fit!r}; choose one of: {', '.join(FITS)}")
         self.root = Path(root).expanduser()
         self.image_size = image_size
+        self.fit = fit
+        self.convention = convention or (None if control_type is None else PRESETS[control_type])
         self.control_type = control_type
         self.augment = augment
         self.seed = seed
@@ -151,29 +160,30 @@ class ControlledImages(Dataset[dict[str, Any]]):
                 made[..., 0] = 255 - made[..., 0]
             item["control"] = torch.from_numpy(made)
         elif self.control_type is not None:
-            item["control"] = torch.from_numpy(make_control(rgba, self.control_type))
+            assert self.convention is not None
+            item["control"] = torch.from_numpy(make_control(rgba, self.convention))
         return item
 
     def _load(self, index: int) -> tuple[Pixels, Pixels | None]:
         """(RGBA, control file's RGB if any), squares; from memory where they are preloaded."""
         if self._images is not None:
             return self._images[index], None if self._controls is None else self._controls[index]
-        image = self._read(self.files[index][0], "RGBA")
+        image = self._square(open_image(self.files[index][0]).convert("RGBA"))
         if self.control_files is not None:
-            return image, self._read(self.control_files[index], "RGB")
+            ground = self.convention.ground if self.convention else (0, 0, 0)
+            return image, self._square(open_map(self.control_files[index], ground), ground)
         if self.control_type in NEEDS_ALPHA and not has_alpha(image):
             raise DataError(f"no alpha channel, which {self.control_type!r} is made from; give control_root")
         return image, None
 
-    def _read(self, path: Path, mode: str) -> Pixels:
-        with Image.open(path) as opened:
-            image = to_8_bits(ImageOps.exif_transpose(opened)).convert(mode)
+    def _square(self, image: Image.Image, margin: Sequence[int] = (255, 255, 255)) -> Pixels:
         # Augmented images keep up to twice the side, so that zooming in does not blur them; the others take the
         # model's size in one step, as the runtime does it.
         side = self.image_size
         if self.augment:
-            side = min(max(image.size), 2 * self.image_size)
-        return np.asarray(image.resize((side, side), Image.Resampling.LANCZOS))
+            edge = min(image.size) if self.fit == "crop" else max(image.size)
+            side = min(edge, 2 * self.image_size)
+        return np.asarray(fitted(image, side, self.fit, margin))
 
     def _preload(self) -> None:
         images: list[Pixels] = []
@@ -198,10 +208,6 @@ class ControlledImages(Dataset[dict[str, Any]]):
         if self.control_files is not None:
             self.control_files = [self.control_files[i] for i in kept]
         self._images, self._controls = images, controls or None
-
-
-# What Pillow raises on damaged files.
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 def find_images(root: Path) -> tuple[list[str], list[tuple[Path, int]]]:
@@ -297,28 +303,6 @@ def split_of(path: Path) -> str:
     """ "train" or "val", from the file's name without folder and extension alone."""
     digest = hashlib.sha256(path.stem.encode("utf-8")).digest()
     return "val" if int.from_bytes(digest[:8], "big") < VAL_SHARE * 2**64 else "train"
-
-
-def to_8_bits(image: Image.Image) -> Image.Image:
-    """16-bit and 32-bit grey (depth maps) from 0…65535, float grey from 0…1; Pillow alone would clip at 255."""
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        return image
-    top = 1.0 if image.mode == "F" else 65535.0
-    return Image.fromarray(np.rint(np.clip(np.asarray(image, np.float64) / top, 0, 1) * 255).astype(np.uint8))
-
-
-def load_control(path: str | Path) -> Image.Image:
-    """A control image for the reference sampler, read as the runtime reads it.
-
-    Turned as its EXIF says, deep grey scaled to 8 bits, transparent parts on black. Raises DataError.
-    """
-    try:
-        with Image.open(path) as opened:
-            image = to_8_bits(ImageOps.exif_transpose(opened)).convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: not a readable image ({error}); give an image such as a PNG") from error
-    black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-    return Image.alpha_composite(black, image).convert("RGB")
 
 
 def has_alpha(rgba: Pixels) -> bool:

@@ -65,6 +65,8 @@ def open_images(model: Model, options: EvalOptions) -> ControlledImages:
         config.vqvae.image_size,
         split=options.split,
         control_type=config.car.control_type if config.car else None,
+        convention=config.car.control_convention if config.car else None,
+        fit=options.fit,
         control_root=options.control_root,
         preload=False,
     )

@@ -73,6 +73,8 @@ class Trainer:
         size = stage.model.config.vqvae.image_size
         common: dict[str, Any] = {
             "control_type": stage.control_type,
+            "convention": stage.convention,
+            "fit": options.fit,
             "control_root": options.control_root,
             "seed": options.seed,
             "preload": options.preload,
