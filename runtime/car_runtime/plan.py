@@ -19,7 +19,7 @@ from pathlib import Path
 from threading import Lock
 from time import perf_counter
 from types import TracebackType
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -308,9 +308,13 @@ class Plan:
             raise RequestError("there are no images to encode; give at least one")
         return np.concatenate([self._encode_one(source) for source in sources])
 
-    def known_mask(self, repaint: Any) -> NDArray[np.bool_]:
-        """The tokens to keep, bool [L], when the pixels where `repaint` (bool [H, W]) is true are to be made anew."""
-        return known_mask_of(repaint, self.manifest.scales)
+    def known_mask(self, repaint: Any, rule: Literal["published", "strict"] = "published") -> NDArray[np.bool_]:
+        """The tokens to keep, bool [L], when the pixels where `repaint` (bool [H, W]) is true are to be made anew.
+
+        rule: "published", as VAR's zero-shot editing does it, or "strict", by the area of every token; see
+        `car_runtime.request.known_mask_of`. Raises RequestError.
+        """
+        return known_mask_of(repaint, self.manifest.scales, rule)
 
     def _encode_one(self, source: image_io.Source) -> NDArray[np.int64]:
         size = self.manifest.model.image_size
