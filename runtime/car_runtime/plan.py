@@ -10,6 +10,7 @@ per image; H, W pixels; E side of f̂; Z latent channels; V vocabulary.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from threading import Lock
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Literal, overload
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -183,6 +185,8 @@ class Plan:
         self._idle: list[LoopBuffers] = []
         self._lock = Lock()
         self._closed = False
+        self._opened_in = os.getpid()
+        _OPEN.add(self)
 
     @property
     def backend_name(self) -> str:
@@ -207,7 +211,9 @@ class Plan:
         self.close()
 
     def close(self) -> None:
-        """Free the engine and all buffers. Closing twice does nothing."""
+        """Free the engine and all buffers. Closing twice does nothing, as does closing in a forked process."""
+        if self._is_forked:
+            return
         self._closed = True
         self.forget()
         with self._lock:
@@ -216,7 +222,8 @@ class Plan:
 
     def forget(self) -> None:
         """Drop what is kept of control images and classes: the next call computes them anew, as the first one did."""
-        self._conditioning.forget()
+        if not self._is_forked:
+            self._conditioning.forget()
 
     @overload
     def generate(
@@ -367,6 +374,7 @@ class Plan:
                     finally:
                         if watched and not self._closed:
                             scale._keep()
+                    self._check_process()
 
     @contextmanager
     def _buffers(self, B: int, R: int, logits: bool) -> Iterator[LoopBuffers]:
@@ -390,6 +398,7 @@ class Plan:
             self._backend.run("decoder", {"f_hat": f_hat[i : i + 1]}, {"image": image[i : i + 1]})
 
     def _preview(self, f_hat_BZEE: NDArray[np.float32]) -> NDArray[np.uint8]:
+        self._check_open()
         size = self.manifest.model.image_size
         f_hat = self._backend.allocate(f_hat_BZEE.shape, "float32")
         image = self._backend.allocate((len(f_hat_BZEE), size, size, 3), "uint8")
@@ -405,9 +414,40 @@ class Plan:
         buffer: Buffer | None = getattr(step, name)
         return None if buffer is None else self._backend.read(buffer)
 
+    @property
+    def _is_forked(self) -> bool:
+        """Whether this is a copy, made by a fork, of a plan that another process opened."""
+        return self._opened_in != os.getpid()
+
+    def _check_process(self) -> None:
+        if self._is_forked:
+            raise RequestError(
+                f"the plan {self.manifest.name!r} was opened in another process, whose engine does not work here; "
+                "open it again here with open_plan"
+            )
+
     def _check_open(self) -> None:
+        self._check_process()
         if self._closed:
             raise RequestError(f"the plan {self.manifest.name!r} is closed; open it again with open_plan")
+
+
+_OPEN: WeakSet[Plan] = WeakSet()
+
+
+def _abandon_open_plans() -> None:
+    """In a forked child: plans of the parent are marked closed, and kept for good.
+
+    An engine that is freed waits for its threads, or speaks to its GPU, and the child has neither: it would hang,
+    even if it just ended. A reference that nobody gives back keeps all that a plan holds.
+    """
+    for plan in _OPEN:
+        plan._closed, plan._lock = True, Lock()  # which a thread may hold that is not here
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(plan))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_open_plans)
 
 
 def _load_constants(root: Path, manifest: Manifest, backend: Backend) -> list[dict[str, Buffer]]:
