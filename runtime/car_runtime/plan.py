@@ -195,8 +195,11 @@ class Plan:
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """Names of the classes in the order of their indices, or None where the plan has none."""
-        return self.manifest.model.class_names
+        """Names of the classes in the order of their indices, or None where the plan has none.
+
+        Of 1,000 classes without names: ImageNet's.
+        """
+        return self.manifest.model.names
 
     def backend_report(self) -> dict[str, Any]:
         """What the backend says of itself: engine and version, memory in bytes, precision, captured graphs …"""

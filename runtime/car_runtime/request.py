@@ -166,7 +166,7 @@ def resolve_label(manifest: Manifest, label: int | str | None) -> int:
     if label is None:
         return classes
     if isinstance(label, str):
-        found = _by_name(manifest.model.class_names or (), label)
+        found = _by_name(manifest.model.names or (), label)
         if len(found) > 1:
             raise RequestError(
                 f"class {label!r} means any of {', '.join(map(str, found))}; give one of these indices"
@@ -191,7 +191,7 @@ def _by_name(names: Sequence[str], wanted: str) -> list[int]:
 
 
 def _near(manifest: Manifest, label: str) -> str:
-    names = manifest.model.class_names
+    names = manifest.model.names
     last = manifest.model.classes - 1
     if names is None:
         return f", since this plan has no class names; give an index, 0…{last}"

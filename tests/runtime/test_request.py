@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,30 @@ def test_a_plan_without_names_takes_indices_alone(manifest: Manifest) -> None:
     assert resolve_label(nameless, "2") == 2
     with pytest.raises(RequestError, match="no class names; give an index"):
         resolve_label(nameless, "cat")
+
+
+def test_a_plan_of_1000_classes_without_names_has_those_of_imagenet(manifest: Manifest) -> None:
+    imagenet = replace(manifest, model=replace(manifest.model, classes=1000, class_names=None))
+    names = imagenet.model.names
+    assert names is not None
+    assert len(names) == len(set(names)) == 1000
+    assert all(name == name.strip() and name for name in names)
+    for index, name in {
+        0: "tench",
+        1: "goldfish",
+        207: "golden retriever",
+        281: "tabby",
+        999: "toilet tissue",
+    }.items():
+        assert names[index] == name
+        assert resolve_label(imagenet, name) == index
+    # What a result says of its class means that class again, though some names begin alike.
+    assert [resolve_label(imagenet, name) for name in names] == list(range(1000))
+    with pytest.raises(RequestError, match="did you mean 'golden retriever'"):
+        resolve_label(imagenet, "golden retreiver")
+    own = tuple(f"class {i}" for i in range(1000))
+    assert replace(imagenet.model, class_names=own).names == own
+    assert json.loads(imagenet.to_json())["model"]["class_names"] is None
 
 
 def test_known_tokens_are_read_only_where_the_mask_is_true(manifest: Manifest) -> None:

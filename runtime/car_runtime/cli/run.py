@@ -168,7 +168,7 @@ def _stdin() -> io.BytesIO:
 
 
 def _print_classes(manifest: Manifest, as_json: bool) -> None:
-    names = manifest.model.class_names
+    names = manifest.model.names
     if names is None:
         last = manifest.model.classes - 1
         raise RequestError(f"the plan {manifest.name!r} has no class names; give an index, 0…{last}")
@@ -178,7 +178,7 @@ def _print_classes(manifest: Manifest, as_json: bool) -> None:
 
 def _settings_report(manifest: Manifest, request: Request) -> dict[str, Any]:
     """Class, sampling settings and what isn't exact, such that giving them again makes the same image."""
-    names, index = manifest.model.class_names, request.label
+    names, index = manifest.model.names, request.label
     known = index < manifest.model.classes
     return {
         "class": {"index": index, "name": names[index] if names else None} if known else None,
