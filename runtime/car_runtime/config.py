@@ -81,11 +81,6 @@ class GenerationConfig:
         metadata=_flag("sampling", "-n, --num N", int, "images, with seeds SEED … SEED+N-1 (default: 1)"),
     )
     """Number of images, 1…1024."""
-    preset: str | None = field(
-        default=None,
-        metadata=_flag("sampling", "--preset NAME", str, "guidance, top-k, top-p of: car, var-fid, plan (default)"),
-    )
-    """Where `cfg`, `top_k`, `top_p` come from if they are None, by name (`PRESETS`): "car", "var-fid", or "plan"."""
     cfg: float | None = field(
         default=None,
         metadata=_flag("sampling", "--cfg G", float, "classifier-free guidance; 0 = off, twice as fast"),
@@ -100,6 +95,11 @@ class GenerationConfig:
         metadata=_flag("sampling", "--top-p P", float, "draw within this share of probability; 0 = all"),
     )
     """0…1: draw among the most probable codes that hold this share of the probability; 0 turns it off."""
+    preset: str | None = field(
+        default=None,
+        metadata=_flag("sampling", "--preset NAME", str, "guidance, top-k, top-p of: car, var-fid, plan (default)"),
+    )
+    """Where `cfg`, `top_k`, `top_p` come from if they are None, by name (`PRESETS`): "car", "var-fid", or "plan"."""
     more_smooth: bool = field(
         default=False,
         metadata=_flag("sampling", "--more-smooth", bool, "smoother images, of a plan exported with --more-smooth"),
