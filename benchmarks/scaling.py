@@ -148,7 +148,7 @@ def train(plan: Plan, size: Size, folder: Path) -> None:
         keep=1,
     )
     trainer = Trainer(stage, options)
-    if any(folder.glob("step-*")):
+    if checkpoint.of_run(folder):
         trainer.resume()
     trainer.run()
 

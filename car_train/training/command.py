@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser, stage: str) -> None:
 
 def run(args: argparse.Namespace) -> Path:
     """Train; returns the last checkpoint. Raises what makes up `UserError`."""
-    if not args.resume and list(args.output.glob("step-*")):
+    if not args.resume and checkpoint.of_run(args.output):
         raise ConfigError(f"{args.output} holds a run already; add --resume to continue it, or give another folder")
     lr = {} if args.lr_per_256 is None else {"lr": args.lr_per_256 * args.batch / 256}
     options = TrainOptions(**given(args, TrainOptions) | lr)

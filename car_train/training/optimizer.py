@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from car_train.model import decays
 from car_train.training.options import TrainOptions
-
-NOT_DECAYED = ("embedding", "pos_", "level_", "log_scale", "ada_offset")
-"""Parts of the names of parameters with two axes or more that don't decay."""
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:
@@ -29,12 +27,9 @@ def learning_rate(step: int, options: TrainOptions) -> float:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and kernels decay; biases, norms, embeddings, positions, temperatures and the codebook don't."""
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
-    for name, p in module.named_parameters():
-        if p.requires_grad:
-            (free if p.ndim < 2 or any(word in name for word in NOT_DECAYED) else decayed).append(p)
+    """What decays as published (`car_train.model.decays`), and what doesn't; of the trainable parameters."""
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    decayed, free = ([p for name, p in named if decays(name, p) == wanted] for wanted in (True, False))
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 

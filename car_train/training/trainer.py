@@ -47,6 +47,8 @@ from car_train.training.options import RENAMED, TrainOptions
 from car_train.training.stages import LossModule, Stage
 from car_train.training.token_cache import CachedTokens, open_cache
 
+CHECK_IMAGES = 4
+"""Validation images whose loss must be finite before a model is saved."""
 SET_UP_IMAGES = 16
 """Images that a fresh stage is set up on; at 256×256 they have 10,880 tokens to measure deviations of."""
 
@@ -214,7 +216,11 @@ class Trainer:
             )
 
     def save(self) -> Path:
-        """Write a checkpoint; older ones than the `keep` newest go once it is whole."""
+        """Write a checkpoint; older ones than the `keep` newest go once it is whole.
+
+        TrainingError: the model is broken (`_refuse_broken`); what was saved before stays.
+        """
+        self._refuse_broken()
         rng: dict[str, Tensor] = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -236,10 +242,42 @@ class Trainer:
                     state["raw"] = self.ema.raw()
                     stack.enter_context(self.ema.applied())
                 checkpoint.save(self.stage.model, path, state)
-            for old in sorted(self.options.output.glob("step-*"))[: -self.options.keep]:
+            for old in checkpoint.of_run(self.options.output)[: -self.options.keep]:
                 remove_folder(old)
         self.world.barrier()
         return path
+
+    @torch.no_grad()
+    def _refuse_broken(self) -> None:
+        """TrainingError where what would be saved, or the loss that it computes, is not finite."""
+        trained: dict[str, Any] = {"weights": dict(self.stage.trainable.named_parameters())}
+        trained["optimizer"] = [list(optimizer.state.values()) for optimizer in self.optimizers]
+        if self.ema is not None:
+            trained["average"] = self.ema.average
+        broken = checkpoint.not_finite(checkpoint.tensors_of(trained))
+        if broken is None:
+            self.stage.train(False)
+            with ExitStack() as stack:
+                if self.ema is not None:
+                    stack.enter_context(self.ema.applied())
+                stack.enter_context(self._autocast())
+                loss, metrics = self.stage.loss(self._spread(self.val, CHECK_IMAGES))
+            self.stage.train()
+            broken = checkpoint.not_finite({"validation loss": loss, **metrics}.items())
+        if any(self.world.gather(broken is not None)):
+            raise TrainingError(
+                f"step {self.step} broke the model ({broken or 'on another process'} is not finite): not saved; "
+                f"{self._remedy()}"
+            )
+
+    def _remedy(self) -> str:
+        """What helps a run whose numbers became too large."""
+        saved = checkpoint.of_run(self.options.output)
+        start = f"resume from {saved[-1].name} (--resume)" if saved else "start again"
+        return (
+            f"{start} with a lower lr than {self.options.lr:g} (--lr), a longer warm-up (--warmup), or another "
+            f"--precision than {self.options.precision}"
+        )
 
     # --- data ------------------------------------------------------------------------------------------------------
 
@@ -339,10 +377,7 @@ class Trainer:
             for name, value in self._microbatch(self._to_device(next(batches)), last).items():
                 record[name] = record.get(name, 0.0) + value.item() / options.grad_accum
         if not math.isfinite(record["loss"]):
-            raise TrainingError(
-                f"the loss is {record['loss']} at step {self.step + 1}; resume from the last checkpoint with a lower "
-                f"lr than {options.lr:g}, a longer warm-up, or another precision than {options.precision}"
-            )
+            raise TrainingError(f"the loss is {record['loss']} at step {self.step + 1}; {self._remedy()}")
         for optimizer in self.optimizers:
             grads = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             if grads:
