@@ -23,6 +23,7 @@ import platform
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from car_train.model.vqvae import Decoder, Encoder, ResBlock
 from car_train.training.distributed import World, without_exchange
 from car_train.training.ema import EMA
 from car_train.training.logger import RunLogger
-from car_train.training.optimizer import learning_rate, match_layout, parameter_groups
+from car_train.training.optimizer import learning_rate, match_layout, parameter_groups, weight_decay
 from car_train.training.options import RENAMED, TrainOptions
 from car_train.training.stages import LossModule, Stage
 from car_train.training.token_cache import CachedTokens, open_cache
@@ -51,6 +52,10 @@ CHECK_IMAGES = 4
 """Validation images whose loss must be finite before a model is saved."""
 SET_UP_IMAGES = 16
 """Images that a fresh stage is set up on; at 256×256 they have 10,880 tokens to measure deviations of."""
+
+
+FIRST_SCALE, LARGEST_SCALE, SCALE_STEPS = 2.0**11, 2.0**15, 1000
+"""Of fp16's gradients, as published: the scale at first, at most, and after how many good steps it doubles."""
 
 
 class TrainingError(UserError, RuntimeError):
@@ -93,6 +98,13 @@ class Trainer:
             stage.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._set_up_blocks()
         self.data, self.val = self._datasets()
+        self.per_epoch = len(self.data) // options.batch
+        if self.per_epoch == 0:
+            raise ConfigError(
+                f"batch is {options.batch}, but there are {len(self.data)} training images; make it smaller"
+            )
+        if options.epochs is not None:
+            self.options = replace(options, steps=max(1, round(options.epochs * self.per_epoch)))
         if stage.fresh:
             stage.set_up(self._spread(self.data, SET_UP_IMAGES))
         self._set_up_optimizers()
@@ -158,7 +170,12 @@ class Trainer:
             # Betas of the GAN literature: the critic's target moves.
             self.optimizers.append(torch.optim.AdamW(stage.adversary.parameters(), lr=options.lr, betas=(0.5, 0.9)))
             stage.critic = self.world.wrap(stage.adversary, self.device)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(
+            self.device.type,
+            init_scale=FIRST_SCALE,
+            growth_interval=SCALE_STEPS,
+            enabled=options.precision == "fp16",
+        )
 
     # --- state -----------------------------------------------------------------------------------------------------
 
@@ -207,7 +224,8 @@ class Trainer:
         free = {"output", "workers", "threads", "device", "validate_every", "save_every", "keep", "tensorboard"}
         before = {RENAMED.get(k, k): v for k, v in before.items()}
         now = json.loads(json.dumps(self.options.to_json() | {"files": self.images.fingerprint()}))
-        changed = [f"{k} {before.get(k)!r} → {now[k]!r}" for k in now if k not in free and before.get(k) != now[k]]
+        known = before.keys() & now.keys() - free  # an option that an earlier version lacked can't have changed
+        changed = [f"{k} {before[k]!r} → {now[k]!r}" for k in now if k in known and before[k] != now[k]]
         if changed and not self.world.rank:
             warnings.warn(
                 f"resumed at step {self.step} with other options than before: {'; '.join(changed)}; the run goes on, "
@@ -287,21 +305,16 @@ class Trainer:
         Epoch after epoch in an order that (seed, epoch) decides; `grad_accum` items make one batch.
         """
         options, world = self.options, self.world
-        per_epoch = len(self.data) // options.batch
-        if per_epoch == 0:
-            raise ConfigError(
-                f"batch is {options.batch}, but there are {len(self.data)} training images; make it smaller"
-            )
         micro = options.batch // (world.size * options.grad_accum)
         mine = [(m * world.size + world.rank) * micro for m in range(options.grad_accum)]
-        epoch, skip = divmod(self.step, per_epoch)
+        epoch, skip = divmod(self.step, self.per_epoch)
         step = self.step
         while True:
             order = torch.randperm(
                 len(self.data), generator=torch.Generator().manual_seed(options.seed * 100_003 + epoch)
             ).tolist()
             self.data.set_epoch(epoch)
-            groups = [order[i * options.batch + m :][:micro] for i in range(skip, per_epoch) for m in mine]
+            groups = [order[i * options.batch + m :][:micro] for i in range(skip, self.per_epoch) for m in mine]
             # A generator of its own: a loader draws from the global one, which a resumed run must find as it was.
             generator = torch.Generator().manual_seed(step)
             loader = DataLoader(self.data, batch_sampler=groups, num_workers=options.workers, generator=generator)
@@ -370,6 +383,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.zero_grad(set_to_none=True)
+        self.optimizers[0].param_groups[0]["weight_decay"] = weight_decay(self.step, options)
         stage.before_step(self.step)
         record: dict[str, float] = {}
         for m in range(options.grad_accum):
@@ -387,6 +401,8 @@ class Trainer:
                     record["grad_norm"] = norm.item()
                 self.scaler.step(optimizer)
         self.scaler.update()
+        if self.scaler.get_scale() > LARGEST_SCALE:
+            self.scaler.update(LARGEST_SCALE)
         self.step += 1
         extra = stage.after_step(self.step, options.steps)
         if self.ema is not None:
