@@ -37,7 +37,7 @@ import torch
 from benchmarks.harness.machine import BenchmarkError, emit, markdown_table, record
 from car_train import checkpoint
 from car_train.config import ConfigError, ModelConfig, VARConfig
-from car_train.data.dataset import DataError, find_images
+from car_train.data.folder import DataError, find_images
 from car_train.evaluation.runs import ReportError, read_run, summary
 from car_train.files import written_aside
 from car_train.model import Model

@@ -447,7 +447,7 @@ def choose_subject(args: argparse.Namespace, log: Log) -> Subject:
 def training_errors() -> Iterator[None]:
     """What data, weights and annotators raise, as the benchmark's own errors."""
     from car_train.data.annotator import AnnotatorError
-    from car_train.data.dataset import DataError
+    from car_train.data.folder import DataError
     from car_train.data.pretrained import WeightsError
     from car_train.evaluation.options import EvaluationError
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from pathlib import Path
@@ -68,6 +69,8 @@ def run(args: argparse.Namespace) -> Path | None:
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."""
     args = parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a path is printed as the bytes that it is
     try:
         made = run(args)
         if made is not None and os.environ.get("RANK", "0") == "0":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from car_train import checkpoint
 from car_train.config import CARConfig, ConfigError, VARConfig, VQVAEConfig
-from car_train.data.dataset import find_images
+from car_train.data.folder import scan
 from car_train.flags import add_flags, given
 from car_train.model.var import ALNG
 from car_train.training.losses import PatchDiscriminator
@@ -40,7 +40,7 @@ RECORD = tuple("tensorboard keep validate_every save_every".split())
 
 def add_arguments(parser: argparse.ArgumentParser, stage: str) -> None:
     """The flags of one stage's command."""
-    add_flags(parser, TrainOptions, "data", "output")
+    add_flags(parser, TrainOptions, "data", "val", "output")
     if stage == "vqvae":
         model = parser.add_argument_group("tokenizer")
         add_flags(model, TOKENIZER)
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser, stage: str) -> None:
         model.add_argument(
             "--drop-path", type=float, help="largest drop-path rate in base and branch (default: that of the base)"
         )
-        add_flags(model, TrainOptions, "control_root")
+        add_flags(model, TrainOptions, "control_root", "val_control_root")
     run = parser.add_argument_group("training")
     add_flags(run.add_mutually_exclusive_group(), TrainOptions, "steps", "epochs")
     add_flags(run, TrainOptions, *RUN)
@@ -120,7 +120,7 @@ def _vqvae(args: argparse.Namespace) -> Stage:
 
 
 def _var(args: argparse.Namespace) -> Stage:
-    names = tuple(find_images(args.data.expanduser())[0])
+    names = scan(args.data).class_names
     config = VARConfig(**given(args, VARConfig) | {"classes": len(names)})
     if not 0 < args.alng <= 1:
         raise ConfigError(f"alng is {args.alng}; it must be in (0, 1], e.g. 1e-3")

@@ -35,7 +35,7 @@ class TrainOptions:
         choices=SCHEDULES,
     )
     final_lr: float = option(
-        0.01, "share of the peak that is left at the end (published: 0.1 for d16, d20 and CAR, 0.01 for d30 and d36)"
+        0.01, "share of the peak that is left at the end (published: 0.1 for d16, d20 and CAR, 0.01 from d24 on)"
     )
     warmup: int = option(200, "steps of linear warm-up")
     weight_decay: float = option(0.05, "of matrices, kernels and the class embedding")
@@ -63,7 +63,11 @@ class TrainOptions:
         True, "don't keep all images decoded in memory (64 KB each at 64 pixels, 1 MB at 256): for large sets"
     )
     classes: str | None = option(None, 'some classes only, e.g. 0-99, or "!0-99" for all others (labels stay)')
+    val: Path | None = option(
+        None, "folder of validation images, of the same classes (default: about 5 %% of --data, or its folder val)"
+    )
     control_root: Path | None = option(None, "folder of control images that mirrors --data")
+    val_control_root: Path | None = option(None, "folder of control images that mirrors --val")
     token_cache: bool = option(True, "encode images anew at every step, not once")
     token_root: Path | None = option(None, "folder of token caches (default: ~/.cache/car/tokens)")
     views: int = option(8, "augmentations of each image in the token cache; without augmentation it is 1")
@@ -79,6 +83,11 @@ class TrainOptions:
         for field in ("warmup", "weight_decay", "seed", "workers", "threads"):
             if not getattr(self, field) >= 0:
                 raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least 0")
+        if (self.val is not None and self.control_root is not None) != (self.val_control_root is not None):
+            raise ConfigError(
+                "control_root and val_control_root belong together where there is a val; give --val-control-root "
+                "with --val and --control-root, and not without"
+            )
         if not 0 <= self.final_lr <= 1:
             raise ConfigError(f"final_lr is {self.final_lr}; it must be in [0, 1], e.g. 0.1")
         if self.weight_decay_end is not None and not 0 <= self.weight_decay_end < math.inf:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -34,6 +35,7 @@ from torch.utils.data import DataLoader, Subset
 from car_train import checkpoint
 from car_train.config import ConfigError
 from car_train.data.dataset import ControlledImages
+from car_train.data.folder import scan, shown
 from car_train.errors import UserError
 from car_train.files import remove_folder
 from car_train.images import contact_sheet, save_png, to_pixels
@@ -78,15 +80,7 @@ class Trainer:
             torch.set_num_threads(options.threads)
         options.output.mkdir(parents=True, exist_ok=True)  # a folder that can't be made is better known at once
         size = stage.model.config.vqvae.image_size
-        common: dict[str, Any] = {
-            "control_type": stage.control_type,
-            "control_root": options.control_root,
-            "seed": options.seed,
-            "preload": options.preload,
-            "classes": options.classes,
-        }
-        self.images = ControlledImages(options.data, size, split="train", augment=options.augment, **common)
-        self.val_images = ControlledImages(options.data, size, split="val", **common)
+        self.images, self.val_images = self._images(size)
         self._check_classes()
         if len(self.val_images) < self.world.size:
             raise ConfigError(
@@ -112,6 +106,31 @@ class Trainer:
         self.step = 0
         if self.world.rank:
             torch.manual_seed(options.seed + self.world.rank)  # stochastic depth differs between the processes
+
+    def _images(self, size: int) -> tuple[ControlledImages, ControlledImages]:
+        """What is trained and what is validated on; lists both on stderr."""
+        options, stage = self.options, self.stage
+        common: dict[str, Any] = {
+            "control_type": stage.control_type,
+            "seed": options.seed,
+            "preload": options.preload,
+            "classes": options.classes,
+        }
+        folder = scan(options.data)
+        own = options.val is not None
+        val = folder if options.val is None else scan(options.val, folder.class_names)
+        if not self.world.rank:
+            for found in (folder, val) if own else (folder,):
+                for line in found.listing(own):
+                    print(f"{shown(found.root)}: {line}", file=sys.stderr)
+        train_split, val_split = ("all", "all") if own else ("train", "val")
+        roots = (options.control_root, options.val_control_root if own else options.control_root)
+        return (
+            ControlledImages(
+                folder, size, split=train_split, control_root=roots[0], augment=options.augment, **common
+            ),
+            ControlledImages(val, size, split=val_split, control_root=roots[1], **common),
+        )
 
     def _check_classes(self) -> None:
         names, config = self.images.class_names, self.stage.model.config

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from car_train import checkpoint
 from car_train.cli import main
-from car_train.data.dataset import split_of
+from car_train.data.folder import split_of
 from car_train.training.ema import EMA
 from car_train.training.optimizer import learning_rate, parameter_groups
 from car_train.training.options import TrainOptions
