@@ -150,9 +150,11 @@ def names_of(requirements: Sequence[str]) -> set[str]:
     return {re.split(r"[\s<>=!~;\[]", requirement)[0] for requirement in requirements}
 
 
-def test_the_extras_are_those_of_the_readme_and_each_engine_is_in_one_of_them() -> None:
+def test_the_extras_are_those_of_the_install_page_and_each_engine_is_in_one_of_them() -> None:
     extras = {extra: names_of(wanted) for extra, wanted in project()["optional-dependencies"].items()}
     assert {"cpu", "gpu", "train", "export", "rtx", "dev"} <= set(extras)
+    table = (ROOT / "docs/install.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(extras)
     assert [extra for extra, names in extras.items() if "onnxruntime" in names] == ["cpu"]
     assert [extra for extra, names in extras.items() if "onnxruntime-gpu" in names] == ["gpu"]
     assert "cuda-python" in extras["gpu"]
@@ -171,11 +173,11 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert f"## [{car_runtime.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
-def test_the_readme_has_every_flag_of_car_run_and_no_other() -> None:
+def test_the_usage_page_has_every_flag_of_car_run_and_no_other() -> None:
     help_text = succeed(sys.executable, "-m", "car_runtime", "--help", cwd=ROOT / "runtime")
     flags = set(re.findall(r"(?<!\w)--[a-z][a-z-]*", help_text)) - {"--help"}
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    use = text[text.index("\n## Use\n") : text.index("\n### From Python\n")]
+    text = (ROOT / "docs/usage.md").read_text(encoding="utf-8")
+    use = text[text.index("\n## Command line\n") : text.index("\n## Python\n")]
     rows = [line for line in use.splitlines() if line.startswith("| `-")]
     assert set(re.findall(r"(?<!\w)--[a-z][a-z-]*", "\n".join(rows))) == flags
 

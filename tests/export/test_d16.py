@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,31 +14,9 @@ from car_runtime import BackendError
 from car_runtime.backends.amx import backend as amx
 from car_runtime.backends.registry import has_openvino_bfloat16
 from fixtures.golden import OFFICIAL_D16, OFFICIAL_VAE, REFERENCE, _filled, save_official
+from fixtures.processes import ROOT, run
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parents[2]
-
-
-LAUNCHER = """
-import os, sys
-child = os.spawnv(os.P_NOWAIT, sys.executable, [sys.executable, *sys.argv[1:]])
-_, status, usage = os.wait4(child, 0)
-print(usage.ru_maxrss * 1024, file=sys.stderr)
-sys.exit(os.waitstatus_to_exitcode(status))
-"""
-"""A process's peak counts what it was a copy of before it became another program: here gigabytes of this one."""
-
-
-def run(*argv: object) -> tuple[str, str, float, int]:
-    """Run python with arguments: (stdout, stderr, seconds, peak resident bytes). The exit code must be 0."""
-    began = time.monotonic()
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / p) for p in (".", "export", "runtime"))}
-    command = [sys.executable, "-c", LAUNCHER, *map(str, argv)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    *err, peak = done.stderr.splitlines(keepends=True)
-    return done.stdout, "".join(err), time.monotonic() - began, int(peak)
 
 
 def test_d16_exports_and_runs_within_its_limits(tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
-from test_d16 import ROOT, run
 
 from car_runtime.format import manifest as schema
 from fixtures.golden import OFFICIAL_D16, OFFICIAL_VAE, _filled, save_official
+from fixtures.processes import ROOT, run
 
 pytestmark = pytest.mark.slow
 
