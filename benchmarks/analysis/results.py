@@ -59,7 +59,7 @@ class Result:
 
     @property
     def short_place(self) -> str:
-        """The same without what only tells one processor from another: enough for a heading."""
+        """The same without what only distinguishes one processor from another: enough for a heading."""
         return re.sub(r"\s*(\((R|TM|family[^)]*)\)|\b(Processor|CPU)\b)", "", self.place)
 
     @property
