@@ -22,17 +22,29 @@ PYTEST_ARGS ?=
 TEST_PROCESSES ?= 2
 PYTEST_SPREAD = $(if $(strip $(PYTEST_ARGS)),,-n $(TEST_PROCESSES) --dist loadfile)
 
+# `make quick`, for while one works: what protects most for a second of a core. The model's arithmetic, the runtime's
+# request, loop, schedules, images and manifest, the tokens of the shipped plan, and one export, byte by byte. Left to
+# `make test`: engines other than ONNX Runtime, training, annotators, the commands, benchmarks, packaging. On two quiet
+# cores lint, types and these tests stay under 90 s; a file belongs here if it takes less than 10 s of a core.
+QUICK_TESTS ?= $(addprefix tests/runtime/test_,request.py plan.py images.py manifest.py schedules.py) \
+	$(addprefix tests/train/test_,kernels.py sample.py losses.py data.py) \
+	$(addprefix tests/test_frozen.py::test_,checkpoints_have_the_same_keys \
+	'the_shipped_plan_draws_the_same_tokens[ort-cpu]' 'an_export_of_tiny_has_the_same_bytes[var]')
+
 DEMO_ENV := .venv-demo
 DEV_ENV := .venv
 GPU_ENV := .venv-gpu
 INSTALLED := /.installed
 
-.PHONY: help demo test check test-slow test-gpu clean
+.PHONY: help demo test quick check lint types test-slow test-gpu clean
 
 help:
-	@echo 'make demo       pictures from the control images in examples/, into out/ (installs no PyTorch)'
+	@echo 'make demo       images from the control images in examples/, into out/ (installs no PyTorch)'
 	@echo 'make test       all tests that take seconds, on the CPU'
-	@echo 'make check      ruff, mypy, clang-format, then the tests: what a change must pass'
+	@echo 'make quick      lint, types and the tests of the core: for while one works'
+	@echo 'make check      lint (ruff, imports, clang-format), types (mypy), all tests: what a change must pass'
+	@echo 'make lint       ruff, the arrows between packages (import-linter), clang-format'
+	@echo 'make types      mypy'
 	@echo 'make test-slow  tests that take minutes or gigabytes of memory'
 	@echo 'make test-gpu   tests that need an NVIDIA GPU (an environment of its own)'
 	@echo 'make clean      remove environments, caches and builds; runs/ and out/ stay'
@@ -50,17 +62,24 @@ demo: $(DEMO_ENV)$(INSTALLED)
 	  made="$$made$$paths "; \
 	  if [ $$# -gt 1 ]; then shift; fi; \
 	done; \
-	echo 'The pictures are in out/:'; printf '  %s\n' $$made
+	echo 'The images are in out/:'; printf '  %s\n' $$made
 
 test: $(DEV_ENV)$(INSTALLED)
 	@OMP_NUM_THREADS=1 $(DEV_ENV)/bin/python -m pytest -q --durations=15 $(PYTEST_SPREAD) $(PYTEST_ARGS)
 
-check: $(DEV_ENV)$(INSTALLED)
+quick: lint types
+	@OMP_NUM_THREADS=1 $(DEV_ENV)/bin/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile $(QUICK_TESTS)
+
+check: lint types test
+
+lint: $(DEV_ENV)$(INSTALLED)
 	@$(DEV_ENV)/bin/python -m ruff check .
 	@$(DEV_ENV)/bin/python -m ruff format --check .
-	@$(DEV_ENV)/bin/python -m mypy
+	@$(DEV_ENV)/bin/lint-imports --no-cache
 	@$(DEV_ENV)/bin/clang-format --dry-run --Werror runtime/car_runtime/backends/amx/*.c runtime/car_runtime/backends/amx/*.h
-	@OMP_NUM_THREADS=1 $(DEV_ENV)/bin/python -m pytest -q --durations=15 $(PYTEST_SPREAD) $(PYTEST_ARGS)
+
+types: $(DEV_ENV)$(INSTALLED)
+	@$(DEV_ENV)/bin/python -m mypy
 
 # pytest's exit code 5: there is no such test. That is no failure here.
 test-slow: $(DEV_ENV)$(INSTALLED)
@@ -71,7 +90,7 @@ test-gpu: $(GPU_ENV)$(INSTALLED)
 
 clean:
 	rm -rf $(DEMO_ENV) $(DEV_ENV) $(GPU_ENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find car_train export runtime tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find car_train export runtime benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call install,ENVIRONMENT,WHAT PIP INSTALLS,WHAT TO TELL)
 define install

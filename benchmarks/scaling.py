@@ -39,12 +39,13 @@ from benchmarks.harness.records import emit, record
 from benchmarks.harness.tables import markdown_table
 from car_train import checkpoint
 from car_train.config import ConfigError, ModelConfig, VARConfig
-from car_train.data.dataset import DataError, find_pictures
-from car_train.evaluation.report import ReportError, read_run, summary
+from car_train.data.dataset import find_images
+from car_train.evaluation.runs import ReportError, read_run, summary
 from car_train.files import written_aside
 from car_train.model import Model
+from car_train.training.options import PRECISIONS, TrainOptions
 from car_train.training.stages import TransformerStage, add_var
-from car_train.training.trainer import PRECISIONS, Trainer, TrainingError, TrainOptions, seed_everything
+from car_train.training.trainer import Trainer, seed_everything
 
 LR_WIDTH = 192
 """Width at which a size's learning rate is `--lr`: that of the transformer in the shipped plan."""
@@ -100,14 +101,14 @@ def block_parameters(config: ModelConfig) -> int:
 def _fingerprint_images(root: Path) -> str:
     """Of the names and sizes of all images, 16 hex digits."""
     digest = hashlib.sha256()
-    for path, label in find_pictures(root)[1]:
+    for path, label in find_images(root)[1]:
         digest.update(f"{path.relative_to(root).as_posix()}\0{label}\0{path.stat().st_size}\n".encode())
     return digest.hexdigest()[:16]
 
 
 def train(args: argparse.Namespace, size: Size, folder: Path) -> None:
     """Train one size into a run's folder, or go on with what is there."""
-    names = tuple(find_pictures(args.data)[0])
+    names = tuple(find_images(args.data)[0])
     seed_everything(args.seed)
     stage = TransformerStage(add_var(checkpoint.load(args.vqvae), size.config(len(names)), names))
     quarter = max(1, args.steps // 4)
@@ -328,9 +329,8 @@ def check(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    errors = (ConfigError, DataError, ReportError, TrainingError, checkpoint.CheckpointError)
     stopped = "the same command goes on from the last checkpoint"
-    return guarded("benchmarks.scaling", lambda log: run(args, log), errors, stopped)
+    return guarded("benchmarks.scaling", lambda log: run(args, log), stopped)
 
 
 if __name__ == "__main__":

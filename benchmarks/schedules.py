@@ -12,7 +12,7 @@ that none pays for what the one before it left.
 
 Tokens, quality, control: each held-out image of `--data` is generated once by each schedule, with its own control and
 class and the seed that `python -m car_train eval` gives it. All is measured by what `eval` measures with:
-`car_train.evaluation.evaluate` and `car_train.evaluation.metrics`. Distances between sets have a noise floor: real
+`car_train.evaluation.sets` and `car_train.evaluation.metrics`. Distances between sets have a noise floor: real
 images against real ones, one half against the other half, over random halvings; compare `kid_half` with it, which
 is taken likewise. Controls are compared with the one that was given: Canny's edges as F1 with one pixel of tolerance.
 One token that differs changes all that come after it, so `tokens_equal` says how different images are, not how much
@@ -43,7 +43,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,16 +66,17 @@ from benchmarks.harness.errors import BenchmarkError
 from benchmarks.harness.measure import interleaved
 from benchmarks.harness.records import Record, Row, record, rows_of
 from benchmarks.harness.tables import table
-from benchmarks.harness.workload import Workload, int8
+from benchmarks.harness.workload import Workload, draw_control, int8
 from car_runtime.backends.base import Backend
 from car_runtime.backends.registry import open_backend
-from car_runtime.cli.main import add_schedule_flags
+from car_runtime.cli.options import add_setting, add_settings
+from car_runtime.config import GenerationConfig
 from car_runtime.format.manifest import Manifest
 from car_runtime.plan import Plan, Result
 from car_runtime.request import Request, resolve
 
 if TYPE_CHECKING:
-    from car_train.evaluation.evaluate import FeatureNetwork
+    from car_train.evaluation.features import FeatureNetwork
 
 EMOJI = Path("~/.cache/car/data/emoji")
 """What the shipped plan was trained on, all but the held-out images."""
@@ -147,13 +148,14 @@ def candidates(manifest: Manifest, named: Mapping[str, str], base: Mapping[str, 
     base: guidance and draws of all. BenchmarkError or RequestError for flags that are none, or don't fit the plan.
     """
     parser = _Parser(prog="--schedule", add_help=False, allow_abbrev=False)
-    parser.add_argument("--cfg", type=float)
-    add_schedule_flags(parser)
+    add_setting(parser, "cfg")
+    add_settings(parser, "schedule")
+    control = None if manifest.model.control_type is None else draw_control(manifest.model.image_size)
     found: list[Candidate] = []
     for name, flags in {"exact": "", **named}.items():
         given = {k: v for k, v in vars(parser.parse_args(shlex.split(flags))).items() if v is not None}
         settings = {**base, **given}
-        request = resolve(manifest, **settings)
+        request = resolve(manifest, GenerationConfig(control=control, **settings))
         if all((request.sampling, request.schedule) != (c.request.sampling, c.request.schedule) for c in found):
             found.append(Candidate(name=name, flags=flags, settings=settings, request=request))
     return found
@@ -175,8 +177,7 @@ class Generator:
         """Images. anew: what is kept of control and class is computed again."""
         plan = self._plans[candidate.int8][candidate.request.guided]
         if anew:
-            for kept in (plan._features, plan._scheduled, plan._conditions):
-                kept.clear()
+            plan.forget()
         return plan.generate(control, label, seed, n, **candidate.settings)
 
 
@@ -266,7 +267,9 @@ class HeldOut:
 
     def __init__(self, manifest: Manifest, args: argparse.Namespace, network: FeatureNetwork | None) -> None:
         from car_train.data.dataset import ControlledImages
-        from car_train.evaluation.evaluate import EvalOptions, choose, control_maker
+        from car_train.evaluation.controls import control_maker
+        from car_train.evaluation.evaluate import choose
+        from car_train.evaluation.options import EvalOptions
 
         model = manifest.model
         options = EvalOptions(
@@ -316,7 +319,7 @@ class HeldOut:
         seed: int,
         drawn: Mapping[str, Drawn],
     ) -> None:
-        from car_train.evaluation.evaluate import to_pixels
+        from car_train.images import to_pixels
 
         images: dict[str, list[Pixels]] = {c.name: [] for c in chosen}
         truth = []
@@ -347,7 +350,7 @@ class HeldOut:
 
     def distances(self, drawn: Mapping[str, Drawn], seed: int, log: Log) -> Row:
         """`compare_sets`: by schedule, and "floor"; empty without a network."""
-        from car_train.evaluation.evaluate import compare_sets
+        from car_train.evaluation.sets import compare_sets
 
         if self.network is None:
             return {}
@@ -418,8 +421,7 @@ def measure(args: argparse.Namespace, log: Log, network: FeatureNetwork | None =
         chosen.append(replace(chosen[0], name="int8", int8=True))
     held_out = None
     if args.data is not None:
-        with training_errors():
-            held_out = HeldOut(manifest, args, network or features(args))
+        held_out = HeldOut(manifest, args, network or features(args))
     with ExitStack() as stack:
         backends: list[Backend] = []
         for form in forms:
@@ -442,27 +444,13 @@ def measure(args: argparse.Namespace, log: Log, network: FeatureNetwork | None =
     return record("schedules", settings, [*rows, *scale_rows(workload, chosen, stages)])
 
 
-@contextmanager
-def training_errors() -> Iterator[None]:
-    """What data, weights and annotators raise, as the benchmark's own errors."""
-    from car_train.data.annotate import AnnotatorError
-    from car_train.data.dataset import DataError
-    from car_train.data.pretrained import WeightsError
-    from car_train.evaluation.evaluate import EvaluationError
-
-    try:
-        yield
-    except (AnnotatorError, DataError, EvaluationError, WeightsError) as error:
-        raise BenchmarkError(str(error)) from error
-
-
 def features(args: argparse.Namespace) -> FeatureNetwork | None:
     """The network of `eval`, fetched once; None where it isn't wanted."""
     import cv2
     import torch
 
     from car_train.data.pretrained import fetch
-    from car_train.evaluation.evaluate import EfficientNetLite0
+    from car_train.evaluation.features import EfficientNetLite0
 
     torch.set_num_threads(args.threads)
     cv2.setNumThreads(args.threads)

@@ -42,8 +42,8 @@ from car_train.model import Model, kernels
 from car_train.model.car import ControlBranch, to_maps
 from car_train.model.var import Attention
 from car_train.model.vqvae import join_tokens
-from car_train.training.stages import Objective, Stage, TransformerStage, VQVAEStage, add_branch, add_var, new_vqvae
-from car_train.training.trainer import parameter_groups
+from car_train.training.optimizer import parameter_groups
+from car_train.training.stages import LossModule, Stage, TransformerStage, VQVAEStage, add_branch, add_var, new_vqvae
 
 PRESETS: dict[str, tuple[VQVAEConfig, VARConfig, CARConfig]] = {
     "d16": (
@@ -186,7 +186,7 @@ def make_step(
             batch["tokens"] = join_tokens(stage.model.vqvae.encode(batch.pop("image")))
     if "image" in batch and kernels:
         batch["image"] = batch["image"].contiguous(memory_format=torch.channels_last)
-    objective, vqvae = Objective(stage), stage.model.vqvae
+    loss_module, vqvae = LossModule(stage), stage.model.vqvae
     optimizer = torch.optim.AdamW(parameter_groups(stage.trainable, 0.05), lr=1e-6, fused=True)
     wanted = [(prefix, plain_attention), (kernels, plain_kernels), (not float32, float32_injection)]
 
@@ -200,7 +200,7 @@ def make_step(
                 with torch.no_grad():
                     now = {**batch, "tokens": join_tokens(vqvae.encode(batch["image"]))}
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                loss, _ = objective(now)
+                loss, _ = loss_module(now)
             loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

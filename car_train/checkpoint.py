@@ -8,10 +8,6 @@ aside and renamed, so it is whole or not there.
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from car_train.config import ConfigError, ModelConfig
+from car_train.errors import UserError
+from car_train.files import folder_aside, sha256
 from car_train.model import Model
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError, ValueError):
     """A checkpoint that can't be read or written; the message ends with the remedy."""
 
 
-def parts(model: Model) -> dict[str, nn.Module]:
+def modules(model: Model) -> dict[str, nn.Module]:
     """The modules of a model by file name: vqvae, var, car (the branch alone)."""
     found: dict[str, nn.Module] = {"vqvae": model.vqvae}
     if model.car is not None:
@@ -47,47 +45,21 @@ def save(model: Model, directory: str | Path, trainer: dict[str, Any] | None = N
     if directory.exists() and not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory} exists and is not a checkpoint; choose another folder")
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    except OSError as error:
-        raise CheckpointError(f"{directory}: can't write there ({error.strerror}); choose another folder") from error
-    try:
-        (aside / "config.json").write_text(model.config.to_json(), encoding="utf-8")
-        for name, module in parts(model).items():
-            # Contiguous copies: training may keep weights channels-last.
-            save_file(
-                {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()},
-                aside / f"{name}.safetensors",
-            )
-        if trainer is not None:
-            torch.save(trainer, aside / "trainer.pt")
-        put_in_place(aside, directory)
+        with folder_aside(directory) as aside:
+            (aside / "config.json").write_text(model.config.to_json(), encoding="utf-8")
+            for name, module in modules(model).items():
+                # Contiguous copies: training may keep weights channels-last.
+                save_file(
+                    {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()},
+                    aside / f"{name}.safetensors",
+                )
+            if trainer is not None:
+                torch.save(trainer, aside / "trainer.pt")
     except (OSError, SafetensorError, RuntimeError) as error:  # a full disk is any of these, by who meets it
-        shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(
             f"{directory}: could not be written ({error}); free some space or choose another folder"
         ) from error
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
     return directory
-
-
-def put_in_place(aside: Path, target: Path) -> None:
-    """Rename a finished folder to its name; what was there goes once the new one is in place, or comes back."""
-    os.chmod(aside, 0o755)
-    if not target.exists():
-        os.replace(aside, target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    os.replace(target, old / target.name)
-    try:
-        os.replace(aside, target)
-    except BaseException:
-        os.replace(old / target.name, target)
-        old.rmdir()
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def locate(path: str | Path) -> Path:
@@ -112,7 +84,7 @@ def load(path: str | Path) -> Model:
         raise CheckpointError(f"{path}: {error}") from error
     with torch.device("meta"):
         model = Model(config)
-    for name, module in parts(model).items():
+    for name, module in modules(model).items():
         file = path / f"{name}.safetensors"
         if not file.is_file():
             raise CheckpointError(
@@ -140,22 +112,6 @@ def load_trainer(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: can't be read ({reason}); resume from an older step-… folder") from error
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file of any size."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def fingerprint(path: str | Path) -> dict[str, str]:
     """sha256 of every file of a checkpoint that defines the model."""
     return {p.name: sha256(p) for p in sorted(locate(path).iterdir()) if p.suffix in (".json", ".safetensors")}
-
-
-def remove(path: Path) -> None:
-    """Delete a checkpoint: renamed first, so that an interrupted deletion leaves nothing that looks whole."""
-    aside = path.with_name(f".{path.name}.removed")
-    os.replace(path, aside)
-    shutil.rmtree(aside, ignore_errors=True)

@@ -15,6 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from car_train.errors import UserError
+from car_train.flags import option
+
 SIDES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SIDES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 CONTROL_TYPES = ("canny", "hed", "depth", "normal", "sketch")
@@ -24,7 +27,7 @@ TRANSFORMERS = ("blocks", "conv")
 FUSIONS = ("concat", "zero", "cross_norm")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A value that no model can have, with the remedy."""
 
 
@@ -37,19 +40,21 @@ def _require(condition: bool, message: str) -> None:
 class VQVAEConfig:
     """The tokenizer. The defaults are the published `vae_ch160v4096z32`."""
 
-    sides: tuple[int, ...] = SIDES_256
-    """Tokens per edge of each scale, coarse first (`patch_nums`). The last is also the latent's edge."""
-    vocab: int = 4096
-    latent_channels: int = 32
-    channels: int = 160
-    """Channels of the CNN's first level; level i has `channels * multipliers[i]`."""
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    res_blocks: int = 2
-    """Residual blocks per level of the encoder; the decoder has one more."""
+    sides: tuple[int, ...] = option(
+        SIDES_256,
+        "tokens per edge of each scale, coarse first; the last is also the latent's edge",
+        flag="--patch-nums",
+        aliases=("--sides",),
+        metavar="PATCH_NUMS",
+    )
+    vocab: int = option(4096, "codes")
+    latent_channels: int = option(32)
+    channels: int = option(160, "channels of the finest level; level i has this times its multiplier")
+    multipliers: tuple[int, ...] = option((1, 1, 2, 2, 4), "channels of each level; its length sets f")
+    res_blocks: int = option(2, "residual blocks per level of the encoder; the decoder has one more")
     phis: int = 4
     """Residual convolutions φ, shared by the scales."""
-    beta: float = 0.25
-    """Weight of the commitment loss (paper eq. 5)."""
+    beta: float = option(0.25, "weight of the commitment loss (VAR eq. 5)")
 
     def __post_init__(self) -> None:
         _require(
@@ -80,7 +85,7 @@ class VQVAEConfig:
 
     @property
     def tokens(self) -> int:
-        """Tokens of one picture, all scales, L."""
+        """Tokens of one image, all scales, L."""
         return sum(s * s for s in self.sides)
 
     @property
@@ -114,16 +119,18 @@ class VQVAEConfig:
 class VARConfig:
     """The transformer. One dial, `depth`: width 64·depth and `depth` heads unless they are given."""
 
-    depth: int = 16
-    width: int | None = None
-    heads: int | None = None
+    depth: int = option(16, "blocks")
+    width: int | None = option(None, "(default: 64·depth)")
+    heads: int | None = option(None, "(default: depth)")
     classes: int = 1000
-    shared_aln: bool = False
-    """One AdaLN projection for all blocks plus a learned offset per block (published for 512×512)."""
+    shared_aln: bool = option(
+        False, "one AdaLN projection for all blocks plus a learned offset per block (published for 512×512)"
+    )
     mlp_ratio: int = 4
     label_dropout: float = 0.1
-    drop_path: float | None = None
-    """Largest drop-path rate, reached at the last block; default 0.1·depth/24."""
+    drop_path: float | None = option(
+        None, "largest drop-path rate, reached at the last block (default: 0.1·depth/24)"
+    )
 
     def __post_init__(self) -> None:
         _require(self.depth >= 1, f"depth is {self.depth}; it must be at least 1")
@@ -153,18 +160,33 @@ class CARConfig:
     Each has the alternatives of the paper's Table 3; the defaults are what the published weights are made for.
     """
 
-    control_type: str = "canny"
-    encoder_widths: tuple[int, ...] = (64, 128, 256, 512, 1024)
-    """Channels of the convolutional 𝓕; the others make no use of widths and strides."""
+    control_type: str = option(
+        "canny", "made on the fly, unless --control-root is given", flag="--control", choices=CONTROL_TYPES
+    )
+    encoder_widths: tuple[int, ...] = option(
+        (64, 128, 256, 512, 1024),
+        "channels of a convolutional 𝓕 (default: 16, doubling at each halving; published: 64,128,256,512,1024)",
+    )
     encoder_strides: tuple[int, ...] = (2, 2, 2, 2)
     """Stride of the step from each width to the next; their product is the tokenizer's `patch`."""
-    encoder: str = "conv"
-    """𝓕: "conv", a shared convolutional encoder; or "vqvae", the tokenizer's encoder, frozen, and a projection."""
-    transformer: str = "blocks"
-    """𝒯: "blocks", transformer blocks like the base's; or "conv", residual convolutions on each scale by itself."""
-    fusion: str = "concat"
-    """𝓖: "concat", Linear(LayerNorm([x, c])); "zero", x plus a projection of c that starts at zero; or "cross_norm",
-    x plus c brought to x's mean and variance, times a gain that starts at zero."""
+    encoder: str = option(
+        "conv",
+        "𝓕: a shared convolutional encoder; or the tokenizer's encoder, frozen, and a projection",
+        flag="--control-encoder",
+        choices=ENCODERS,
+    )
+    transformer: str = option(
+        "blocks",
+        "𝒯: transformer blocks like the base's; or residual convolutions on each scale by itself",
+        flag="--control-transformer",
+        choices=TRANSFORMERS,
+    )
+    fusion: str = option(
+        "concat",
+        "𝓖: Linear(LayerNorm([x, c])); x plus a projection of c that starts at zero; or x plus c brought to x's mean "
+        "and variance, times a gain that starts at zero",
+        choices=FUSIONS,
+    )
 
     def __post_init__(self) -> None:
         for field, choices in (("encoder", ENCODERS), ("transformer", TRANSFORMERS), ("fusion", FUSIONS)):

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,13 +12,32 @@ import torch
 from car_export.cli import main as build_engines
 from car_train.interop.official import build_model
 from car_train.model import Model
+from fixtures import shared
 from fixtures.golden import Golden, save_official
+from fixtures.shared import build_once
 
 # Models are small here: more threads gain nothing, and on a busy machine they wait for each other.
 torch.set_num_threads(1)
+SHARED = pytest.StashKey[Path]()
 
 
-@pytest.fixture(scope="session", params=["tiny", "ten"])
+def pytest_configure(config: pytest.Config) -> None:
+    """One folder for what the processes of a run share (fixtures/shared.py); the first one makes and removes it."""
+    given = getattr(config, "workerinput", {}).get("shared")
+    folder = Path(given or tempfile.mkdtemp(prefix="car-tests-"))
+    shared.use_folder(folder)
+    if given is None:
+        config.stash[SHARED] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a process of pytest-xdist which folder that is."""
+    node.workerinput["shared"] = str(node.config.stash[SHARED])
+
+
+@pytest.fixture(scope="session", params=["tiny", "ten", "tiny_saln"])
 def golden(request: pytest.FixtureRequest) -> Golden:
     return Golden(request.param)
 
@@ -39,32 +61,22 @@ def official_files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Golden
 
 
 @pytest.fixture(scope="session")
-def plans(
-    tmp_path_factory: pytest.TempPathFactory, official_files: Callable[[Golden], dict[str, Path]]
-) -> Callable[..., Path]:
-    """Plans built by the command line from official-format files, each once: `plans(golden, car=True, *flags)`."""
-    built: dict[tuple[object, ...], Path] = {}
+def plans(official_files: Callable[[Golden], dict[str, Path]]) -> Callable[..., Path]:
+    """Plans of official-format files, by the command line, each built once in a test run: `plans(golden, *flags)`."""
 
     def plan(golden: Golden, *flags: str, car: bool = True) -> Path:
-        key = (golden.name, car, *flags)
-        if key not in built:
+        name = f"{golden.name}{'' if car else '-var'}.plan"
+
+        def export(folder: Path) -> None:
             files = official_files(golden)
-            output = tmp_path_factory.mktemp("plans") / f"{golden.name}{'' if car else '-var'}.plan"
-            argv = [
-                "--vae",
-                files["vae"],
-                "--var",
-                files["var"],
-                "--sides",
-                ",".join(map(str, golden.sides)),
-                "-o",
-                output,
-                *flags,
-            ]
+            argv = ["--vae", files["vae"], "--var", files["var"], *flags]
+            argv += ["--patch-nums", ",".join(map(str, golden.sides)), "-o", folder / name]
             argv += ["--car", files["car"], "--control-type", "canny"] if car else []
             assert build_engines([str(a) for a in argv]) == 0
-            built[key] = output
-        return built[key]
+
+        return (
+            build_once("".join(c if c.isalnum() else "-" for c in f"golden {name} {' '.join(flags)}"), export) / name
+        )
 
     return plan
 

@@ -181,7 +181,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = save_official(golden.state_dicts, Path(folder))
         for kind in ("car", "var"):
-            argv = ["--vae", files["vae"], "--var", files["var"], "--sides", ",".join(map(str, golden.sides))]
+            argv = ["--vae", files["vae"], "--var", files["var"], "--patch-nums", ",".join(map(str, golden.sides))]
             argv += ["--car", files["car"], "--control-type", "canny"] if kind == "car" else []
             plan = Path(folder) / ("tiny.plan" if kind == "car" else "tiny-var.plan")
             with contextlib.redirect_stdout(sys.stderr):

@@ -22,7 +22,7 @@ try:
     from matplotlib.patches import Patch
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    from car_train.evaluation.report_curves import COLOURS, GREY, STYLE
+    from car_train.evaluation.curves import COLOURS, GREY, STYLE
 except ImportError as error:
     raise BenchmarkError(f"diagrams need matplotlib ({error}); pip install 'car-deploy[lab]'") from error
 

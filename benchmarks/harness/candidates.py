@@ -21,11 +21,10 @@ from benchmarks.harness.errors import BenchmarkError
 from benchmarks.harness.measure import Timing, interleaved
 from benchmarks.harness.workload import Workload
 from car_runtime.backends.base import Backend
-from car_runtime.backends.registry import OPENERS, open_backend
+from car_runtime.backends.registry import BACKENDS, on_cpu, open_backend
 from car_runtime.errors import BackendError
 from car_runtime.plan import Plan
 from car_runtime.request import uniforms
-from car_runtime.verify import ON_CPU
 
 PRECISIONS = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 """Names in a backend's report → ours."""
@@ -81,7 +80,7 @@ def take_turns(candidates: Sequence[Candidate], warmup: int, runs: int) -> dict[
 
 
 def device_of(backend: str) -> str:
-    return "cpu" if backend in ON_CPU else "cuda"
+    return "cpu" if on_cpu(backend) else "cuda"
 
 
 @contextmanager
@@ -91,7 +90,7 @@ def opened_backends(
     """Those named, which must open, or all of the device that do; others are logged. They are closed at the end."""
     with ExitStack() as stack:
         found: dict[str, Backend] = {}
-        for name in names or [name for name in OPENERS if device_of(name) == device]:
+        for name in names or [name for name in BACKENDS if device_of(name) == device]:
             try:
                 backend, _ = open_backend(name, workload.plan, workload.manifest, threads)
             except BackendError as error:
@@ -120,8 +119,7 @@ def runtime_candidate(
 
     def make(seed: int) -> Made:
         if not next_seed:
-            plan._features.clear()
-            plan._conditions.clear()
+            plan.forget()
         result = plan.generate(control, 0, seed, batch, cfg=workload.cfg)
         return result.tokens, result.timings
 

@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.errors import BenchmarkError
-from benchmarks.harness.machine import cores
 from benchmarks.harness.records import Record, emit
 from benchmarks.harness.workload import CACHE, MODELS, Workload, existing, random_weights
 from car_runtime.backends.registry import check_name
 from car_runtime.errors import BackendError, CarError
 from car_runtime.plan import default_plan
+from car_runtime.system.cpu import usable_cores
+from car_train.errors import UserError
 
 Log = Callable[[str], None]
 """Reports what is being done, with the time since the start."""
@@ -67,25 +68,19 @@ def run_command(
     return guarded(name, run)
 
 
-def guarded(
-    name: str,
-    run: Callable[[Log], None],
-    also: tuple[type[Exception], ...] = (),
-    stopped: str = "nothing was written",
-) -> int:
+def guarded(name: str, run: Callable[[Log], None], stopped: str = "nothing was written") -> int:
     """Run, and return the exit code: 0, 2 for what is raised on purpose or can't be written, 130 if interrupted.
 
-    also: errors besides the benchmarks', the runtime's and the system's. stopped: what an interruption leaves.
+    stopped: what an interruption leaves.
     """
     began = time.monotonic()
-    expected: tuple[type[Exception], ...] = (BenchmarkError, CarError, OSError, *also)
 
     def log(text: str) -> None:
         print(f"[{time.monotonic() - began:6.1f} s] {text}", file=sys.stderr, flush=True)
 
     try:
         run(log)
-    except expected as error:
+    except (BenchmarkError, CarError, UserError, OSError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -136,7 +131,9 @@ def add_run_options(
     parser.add_argument(
         "--warmup", type=int, default=None if worded else warmup, help=f"rounds before them (default: {warmup})"
     )
-    parser.add_argument("--threads", type=int, default=cores(), help="CPU threads of everything (default: all cores)")
+    parser.add_argument(
+        "--threads", type=int, default=usable_cores(), help="CPU threads of everything (default: all cores)"
+    )
     if devices:
         parser.add_argument("--device", choices=devices, default="cpu", help="of everything (default: cpu)")
     parser.add_argument("-o", "--output", type=Path, help="append the line of JSON to this file")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import math
 import os
 import platform
 import shlex
@@ -11,6 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from car_runtime.system.cpu import cpu_name, usable_cores
+from car_runtime.system.machine import usable_memory
+from car_runtime.system.packages import version
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("numpy", "torch", "onnxruntime", "onnxruntime-gpu", "openvino", "diffusers", "transformers")
@@ -24,56 +26,16 @@ def machine() -> dict[str, Any]:
     """
     return {
         "cpu": cpu_name(),
-        "cores": cores(),
+        "cores": usable_cores(),
         "threads": _threads(),
-        "ram": ram(),
+        "ram": usable_memory(),
         "gpu": gpu_name(),
         "os": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        **{package: _version(package) for package in PACKAGES},
+        **{package: version(package) for package in PACKAGES},
         "commit": commit(),
         "command": command_line(),
     }
-
-
-def cpu_name() -> str | None:
-    """The processor's model; on Linux as the kernel has it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    found = {key.strip(): value.strip() for key, colon, value in (line.partition(":") for line in lines) if colon}
-    if "model name" not in found:
-        return platform.processor() or platform.machine() or None
-    # Virtual machines hide the model's name but not its numbers.
-    family, model = found.get("cpu family"), found.get("model")
-    return found["model name"] + (f" (family {family}, model {model})" if family and model else "")
-
-
-def cores() -> int:
-    """Cores this process may use: its affinity, and no more than a container's share of time."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, _, period = _control_group("cpu.max").partition(" ")
-    if quota.isdigit() and period.isdigit() and int(period):
-        allowed = min(allowed, max(1, math.ceil(int(quota) / int(period))))
-    return allowed
-
-
-def ram() -> int | None:
-    """Bytes of memory this process may use: the machine's, and no more than a container's share."""
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return None
-    limit = _control_group("memory.max")
-    return min(total, int(limit)) if limit.isdigit() else total
-
-
-def _control_group(name: str) -> str:
-    try:
-        return (Path("/sys/fs/cgroup") / name).read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
 
 
 def gpu_name() -> str | None:
@@ -85,13 +47,6 @@ def gpu_name() -> str | None:
 def _threads() -> int | None:
     torch = sys.modules.get("torch")
     return torch.get_num_threads() if torch is not None else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def commit() -> str | None:

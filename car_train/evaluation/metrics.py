@@ -1,6 +1,6 @@
-"""What `car_train.evaluation.evaluate` measures, as pure functions: pictures, sets of features, control images.
+"""What `car_train.evaluation.evaluate` measures, as pure functions: images, sets of features, control images.
 
-Shape legend: N, M pictures of a set, D features of a picture, H, W a picture's sides, C channels. Statistics are
+Shape legend: N, M images of a set, D features of an image, H, W an image's sides, C channels. Statistics are
 computed in float64, whatever the inputs are; every function is deterministic, given its random generator.
 """
 
@@ -20,14 +20,14 @@ NEIGHBOURS = 3  # k of precision and recall, Kynkäänniemi et al. 2019
 EDGE_LEVEL = 128
 """Grey level from which a soft edge (HED; or, counted from white, a sketch's line) is an edge."""
 
-_ROWS = 1024  # of a distance matrix at a time: 400 MB for 50,000 pictures
+_ROWS = 1024  # of a distance matrix at a time: 400 MB for 50,000 images
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.floating[Any]]
 Mask = NDArray[np.bool_]
 
 
-# --- one picture ----------------------------------------------------------------------------------------------------
+# --- one image ----------------------------------------------------------------------------------------------------
 
 
 def psnr(mse: float, peak: float = 2.0) -> float:
@@ -36,10 +36,10 @@ def psnr(mse: float, peak: float = 2.0) -> float:
 
 
 def ssim(a_HWC: Floats, b_HWC: Floats) -> float:
-    """Structural similarity (Wang et al. 2004, eq. 13), the mean over channels and pixels; 1 for equal pictures.
+    """Structural similarity (Wang et al. 2004, eq. 13), the mean over channels and pixels; 1 for equal images.
 
     a, b: values in [0, 1]. Gaussian window of 11×11 and σ 1.5, K1 = 0.01, K2 = 0.03. Only windows that lie within
-    the picture count; in a picture smaller than one window all do, mirrored at the border.
+    the image count; in an image smaller than one window all do, mirrored at the border.
     """
     a, b = (np.asarray(x, np.float64) for x in (a_HWC, b_HWC))
     mean_a, mean_b = _window(a), _window(b)
@@ -77,11 +77,11 @@ def frechet_distance(a_ND: Floats, b_MD: Floats) -> float:
     of Ca·Cb are the squared singular values of A·Bᵀ, so the last trace is the sum of these singular values: real and
     not negative for every N, without a square root of a matrix and without anything added to the diagonals.
 
-    With no more pictures than features the covariances are singular, and the distance is biased upwards; compare it
-    only with distances of equally many pictures. Raises ValueError for fewer than two pictures.
+    With no more images than features the covariances are singular, and the distance is biased upwards; compare it
+    only with distances of equally many images. Raises ValueError for fewer than two images.
     """
     if min(len(a_ND), len(b_MD)) < 2:
-        raise ValueError(f"{len(a_ND)} and {len(b_MD)} pictures; a covariance needs at least 2")
+        raise ValueError(f"{len(a_ND)} and {len(b_MD)} images; a covariance needs at least 2")
     mean_a, factor_a = _mean_and_factor(a_ND)
     mean_b, factor_b = _mean_and_factor(b_MD)
     root = np.linalg.svd(factor_a @ factor_b.T, compute_uv=False).sum()
@@ -101,11 +101,11 @@ def kernel_distance(a_ND: Floats, b_MD: Floats) -> float:
     """Squared maximum mean discrepancy, unbiased, with the kernel (x·y/D + 1)³ (KID, Bińkowski et al. 2018, eq. 4).
 
     Zero on average for sets of one distribution, so single values may be negative. Raises ValueError for fewer than
-    two pictures.
+    two images.
     """
     n, m = len(a_ND), len(b_MD)
     if min(n, m) < 2:
-        raise ValueError(f"{n} and {m} pictures; an unbiased distance needs at least 2")
+        raise ValueError(f"{n} and {m} images; an unbiased distance needs at least 2")
     a, b = (np.asarray(x, np.float64) for x in (a_ND, b_MD))
     within_a, within_b, between = _kernel(a, a), _kernel(b, b), _kernel(a, b)
     same = (within_a.sum() - np.trace(within_a)) / (n * (n - 1)) + (within_b.sum() - np.trace(within_b)) / (
@@ -123,7 +123,7 @@ def kid(
 ) -> tuple[float, float]:
     """KID: (mean, standard deviation) of `kernel_distance` over random subsets.
 
-    A subset has `size` pictures of each set, or half of the smaller set where that is less: subsets that are the
+    A subset has `size` images of each set, or half of the smaller set where that is less: subsets that are the
     whole set would not differ, and their deviation would say nothing.
     """
     size = min(size, max(2, min(len(a_ND), len(b_MD)) // 2))
@@ -139,19 +139,19 @@ def kid(
 def precision_recall(real_ND: Floats, made_MD: Floats, k: int = NEIGHBOURS) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1 and 2), Euclidean.
 
-    Precision: the share of made pictures within the real ones' manifold, the balls around each real picture that
+    Precision: the share of made images within the real ones' manifold, the balls around each real image that
     reach to its k-th neighbour (itself not counted). Recall: the share of real ones within the made ones' manifold.
     Raises ValueError when a set has no k-th neighbour.
     """
     if min(len(real_ND), len(made_MD)) <= k:
-        raise ValueError(f"{len(real_ND)} and {len(made_MD)} pictures; {k} neighbours need at least {k + 1}")
+        raise ValueError(f"{len(real_ND)} and {len(made_MD)} images; {k} neighbours need at least {k + 1}")
     real, made = (np.asarray(x, np.float64) for x in (real_ND, made_MD))
     return _covered(made, real, k), _covered(real, made, k)
 
 
 def _covered(x_ND: Floats, by_MD: Floats, k: int) -> float:
     """Share of x within the manifold of `by`."""
-    # The k-th neighbour of a picture among all, itself at distance 0 included, is at position k.
+    # The k-th neighbour of an image among all, itself at distance 0 included, is at position k.
     radii = np.concatenate([np.partition(d, k, axis=1)[:, k] for d in _squared_distances(by_MD, by_MD)])
     return float(np.concatenate([(d <= radii).any(1) for d in _squared_distances(x_ND, by_MD)]).mean())
 
@@ -168,7 +168,7 @@ def _squared_distances(a_ND: Floats, b_MD: Floats) -> Iterator[Floats]:
 
 
 def control_errors(control_type: str, given: Pixels, found: Pixels) -> dict[str, float]:
-    """How far the control of a picture is from the one that was asked for (CAR section 4).
+    """How far the control of an image is from the one that was asked for (CAR section 4).
 
     control_type: as in `car_train.data.controls`. given, found: uint8 [H, W, 3].
 
@@ -199,7 +199,7 @@ def edge_f1(given_HW: Mask, found_HW: Mask, tolerance: int = 1) -> tuple[float, 
     """(precision, recall, F1) of found edges, each edge pixel matched by any within `tolerance` in x and in y.
 
     Precision is the share of found pixels near a given one, recall that of given pixels near a found one; where there
-    are none to count the share is 0. Two pictures without edges agree: 1, 1, 1.
+    are none to count the share is 0. Two images without edges agree: 1, 1, 1.
     """
     if not given_HW.any() and not found_HW.any():
         return 1.0, 1.0, 1.0

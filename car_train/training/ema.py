@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 
-class MovingAverage:
+class EMA:
     """The average of a module's trainable parameters, f32: average ← d·average + (1 − d)·parameter after every step.
 
     decay: in (0, 1); at step n it is at most (1 + n)/(10 + n), so that the random beginning is soon forgotten.

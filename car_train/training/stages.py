@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
 from car_train.config import CARConfig, ModelConfig, VARConfig, VQVAEConfig
 from car_train.model import Model
+from car_train.model.car import calibrate_fusion
 from car_train.model.sample import control_pyramid, sample
 from car_train.model.vqvae import join_tokens, split_tokens
-from car_train.training.losses import (
-    PatchDiscriminator,
-    Perceptual,
-    adaptive_weight,
-    generator_loss,
-    hinge_discriminator_loss,
-)
+from car_train.training.distributed import all_batches, any_of_processes, broadcast, mean_over_processes
+from car_train.training.losses import PatchDiscriminator, adaptive_weight, generator_loss, hinge_discriminator_loss
+from car_train.training.perceptual import Perceptual
 
 REVIVE_EVERY = 100
 """Steps between revivals of unused codes, in the first two thirds of the tokenizer's training."""
 
 Batch = dict[str, Tensor]
 """`image` f32 [B, 3, H, W] in [-1, 1] and/or `tokens` int64 [B, L]; `label` int64 [B]; `control` uint8 [B, S, S, 3];
-`drop` f32 [B], a uniform number for each picture that decides whether its label is dropped."""
+`drop` f32 [B], a uniform number for each image that decides whether its label is dropped."""
 
 
 class Stage:
-    """What one stage trains: subclasses give `loss` and `picture`."""
+    """What one stage trains: subclasses give `loss` and `samples`."""
 
+    name = ""
+    """Of the command that trains it, and of its part of a checkpoint: "vqvae", "var" or "car"."""
     control_type: str | None = None
     takes_tokens = False
     """Whether the loss can do with `tokens` in place of `image`."""
@@ -42,20 +43,30 @@ class Stage:
         model.requires_grad_(False).eval()
         trainable.requires_grad_(True)
 
+    fresh = False
+    """Whether `set_up` is wanted before the first step."""
+
+    def set_up(self, batch: Batch) -> None:
+        """Measure what a fresh model has to know of its data, on one batch: the same on every process."""
+
+    def train(self, mode: bool = True) -> None:
+        """Training mode, for steps, or eval mode, for all else."""
+        self.trainable.train(mode)
+
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to minimise and what else to log, of one batch on the device."""
         raise NotImplementedError
 
-    def picture(self, batch: Batch) -> list[Tensor]:
-        """Rows of a sample sheet, each f32 [B, 3, H, W] in [-1, 1]."""
+    def samples(self, batch: Batch) -> dict[str, Tensor]:
+        """What a contact sheet shows of a batch, by name: f32 [B, 3, H, W] in [-1, 1] each."""
         raise NotImplementedError
 
     def extra_loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """What an adversary minimises, on the pictures of the last `loss`; None where there is none (yet)."""
+        """What an adversary minimises, on the images of the last `loss`; None where there is none (yet)."""
         return None
 
     adversary: nn.Module | None = None
-    """Trained beside the model by `extra_loss` with an optimizer of its own; never part of a checkpoint's model."""
+    """Trained with the model, by `extra_loss` and an optimizer of its own; never part of a checkpoint's model."""
     critic: Any = None
     """The adversary as the trainer wraps it (distributed), for its own update."""
 
@@ -64,7 +75,7 @@ class Stage:
         self.model.to(device)
 
     def before_step(self, step: int) -> None:
-        """Told the number of the optimizer step to come, from 0."""
+        """Called with the number of the optimizer step to come, from 0."""
 
     def after_step(self, step: int, steps: int) -> dict[str, float]:
         """Upkeep after an optimizer step; returns what to log."""
@@ -85,6 +96,8 @@ class VQVAEStage(Stage):
     adaptive weight, which keeps its gradient at the decoder's last layer as large as that of the other losses, and is
     0 before `adversarial_start`: a critic of noise has nothing to teach.
     """
+
+    name = "vqvae"
 
     def __init__(
         self,
@@ -134,9 +147,7 @@ class VQVAEStage(Stage):
                 fooled = generator_loss(self.adversary(recon))
                 last_layer = self.model.vqvae.decoder.conv_out.get_parameter("weight")
                 weight = adaptive_weight(seen, fooled, last_layer)
-                if dist.is_initialized():  # one weight for all, as on one process
-                    dist.all_reduce(weight)
-                    weight /= dist.get_world_size()
+                weight = mean_over_processes(weight)  # one weight for all, as on one process
                 loss = loss + self.adversarial_weight * weight * fooled
                 metrics |= {"adversarial": fooled, "adaptive": weight}
         mse = F.mse_loss(recon.clamp(-1, 1), images, reduction="none").mean((1, 2, 3))
@@ -158,19 +169,15 @@ class VQVAEStage(Stage):
         if step != 1 and step % REVIVE_EVERY:
             return {}
         quantizer = self.model.vqvae.quantizer
-        if dist.is_initialized():
-            used = self.used_KV.to(quantizer.embedding.device, torch.uint8)
-            dist.all_reduce(used, dist.ReduceOp.MAX)
-            self.used_KV = used.bool().cpu()
+        self.used_KV = any_of_processes(self.used_KV.to(quantizer.embedding.device)).cpu()
         used_V = self.used_KV.any(0)
         log = {"codes_used": used_V.float().mean().item()}
         log |= {f"codes_used_{k}": used.float().mean().item() for k, used in enumerate(self.used_KV)}
         if step < steps * 2 / 3 and self.last_images is not None:
             with torch.no_grad():
-                latent = self.model.vqvae.latent(_of_all_processes(self.last_images))
+                latent = self.model.vqvae.latent(all_batches(self.last_images))
                 quantizer.revive(latent, used_V.to(quantizer.embedding.device))
-            if dist.is_initialized():  # the first process's draws count
-                dist.broadcast(quantizer.embedding.data, 0)
+            broadcast(quantizer.embedding.data)  # the first process's draws count
         self.used_KV.zero_()
         return log
 
@@ -180,8 +187,8 @@ class VQVAEStage(Stage):
     def load_state(self, state: dict[str, Any]) -> None:
         self.used_KV = state["used_KV"]
 
-    def picture(self, batch: Batch) -> list[Tensor]:
-        return [batch["image"], self.model.vqvae(batch["image"])[0].float().clamp(-1, 1)]
+    def samples(self, batch: Batch) -> dict[str, Tensor]:
+        return {"reconstruction": self.model.vqvae(batch["image"])[0], "real": batch["image"]}
 
 
 class TransformerStage(Stage):
@@ -192,31 +199,48 @@ class TransformerStage(Stage):
 
     takes_tokens = True
 
-    def __init__(self, model: Model):
+    def __init__(self, model: Model, *, fresh: bool = False, drop_path: float | None = None):
+        """fresh: the branch is new, and its fusions are calibrated before the first step (`calibrate_fusion`).
+
+        drop_path: largest rate of stochastic depth, 0 for none; default: the config's.
+        """
         assert model.car is not None, "config.var"
         super().__init__(model, model.car.branch or model.car.base)
         self.car = model.car
+        self.name = "car" if model.car.branch is not None else "var"
         self.control_type = model.config.car.control_type if model.config.car else None
+        self.fresh = fresh and self.car.branch is not None
+        if drop_path is not None:
+            self.car.set_drop_path(drop_path)
+
+    def set_up(self, batch: Batch) -> None:
+        if (controls := self._controls(batch)) is not None:
+            calibrate_fusion(self.car, batch["label"], self._teacher_forcing(batch)[1], controls)
+
+    def train(self, mode: bool = True) -> None:
+        """A frozen base drops paths too while its branch trains."""
+        self.car.train(mode)
 
     def _controls(self, batch: Batch) -> list[Tensor] | None:
         if "control" not in batch:
             return None
-        config, device = self.model.config.vqvae, batch["label"].device
-        pyramids = [
-            control_pyramid(Image.fromarray(c.numpy()), [s * config.patch for s in config.sides])
-            for c in batch["control"].cpu()
-        ]
-        return [torch.cat(scale).to(device) for scale in zip(*pyramids, strict=True)]
+        controls = list(batch["control"].cpu().numpy())
+        return control_pyramids(controls, self.model.config.vqvae, batch["label"].device)
+
+    @torch.no_grad()
+    def _teacher_forcing(self, batch: Batch) -> tuple[list[Tensor], Tensor]:
+        """Token grids of all scales, and what they make of the transformer's input: f32 [B, L-1, Z]."""
+        vqvae = self.model.vqvae
+        if "tokens" in batch:
+            grids = split_tokens(batch["tokens"], vqvae.config.sides)
+        else:
+            grids = vqvae.encode(batch["image"])
+        with torch.autocast(batch["label"].device.type, enabled=False):
+            return grids, vqvae.quantizer.decode(grids)[1]
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         config, label = self.model.config.vqvae, batch["label"]
-        with torch.no_grad():
-            if "tokens" in batch:
-                grids = split_tokens(batch["tokens"], config.sides)
-            else:
-                grids = self.model.vqvae.encode(batch["image"])
-            with torch.autocast(label.device.type, enabled=False):
-                inputs = self.model.vqvae.quantizer.decode(grids)[1]
+        grids, inputs = self._teacher_forcing(batch)
         if self.trainable.training:
             dropped = batch["drop"] < self.car.base.config.label_dropout
             label = torch.where(dropped, self.car.base.config.classes, label)
@@ -227,7 +251,7 @@ class TransformerStage(Stage):
         metrics = {"accuracy": hit.mean(), "loss_last": each_BL[:, -last:].mean()}
         return each_BL.mean(), metrics | {"accuracy_last": hit[:, -last:].mean()}
 
-    def picture(self, batch: Batch) -> list[Tensor]:
+    def samples(self, batch: Batch) -> dict[str, Tensor]:
         config, B = self.model.config.vqvae, len(batch["image"])
         uniforms = torch.rand(B, config.tokens, generator=torch.Generator().manual_seed(0)).to(batch["image"].device)
         controls = self._controls(batch)
@@ -241,20 +265,19 @@ class TransformerStage(Stage):
             top_k=config.vocab // 4,
             top_p=0.9,
         )
-        return ([controls[-1]] if controls else []) + [drawn, batch["image"]]
+        given = {"control": controls[-1]} if controls else {}
+        return {**given, "drawn": drawn, "real": batch["image"]}
 
 
-def _of_all_processes(x_B: Tensor) -> Tensor:
-    """The batches of all processes as one, in the order of the undivided batch."""
-    if not dist.is_initialized():
-        return x_B
-    x_B = x_B.contiguous()
-    parts = [torch.empty_like(x_B) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x_B)
-    return torch.cat(parts)
+def control_pyramids(
+    controls: Sequence[NDArray[np.uint8]], config: VQVAEConfig, device: torch.device | str
+) -> list[Tensor]:
+    """Control images uint8 [H, W, 3] → what the model takes: for each scale f32 [B, 3, s·f, s·f], s its edge."""
+    each = [control_pyramid(Image.fromarray(c), [s * config.patch for s in config.sides]) for c in controls]
+    return [torch.cat(scale).to(device) for scale in zip(*each, strict=True)]
 
 
-class Objective(nn.Module):
+class LossModule(nn.Module):
     """A stage's loss as a module's forward: what DistributedDataParallel wraps.
 
     The parameters are those of the stage's model; an adversary isn't among them.
@@ -280,7 +303,10 @@ def add_var(model: Model, config: VARConfig, class_names: tuple[str, ...]) -> Mo
 
 
 def add_branch(model: Model, config: CARConfig) -> Model:
-    """A model with a trained base and a new branch, initialised from it. A branch that was there is left out."""
+    """A model with a trained base and a new branch, initialised from it. A branch that was there is left out.
+
+    Its fusions are to be calibrated on data before training: `TransformerStage(…, fresh=True)`.
+    """
     assert model.car is not None, "add_branch needs a base"
     grown = Model(
         ModelConfig(vqvae=model.config.vqvae, var=model.config.var, car=config, class_names=model.config.class_names)

@@ -1,11 +1,11 @@
-"""The token cache: the tokenizer is frozen in stages 2 and 3, so every picture is encoded once, not once a step.
+"""The token cache: the tokenizer is frozen in stages 2 and 3, so every image is encoded once, not once a step.
 
 A cache is a folder with `tokens.npy`, uint16 or int32 [views, N, L], memory-mapped when training, `labels.npy`,
-int64 [N], and `tokens.json`. A view is one augmentation of all pictures: view v is what epoch v of
+int64 [N], and `tokens.json`. A view is one augmentation of all images: view v is what epoch v of
 `ControlledImages` shows (mirrored or not, moved, zoomed), and epoch e of training reads view e mod `views`. Controls
 made on the fly follow the same augmentation.
 
-What a cache depends on (tokenizer weights, pictures, size, seed, views, precision) is hashed into its name, so it
+What a cache depends on (tokenizer weights, images, size, seed, views, precision) is hashed into its name, so it
 is never stale and all runs on one tokenizer share it.
 """
 
@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from car_train.data.dataset import ControlledImages, DataError
+from car_train.files import folder_aside
 from car_train.model.vqvae import VQVAE, join_tokens
 
 DEFAULT_ROOT = Path("~/.cache/car/tokens")
@@ -56,9 +54,9 @@ class TokenCache:
 
 
 class CachedTokens(Dataset[dict[str, Any]]):
-    """The cached pictures: `tokens` int64 [L], `label` int, and `control` uint8 [S, S, 3] if there are controls.
+    """The cached images: `tokens` int64 [L], `label` int, and `control` uint8 [S, S, 3] if there are controls.
 
-    The pictures themselves are read only where a control is made from them.
+    The images themselves are read only where a control is made from them.
     """
 
     def __init__(self, images: ControlledImages, cache: TokenCache):
@@ -112,11 +110,11 @@ def open_cache(
     batch: int = 64,
     encode: Callable[[Tensor], list[Tensor]] | None = None,
 ) -> TokenCache:
-    """The cache of these pictures under this tokenizer; made first, where it doesn't stand yet.
+    """The cache of these images under this tokenizer; made first, where it doesn't stand yet.
 
-    views: augmentations of every picture, at least 1; without augmentation there is one.
+    views: augmentations of every image, at least 1; without augmentation there is one.
     root: folder of caches, `DEFAULT_ROOT` when None. precision: a name for the type `encode` computes in.
-    encode: pictures f32 [B, 3, H, W] in [-1, 1] → token grids; `vqvae.encode` when None.
+    encode: images f32 [B, 3, H, W] in [-1, 1] → token grids; `vqvae.encode` when None.
 
     Raises DataError: the cache is damaged or can't be written. An interrupted encoding leaves nothing behind that
     looks like a cache.
@@ -128,26 +126,15 @@ def open_cache(
     if (folder / MARKER).is_file():
         return TokenCache(folder)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
+        with folder_aside(folder) as aside:
+            _encode(images, encode or vqvae.encode, facts, batch, aside)
+            (aside / MARKER).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
+        size = views * len(images) * vqvae.config.tokens * 2 / 2**20
         raise DataError(
-            f"{folder.parent}: can't write there ({error}); give another folder (--token-root)"
+            f"{folder}: can't be written ({error}); it needs {size:.0f} MiB: free some space, or give another "
+            "folder (--token-root)"
         ) from error
-    try:
-        _encode(images, encode or vqvae.encode, facts, batch, aside)
-        (aside / MARKER).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        os.chmod(aside, 0o755)
-        os.replace(aside, folder)
-    except OSError as error:
-        if not (folder / MARKER).is_file():  # another run may have been first; its cache is as good
-            size = views * len(images) * vqvae.config.tokens * 2 / 2**20
-            raise DataError(
-                f"{folder}: can't be written ({error}); it needs {size:.0f} MiB: free some space, or give another "
-                "folder (--token-root)"
-            ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return TokenCache(folder)
 
 

@@ -5,23 +5,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 
-import car_runtime.errors
-from car_export.plan import ExportError, ExportOptions, Log, build_plan, reference_model
-from car_export.quantize.int8 import Int8Options, to_int8
+from car_export.command import add_model_arguments, flags_of, load_model, run_command
+from car_export.config import ExportOptions, Int8Options
+from car_export.plan import build_plan, reference_model
+from car_export.quantize.int8 import to_int8
 from car_export.tensorrt import build as engines
 from car_export.tensorrt.compiler import Compiler
-from car_export.verify import VerificationError, verify_plan
-from car_train import checkpoint
-from car_train.cli import add_official_arguments, integers, load_official
+from car_export.verify import verify_plan
+from car_runtime.format import manifest as schema
 from car_train.config import ConfigError
-from car_train.interop import official
+from car_train.flags import add_flags, given, integers
 from car_train.model import Model
 
+Log = Callable[[str], None]
 EXAMPLES = """examples:
   python export/build_engines.py runs/car -o emoji.plan --weights fp16
   python export/build_engines.py --vae vae_ch160v4096z32.pth --var var_d16.pth --car car_depth_d16.pth \\
@@ -29,53 +29,33 @@ EXAMPLES = """examples:
   python export/build_engines.py runs/car -o emoji.plan --verify  # compare an existing plan with its checkpoint again
   python export/build_engines.py runs/car -o emoji.plan --target rtx --sm 89  # and engines (no GPU is needed)
   python export/build_engines.py emoji.plan --target rtx --sm 89,120  # engines of an existing plan
-  python export/build_engines.py d16.plan --weights int8 -o d16-int8.plan --calibrate depths/  # for CPUs, 8 bits
+  python export/build_engines.py d16.plan --weights int8 -o d16-int8.plan --calibrate depths/  # INT8, for CPUs
 """
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command's arguments; exits with code 2 on misuse."""
     parser = argparse.ArgumentParser(
         prog="build_engines.py",
         description=__doc__,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "checkpoint",
-        type=Path,
-        nargs="?",
-        help="checkpoint or run of car_train (else: --vae --var [--car]), or a plan, to build engines of (--target) "
+    add_model_arguments(
+        parser,
+        "checkpoint or run of car_train (else: --vae --var [--car]), or a plan, to build engines of (--target) "
         "or to make an int8 plan of (--weights int8)",
     )
-    add_official_arguments(parser)
     parser.add_argument("-o", "--output", type=Path, help="the plan to write, NAME.plan")
     parser.add_argument("--name", help="the model's name in the manifest (default: that of the plan)")
-    parser.add_argument(
-        "--precision", choices=["fp32", "fp16", "bf16"], default="fp32", help="compute type (default: fp32)"
-    )
-    parser.add_argument(
-        "--weights",
-        choices=["fp32", "fp16", "int8"],
-        default="fp32",
-        help="storage type for fp32 compute; int8: large products multiply eight-bit numbers, for CPUs "
-        "(default: fp32)",
-    )
+    add_flags(parser, ExportOptions)
     parser.add_argument(
         "--calibrate",
         type=Path,
         nargs="+",
         default=(),
         metavar="PATH",
-        help="with --weights int8: control images, or folders of them, to draw after while ranges are measured "
-        "(default: pictures made here)",
-    )
-    parser.add_argument(
-        "--batch", type=integers, default=(1,), help="batch sizes that get static steps, e.g. 1,4 (default: 1)"
-    )
-    parser.add_argument("--cfg", type=float, default=4.0, help="default guidance of the plan (default: 4)")
-    parser.add_argument("--top-k", type=int, default=900, help="default top-k of the plan, 0 = off (default: 900)")
-    parser.add_argument(
-        "--top-p", type=float, default=0.95, help="default top-p of the plan, 0 = off (default: 0.95)"
+        help="with --weights int8: control images, or folders of them, to calibrate on (default: synthetic images)",
     )
     parser.add_argument("--class-names", type=Path, help="text file with one class name per line")
     parser.add_argument("--verify", action="store_true", help="don't build: compare the existing plan with the model")
@@ -97,26 +77,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def is_plan(path: Path | None) -> bool:
     return path is not None and (path / "manifest.json").is_file()
-
-
-def load_model(args: argparse.Namespace) -> tuple[Model, dict[str, str]]:
-    """The model and where it came from."""
-    if (args.checkpoint is None) == (args.vae is None):
-        raise ConfigError(
-            "give either a checkpoint of car_train, or --vae and --var (and --car) with the published files"
-        )
-    if args.checkpoint is not None:
-        if any(getattr(args, name) is not None for name in ("var", "car", "control_type", "sides")):
-            raise ConfigError(
-                "a checkpoint of car_train has its own parts; leave out --var, --car, --control-type, --sides"
-            )
-        hashes = checkpoint.fingerprint(args.checkpoint)
-        return checkpoint.load(args.checkpoint), {f"sha256 {name}": digest for name, digest in hashes.items()}
-    if args.var is None and args.car is None:
-        raise ConfigError("--var is missing; give the published transformer, e.g. --var var_d16.pth")
-    files = {part: path for part in ("vae", "var", "car") if (path := getattr(args, part)) is not None}
-    model = load_official(args)
-    return model, {f"sha256 {part} {path.name}": checkpoint.sha256(path) for part, path in files.items()}
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
@@ -141,23 +101,23 @@ def build_engines_only(args: argparse.Namespace, log: Log) -> Path:
         )
     if args.output is not None and args.output.resolve() != plan.resolve():
         raise ConfigError(f"engines are built inside their plan; leave out -o {args.output}, or copy the plan first")
-    _check_settled(args, "target", "sm")
+    _check_chosen(args, "target", "sm")
     engines.build_engines(plan, engines.choose_targets(args.target, args.sm), log)
     return plan
 
 
-def _check_settled(args: argparse.Namespace, *allowed: str) -> None:
+def _check_chosen(args: argparse.Namespace, *allowed: str) -> None:
     """Raise ConfigError if a plan is given with flags that only an export heeds."""
     defaults = parse_args([str(args.checkpoint)])
-    settled = [
+    chosen = [
         name
         for name, value in vars(args).items()
         if name not in ("checkpoint", "output", *allowed) and value != getattr(defaults, name)
     ]
-    if settled:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in settled)
+    if chosen:
         raise ConfigError(
-            f"{args.checkpoint} is a plan already, and {flags} settle how one is exported; give its checkpoint"
+            f"{args.checkpoint} is a plan already, and {flags_of(chosen)} settle how one is exported; "
+            "give its checkpoint"
         )
 
 
@@ -165,7 +125,7 @@ def make_int8(args: argparse.Namespace, log: Log) -> Path:
     """The int8 form of an existing plan, beside it."""
     if args.output is None:
         raise ConfigError(f"an int8 plan is another plan; name it, e.g. -o {args.checkpoint.stem}-int8.plan")
-    _check_settled(args, "weights", "calibrate", "name")
+    _check_chosen(args, "weights", "calibrate", "name")
     return to_int8(
         Int8Options(source=args.checkpoint, output=args.output, name=args.name, controls=tuple(args.calibrate or ())),
         log,
@@ -188,48 +148,34 @@ def check_int8(args: argparse.Namespace) -> None:
         raise ConfigError("--verify compares with float32 arithmetic; an int8 plan is checked by car-run verify")
 
 
-def run(args: argparse.Namespace) -> Path:
-    began = time.monotonic()
-
-    def log(text: str) -> None:
-        print(f"[{time.monotonic() - began:6.1f} s] {text}", file=sys.stderr, flush=True)
-
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise ConfigError for flags that don't go together."""
     if args.sm is not None and args.target is None:
         raise ConfigError(f"--sm {','.join(map(str, args.sm))} needs a compiler; add --target rtx")
     if args.verify and args.target is not None:
         raise ConfigError("--verify builds nothing; leave out --target, or leave out --verify")
     check_int8(args)
+
+
+def run(args: argparse.Namespace, log: Log) -> Path:
+    """Do what the arguments say; returns the plan."""
+    check_flags(args)
     if is_plan(args.checkpoint):
         return make_int8(args, log) if args.weights == "int8" else build_engines_only(args, log)
     # Whatever can be wrong with the targets shows before the export, which takes minutes.
     targets = engines.choose_targets(args.target, args.sm) if args.target else []
     for target in targets:
         Compiler(target.flavour).check_target(target.name)
-    names = read_class_names(args.class_names) if args.class_names is not None else None
-    options = ExportOptions(
-        output=args.output,
-        name=args.name or args.output.name.removesuffix(".plan"),
-        precision=args.precision,
-        weights="fp32" if args.weights == "int8" else args.weights,
-        batches=args.batch,
-        cfg=args.cfg,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        class_names=names,
-    )
+    options = export_options(args)
     model, sources = load_model(args)
     options = dataclasses.replace(options, provenance=sources)
+    names = options.class_names
     if names is not None and model.car is not None and len(names) != model.car.base.config.classes:
         raise ConfigError(
             f"{args.class_names} has {len(names)} names for {model.car.base.config.classes} classes; give one a line"
         )
     if args.verify:
-        from car_runtime.format import manifest as schema
-
-        manifest = schema.read_manifest(args.output)
-        schema.verify_files(args.output, manifest)
-        verify_plan(args.output, reference_model(model, manifest.precision.compute, manifest.precision.weights), log)
-        return args.output
+        return verify_again(model, args.output, log)
     if args.weights == "int8":
         return export_int8(model, options, tuple(args.calibrate), log)
     with engines.keeping_engines(args.output, log):
@@ -237,6 +183,25 @@ def run(args: argparse.Namespace) -> Path:
     if targets:
         engines.build_engines(args.output, targets, log)
     return args.output
+
+
+def export_options(args: argparse.Namespace) -> ExportOptions:
+    """The options of the export itself; an int8 plan is made of one in float32."""
+    chosen = given(args, ExportOptions) | {
+        "output": args.output,
+        "name": args.name or args.output.name.removesuffix(".plan"),
+        "weights": "fp32" if args.weights == "int8" else args.weights,
+        "class_names": read_class_names(args.class_names) if args.class_names is not None else None,
+    }
+    return ExportOptions(**chosen)
+
+
+def verify_again(model: Model, plan: Path, log: Log) -> Path:
+    """Compare an existing plan with its model. Raises VerificationError."""
+    manifest = schema.read_manifest(plan)
+    schema.verify_files(plan, manifest)
+    verify_plan(plan, reference_model(model, manifest.precision.compute, manifest.precision.weights), log)
+    return plan
 
 
 def export_int8(model: Model, options: ExportOptions, controls: tuple[Path, ...], log: Log) -> Path:
@@ -249,23 +214,11 @@ def export_int8(model: Model, options: ExportOptions, controls: tuple[Path, ...]
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command. Exit code 0: done; 1: the plan disagrees with its model; 2: arguments that can't be used."""
     args = parse_args(argv)
-    try:
-        print(run(args))
-    except (
-        ConfigError,
-        ExportError,
-        checkpoint.CheckpointError,
-        official.OfficialCheckpointError,
-        car_runtime.errors.CarError,
-        OSError,
-    ) as error:
-        print(f"build_engines: error: {error}", file=sys.stderr)
-        return 2
-    except VerificationError as error:
-        print(f"build_engines: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("build_engines: interrupted; nothing half-made was left", file=sys.stderr)
-        return 130
-    return 0
+
+    def command(log: Log) -> int:
+        print(run(args, log))
+        return 0
+
+    return run_command("build_engines", command)

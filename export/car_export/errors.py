@@ -1,4 +1,4 @@
-"""What can go wrong while engines are built, by kind.
+"""What can go wrong while a plan is exported, verified or compiled, by kind.
 
 Every message names the offending value, and the node where there is one, and ends after a semicolon with the remedy.
 """
@@ -8,6 +8,10 @@ from __future__ import annotations
 
 class ExportError(ValueError):
     """A plan that can't be built; the message ends with the remedy."""
+
+
+class VerificationError(ValueError):
+    """The plan and the model disagree; the message lists every finding."""
 
 
 class EngineError(ExportError):
@@ -51,5 +55,5 @@ class CompileError(EngineError):
     """The compiler gave up for another reason; the message has its words."""
 
 
-class EngineFileError(EngineError):
-    """An engine could not be written."""
+class OutputError(EngineError):
+    """A file of the plan could not be written."""

@@ -3,7 +3,7 @@
 `car-run verify` holds any machine and engine to it, without PyTorch and without the checkpoint. The file is the same
 to the byte at every export of the same model on the same machine.
 
-Shapes: L tokens of a picture, V vocabulary, s pixels per edge.
+Shapes: L tokens of an image, V vocabulary, s pixels per edge.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _DATE = (1980, 1, 1, 0, 0, 0)
 def write_goldens(directory: Path, reference: Model, *, cfg: float, top_k: int, top_p: float) -> None:
     """Write `directory/goldens.npz` from a float32 model in eval mode; cfg, top_k, top_p are the plan's defaults.
 
-    Guidance is at least 1, so that both rows count. docs/plan-format.md lists the arrays.
+    Guidance is at least 1, so that both rows count. docs/reference/plan-format.md lists the arrays.
     """
     arrays = goldens(reference, cfg=max(cfg, 1.0), top_k=top_k, top_p=top_p)
     (directory / FILE).write_bytes(npz_bytes(arrays))
@@ -45,8 +45,8 @@ def goldens(reference: Model, *, cfg: float, top_k: int, top_p: float) -> dict[s
     top_k = min(top_k, config.vocab)
     control = pyramid = None
     if car.branch is not None:
-        picture = Image.fromarray(scene(config.image_size, np.random.default_rng(0)))
-        control = derive(picture, "canny", config.image_size)
+        image = Image.fromarray(scene(config.image_size, np.random.default_rng(0)))
+        control = derive(image, "canny", config.image_size)
         pyramid = control_pyramid(Image.fromarray(control), [side * config.patch for side in config.sides])
     label = car.base.config.classes // 2
     noise = np.random.default_rng(SEED).random((1, config.tokens), dtype=np.float32)

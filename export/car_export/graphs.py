@@ -1,7 +1,7 @@
-"""Tracing wrappers: the model as the graphs of a plan (docs/plan-format.md). The model itself knows nothing of ONNX.
+"""Tracing wrappers: the model as a plan's graphs (docs/reference/plan-format.md). The model knows nothing of ONNX.
 
-Shapes: R transformer rows, B pictures, S side of this scale, T side of the next, P past tokens, C width, Z latent
-channels, E edge of f̂, H heads, d head width, V vocabulary, M modulation rows, L tokens of a picture.
+Shapes: R transformer rows, B images, S side of this scale, T side of the next, P past tokens, C width, Z latent
+channels, E edge of f̂, H heads, d head width, V vocabulary, M modulation rows, L tokens of an image.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from car_export.trace import OPSET
 from car_train.model import Model
 from car_train.model.car import CAR
-from car_train.model.sample import draw, mix
+from car_train.model.sample import draw_kept, keep_top, mix, smooth_codes
 from car_train.model.vqvae import VQVAE, Up, join_tokens
 
 
@@ -68,20 +68,21 @@ class ConditionGraph(nn.Module):
 class StepGraph(nn.Module):
     """One scale of the loop (CAR algorithm 1).
 
-    Inputs and outputs as docs/plan-format.md lists them.
+    Inputs and outputs as docs/reference/plan-format.md lists them.
     """
 
-    def __init__(self, model: Model, has_past: bool = True):
+    def __init__(self, model: Model, has_past: bool = True, more_smooth: bool = False):
         super().__init__()
         assert model.car is not None
         self.car: CAR = model.car
         self.quantizer = model.vqvae.quantizer
-        self.has_past = has_past
+        self.has_past, self.more_smooth = has_past, more_smooth
 
     @property
     def input_names(self) -> list[str]:
         control = ["control"] if self.car.branch is not None else []
         sampling = ["f_hat", "uniforms", "cfg", "top_k", "top_p", "known", "known_mask"]
+        sampling += ["smooth", "smooth_noise"] if self.more_smooth else []
         past = [f"past_{x}_{i}" for i in range(self.car.layers) for x in "kv"] if self.has_past else []
         return ["x", "modulation", *control, *sampling, "pos", "up", "down", "phi", "cfg_ratio", *past]
 
@@ -99,9 +100,14 @@ class StepGraph(nn.Module):
         c = self.car.branch.inject(x_RSSC, i["control"].flatten(0, 1)) if self.car.branch is not None else None
         logits_RNV = self.car.trunk(x_RSSC.flatten(1, 2), c, position_NC, i["modulation"], cache, (side,))
         logits_BSSV = mix(logits_RNV, i["cfg"] * i["cfg_ratio"], images).unflatten(1, (side, side))
-        drawn = draw(logits_BSSV, i["uniforms"], i["top_k"], i["top_p"])
-        tokens_BSS = torch.where(i["known_mask"], i["known"], drawn)
-        f_hat = i["f_hat"] + self._contribution(tokens_BSS, i["up"], i["phi"])
+        kept_BSSV = keep_top(logits_BSSV, i["top_k"], i["top_p"])
+        tokens_BSS = torch.where(i["known_mask"], i["known"], draw_kept(kept_BSSV, i["uniforms"]))
+        codes_BSSZ = F.embedding(tokens_BSS, self.quantizer.embedding)
+        if self.more_smooth:
+            smooth_BSSZ = smooth_codes(kept_BSSV, i["smooth_noise"], i["cfg_ratio"], self.quantizer.embedding)
+            smoothed = (i["smooth"] & ~i["known_mask"]).unsqueeze(-1)
+            codes_BSSZ = torch.where(smoothed, smooth_BSSZ, codes_BSSZ)
+        f_hat = i["f_hat"] + self._contribution(codes_BSSZ, i["up"], i["phi"])
         down = i["down"]
         next_BTTC = self.car.base.embed((down @ f_hat @ down.T).permute(0, 2, 3, 1))
         # Rows beyond the first B are the unconditional twins: the same tokens come in.
@@ -109,20 +115,19 @@ class StepGraph(nn.Module):
         new = [t for n in range(self.car.layers) for t in cache.new[n]]
         return tokens_BSS, f_hat, next_x, *new, logits_BSSV
 
-    def _contribution(self, tokens_BSS: Tensor, up: Tensor, phi: Tensor) -> Tensor:
+    def _contribution(self, codes_BSSZ: Tensor, up: Tensor, phi: Tensor) -> Tensor:
         """`MultiScaleQuantizer.contribution` with the scale's constants as tensors.
 
         All φ in one small convolution, then one picked.
         """
-        codes = F.embedding(tokens_BSS, self.quantizer.embedding).permute(0, 3, 1, 2)
-        h = up @ codes @ up.T
+        h = up @ codes_BSSZ.permute(0, 3, 1, 2) @ up.T
         every = F.conv2d(h, self.quantizer.phi_weight, self.quantizer.phi_bias, padding=1)
         picked = every.unflatten(1, (-1, h.shape[1])).index_select(1, phi).squeeze(1)
         return 0.5 * h + 0.5 * picked
 
 
 class PhasedUp(nn.Module):
-    """`Up` without the doubled map: each quarter of the output, by rows and columns odd and even, from a 2×2 kernel.
+    """`Up` without the doubled feature map: each quarter of the output (odd and even rows, columns) by a 2×2 kernel.
 
     Pixels that nearest-neighbour doubling repeats meet several of the 3×3 weights, which are added here instead: 16
     products a small pixel and channel pair, not 36. The result is the same up to the rounding of those sums.
@@ -136,11 +141,11 @@ class PhasedUp(nn.Module):
         self.bias = up.conv.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        maps = []
+        quarters = []
         for i, kernel in enumerate(self.kernels):
             below, right = divmod(i, 2)
-            maps.append(F.conv2d(F.pad(x, (1 - right, right, 1 - below, below)), kernel, self.bias))
-        phases = torch.cat(maps, 1)
+            quarters.append(F.conv2d(F.pad(x, (1 - right, right, 1 - below, below)), kernel, self.bias))
+        phases = torch.cat(quarters, 1)
         B, C, (H, W) = x.shape[0], phases.shape[1] // 4, x.shape[2:]
         if torch.compiler.is_exporting():
             return torch.onnx.ops.symbolic(
@@ -161,10 +166,10 @@ def _neighbours(kernel: Tensor, axis: int, shift: int) -> Tensor:
 
 
 class DecoderGraph(nn.Module):
-    """f̂ f32 [B, Z, E, E] → pictures uint8 [B, H, W, 3].
+    """f̂ f32 [B, Z, E, E] → images uint8 [B, H, W, 3].
 
-    In float32, in which CPUs compute, maps are doubled in phases. In half precision they are not: on a GPU cuDNN took
-    kernels without tensor cores for the phases, and a d16's decoder twice the time.
+    In float32, in which CPUs compute, feature maps are doubled in phases. In half precision they are not: cuDNN
+    took kernels without tensor cores for the phases, and a d16's decoder twice the time.
     """
 
     def __init__(self, model: Model):
@@ -191,7 +196,7 @@ def _with_phases(module: nn.Module) -> nn.Module:
 
 
 class EncoderGraph(nn.Module):
-    """Pictures uint8 [B, H, W, 3] → tokens of all scales int64 [B, L]."""
+    """Images uint8 [B, H, W, 3] → tokens of all scales int64 [B, L]."""
 
     def __init__(self, model: Model):
         super().__init__()

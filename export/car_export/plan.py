@@ -1,18 +1,13 @@
-"""Write a plan (docs/plan-format.md).
+"""Write a plan (docs/reference/plan-format.md).
 
 Trace the graphs, store the weights once, write the manifest, verify, then rename into place.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import math
 import platform
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,48 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from car_export import graphs, verify
+from car_export.config import ExportOptions
 from car_export.errors import ExportError
+from car_export.files import plan_written_aside
 from car_export.goldens import write_goldens
 from car_export.trace import Names, optimise, specialise, trace
 from car_export.weights import HALVED, WeightStore, external, externalise
 from car_runtime.format import manifest as schema
-from car_train.checkpoint import put_in_place
 from car_train.model import Model
 
 Log = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportOptions:
-    """What to build, besides the model."""
-
-    output: Path
-    name: str
-    precision: str = "fp32"
-    """Compute type: fp32, or fp16 or bf16 with float32 islands (norms, softmax, logits, f̂)."""
-    weights: str = "fp32"
-    """Storage type: fp16 stores half the bytes for fp32 compute too."""
-    batches: tuple[int, ...] = (1,)
-    """Batch sizes that get static steps."""
-    cfg: float = 4.0
-    top_k: int = 900
-    top_p: float = 0.95
-    class_names: tuple[str, ...] | None = None
-    """Instead of the checkpoint's own, if any."""
-    provenance: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name, known in (("precision", ("fp32", "fp16", "bf16")), ("weights", ("fp32", "fp16"))):
-            if getattr(self, name) not in known:
-                raise ExportError(f"{name} is {getattr(self, name)!r}; choose {' or '.join(known)}")
-        if not self.batches or min(self.batches) < 1:
-            raise ExportError(f"batch is {list(self.batches)}; give positive numbers, e.g. 1,4")
-        if not 0 <= self.cfg < math.inf:
-            raise ExportError(f"cfg is {self.cfg}; give a number from 0")
-        if self.top_k < 0 or not 0 <= self.top_p <= 1:
-            raise ExportError(f"top-k {self.top_k}, top-p {self.top_p}: top-k is at least 0, top-p in 0…1 (0 = off)")
-        if not self.output.name.endswith(".plan"):
-            raise ExportError(f"{self.output}: a plan's name ends in .plan; write e.g. -o {self.output.name}.plan")
 
 
 @torch.no_grad()
@@ -86,9 +49,9 @@ def compute_model(model: Model, precision: str) -> Model:
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     half = copy.deepcopy(model)
     vqvae = half.vqvae
-    for part in (vqvae.encoder, vqvae.decoder, vqvae.quant_conv, vqvae.post_quant_conv, half.car):
-        if part is not None:
-            part.to(dtype)
+    for half_module in (vqvae.encoder, vqvae.decoder, vqvae.quant_conv, vqvae.post_quant_conv, half.car):
+        if half_module is not None:
+            half_module.to(dtype)
     for module in half.modules():
         if isinstance(module, nn.GroupNorm | nn.LayerNorm):
             module.float()
@@ -159,7 +122,7 @@ class PlanBuilder:
             last = k + 1 == len(config.sides)
             down = quantizer.down(0 if last else k + 1).numpy()  # the last scale's next input is never read
             row = position.itemsize * self.C
-            mine = {
+            constants = {
                 "pos": external(
                     f"pos.{k}",
                     position.dtype,
@@ -173,8 +136,8 @@ class PlanBuilder:
                 "phi": self.store.add_array(f"phi.{k}", np.array([config.phi_index[k]], np.int64)),
                 "cfg_ratio": self.store.add_array(f"cfg_ratio.{k}", np.array([config.ratios[k]], np.float32)),
             }
-            self.constants.append(mine)
-            for name, tensor in mine.items():
+            self.constants.append(constants)
+            for name, tensor in constants.items():
                 shape = tuple(int(d) for d in tensor.shape)
                 self.tensors[f"{name}.{k}"] = schema.Tensor(
                     dtype=tensor.dtype.numpy().name, shape=shape, offset=tensor.offset or 0, bytes=tensor.length or 0
@@ -196,9 +159,10 @@ class PlanBuilder:
         self._write("condition", model)
 
     def _steps(self) -> None:
-        module = graphs.StepGraph(self.model)
+        module = graphs.StepGraph(self.model, more_smooth=self.options.more_smooth)
         # Sizes that differ from one another and from every constant, so that no dimension is taken for another.
-        inputs = example_step_inputs(self.model, rows=4, images=2, side=3, past=5, next_side=7)
+        every = example_step_inputs(self.model, rows=4, images=2, side=3, past=5, next_side=7)
+        inputs = {name: every[name] for name in module.input_names}
         dims = STEP_DIMS | dict.fromkeys([n for n in inputs if n.startswith("past_")], PAST_DIMS)
         model = self._trace(module, inputs, module.output_names, dims)
         optimise(model)
@@ -283,6 +247,7 @@ STEP_DIMS: dict[str, Names] = {
     "uniforms": ("B", "S", "S"),
     "known": ("B", "S", "S"),
     "known_mask": ("B", "S", "S"),
+    "smooth_noise": ("B", "S", "S", None),
     "pos": ("S", "S", None),
     "up": (None, "S"),
     "down": ("T", None),
@@ -294,7 +259,7 @@ PAST_DIMS: Names = ("P", "R", None, None)
 def example_step_inputs(
     model: Model, rows: int, images: int, side: int, past: int, next_side: int
 ) -> dict[str, Tensor]:
-    """Inputs of the step graph by name, of the given sizes; their values don't matter to the trace."""
+    """All inputs that a step graph can have by name, of the given sizes; their values don't matter to the trace."""
     assert model.car is not None
     base, config = model.car.base, model.config.vqvae
     C, H, E = base.config.C, base.config.H, config.latent_size
@@ -310,14 +275,14 @@ def example_step_inputs(
         "top_p": torch.ones(1),
         "known": torch.zeros(grid, dtype=torch.int64),
         "known_mask": torch.zeros(grid, dtype=torch.bool),
+        "smooth": torch.zeros(1, dtype=torch.bool),
+        "smooth_noise": torch.zeros(*grid, config.vocab),
         "pos": torch.zeros(side, side, C),
         "up": torch.zeros(E, side),
         "down": torch.zeros(next_side, E),
         "phi": torch.zeros(1, dtype=torch.int64),
         "cfg_ratio": torch.ones(1),
     }
-    if model.car.branch is None:
-        del inputs["control"]
     kv = torch.zeros(past, rows, H, C // H, dtype=base.blocks[0].attn.qkv_weight.dtype)
     return inputs | {f"past_{x}_{i}": kv.clone() for i in range(model.car.layers) for x in "kv"}
 
@@ -347,32 +312,8 @@ def build_plan(model: Model, options: ExportOptions, log: Log = lambda _: None) 
 
     Raises ExportError or verify.VerificationError.
     """
-    with written_aside(options.output) as aside:
+    with plan_written_aside(options.output) as aside:
         builder = PlanBuilder(model, options, aside, log)
         builder.build()
         verify.verify_plan(aside, builder.reference, log)
     return options.output
-
-
-@contextlib.contextmanager
-def written_aside(output: Path) -> Iterator[Path]:
-    """A folder beside a plan's place, which goes there when the block is done and is gone if it fails.
-
-    Raises ExportError where something else stands in the plan's place, or nothing can be written.
-    """
-    if output.exists() and not (output / schema.MANIFEST).is_file():
-        raise ExportError(f"{output} exists and is not a plan; remove it or choose another name")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    except OSError as error:
-        raise ExportError(f"{output}: can't write there ({error.strerror}); choose another folder") from error
-    try:
-        yield aside
-        put_in_place(aside, output)
-    except OSError as error:
-        raise ExportError(
-            f"{output}: could not be written ({error}); free some space or choose another folder"
-        ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

@@ -73,8 +73,9 @@ class WeightStore:
         return reference
 
 
-class Moved:
-    """The `weights.bin` of a plan that is made from another: each piece of the old one once, wherever it is used."""
+class WeightCopier:
+    """Writes the `weights.bin` of a plan that is made from another: each piece of the old file once, wherever it is
+    used."""
 
     def __init__(self, source: Path, target: Path):
         self._source = np.memmap(source, np.uint8, "r")
@@ -86,8 +87,8 @@ class Moved:
     def close(self) -> None:
         self._file.close()
 
-    def piece(self, offset: int, length: int, change: Callable[[np.ndarray], np.ndarray] | None = None) -> Place:
-        """Where a piece of the old file is in the new one, (offset, length).
+    def copy(self, offset: int, length: int, change: Callable[[np.ndarray], np.ndarray] | None = None) -> Place:
+        """Copy a piece of the old file, once; returns its (offset, length) in the new one.
 
         change: from its bytes, uint8 [length], to what is stored instead.
         """
@@ -97,21 +98,21 @@ class Moved:
         return self._places[offset, length]
 
     def move(self, tensors: Iterable[TensorProto]) -> None:
-        """Let a graph's tensors refer to the new file, but for those that are of it already (`add`)."""
+        """Copy what a graph's external tensors hold and let them refer to the new file; those of `add` do already."""
         for tensor in tensors:
             if tensor.data_location == TensorProto.EXTERNAL and tensor.name not in self._added:
-                refer(tensor, *self.piece(*place(tensor)))
+                refer(tensor, *self.copy(*place(tensor)))
 
     def add(self, name: str, array: np.ndarray) -> TensorProto:
-        """A new tensor in the file, for a graph."""
+        """Append an array to the file; returns the external tensor that refers to it."""
         self._added.add(name)
         kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
         tensor = TensorProto(name=name, data_type=kind, dims=array.shape)
         refer(tensor, *self._append(array))
         return tensor
 
-    def again(self, tensor: TensorProto, name: str) -> TensorProto:
-        """A tensor of the same bytes by another name, for a tensor that was added."""
+    def alias(self, tensor: TensorProto, name: str) -> TensorProto:
+        """A tensor of another name that refers to the same bytes as one that was added."""
         twin = TensorProto()
         twin.CopyFrom(tensor)
         twin.name = name
@@ -119,7 +120,7 @@ class Moved:
         return twin
 
     def array(self, tensor: TensorProto) -> np.ndarray:
-        """What a tensor of the old plan's graphs holds; one in the file is read where it is mapped."""
+        """The values of a tensor of the old plan's graphs; an external one is a view of the mapped file."""
         if tensor.data_location != TensorProto.EXTERNAL:
             return onnx.numpy_helper.to_array(tensor)
         offset, length = place(tensor)
@@ -134,13 +135,13 @@ class Moved:
 
 
 def place(tensor: TensorProto) -> Place:
-    """Offset and length of an external tensor."""
+    """Return (offset, length) of an external tensor."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     return int(entries["offset"]), int(entries["length"])
 
 
 def refer(tensor: TensorProto, offset: int, length: int) -> None:
-    """Let a tensor be external, in `weights.bin`."""
+    """Make a tensor external: a reference into `weights.bin`."""
     tensor.data_location = TensorProto.EXTERNAL
     del tensor.external_data[:]
     for key, value in (("location", FILE), ("offset", offset), ("length", length)):
@@ -148,7 +149,7 @@ def refer(tensor: TensorProto, offset: int, length: int) -> None:
 
 
 def alignment(size: int) -> int:
-    """Of so many bytes: large ones start at a page, so that they can be mapped; small ones at a cache line."""
+    """Alignment in bytes of an array of `size` bytes: a page from 1 MB on, which can be mapped, or a cache line."""
     return _PAGE if size >= 256 * _PAGE else 64
 
 
@@ -188,8 +189,8 @@ def externalise(model: ir.Model, store: WeightStore) -> None:
         raw = getattr(tensor, "raw", None)
         if tensor is None or not isinstance(raw, Tensor) or raw.numel() < INLINE:
             continue
-        turned = [n for n, _ in value.uses() if store.transposed and _is_transpose(n)]
-        for node in turned:
+        transposes = [n for n, _ in value.uses() if store.transposed and _is_transpose(n)]
+        for node in transposes:
             output = node.outputs[0]
             _replace(graph, output, f"{value.name}.T", store.add(str(value.name), raw, transpose=True), raw.dtype)
             graph.remove(node, safe=True)
@@ -200,7 +201,7 @@ def externalise(model: ir.Model, store: WeightStore) -> None:
 
 
 def _is_transpose(node: ir.Node) -> bool:
-    """Of a matrix."""
+    """Whether a node transposes a matrix."""
     return node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == [1, 0]
 
 

@@ -1,4 +1,4 @@
-"""Run an exported CAR or VAR model: a control image and a class in, a picture out, without PyTorch.
+"""Run an exported CAR or VAR model: a control image and a class in, an image out, without PyTorch.
 
     import car_runtime
 
@@ -26,6 +26,7 @@ from car_runtime.errors import (
 )
 
 if TYPE_CHECKING:
+    from car_runtime.config import GenerationConfig
     from car_runtime.plan import Plan, Result, ScaleResult, default_plan, open_plan
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "CarError",
+    "GenerationConfig",
     "ImageError",
     "OutputError",
     "Plan",
@@ -48,8 +50,12 @@ __all__ = [
 ]
 
 
+_LAZY = {"GenerationConfig": "car_runtime.config"}
+_LAZY |= dict.fromkeys(("Plan", "Result", "ScaleResult", "default_plan", "open_plan"), "car_runtime.plan")
+
+
 def __getattr__(name: str) -> Any:
     """Load what needs numpy and Pillow when it is first named: the exporter imports the schema alone."""
-    if name in ("Plan", "Result", "ScaleResult", "default_plan", "open_plan"):
-        return getattr(import_module("car_runtime.plan"), name)
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'car_runtime' has no attribute {name!r}")

@@ -1,10 +1,10 @@
-"""Control images derived from a photo, as training made them from its pictures; numpy and Pillow alone.
+"""Control images derived from a photo, as training made them; numpy and Pillow alone.
 
 The definitions, with their constants, are those of `car_train.data.controls`, which has OpenCV to do them. Canny is
 equal to `cv2.Canny(grey, 100, 200)` to the bit; the others differ from training by at most one grey level in 255,
 because sums are rounded in another order. `tests/train/test_controls.py` holds the two together.
 
-Shape legend: H, W a picture's sides; uint8 HWC.
+Shape legend: H, W an image's sides; uint8 HWC.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CANNY_THRESHOLDS = (100, 200)
 HED_SIGMAS = (1.0, 2.0)  # pixels
 HED_HALF = 0.25  # the step height, in units of white − black, that gives a response of one half
 DEPTH_RELIEF = 0.15  # share of blurred brightness, relative to a dome of height 1
-BLUR_SHARE = 1 / 32  # sigma of the blurs in depth and sketch, as a share of the picture's shorter side
+BLUR_SHARE = 1 / 32  # sigma of the blurs in depth and sketch, as a share of the image's shorter side
 NORMAL_SIGMA = 1.0  # pixels
 SKETCH_GAIN = 2.5
 
@@ -36,11 +36,11 @@ def derive(image: Image.Image, control_type: str, size: int) -> Pixels:
     """The control image of a photo: uint8 [size, size, 3] in [0, 255].
 
     image:        any mode; EXIF orientation is applied. Stretched to size × size with LANCZOS (premultiplied, where
-                  there is alpha), then composited on white: what training does to its pictures.
+                  there is alpha), then composited on white: what training does to its own.
     control_type: one of `CONTROL_TYPES`.
     size:         the model's side in pixels, positive.
 
-    Raises ImageError: no control type of this name, a damaged picture, no transparency where the type needs it.
+    Raises ImageError: no control type of this name, a damaged image, no transparency where the type needs it.
     """
     if control_type not in _MAKERS:
         raise ImageError(
@@ -50,7 +50,7 @@ def derive(image: Image.Image, control_type: str, size: int) -> Pixels:
     rgba = _resized(image, size)
     if control_type in NEEDS_ALPHA and rgba[..., 3].min() == 255:
         raise ImageError(
-            f"{control_type!r} is derived from a picture's transparency, and this one is opaque; "
+            f"{control_type!r} is derived from an image's transparency, and this one is opaque; "
             "give the control image with --control, or a cut-out with an alpha channel"
         )
     return _MAKERS[control_type](rgba)
@@ -58,7 +58,7 @@ def derive(image: Image.Image, control_type: str, size: int) -> Pixels:
 
 def _resized(image: Image.Image, size: int) -> Pixels:
     """uint8 [size, size, 4], not premultiplied."""
-    loaded = load_image(image)  # also checks the picture: from here on nothing can fail
+    loaded = load_image(image)  # also checks the image: from here on nothing can fail
     if image.has_transparency_data:
         loaded = ImageOps.exif_transpose(image)
     return np.asarray(loaded.convert("RGBA").resize((size, size), Image.Resampling.LANCZOS), np.uint8)
@@ -121,7 +121,7 @@ def _sketch(rgba: Pixels) -> Pixels:
 
 
 def canny(grey: Pixels, low: int, high: int) -> Pixels:
-    """Edges of a grey picture: uint8 [H, W] → uint8 [H, W], 255 on edges. Equal to `cv2.Canny(grey, low, high)`.
+    """Edges of a grey image: uint8 [H, W] → uint8 [H, W], 255 on edges. Equal to `cv2.Canny(grey, low, high)`.
 
     Canny 1986: slope (3×3 Sobel, |dx| + |dy|), thinning to ridges, then hysteresis: ridges above `high`, and ridges
     above `low` that hang together with them.
@@ -206,7 +206,7 @@ def distance_to_outside(mask: Mask) -> Floats:
 
 
 def on_white(rgba: Pixels) -> Pixels:
-    """RGB of a picture on white, rounded as Pillow's `alpha_composite` does: uint8 [H, W, 4] → [H, W, 3]."""
+    """RGB of an image on white, rounded as Pillow's `alpha_composite` does: uint8 [H, W, 4] → [H, W, 3]."""
     rgb, alpha = rgba[..., :3].astype(np.uint32), rgba[..., 3:].astype(np.uint32)
     scaled = rgb * alpha + 255 * (255 - alpha) + 128
     return ((scaled + (scaled >> 8)) >> 8).astype(np.uint8)

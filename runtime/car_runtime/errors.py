@@ -25,7 +25,7 @@ class BackendError(UserError):
 
 
 class ImageError(UserError):
-    """A picture cannot be read, or its size or kind is unusable."""
+    """An image cannot be read, or its size or kind is unusable."""
 
 
 class RequestError(UserError):

@@ -1,4 +1,4 @@
-"""Pictures in and out: control images and photos read safely, results written so that nothing half-made is ever left.
+"""Images in and out: controls and photos read safely, results written so that nothing half-made is ever left.
 
 Everything read becomes 8-bit RGB here, once, and all else in the package takes that.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import secrets
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from car_runtime.errors import ImageError, OutputError
 from car_runtime.format.manifest import Scale
+from car_runtime.system.files import write_atomically
 
 MAX_PIXELS = 64 * 1024 * 1024
 """Checked on the header, before anything is decoded: RGB of this size is 192 MB."""
@@ -32,12 +32,12 @@ Source: TypeAlias = "str | os.PathLike[str] | IO[bytes] | Image.Image | NDArray[
 
 
 def load_image(source: Source, *, background: tuple[int, int, int] = BLACK) -> Image.Image:
-    """Any picture as 8-bit RGB: a path, an open binary file, a PIL image, or a uint8 array [H, W] or [H, W, 1|3|4].
+    """Any image as 8-bit RGB: a path, an open binary file, a PIL image, or a uint8 array [H, W] or [H, W, 1|3|4].
 
     - EXIF orientation is applied; of an animation the first frame is taken.
     - Transparent parts show `background`: black by default, which is "nothing here" in edge maps and "far" in depth.
     - 16-bit and 32-bit integer grey (depth maps) is scaled from 0…65535 to 0…255, floating-point grey from 0…1, never
-      from the picture's own range: two depth maps must stay comparable.
+      from the image's own range: two depth maps must stay comparable.
 
     Raises ImageError: not there, not an image, damaged, over 64 Mpixel, an edge under 8 pixels, values out of range.
     """
@@ -52,7 +52,7 @@ def load_image(source: Source, *, background: tuple[int, int, int] = BLACK) -> I
 
 
 def open_image(source: Source) -> Image.Image:
-    """A picture decoded and upright, in its own mode, alpha and all; sources and errors as for `load_image`."""
+    """An image decoded and upright, in its own mode, alpha and all; sources and errors as for `load_image`."""
     name = _name(source)
     with _explained(name):
         if isinstance(source, Image.Image):
@@ -110,7 +110,7 @@ def _check_size(size: tuple[int, int], name: str) -> None:
     if width * height > MAX_PIXELS:
         raise ImageError(f"{name} is {width}×{height}, over {MAX_PIXELS} pixels; make it smaller first")
     if min(width, height) < MIN_EDGE:
-        raise ImageError(f"{name} is {width}×{height} pixels, under {MIN_EDGE} on an edge; give a larger picture")
+        raise ImageError(f"{name} is {width}×{height} pixels, under {MIN_EDGE} on an edge; give a larger image")
 
 
 def _from_array(array: NDArray[Any]) -> Image.Image:
@@ -139,37 +139,37 @@ def _grey_to_8_bits(image: Image.Image, name: str) -> Image.Image:
 def control_pyramid(image: Image.Image, scales: Sequence[Scale]) -> list[NDArray[np.uint8]]:
     """The control image at every scale, uint8 [control_size, control_size, 3] each.
 
-    Every size is made straight from the full picture with Pillow's default filter and stretched to a square, as the
+    Every size is made straight from the full image with Pillow's default filter and stretched to a square, as the
     published weights saw it in training.
     """
     return [np.asarray(image.resize((scale.control_size, scale.control_size)), np.uint8) for scale in scales]
 
 
 def square(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """The picture stretched to uint8 [size, size, 3]; untouched where it already has that size."""
+    """The image stretched to uint8 [size, size, 3]; untouched where it already has that size."""
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.LANCZOS)
     return np.array(image, np.uint8)
 
 
-def contact_sheet(pictures: Sequence[NDArray[np.uint8]], gap: int = 4) -> NDArray[np.uint8]:
-    """Pictures of one size, uint8 [H, W, 3], on white: up to five in one row, more in a near-square block.
+def contact_sheet(images: Sequence[NDArray[np.uint8]], gap: int = 4) -> NDArray[np.uint8]:
+    """Images of one size, uint8 [H, W, 3], on white: up to five in one row, more in a near-square block.
 
-    Small pictures are enlarged by a whole factor, to about 128 pixels: a sheet is for looking at.
+    Small images are enlarged by a whole factor, to about 128 pixels: a sheet is for looking at.
     """
-    factor = max(1, 128 // pictures[0].shape[0])
-    width, height = pictures[0].shape[1] * factor, pictures[0].shape[0] * factor
-    columns = len(pictures) if len(pictures) <= 5 else math.ceil(math.sqrt(len(pictures)))
-    rows = -(-len(pictures) // columns)
+    factor = max(1, 128 // images[0].shape[0])
+    width, height = images[0].shape[1] * factor, images[0].shape[0] * factor
+    columns = len(images) if len(images) <= 5 else math.ceil(math.sqrt(len(images)))
+    rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), WHITE)
-    for i, picture in enumerate(pictures):
-        enlarged = Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS)
+    for i, image in enumerate(images):
+        enlarged = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS)
         sheet.paste(enlarged, (i % columns * (width + gap), i // columns * (height + gap)))
     return np.array(sheet)
 
 
 def png_bytes(image: NDArray[np.uint8], metadata: Mapping[str, object] | None = None) -> bytes:
-    """A uint8 [H, W, 3] picture as PNG, with `metadata` as text chunks (tEXt; iTXt where Latin-1 does not do)."""
+    """A uint8 [H, W, 3] image as PNG, with `metadata` as text chunks (tEXt; iTXt where Latin-1 does not do)."""
     info = PngImagePlugin.PngInfo()
     for key, value in (metadata or {}).items():
         info.add_text(key, str(value))
@@ -196,17 +196,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 def write_files(contents: Mapping[Path, bytes]) -> None:
     """Write all of the files or none: each aside in its own directory, then renamed. Raises OutputError."""
-    # Not tempfile: its files are private, and a result should have the permissions that the process gives new files.
-    suffix = secrets.token_hex(4)
-    aside = {path: path.with_name(f".{path.name[:40]}.{suffix}") for path in contents}
     try:
-        for path, content in contents.items():
-            with open(aside[path], "xb") as file:
-                file.write(content)
-        for path in contents:
-            os.replace(aside[path], path)
+        write_atomically(contents)
     except OSError as error:
-        raise OutputError(f"cannot write {str(path)!r} ({error.strerror}); choose another place") from error
-    finally:
-        for left in aside.values():
-            left.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {error.filename!r} ({error.strerror}); choose another place") from error

@@ -4,15 +4,13 @@
         first = plan.generate("edges.png", label="cat", seed=0)
         second = plan.generate("edges.png", label="cat", seed=1)   # control and class are not computed again
 
-Shapes: n pictures asked for; B pictures of one batch; R transformer rows; K scales; S side of a scale in tokens; L
-tokens per picture; H, W pixels; E side of f̂; Z latent channels; C width.
+Shapes: n images asked for; B images of one batch; R transformer rows; K scales; S side of a scale in tokens; L tokens
+per image; H, W pixels; E side of f̂; Z latent channels; V vocabulary.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,62 +19,98 @@ from pathlib import Path
 from threading import Lock
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from car_runtime import images as image_io
-from car_runtime import request as sampling
 from car_runtime.backends.base import Backend, Buffer, Mark
 from car_runtime.backends.registry import check_name, open_backend
+from car_runtime.buffers import LoopBuffers
+from car_runtime.conditioning import Conditioning
+from car_runtime.config import GenerationConfig, config_of
 from car_runtime.errors import PlanError, RequestError
 from car_runtime.format.manifest import WEIGHTS, Manifest, read_manifest, verify_files
-from car_runtime.generate import Condition, State, Step, run_scales
-from car_runtime.schedule import Scales, Schedule
+from car_runtime.generate import Step, run_scales
+from car_runtime.request import Request, known_mask_of, resolve
 
-CACHED = 8
-"""Control images (as they are, and as schedules want them) and classes whose features are kept for the next call, so
-many of each; 3 MB and, for a class, 1 to 5 MB each at d16."""
 DEFAULT_PLAN = Path(__file__).parent / "plans" / "emoji-canny.plan"
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Pictures and how they came about."""
+    """Images and how they came about."""
 
     images: NDArray[np.uint8]
     """uint8 [n, H, W, 3]."""
     tokens: NDArray[np.int64]
     """int64 [n, L], coarse scales first, row by row; −1 at scales that were not drawn."""
-    request: sampling.Request
+    request: Request
     """The request with every default filled in: label index, seeds, sampling, schedule."""
     timings: dict[str, float]
     """Seconds: `control`, `condition`, `scale_0` …, `decoder`, `total`. What was cached costs next to nothing."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class ScaleResult:
-    """A batch of pictures after one more scale. It stays valid when the stream goes on."""
+    """A batch of images after one more scale. It stays valid when the stream goes on.
 
-    index: int
-    """The scale, 0 … K−1."""
-    last: bool
-    pictures: range
-    """Which of the n pictures these are."""
-    tokens: NDArray[np.int64]
-    """int64 [B, S, S], this scale's."""
-    f_hat: NDArray[np.float32]
-    """f32 [B, Z, E, E], the sum of all scales so far."""
-    seconds: float
-    plan: Plan
+    Values are fetched from the engine when they are first looked at, or when the stream goes on: a loop that nobody
+    watches waits for nothing. Once the plan is closed only what was fetched is there.
+    """
+
+    def __init__(self, plan: Plan, step: Step, images: range) -> None:
+        self.plan = plan
+        self.index = step.index
+        """The scale, 0 … K−1."""
+        self.last = step.last
+        """Whether it is the last one that is drawn."""
+        self.images = images
+        """Which of the n images these are."""
+        self._step: Step | None = step
+        self._values: dict[str, Any] = {}
+        self._lock = Lock()
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """int64 [B, S, S], this scale's."""
+        tokens: NDArray[np.int64] = self._fetch("tokens")
+        return tokens
+
+    @property
+    def f_hat(self) -> NDArray[np.float32]:
+        """f32 [B, Z, E, E], the sum of all scales so far."""
+        f_hat: NDArray[np.float32] = self._fetch("f_hat")
+        return f_hat
+
+    @property
+    def logits(self) -> NDArray[np.float32] | None:
+        """f32 [B, S, S, V], guided, before top-k and top-p; None unless the stream was asked for them."""
+        logits: NDArray[np.float32] | None = self._fetch("logits")
+        return logits
+
+    @property
+    def seconds(self) -> float:
+        """What this scale took."""
+        return float(self._fetch("seconds"))
 
     def preview(self) -> NDArray[np.uint8]:
-        """The pictures as they are now, uint8 [B, H, W, 3]; after the last scale, the finished ones."""
+        """The images as they are now, uint8 [B, H, W, 3]; after the last scale, the finished ones."""
         return self.plan._preview(self.f_hat)
+
+    def _fetch(self, name: str) -> Any:
+        """A value by name, from the engine the first time. Another thread that looks holds up `_keep`."""
+        with self._lock:
+            if name not in self._values:
+                assert self._step is not None
+                self._values[name] = self.plan._read_step(self._step, name)
+            return self._values[name]
+
+    def _keep(self) -> None:
+        """Fetch everything: the engine's buffers are about to be used for other things."""
+        for name in ("tokens", "f_hat", "logits", "seconds"):
+            self._fetch(name)
+        self._step = None  # or a result that somebody keeps would keep them too
 
 
 def default_plan() -> Path:
@@ -145,10 +179,8 @@ class Plan:
         """Why this backend was taken."""
         self._backend = backend
         self._constants = _load_constants(path, manifest, backend)
-        self._features: _Recent[Buffer] = _Recent(CACHED)
-        self._scheduled: _Recent[Buffer] = _Recent(CACHED)
-        self._conditions: _Recent[Condition] = _Recent(CACHED)
-        self._idle: list[State] = []
+        self._conditioning = Conditioning(backend, manifest)
+        self._idle: list[LoopBuffers] = []
         self._lock = Lock()
         self._closed = False
 
@@ -162,6 +194,10 @@ class Plan:
         """Names of the classes in the order of their indices, or None where the plan has none."""
         return self.manifest.model.class_names
 
+    def backend_report(self) -> dict[str, Any]:
+        """What the backend says of itself: engine and version, memory in bytes, precision, captured graphs …"""
+        return self._backend.report()
+
     def __enter__(self) -> Plan:
         return self
 
@@ -173,13 +209,25 @@ class Plan:
     def close(self) -> None:
         """Free the engine and all buffers. Closing twice does nothing."""
         self._closed = True
-        self._features.clear()
-        self._scheduled.clear()
-        self._conditions.clear()
+        self.forget()
         with self._lock:
             self._idle.clear()
         self._backend.close()
 
+    def forget(self) -> None:
+        """Drop what is kept of control images and classes: the next call computes them anew, as the first one did."""
+        self._conditioning.forget()
+
+    @overload
+    def generate(
+        self,
+        config: GenerationConfig | Request,
+        *,
+        on_scale: Callable[[ScaleResult], None] | None = None,
+        **changes: Any,
+    ) -> Result: ...
+
+    @overload
     def generate(
         self,
         control: image_io.Source | None = None,
@@ -187,64 +235,40 @@ class Plan:
         seed: int = 0,
         n: int = 1,
         *,
-        cfg: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        cfg_scales: Scales | None = None,
-        control_scales: Scales | None = None,
-        control_strength: float | None = None,
-        stop_after: int | None = None,
-        known_tokens: Any = None,
-        known_mask: Any = None,
         on_scale: Callable[[ScaleResult], None] | None = None,
-    ) -> Result:
-        """Make n pictures from a class and, with CAR, a control image; picture i depends on seed + i only.
+        **settings: Any,
+    ) -> Result: ...
 
-        control: path, PIL image or uint8 array [H, W] or [H, W, 3]; exactly what the plan wants: none for a VAR plan.
-        label: class index, class name, or None for "no class".
-        cfg: guidance, 0…1000, 0 = off, which halves the work. top_k: 0…vocab, 0 = off. top_p: 0…1, 0 = off. None: the
-        plan's own.
-        cfg_scales, control_scales: guidance, or the control, at these scales only: "2-5", "2-", "-5", 3, or a range;
-        None: at all. control_strength: 0…2, by what the control's features are multiplied. stop_after: the last scale
-        to draw; the picture is what the scales so far come to. docs/schedules.md says what these cost.
-        known_tokens, known_mask: [L] or [n, L], tokens to keep where the mask is true (see `encode` and
-        `known_mask`).
-        on_scale: called after each scale of each batch (up to 4 pictures on a CPU).
+    def generate(self, *given: Any, on_scale: Callable[[ScaleResult], None] | None = None, **settings: Any) -> Result:
+        """Make n images from a class and, with CAR, a control image; image i depends on seed + i only.
+
+        Takes a `GenerationConfig`, whose fields are all the settings there are, or the settings themselves:
+        `generate(control, label, seed, n, cfg=…, top_k=…, …)`. Settings after a config replace its own. A `Request`
+        of `car_runtime.request.resolve` for this plan is taken as it is.
+        on_scale: called after each scale of each batch (up to 4 images on a CPU).
 
         Raises RequestError, ImageError, and RunError when the engine fails.
         """
         began = perf_counter()
-        request = sampling.resolve(
-            self.manifest,
-            label=label,
-            seed=seed,
-            n=n,
-            cfg=cfg,
-            top_k=top_k,
-            top_p=top_p,
-            cfg_scales=cfg_scales,
-            control_scales=control_scales,
-            control_strength=control_strength,
-            stop_after=stop_after,
-            known_tokens=known_tokens,
-            known_mask=known_mask,
-        )
-        picture = self._control_image(control)
-        clock = _Clock(self._backend)
-        pictures, tokens = [], []
-        for step, pictures_of_batch, state in self._run(picture, request, clock):
+        request = self._request(given, settings)
+        clock, images, tokens = _Clock(self._backend), [], []
+        for scale, buffers in self._scales(request, clock, watched=on_scale is not None):
             if on_scale is not None:
-                on_scale(self._scale_result(step, pictures_of_batch))
-            if step.last:
+                on_scale(scale)
+            if scale.last:
                 with clock.stage("decoder"):
-                    self._decode(step.f_hat, state.image)
-                tokens.append(state.all_tokens())
-                pictures.append(self._backend.read(state.image))
+                    self._decode(buffers.final_f_hat, buffers.image)
+                tokens.append(buffers.all_tokens())
+                images.append(self._backend.read(buffers.image))
         timings = clock.timings() | {"total": perf_counter() - began}
-        return Result(
-            images=np.concatenate(pictures), tokens=np.concatenate(tokens), request=request, timings=timings
-        )
+        return Result(images=np.concatenate(images), tokens=np.concatenate(tokens), request=request, timings=timings)
 
+    @overload
+    def stream(
+        self, config: GenerationConfig | Request, *, logits: bool = False, **changes: Any
+    ) -> Iterator[ScaleResult]: ...
+
+    @overload
     def stream(
         self,
         control: image_io.Source | None = None,
@@ -252,149 +276,116 @@ class Plan:
         seed: int = 0,
         n: int = 1,
         *,
-        cfg: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        cfg_scales: Scales | None = None,
-        control_scales: Scales | None = None,
-        control_strength: float | None = None,
-        stop_after: int | None = None,
-        known_tokens: Any = None,
-        known_mask: Any = None,
-    ) -> Iterator[ScaleResult]:
+        logits: bool = False,
+        **settings: Any,
+    ) -> Iterator[ScaleResult]: ...
+
+    def stream(self, *given: Any, logits: bool = False, **settings: Any) -> Iterator[ScaleResult]:
         """Like `generate`, one scale at a time: batch after batch, each coarse to fine.
 
-        A bad request raises here, not at the first scale. The last scale's `preview()` is the finished picture; with
+        logits: whether every scale also gives its logits. With all tokens known, this is teacher forcing.
+        A bad request raises here, not at the first scale. The last scale's `preview()` is the finished images; with
         `stop_after` that scale is the last one.
         """
-        request = sampling.resolve(
-            self.manifest,
-            label=label,
-            seed=seed,
-            n=n,
-            cfg=cfg,
-            top_k=top_k,
-            top_p=top_p,
-            cfg_scales=cfg_scales,
-            control_scales=control_scales,
-            control_strength=control_strength,
-            stop_after=stop_after,
-            known_tokens=known_tokens,
-            known_mask=known_mask,
-        )
-        picture = self._control_image(control)
-        return (self._scale_result(step, of) for step, of, _ in self._run(picture, request, _Clock(self._backend)))
+        request = self._request(given, settings)
+        if logits and not any(port.name == "logits" for port in self.manifest.graphs["step"].outputs):
+            raise RequestError(f"the plan {self.manifest.name!r} gives no logits; export it again with this version")
+        scales = self._scales(request, _Clock(self._backend), watched=True, logits=logits)
+        return (scale for scale, _ in scales)
 
-    def encode(self, pictures: image_io.Source | Sequence[image_io.Source]) -> NDArray[np.int64]:
-        """Multi-scale tokens of pictures (VAR algorithm 1), int64 [n, L].
+    def encode(self, images: image_io.Source | Sequence[image_io.Source]) -> NDArray[np.int64]:
+        """Multi-scale tokens of images (VAR algorithm 1), int64 [n, L].
 
-        pictures: one, or a sequence, of paths, PIL images or uint8 arrays [H, W, 3]; or one array uint8 [n, H, W, 3].
+        images: one, or a sequence, of paths, PIL images or uint8 arrays [H, W, 3]; or one array uint8 [n, H, W, 3].
         Other sizes are stretched to the model's image_size. Transparent parts count as white.
         """
         self._check_open()
         if "encoder" not in self.manifest.graphs:
             raise RequestError(f"the plan {self.manifest.name!r} has no encoder; export it again with one")
-        many = isinstance(pictures, (list, tuple)) or (isinstance(pictures, np.ndarray) and pictures.ndim == 4)
-        sources: list[Any] = list(pictures) if many else [pictures]  # type: ignore[arg-type]
+        many = isinstance(images, (list, tuple)) or (isinstance(images, np.ndarray) and images.ndim == 4)
+        sources: list[Any] = list(images) if many else [images]  # type: ignore[arg-type]
         if not sources:
-            raise RequestError("there are no pictures to encode; give at least one")
+            raise RequestError("there are no images to encode; give at least one")
         return np.concatenate([self._encode_one(source) for source in sources])
 
     def known_mask(self, repaint: Any) -> NDArray[np.bool_]:
         """The tokens to keep, bool [L], when the pixels where `repaint` (bool [H, W]) is true are to be made anew."""
-        return sampling.known_mask_of(repaint, self.manifest.scales)
+        return known_mask_of(repaint, self.manifest.scales)
 
     def _encode_one(self, source: image_io.Source) -> NDArray[np.int64]:
         size = self.manifest.model.image_size
-        picture = image_io.square(image_io.load_image(source, background=image_io.WHITE), size)
+        pixels = image_io.square(image_io.load_image(source, background=image_io.WHITE), size)
         image = self._backend.allocate((1, size, size, 3), "uint8")
-        self._backend.write(image, picture[None])
+        self._backend.write(image, pixels[None])
         tokens = self._backend.allocate((1, self.manifest.tokens), "int64")
         self._backend.run("encoder", {"image": image}, {"tokens": tokens})
         return self._backend.read(tokens)
 
-    def _control_image(self, control: image_io.Source | None) -> Image.Image | None:
+    def _request(self, given: tuple[Any, ...], settings: dict[str, Any]) -> Request:
+        """What a call's arguments come to for this plan."""
         self._check_open()
-        check_control(self.manifest, control is not None)
-        return None if control is None else image_io.load_image(control)
+        if "config" in settings:
+            given = (settings.pop("config"), *given)
+        if not (given and isinstance(given[0], Request)):
+            return resolve(self.manifest, config_of(*given, **settings))
+        request: Request = given[0]
+        if given[1:] or settings:
+            raise RequestError("a request stands alone; give a GenerationConfig to change settings of it")
+        if (request.schedule.scales, request.known.shape[1]) != (len(self.manifest.scales), self.manifest.tokens):
+            raise RequestError(
+                f"the request is not for the plan {self.manifest.name!r}; resolve it against this plan"
+            )
+        return request
 
-    def _run(
-        self, picture: Image.Image | None, request: sampling.Request, clock: _Clock
-    ) -> Iterator[tuple[Step, range, State]]:
-        """All scales of all batches. The step's buffers and the state are the caller's until it asks for the next."""
+    def _scales(
+        self, request: Request, clock: _Clock, *, watched: bool, logits: bool = False
+    ) -> Iterator[tuple[ScaleResult, LoopBuffers]]:
+        """All scales of all batches: the one way through the loop. The buffers are the caller's until it goes on.
+
+        watched: whether somebody may look at a scale later on, so that its values are fetched before it goes on.
+        """
         features = None
         with clock.stage("control"):
-            if picture is not None:
-                features = self._scheduled_features(picture, request.schedule)
-        for of in _batches(len(request.seeds), self._backend.batches):
-            part = request.part(slice(of.start, of.stop))
-            R = len(of) * (2 if request.guided or self._backend.guided_only else 1)
+            if request.control is not None:
+                features = self._conditioning.control(request.control, request.schedule)
+        for images in _batches(len(request.seeds), self._backend.batches):
+            part, B = request.part(slice(images.start, images.stop)), len(images)
+            R = B * (2 if request.guided or self._backend.guided_only else 1)
             with clock.stage("condition"):
-                condition = self._condition(part.label, len(of), R)
-            with self._state(len(of), R) as state:
-                state.load(part, condition, features)
-                for step in run_scales(self._backend, self.manifest.scales, self._constants, state):
+                condition = self._conditioning.condition(part.label, B, R)
+            with self._buffers(B, R, logits) as buffers:
+                buffers.load(part, condition, features)
+                for step in run_scales(self._backend, self.manifest.scales, self._constants, buffers):
                     clock.add(f"scale_{step.index}", step.began, step.ended)
-                    yield step, of, state
+                    scale = ScaleResult(self, step, images)
+                    try:
+                        yield scale, buffers
+                    finally:
+                        if watched and not self._closed:
+                            scale._keep()
 
-    def _scheduled_features(self, picture: Image.Image, schedule: Schedule) -> Buffer:
-        """The control's features as a schedule wants them, f32 [L, C]: as they are, or a copy of their own."""
-        features = self._control_features(picture)
-        if schedule.plain_control:
-            return features
-        key = (_digest(picture), schedule.control_scales, schedule.control_strength)
-        return self._scheduled.get(key, lambda: self._compute_scheduled(features, schedule))
-
-    def _compute_scheduled(self, features: Buffer, schedule: Schedule) -> Buffer:
-        """Zeros, but at the scales of the schedule the features times its strength."""
-        first, last = (self.manifest.scales[schedule.control_scales[end]] for end in (0, -1))
-        wanted = slice(first.start, last.stop)
-        features_LC = self._backend.read(features)
-        changed_LC = np.zeros_like(features_LC)
-        changed_LC[wanted] = features_LC[wanted] * np.float32(schedule.control_strength)
-        changed = self._backend.allocate(changed_LC.shape, "float32")
-        self._backend.write(changed, changed_LC)
-        return changed
-
-    def _control_features(self, picture: Image.Image) -> Buffer:
-        """CAR's control features, f32 [L, C]: the same for every seed, class and guidance row."""
-        return self._features.get(_digest(picture), lambda: self._compute_features(picture))
-
-    def _compute_features(self, picture: Image.Image) -> Buffer:
-        inputs = {}
-        for k, pixels in enumerate(image_io.control_pyramid(picture, self.manifest.scales)):
-            inputs[f"control_{k}"] = self._backend.allocate(pixels.shape, "uint8")
-            self._backend.write(inputs[f"control_{k}"], pixels)
-        features = self._backend.allocate((self.manifest.tokens, self.manifest.model.width), "float32")
-        self._backend.run("control", inputs, {"features": features})
-        return features
-
-    def _condition(self, label: int, B: int, R: int) -> Condition:
-        """Start tokens and modulation: B rows of the class, then "no class" rows for guidance."""
-        labels = [label] * B + [self.manifest.model.classes] * (R - B)
-        return self._conditions.get(tuple(labels), lambda: self._compute_condition(labels))
-
-    def _compute_condition(self, labels: list[int]) -> Condition:
-        R, C = len(labels), self.manifest.model.width
-        M = int(self.manifest.graphs["condition"].output("modulation").shape[1])
-        label = self._backend.allocate((R,), "int64")
-        self._backend.write(label, np.array(labels, np.int64))
-        condition = Condition(
-            start=self._backend.allocate((R, 1, 1, C), "float32"),
-            modulation=self._backend.allocate((R, M, C), "float32"),
-        )
-        outputs = {"start": condition.start, "modulation": condition.modulation}
-        self._backend.run("condition", {"label": label}, outputs)
-        return condition
+    @contextmanager
+    def _buffers(self, B: int, R: int, logits: bool) -> Iterator[LoopBuffers]:
+        """Buffers of the loop for a batch. The latest set is kept: allocating 270 MB anew costs page faults."""
+        with self._lock:
+            buffers = self._idle.pop() if self._idle else None
+        if buffers is None or (buffers.batch, buffers.row_count, buffers.logits is not None) != (B, R, logits):
+            buffers = None  # before the new ones are allocated
+            buffers = LoopBuffers(self._backend, self.manifest, B, R, logits)
+        try:
+            yield buffers
+        finally:
+            with self._lock:
+                if not self._closed:
+                    self._idle[:] = [buffers]
 
     def _decode(self, f_hat: Buffer, image: Buffer) -> None:
-        """f̂ to pictures, one at a time: a batch would take a multiple of the memory and be no faster on a CPU."""
+        """f̂ to images, one at a time: a batch would take a multiple of the memory and be no faster on a CPU."""
         self._check_open()
         for i in range(f_hat.shape[0]):
             self._backend.run("decoder", {"f_hat": f_hat[i : i + 1]}, {"image": image[i : i + 1]})
 
     def _preview(self, f_hat_BZEE: NDArray[np.float32]) -> NDArray[np.uint8]:
-        self._check_open()
         size = self.manifest.model.image_size
         f_hat = self._backend.allocate(f_hat_BZEE.shape, "float32")
         image = self._backend.allocate((len(f_hat_BZEE), size, size, 3), "uint8")
@@ -402,54 +393,17 @@ class Plan:
         self._decode(f_hat, image)
         return self._backend.read(image)
 
-    @contextmanager
-    def _state(self, B: int, R: int) -> Iterator[State]:
-        """Buffers of the loop for a batch. The latest set is kept: allocating 270 MB anew costs page faults."""
-        with self._lock:
-            state = self._idle.pop() if self._idle else None
-        if state is None or (state.batch, state.row_count) != (B, R):
-            state = None
-            state = State(self._backend, self.manifest, B, R)
-        try:
-            yield state
-        finally:
-            with self._lock:
-                if not self._closed:
-                    self._idle[:] = [state]
-
-    def _scale_result(self, step: Step, pictures: range) -> ScaleResult:
-        return ScaleResult(
-            index=step.index,
-            last=step.last,
-            pictures=pictures,
-            tokens=self._backend.read(step.tokens),
-            f_hat=self._backend.read(step.f_hat),
-            seconds=self._backend.seconds(step.began, step.ended),
-            plan=self,
-        )
+    def _read_step(self, step: Step, name: str) -> Any:
+        """One of the values of a `ScaleResult`, from the loop's buffers."""
+        self._check_open()
+        if name == "seconds":
+            return self._backend.seconds(step.began, step.ended)
+        buffer: Buffer | None = getattr(step, name)
+        return None if buffer is None else self._backend.read(buffer)
 
     def _check_open(self) -> None:
         if self._closed:
             raise RequestError(f"the plan {self.manifest.name!r} is closed; open it again with open_plan")
-
-
-def check_control(manifest: Manifest, given: bool) -> None:
-    """Raise RequestError when a control image is missing, or given to a plan that has no control branch."""
-    kind = manifest.model.control_type
-    if kind is not None and not given:
-        raise RequestError(
-            f"the plan {manifest.name!r} follows a control image of type {kind!r} and none was given; "
-            "give control=…, on the command line --control FILE or --photo FILE"
-        )
-    if kind is None and given:
-        raise RequestError(
-            f"the plan {manifest.name!r} has no control branch (plain VAR); leave the control image out"
-        )
-
-
-def _digest(picture: Image.Image) -> bytes:
-    """What tells control images apart: their bytes and their shape."""
-    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
 
 
 def _load_constants(root: Path, manifest: Manifest, backend: Backend) -> list[dict[str, Buffer]]:
@@ -464,32 +418,6 @@ def _load_constants(root: Path, manifest: Manifest, backend: Backend) -> list[di
         buffers[name] = backend.allocate(tensor.shape, tensor.dtype)
         backend.write(buffers[name], raw.view(np.dtype(tensor.dtype).newbyteorder("<")).reshape(tensor.shape))
     return [{port: buffers[name] for port, name in scale.constants.items()} for scale in manifest.scales]
-
-
-class _Recent(Generic[T]):
-    """The most recently used results, by key. Threads that want the same new one at once each compute it."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._values: OrderedDict[object, T] = OrderedDict()
-        self._lock = Lock()
-
-    def get(self, key: object, compute: Callable[[], T]) -> T:
-        with self._lock:
-            if key in self._values:
-                self._values.move_to_end(key)
-                return self._values[key]
-        value = compute()
-        with self._lock:
-            value = self._values.setdefault(key, value)
-            self._values.move_to_end(key)
-            while len(self._values) > self._size:
-                self._values.popitem(last=False)
-        return value
-
-    def clear(self) -> None:
-        with self._lock:
-            self._values.clear()
 
 
 class _Clock:

@@ -1,8 +1,9 @@
-"""What is asked for, made exact: class, seeds, guidance, schedule and known tokens, checked against the plan.
+"""A config made exact: control, class, seeds, guidance, schedule and known tokens, checked against a plan.
 
-The draw itself (guidance, top-k, top-p, inverse CDF) is inside the step graph; what leaves here are its inputs.
+`resolve` is the one place where a `GenerationConfig` is checked. The draw itself (guidance, top-k, top-p, inverse
+CDF) is inside the step graph; what leaves here are its inputs.
 
-Shapes: n pictures asked for, L tokens per picture over all scales.
+Shapes: n images asked for, L tokens per image over all scales.
 """
 
 from __future__ import annotations
@@ -11,18 +12,21 @@ import difflib
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
+from car_runtime.config import GenerationConfig
 from car_runtime.errors import RequestError
 from car_runtime.format.manifest import Manifest, Scale
-from car_runtime.schedule import MAX_STRENGTH, Scales, Schedule, parse_scales
+from car_runtime.images import load_image
+from car_runtime.schedule import MAX_STRENGTH, Schedule, parse_scales
 
-MAX_PICTURES = 1024
-"""Pictures of one request: they are all held in memory until it ends (200 MB at 256×256)."""
+MAX_IMAGES = 1024
+"""Images of one request: they are all held in memory until it ends (200 MB at 256×256)."""
 MAX_CFG = 1000.0
 """Far above any use (4 is usual); beyond it float32 logits lose what distinguishes them."""
 MAX_SEED = 2**63 - 1
@@ -49,18 +53,20 @@ class Sampling:
         return self.top_p if self.top_p > 0 else TOP_P_OFF
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """Pictures to make: one class, consecutive seeds, and the tokens of each picture that are given, not drawn."""
+    """Images for a plan to make: a control, a class, consecutive seeds, and the tokens that are given, not drawn."""
 
+    control: Image.Image | None = field(repr=False)
+    """8-bit RGB of any size; None for a plan without control."""
     label: int
     """Class index; `classes` itself is "no class"."""
     seeds: tuple[int, ...]
     sampling: Sampling
     schedule: Schedule
-    known: NDArray[np.int64]
+    known: NDArray[np.int64] = field(repr=False)
     """[n, L], 0 where the mask is false."""
-    known_mask: NDArray[np.bool_]
+    known_mask: NDArray[np.bool_] = field(repr=False)
     """[n, L]."""
 
     @property
@@ -68,84 +74,77 @@ class Request:
         """Whether any scale needs the unconditional rows."""
         return self.sampling.guided and self.schedule.guided
 
-    def part(self, pictures: slice) -> Request:
-        """The same request for some of its pictures."""
-        return replace(
-            self, seeds=self.seeds[pictures], known=self.known[pictures], known_mask=self.known_mask[pictures]
-        )
+    def part(self, images: slice) -> Request:
+        """The same request for some of its images."""
+        return replace(self, seeds=self.seeds[images], known=self.known[images], known_mask=self.known_mask[images])
 
 
-def resolve(
-    manifest: Manifest,
-    *,
-    label: int | str | None = None,
-    seed: int = 0,
-    n: int = 1,
-    cfg: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    cfg_scales: Scales | None = None,
-    control_scales: Scales | None = None,
-    control_strength: float | None = None,
-    stop_after: int | None = None,
-    known_tokens: Any = None,
-    known_mask: Any = None,
-) -> Request:
-    """Check a request against a plan and fill in the plan's defaults. Raises RequestError, naming value and range.
+def resolve(manifest: Manifest, config: GenerationConfig) -> Request:
+    """Check a config against a plan, fill in the plan's defaults, and read the control image.
 
-    `known_tokens` int [L] or [n, L] in 0…vocab−1 and `known_mask` bool of such a shape come together: where the mask
-    is true the token is kept (VAR's zero-shot editing).
+    Raises RequestError, which names the value and its range, and ImageError for a control that cannot be read.
     """
-    n = _integer("n", n, 1, MAX_PICTURES, "ask for fewer and go on with another seed")
-    seed = _integer("seed", seed, 0, MAX_SEED + 1 - n, "choose a seed in that range")
-    known_nL, mask_nL = _resolve_known(manifest, n, known_tokens, known_mask)
+    n = _integer("n", config.n, 1, MAX_IMAGES, "ask for fewer and go on with another seed")
+    seed = _integer("seed", config.seed, 0, MAX_SEED + 1 - n, "choose a seed in that range")
+    known_nL, mask_nL = _resolve_known(manifest, n, config.known_tokens, config.known_mask)
+    label, sampling = resolve_label(manifest, config.label), _resolve_sampling(manifest, config)
+    schedule = _resolve_schedule(manifest, config)
+    check_control(manifest, config.control is not None)
     return Request(
-        label=resolve_label(manifest, label),
+        control=None if config.control is None else load_image(config.control),
+        label=label,
         seeds=tuple(range(seed, seed + n)),
-        sampling=resolve_sampling(manifest, cfg, top_k, top_p),
-        schedule=resolve_schedule(manifest, cfg_scales, control_scales, control_strength, stop_after),
+        sampling=sampling,
+        schedule=schedule,
         known=known_nL,
         known_mask=mask_nL,
     )
 
 
-def resolve_sampling(manifest: Manifest, cfg: float | None, top_k: int | None, top_p: float | None) -> Sampling:
+def check_control(manifest: Manifest, given: bool) -> None:
+    """Raise RequestError when a control image is missing, or given to a plan that has no control branch."""
+    kind = manifest.model.control_type
+    if kind is not None and not given:
+        raise RequestError(
+            f"the plan {manifest.name!r} follows a control image of type {kind!r} and none was given; "
+            "give control=…, on the command line --control FILE or --photo FILE"
+        )
+    if kind is None and given:
+        raise RequestError(
+            f"the plan {manifest.name!r} has no control branch (plain VAR); leave the control image out"
+        )
+
+
+def _resolve_sampling(manifest: Manifest, config: GenerationConfig) -> Sampling:
     """Fill in defaults and check ranges: cfg 0…1000 (0 = off), top_k 0…vocab (0 = off), top_p 0…1 (0 or 1 = off).
 
     A default top_k above the vocabulary is cut to it (the published 900 suits a vocabulary of 4096); an explicit one
     is an error.
     """
     defaults, vocab = manifest.sampling, manifest.model.vocab
+    cfg, top_k, top_p = config.cfg, config.top_k, config.top_p
     cfg = _number("cfg", defaults.cfg if cfg is None else cfg, 0.0, MAX_CFG, "4 is usual, 0 turns guidance off")
-    if top_k is None:
-        top_k = min(defaults.top_k, vocab)
-    top_k = _integer("top_k", top_k, 0, vocab, "0 turns it off")
+    top_k = _integer("top_k", min(defaults.top_k, vocab) if top_k is None else top_k, 0, vocab, "0 turns it off")
     top_p = _number("top_p", defaults.top_p if top_p is None else top_p, 0.0, 1.0, "0 turns it off")
     return Sampling(cfg=cfg, top_k=top_k or vocab, top_p=top_p if top_p < 1 else 0.0)
 
 
-def resolve_schedule(
-    manifest: Manifest,
-    cfg_scales: Scales | None,
-    control_scales: Scales | None,
-    control_strength: float | None,
-    stop_after: int | None,
-) -> Schedule:
+def _resolve_schedule(manifest: Manifest, config: GenerationConfig) -> Schedule:
     """Check scales (0…K−1) and strength (0…2); what is None is as in the exact loop."""
     K = len(manifest.scales)
     if manifest.model.control_type is None:
-        for name, value in (("control_scales", control_scales), ("control_strength", control_strength)):
-            if value is not None:
+        for name in ("control_scales", "control_strength"):
+            if (value := getattr(config, name)) is not None:
                 raise RequestError(
                     f"{name} is {value!r}, but the plan {manifest.name!r} has no control branch (plain VAR); "
                     "leave it out"
                 )
-    strength = 1.0 if control_strength is None else control_strength
-    last = K - 1 if stop_after is None else stop_after
+    strength = 1.0 if config.control_strength is None else config.control_strength
+    last = K - 1 if config.stop_after is None else config.stop_after
     return Schedule(
         scales=K,
-        cfg_scales=parse_scales("cfg_scales", cfg_scales, K),
-        control_scales=parse_scales("control_scales", control_scales, K),
+        cfg_scales=parse_scales("cfg_scales", config.cfg_scales, K),
+        control_scales=parse_scales("control_scales", config.control_scales, K),
         control_strength=_number(
             "control_strength", strength, 0.0, MAX_STRENGTH, "1 is what the branch was trained on"
         ),
@@ -225,7 +224,7 @@ def known_mask_of(repaint_HW: Any, scales: Sequence[Scale]) -> NDArray[np.bool_]
     """Which tokens to keep, bool [L], when pixels where `repaint_HW` (bool, any size) is true are made anew.
 
     A token is kept when less than half of the area it covers is to be repainted. Asking for none at all would redraw
-    every coarse token, and with it the whole picture, for the smallest spot (VAR's zero-shot editing forces the
+    every coarse token, and with it the whole image, for the smallest spot (VAR's zero-shot editing forces the
     tokens outside the mask likewise).
     """
     repaint = np.asarray(repaint_HW)

@@ -1,7 +1,8 @@
 """Schedules of the scale loop: which scales are guided, which follow the control, and where the loop stops.
 
-Scales are told by their indices, 0 … K−1, coarse first. Nothing here is on unless it is asked for: the schedule of a
-request that names none is exact, with guidance and control at every scale and all scales drawn (docs/schedules.md).
+Scales go by their indices, 0 … K−1, coarse first. Nothing here is on unless it is asked for: the schedule of a
+request that names none is exact, with guidance and control at every scale and all scales drawn
+(docs/design/schedules.md).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ MAX_STRENGTH = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """A schedule for K scales, checked. Equal schedules make equal pictures."""
+    """A schedule for K scales, checked. Equal schedules make equal images."""
 
     scales: int
     """K, all that the plan has."""
@@ -32,7 +33,7 @@ class Schedule:
     control_strength: float
     """By what these features are multiplied."""
     drawn: int
-    """Scales that are made, the coarsest ones; the picture is what they come to."""
+    """Scales that are made, the coarsest ones; the image is what they come to."""
 
     @property
     def guided(self) -> bool:

@@ -21,8 +21,9 @@ from car_runtime.plan import default_plan
 from car_runtime.schedule import parse_scales
 from car_train.data.controls import make_control
 from car_train.data.dataset import ControlledImages
-from car_train.evaluation.evaluate import compare_sets, to_pixels
 from car_train.evaluation.metrics import edge_f1
+from car_train.evaluation.sets import compare_sets
+from car_train.images import to_pixels
 from fixtures.toy_plan import folder, toy
 
 PICTURES = 6

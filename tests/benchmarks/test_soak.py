@@ -26,7 +26,8 @@ import pytest
 
 from benchmarks.harness.measure import in_subprocess
 from benchmarks.harness.workload import draw_control
-from car_runtime.plan import CACHED, Plan, default_plan, open_plan
+from car_runtime.conditioning import CACHED
+from car_runtime.plan import Plan, default_plan, open_plan
 from fixtures.toy_plan import toy
 
 PROC = Path("/proc/self")

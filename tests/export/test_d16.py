@@ -1,4 +1,4 @@
-"""The published size, d16 at 256×256, with made-up weights: exported, verified, run. Minutes, 8 GB, 5 GB of disk."""
+"""The published size, d16 at 256×256, with random weights: exported, verified, run. Minutes, 8 GB, 5 GB of disk."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -35,7 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "var": {},
 }
 L = 39
-"""Tokens of a picture of `small_model`, which has 20×20 pixels."""
+"""Tokens of an image of `small_model`, which has 20×20 pixels."""
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +132,7 @@ def test_fp16_survives_a_residual_stream_ten_times_as_large(tmp_path: Path) -> N
             assert np.isfinite(step.f_hat).all()
 
 
-def test_sampled_pictures_equal_the_reference_loop(built: Callable[[str], Path]) -> None:
+def test_sampled_images_equal_the_reference_loop(built: Callable[[str], Path]) -> None:
     """Not only greedy: the same seeds draw the same tokens in PyTorch and in the plan.
 
     With and without guidance, five in a batch.
@@ -208,7 +207,7 @@ def test_a_plan_can_be_moved(built: Callable[[str], Path], tmp_path: Path) -> No
         (["--vae", "nothing.pth", "--var", "nothing.pth", "-o", "x.plan"], "no such file"),
         (["CHECKPOINT", "-o", "x.plan", "--verify"], "no plan"),
         (["CHECKPOINT", "-o", "x.plan", "--top-p", "2"], "0…1"),
-        (["CHECKPOINT", "-o", "x.plan", "--sides", "1,2"], "leave out"),
+        (["CHECKPOINT", "-o", "x.plan", "--patch-nums", "1,2"], "leave out"),
         (["CHECKPOINT", "-o", "x.plan", "--class-names", "none.txt"], "one name a line"),
     ],
 )
@@ -230,19 +229,20 @@ def test_bad_requests_are_one_line_with_a_remedy(
     assert [p.name for p in tmp_path.iterdir()] == ["FILE.plan"]
 
 
-def test_the_script_runs_from_a_bare_checkout(saved: Path, tmp_path: Path) -> None:
+def test_the_script_runs_from_a_bare_checkout(saved: Path, built: Callable[[str], Path], tmp_path: Path) -> None:
     """No installation, another working directory: the three packages are found beside the script."""
     script = Path(__file__).parents[2] / "export" / "build_engines.py"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, str(script), str(saved), "-o", "bare.plan"],
+        [sys.executable, str(script), str(saved), "-o", str(built("fp32")), "--verify"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "bare.plan" / "manifest.json").read_text())["name"] == "bare"
+    assert done.stdout.strip() == str(built("fp32"))
+    assert "verified against PyTorch" in done.stderr
 
 
 @torch.no_grad()

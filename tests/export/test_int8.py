@@ -17,12 +17,16 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from car_export import cli
+from car_export.config import Int8Options
 from car_export.errors import ExportError, TargetError
-from car_export.quantize import int8
-from car_export.quantize.int8 import Int8Options, Seen, eight_bits, fit, steps_of, to_int8
+from car_export.quantize import calibrate as calibration
+from car_export.quantize import int8, rewrite, sites
+from car_export.quantize.calibrate import activation_params, calibrate, quantize_weights
+from car_export.quantize.int8 import to_int8
+from car_export.quantize.statistics import ActivationStats
 from car_export.tensorrt.build import build_engines, choose_targets
 from car_export.verify import VerificationError
-from car_export.weights import Moved
+from car_export.weights import WeightCopier
 from car_runtime import BackendError, Plan, open_plan
 from car_runtime import verify as acceptance
 from car_runtime.backends.onnxruntime import cpu as ort_cpu
@@ -54,12 +58,12 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
 # ---- Numbers ----
 
 
-def test_eight_bits_are_within_half_a_step_of_every_output() -> None:
+def test_int8_weights_are_within_half_a_step_of_every_output() -> None:
     for shape in ((6, 40), (6, 4, 3, 3)):
         matrix = RNG.normal(size=shape).astype(np.float32)
         matrix[2] *= 1000
         matrix[4] = 0
-        numbers, steps = eight_bits(matrix)
+        numbers, steps = quantize_weights(matrix)
         each = steps.reshape(-1, *[1] * (len(shape) - 1))
         assert numbers.dtype == np.int8
         assert numbers.min() >= -127
@@ -70,7 +74,7 @@ def test_eight_bits_are_within_half_a_step_of_every_output() -> None:
 
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 3.0), (0.0, 5.0), (-2.0, 0.0), (-0.17, 9.0), (0.0, 0.0)])
 def test_zero_is_one_of_the_steps_and_both_ends_are_reached(low: float, high: float) -> None:
-    scale, zero = steps_of(low, high)
+    scale, zero = activation_params(low, high)
     ends = (np.clip(np.round(np.array([low, 0, high]) / scale) + zero, 0, 255) - zero) * scale
     assert ends[1] == 0
     np.testing.assert_allclose(ends[[0, 2]], [low, high], atol=1.001 * scale)
@@ -80,15 +84,15 @@ def test_a_large_channel_goes_over_into_the_matrix_where_that_can_be() -> None:
     rows = RNG.normal(size=(256, 32)).astype(np.float32)
     rows[:, 5] *= 60
     matrix = RNG.normal(size=(64, 32)).astype(np.float32)
-    seen = Seen(rows.min(0), rows.max(0), [rows])
-    plain, smooth = fit(matrix, seen, foldable=False), fit(matrix, seen, foldable=True)
+    stats = ActivationStats(rows.min(0), rows.max(0), [rows])
+    plain, smooth = calibrate(matrix, stats, foldable=False), calibrate(matrix, stats, foldable=True)
     assert plain.smoothing is None
     assert smooth.smoothing is not None
     assert smooth.smoothing.argmax() == 5
     assert smooth.error < 0.5 * plain.error
     # What it says of itself is so.
-    numbers, steps = eight_bits(matrix * smooth.smoothing)
-    zero = np.float32(smooth.zero)
+    numbers, steps = quantize_weights(matrix * smooth.smoothing)
+    zero = np.float32(smooth.zero_point)
     rounded = (np.clip(np.round(rows / smooth.smoothing / smooth.scale) + zero, 0, 255) - zero) * smooth.scale
     exact = rows @ matrix.T
     error = np.linalg.norm(rounded @ (numbers * steps[:, None]).T - exact) / np.linalg.norm(exact)
@@ -98,11 +102,11 @@ def test_a_large_channel_goes_over_into_the_matrix_where_that_can_be() -> None:
 def test_a_few_values_far_out_are_clipped() -> None:
     rows = RNG.normal(size=(4096, 16)).astype(np.float32)
     matrix = RNG.normal(size=(8, 16)).astype(np.float32)
-    inside = fit(matrix, Seen(rows.min(0), rows.max(0), [rows]), foldable=False)
-    far = fit(matrix, Seen(rows.min(0) * 4, rows.max(0) * 4, [rows]), foldable=False)
-    reach = [float(form.scale) * 255 / (rows.max() - rows.min()) for form in (inside, far)]
+    inside = calibrate(matrix, ActivationStats(rows.min(0), rows.max(0), [rows]), foldable=False)
+    far = calibrate(matrix, ActivationStats(rows.min(0) * 4, rows.max(0) * 4, [rows]), foldable=False)
+    reach = [float(params.scale) * 255 / (rows.max() - rows.min()) for params in (inside, far)]
     assert 0.75 < reach[0] < 1.05
-    assert reach[1] == pytest.approx(4 * min(int8.CLIPS), rel=0.01)
+    assert reach[1] == pytest.approx(4 * min(calibration.CLIPS), rel=0.01)
 
 
 # ---- Graphs ----
@@ -172,17 +176,17 @@ def test_what_is_divided_out_of_a_channel_is_put_into_the_matrix(kind: str, tmp_
     rows = run(inner, feed, tmp_path).reshape(-1, WIDTH)
 
     (tmp_path / "old.bin").write_bytes(bytes(64))
-    weights = Moved(tmp_path / "old.bin", tmp_path / WEIGHTS)
-    rewriter = int8._Rewriter(model, weights, {x: Seen(rows.min(0), rows.max(0), [rows])})
-    (product,) = int8.products(model, read_manifest(default_plan()))
-    error = rewriter.rewrite(product)
+    weights = WeightCopier(tmp_path / "old.bin", tmp_path / WEIGHTS)
+    rewriter = rewrite.GraphQuantizer(model, weights, {x: ActivationStats(rows.min(0), rows.max(0), [rows])})
+    (product,) = sites.matmul_sites(model, read_manifest(default_plan()))
+    error = rewriter.quantize_matmul(product)
     rewriter.finish()
     weights.close()
     got = run(model, feed, tmp_path)
     assert error < 0.01
     assert np.linalg.norm(got - exact) / np.linalg.norm(exact) < 1.5 * error + 1e-3
     assert f"{x}.smoothing" in {t.name for t in model.graph.initializer} or kind == "norm"
-    assert rewriter._forms[x].smoothing is not None
+    assert rewriter.params[x].smoothing is not None
 
 
 def kernels(plan: Path, graph: str, tmp_path: Path) -> Counter[str]:
@@ -202,9 +206,7 @@ def kernels(plan: Path, graph: str, tmp_path: Path) -> Counter[str]:
     )
 
 
-def test_products_and_convolutions_become_kernels_of_eight_bits(
-    shipped: tuple[Path, list[str]], tmp_path: Path
-) -> None:
+def test_products_and_convolutions_become_int8_kernels(shipped: tuple[Path, list[str]], tmp_path: Path) -> None:
     plan, said = shipped
     step, exact = (kernels(p, "step", tmp_path) for p in (plan, default_plan()))
     blocks = 9
@@ -221,15 +223,15 @@ def test_products_and_convolutions_become_kernels_of_eight_bits(
 # ---- Plans ----
 
 
-def test_the_plan_that_ships_draws_nearly_the_same_in_eight_bits(shipped: tuple[Path, list[str]]) -> None:
+def test_the_plan_that_ships_draws_nearly_the_same_in_int8(shipped: tuple[Path, list[str]]) -> None:
     plan, said = shipped
     manifest = read_manifest(plan)
     verify_files(plan, manifest)
     assert manifest.precision.weights == "int8"
     assert manifest.files[WEIGHTS].bytes < 0.8 * read_manifest(default_plan()).files[WEIGHTS].bytes  # fp16 there
     assert not [name for name in manifest.graphs if name.startswith("step.")]
-    assert manifest.provenance["int8 calibration"] == f"{int8.PICTURES} pictures, made up"
-    # What errs most is what comes in where the branch joins; the rest is in eight bits.
+    assert manifest.provenance["int8 calibration"] == f"{int8.IMAGES} images, synthetic"
+    # What errs most is what comes in where the branch joins; the rest is in INT8.
     assert set(manifest.provenance["int8 leaves"].split(", ")) == {
         f"car.branch.fusions.{i}.linear.weight" for i in range(3)
     }
@@ -240,10 +242,10 @@ def test_the_plan_that_ships_draws_nearly_the_same_in_eight_bits(shipped: tuple[
     assert whole["divergence"] < 0.01
     assert whole["top1"] > 0.9
     assert report["agreement"]["picture"]["largest"] <= 8
-    assert "beside PyTorch" in said[-1]
+    assert "vs. PyTorch" in said[-1]
 
 
-def test_a_picture_depends_on_its_seed_and_not_on_its_batch(shipped: tuple[Path, list[str]]) -> None:
+def test_an_image_depends_on_its_seed_and_not_on_its_batch(shipped: tuple[Path, list[str]]) -> None:
     with open_plan(shipped[0], "ort-cpu", threads=1) as plan:
         together = plan.generate(EXAMPLE, 2, seed=4, n=4)
         for i in range(4):
@@ -291,14 +293,14 @@ def test_what_is_made_is_the_same_each_time(shipped: tuple[Path, list[str]], tmp
     assert dataclasses.replace(other, name=one.name) == one
 
 
-def test_openvino_multiplies_in_eight_bits_too(shipped: tuple[Path, list[str]]) -> None:
+def test_openvino_multiplies_int8_too(shipped: tuple[Path, list[str]]) -> None:
     pytest.importorskip("openvino", reason="OpenVINO is not installed (extra openvino)")
     report = acceptance.verify(shipped[0], "openvino", warmup=0, runs=1)
     assert report["passed"]
     assert report["agreement"]["teacher_forced"]["all"]["divergence"] < 0.02
     with open_plan(shipped[0], "openvino") as plan:
         if not {"avx512_vnni", "amx_int8", "avx_vnni"} & set(acceptance.machine()["flags"] or cpu_flags()):
-            pytest.skip("this CPU multiplies no eight-bit numbers")
+            pytest.skip("this CPU multiplies no INT8")
         backend: Any = plan._backend
         made = [node.get_rt_info() for node in backend._models["step"].parts[0]().model.get_runtime_model().get_ops()]
         kinds = Counter(
@@ -316,8 +318,8 @@ def cpu_flags() -> set[str]:
 
 
 def test_a_steered_plan_of_an_export_and_its_few_channels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8, "FEW", 4)
-    monkeypatch.setattr(int8, "WORST", 1.0)
+    monkeypatch.setattr(sites, "MIN_CHANNELS", 4)
+    monkeypatch.setattr(rewrite, "MAX_ERROR", 1.0)
     said: list[str] = []
     source = small_plan("steered")
     plan = to_int8(Int8Options(source=source, output=tmp_path / "s.plan"), said.append)
@@ -342,18 +344,18 @@ def test_control_images_by_the_command(tmp_path: Path, capsys: pytest.CaptureFix
     for i in range(2):
         noise = RNG.integers(0, 256, (30, 40, 3), np.uint8)
         Image.fromarray(noise).save(controls / f"{i}.png")
-    (controls / "notes.txt").write_text("no picture")
+    (controls / "notes.txt").write_text("no image")
     output = tmp_path / "out" / "s.plan"
     flags = ["--weights", "int8", "-o", str(output), "--calibrate", str(controls), str(EXAMPLE)]
     assert cli.main([str(default_plan()), *flags]) == 0
     assert capsys.readouterr().out.strip() == str(output)
-    assert read_manifest(output).provenance["int8 calibration"] == "3 pictures, given"
+    assert read_manifest(output).provenance["int8 calibration"] == "3 images, given"
     assert [p.name for p in output.parent.iterdir()] == ["s.plan"]
 
 
 def test_a_checkpoint_becomes_an_int8_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model without control, exported and rounded in one go; nothing of the float32 plan is left."""
-    monkeypatch.setattr(int8, "WORST", 1.0)
+    monkeypatch.setattr(rewrite, "MAX_ERROR", 1.0)
     checkpoint.save(small_model(control=False, depth=2, sides=(1, 2, 4)), tmp_path / "var")
     output = tmp_path / "var.plan"
     assert cli.main([str(tmp_path / "var"), "--weights", "int8", "-o", str(output), "--cfg", "2"]) == 0
@@ -381,7 +383,7 @@ def test_a_checkpoint_becomes_an_int8_plan(tmp_path: Path, monkeypatch: pytest.M
         (["--weights", "int8", "--precision", "fp16"], r"leave out --precision fp16"),
         (["--weights", "int8", "--verify", "-o", "OUT"], r"checked by car-run verify"),
         (["--calibrate", "a.png", "-o", "SAME"], r"--calibrate a.png serves --weights int8"),
-        (["--weights", "int8", "-o", "OUT", "--calibrate", "EMPTY"], r"no picture is there"),
+        (["--weights", "int8", "-o", "OUT", "--calibrate", "EMPTY"], r"no image is there"),
         (["--weights", "int8", "-o", "OUT", "--calibrate", "none.png"], r"none.png"),
     ],
 )
@@ -422,12 +424,11 @@ def rewritten(root: Path, **changes: Any) -> Path:
     return root
 
 
-def test_a_model_that_eight_bits_are_too_few_for_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_int8_is_too_coarse_for_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     strict = dataclasses.replace(acceptance.LIMITS["int8"], divergence=1e-9)
     monkeypatch.setitem(acceptance.LIMITS, "int8", strict)
-    with pytest.raises(VerificationError, match=r"(?s)too few for this model.*divergence.*--calibrate"):
+    monkeypatch.setattr(int8, "IMAGES", 1)
+    with pytest.raises(VerificationError, match=r"(?s)INT8 is too coarse for this model.*divergence.*--calibrate"):
         to_int8(Int8Options(source=default_plan(), output=tmp_path / "o.plan"))
     assert not list(tmp_path.iterdir())
 

@@ -12,13 +12,18 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, helper
 
+from car_export.config import NumericsOptions
 from car_export.plan import compute_model, reference_model
-from car_export.precision import numerics
-from car_export.precision.numerics import Graphs, Rounding, compare, is_safe, make_case, measure, torch_logits
+from car_export.precision import numerics, probe
+from car_export.precision.case import compare, make_case
+from car_export.precision.numerics import is_safe, largest_values, measure
+from car_export.precision.probe import ProbedOrtCpu
+from car_export.precision.rounding import Rounding, torch_logits
 from car_train import checkpoint
 from car_train.model import Model
 from fixtures.golden import OFFICIAL_D16, OFFICIAL_VAE, Golden, _filled, save_official
@@ -42,7 +47,7 @@ def small() -> Model:
 def test_the_chain_of_graphs_agrees_with_pytorch() -> None:
     model = small()
     case = make_case(model, 4.0, 12, 0.9)
-    found = compare(case, Graphs(small_plan("fp16")).logits(case), model.config.vqvae.sides)
+    found = compare(case, ProbedOrtCpu(small_plan("fp16")).logits(case), model.config.vqvae.sides)
     assert [scale["side"] for scale in found["scales"]] == [1, 2, 4]
     assert 0 < found["all"]["relative_max"] <= ROUNDED["fp16"]
     assert found["all"]["max"] == max(scale["max"] for scale in found["scales"])
@@ -54,8 +59,8 @@ def test_the_chain_of_graphs_agrees_with_pytorch() -> None:
 def test_probes_change_nothing_and_find_the_largest_values() -> None:
     model, plan = small(), small_plan("fp16")
     case = make_case(model, 4.0, 12, 0.9)
-    probed = Graphs(plan, probe=True)
-    with_probes, without = probed.logits(case), Graphs(plan).logits(case)
+    probed = ProbedOrtCpu(plan, probe=True)
+    with_probes, without = probed.logits(case), ProbedOrtCpu(plan).logits(case)
     # A probe keeps ONNX Runtime from leaving a rounding out: equal to within that.
     assert (with_probes - without).abs().max() <= ROUNDED["fp16"] * case.logits.abs().max()
     graphs = {graph for graph, _ in probed.largest}
@@ -68,7 +73,7 @@ def test_probes_change_nothing_and_find_the_largest_values() -> None:
 def test_every_half_precision_result_of_the_step_is_probed() -> None:
     model = onnx.load(small_plan("fp16") / "step.onnx", load_external_data=False)
     products = {name for node in model.graph.node if node.op_type in ("MatMul", "Gelu") for name in node.output}
-    probes = numerics.add_probes(model)
+    probes = probe.add_probes(model)
     halves = {name for name, is_stream in probes if not is_stream}
     # Resizing, codes and logits' mixing are float32; all other products are half.
     blocks = 2 + 1
@@ -81,7 +86,7 @@ def test_every_half_precision_result_of_the_step_is_probed() -> None:
 def test_all_that_writes_into_the_stream_is_scaled() -> None:
     model, plan = small(), small_plan("fp16")
     case = make_case(model, 4.0, 12, 0.9)
-    plain, loud = Graphs(plan, probe=True), Graphs(plan, probe=True, factor=10.0)
+    plain, loud = ProbedOrtCpu(plan, probe=True), ProbedOrtCpu(plan, probe=True, factor=10.0)
     plain.logits(case)
     loud.logits(case)
     scaled = {name.removesuffix(".T") for name in loud.scaled}
@@ -98,9 +103,9 @@ def test_a_value_beyond_half_precision_is_found(monkeypatch: pytest.MonkeyPatch)
     """Weights that are too loud by far must be seen, whether ONNX Runtime rounds the value to inf or not."""
     model, plan = small(), small_plan("fp16")
     case = make_case(model, 4.0, 12, 0.9)
-    found = numerics._largest(Graphs(plan, probe=True, factor=60_000.0), case)
+    found = largest_values(ProbedOrtCpu(plan, probe=True, factor=60_000.0), case)
     assert found["overflows"] or not found["finite"]
-    quiet = numerics._largest(Graphs(plan, probe=True), case)
+    quiet = largest_values(ProbedOrtCpu(plan, probe=True), case)
     assert not quiet["overflows"]
     assert quiet["finite"]
     assert quiet["headroom"] > 100
@@ -121,8 +126,8 @@ def test_a_largest_value_is_that_of_the_tensor(tmp_path: Path) -> None:
         [half("y", TensorProto.FLOAT16, [2, 2])],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    assert numerics.add_probes(model) == [("y", False)]
-    session = numerics.ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert probe.add_probes(model) == [("y", False)]
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     for values, expected in (([1, -3, 2, 0], 3.0), ([1, -np.inf, 2, 0], np.inf)):
         got = session.run(["largest.y"], {"x": np.array(values, np.float16).reshape(2, 2)})
         assert got == [expected]
@@ -189,7 +194,7 @@ def test_the_script_writes_a_report(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ten_in_the_graphs(models: Callable[..., Model]) -> None:
-    report = measure(copy.deepcopy(models(Golden("ten"))))  # its weights are rounded in place
+    report = measure(copy.deepcopy(models(Golden("ten"))), NumericsOptions())  # its weights are rounded in place
     assert is_safe(report)
     for engine in ("pytorch", "onnxruntime"):
         assert report[engine]["all"]["relative_max"] <= ROUNDED["fp16"], engine
@@ -200,7 +205,7 @@ def test_ten_in_the_graphs(models: Callable[..., Model]) -> None:
 
 @pytest.mark.slow
 def test_d16_in_the_graphs(tmp_path: Path) -> None:
-    """The published size, made-up weights; in a process of its own, which gives its memory back."""
+    """The published size, random weights; in a process of its own, which gives its memory back."""
     parts = {"var": {}, "car": {}}  # type: dict[str, dict[str, list[int]]]
     for key, shape in OFFICIAL_D16.items():
         parts["car" if key.startswith("car_") else "var"][key] = shape

@@ -1,4 +1,4 @@
-"""NVIDIA's polygraphy reads a plan's graphs, and agrees that engines can be built of their forms."""
+"""NVIDIA's polygraphy reads a plan's graphs, and agrees that engines can be built of their rewrites."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 
 from car_export import errors
 from car_export.tensorrt import build as engines
-from car_export.tensorrt import rewrites as forms
+from car_export.tensorrt import rewrites
 from car_runtime.format import manifest as schema
 from fixtures.small_plans import small_plan
 
@@ -86,7 +86,7 @@ def test_the_form_of_the_step_computes_the_step_at_every_scale(plan: Path, batch
     step, engine = session(original(plan, "step"), plan), session(form(plan, "step", target), plan)
     names = [port.name for port in manifest.graphs["step"].outputs]
     assert [o.name for o in engine.get_outputs()] == [o.name for o in step.get_outputs()] == names
-    assert [i.name for i in engine.get_inputs()] == [*(i.name for i in step.get_inputs()), forms.KEY_BIAS]
+    assert [i.name for i in engine.get_inputs()] == [*(i.name for i in step.get_inputs()), rewrites.KEY_BIAS]
     vocab = manifest.model.vocab
     for k, scale in enumerate(manifest.scales):
         feed = random_feed(plan, manifest, k, batch, rng)
@@ -94,9 +94,9 @@ def test_the_form_of_the_step_computes_the_step_at_every_scale(plan: Path, batch
         bias = np.zeros(sizes["N"], np.float32)
         mine = dict(feed)
         if scale.start == 0:
-            bias[0] = forms.DUMMY_BIAS
+            bias[0] = rewrites.DUMMY_BIAS
             mine |= {n: np.zeros((1, *a.shape[1:]), a.dtype) for n, a in feed.items() if n.startswith("past_")}
-        mine[forms.KEY_BIAS] = bias
+        mine[rewrites.KEY_BIAS] = bias
         for top_k, top_p, cfg in ((1, 2.0, 4.0), (vocab // 5, 0.9, 1.5), (vocab, 0.6, 0.0), (vocab, 2.0, 3.0)):
             sampling = {"top_k": np.array([top_k]), "top_p": np.array([top_p], np.float32)}
             sampling["cfg"] = np.array([cfg], np.float32)
@@ -108,7 +108,7 @@ def test_the_form_of_the_step_computes_the_step_at_every_scale(plan: Path, batch
 def test_the_form_holds_no_sort_longer_than_the_limit_and_no_row_numbers(plan: Path) -> None:
     nodes = onnx.load_model_from_string(form(plan, "step")).graph.node
     vocab = schema.read_manifest(plan).model.vocab
-    assert sum(n.op_type == "TopK" for n in nodes) == (1 if vocab <= forms.TOPK_LIMIT else 2)
+    assert sum(n.op_type == "TopK" for n in nodes) == (1 if vocab <= rewrites.TOPK_LIMIT else 2)
     assert not [n.name for n in nodes if n.op_type == "Range"]
 
 
@@ -131,8 +131,8 @@ def test_the_forms_of_the_other_graphs_compute_the_same(graph: str, target: str)
     proto = onnx.load_model_from_string(data)
     assert not [n.name for n in proto.graph.node if "Sequence" in n.op_type]
     # TensorRT takes uint8 only from a cast and only into one.
-    pictures = {v.name for v in (*proto.graph.input, *proto.graph.output) if v.type.tensor_type.elem_type == 2}
-    touching = {n.op_type for n in proto.graph.node if pictures & {*n.input, *n.output}}
+    images = {v.name for v in (*proto.graph.input, *proto.graph.output) if v.type.tensor_type.elem_type == 2}
+    touching = {n.op_type for n in proto.graph.node if images & {*n.input, *n.output}}
     assert touching <= {"Cast", "Shape"}
 
 
@@ -176,14 +176,17 @@ def test_two_halves_are_the_sorted_row_exactly_with_equal_values_too(vocab: int)
     logits = rng.normal(0, 1, (2, vocab)).astype(np.float32)
     logits[1] = np.round(logits[1], 1)  # many equal values, also at the border
     rest = {"past_k_0": np.zeros((1, 3), np.float32), "new": rng.normal(0, 1, (2, 3)).astype(np.float32)}
-    rest |= {"query": np.ones((2, 3), np.float32), forms.KEY_BIAS: np.array([forms.DUMMY_BIAS, 0, 0], np.float32)}
-    data = forms.to_bytes(forms.engine_step(sort_graph(vocab), vocab))
+    rest |= {
+        "query": np.ones((2, 3), np.float32),
+        rewrites.KEY_BIAS: np.array([rewrites.DUMMY_BIAS, 0, 0], np.float32),
+    }
+    data = rewrites.to_bytes(rewrites.engine_step(sort_graph(vocab), vocab))
     lengths = [
         int(np.frombuffer(t.raw_data, np.int64)[0]) if t.raw_data else t.int64_data[0]
         for t in onnx.load_model_from_string(data).graph.initializer
         if t.name.endswith("_k") or t.name == "count"
     ]
-    assert max(lengths) <= forms.TOPK_LIMIT
+    assert max(lengths) <= rewrites.TOPK_LIMIT
     ordered, weights = session(data, Path()).run(["sorted", "weights"], {"logits": logits, **rest})
     np.testing.assert_array_equal(ordered, -np.sort(-logits, axis=1))
     assert (weights[:, 0] == 0).all()
@@ -192,7 +195,7 @@ def test_two_halves_are_the_sorted_row_exactly_with_equal_values_too(vocab: int)
 
 def test_a_vocabulary_too_long_for_two_halves_is_refused() -> None:
     with pytest.raises(errors.TopKError, match=r"7681 codes.*; run this plan with"):
-        forms.engine_step(sort_graph(7681), 7681)
+        rewrites.engine_step(sort_graph(7681), 7681)
 
 
 def test_a_graph_without_the_known_attention_is_refused_by_name() -> None:
@@ -200,7 +203,7 @@ def test_a_graph_without_the_known_attention_is_refused_by_name() -> None:
     softmax = next(n for n in model.graph if n.op_type == "Softmax")
     softmax.op_type = "Hardmax"
     with pytest.raises(errors.GraphError, match=r"past_k_0.*MatMul.*; export the plan again"):
-        forms.engine_step(model, 100)
+        rewrites.engine_step(model, 100)
 
 
 def test_profiles_list_every_scale_and_batch_with_the_first_scales_dummy(plan: Path) -> None:

@@ -24,8 +24,7 @@ import car_runtime
 from car_export import errors
 from car_export.cli import main as build_engines
 from car_export.tensorrt import build as engines
-from car_export.tensorrt import compiler as builder
-from car_export.tensorrt import rewrites as forms
+from car_export.tensorrt import compiler, rewrites
 from car_export.tensorrt.compiler import Compiler, Profile
 from car_runtime.errors import BackendError
 from car_runtime.format import manifest as schema
@@ -303,7 +302,7 @@ def test_a_full_disk_is_named_and_leaves_the_plan_whole(changeable: Path) -> Non
     change_weights(changeable, "condition")
     before = sorted(p.name for p in (changeable / "engines").iterdir())
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    with pytest.raises(errors.EngineFileError, match=r"condition.*could not be written.*; free 1 MB there"):
+    with pytest.raises(errors.OutputError, match=r"condition.*could not be written.*; free 1 MB there"):
         engines.build_engines(changeable, SM89)
     assert sorted(p.name for p in (changeable / "engines").iterdir()) == before
     schema.verify_files(changeable, schema.read_manifest(changeable))
@@ -316,7 +315,7 @@ def tensor(name: str, dtype: int, shape: list[int | str]) -> onnx.ValueInfoProto
 def graph_of(nodes: list[onnx.NodeProto], inputs: list[Any], outputs: list[Any], *constants: Any) -> bytes:
     graph = helper.make_graph(nodes, "g", inputs, outputs, list(constants))
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    return forms.onnx_bytes(model)
+    return rewrites.onnx_bytes(model)
 
 
 ADD = helper.make_node("Add", ["a", "b"], ["c"], name="the_add")
@@ -412,7 +411,7 @@ def test_targets_of_a_command_line() -> None:
         engines.choose_targets("dla", (89,))
 
 
-@pytest.mark.skipif(builder.gpu_here() is not None, reason="this machine has a GPU")
+@pytest.mark.skipif(compiler.gpu_here() is not None, reason="this machine has a GPU")
 def test_without_a_gpu_only_rtx_engines_for_a_named_capability_can_be_built() -> None:
     with pytest.raises(errors.NoGpuError, match=r"--target trt .*; use --target rtx --sm 89"):
         engines.choose_targets("trt", None)

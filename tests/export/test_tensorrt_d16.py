@@ -1,4 +1,4 @@
-"""Engines of the published size, d16 at 256×256, with made-up weights. Minutes, 8 GB, 7 GB of disk."""
+"""Engines of the published size, d16 at 256×256, with random weights. Minutes, 8 GB, 7 GB of disk."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from car_runtime import verify as acceptance
 from car_runtime.backends.amx import backend as amx
 from car_runtime.backends.amx import build
 from car_runtime.backends.amx.convolutions import read_decoder, read_encoder
-from car_runtime.backends.amx.graph import UnknownGraph
+from car_runtime.backends.amx.graph import UnsupportedGraphError
 from car_runtime.backends.amx.match_transformer import read_step
 from car_runtime.backends.amx.memory import Workspace
 from car_runtime.backends.amx.transformer import Transformer
@@ -106,15 +106,15 @@ def halved(arrays: Mapping[str, NDArray[Any]]) -> Arrays:
 
 @pytest.fixture(scope="module")
 def run(plan: Path) -> Callable[..., Arrays]:
-    """Run our transformer: `run(inputs, outputs, threads, parts)`."""
+    """Run our transformer: `run(inputs, outputs, threads, terms)`."""
     made: dict[tuple[int, int], tuple[Transformer, Workspace]] = {}
 
-    def go(inputs: Arrays, outputs: Arrays, threads: int = 2, parts: int = 1) -> Arrays:
-        if (threads, parts) not in made:
-            step, library = read_step(plan / "step.onnx", plan / "weights.bin"), build.load(parts)
-            made[threads, parts] = (Transformer(library, step, threads), Workspace(library))
-        transformer, workspace = made[threads, parts]
-        form = halved if parts == 1 else dict[str, NDArray[Any]]
+    def go(inputs: Arrays, outputs: Arrays, threads: int = 2, terms: int = 1) -> Arrays:
+        if (threads, terms) not in made:
+            step, library = read_step(plan / "step.onnx", plan / "weights.bin"), build.load(terms)
+            made[threads, terms] = (Transformer(library, step, threads), Workspace(library))
+        transformer, workspace = made[threads, terms]
+        form = halved if terms == 1 else dict[str, NDArray[Any]]
         given = {name: np.full_like(a, 0) for name, a in form(outputs).items()}
         transformer.run(form(inputs), given, workspace)
         return given
@@ -125,9 +125,9 @@ def run(plan: Path) -> Callable[..., Arrays]:
 @needs_amx
 @pytest.mark.parametrize("images", [1, 3])
 @pytest.mark.parametrize("guided", [True, False])
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("terms", [1, 2])
 def test_the_transformer_computes_what_the_graph_does(
-    exact: Plan, run: Callable[..., Arrays], images: int, guided: bool, parts: int
+    exact: Plan, run: Callable[..., Arrays], images: int, guided: bool, terms: int
 ) -> None:
     for scale in range(len(SIDES)):
         inputs, wanted = step_arrays(exact, scale, images, guided)
@@ -135,36 +135,36 @@ def test_the_transformer_computes_what_the_graph_does(
             inputs["cfg"][:] = 0
         inputs = {name: to_float32(to_bfloat16(a)) if name.startswith("past_") else a for name, a in inputs.items()}
         exact._backend.run("step", inputs, wanted)
-        got = run(inputs, wanted, parts=parts)
+        got = run(inputs, wanted, terms=terms)
         for name in (*(name for name in wanted if name.startswith("new_")), "logits"):
             ours = to_float32(got[name]) if got[name].dtype == np.uint16 else got[name]
             off = np.sqrt(((ours - wanted[name]) ** 2).mean() / (wanted[name] ** 2).mean())
-            assert off < (0.02 if parts == 1 else 3e-5), (scale, name, off)
+            assert off < (0.02 if terms == 1 else 3e-5), (scale, name, off)
 
 
 @needs_amx
-@pytest.mark.parametrize(("threads", "parts"), [(1, 1), (3, 1), (7, 1), (3, 2)])
-def test_threads_change_no_bit(exact: Plan, run: Callable[..., Arrays], threads: int, parts: int) -> None:
+@pytest.mark.parametrize(("threads", "terms"), [(1, 1), (3, 1), (7, 1), (3, 2)])
+def test_threads_change_no_bit(exact: Plan, run: Callable[..., Arrays], threads: int, terms: int) -> None:
     for scale in range(len(SIDES)):
         inputs, outputs = step_arrays(exact, scale, 3, True)
-        one, other = run(inputs, outputs, parts=parts), run(inputs, outputs, threads, parts)
+        one, other = run(inputs, outputs, terms=terms), run(inputs, outputs, threads, terms)
         assert all((one[name] == other[name]).all() for name in one)
         assert one["logits"].any()
 
 
 @needs_amx
-@pytest.mark.parametrize("parts", [1, 2])
-def test_a_picture_is_the_same_in_every_batch(exact: Plan, run: Callable[..., Arrays], parts: int) -> None:
+@pytest.mark.parametrize("terms", [1, 2])
+def test_a_picture_is_the_same_in_every_batch(exact: Plan, run: Callable[..., Arrays], terms: int) -> None:
     for scale in (1, 2):
         inputs, outputs = step_arrays(exact, scale, 3, True)
-        together = run(inputs, outputs, parts=parts)["logits"]
+        together = run(inputs, outputs, terms=terms)["logits"]
         alone, places = step_arrays(exact, scale, 1, True)
         for image in range(3):
             rows = [image, image + 3]
             alone |= {"x": inputs["x"][rows], "modulation": inputs["modulation"][rows]}
             alone |= {name: a[:, rows].copy() for name, a in inputs.items() if name.startswith("past_")}
             alone |= {name: inputs[name] for name in ("pos", "control") if name in inputs}
-            assert (run(alone, places, parts=parts)["logits"][0] == together[image]).all()
+            assert (run(alone, places, terms=terms)["logits"][0] == together[image]).all()
 
 
 @needs_amx
@@ -176,7 +176,7 @@ def test_the_shipped_plan_passes_its_goldens(backend: str, limits: str) -> None:
 
 
 @needs_amx
-def test_two_parts_draw_what_ort_cpu_draws() -> None:
+def test_two_terms_draw_what_ort_cpu_draws() -> None:
     with open_plan(backend="ort-cpu", threads=1) as exact, open_plan(backend="amx-fp32", threads=2) as plan:
         wanted, got = (p.generate(EXAMPLE, 2, seed=1, n=3) for p in (exact, plan))
     assert (wanted.tokens == got.tokens).mean() > 0.999
@@ -268,7 +268,7 @@ def test_a_graph_that_computes_anything_else_is_not_understood(
 ) -> None:
     read_step(plan / "step.onnx", plan / "weights.bin")
     write_changed(plan, "step.onnx", change, tmp_path)
-    with pytest.raises(UnknownGraph):
+    with pytest.raises(UnsupportedGraphError):
         read_step(tmp_path / "step.onnx", plan / "weights.bin")
 
 
@@ -276,7 +276,7 @@ def test_a_graph_that_computes_anything_else_is_not_understood(
 def test_half_a_file_is_not_understood(plan: Path, tmp_path: Path, share: float) -> None:
     whole = (plan / "step.onnx").read_bytes()
     (tmp_path / "step.onnx").write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(UnknownGraph):
+    with pytest.raises(UnsupportedGraphError):
         read_step(tmp_path / "step.onnx", plan / "weights.bin")
 
 
@@ -367,7 +367,7 @@ def test_a_decoder_that_computes_anything_else_is_not_understood(
     assert isinstance(side, int)
     read_decoder(plan / "decoder.onnx", plan / "weights.bin", channels, side)
     write_changed(plan, "decoder.onnx", change, tmp_path)
-    with pytest.raises(UnknownGraph):
+    with pytest.raises(UnsupportedGraphError):
         read_decoder(tmp_path / "decoder.onnx", plan / "weights.bin", channels, side)
 
 
@@ -398,7 +398,7 @@ def test_encoders_of_their_own_are_not_understood(plan: Path, tmp_path: Path, sc
         strides.ints[:] = [3 - strides.ints[0]] * 2
 
     write_changed(plan, "control.onnx", other_stride, tmp_path)
-    with pytest.raises(UnknownGraph):
+    with pytest.raises(UnsupportedGraphError):
         read_encoder(tmp_path / "control.onnx", plan / "weights.bin", sides)
 
 
@@ -461,6 +461,6 @@ def test_the_library_is_compiled_once_and_again_when_it_is_broken(
 
 @pytest.mark.parametrize("flags", [None, ["avx2"], ["amx_tile", "avx512_bf16"]])
 def test_a_cpu_without_tiles_is_told(monkeypatch: pytest.MonkeyPatch, flags: list[str] | None) -> None:
-    monkeypatch.setattr("car_runtime.doctor.cpu_flags", lambda: flags)
+    monkeypatch.setattr("car_runtime.system.cpu.cpu_flags", lambda: flags)
     with pytest.raises(BackendError, match="amx_bf16"):
-        amx.check_cpu()
+        build.check_cpu()

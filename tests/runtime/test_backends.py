@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from car_runtime import BackendError, PlanError, RunError, backends, open_plan
-from car_runtime.backends.cuda import driver as cuda
-from car_runtime.backends.registry import OPENERS, open_backend
+from car_runtime import BackendError, PlanError, RunError, open_plan
+from car_runtime.backends import registry
+from car_runtime.backends.registry import BACKENDS, markdown_table, open_backend
+from car_runtime.backends.spec import BackendSpec
 from car_runtime.format.manifest import WEIGHTS, read_manifest
+from car_runtime.system.gpu import has_driver
 from fixtures.runtime_plan import build_plan, relist
+
+PYPROJECT = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +28,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_plan(tmp_path_factory.mktemp("backends") / "tiny.plan")
 
 
-@pytest.mark.skipif(cuda._has_driver(), reason="this machine has an NVIDIA driver")
+@pytest.mark.skipif(has_driver(), reason="this machine has an NVIDIA driver")
 @pytest.mark.parametrize("name", ["rtx", "trt", "ort-cuda"])
 def test_a_gpu_backend_without_a_driver_is_an_error_with_the_remedy(root: Path, name: str) -> None:
     with pytest.raises(BackendError, match=r"no NVIDIA driver.*; .*install"):
@@ -69,13 +74,20 @@ def test_auto_goes_on_to_the_next_and_a_name_does_not(root: Path, monkeypatch: p
     def absent(root: Path, manifest: Any, threads: Any) -> Any:
         raise BackendError("no GPU here; use a machine with one")
 
-    here = dict(OPENERS)
-    monkeypatch.setattr("car_runtime.backends.OPENERS", {"gpu": absent, **here})
+    monkeypatch.setattr("car_runtime.backends.tensorrt.backend.open_rtx", absent)
     with open_plan(root, threads=1) as plan:
         assert plan.backend_name == "ort-cpu"
-        assert "gpu: no GPU here" in plan.why
+        assert "rtx: no GPU here" in plan.why
     with pytest.raises(BackendError, match="no GPU here"):
-        open_plan(root, "gpu")
+        open_plan(root, "rtx")
+
+
+def test_a_backend_that_cannot_be_imported_is_one_that_does_not_open(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "car_runtime.backends.amx.backend", None)
+    with pytest.raises(BackendError, match=r"the backend 'amx' can't be loaded here .*; use another backend"):
+        open_plan(root, "amx")
 
 
 @pytest.mark.parametrize("name", ["ort-cpu", "auto"])
@@ -118,11 +130,43 @@ def test_auto_prefers_bfloat16_on_openvino_for_large_plans_alone(root: Path, mon
     size = manifest.files[WEIGHTS].bytes
 
     def order(large: int, bfloat16: bool, compute: str = "fp32") -> list[str]:
-        monkeypatch.setattr(backends, "LARGE", large)
-        monkeypatch.setattr(backends, "has_openvino_bfloat16", lambda: bfloat16)
-        return backends._best_first(replace(manifest, precision=replace(manifest.precision, compute=compute)))
+        monkeypatch.setattr(registry, "LARGE", large)
+        monkeypatch.setattr(registry, "has_bfloat16", lambda: bfloat16)
+        return registry.best_first(replace(manifest, precision=replace(manifest.precision, compute=compute)))
 
-    usual = list(backends.OPENERS)
+    usual = registry.by_rank()
     assert order(size, True) == ["rtx", "trt", "ort-cuda", "amx", "openvino", "amx-fp32", "ort-cpu"]
     assert order(size + 1, True) == order(size, False) == order(size, True, "fp16") == usual
     assert usual.index("ort-cpu") < usual.index("openvino")
+
+
+# -- what is known of a backend without opening it -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", BACKENDS.values(), ids=lambda spec: str(spec.name))
+def test_a_spec_names_code_that_exists_and_an_extra_that_is_declared(spec: BackendSpec) -> None:
+    for reference in (spec.opener, spec.probe):
+        module, _, name = reference.partition(":")
+        assert callable(getattr(import_module(module), name))
+    declared = re.search(r"^\[project\.optional-dependencies\]\n(.*?)^\[", PYPROJECT, re.MULTILINE | re.DOTALL)
+    assert declared is not None
+    assert re.search(rf"^{spec.extra} = \[", declared[1], re.MULTILINE)
+    assert f"car-deploy[{spec.extra}]" in spec.install[-1]
+
+
+def test_every_backend_has_a_rank_of_its_own() -> None:
+    ranks = [spec.rank for spec in BACKENDS.values()]
+    ranks_bf16 = [spec.rank_bf16 or spec.rank for spec in BACKENDS.values()]
+    assert len(set(ranks)) == len(set(ranks_bf16)) == len(BACKENDS)
+
+
+def test_the_cpus_backends_are_known_from_the_gpus() -> None:
+    assert [name for name in BACKENDS if registry.on_cpu(name)] == ["ort-cpu", "openvino", "amx", "amx-fp32"]
+    assert not registry.on_cpu("none")
+
+
+def test_the_table_for_readme_has_a_row_per_backend() -> None:
+    head, rule, *rows = markdown_table().splitlines()
+    assert [row.split("`")[1] for row in rows] == list(BACKENDS)
+    assert {row.count("|") for row in (head, rule, *rows)} == {6}
+    assert "pip install '.[cpu]'" in rows[0]

@@ -169,6 +169,15 @@ def test_a_control_may_come_from_stdin(here: Path, built: Path, monkeypatch: pyt
     assert (np.asarray(Image.open("out.png")) == _expected(built)[0]).all()
 
 
+@pytest.mark.parametrize("flag", ["--control", "--photo"])
+def test_an_input_image_is_decoded_once(here: Path, flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+    original = Image.open
+    monkeypatch.setattr(Image, "open", lambda source: opened.append(source) or original(source))
+    assert main([*CAR, flag, "../in/edges.png"]) == 0
+    assert opened == ["../in/edges.png"]
+
+
 def test_a_photo_gives_its_control(here: Path, built: Path) -> None:
     controls = pytest.importorskip("car_runtime.controls")
     assert main([*CAR, "--photo", "../in/edges.png", "--grid"]) == 0
@@ -221,8 +230,8 @@ def test_version_and_help_succeed(flag: str, says: str, capsys: pytest.CaptureFi
         ([*GIVEN, "--class", "cta"], "there is no class 'cta'; did you mean 'cat'?"),
         ([*GIVEN, "--backend", "cuda"], "there is no backend 'cuda'; use"),
         ([*GIVEN, "-o", "no/out.png"], "the output's directory 'no' does not exist; create it"),
-        ([*GIVEN, "-o", "out.jpg"], "the output is 'out.jpg', but pictures are written as PNG; name it *.png"),
-        ([*GIVEN, "-o", ""], "pictures are written as PNG"),
+        ([*GIVEN, "-o", "out.jpg"], "the output is 'out.jpg', but images are written as PNG; name it *.png"),
+        ([*GIVEN, "-o", ""], "images are written as PNG"),
         ([*GIVEN, "-o", "../in/edges.png"], "would replace the input; choose another -o"),
         ([*GIVEN, "--tokens", "t.txt"], "the token file is 't.txt'"),
         ([*GIVEN, "--tokens", "no/t.npz"], "the output's directory 'no' does not exist"),
@@ -328,8 +337,8 @@ def test_progress_is_shown_to_a_person(
     assert main([*GIVEN, "-n", "5"]) == 0
     lines = capsys.readouterr().err.splitlines()[1:]
     assert len(lines) == 6
-    assert lines[2].startswith("car-run: pictures 0-3: scale 3/3, 4×4 tokens, ")
-    assert lines[3].startswith("car-run: picture 4: scale 1/3, 1×1 tokens, ")
+    assert lines[2].startswith("car-run: images 0-3: scale 3/3, 4×4 tokens, ")
+    assert lines[3].startswith("car-run: image 4: scale 1/3, 1×1 tokens, ")
 
 
 def _run(arguments: list[str], **options: Any) -> subprocess.CompletedProcess[str]:

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from car_runtime.backends.amx import build
-from car_runtime.backends.amx.convnet import Maps, Room, packing_order
+from car_runtime.backends.amx.convnet import Convnet, ConvnetBuffers, packing_order
 from car_runtime.backends.amx.convolutions import Attend, Convolution, Convolve, Network, Norm
-from car_runtime.backends.amx.graph import UnknownGraph
+from car_runtime.backends.amx.graph import UnsupportedGraphError
 from fixtures.amx_machine import needs_amx
 
 Floats = NDArray[np.float32]
@@ -53,7 +53,7 @@ NETWORK = Network(
         convolve(
             7,
             *(
-                convolution(72, 32, 2, top=i, left=j, spread=2, row=i, column=j)
+                convolution(72, 32, 2, top=i, left=j, out_stride=2, row=i, column=j)
                 for i, j in ((0, 0), (0, 1), (1, 0), (1, 1))
             ),
         ),
@@ -83,24 +83,24 @@ def reference(network: Network, x: Floats) -> list[torch.Tensor]:
             kernel, bias = (torch.from_numpy(a).double() for a in (one.kernel, one.bias))
             made = functional.conv2d(functional.pad(y, pads)[None], kernel, bias, one.stride)[0]
             if out is None:
-                out = made.new_zeros(len(made), made.shape[1] * one.spread, made.shape[2] * one.spread)
-            out[:, one.row :: one.spread, one.column :: one.spread] = made
+                out = made.new_zeros(len(made), made.shape[1] * one.out_stride, made.shape[2] * one.out_stride)
+            out[:, one.row :: one.out_stride, one.column :: one.out_stride] = made
         assert out is not None
         maps.append(out if step.residual is None else out + maps[step.residual])
     return maps
 
 
-def run(network: Network, inputs: list[Floats], parts: int, threads: int) -> list[Floats]:
+def run(network: Network, inputs: list[Floats], terms: int, threads: int) -> list[Floats]:
     """What comes out, [C, H, W] each, twice through the same memory."""
-    maps = Maps(build.load(parts), network, threads)
-    room = Room(maps, tuple((x.shape[1], x.shape[2]) for x in inputs))
+    convnet = Convnet(build.load(terms), network, threads)
+    buffers = ConvnetBuffers(convnet, tuple((x.shape[1], x.shape[2]) for x in inputs))
     for _ in range(2):
         for i, x in enumerate(inputs):
-            padded = np.zeros((32 * len(room.input(i)), *x.shape[1:]), np.float32)
+            padded = np.zeros((32 * len(buffers.input(i)), *x.shape[1:]), np.float32)
             padded[: len(x)] = x
-            room.input(i)[:] = padded.reshape(-1, 32, *x.shape[1:]).transpose(0, 2, 3, 1)
-        room.run()
-    blocks = [room.output(i).transpose(0, 3, 1, 2) for i in range(len(inputs))]
+            buffers.input(i)[:] = padded.reshape(-1, 32, *x.shape[1:]).transpose(0, 2, 3, 1)
+        buffers.run()
+    blocks = [buffers.output(i).transpose(0, 3, 1, 2) for i in range(len(inputs))]
     return [b.reshape(-1, *b.shape[2:])[: network.channels[-1]].copy() for b in blocks]
 
 
@@ -110,13 +110,13 @@ def inputs() -> list[Floats]:
 
 
 @needs_amx
-@pytest.mark.parametrize(("parts", "limit"), [(1, 0.02), (2, 3e-5)])
+@pytest.mark.parametrize(("terms", "limit"), [(1, 0.02), (2, 3e-5)])
 @pytest.mark.parametrize("length", range(1, len(NETWORK.steps) + 1))
-def test_every_step_is_pytorchs(inputs: list[Floats], parts: int, limit: float, length: int) -> None:
+def test_every_step_is_pytorchs(inputs: list[Floats], terms: int, limit: float, length: int) -> None:
     if length == 4:  # queries, keys and values lie by themselves only where attention reads them
         return
     network = Network(steps=NETWORK.steps[:length], channels=CHANNELS[: length + 1])
-    for x, got in zip(inputs, run(network, inputs, parts, 2), strict=True):
+    for x, got in zip(inputs, run(network, inputs, terms, 2), strict=True):
         wanted = reference(network, x)[-1].numpy()
         assert got.shape == wanted.shape
         assert np.sqrt(((got - wanted) ** 2).mean() / (wanted**2).mean()) < limit
@@ -124,9 +124,9 @@ def test_every_step_is_pytorchs(inputs: list[Floats], parts: int, limit: float, 
 
 @needs_amx
 @pytest.mark.parametrize("threads", [1, 3, 7])
-@pytest.mark.parametrize("parts", [1, 2])
-def test_threads_change_no_bit(inputs: list[Floats], threads: int, parts: int) -> None:
-    for a, b in zip(run(NETWORK, inputs, parts, 2), run(NETWORK, inputs, parts, threads), strict=True):
+@pytest.mark.parametrize("terms", [1, 2])
+def test_threads_change_no_bit(inputs: list[Floats], threads: int, terms: int) -> None:
+    for a, b in zip(run(NETWORK, inputs, terms, 2), run(NETWORK, inputs, terms, threads), strict=True):
         assert (a == b).all()
 
 
@@ -166,25 +166,27 @@ def test_weights_are_packed_in_the_order_of_the_product() -> None:
 @needs_amx
 def test_what_cannot_be_laid_out_is_refused(change: Callable[[list[object]], list[Convolve]]) -> None:
     steps = change(list(NETWORK.steps))
-    with pytest.raises(UnknownGraph):
-        Room(Maps(build.load(), Network(steps=tuple(steps), channels=CHANNELS[: len(steps) + 1]), 1), SIZES)
+    with pytest.raises(UnsupportedGraphError):
+        ConvnetBuffers(
+            Convnet(build.load(), Network(steps=tuple(steps), channels=CHANNELS[: len(steps) + 1]), 1), SIZES
+        )
 
 
 @needs_amx
 def test_attention_over_too_much_is_refused() -> None:
-    with pytest.raises(UnknownGraph, match="4096 positions"):
-        Room(Maps(build.load(), NETWORK, 1), ((65, 64),))
+    with pytest.raises(UnsupportedGraphError, match="4096 positions"):
+        ConvnetBuffers(Convnet(build.load(), NETWORK, 1), ((65, 64),))
 
 
 @needs_amx
 def test_pixels_have_to_fit() -> None:
     network = Network(steps=(convolve(0, convolution(8, 3, 3)),), channels=(8, 3))
-    room = Room(Maps(build.load(), network, 1), ((6, 20),))
-    room.input(0)[:] = 0
+    buffers = ConvnetBuffers(Convnet(build.load(), network, 1), ((6, 20),))
+    buffers.input(0)[:] = 0
     image = np.zeros((1, 6, 20, 3), np.uint8)
-    room.run(image)
+    buffers.run(image)
     bias = network.steps[0].convolutions[0].bias  # type: ignore[union-attr]
     assert (image == np.round((np.clip(bias, -1, 1) + 1) * 127.5)).all()
     for wrong in (image[:, :5], image.astype(np.int16), np.zeros((2, 6, 20, 3), np.uint8)):
         with pytest.raises(ValueError, match="come out"):
-            room.run(wrong)
+            buffers.run(wrong)

@@ -15,7 +15,7 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -30,15 +30,17 @@ from car_runtime import BackendError, PlanError, RunError, open_plan
 from car_runtime import verify as acceptance
 from car_runtime.backends.cuda import driver as cuda
 from car_runtime.backends.cuda.buffers import DeviceArray, Memory
-from car_runtime.backends.cuda.driver import CudaError, Gpu
+from car_runtime.backends.cuda.driver import CudaError
 from car_runtime.backends.onnxruntime import cuda as ort_cuda
 from car_runtime.backends.onnxruntime.cuda import OrtCuda, open_ort_cuda
-from car_runtime.backends.registry import OPENERS
 from car_runtime.backends.tensorrt import backend as tensorrt_engines
 from car_runtime.backends.tensorrt import runtime_cache
 from car_runtime.backends.tensorrt.backend import TensorRT, open_rtx, open_trt
+from car_runtime.format.goldens import GOLDENS
 from car_runtime.format.manifest import Manifest, describe_files, read_manifest, write_manifest
 from car_runtime.plan import Plan
+from car_runtime.system import gpu as nvidia
+from car_runtime.system.gpu import Gpu
 from fixtures.fake_device import GPU, DeviceFault, Enqueued, FakeDevice, FakeOnnxRuntime, FakeTensorRT, write_engines
 from fixtures.runtime_plan import LAYERS, SIDES, SIZE, C, D, E, H, L, V, Z, build_plan
 from fixtures.small import small_model
@@ -223,7 +225,7 @@ def test_the_acceptance_test_passes_on_the_fake(tmp_path: Path, monkeypatch: pyt
     forms = write_forms(root)
     write_goldens(root, small_model(depth=2, sides=(1, 2, 4)), cfg=2.0, top_k=0, top_p=0.0)
     manifest = read_manifest(root)
-    files = manifest.files | describe_files(root, [acceptance.GOLDENS])
+    files = manifest.files | describe_files(root, [GOLDENS])
     write_manifest(root, replace(manifest, files=files))
     write_engines(root)
     device = FakeDevice()
@@ -231,7 +233,7 @@ def test_the_acceptance_test_passes_on_the_fake(tmp_path: Path, monkeypatch: pyt
     def open_fake(root: Path, manifest: Manifest, threads: int | None) -> TensorRT:
         return TensorRT(root, manifest, "rtx", device, FakeTensorRT(device, root, forms))
 
-    monkeypatch.setitem(OPENERS, "rtx", open_fake)
+    monkeypatch.setattr(tensorrt_engines, "open_rtx", open_fake)
     report = acceptance.verify(root, "rtx", warmup=1, runs=3)
     assert report["passed"], report["checks"]
     assert report["backend"]["name"] == "rtx"
@@ -418,9 +420,9 @@ def test_times_are_the_devices(fake: Fake) -> None:
 def test_logits_can_be_read(tmp_path: Path) -> None:
     """They go to the caller's buffer where one is given, and to scratch memory else."""
     with Fake(make_root(tmp_path)) as fake:
-        profile = next(p for p in fake.backend._sidecars["step"].profiles if p.name == "step.01.b1")
+        profile = next(p for p in fake.backend._metadata["step"].profiles if p.name == "step.01.b1")
         inputs, outputs = {}, {}
-        dtypes = fake.backend._sidecars["step"].inputs | fake.backend._sidecars["step"].outputs
+        dtypes = fake.backend._metadata["step"].inputs | fake.backend._metadata["step"].outputs
         for port, shape in profile.inputs.items():
             if port != "key_bias":
                 inputs[port] = fake.backend.allocate(shape, dtypes[port])
@@ -705,8 +707,8 @@ def test_the_newest_fitting_engines_are_taken(tmp_path: Path) -> None:
     write_engines(root)
     write_engines(root, target="sm120")
     with Fake(root) as fake:
-        assert {s.version for s in fake.backend._sidecars.values()} == {"1.2.3"}
-        assert {s.target for s in fake.backend._sidecars.values()} == {"sm89"}
+        assert {s.version for s in fake.backend._metadata.values()} == {"1.2.3"}
+        assert {s.target for s in fake.backend._metadata.values()} == {"sm89"}
 
 
 def test_a_missing_engine_is_named(tmp_path: Path) -> None:
@@ -774,11 +776,11 @@ def test_an_engine_must_be_what_its_sidecar_says(
         (lambda s: s.update(target="sm90"), "target is 'sm90', but the manifest has 'sm89'"),
         (lambda s: s.update(key="0"), "key is '0', but the manifest has"),
         (lambda s: s.update(profiles=[]), "there are no profiles"),
-        (lambda s: s.update(weight_bytes=1.5), "weight_bytes is '1.5', but must be of type int"),
+        (lambda s: s.update(weight_bytes=1.5), "weight_bytes is 1.5, but must be an integer"),
         (lambda s: s["profiles"][0]["inputs"].popitem(), "disagree about the inputs"),
         (lambda s: s["profiles"][0]["outputs"].update(more=[1]), "disagree about the outputs more"),
         (lambda s: s["inputs"][0].update(dtype="complex64"), "has dtype 'complex64', not one of"),
-        (lambda s: s["profiles"][0].update(inputs={"x": ["R"]}), "x is 'R', but must be of type int"),
+        (lambda s: s["profiles"][0].update(inputs={"x": ["R"]}), r"x'\]\[0\] is 'R', but must be an integer"),
         (lambda s: s["profiles"][0].update(inputs={"x": [-1]}), "has the dimension -1"),
     ],
 )
@@ -864,14 +866,15 @@ def test_the_runtime_cache_is_kept_beside_the_engines(tmp_path: Path) -> None:
 
 def test_where_the_plan_is_read_only_the_cache_goes_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_root(tmp_path)
-    write = runtime_cache._write
+    write = runtime_cache.write_atomically
 
-    def refuse(path: Path, content: bytes) -> None:
-        if path.is_relative_to(root):
-            raise PermissionError(13, "Permission denied", str(path))
-        write(path, content)
+    def refuse(contents: Mapping[Path, bytes]) -> None:
+        for path in contents:
+            if path.is_relative_to(root):
+                raise PermissionError(13, "Permission denied", str(path))
+        write(contents)
 
-    monkeypatch.setattr(runtime_cache, "_write", refuse)
+    monkeypatch.setattr(runtime_cache, "write_atomically", refuse)
     for expected in (None, str(Path("~/.cache/car/runtime").expanduser())):
         with Fake(root) as fake:
             fake.plan.generate(CONTROL, 0)
@@ -882,7 +885,7 @@ def test_where_the_plan_is_read_only_the_cache_goes_home(tmp_path: Path, monkeyp
 def test_a_cache_that_cannot_be_kept_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_root(tmp_path)
 
-    monkeypatch.setattr(runtime_cache, "_write", _full)
+    monkeypatch.setattr(runtime_cache, "write_atomically", _full)
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(Path, "expanduser", _homeless)
     with Fake(root) as fake:
@@ -906,16 +909,6 @@ def test_a_cache_of_another_machine_is_made_anew(tmp_path: Path) -> None:
     assert stat.S_ISREG(path.stat().st_mode)
 
 
-def test_a_cache_is_written_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "engines" / "x.cache"
-    runtime_cache._write(path, b"old")
-    monkeypatch.setattr(os, "replace", _full)
-    with pytest.raises(OSError, match="No space"):
-        runtime_cache._write(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in path.parent.iterdir()] == ["x.cache"]
-
-
 def _full(*_: object) -> None:
     raise OSError(28, "No space left on device")
 
@@ -932,7 +925,7 @@ def test_classic_tensorrt_has_no_such_cache(root: Path) -> None:
 
 def _no_driver() -> None:
     try:
-        cuda.probe()
+        nvidia.probe()
     except BackendError as error:
         if "no NVIDIA driver" in str(error):
             return
@@ -968,16 +961,16 @@ def test_the_real_probe_says_that_there_is_no_driver(monkeypatch: pytest.MonkeyP
     """Also where its library is there, but no driver behind it."""
     _no_driver()
     pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
-    monkeypatch.setattr(cuda, "_has_driver", lambda: True)
+    monkeypatch.setattr(nvidia, "has_driver", lambda: True)
     with pytest.raises(BackendError, match="no NVIDIA driver on this machine"):
-        cuda.probe()
+        nvidia.probe()
 
 
 def test_without_cuda_python_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_has_driver", lambda: True)
+    monkeypatch.setattr(nvidia, "has_driver", lambda: True)
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(BackendError, match=r"need cuda-python .*; run: pip install 'car-deploy\[rtx\]'"):
-        cuda.probe()
+        nvidia.probe()
 
 
 class _Status(int):
@@ -1003,15 +996,15 @@ def test_each_reason_for_no_gpu_has_its_remedy(
         cudaGetDeviceCount = staticmethod(lambda: (_Status(status), count))  # noqa: N815
         cudaGetErrorString = staticmethod(lambda status: (_Status(0), b"in words"))  # noqa: N815
 
-    monkeypatch.setattr(cuda, "_has_driver", lambda: True)
-    monkeypatch.setattr(cuda, "_import_runtime", lambda: Runtime)
+    monkeypatch.setattr(nvidia, "has_driver", lambda: True)
+    monkeypatch.setattr(nvidia, "import_runtime", lambda: Runtime)
     with pytest.raises(BackendError, match=what):
-        cuda.probe()
+        nvidia.probe()
 
 
 def test_the_real_cuda_runtime_has_every_function_that_is_called() -> None:
     runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
-    source = Path(cuda.__file__).read_text()
+    source = Path(cuda.__file__).read_text() + Path(nvidia.__file__).read_text()
     called = set(re.findall(r'"(cuda[A-Z]\w+)"', source))
     assert len(called) >= 20
     assert [name for name in sorted(called) if not hasattr(runtime, name)] == []
@@ -1026,7 +1019,7 @@ def test_a_failing_call_is_named_with_its_remedy() -> None:
     _no_driver()
     pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
     device = cuda.CudaDevice.__new__(cuda.CudaDevice)
-    device._runtime = cuda._import_runtime()
+    device._runtime = nvidia.import_runtime()
     with pytest.raises(
         CudaError, match=r"CUDA failed in cudaMalloc: cudaErrorInsufficientDriver \(CUDA driver"
     ) as caught:

@@ -15,10 +15,14 @@ from typing import Any
 import pytest
 
 from car_runtime import BackendError, doctor
-from car_runtime.backends.cuda import driver as cuda
-from car_runtime.backends.registry import OPENERS
+from car_runtime.backends.onnxruntime import spec as onnxruntime_spec
+from car_runtime.backends.registry import BACKENDS
+from car_runtime.backends.tensorrt.spec import old_driver
 from car_runtime.cli.main import main
 from car_runtime.format.manifest import Engine, Precision, describe_files, read_manifest, write_manifest
+from car_runtime.system import cpu, packages
+from car_runtime.system import gpu as nvidia
+from car_runtime.system.machine import machine
 from fixtures.runtime_plan import build_plan
 
 Gpu = Callable[..., None]
@@ -39,24 +43,17 @@ def no_nvidia_smi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def every_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if this version had all backends."""
-    for name in doctor.BACKENDS:
-        monkeypatch.setitem(OPENERS, name, OPENERS["ort-cpu"])
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch, every_backend: None) -> Gpu:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     """Answer for CUDA: a GPU of some capability, or an error."""
 
     def answer(major: int = 8, minor: int = 9, error: Exception | None = None) -> None:
-        def probe() -> cuda.Gpu:
+        def probe() -> nvidia.Gpu:
             if error is not None:
                 raise error
             facts = {"memory_bytes": 24 * 10**9, "count": 1, "driver": "13.0", "runtime": "13.0"}
-            return cuda.Gpu(name="NVIDIA GeForce RTX 4090", capability=(major, minor), **facts)  # type: ignore[arg-type]
+            return nvidia.Gpu(name="NVIDIA GeForce RTX 4090", capability=(major, minor), **facts)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(cuda, "probe", probe)
+        monkeypatch.setattr(nvidia, "probe", probe)
 
     return answer
 
@@ -66,7 +63,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Say which distributions are installed."""
 
     def only(*names: str) -> None:
-        monkeypatch.setattr(doctor, "_version", lambda name: "1.0" if name in names else None)
+        monkeypatch.setattr(packages, "version", lambda name: "1.0" if name in names else None)
 
     return only
 
@@ -82,7 +79,7 @@ def entry(report: dict[str, Any], name: str) -> dict[str, Any]:
 def test_this_machine_runs_the_cpu_backend_and_says_by_what() -> None:
     report = doctor.examine()
     assert report["works"]
-    assert [backend["name"] for backend in report["backends"]] == list(doctor.BACKENDS)
+    assert [backend["name"] for backend in report["backends"]] == list(BACKENDS)
     found = entry(report, "ort-cpu")
     assert (found["usable"], found["install"]) == (True, [])
     assert found["why"] == f"onnxruntime {metadata.version('onnxruntime')}"
@@ -140,7 +137,7 @@ def test_a_provider_that_cannot_load_is_not_taken_for_one_that_runs(installed: C
 
 
 def test_the_probe_model_is_one_that_onnxruntime_opens() -> None:
-    assert doctor._try_onnxruntime("CPUExecutionProvider", "ort-cpu") == (None, [])
+    assert onnxruntime_spec._try_provider(onnxruntime_spec.ORT_CPU, "CPUExecutionProvider") is None
 
 
 @pytest.mark.parametrize("name", ["rtx", "trt", "ort-cuda"])
@@ -184,13 +181,13 @@ def test_a_driver_older_than_the_libraries_is_named(
 ) -> None:
     installed("tensorrt-rtx", "tensorrt-rtx-cu13")
     gpu()
-    old = cuda.probe()
-    monkeypatch.setattr(cuda, "probe", lambda: replace(old, driver="12.8"))
+    old = nvidia.probe()
+    monkeypatch.setattr(nvidia, "probe", lambda: replace(old, driver="12.8"))
     found = entry(doctor.examine(), "rtx")
     assert not found["usable"]
     assert "runs CUDA 12.8 at most, but tensorrt-rtx was made for CUDA 13; upgrade the driver to 580" in found["why"]
     gpu()
-    assert doctor._old_driver("tensorrt-rtx", doctor.probe_gpu()) is None
+    assert old_driver("tensorrt-rtx", str(nvidia.gpu_facts().driver)) is None
 
 
 def test_a_plan_in_a_type_that_the_cpu_cannot_compute_in_runs_on_nothing(tmp_path: Path) -> None:
@@ -206,26 +203,21 @@ def test_a_driver_that_fails_in_an_unknown_way_is_a_finding(gpu: Gpu) -> None:
     assert report["works"]
 
 
-def test_a_backend_of_a_later_version_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(OPENERS, "openvino")
-    assert entry(doctor.examine(), "openvino")["why"].startswith("not in this version of car_runtime")
-
-
 # -- the machine -----------------------------------------------------------------------------------------------------
 
 
 def test_the_machine_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = doctor.machine()
+    here = machine()
     assert here["cores"] == os.cpu_count()
     assert 1 <= here["cores_usable"] <= here["cores"]
     assert here["packages"]["numpy"] == metadata.version("numpy")
     if sys.platform == "linux":
         assert 0 < here["memory_available"] < here["memory"]
-        assert set(here["flags"]) <= set(doctor.CPU_FLAGS)
-    monkeypatch.setattr(doctor, "_cpuinfo", lambda: {"flags": "fpu avx2 amx_bf16x amx_tile", "model name": "A"})
-    assert (doctor.machine()["flags"], doctor.machine()["cpu"]) == (["avx2", "amx_tile"], "A")
-    monkeypatch.setattr(doctor, "_cpuinfo", dict)
-    assert doctor.machine()["flags"] is None
+        assert set(here["flags"]) <= set(cpu.CPU_FLAGS)
+    monkeypatch.setattr(cpu, "cpu_info", lambda: {"flags": "fpu avx2 amx_bf16x amx_tile", "model name": "A"})
+    assert (machine()["flags"], machine()["cpu"]) == (["avx2", "amx_tile"], "A")
+    monkeypatch.setattr(cpu, "cpu_info", dict)
+    assert machine()["flags"] is None
 
 
 def _nvidia_smi(folder: Path, script: str) -> None:
@@ -311,8 +303,7 @@ def test_engines_for_this_gpu_wait_for_the_backend(
 
 def test_an_engine_is_usable_where_its_backend_and_target_are(plan: Path, tmp_path: Path) -> None:
     root = with_engines(plan, tmp_path / "two.plan", "sm86", "sm89")
-    backends = [{"name": name, "usable": True} for name in ("ort-cpu", "rtx")]
-    found = doctor._plan(root, {"target": "sm89", "usable": True}, backends)
+    found = doctor._plan(root, nvidia.GpuFacts(usable=True, target="sm89"), ["ort-cpu", "rtx"])
     assert [(e["target"], e["usable"]) for e in found["engines"]] == [("sm86", False), ("sm89", True)]
     # Whether they are whole, and of the installed version, is asked of what opens them: these sidecars are empty.
     assert found["runs_on"] == ["ort-cpu"]

@@ -19,16 +19,14 @@ import pytest
 from car_export.errors import EngineError
 from car_export.tensorrt.build import build_engines, choose_targets
 from car_runtime import BackendError, RunError, open_plan
-from car_runtime.backends.cuda import driver as cuda
 from car_runtime.backends.cuda.buffers import Memory
 from car_runtime.backends.cuda.driver import CudaDevice, CudaError
 from car_runtime.backends.onnxruntime.cuda import open_ort_cuda
-from car_runtime.backends.tensorrt import backend as tensorrt_engines
-from car_runtime.backends.tensorrt.backend import MODULES, open_rtx, open_trt
+from car_runtime.backends.tensorrt.backend import open_rtx, open_trt
+from car_runtime.backends.tensorrt.spec import FLAVOURS
 from car_runtime.format.manifest import read_manifest
-from car_runtime.generate import State, run_scales
 from car_runtime.plan import Plan
-from car_runtime.request import resolve
+from car_runtime.system.gpu import Gpu, probe
 from fixtures.small_plans import small_plan
 
 pytestmark = pytest.mark.gpu
@@ -41,23 +39,23 @@ TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}
 
 
 @pytest.fixture(scope="session")
-def gpu() -> cuda.Gpu:
+def gpu() -> Gpu:
     try:
-        return cuda.probe()
+        return probe()
     except BackendError as error:
         pytest.skip(f"there is no GPU to test on: {error}")
 
 
 @pytest.fixture(scope="module", params=[(name, kind) for name in OPENERS for kind in ("fp32", "fp16")], ids="-".join)
-def root(request: pytest.FixtureRequest, gpu: cuda.Gpu, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+def root(request: pytest.FixtureRequest, gpu: Gpu, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A backend's name, and a plan with what it needs for the GPU that is present."""
     name, kind = request.param
     root = shutil.copytree(small_plan(kind), tmp_path_factory.mktemp("gpu") / "small.plan")
-    if name in MODULES:
+    if name in FLAVOURS:
         try:
-            import_module(MODULES[name])
+            import_module(FLAVOURS[name].module)
         except Exception as error:
-            pytest.skip(f"{MODULES[name]} cannot be imported: {error}")
+            pytest.skip(f"{FLAVOURS[name].module} cannot be imported: {error}")
         try:
             build_engines(root, choose_targets(name, None))
         except EngineError as error:
@@ -93,20 +91,10 @@ def _control(plan: Plan, image: np.ndarray = CONTROL) -> np.ndarray | None:
 
 def _forced(plan: Plan, tokens: np.ndarray, seed: int = 0) -> np.ndarray:
     """The guided logits [L, V] of a run that keeps these tokens."""
-    manifest, backend = plan.manifest, plan._backend
-    V = manifest.model.vocab
-    request = resolve(
-        manifest, label=1, seed=seed, known_tokens=tokens, known_mask=np.ones(tokens.shape, bool), cfg=3.0
-    )
-    state = State(backend, manifest, 1, 2, logits=True)
-    picture = plan._control_image(_control(plan))
-    features = plan._control_features(picture) if picture is not None else None
-    state.load(request, plan._condition(request.label, 1, 2), features)
-    for _ in run_scales(backend, manifest.scales, plan._constants, state):
-        pass
-    assert (state.all_tokens()[0] == tokens).all()
-    assert state.logits is not None
-    return np.concatenate([backend.read(logits).reshape(-1, V) for logits in state.logits])
+    kept = {"known_tokens": tokens, "known_mask": np.ones(tokens.shape, bool)}
+    scales = list(plan.stream(_control(plan), 1, seed, cfg=3.0, logits=True, **kept))
+    assert (np.concatenate([scale.tokens.reshape(-1) for scale in scales]) == tokens).all()
+    return np.concatenate([np.asarray(scale.logits).reshape(-1, plan.manifest.model.vocab) for scale in scales])
 
 
 def test_logits_and_likeliest_tokens_are_the_cpus(plan: Plan, cpu: Plan) -> None:
@@ -219,7 +207,7 @@ def test_what_was_compiled_is_loaded_the_next_time(root: tuple[str, Path]) -> No
 
 
 @pytest.fixture
-def memory(gpu: cuda.Gpu) -> Iterator[Memory]:
+def memory(gpu: Gpu) -> Iterator[Memory]:
     device = CudaDevice()
     memory = Memory(device)
     yield memory
@@ -252,16 +240,15 @@ def test_recorded_copies_are_done_at_each_launch(memory: Memory) -> None:
     memory.device.free_graph(graph)
 
 
-def test_too_much_memory_is_refused_and_less_still_works(memory: Memory, gpu: cuda.Gpu) -> None:
+def test_too_much_memory_is_refused_and_less_still_works(memory: Memory, gpu: Gpu) -> None:
     with pytest.raises(CudaError, match="close other programs") as caught:
         memory.allocate((4 * gpu.memory_bytes,), "uint8")
     assert caught.value.out_of_memory
     assert memory.read(memory.zeros((10,), "float32")).tolist() == 10 * [0]
 
 
-def test_the_gpu_is_described(gpu: cuda.Gpu) -> None:
+def test_the_gpu_is_described(gpu: Gpu) -> None:
     assert gpu.name
     assert gpu.target == f"sm{gpu.capability[0]}{gpu.capability[1]}"
     assert gpu.memory_bytes > 1 << 30
     assert gpu.count >= 1
-    assert tensorrt_engines.FLAVOURS.keys() == MODULES.keys()

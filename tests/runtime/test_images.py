@@ -1,4 +1,4 @@
-"""Pictures in and out: every kind of file becomes the right RGB or one clear error; nothing half-written stays."""
+"""Images in and out: every kind of file becomes the right RGB or one clear error; nothing half-written stays."""
 
 from __future__ import annotations
 
@@ -25,17 +25,9 @@ from car_runtime.images import (
     square,
     write_files,
 )
+from fixtures.golden import REFERENCE
 
 RAMP = np.linspace(0, 255, 256).astype(np.uint8).reshape(16, 16)
-
-
-def _reference(name: str) -> Any:
-    """The published model's numbers, from the tests' own copy or from beside the checkout."""
-    here = Path(__file__).parent
-    for folder in (here / "data" / "reference", here.parent.parent / "shared" / "reference"):
-        if (folder / name).is_file():
-            return np.load(folder / name)
-    pytest.skip(f"{name} is not here")
 
 
 def _scales(sizes: list[int]) -> list[Scale]:
@@ -45,7 +37,7 @@ def _scales(sizes: list[int]) -> list[Scale]:
 
 @pytest.mark.parametrize("name", ["tiny.npz", "ten.npz"])
 def test_control_pyramid_is_what_the_published_model_saw(name: str) -> None:
-    golden = _reference(name)
+    golden = np.load(REFERENCE / name)
     stream = io.BytesIO(png_bytes(golden["control_png"]))
     expected = [golden[f"control_{k}"] for k in range(sum(key.startswith("control_") for key in golden) - 1)]
     pyramid = control_pyramid(load_image(stream), _scales([len(image) for image in expected]))
@@ -147,7 +139,7 @@ def _png_header(width: int, height: int) -> bytes:
         (_png_header(100_000, 100_000), "over 67108864 pixels; make it smaller"),
         (_png_header(64, 64), "truncated, damaged"),
         (png_bytes(np.zeros((64, 64, 3), np.uint8))[:-40], "truncated, damaged"),
-        (png_bytes(np.zeros((1, 1, 3), np.uint8)), "1×1 pixels, under 8 on an edge; give a larger picture"),
+        (png_bytes(np.zeros((1, 1, 3), np.uint8)), "1×1 pixels, under 8 on an edge; give a larger image"),
         (png_bytes(np.zeros((7, 500, 3), np.uint8)), "500×7 pixels, under 8"),
     ],
     ids=["empty", "text", "72 MP", "100 MP", "10 GP", "no data", "truncated", "1×1", "thin"],

@@ -224,7 +224,7 @@ def test_a_wrong_buffer_is_an_error_of_the_engine() -> None:
 SIGNALLED = """
 import os, signal, sys, threading
 from car_runtime import doctor, open_plan
-from car_runtime.backends import openvino_core
+from car_runtime.backends.openvino.core import openvino_core
 
 make = {"core": openvino_core, "plan": lambda: open_plan(backend="openvino", threads=1)}[sys.argv[1]]
 caught = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ import car_runtime.plan as plan_module
 from car_runtime import ImageError, PlanError, RequestError, RunError, open_plan
 from car_runtime.backends.base import Buffer
 from car_runtime.backends.registry import open_backend
+from car_runtime.conditioning import CACHED
+from car_runtime.config import GenerationConfig
 from car_runtime.format.manifest import Manifest, read_manifest
 from car_runtime.images import control_pyramid, load_image
 from car_runtime.plan import Plan
+from car_runtime.request import resolve
 from fixtures.runtime_plan import CLASSES, NAMES, SIDES, SIZE, L, V, Z, build_plan, generate, picture
 
 CONTROL = np.random.default_rng(1).integers(0, 256, (40, 50, 3), np.uint8)
@@ -53,8 +57,7 @@ def runs(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         run(graph, inputs, outputs)
 
     monkeypatch.setattr(plan._backend, "run", counting)
-    plan._features.clear()
-    plan._conditions.clear()
+    plan.forget()
     return counter
 
 
@@ -176,15 +179,15 @@ def test_a_plan_without_encoder_says_so(tmp_path: Path) -> None:
 def test_stream_yields_every_scale_and_ends_with_the_picture(plan: Plan) -> None:
     result = plan.generate(CONTROL, "lion", seed=2, n=5)
     steps = list(plan.stream(CONTROL, "lion", seed=2, n=5))
-    assert [(s.index, s.last, s.pictures) for s in steps] == [
+    assert [(s.index, s.last, s.images) for s in steps] == [
         (k, k == 2, pictures) for pictures in (range(4), range(4, 5)) for k in range(3)
     ]
     for step in steps:
         scale = plan.manifest.scales[step.index]
-        expected = result.tokens[step.pictures.start : step.pictures.stop, scale.start : scale.stop]
-        assert (step.tokens.reshape(len(step.pictures), -1) == expected).all()
+        expected = result.tokens[step.images.start : step.images.stop, scale.start : scale.stop]
+        assert (step.tokens.reshape(len(step.images), -1) == expected).all()
         # The stream is over: results must not be views of buffers that later scales wrote.
-        assert step.f_hat.shape == (len(step.pictures), Z, 4, 4)
+        assert step.f_hat.shape == (len(step.images), Z, 4, 4)
         assert (step.preview() == np.stack([picture(f_hat) for f_hat in step.f_hat])).all()
     assert (np.concatenate([s.preview() for s in steps if s.last]) == result.images).all()
 
@@ -202,6 +205,70 @@ def test_a_stream_may_be_left_early(plan: Plan) -> None:
 def test_a_bad_stream_raises_before_its_first_scale(plan: Plan) -> None:
     with pytest.raises(RequestError, match="cfg is -1"):
         plan.stream(CONTROL, cfg=-1)
+
+
+def test_a_scale_stays_what_it_was_when_its_stream_is_left(plan: Plan) -> None:
+    expected = next(plan.stream(CONTROL, 0, seed=2))
+    wanted = (expected.tokens, expected.f_hat)
+    stream = plan.stream(CONTROL, 0, seed=2)
+    step = next(stream)
+    del stream
+    plan.generate(OTHER_CONTROL, 1, seed=8)
+    assert (step.tokens == wanted[0]).all()
+    assert (step.f_hat == wanted[1]).all()
+
+
+def test_a_loop_that_nobody_watches_reads_nothing_between_scales(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each read waits for a GPU: the tokens and the images at the end of each batch must be all."""
+    log: list[str] = []
+    run, read = plan._backend.run, plan._backend.read
+    monkeypatch.setattr(plan._backend, "run", lambda graph, *io: log.append(graph) or run(graph, *io))
+    monkeypatch.setattr(plan._backend, "read", lambda buffer: log.append("read") or read(buffer))
+    plan.forget()
+    plan.generate(CONTROL, n=2)
+    assert log == ["control", "condition", "step", "step", "step", "decoder", "decoder", "read", "read"]
+
+
+def test_a_config_is_asked_for_like_its_settings(plan: Plan) -> None:
+    config = GenerationConfig(control=CONTROL, label="cat", seed=4, n=2, cfg=2.0, top_k=8)
+    wanted = plan.generate(CONTROL, "cat", 4, 2, cfg=2.0, top_k=8)
+    for found in (
+        plan.generate(config),
+        plan.generate(config=config),
+        plan.generate(replace(config, seed=9), seed=4),
+        plan.generate(resolve(plan.manifest, config)),
+    ):
+        assert (found.tokens == wanted.tokens).all()
+        assert (found.images == wanted.images).all()
+    assert (list(plan.stream(config))[-1].preview() == wanted.images).all()
+
+
+def test_a_request_for_another_plan_is_refused(plan: Plan) -> None:
+    request = resolve(plan.manifest, GenerationConfig(control=CONTROL))
+    short = replace(request, known=request.known[:, 1:], known_mask=request.known_mask[:, 1:])
+    with pytest.raises(RequestError, match="is not for the plan 'tiny'; resolve it against this plan"):
+        plan.generate(short)
+    with pytest.raises(RequestError, match="a request stands alone"):
+        plan.generate(request, seed=1)
+
+
+def test_a_misspelt_setting_is_refused(plan: Plan) -> None:
+    for call in (plan.generate, plan.stream):
+        with pytest.raises(RequestError, match="there is no setting 'topk'; did you mean 'top_k'"):
+            call(CONTROL, topk=3)
+
+
+def test_what_is_kept_can_be_forgotten(plan: Plan, runs: Counter[str]) -> None:
+    for _ in range(2):
+        plan.generate(CONTROL, 0, control_strength=0.5)
+        plan.forget()
+    assert (runs["control"], runs["condition"]) == (2, 2)
+
+
+def test_a_plan_that_gives_no_logits_says_so(plan: Plan) -> None:
+    with pytest.raises(RequestError, match="gives no logits; export it again"):
+        plan.stream(CONTROL, logits=True)
+    assert next(plan.stream(CONTROL)).logits is None
 
 
 def test_a_second_seed_costs_no_control_and_no_condition(plan: Plan, runs: Counter[str]) -> None:
@@ -223,18 +290,17 @@ def test_the_cache_tells_controls_of_the_same_bytes_apart(plan: Plan, runs: Coun
 
 
 def test_the_cache_is_bounded(plan: Plan, runs: Counter[str]) -> None:
-    for i in range(plan_module.CACHED + 3):
+    for i in range(CACHED + 3):
         plan.generate(np.full((16, 16), i, np.uint8))
-    assert len(plan._features._values) == plan_module.CACHED
+    assert len(plan._conditioning.features) == CACHED
     plan.generate(np.full((16, 16), 0, np.uint8))
-    assert runs["control"] == plan_module.CACHED + 4
+    assert runs["control"] == CACHED + 4
 
 
 def test_threads_on_one_plan_get_what_they_would_get_alone(plan: Plan) -> None:
     jobs = [(control, label, seed) for control in (CONTROL, OTHER_CONTROL) for label in (0, 1) for seed in (0, 7)]
     alone = [plan.generate(*job, n=3).tokens for job in jobs]
-    plan._features.clear()
-    plan._conditions.clear()
+    plan.forget()
     together: list[Any] = [None] * len(jobs)
 
     def work(i: int) -> None:
@@ -259,7 +325,7 @@ def test_timings_cover_every_stage(plan: Plan) -> None:
 
 def test_on_scale_hears_of_every_scale(plan: Plan) -> None:
     heard: list[tuple[int, range]] = []
-    plan.generate(CONTROL, n=2, on_scale=lambda step: heard.append((step.index, step.pictures)))
+    plan.generate(CONTROL, n=2, on_scale=lambda step: heard.append((step.index, step.images)))
     assert heard == [(k, range(2)) for k in range(3)]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from car_runtime.cli.options import settings_of
+from car_runtime.cli.run import parse_args
+from car_runtime.config import GenerationConfig, config_of, flags
 from car_runtime.errors import RequestError
 from car_runtime.format.manifest import Manifest, read_manifest
-from car_runtime.request import known_mask_of, resolve, resolve_label, uniforms
+from car_runtime.request import Request, known_mask_of, resolve, resolve_label, uniforms
 from fixtures.runtime_plan import CLASSES, SIDES, L, V, build_plan
+
+CONTROL = np.zeros((9, 9), np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +27,12 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return read_manifest(build_plan(tmp_path_factory.mktemp("sampling") / "tiny.plan"))
 
 
+def ask(manifest: Manifest, **settings: Any) -> Request:
+    return resolve(manifest, GenerationConfig(control=CONTROL, **settings))
+
+
 def test_defaults_come_from_the_plan_and_fit_its_vocabulary(manifest: Manifest) -> None:
-    sampling = resolve(manifest).sampling
+    sampling = ask(manifest).sampling
     assert (sampling.cfg, sampling.top_k, sampling.top_p) == (1.5, V, 0.95)
 
 
@@ -39,13 +48,13 @@ def test_defaults_come_from_the_plan_and_fit_its_vocabulary(manifest: Manifest) 
 def test_off_is_spelled_as_the_step_graph_takes_it(
     manifest: Manifest, settings: dict[str, Any], top_k: int, top_p_input: float
 ) -> None:
-    sampling = resolve(manifest, **settings).sampling
+    sampling = ask(manifest, **settings).sampling
     assert (sampling.top_k, sampling.top_p_input) == (top_k, top_p_input)
 
 
 def test_without_guidance_there_are_no_unconditional_rows(manifest: Manifest) -> None:
-    assert not resolve(manifest, cfg=0).sampling.guided
-    assert resolve(manifest, cfg=0.1).sampling.guided
+    assert not ask(manifest, cfg=0).sampling.guided
+    assert ask(manifest, cfg=0.1).sampling.guided
 
 
 @pytest.mark.parametrize(
@@ -87,7 +96,7 @@ def test_a_value_out_of_range_is_named_with_its_range(
     manifest: Manifest, settings: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(RequestError) as caught:
-        resolve(manifest, **settings)
+        ask(manifest, **settings)
     assert says in str(caught.value)
     assert "; " in str(caught.value)
 
@@ -116,7 +125,7 @@ def test_a_plan_without_names_takes_indices_alone(manifest: Manifest) -> None:
 def test_known_tokens_are_read_only_where_the_mask_is_true(manifest: Manifest) -> None:
     tokens, mask = np.full(L, 10**6), np.zeros(L, bool)
     tokens[3], mask[3] = 7, True
-    request = resolve(manifest, n=2, known_tokens=tokens, known_mask=mask)
+    request = ask(manifest, n=2, known_tokens=tokens, known_mask=mask)
     assert request.known.shape == request.known_mask.shape == (2, L)
     assert request.known[:, 3].tolist() == [7, 7]
     assert request.known.sum() == 14
@@ -128,6 +137,45 @@ def test_uniforms_of_a_picture_depend_on_its_seed_alone() -> None:
     assert together.shape == (3, L)
     assert (together[1] == np.random.default_rng(6).random(L, dtype=np.float32)).all()
     assert (uniforms([6], L)[0] == together[1]).all()
+
+
+# A call's arguments.
+
+
+def test_a_call_gives_a_config_or_its_settings() -> None:
+    by_name = GenerationConfig(control="edges.png", label="cat", seed=3, n=2, cfg=1.0)
+    for config in (
+        config_of("edges.png", "cat", 3, 2, cfg=1.0),
+        config_of("edges.png", n=2, seed=3, label="cat", cfg=1.0),
+        config_of(by_name),
+        config_of(GenerationConfig(control="edges.png", label="cat", seed=9, n=2), seed=3, cfg=1.0),
+    ):
+        assert asdict(config) == asdict(by_name)
+    assert asdict(config_of()) == asdict(GenerationConfig())
+
+
+@pytest.mark.parametrize(
+    ("given", "settings", "says"),
+    [
+        ((), {"cfgs": 1}, "there is no setting 'cfgs'; did you mean 'cfg'?"),
+        ((), {"steps": 1}, "there is no setting 'steps'; the settings are control, label, seed, n, cfg"),
+        (("x.png", 1), {"label": 2}, "label is given twice, 1 and 2; give it once"),
+        (("x.png", 1, 2, 3, 4.0), {}, "4.0 has no name; only control, label, seed, n go without, name the others"),
+        ((GenerationConfig(), 5), {}, "5 follows a config; give by name"),
+    ],
+)
+def test_what_is_no_setting_is_said_with_the_remedy(
+    given: tuple[Any, ...], settings: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        config_of(*given, **settings)
+    assert says in str(caught.value)
+
+
+def test_every_setting_but_arrays_has_a_flag_with_its_default() -> None:
+    names = {f.name for f in fields(GenerationConfig)}
+    assert names - flags().keys() == {"known_tokens", "known_mask"}
+    assert settings_of(parse_args([])) == {name: getattr(GenerationConfig(), name) for name in flags()}
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1))

@@ -18,16 +18,17 @@ import pytest
 from PIL import Image
 
 from car_runtime import RequestError, RunError, open_plan
-from car_runtime import plan as plan_module
 from car_runtime.backends.base import Buffer
 from car_runtime.backends.cuda import driver as cuda
 from car_runtime.backends.cuda.buffers import Memory
 from car_runtime.backends.cuda.driver import CudaDevice
-from car_runtime.backends.numpy_buffers import HostMemory
+from car_runtime.backends.numpy_buffers import NumpyBuffers
 from car_runtime.backends.onnxruntime.cpu import OrtCpu
 from car_runtime.backends.onnxruntime.cuda import OrtCuda
 from car_runtime.backends.tensorrt.backend import TensorRT
 from car_runtime.cli.main import main
+from car_runtime.conditioning import CACHED
+from car_runtime.config import GenerationConfig
 from car_runtime.format.manifest import Manifest, read_manifest
 from car_runtime.images import load_image
 from car_runtime.plan import Plan, default_plan
@@ -107,9 +108,10 @@ def watch_rows(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_request_that_names_no_schedule_is_exact(manifest: Manifest) -> None:
-    request = resolve(manifest)
+    request = resolve(manifest, GenerationConfig(control=CONTROL))
     assert request.schedule.settings() == {}
-    assert request.schedule == resolve(manifest, cfg_scales="0-2", control_strength=1, stop_after=2).schedule
+    everything = GenerationConfig(control=CONTROL, cfg_scales="0-2", control_strength=1, stop_after=2)
+    assert request.schedule == resolve(manifest, everything).schedule
     assert request.schedule.plain_control
     assert request.schedule.unguided_from is None
 
@@ -121,7 +123,7 @@ def test_a_schedule_of_all_scales_changes_nothing(plan: Plan, rows: list[int]) -
     assert (found.tokens == expected.tokens).all()
     assert found.images.tobytes() == expected.images.tobytes()
     assert rows == 2 * K * [4]
-    assert len(plan._scheduled._values) == 0
+    assert len(plan._conditioning.scheduled) == 0
 
 
 def test_every_scale_is_given_the_guidance_asked_for(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,31 +324,33 @@ def test_the_control_comes_in_as_features_made_by_hand(
 ) -> None:
     plan: Plan = request.getfixturevalue(which)
     found = plan.generate(CONTROL, 0, seed=3, n=2, **settings)
-    by_hand = np.array(plan._control_features(load_image(CONTROL)))
+    by_hand = np.array(plan._conditioning.compute_features(load_image(CONTROL)))
     for scale, factor in zip(plan.manifest.scales, factors, strict=True):
         by_hand[scale.start : scale.stop] *= np.float32(factor)
-    monkeypatch.setattr(plan, "_control_features", lambda _: by_hand)
+    plan.forget()
+    monkeypatch.setattr(plan._conditioning, "compute_features", lambda _: by_hand)
     wanted = plan.generate(CONTROL, 0, seed=3, n=2)
+    plan.forget()
     assert (found.tokens == wanted.tokens).all()
     assert (found.images == wanted.images).all()
 
 
 def test_the_control_is_computed_once_for_all_schedules(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     computed: list[str] = []
-    control, scheduled = plan._compute_features, plan._compute_scheduled
-    monkeypatch.setattr(plan, "_compute_features", lambda *a: computed.append("control") or control(*a))
-    monkeypatch.setattr(plan, "_compute_scheduled", lambda *a: computed.append("scheduled") or scheduled(*a))
-    plan._features.clear()
-    plan._scheduled.clear()
+    kept = plan._conditioning
+    control, scheduled = kept.compute_features, kept.compute_scheduled
+    monkeypatch.setattr(kept, "compute_features", lambda *a: computed.append("control") or control(*a))
+    monkeypatch.setattr(kept, "compute_scheduled", lambda *a: computed.append("scheduled") or scheduled(*a))
+    plan.forget()
     for settings in ({}, {"control_strength": 0.5}, {"control_strength": 0.5, "cfg_scales": 1}, {}):
         plan.generate(CONTROL, **settings)
     assert computed == ["control", "scheduled"]
     plan.generate(CONTROL, control_strength=0.5, control_scales="1-")
     plan.generate(255 - CONTROL, control_strength=0.5)
     assert computed == ["control", "scheduled", "scheduled", "control", "scheduled"]
-    for i in range(plan_module.CACHED + 2):
+    for i in range(CACHED + 2):
         plan.generate(CONTROL, control_strength=1 + i / 100)
-    assert len(plan._scheduled._values) == plan_module.CACHED
+    assert len(plan._conditioning.scheduled) == CACHED
     assert computed.count("control") == 2
 
 
@@ -361,7 +365,7 @@ def test_stopping_gives_the_preview_of_that_scale(plan: Plan, last: int) -> None
         CONTROL, 2, seed=7, n=5, stop_after=last, on_scale=lambda step: heard.append((step.index, step.last))
     )
     assert (found.images == np.concatenate([step.preview() for step in steps])).all()
-    drawn = np.concatenate([step.tokens.reshape(len(step.pictures), -1) for step in steps])
+    drawn = np.concatenate([step.tokens.reshape(len(step.images), -1) for step in steps])
     assert (found.tokens[:, STARTS[last] : STARTS[last + 1]] == drawn).all()
     assert (found.tokens[:, STARTS[last + 1] :] == -1).all()
     assert (found.tokens[:, : STARTS[last + 1]] >= 0).all()
@@ -371,7 +375,7 @@ def test_stopping_gives_the_preview_of_that_scale(plan: Plan, last: int) -> None
 
 def test_a_stream_ends_where_the_schedule_says(plan: Plan) -> None:
     steps = list(plan.stream(CONTROL, 0, n=5, stop_after=0))
-    assert [(step.index, step.last, step.pictures) for step in steps] == [
+    assert [(step.index, step.last, step.images) for step in steps] == [
         (0, True, range(4)),
         (0, True, range(4, 5)),
     ]
@@ -551,7 +555,7 @@ def test_openvino_goes_on_with_half_the_rows() -> None:
 
 @pytest.mark.parametrize("memory", ["host", "device"])
 def test_the_first_rows_of_each_entry_are_copied(memory: str) -> None:
-    place: Any = HostMemory() if memory == "host" else Memory(FakeDevice())
+    place: Any = NumpyBuffers() if memory == "host" else Memory(FakeDevice())
     values = np.arange(5 * 4 * 2 * 3, dtype=np.float16).reshape(5, 4, 2, 3)
     source, target = place.allocate(values.shape, "float16"), place.allocate((5, 2, 2, 3), "float16")
     place.write(source, values)
@@ -644,7 +648,7 @@ def test_a_person_sees_how_many_scales_there_will_be(
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert main([*GIVEN, "--stop-after", "1"]) == 0
     lines = capsys.readouterr().err.splitlines()[1:]
-    assert [line.partition(", ")[0] for line in lines] == [f"car-run: picture 0: scale {k}/2" for k in (1, 2)]
+    assert [line.partition(", ")[0] for line in lines] == [f"car-run: image 0: scale {k}/2" for k in (1, 2)]
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,15 @@ import torch
 from PIL import Image
 
 from car_export import goldens as golden_arrays
-from car_runtime import BackendError, PlanError
-from car_runtime import verify as acceptance
+from car_runtime import BackendError, GenerationConfig, PlanError, open_plan
+from car_runtime import agreement as acceptance
+from car_runtime.agreement import LIMITS
 from car_runtime.cli.main import main
+from car_runtime.conditioning import Conditioning
+from car_runtime.format.goldens import GOLDENS, Goldens, read_goldens
 from car_runtime.format.manifest import WEIGHTS, Manifest, describe_files, read_manifest, write_manifest
-from car_runtime.verify import GOLDENS, LIMITS, read_goldens, verify
+from car_runtime.system.process import peak_rss
+from car_runtime.verify import verify
 from car_train.model.sample import control_pyramid, sample
 from car_train.model.sample import draw as reference_draw
 from fixtures.golden import Golden
@@ -161,15 +165,31 @@ def test_every_measured_run_computes_control_and_class_anew(
     built: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted = []
-    compute = acceptance.Plan._compute_features
+    compute = Conditioning.compute_features
 
-    def count(plan: acceptance.Plan, picture: Image.Image) -> Any:
-        counted.append(picture.size)
-        return compute(plan, picture)
+    def count(conditioning: Conditioning, image: Image.Image) -> Any:
+        counted.append(image.size)
+        return compute(conditioning, image)
 
-    monkeypatch.setattr(acceptance.Plan, "_compute_features", count)
+    monkeypatch.setattr(Conditioning, "compute_features", count)
     verify(built("fp32"), **QUICK | {"warmup": 2, "runs": 5})
     assert len(counted) == 1 + 2 + 5  # the first picture; comparing finds its features there
+
+
+def test_a_stream_gives_the_logits_that_it_draws_from(built: Callable[[str], Path]) -> None:
+    with open_plan(built("fp32"), "ort-cpu", threads=1) as plan:
+        stored = read_goldens(plan.path, plan.manifest)
+        config = GenerationConfig(control=stored.control, label=stored.label, cfg=stored.cfg, top_k=1, top_p=0, n=2)
+        for scale in list(plan.stream(config, logits=True)):
+            assert scale.logits is not None
+            assert scale.logits.shape == (2, *scale.tokens.shape[1:], plan.manifest.model.vocab)
+            assert (scale.logits.argmax(-1) == scale.tokens).all()
+        free = plan.generate(config)
+        given = {"known_tokens": free.tokens, "known_mask": np.ones(free.tokens.shape, bool)}
+        forced = [scale.logits for scale in plan.stream(config, seed=5, logits=True, **given)]
+        drawn = [scale.logits for scale in plan.stream(config, logits=True)]
+    for found, wanted in zip(forced, drawn, strict=True):
+        np.testing.assert_array_equal(found, wanted)
 
 
 # -- failing ---------------------------------------------------------------------------------------------------------
@@ -198,7 +218,7 @@ def test_a_plan_with_another_weight_fails(
     report = verify(plan, **QUICK)
     assert not report["passed"]
     failed = {check["name"] for check in report["checks"] if not check["passed"]}
-    assert ("picture of the golden tokens: levels off" in failed) == (graph == "decoder" or "quantizer" in tensor)
+    assert ("image of the golden tokens: levels off" in failed) == (graph == "decoder" or "quantizer" in tensor)
     assert ("logits: largest error ÷ range" in failed) == (graph != "decoder")
 
 
@@ -242,7 +262,7 @@ def test_the_first_difference_of_a_run_is_located_and_weighed(built: Callable[[s
     assert found["first_difference"] == expected
 
 
-def _unlisted(stored: acceptance.Goldens, token: int) -> int:
+def _unlisted(stored: Goldens, token: int) -> int:
     """A code that is not among the largest of a token."""
     return min(set(range(128)) - set(stored.logit_index[token].tolist()))
 
@@ -381,8 +401,8 @@ def test_help_of_a_command_loads_nothing_heavy(command: str) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a child may be handed its parent's peak")
 def test_the_peak_is_of_this_process_and_not_of_the_one_that_started_it() -> None:
     before = np.ones(60_000_000)  # 0.5 GB
-    code = "from car_runtime.verify import peak_rss; print(peak_rss())"
+    code = "from car_runtime.system.process import peak_rss; print(peak_rss())"
     peak = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    ours = acceptance.peak_rss()
+    ours = peak_rss()
     assert ours is not None
     assert peak < before.nbytes < ours

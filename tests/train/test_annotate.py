@@ -18,21 +18,21 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image, ImageDraw
 
 from car_train.data import annotate as module
-from car_train.data import pretrained
-from car_train.data.annotate import (
+from car_train.data.annotate import hed_work_size, make_annotator
+from car_train.data.annotator import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Annotator,
     AnnotatorError,
     NetSettings,
-    PictureError,
-    annotate_folder,
-    hed_work_size,
-    make_annotator,
-    read_picture,
+    UnusableImageError,
 )
+from car_train.data.annotator_net import AnnotatorNet, normals_to_pixels
+from car_train.data.control_folder import annotate_folder, read_image
 from car_train.data.controls import CONTROL_TYPES, NEEDS_ALPHA, make_control, on_white
 from car_train.data.dataset import ControlledImages, DataError
+from car_train.data.pretrained import WeightsError
+from car_train.files import sha256
 
 REAL_HED = Path("~/.cache/car/weights/hed.onnx").expanduser()
 PLAIN = NetSettings(range="0-1", multiple=1)
@@ -204,7 +204,7 @@ def test_sides_are_rounded_up_to_the_multiple_that_a_net_needs(tmp_path: Path) -
 def test_the_side_a_net_works_at(
     tmp_path: Path, settings: dict[str, int], height: int, width: int, expected: tuple[int, int]
 ) -> None:
-    net = module._Net(linear(tmp_path / "net.onnx"), "depth", NetSettings(**settings), 1)
+    net = AnnotatorNet(linear(tmp_path / "net.onnx"), "depth", NetSettings(**settings), 1)
     assert net._sides(height, width) == expected
 
 
@@ -301,12 +301,12 @@ def test_unsigned_normals_are_read_as_colours(tmp_path: Path, as_uint8: bool) ->
     kind = TensorProto.UINT8 if as_uint8 else TensorProto.FLOAT
     net = save(tmp_path / "net.onnx", nodes, {"image": (kind, ["b", "h", "w", 3])})
     settings = NetSettings(multiple=1, **({} if as_uint8 else {"range": "0-1", "unsigned": True}))
-    image = module.normals_to_pixels(np.random.default_rng(0).standard_normal((8, 8, 3)).astype(np.float32))
+    image = normals_to_pixels(np.random.default_rng(0).standard_normal((8, 8, 3)).astype(np.float32))
     assert np.abs(make_annotator("normal", onnx=net, settings=settings)(image).astype(int) - image).max() <= 1
 
 
 def test_a_normal_of_no_length_looks_at_the_viewer() -> None:
-    assert module.normals_to_pixels(np.zeros((1, 1, 3), np.float32), "z").tolist() == [[[128, 128, 255]]]
+    assert normals_to_pixels(np.zeros((1, 1, 3), np.float32), "z").tolist() == [[[128, 128, 255]]]
 
 
 def test_values_that_are_not_finite_are_an_error_of_the_picture(tmp_path: Path) -> None:
@@ -317,7 +317,7 @@ def test_values_that_are_not_finite_are_an_error_of_the_picture(tmp_path: Path) 
     image = np.maximum(picture(13), 1)
     assert annotate(image).any()
     image[3, 4] = 0
-    with pytest.raises(PictureError, match="not finite"):
+    with pytest.raises(UnusableImageError, match="not finite"):
         annotate(image)
 
 
@@ -357,7 +357,7 @@ def flattened(path: Path) -> Path:
             lambda p: identity(p, 1, [1, 1, "h", "w"]),
             r"doesn't say where its channels are|without the three channels",
         ),
-        (lambda p: identity(p, 1, [1, 1, 64, 64]), r"without the three channels of a picture; export"),
+        (lambda p: identity(p, 1, [1, 1, 64, 64]), r"without the three channels of an image; export"),
         (lambda p: identity(p, 1, ["b", "c", "h", "w"]), r"doesn't say where its channels are; give --layout"),
     ],
 )
@@ -371,9 +371,9 @@ def test_a_net_of_the_wrong_form_is_refused_when_it_is_opened(
 @pytest.mark.parametrize(
     ("make", "control_type", "message"),
     [
-        (flattened, "depth", r"output 'map' is float32 \[1, 1728\] for 1 pictures, not \[B, 1, h, w\]"),
+        (flattened, "depth", r"output 'map' is float32 \[1, 1728\] for 1 images, not \[B, 1, h, w\]"),
         (lambda p: linear(p, np.eye(3)), "depth", r"\[1, 3, 24, 24\].*for depth, or name another with --tensor"),
-        (linear, "normal", r"\[1, 1, 24, 24\] for 1 pictures, not \[B, 3, h, w\] or \[B, h, w, 3\]; export"),
+        (linear, "normal", r"\[1, 1, 24, 24\] for 1 images, not \[B, 3, h, w\] or \[B, h, w, 3\]; export"),
         (lambda p: linear(p, np.eye(3)[:2]), "hed", r"\[1, 2, 24, 24\].*not \[B, 1, h, w\]"),
     ],
 )
@@ -499,7 +499,7 @@ def assert_same_control(a: np.ndarray, b: np.ndarray, control_type: str) -> None
 @pytest.mark.parametrize("channels", [3, 4])
 def test_depth_without_a_net_needs_transparency(channels: int) -> None:
     image = np.full((16, 16, channels), 255, np.uint8)
-    with pytest.raises(PictureError, match=r"alpha channel.*--onnx"):
+    with pytest.raises(UnusableImageError, match=r"alpha channel.*--onnx"):
         make_annotator("depth")(image)
 
 
@@ -524,7 +524,7 @@ def test_hed_is_the_fetched_network_at_twice_the_side_with_a_margin(
     ]
     constants = {"thousand": np.float32([1000]), "zero": np.float32([0])}
     net = save(tmp_path / "hed.onnx", nodes, {"image": (TensorProto.UINT8, ["b", "h", "w", 3])}, constants=constants)
-    monkeypatch.setattr(pretrained, "fetch", lambda name: {"hed": net}[name])
+    monkeypatch.setattr(module, "fetch", lambda name: {"hed": net}[name])
     assert (make_annotator("hed")(picture(0, 64, 64)) == round(255 * (2 * 64 + 16) / 1000)).all()
     fixed = make_annotator("hed", settings=NetSettings(work_size=100))
     assert (fixed(picture(0, 64, 64)) == round(255 * (100 + 16) / 1000)).all()
@@ -536,9 +536,9 @@ def test_hed_looks_at_small_pictures_enlarged() -> None:
 
 def test_weights_that_cannot_be_fetched_are_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str) -> Path:
-        raise pretrained.WeightsError(f"no network for {name}; try again")
+        raise WeightsError(f"no network for {name}; try again")
 
-    monkeypatch.setattr(pretrained, "fetch", fail)
+    monkeypatch.setattr(module, "fetch", fail)
     with pytest.raises(AnnotatorError, match="no network for hed; try again"):
         make_annotator("hed")
 
@@ -619,7 +619,7 @@ def test_normals_keep_their_colours_and_grey_is_written_as_grey(folder: Path, tm
         with Image.open(path) as image:
             assert (image.format, image.mode, image.size) == ("PNG", mode, (32, 32))
             shown = np.asarray(image.convert("RGB"))
-        rgba = read_picture(folder / "ant" / "thing.0.png", 32)
+        rgba = read_image(folder / "ant" / "thing.0.png", 32)
         assert_same_control(shown, make_control(rgba, control_type), control_type)
 
 
@@ -642,9 +642,7 @@ def test_pictures_are_turned_as_their_exif_says(tmp_path: Path) -> None:
     exif[0x0112] = 6  # a quarter turn clockwise
     image.save(tmp_path / "pictures" / "a" / "x.png", exif=exif)
     turned = image.transpose(Image.Transpose.ROTATE_270).resize((16, 16), Image.Resampling.LANCZOS)
-    np.testing.assert_array_equal(
-        read_picture(tmp_path / "pictures" / "a" / "x.png", 16)[..., :3], np.asarray(turned)
-    )
+    np.testing.assert_array_equal(read_image(tmp_path / "pictures" / "a" / "x.png", 16)[..., :3], np.asarray(turned))
 
 
 def test_by_default_controls_are_as_large_as_the_picture_up_to_256(tmp_path: Path) -> None:
@@ -784,7 +782,7 @@ def test_pictures_that_cannot_be_used_are_skipped_and_listed(folder: Path, tmp_p
 def test_nothing_but_unusable_pictures_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "pictures" / "a").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "a" / "x.png")
-    with pytest.raises(AnnotatorError, match=r"none of 1 pictures could be used \(a/x\.png: normal is made from"):
+    with pytest.raises(AnnotatorError, match=r"none of 1 images could be used \(a/x\.png: normal is made from"):
         annotate_folder(tmp_path / "pictures", tmp_path / "controls", make_annotator("normal"))
 
 
@@ -919,6 +917,6 @@ def test_an_annotator_is_described_by_what_made_it(tmp_path: Path) -> None:
     assert isinstance(annotate, Annotator)
     assert annotate.origin == {
         "annotator": "depth",
-        "net": module.sha256(net),
+        "net": sha256(net),
         "settings": {"range": "0-1", "multiple": 1, "invert": True},
     }

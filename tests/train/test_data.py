@@ -275,7 +275,7 @@ def test_unreadable_pictures_are_left_out_and_named(folder: Path) -> None:
     bad = [folder / "ant" / "thing-0.png", folder / "cat" / "thing-5.png"]
     bad[0].write_bytes(b"this is no picture")
     bad[1].write_bytes(bad[1].read_bytes()[:60])
-    with pytest.warns(UserWarning, match=r"2 of 24 pictures left out:\n.*thing-0.png.*\n.*thing-5.png"):
+    with pytest.warns(UserWarning, match=r"2 of 24 images left out:\n.*thing-0.png.*\n.*thing-5.png"):
         data = ControlledImages(folder, 16, split="all")
     assert len(data) == 22
     with warnings.catch_warnings():
@@ -293,28 +293,28 @@ def test_without_preloading_the_next_picture_takes_an_unreadable_ones_place(fold
 
 def test_opaque_pictures_are_left_out_where_the_control_needs_alpha(folder: Path, tmp_path: Path) -> None:
     drawing(0).convert("RGB").save(folder / "ant" / "flat.png")
-    with pytest.warns(UserWarning, match=r"1 of 25 pictures left out:\n.*flat.png: no alpha channel"):
+    with pytest.warns(UserWarning, match=r"1 of 25 images left out:\n.*flat.png: no alpha channel"):
         assert len(ControlledImages(folder, 16, split="all", control_type="depth")) == 24
-    with pytest.warns(match="left out"), pytest.raises(DataError, match=r"no picture can be used: .*no alpha"):
+    with pytest.warns(match="left out"), pytest.raises(DataError, match=r"no image can be used: .*no alpha"):
         ControlledImages(opaque(tmp_path / "photos", [(32, 32)]), 16, split="all", control_type="normal")
 
 
 def test_empty_class_folders_are_named(folder: Path) -> None:
     (folder / "bat").mkdir()
     (folder / "bat" / "notes.txt").write_text("none yet")
-    with pytest.raises(DataError, match="class folders without pictures: bat; add pictures"):
+    with pytest.raises(DataError, match="class folders without images: bat; add images"):
         ControlledImages(folder, 16)
 
 
 def test_folders_that_are_no_picture_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere is not a folder; give"):
         ControlledImages(tmp_path / "nowhere", 16)
-    with pytest.raises(DataError, match="has no class folders; put the pictures"):
+    with pytest.raises(DataError, match="has no class folders; put the images"):
         ControlledImages(tmp_path, 16)
     (tmp_path / "one").mkdir()
     held_out = next(i for i in range(1000) if split_of(Path(f"{i}.png")) == "val")
     drawing(0).save(tmp_path / "one" / f"{held_out}.png")
-    with pytest.raises(DataError, match=r"none of 1 pictures is in split 'train'.*split='all'"):
+    with pytest.raises(DataError, match=r"none of 1 images is in split 'train'.*split='all'"):
         ControlledImages(tmp_path, 16)
 
 

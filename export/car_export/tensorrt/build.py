@@ -1,4 +1,6 @@
-"""The engines of a plan: which there are, what they are made from, and how they come and go (docs/plan-format.md).
+"""The engines of a plan: which there are, what they are made from, how they are replaced.
+
+docs/reference/plan-format.md has the format.
 
 An engine's key is a hash of all that it is made from: the graph in its form, the weights that the graph refers to,
 the compiler and its version, the target, the profiles, the settings. An engine in the plan that has the wanted key is
@@ -15,7 +17,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,10 @@ import numpy as np
 import onnx
 
 from car_export.errors import EngineError, NoGpuError, TargetError
-from car_export.tensorrt import rewrites as forms
-from car_export.tensorrt.compiler import MODULES, SETTINGS, Built, Compiler, Port, Profile, gpu_here, write_aside
+from car_export.files import write_file
+from car_export.tensorrt import rewrites
+from car_export.tensorrt.compiler import MODULES, SETTINGS, Built, Compiler, Port, Profile, gpu_here
+from car_runtime.backends.tensorrt.engine_metadata import engines_of
 from car_runtime.errors import PlanError
 from car_runtime.format import manifest as schema
 
@@ -103,14 +107,14 @@ def recipes(plan: Path, manifest: schema.Manifest, target: str = "sm89") -> list
     """What each engine of a plan is made from, the longest to build last."""
     found = []
     for graph, profiles in _profiles(manifest).items():
-        model = forms.load_graph(plan / manifest.graphs[graph].file)
+        model = rewrites.load_graph(plan / manifest.graphs[graph].file)
         if graph == "step":
-            forms.engine_step(model, manifest.model.vocab)
+            rewrites.engine_step(model, manifest.model.vocab)
         else:
-            forms.engine_form(model)
+            rewrites.engine_form(model)
         if target == "sm75" and manifest.precision.compute != "fp32":
-            forms.sum_float_products(model)
-        data = forms.to_bytes(model)
+            rewrites.sum_float_products(model)
+        data = rewrites.to_bytes(model)
         found.append(Recipe(graph=graph, onnx=data, profiles=profiles, weights=_hash_weights(plan, data)))
     return found
 
@@ -215,16 +219,16 @@ def build_engines(plan: Path, targets: Sequence[Target], log: Log = lambda _: No
                     "precision": manifest.precision.compute,
                 },
             )
-            sidecar = _sidecar(engine, compiler.version, recipe, built)
-            write_aside(plan / f"{name}.json", (json.dumps(sidecar, indent=1) + "\n").encode())
+            metadata = _engine_metadata(engine, compiler.version, recipe, built)
+            write_file(plan / f"{name}.json", (json.dumps(metadata, indent=1) + "\n").encode())
             manifest = _enter(plan, manifest, engine)
             files.append(plan / engine.file)
             log(_summary(engine, built))
     return files
 
 
-def _sidecar(engine: schema.Engine, version: str, recipe: Recipe, built: Built) -> dict[str, Any]:
-    """What a runtime must know of an engine that it can't ask without loading it."""
+def _engine_metadata(engine: schema.Engine, version: str, recipe: Recipe, built: Built) -> dict[str, Any]:
+    """What a runtime must know of an engine that it can't ask without loading it, as JSON."""
 
     def ports(side: Sequence[Port]) -> list[dict[str, Any]]:
         return [{"name": p.name, "dtype": p.dtype, "shape": list(p.shape)} for p in side]
@@ -356,7 +360,7 @@ def _carry_over(plan: Path, before: Path, log: Log) -> None:
     manifest, former = schema.read_manifest(plan), schema.read_manifest(before)
     made = {t: {r.graph: r for r in recipes(plan, manifest, t)} for t in {e.target for e in former.engines}}
     for engine in former.engines:
-        version = _version(before, engine)
+        version = _version(before, former, engine)
         recipe = made[engine.target].get(str(engine.details.get("graph")))
         if version is None or recipe is None or recipe.key(engine.flavour, version, engine.target) != engine.key:
             log(f"{engine.file}: of other weights or another form; left out")
@@ -368,10 +372,10 @@ def _carry_over(plan: Path, before: Path, log: Log) -> None:
         log(f"{engine.file}: carried over")
 
 
-def _version(folder: Path, engine: schema.Engine) -> str | None:
-    """The compiler's version, from the sidecar."""
+def _version(folder: Path, manifest: schema.Manifest, engine: schema.Engine) -> str | None:
+    """The version of the compiler that built an engine, by its metadata; None where that can't be read."""
     try:
-        facts: Mapping[str, Any] = json.loads((folder / str(engine.details["sidecar"])).read_text(encoding="utf-8"))
-        return str(facts["version"])
-    except (OSError, ValueError, KeyError, TypeError):
+        (metadata,) = engines_of(folder, dataclasses.replace(manifest, engines=(engine,)), engine.flavour)
+    except PlanError:
         return None
+    return metadata.version

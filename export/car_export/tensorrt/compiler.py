@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import importlib
-import os
 import re
 import signal
 import sys
@@ -29,7 +27,6 @@ from car_export.errors import (
     CompileError,
     CompilerMissingError,
     EngineError,
-    EngineFileError,
     GraphError,
     MixedTypesError,
     NoGpuError,
@@ -37,6 +34,7 @@ from car_export.errors import (
     TargetError,
     TopKError,
 )
+from car_export.files import write_file
 
 MODULES = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}
 INSTALL = {"rtx": "pip install 'car-deploy[rtx]'", "trt": "pip install 'car-deploy[trt]'"}
@@ -152,7 +150,7 @@ class Compiler:
         if blob is None:
             raise self._failure(logger, target, "the engine could not be built")
         size = int(blob.nbytes)
-        write_aside(output, memoryview(blob))
+        write_file(output, memoryview(blob))
         activations = logger.numbers("Total Activation Memory")
         return Built(
             inputs=inputs,
@@ -362,22 +360,6 @@ def _new_monitor(trt: Any, stop: list[int]) -> Any:
             pass
 
     return Monitor()
-
-
-def write_aside(path: Path, data: bytes | memoryview) -> None:
-    """Write a file aside and rename it, so that no reader sees half of it. Raises EngineFileError."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
-            file.write(data)
-        os.replace(aside, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = f"free {len(data) / 1e6:.0f} MB there" if full else "check the folder and its permissions"
-        raise EngineFileError(f"{path} could not be written ({error.strerror}); {remedy}") from error
 
 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR

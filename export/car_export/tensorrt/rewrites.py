@@ -1,9 +1,9 @@
-"""The form in which a compiling engine gets a plan's graphs (docs/plan-format.md, "Engines").
+"""The form in which a compiling engine gets a plan's graphs (docs/reference/plan-format.md, "Engines").
 
 Rewrites that change no result by more than rounding. They look at the graph alone: the weights stay references into
 `weights.bin`.
 
-Shapes: R rows, B pictures, H heads, C width, S side of the scale, P past tokens, N = P + S·S keys, V codes.
+Shapes: R rows, B images, H heads, C width, S side of the scale, P past tokens, N = P + S·S keys, V codes.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def onnx_bytes(proto: onnx.ModelProto) -> bytes:
 def engine_form(model: ir.Model) -> ir.Model:
     """Rewrite any graph of a plan (in place) into what TensorRT's parser reads, and return it.
 
-    - uint8 pictures become float as they come in, and uint8 as they go out: TensorRT moves no uint8 around.
-    - A sequence of parts becomes the parts: TensorRT has no sequences.
+    - uint8 images become float as they come in, and uint8 as they go out: TensorRT moves no uint8 around.
+    - A split into a sequence becomes a Split: TensorRT has no sequences.
     """
-    _cast_pictures(model.graph)
+    _cast_images(model.graph)
     split_sequences(model.graph)
     common_passes.RemoveUnusedNodesPass()(model)
     return model
@@ -70,7 +70,7 @@ def engine_step(model: ir.Model, vocab: int) -> ir.Model:
     _split_sorts(model.graph, vocab)
     _halve_rows(model.graph)
     engine_form(model)
-    _split_by_parts(model.graph)
+    _split_by_segments(model.graph)
     return model
 
 
@@ -114,24 +114,24 @@ def sum_float_products(model: ir.Model) -> ir.Model:
 # -- what the parser reads ---------------------------------------------------------------------------------------
 
 
-def _cast_pictures(graph: ir.Graph) -> None:
-    for picture in [v for v in graph.inputs if v.dtype == ir.DataType.UINT8]:
-        users = [(node, i) for node, i in picture.uses() if node.op_type not in ("Shape", "Cast")]
+def _cast_images(graph: ir.Graph) -> None:
+    for image in [v for v in graph.inputs if v.dtype == ir.DataType.UINT8]:
+        users = [(node, i) for node, i in image.uses() if node.op_type not in ("Shape", "Cast")]
         if not users:
             continue
-        cast = ir.node("Cast", [picture], {"to": ir.DataType.FLOAT}, name=f"{picture.name}_cast")
-        cast.outputs[0].name = f"{picture.name}_float"
+        cast = ir.node("Cast", [image], {"to": ir.DataType.FLOAT}, name=f"{image.name}_cast")
+        cast.outputs[0].name = f"{image.name}_float"
         graph.insert_before(graph[0], cast)
         for node, i in users:
             node.replace_input_with(i, cast.outputs[0])
-    for picture in [v for v in graph.outputs if v.dtype == ir.DataType.UINT8]:
-        move = picture.producer()
+    for image in [v for v in graph.outputs if v.dtype == ir.DataType.UINT8]:
+        move = image.producer()
         before = move.inputs[0].producer() if move is not None and move.inputs[0] is not None else None
         if move is None or move.op_type != "Transpose" or before is None or before.op_type != "Cast":
             continue
         moved = ir.node("Transpose", [before.inputs[0]], move.attributes, name=f"{move.name}_float")
-        moved.outputs[0].name = f"{picture.name}_float"
-        cast = ir.node("Cast", moved.outputs, {"to": ir.DataType.UINT8}, name=f"{picture.name}_cast")
+        moved.outputs[0].name = f"{image.name}_float"
+        cast = ir.node("Cast", moved.outputs, {"to": ir.DataType.UINT8}, name=f"{image.name}_cast")
         graph.insert_before(move, [moved, cast])
         substitute(graph, move, cast.outputs[0])
 
@@ -175,7 +175,7 @@ def _attention(past: ir.Value) -> ir.Node:
     )
 
 
-def _split_by_parts(graph: ir.Graph) -> None:
+def _split_by_segments(graph: ir.Graph) -> None:
     """Products [·, ·, n·C] that are split into n equal parts, queries, keys and values, become [·, ·, n, C] first.
 
     Split on the last axis, TensorRT for RTX has the parts of a single token's product in another order than those of

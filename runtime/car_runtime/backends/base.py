@@ -38,9 +38,9 @@ class Backend(Protocol):
 
     name: str
     batches: tuple[int, ...]
-    """How many pictures a step can make at once, ascending, from 1."""
+    """How many images a step can make at once, ascending, from 1."""
     guided_only: bool
-    """Whether steps always have 2B rows. A request without guidance then runs with cfg 0, for the same picture."""
+    """Whether steps always have 2B rows. A request without guidance then runs with cfg 0, for the same image."""
     cache_dtype: str | None
     """What this backend keeps K and V in; None: what the plan's graphs have."""
 
@@ -73,7 +73,7 @@ class Backend(Protocol):
         ...
 
     def step_graph(self, scale: int, batch: int) -> str:
-        """Which graph makes this scale for so many pictures: the one with named dimensions, or a static form."""
+        """Which graph makes this scale for so many images: the one with named dimensions, or a static form."""
         ...
 
     def run(self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
@@ -85,7 +85,7 @@ class Backend(Protocol):
         ...
 
     def report(self) -> dict[str, Any]:
-        """Facts for people: engine and version, memory in bytes, and what the backend has to tell."""
+        """Facts for people: engine and version, memory in bytes, and what else the backend reports."""
         ...
 
     def close(self) -> None:

@@ -1,9 +1,8 @@
-"""What the engines that run on the CPU share: numpy arrays as buffers, and the machine's cores."""
+"""What the engines that run on the CPU share: numpy arrays as buffers, and care for the pages of mapped weights."""
 
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +19,10 @@ _DONT_NEED = 4
 """MADV_DONTNEED of madvise(2)."""
 
 
-class HostMemory:
+class NumpyBuffers:
     """The part of a backend that handles buffers, for engines that work on numpy arrays in place."""
 
-    batches: tuple[int, ...] = (1, 2, 3, 4)  # at d16 one guided picture's K/V cache is 270 MB in float32
+    batches: tuple[int, ...] = (1, 2, 3, 4)  # at d16 one guided image's K/V cache is 270 MB in float32
     guided_only = False
     cache_dtype: str | None = None
 
@@ -60,7 +59,7 @@ class HostMemory:
 
 
 def array_of(buffer: Buffer) -> NDArray[Any]:
-    """The array that a buffer of `HostMemory` is."""
+    """The array that a buffer of `NumpyBuffers` is."""
     assert isinstance(buffer, np.ndarray)
     assert buffer.flags.c_contiguous
     return buffer
@@ -70,7 +69,7 @@ def array_of(buffer: Buffer) -> NDArray[Any]:
 def pages_forgotten(file: Path) -> Iterator[None]:
     """Do something that reads a mapped file once, and `forget_pages` of it meanwhile and at the end.
 
-    So the process never holds the whole file beside what an engine makes of it.
+    So the process never holds the whole file and also what an engine makes of it.
     """
     done = Event()
 
@@ -92,7 +91,7 @@ def forget_pages(file: Path) -> None:
     """Give back the memory that a mapped file takes in this process; what is read again comes from the file again.
 
     Engines map `weights.bin`, read it once and keep what they made of it: half of an opened d16 was such pages. Linux
-    alone tells what is mapped; elsewhere nothing happens, and the system takes the pages when it needs them.
+    alone says what is mapped; elsewhere nothing happens, and the system takes the pages when it needs them.
     """
     try:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -104,9 +103,3 @@ def forget_pages(file: Path) -> None:
         if line.endswith(name) and "w" not in access:
             first, end = (int(address, 16) for address in addresses.split("-"))
             libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _DONT_NEED)
-
-
-def available_cores() -> int:
-    """Threads for the engine: its own choice (0, one per physical core) unless this process has fewer."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 0 if usable == os.cpu_count() else usable

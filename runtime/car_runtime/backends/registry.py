@@ -1,87 +1,50 @@
-"""The choice among the engines of this machine."""
+"""The backends of this version, and the choice among them.
+
+    python -m car_runtime.backends.registry     README's table of backends
+
+A new backend is a folder with a `spec.py` and a class of the protocol in `base.py`, and one line in `BACKENDS`.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
+from car_runtime.backends.amx.spec import AMX, AMX_FP32
 from car_runtime.backends.base import Backend
-from car_runtime.backends.openvino.core import openvino_core
+from car_runtime.backends.onnxruntime.spec import ORT_CPU, ORT_CUDA
+from car_runtime.backends.openvino.core import has_bfloat16
+from car_runtime.backends.openvino.spec import OPENVINO
+from car_runtime.backends.spec import BackendSpec
+from car_runtime.backends.tensorrt.spec import RTX, TRT
 from car_runtime.errors import BackendError
 from car_runtime.format.manifest import WEIGHTS, Manifest
 
-Opener = Callable[[Path, Manifest, "int | None"], Backend]
-
-
-def _open_ort_cpu(root: Path, manifest: Manifest, threads: int | None) -> Backend:
-    from car_runtime.backends.onnxruntime.cpu import OrtCpu
-
-    return OrtCpu(root, manifest, threads)
-
-
-def _open_openvino(root: Path, manifest: Manifest, threads: int | None) -> Backend:
-    from car_runtime.backends.openvino.backend import OpenVino
-
-    return OpenVino(root, manifest, threads)
-
-
-def _open_amx(root: Path, manifest: Manifest, threads: int | None) -> Backend:
-    return _amx("Amx")(root, manifest, threads)
-
-
-def _open_amx_fp32(root: Path, manifest: Manifest, threads: int | None) -> Backend:
-    return _amx("AmxFp32")(root, manifest, threads)
-
-
-def _amx(kind: str) -> Opener:
-    try:
-        from car_runtime.backends.amx import backend as amx
-    except ImportError as error:
-        raise BackendError(f"the backends for AMX can't be loaded here ({error}); use another") from error
-    opener: Opener = getattr(amx, kind)
-    return opener
-
-
-def _open_ort_cuda(root: Path, manifest: Manifest, threads: int | None) -> Backend:
-    from car_runtime.backends.onnxruntime.cuda import open_ort_cuda
-
-    return open_ort_cuda(root, manifest, threads)
-
-
-def _open_rtx(root: Path, manifest: Manifest, threads: int | None) -> Backend:
-    from car_runtime.backends.tensorrt.backend import open_rtx
-
-    return open_rtx(root, manifest, threads)
-
-
-def _open_trt(root: Path, manifest: Manifest, threads: int | None) -> Backend:
-    from car_runtime.backends.tensorrt.backend import open_trt
-
-    return open_trt(root, manifest, threads)
-
-
-LARGE = 256 * 1024 * 1024
-"""Bytes of weights from which `auto` prefers OpenVINO in bfloat16 to ONNX Runtime in float32."""
-
-# Best first: `auto` takes the first that opens (but see `_best_first`).
-OPENERS: dict[str, Opener] = {
-    "rtx": _open_rtx,
-    "trt": _open_trt,
-    "ort-cuda": _open_ort_cuda,
-    "ort-cpu": _open_ort_cpu,
-    "openvino": _open_openvino,
-    "amx": _open_amx,
-    "amx-fp32": _open_amx_fp32,
+BACKENDS: dict[str, BackendSpec] = {
+    spec.name: spec for spec in (ORT_CPU, OPENVINO, AMX, AMX_FP32, ORT_CUDA, RTX, TRT)
 }
+"""By name, in the order in which they are listed for people; `by_rank` is that of `auto`."""
+LARGE = 256 * 1024 * 1024
+"""Bytes of weights from which `auto` prefers bfloat16 on a CPU to ONNX Runtime in float32."""
+
+
+def by_rank() -> list[str]:
+    """Names of all backends, best first."""
+    return sorted(BACKENDS, key=lambda name: BACKENDS[name].rank)
+
+
+def on_cpu(name: str) -> bool:
+    """Whether this is a backend of the CPU."""
+    return name in BACKENDS and BACKENDS[name].device == "cpu"
 
 
 def check_name(name: str) -> None:
     """Raise BackendError unless `name` is "auto" or a backend of this version."""
-    if name == "auto" or name in OPENERS:
+    if name == "auto" or name in BACKENDS:
         return
-    have = ", ".join(["auto", *OPENERS])
-    near = difflib.get_close_matches(name, OPENERS, n=1)
+    have = ", ".join(["auto", *by_rank()])
+    near = difflib.get_close_matches(name, by_rank(), n=1)
     raise BackendError(f"there is no backend {name!r}; use {near[0] if near else f'one of {have}'}")
 
 
@@ -93,11 +56,11 @@ def open_backend(name: str, root: Path, manifest: Manifest, threads: int | None 
     """
     check_name(name)
     if name != "auto":
-        return OPENERS[name](root, manifest, threads), "asked for"
+        return BACKENDS[name].open(root, manifest, threads), "asked for"
     passed_over: dict[str, list[str]] = {}  # reason → backends: several wait for the same thing
-    for candidate in _best_first(manifest):
+    for candidate in best_first(manifest):
         try:
-            backend = OPENERS[candidate](root, manifest, threads)
+            backend = BACKENDS[candidate].open(root, manifest, threads)
         except BackendError as error:
             passed_over.setdefault(str(error), []).append(candidate)
             continue
@@ -106,26 +69,33 @@ def open_backend(name: str, root: Path, manifest: Manifest, threads: int | None 
     raise BackendError("no backend opens: " + "; ".join(_reasons(passed_over)))
 
 
-def _best_first(manifest: Manifest) -> list[str]:
+def best_first(manifest: Manifest) -> list[str]:
     """Names of all backends, best first for this plan on this machine.
 
     A large float32 plan takes `amx` or OpenVINO before ONNX Runtime where the CPU multiplies bfloat16: several times
     as fast at d16. A small one starts sooner on ONNX Runtime.
     """
     large = manifest.files[WEIGHTS].bytes >= LARGE and manifest.precision.compute == "fp32"
-    if not large or not has_openvino_bfloat16():
-        return list(OPENERS)
-    on_cpu = ("amx", "openvino", "amx-fp32", "ort-cpu")
-    return [*(name for name in OPENERS if name not in on_cpu), *on_cpu]
+    if not large or not has_bfloat16():
+        return by_rank()
+    return sorted(BACKENDS, key=lambda name: BACKENDS[name].rank_bf16 or BACKENDS[name].rank)
 
 
-def has_openvino_bfloat16() -> bool:
-    """Whether OpenVINO is installed and would multiply in bfloat16 on this CPU."""
-    try:
-        return "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    except Exception:
-        return False
+def markdown_table(package: str = ".") -> str:
+    """README's table of backends. `package`: what pip installs, by default the checkout."""
+    lines = ["| backend | runs on | precisions | install | status |", "|---|---|---|---|---|"]
+    for spec in BACKENDS.values():
+        precisions = ", ".join([*spec.computes, *(["int8"] if spec.int8 else [])])
+        lines.append(
+            f"| `{spec.name}` | {spec.hardware} | {precisions} | `pip install '{package}[{spec.extra}]'` "
+            f"| {spec.status} |"
+        )
+    return "\n".join(lines)
 
 
 def _reasons(passed_over: Mapping[str, list[str]]) -> list[str]:
     return [f"{', '.join(names)}: {reason}" for reason, names in passed_over.items()]
+
+
+if __name__ == "__main__":
+    print(markdown_table())

@@ -1,0 +1,1 @@
+"""Facts of this machine (processor, GPU, packages), and writing its files; the standard library is enough."""

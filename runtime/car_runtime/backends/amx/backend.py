@@ -1,16 +1,13 @@
-"""Transformer, control encoder and decoder in code of our own, for CPUs with AMX, and OpenVINO for the rest.
+"""Transformer, control encoder and decoder in kernels of our own, for CPUs with AMX, and OpenVINO for the rest.
 
-`car_runtime.native` takes about half as long for them as OpenVINO: weights lie in huge pages in the order in which
-they are multiplied, and what comes before and after a product is done where the product is. What isn't multiplied,
-such as the residual stream and the decoder's maps, stays in float32. The condition and the drawing of tokens are
-OpenVINO's, as in the backend `openvino`, and so are an encoder and a decoder of another kind than we know.
+The kernels take about half as long as OpenVINO: weights lie in huge pages in the order in which they are multiplied,
+and what comes before and after a matrix product is fused with it. What isn't multiplied, such as the residual stream
+and the decoder's feature maps, stays in float32. The condition and the sampling of tokens are OpenVINO's, as in the
+backend `openvino`, and so are an encoder and a decoder of another architecture than the published one.
 """
 
 from __future__ import annotations
 
-import os
-import platform
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from car_runtime.backends.amx import build
-from car_runtime.backends.amx import match_transformer as reader
-from car_runtime.backends.amx.convnet import Maps, Room, Sizes
+from car_runtime.backends.amx.convnet import Convnet, ConvnetBuffers, Sizes
 from car_runtime.backends.amx.convolutions import read_decoder, read_encoder
-from car_runtime.backends.amx.graph import UnknownGraph
+from car_runtime.backends.amx.graph import UnsupportedGraphError
+from car_runtime.backends.amx.match_transformer import Transformer as TransformerGraph
 from car_runtime.backends.amx.match_transformer import read_step
 from car_runtime.backends.amx.memory import Workspace
+from car_runtime.backends.amx.spec import BF16_TERMS
 from car_runtime.backends.amx.transformer import Transformer
 from car_runtime.backends.base import Buffer
 from car_runtime.backends.numpy_buffers import array_of, pages_forgotten
@@ -33,14 +31,15 @@ from car_runtime.backends.openvino.backend import Compiled, OpenVino
 from car_runtime.backends.openvino.graphs import LOGITS, keep_cache_in_bfloat16, split_at_sort
 from car_runtime.errors import BackendError, one_line
 from car_runtime.format.manifest import WEIGHTS, Manifest
+from car_runtime.system.cpu import physical_cores
 
 
 class Amx(OpenVino):
     """The `amx` backend."""
 
     name = "amx"
-    parts = 1
-    """Numbers of bfloat16 that stand for one."""
+    bf16_terms = BF16_TERMS[name]
+    """How many bf16 values stand for a number."""
 
     def __init__(self, root: Path, manifest: Manifest, threads: int | None = None) -> None:
         if manifest.precision.compute != "fp32" or manifest.precision.weights == "int8":
@@ -48,11 +47,11 @@ class Amx(OpenVino):
             raise BackendError(
                 f"the plan multiplies in {types}, but {self.name!r} wants float32 plans; use another backend"
             )
-        check_cpu(self.name)
-        self._library = build.load(self.parts)
+        build.check_cpu(self.name)
+        self._library = build.load(self.bf16_terms)
         self._cores = threads or physical_cores()
         self._own: list[str] = []
-        super().__init__(root, manifest, threads, "bf16" if self.parts == 1 else "f32")
+        super().__init__(root, manifest, threads, "bf16" if self.bf16_terms == 1 else "f32")
 
     def report(self) -> dict[str, Any]:
         """OpenVINO's version, the type that is multiplied in, the threads, and which graphs are in our own code."""
@@ -60,12 +59,12 @@ class Amx(OpenVino):
         return {**super().report(), "engine": engine, "threads": self._cores, "own": sorted(self._own)}
 
     def _compile(self, graph: str) -> Compiled:
-        """The step is our transformer, and OpenVINO's model of what comes after it; maps where we know them."""
+        """The step is our transformer, and OpenVINO's model of what comes after it; convnets where we know them."""
         if graph in ("control", "decoder"):
             try:
                 with pages_forgotten(self._root / WEIGHTS):
-                    compiled = self._maps(graph)
-            except UnknownGraph:  # OpenVINO takes longer for it, and no more
+                    compiled = self._convnet(graph)
+            except UnsupportedGraphError:  # OpenVINO takes longer for it, and no more
                 return super()._compile(graph)
             self._own.append(graph)
             return compiled
@@ -77,7 +76,7 @@ class Amx(OpenVino):
                 step = read_step(file, self._root / WEIGHTS)
                 self._check(step)
                 transformer = Transformer(self._library, step, self._cores)
-        except UnknownGraph as error:
+        except UnsupportedGraphError as error:
             raise BackendError(
                 f"{self.name!r} does not know the plan's step ({one_line(error)}); export the plan again, "
                 "or use --backend openvino"
@@ -89,8 +88,8 @@ class Amx(OpenVino):
         first = partial(_TransformerPart, transformer, self._library, self._manifest.model.vocab)
         return Compiled([first, *drawing.parts], drawing.owners)
 
-    def _maps(self, graph: str) -> Compiled:
-        """The control encoder or the decoder. UnknownGraph if it is of another kind than we know."""
+    def _convnet(self, graph: str) -> Compiled:
+        """The control encoder or the decoder. UnsupportedGraphError if it is of another kind than we know."""
         ports, weights = self._manifest.graphs[graph], self._root / WEIGHTS
         part: type[_EncoderPart] | type[_DecoderPart]
         if graph == "control":
@@ -102,11 +101,11 @@ class Amx(OpenVino):
             network, part = read_decoder(self._root / ports.file, weights, channels, sides[0]), _DecoderPart
             _, height, width, channels = map(_size, ports.output("image").shape)
             tokens = height * width
-        maps, sizes = Maps(self._library, network, self._cores), tuple((side, side) for side in sides)
-        made = Room(maps, sizes).sizes
+        convnet, sizes = Convnet(self._library, network, self._cores), tuple((side, side) for side in sides)
+        made = ConvnetBuffers(convnet, sizes).sizes
         if (sum(h * w for h, w in made), network.channels[-1]) != (tokens, channels):
-            raise UnknownGraph("what comes out is not of the manifest's size")
-        return Compiled([partial(part, maps, sizes)], ())
+            raise UnsupportedGraphError("what comes out is not of the manifest's size")
+        return Compiled([partial(part, convnet, sizes)], ())
 
     def _rewrite(self, graph: str, model: Any) -> tuple[Sequence[Any], Sequence[Any]]:
         """Of the step only what draws from the sorted logits; nothing if it isn't cut there."""
@@ -117,24 +116,24 @@ class Amx(OpenVino):
         parts = split_at_sort(self._ov, model)  # it looks at the cache's shapes
         return (() if parts is None else parts[1:]), ()
 
-    def _check(self, step: reader.Transformer) -> None:
-        """The loop's buffers are made after the manifest: what the graph says has to be the same. UnknownGraph."""
+    def _check(self, step: TransformerGraph) -> None:
+        """Raise UnsupportedGraphError unless graph and manifest agree: the loop's buffers are sized by the latter."""
         model = self._manifest.model
         rows = self._manifest.graphs["condition"].output("modulation").shape[1]
         layers = len(step.base) + len(step.branch)
         says = (model.width, model.heads, model.vocab, model.cache_layers, rows)
         if (step.width, step.heads, len(step.head.matrix), layers, step.modulation_rows) != says:
-            raise UnknownGraph("it is not of the manifest's width, heads, codes, layers or modulation")
+            raise UnsupportedGraphError("it is not of the manifest's width, heads, codes, layers or modulation")
 
 
 class AmxFp32(Amx):
-    """The `amx-fp32` backend: what is multiplied is in two parts of bfloat16, 17 bits; the rest is float32.
+    """The `amx-fp32` backend: factors are sums of two bf16 values, 17 bits; the rest is float32.
 
-    Each product is three of bfloat16, which takes less than half of the time that float32's own multiplications do.
+    Each matrix product is three of bf16, which takes less than half of the time that float32's own does.
     """
 
     name = "amx-fp32"
-    parts = 2
+    bf16_terms = BF16_TERMS[name]
 
 
 class _TransformerPart:
@@ -160,17 +159,17 @@ class _TransformerPart:
 class _EncoderPart:
     """The control encoder with the memory of one call after the other."""
 
-    def __init__(self, maps: Maps, sizes: Sizes) -> None:
-        self._room, self._scales = Room(maps, sizes), range(len(sizes))
+    def __init__(self, convnet: Convnet, sizes: Sizes) -> None:
+        self._buffers, self._scales = ConvnetBuffers(convnet, sizes), range(len(sizes))
 
     def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
         """See `openvino.Part`."""
         for k in self._scales:
-            self._room.pixels(k)[:] = array_of(inputs[f"control_{k}"])
-        self._room.run()
+            self._buffers.pixels(k)[:] = array_of(inputs[f"control_{k}"])
+        self._buffers.run()
         features, start = array_of(outputs["features"]), 0
         for k in self._scales:
-            blocks = self._room.output(k)
+            blocks = self._buffers.output(k)
             tokens = blocks.reshape(len(blocks), -1, blocks.shape[-1]).transpose(1, 0, 2)
             end = start + len(tokens)
             features[start:end] = tokens.reshape(len(tokens), -1)[:, : features.shape[1]]  # without those that pad
@@ -180,41 +179,19 @@ class _EncoderPart:
 class _DecoderPart:
     """The decoder with the memory of one call after the other."""
 
-    def __init__(self, maps: Maps, sizes: Sizes) -> None:
-        self._room = Room(maps, sizes)
+    def __init__(self, convnet: Convnet, sizes: Sizes) -> None:
+        self._buffers = ConvnetBuffers(convnet, sizes)
 
     def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
         """See `openvino.Part`."""
-        x = self._room.input(0)
+        x = self._buffers.input(0)
         for f_hat, image in zip(array_of(inputs["f_hat"]), array_of(outputs["image"]), strict=True):
             for block in range(len(x)):
                 channels = f_hat[32 * block : 32 * block + 32]
                 x[block, :, :, : len(channels)] = channels.transpose(1, 2, 0)
-            self._room.run(image[None])
+            self._buffers.run(image[None])
 
 
 def _size(dimension: int | str) -> int:
-    """A number, or one picture."""
+    """A dimension's size; 1 for a named one, which is the batch."""
     return dimension if isinstance(dimension, int) else 1
-
-
-def check_cpu(name: str = "amx") -> None:
-    """Raise BackendError unless this CPU multiplies bfloat16 in tiles, and the system is one that the code is for."""
-    from car_runtime.doctor import cpu_flags
-
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        raise BackendError(f"the backend {name!r} is for Linux on x86-64; use another backend")
-    flags = cpu_flags() or []
-    missing = [flag for flag in build.CPU_FLAGS if flag not in flags]
-    if missing:
-        raise BackendError(f"this CPU has no {', '.join(missing)}, which {name!r} needs; use another backend")
-
-
-def physical_cores() -> int:
-    """Cores that this process may use; two threads of a core share its tiles."""
-    usable = os.sched_getaffinity(0)
-    siblings = [Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings") for cpu in usable]
-    try:
-        return len({file.read_text(encoding="ascii") for file in siblings})
-    except OSError:
-        return len(usable)

@@ -6,14 +6,18 @@ import atexit
 import ctypes
 import hashlib
 import os
+import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from car_runtime.errors import BackendError, one_line
+from car_runtime.system import cpu
+from car_runtime.system.files import replacing
 
 SOURCES = [Path(__file__).with_name(name) for name in ("tiles.h", "tiles.c", "step.c", "convnet.c")]
 ROOT = Path("~/.cache/car/native")
@@ -23,12 +27,22 @@ CPU_FLAGS = ("amx_tile", "amx_bf16", "avx512_bf16")
 _SECONDS = 120
 
 
-def load(parts: int = 1) -> Any:
+def check_cpu(name: str = "amx") -> None:
+    """Raise BackendError unless this CPU multiplies bfloat16 in tiles, and the system is one that the code is for."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise BackendError(f"the backend {name!r} is for Linux on x86-64; use another backend")
+    flags = cpu.cpu_flags() or []
+    missing = [flag for flag in CPU_FLAGS if flag not in flags]
+    if missing:
+        raise BackendError(f"this CPU has no {', '.join(missing)}, which {name!r} needs; use another backend")
+
+
+def load(bf16_terms: int = 1) -> Any:
     """The library, compiled now if this machine hasn't yet. BackendError with the remedy.
 
-    `parts`: how many of bfloat16 stand for a number, 1 or 2.
+    `bf16_terms`: how many bf16 values stand for a number, 1 or 2.
     """
-    flags = [*FLAGS, f"-DPARTS={parts}"]
+    flags = [*FLAGS, f"-DBF16_TERMS={bf16_terms}"]
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     sources = [source.read_bytes() for source in SOURCES]
     kept = _kept(hashlib.sha256(b"\0".join([*sources, *map(str.encode, flags)])).hexdigest()[:16])
@@ -62,8 +76,7 @@ def _compile(compiler: list[str], output: Path) -> None:
     """Beside its place, then renamed: nobody loads half a library."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(prefix=".kernels-", dir=output.parent) as folder:
-            made = Path(folder) / output.name
+        with replacing(output) as made:
             sources = [str(source) for source in SOURCES if source.suffix == ".c"]
             subprocess.run(
                 [*compiler, *sources, "-o", str(made), "-lm"],
@@ -72,7 +85,6 @@ def _compile(compiler: list[str], output: Path) -> None:
                 text=True,
                 timeout=_SECONDS,
             )
-            made.replace(output)
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         raise BackendError(

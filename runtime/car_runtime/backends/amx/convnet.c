@@ -3,13 +3,13 @@
  * What they are is what a plan's graphs say (car_runtime.backends.amx.convolutions makes sure of that): convolutions of 1 to 3 taps
  * each way, group norms and SiLU before them, sums after them, and attention of one head.
  *
- * Several maps go through a network at once: the pictures of a batch, or the control image at the size of every scale.
+ * Several feature maps go through a network at once: the images of a batch, or the control image at the size of every scale.
  * Channels are padded to a multiple of 32. One after the other lie
  *   maps, float32:           [channels/32][height][width][32]
- *   what is multiplied:      [channels/32][1 + height + 1][1 + width + 1][PARTS][32], zeros outside
+ *   what is multiplied:      [channels/32][1 + height + 1][1 + width + 1][BF16_TERMS][32], zeros outside
  * so that 16 neighbours of a row are a tile, with whichever tap. A convolution is then a product whose left operand is
  * never written. Its right one (see tiles.h) has its inputs in the order
- *   [channels/32/near][tap down][near][tap across][32]
+ *   [channels/32/chunk][tap down][chunk][tap across][32], chunks of `blocks_per_chunk` times 32 channels
  *
  * What is computed is cut into blocks of 32 tiles, the same ones for any number of threads; a channel's mean and
  * squared deviations are taken of each block and joined in their order.
@@ -17,7 +17,7 @@
 #include "tiles.h"
 
 enum {
-    POSITION = PARTS * DEPTH,
+    POSITION = BF16_TERMS * DEPTH,
     TILES = 32, /* of a block */
 };
 
@@ -33,11 +33,11 @@ struct moments { /* of maps, block after block */
 };
 
 struct convolution {
-    struct product product;
-    int64_t channels, down, across, near;
-    int64_t top, left;           /* where the first tap is, from the border on */
-    int64_t stride;              /* of its positions */
-    int64_t spread, row, column; /* its outputs are every spread-th of a map, from this one on */
+    struct packed_matrix matrix;
+    int64_t channels, down, across, blocks_per_chunk;
+    int64_t top, left;               /* where the first tap is, from the border on */
+    int64_t stride;                  /* of its positions */
+    int64_t out_stride, row, column; /* its outputs are every out_stride-th of a map, from this one on */
 };
 
 struct pass {
@@ -53,8 +53,8 @@ struct pass {
     const struct convolution *convolution;
     const float *residual; /* added, or NULL */
     float *out;
-    uint8_t *image; /* instead of `out`: three channels from −1 to 1 as [height, width, 3] */
-    bf16 *onward;   /* instead of `out`: y or silu(y) as the `left` of the next convolution */
+    uint8_t *image;  /* instead of `out`: three channels from −1 to 1 as [height, width, 3] */
+    bf16 *next_left; /* instead of `out`: y or silu(y) as the `left` of the next convolution */
     int64_t silu_after;
     struct moments after; /* values NULL: not wanted */
     int64_t first_block;  /* of what this convolution adds to them */
@@ -81,7 +81,7 @@ struct tile {
 };
 
 /* Positions of the maps before one, with and without border. */
-static int64_t before(const int64_t *heights, const int64_t *widths, int64_t map, int64_t border)
+static int64_t positions_before(const int64_t *heights, const int64_t *widths, int64_t map, int64_t border)
 {
     int64_t positions = 0;
     for (int64_t i = 0; i < map; i++)
@@ -89,12 +89,12 @@ static int64_t before(const int64_t *heights, const int64_t *widths, int64_t map
     return positions;
 }
 
-static int64_t outputs_of(int64_t size, int64_t stride) { return (size - 1) / stride + 1; }
+static int64_t output_size(int64_t size, int64_t stride) { return (size - 1) / stride + 1; }
 
 /* ---- norms ------------------------------------------------------------------------------------------------------- */
 
 /* x·a + b is the normalised x, channel by channel. */
-static void coefficients(const struct pass *p, int64_t map, int64_t channels, float *a, float *b)
+static void norm_coefficients(const struct pass *p, int64_t map, int64_t channels, float *a, float *b)
 {
     const struct norm *norm = p->norm;
     const int64_t width = norm->channels / norm->groups;
@@ -105,7 +105,7 @@ static void coefficients(const struct pass *p, int64_t map, int64_t channels, fl
         for (int64_t i = 0; i < p->blocks_before; i++)
             if (p->before.map[i] == map) {
                 const float *values = p->before.values + i * 2 * channels + first;
-                for (int64_t j = 0; j < width; j++) { /* sets of numbers joined, one after the other */
+                for (int64_t j = 0; j < width; j++) { /* sets of values merged, one after the other */
                     const double n = p->before.count[i], off = values[j] - mean;
                     square += values[channels + j] + off * off * count * n / (count + n);
                     mean += off * n / (count + n);
@@ -122,23 +122,23 @@ static void coefficients(const struct pass *p, int64_t map, int64_t channels, fl
 
 static inline __m512 silu(__m512 y)
 {
-    const __m512 below = _mm512_add_ps(power(_mm512_mul_ps(y, _mm512_set1_ps(-LOG2E))), _mm512_set1_ps(1.0f));
-    return PARTS == 1 ? _mm512_mul_ps(y, _mm512_rcp14_ps(below)) : _mm512_div_ps(y, below);
+    const __m512 below = _mm512_add_ps(exp2_ps(_mm512_mul_ps(y, _mm512_set1_ps(-LOG2E))), _mm512_set1_ps(1.0f));
+    return BF16_TERMS == 1 ? _mm512_mul_ps(y, _mm512_rcp14_ps(below)) : _mm512_div_ps(y, below);
 }
 
 /* left = x, or silu(x·a + b), rows shared out among the threads */
-static void prepare(const struct pass *p)
+static void normalize_input(const struct pass *p)
 {
     const int64_t channels = p->convolution->channels, blocks = channels / DEPTH;
     float a[channels], b[channels];
     int64_t all = 0, at = 0, begin, end, known = -1;
     for (int64_t map = 0; map < p->maps; map++)
         all += blocks * (p->heights[map] + 2);
-    share_of(all, &begin, &end);
+    thread_range(all, &begin, &end);
     for (int64_t map = 0; map < p->maps; map++) {
         const int64_t H = p->heights[map], W = p->widths[map];
-        const float *x = p->x + before(p->heights, p->widths, map, 0) * channels;
-        bf16 *left = p->left + before(p->heights, p->widths, map, 2) * channels * PARTS;
+        const float *x = p->x + positions_before(p->heights, p->widths, map, 0) * channels;
+        bf16 *left = p->left + positions_before(p->heights, p->widths, map, 2) * channels * BF16_TERMS;
         for (int64_t row = 0; row < blocks * (H + 2); row++, at++) {
             if (at < begin || at >= end)
                 continue;
@@ -149,7 +149,7 @@ static void prepare(const struct pass *p)
                 continue;
             }
             if (p->norm->groups && known != map)
-                coefficients(p, known = map, channels, a, b);
+                norm_coefficients(p, known = map, channels, a, b);
             const float *from = x + (block * H + y) * W * DEPTH, *by = a + block * DEPTH, *plus = b + block * DEPTH;
             memset(to, 0, POSITION * sizeof(bf16));
             memset(to + (W + 1) * POSITION, 0, POSITION * sizeof(bf16));
@@ -163,23 +163,23 @@ static void prepare(const struct pass *p)
                     if (p->silu)
                         v[j] = silu(v[j]);
                 }
-                store_parts(to, DEPTH, v[0], v[1]);
+                store_terms(to, DEPTH, v[0], v[1]);
             }
         }
     }
 }
 
-/* left = the 3 × 3 neighbours of each pixel, from −1 to 1, row after row: 27 numbers of 32 */
+/* left = the 3 × 3 neighbours of each pixel, from −1 to 1, row after row: 27 values of 32 */
 static void unfold(const struct pass *p)
 {
     int64_t at = 0, all = 0, begin, end;
     for (int64_t map = 0; map < p->maps; map++)
         all += p->heights[map];
-    share_of(all, &begin, &end);
+    thread_range(all, &begin, &end);
     for (int64_t map = 0; map < p->maps; map++) {
         const int64_t H = p->heights[map], W = p->widths[map], padded = (W + 2) * 3;
-        const uint8_t *pixels = p->pixels + before(p->heights, p->widths, map, 0) * 3;
-        bf16 *left = p->left + before(p->heights, p->widths, map, 2) * POSITION;
+        const uint8_t *pixels = p->pixels + positions_before(p->heights, p->widths, map, 0) * 3;
+        bf16 *left = p->left + positions_before(p->heights, p->widths, map, 2) * POSITION;
         float rows[3][padded + ROWS], neighbours[2 * DEPTH];
         for (int64_t y = 0; y < H; y++, at++) {
             if (at < begin || at >= end)
@@ -193,7 +193,7 @@ static void unfold(const struct pass *p)
             for (int64_t x = 0; x < W; x++, to += POSITION) {
                 for (int dy = 0; dy < 3; dy++)
                     _mm512_storeu_ps(neighbours + 9 * dy, _mm512_loadu_ps(rows[dy] + 3 * x));
-                store_parts(to, DEPTH, _mm512_loadu_ps(neighbours),
+                store_terms(to, DEPTH, _mm512_loadu_ps(neighbours),
                             _mm512_maskz_loadu_ps((1 << 11) - 1, neighbours + 16));
             }
         }
@@ -204,12 +204,12 @@ static void unfold(const struct pass *p)
 static void clear_border(const struct pass *p)
 {
     const struct convolution *c = p->convolution;
-    const int64_t blocks = c->product.outputs / DEPTH, size = POSITION * sizeof(bf16);
-    bf16 *to = p->onward;
+    const int64_t blocks = c->matrix.outputs / DEPTH, size = POSITION * sizeof(bf16);
+    bf16 *to = p->next_left;
     int64_t begin, end;
-    share_of(blocks, &begin, &end);
+    thread_range(blocks, &begin, &end);
     for (int64_t map = 0; map < p->maps; map++) {
-        const int64_t H = outputs_of(p->heights[map], c->stride) + 2, W = outputs_of(p->widths[map], c->stride) + 2;
+        const int64_t H = output_size(p->heights[map], c->stride) + 2, W = output_size(p->widths[map], c->stride) + 2;
         for (int64_t block = begin; block < end; block++) {
             bf16 *plane = to + block * H * W * POSITION;
             memset(plane, 0, W * size);
@@ -226,16 +226,17 @@ static void clear_border(const struct pass *p)
 /* ---- convolutions ------------------------------------------------------------------------------------------------ */
 
 /* c [16 or 32][32] += a·b, over `blocks` times 32 channels and `across` taps; at each it fetches `lines` of `next`. */
-static inline __attribute__((always_inline)) void taps(int two, const struct tile *t, int64_t offset, int64_t dy,
-                                                       int64_t blocks, int64_t across, int stride, const bf16 *b,
-                                                       float *c, int first, const char *next, int64_t lines)
+static inline __attribute__((always_inline)) void accumulate_taps(int two, const struct tile *t, int64_t offset,
+                                                                  int64_t dy, int64_t blocks, int64_t across,
+                                                                  int stride, const bf16 *b, float *c, int first,
+                                                                  const char *next, int64_t lines)
 {
     const bf16 *a = t->in + offset * t->plane + dy * t->pitch, *below = a;
     int64_t plane_below = 0;
     if (two)
         below = t[1].in + offset * t[1].plane + dy * t[1].pitch, plane_below = t[1].plane;
     if (first)
-        clear(two ? 4 : 2);
+        clear_sums(two ? 4 : 2);
     else
         load_sums(c, DEPTH, two);
     for (int64_t i = 0; i < blocks; i++, a += t->plane, below += plane_below)
@@ -250,7 +251,7 @@ static inline __attribute__((always_inline)) void taps(int two, const struct til
 static int64_t tiles_of(const struct pass *p, int64_t map)
 {
     const int64_t stride = p->convolution->stride;
-    return outputs_of(p->heights[map], stride) * ((outputs_of(p->widths[map], stride) + ROWS - 1) / ROWS);
+    return output_size(p->heights[map], stride) * ((output_size(p->widths[map], stride) + ROWS - 1) / ROWS);
 }
 
 /* The tiles of a block: where they come from, where they go */
@@ -262,24 +263,25 @@ static void lay_out(const struct pass *p, const struct block *block, struct tile
         while (at == tiles_of(p, map))
             map++, at = 0;
         const int64_t H = p->heights[map], W = p->widths[map];
-        const int64_t height = outputs_of(H, c->stride), width = outputs_of(W, c->stride);
+        const int64_t height = output_size(H, c->stride), width = output_size(W, c->stride);
         const int64_t across = (width + ROWS - 1) / ROWS, y = at / across, x = at % across * ROWS;
-        const int64_t border = p->onward ? 2 : 0, all = width * c->spread + border;
-        const int64_t row = y * c->spread + c->row + border / 2, column = x * c->spread + c->column + border / 2;
+        const int64_t border = p->next_left ? 2 : 0, all = width * c->out_stride + border;
+        const int64_t row = y * c->out_stride + c->row + border / 2,
+                      column = x * c->out_stride + c->column + border / 2;
         int64_t out = 0; /* positions of the maps before */
         for (int64_t j = 0; j < map; j++)
-            out += (outputs_of(p->heights[j], c->stride) * c->spread + border) *
-                   (outputs_of(p->widths[j], c->stride) * c->spread + border);
-        const int64_t numbers = p->onward ? POSITION : DEPTH; /* of 32 channels of a position */
+            out += (output_size(p->heights[j], c->stride) * c->out_stride + border) *
+                   (output_size(p->widths[j], c->stride) * c->out_stride + border);
+        const int64_t numbers = p->next_left ? POSITION : DEPTH; /* of 32 channels of a position */
         out = p->image ? 3 * (out + row * all + column)
-                       : out * c->product.outputs / DEPTH * numbers + (row * all + column) * numbers;
-        const bf16 *left = p->left + before(p->heights, p->widths, map, 2) * c->channels * PARTS;
+                       : out * c->matrix.outputs / DEPTH * numbers + (row * all + column) * numbers;
+        const bf16 *left = p->left + positions_before(p->heights, p->widths, map, 2) * c->channels * BF16_TERMS;
         tiles[i] = (struct tile){
             .in = left + ((y * c->stride + c->top) * (W + 2) + x * c->stride + c->left) * POSITION,
             .pitch = (W + 2) * POSITION,
             .plane = (H + 2) * (W + 2) * POSITION,
             .out = out,
-            .out_plane = (height * c->spread + border) * all * numbers,
+            .out_plane = (height * c->out_stride + border) * all * numbers,
             .valid = width - x < ROWS ? width - x : ROWS,
         };
     }
@@ -294,16 +296,16 @@ static void write_pixels(uint8_t *to, __m512 y)
 }
 
 /* The sums of 32 channels from `panel` · 32 on are whole. */
-static void finish(const struct pass *p, const struct tile *tiles, const struct block *block, int64_t id, float *sums,
-                   int64_t panel)
+static void write_panel(const struct pass *p, const struct tile *tiles, const struct block *block, int64_t id,
+                        float *sums, int64_t panel)
 {
     const struct convolution *c = p->convolution;
-    const float *bias = c->product.b + panel * DEPTH;
+    const float *bias = c->matrix.b + panel * DEPTH;
     __m512 mean[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, square[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     int64_t count = 0;
     for (int64_t i = 0; i < block->tiles; i++) {
         float *y = sums + i * TILE;
-        const int64_t step = c->spread * (p->onward ? POSITION : DEPTH);
+        const int64_t step = c->out_stride * (p->next_left ? POSITION : DEPTH);
         int64_t at = tiles[i].out + panel * tiles[i].out_plane;
         for (int64_t row = 0; row < tiles[i].valid; row++, y += DEPTH, at += step) {
             __m512 v[2];
@@ -314,13 +316,13 @@ static void finish(const struct pass *p, const struct tile *tiles, const struct 
                 mean[j] = _mm512_add_ps(mean[j], v[j]);
                 if (p->silu_after)
                     v[j] = silu(v[j]);
-                if (!p->onward && !p->image)
+                if (!p->next_left && !p->image)
                     _mm512_storeu_ps(p->out + at + 16 * j, v[j]);
                 if (p->after.values)
                     _mm512_storeu_ps(y + 16 * j, v[j]);
             }
-            if (p->onward)
-                store_parts(p->onward + at, DEPTH, v[0], v[1]);
+            if (p->next_left)
+                store_terms(p->next_left + at, DEPTH, v[0], v[1]);
             if (p->image)
                 write_pixels(p->image + tiles[i].out + row * 3, v[0]);
         }
@@ -336,10 +338,10 @@ static void finish(const struct pass *p, const struct tile *tiles, const struct 
                 const __m512 d = _mm512_sub_ps(_mm512_loadu_ps(sums + i * TILE + row * DEPTH + 16 * j), mean[j]);
                 square[j] = _mm512_fmadd_ps(d, d, square[j]);
             }
-    float *values = p->after.values + (p->first_block + id) * 2 * c->product.outputs + panel * DEPTH;
+    float *values = p->after.values + (p->first_block + id) * 2 * c->matrix.outputs + panel * DEPTH;
     for (int j = 0; j < 2; j++) {
         _mm512_storeu_ps(values + 16 * j, mean[j]);
-        _mm512_storeu_ps(values + c->product.outputs + 16 * j, square[j]);
+        _mm512_storeu_ps(values + c->matrix.outputs + 16 * j, square[j]);
     }
     p->after.map[p->first_block + id] = block->map;
     p->after.count[p->first_block + id] = count;
@@ -350,46 +352,49 @@ static void convolve(const struct pass *p, const struct block *block, int64_t id
 {
     const struct convolution *c = p->convolution;
     const int64_t blocks = c->channels / DEPTH, stride = c->stride * POSITION * sizeof(bf16);
-    const int64_t inputs = c->product.inputs / DEPTH * 2 * SPAN, pairs = (block->tiles + 1) / 2;
-    const int64_t lines = (32 * PARTS + pairs - 1) / pairs;
+    const int64_t inputs = c->matrix.inputs / DEPTH * 2 * SPAN, pairs = (block->tiles + 1) / 2;
+    const int64_t lines = (32 * BF16_TERMS + pairs - 1) / pairs;
     struct tile tiles[TILES];
     float sums[TILES * TILE] __attribute__((aligned(64)));
     lay_out(p, block, tiles);
     for (; panel < last; panel++) {
-        const bf16 *b = c->product.w + panel * inputs;
-        for (int64_t first = 0; first < blocks; first += c->near) {
-            const int64_t near = blocks - first < c->near ? blocks - first : c->near, steps = near * c->across;
+        const bf16 *b = c->matrix.w + panel * inputs;
+        for (int64_t first = 0; first < blocks; first += c->blocks_per_chunk) {
+            const int64_t in_chunk = blocks - first < c->blocks_per_chunk ? blocks - first : c->blocks_per_chunk,
+                          steps = in_chunk * c->across;
             for (int64_t dy = 0; dy < c->down; dy++, b += steps * 2 * SPAN) {
                 const char *next = (const char *)(b + steps * 2 * SPAN);
                 const int whole = first == 0 && dy == 0;
                 for (int64_t i = 0; i < block->tiles; i += 2, next += lines * steps * 64)
                     if (i + 1 < block->tiles)
-                        taps(1, tiles + i, first, dy, near, c->across, stride, b, sums + i * TILE, whole, next, lines);
+                        accumulate_taps(1, tiles + i, first, dy, in_chunk, c->across, stride, b, sums + i * TILE, whole,
+                                        next, lines);
                     else
-                        taps(0, tiles + i, first, dy, near, c->across, stride, b, sums + i * TILE, whole, next, lines);
+                        accumulate_taps(0, tiles + i, first, dy, in_chunk, c->across, stride, b, sums + i * TILE, whole,
+                                        next, lines);
             }
         }
-        finish(p, tiles, block, id, sums, panel);
+        write_panel(p, tiles, block, id, sums, panel);
     }
 }
 
 /* Blocks of all maps; of a map each where moments are wanted. How many there are; `blocks` may be NULL. */
-static int64_t cut(const struct pass *p, struct block *blocks)
+static int64_t make_blocks(const struct pass *p, struct block *blocks)
 {
-    int64_t found = 0, room = 0;
+    int64_t found = 0, space = 0;
     for (int64_t map = 0; map < p->maps; map++) {
         if (p->after.values)
-            room = 0;
+            space = 0;
         for (int64_t at = 0, tiles = tiles_of(p, map); at < tiles;) {
-            if (room == 0) {
+            if (space == 0) {
                 if (blocks)
                     blocks[found] = (struct block){map, at, 0};
-                found++, room = TILES;
+                found++, space = TILES;
             }
-            const int64_t more = tiles - at < room ? tiles - at : room;
+            const int64_t more = tiles - at < space ? tiles - at : space;
             if (blocks)
                 blocks[found - 1].tiles += more;
-            at += more, room -= more;
+            at += more, space -= more;
         }
     }
     return found;
@@ -398,7 +403,7 @@ static int64_t cut(const struct pass *p, struct block *blocks)
 /* Prepare the input, unless it is, and convolve it. Returns how many blocks there were. */
 int64_t car_convolve(const struct pass *p)
 {
-    const int64_t count = cut(p, NULL), panels = p->convolution->product.outputs / DEPTH;
+    const int64_t count = make_blocks(p, NULL), panels = p->convolution->matrix.outputs / DEPTH;
 #pragma omp parallel num_threads(p->threads)
     {
         struct block blocks[count];
@@ -407,13 +412,13 @@ int64_t car_convolve(const struct pass *p)
         const int64_t wanted = (8 * threads + count - 1) / count, shares = wanted < panels ? wanted : panels;
         /* neighbouring blocks to one thread, since they read the same rows, but so few that nobody waits long */
         const int64_t chunk = count * shares / (8 * threads) + 1;
-        cut(p, blocks);
-        configure();
+        make_blocks(p, blocks);
+        configure_tiles();
         if (p->pixels)
             unfold(p);
         else if (p->x)
-            prepare(p);
-        if (p->onward)
+            normalize_input(p);
+        if (p->next_left)
             clear_border(p);
 #pragma omp barrier
 #pragma omp for schedule(dynamic, chunk)
@@ -434,26 +439,26 @@ static void pack_tokens(const struct attention *p, const float *qkv, int64_t tok
     const int64_t blocks = p->channels / DEPTH;
     for (int64_t block = 0; block < blocks; block++, k += 2 * SPAN, v += 2 * SPAN) {
         const float *keys = qkv + (blocks + block) * tokens * DEPTH, *values = keys + blocks * tokens * DEPTH;
-        __m512i r[PARTS][32], rows[PARTS][32], parts[PARTS];
+        __m512i r[BF16_TERMS][32], rows[BF16_TERMS][32], terms[BF16_TERMS];
         for (int64_t i = 0; i < 32; i++) {
             const int64_t token = 32 * group + i;
             const __m512 zero = _mm512_setzero_ps();
             const float *key = keys + token * DEPTH, *value = values + token * DEPTH;
             const int none = token >= tokens;
-            part(none ? zero : _mm512_loadu_ps(key), none ? zero : _mm512_loadu_ps(key + 16), parts);
-            for (int j = 0; j < PARTS; j++)
-                r[j][i] = parts[j];
-            part(none ? zero : _mm512_loadu_ps(value), none ? zero : _mm512_loadu_ps(value + 16), parts);
-            for (int j = 0; j < PARTS; j++)
-                rows[j][i] = parts[j];
+            split_bf16(none ? zero : _mm512_loadu_ps(key), none ? zero : _mm512_loadu_ps(key + 16), terms);
+            for (int j = 0; j < BF16_TERMS; j++)
+                r[j][i] = terms[j];
+            split_bf16(none ? zero : _mm512_loadu_ps(value), none ? zero : _mm512_loadu_ps(value + 16), terms);
+            for (int j = 0; j < BF16_TERMS; j++)
+                rows[j][i] = terms[j];
         }
-        for (int j = 0; j < PARTS; j++)
+        for (int j = 0; j < BF16_TERMS; j++)
             for (int half = 0; half < 2; half++) {
-                transpose(r[j] + 16 * half);
+                transpose_16x16(r[j] + 16 * half);
                 for (int i = 0; i < 16; i++) {
                     _mm512_store_si512(k + half * SPAN + j * TILE + 32 * i, r[j][16 * half + i]);
                     _mm512_store_si512(v + half * SPAN + j * TILE + 32 * i,
-                                       interleaved(rows[j][2 * i], rows[j][2 * i + 1], half));
+                                       interleave(rows[j][2 * i], rows[j][2 * i + 1], half));
                 }
             }
     }
@@ -467,7 +472,8 @@ static void attend(const struct attention *p, const float *qkv, const bf16 *k, c
     const int64_t queries = tokens - first < 32 ? tokens - first : 32;
     const __m512 scale = _mm512_set1_ps((float)p->scale);
     bf16 q[2 * blocks * SPAN] __attribute__((aligned(64))), weights[2 * groups * SPAN] __attribute__((aligned(64)));
-    float scores[32 * stride] __attribute__((aligned(64))), sums[2 * TILE] __attribute__((aligned(64))), each[32];
+    float scores[32 * stride] __attribute__((aligned(64))), sums[2 * TILE] __attribute__((aligned(64))),
+        inverse_sums[32];
     for (int64_t i = 0; i < queries; i++)
         for (int64_t block = 0; block < blocks; block++) {
             const float *from = qkv + (block * tokens + first + i) * DEPTH;
@@ -476,15 +482,15 @@ static void attend(const struct attention *p, const float *qkv, const bf16 *k, c
                       _mm512_mul_ps(scale, _mm512_loadu_ps(from + 16)));
         }
     for (int64_t group = 0; group < groups; group++) {
-        clear(4);
+        clear_sums(4);
         for (int64_t block = 0; block < blocks; block++, k += 2 * SPAN)
             accumulate(q + block * SPAN, q + (blocks + block) * SPAN, k, 1, 64, TILE);
         store_sums(scores + 32 * group, stride, 1);
     }
     for (int64_t i = 0; i < queries; i++)
-        each[i] = weigh(scores + i * stride, tokens, weights + i / 16 * groups * SPAN + i % 16 * DEPTH);
+        inverse_sums[i] = softmax_row(scores + i * stride, tokens, weights + i / 16 * groups * SPAN + i % 16 * DEPTH);
     for (int64_t block = 0; block < blocks; block++) {
-        clear(4);
+        clear_sums(4);
         for (int64_t group = 0; group < groups; group++)
             accumulate(weights + group * SPAN, weights + (groups + group) * SPAN,
                        v + (group * blocks + block) * 2 * SPAN, 1, 64, TILE);
@@ -493,7 +499,7 @@ static void attend(const struct attention *p, const float *qkv, const bf16 *k, c
             for (int j = 0; j < 2; j++) {
                 const __m512 y = _mm512_loadu_ps(sums + i * DEPTH + 16 * j);
                 _mm512_storeu_ps(out + (block * tokens + first + i) * DEPTH + 16 * j,
-                                 _mm512_mul_ps(y, _mm512_set1_ps(each[i])));
+                                 _mm512_mul_ps(y, _mm512_set1_ps(inverse_sums[i])));
             }
     }
 }
@@ -503,25 +509,25 @@ void car_attend(const struct attention *p)
 #pragma omp parallel num_threads(p->threads)
     {
         int64_t all = 0, begin, end;
-        configure();
+        configure_tiles();
         for (int64_t map = 0; map < p->maps; map++)
             all += (p->heights[map] * p->widths[map] + 31) / 32;
-        share_of(all, &begin, &end);
+        thread_range(all, &begin, &end);
         for (int attending = 0; attending < 2; attending++) {
             int64_t at = 0;
             for (int64_t map = 0; map < p->maps; map++) {
                 const int64_t tokens = p->heights[map] * p->widths[map], groups = (tokens + 31) / 32;
-                const int64_t earlier = before(p->heights, p->widths, map, 0) * p->channels;
+                const int64_t earlier = positions_before(p->heights, p->widths, map, 0) * p->channels;
                 const float *qkv = p->qkv + 3 * earlier;
-                const int64_t size = groups * 32 * p->channels * PARTS;
-                bf16 *k = p->right + 2 * at * 32 * p->channels * PARTS, *v = k + size;
+                const int64_t size = groups * 32 * p->channels * BF16_TERMS;
+                bf16 *k = p->right + 2 * at * 32 * p->channels * BF16_TERMS, *v = k + size;
                 for (int64_t group = 0; group < groups; group++, at++)
                     if (at >= begin && at < end) {
                         if (attending)
                             attend(p, qkv, k, v, tokens, 32 * group, p->out + earlier);
                         else
-                            pack_tokens(p, qkv, tokens, group, k + group * 32 * p->channels * PARTS,
-                                        v + group * 32 * p->channels * PARTS);
+                            pack_tokens(p, qkv, tokens, group, k + group * 32 * p->channels * BF16_TERMS,
+                                        v + group * 32 * p->channels * BF16_TERMS);
                     }
             }
 #pragma omp barrier

@@ -1,4 +1,4 @@
-"""Networks of convolutions in machine code for this CPU (`maps.c`): weights packed once, then map after map.
+"""Networks of convolutions in machine code for this CPU (`convnet.c`): weights packed once, then map after map.
 
 Shapes: C channels, padded to a multiple of 32, of a map of H × W positions: f32 [C/32, H, W, 32].
 """
@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from car_runtime.backends.amx.convolutions import Attend, Convolution, Convolve, Network, Norm
-from car_runtime.backends.amx.graph import Floats, UnknownGraph
-from car_runtime.backends.amx.memory import Memory, Product, Workspace, address, declare, parts_of
+from car_runtime.backends.amx.graph import Floats, UnsupportedGraphError
+from car_runtime.backends.amx.memory import Memory, PackedMatrix, Workspace, address, bf16_terms_of, declare
 
 Sizes = tuple[tuple[int, int], ...]
 """Height and width of each map that goes through at once."""
@@ -42,9 +42,9 @@ class _Moments(Structure):
 
 class _Convolution(Structure):
     _fields_ = [
-        ("product", Product),
-        *((name, c_int64) for name in ("channels", "down", "across", "near")),
-        *((name, c_int64) for name in ("top", "left", "stride", "spread", "row", "column")),
+        ("matrix", PackedMatrix),
+        *((name, c_int64) for name in ("channels", "down", "across", "blocks_per_chunk")),
+        *((name, c_int64) for name in ("top", "left", "stride", "out_stride", "row", "column")),
     ]
 
 
@@ -58,7 +58,7 @@ class _Pass(Structure):
         ("blocks_before", c_int64),
         ("left", c_void_p),
         ("convolution", POINTER(_Convolution)),
-        *((name, c_void_p) for name in ("residual", "out", "image", "onward")),
+        *((name, c_void_p) for name in ("residual", "out", "image", "next_left")),
         ("silu_after", c_int64),
         ("after", _Moments),
         ("first_block", c_int64),
@@ -84,26 +84,26 @@ class _Step:
     convolutions: tuple[_Convolution, ...]
 
 
-class Maps:
-    """A network, ready to run. Threads may run it at once, each with a `Room` of its own."""
+class Convnet:
+    """A network, ready to run. Threads may run it at once, each with a `ConvnetBuffers` of its own."""
 
     def __init__(self, library: Any, network: Network, threads: int) -> None:
-        """`library`: `build.load`. Weights are packed by `threads` threads. UnknownGraph if it can't be laid out."""
+        """Pack the weights on `threads` threads. Raises UnsupportedGraphError. `library`: `build.load`."""
         declare(library)
         library.car_convolve.argtypes, library.car_convolve.restype = [POINTER(_Pass)], c_int64
         library.car_attend.argtypes, library.car_attend.restype = [POINTER(_Attention)], None
         self.library, self.network, self.threads = library, network, threads
-        self.parts = parts_of(library)
+        self.bf16_terms = bf16_terms_of(library)
         self._keep: list[NDArray[Any]] = []
         thirds = {step.source for step in network.steps if isinstance(step, Attend)}
         others = {m for step in network.steps if isinstance(step, Convolve) for m in (step.source, step.residual)}
         if thirds & others:
-            raise UnknownGraph("queries, keys and values that are read as a map too")
+            raise UnsupportedGraphError("queries, keys and values that are read as a map too")
         self.sections = [3 if m in thirds else 1 for m in range(len(network.channels))]
         self.channels = [s * _padded(c // s) for c, s in zip(network.channels, self.sections, strict=True)]
         """Padded, of each map."""
-        self.onward = {m for m in range(1, len(network.channels)) if self._goes_onward(m)}
-        """Maps that are kept as the convolution multiplies them that alone reads them."""
+        self.kept_packed = {m for m in range(1, len(network.channels)) if self._is_kept_packed(m)}
+        """Convnet that are kept as the convolution multiplies them that alone reads them."""
         kernels = [one for step in network.steps if isinstance(step, Convolve) for one in step.convolutions]
         sizes = [_padded(k.kernel.shape[1]) * k.kernel[0, 0].size for k in kernels]  # or less, of pixels
         outputs = [
@@ -112,7 +112,7 @@ class Maps:
             if isinstance(step, Convolve)
             for _ in step.convolutions
         ]
-        self._weights = Memory(library, 2 * self.parts * int(np.dot(sizes, outputs)))
+        self._weights = Memory(library, 2 * self.bf16_terms * int(np.dot(sizes, outputs)))
         self._filled = 0
         self.steps = [self._step(step) for step in network.steps]
         self.network = replace(network, steps=tuple(step.what for step in self.steps))
@@ -128,7 +128,7 @@ class Maps:
         packed = tuple(replace(one, kernel=np.empty((0, 0, 0, 0), np.float32)) for one in step.convolutions)
         return _Step(replace(step, convolutions=packed), self._norm(step.norm), convolutions)
 
-    def _goes_onward(self, m: int) -> bool:
+    def _is_kept_packed(self, m: int) -> bool:
         readers = [step for step in self.network.steps if m in step.reads]
         makers = [step for step in self.network.steps if step.target == m]
         if len(readers) != 1 or not all(isinstance(step, Convolve) for step in (*readers, *makers)):
@@ -147,15 +147,15 @@ class Maps:
 
     def _convolution(self, given: Convolution, sections: int) -> _Convolution:
         _, inputs, down, across = given.kernel.shape
-        near = max(1, 16 // across)  # blocks of 32 channels, whose weights fit into the first cache or nearly do
-        matrix = packing_order(given.kernel, sections, near)
+        chunk = max(1, 16 // across)  # blocks of 32 channels, whose weights fit into the first cache or nearly do
+        matrix = packing_order(given.kernel, sections, chunk)
         bias = _sectioned(given.bias[:, None], sections)[:, 0]
         packed = self._weights.address + self._filled
         self.library.car_pack(address(matrix), *matrix.shape, packed, self.threads)
-        self._filled += 2 * self.parts * matrix.size
-        product = Product(w=packed, b=self._kept(bias), inputs=matrix.shape[1], outputs=len(matrix))
-        places = {name: getattr(given, name) for name in ("top", "left", "stride", "spread", "row", "column")}
-        return _Convolution(product, _padded(inputs), down, across, near, **places)
+        self._filled += 2 * self.bf16_terms * matrix.size
+        packed_matrix = PackedMatrix(w=packed, b=self._kept(bias), inputs=matrix.shape[1], outputs=len(matrix))
+        places = {name: getattr(given, name) for name in ("top", "left", "stride", "out_stride", "row", "column")}
+        return _Convolution(packed_matrix, _padded(inputs), down, across, chunk, **places)
 
     def _kept(self, values: Floats) -> int:
         array = np.array(values, np.float32)  # a copy: the file's pages are given back
@@ -163,33 +163,33 @@ class Maps:
         return address(array)
 
 
-def packing_order(kernel: Floats, sections: int, near: int) -> Floats:
-    """Kernels [outputs, inputs, down, across] as the matrix that `maps.c` multiplies with, channels padded.
+def packing_order(kernel: Floats, sections: int, chunk: int) -> Floats:
+    """Kernels [outputs, inputs, down, across] as the matrix that `convnet.c` multiplies with, channels padded.
 
-    [outputs, inputs/32/near · down · near · across · 32]; the outputs of each section are padded by themselves.
+    [outputs, inputs/32/chunk · down · chunk · across · 32]; the outputs of each section are padded by themselves.
     """
     outputs, inputs, down, across = kernel.shape
     kernel = _sectioned(kernel.reshape(outputs, -1), sections).reshape(-1, inputs, down, across)
     padded = np.zeros((len(kernel), _padded(inputs), down, across), np.float32)
     padded[:, :inputs] = kernel
     blocks = padded.reshape(len(kernel), -1, _DEPTH, down, across).transpose(0, 3, 1, 4, 2)
-    chunks = [blocks[:, :, i : i + near].reshape(len(kernel), -1) for i in range(0, blocks.shape[2], near)]
+    chunks = [blocks[:, :, i : i + chunk].reshape(len(kernel), -1) for i in range(0, blocks.shape[2], chunk)]
     return np.ascontiguousarray(np.concatenate(chunks, axis=1))
 
 
-class Room:
-    """Memory of one call after the other, laid out for maps of one set of sizes."""
+class ConvnetBuffers:
+    """Memory of one call after the other, laid out for feature maps of one set of sizes."""
 
-    def __init__(self, maps: Maps, sizes: Sizes) -> None:
-        self._maps, self._library, self._steps = maps, maps.library, maps.network.steps
-        self._workspace = Workspace(maps.library)
-        bytes_each = 3 if maps.network.pixels else 4 * maps.channels[0]
-        self._input = Memory(maps.library, bytes_each * _positions(sizes))
+    def __init__(self, convnet: Convnet, sizes: Sizes) -> None:
+        self._convnet, self._library, self._steps = convnet, convnet.library, convnet.network.steps
+        self._workspace = Workspace(convnet.library)
+        bytes_each = 3 if convnet.network.pixels else 4 * convnet.channels[0]
+        self._input = Memory(convnet.library, bytes_each * _positions(sizes))
         self._sizes = self._all_sizes(sizes)
         self._areas = {at: np.array(at, np.int64).T.copy() for at in self._sizes}
         for step in self._steps:
             if isinstance(step, Attend) and max(h * w for h, w in self._sizes[step.source]) > _ATTENDED:
-                raise UnknownGraph(f"attention over more than {_ATTENDED} positions")
+                raise UnsupportedGraphError(f"attention over more than {_ATTENDED} positions")
         self._lay_out()
 
     @property
@@ -199,7 +199,7 @@ class Room:
 
     def input(self, k: int) -> Floats:
         """Map `k` of those that go in, f32 [C/32, H, W, 32], to be filled; channels that pad are 0 and stay so."""
-        sizes, C = self._sizes[0], self._maps.channels[0]
+        sizes, C = self._sizes[0], self._convnet.channels[0]
         (H, W), start = sizes[k], 4 * C * _positions(sizes[:k])
         return self._view(self._input.address + start, (C // _DEPTH, H, W, _DEPTH))
 
@@ -213,7 +213,7 @@ class Room:
     def output(self, k: int) -> Floats:
         """Map `k` of those that came out."""
         last = self._steps[-1].target
-        sizes, C = self.sizes, self._maps.channels[last]
+        sizes, C = self.sizes, self._convnet.channels[last]
         (H, W), start = sizes[k], 4 * C * _positions(sizes[:k])
         return self._view(self._base + self._at[last] + start, (C // _DEPTH, H, W, _DEPTH))
 
@@ -223,19 +223,19 @@ class Room:
             expected = [(*size, 3) for size in self.sizes]
             if image.dtype != np.uint8 or not image.flags.c_contiguous or [one.shape for one in image] != expected:
                 raise ValueError(f"pixels {image.dtype} {image.shape} where {expected} come out")
-        self._base = int(self._workspace.room(self._bytes))
-        for i, step in enumerate(self._maps.steps):
+        self._base = int(self._workspace.reserve(self._bytes))
+        for i, step in enumerate(self._convnet.steps):
             if isinstance(step.what, Attend):
                 self._attend(step.what)
             else:
-                self._convolve(step.what, step, image if i + 1 == len(self._maps.steps) else None)
+                self._convolve(step.what, step, image if i + 1 == len(self._convnet.steps) else None)
 
     def _convolve(self, what: Convolve, step: _Step, image: NDArray[np.uint8] | None) -> None:
         call = self._pass(self._sizes[what.source])
         call.left = self._base + self._left
-        if what.source == 0 and self._maps.network.pixels:
+        if what.source == 0 and self._convnet.network.pixels:
             call.pixels = self._place(0)
-        elif what.source in self._maps.onward:
+        elif what.source in self._convnet.kept_packed:
             call.left = self._place(what.source)
         else:
             call.x = self._place(what.source)
@@ -245,8 +245,8 @@ class Room:
         call.after = self._moments(what.target)
         if image is not None:
             call.image = address(image)
-        elif what.target in self._maps.onward:
-            call.onward = self._place(what.target)
+        elif what.target in self._convnet.kept_packed:
+            call.next_left = self._place(what.target)
             call.silu_after = any(isinstance(s, Convolve) and s.source == what.target and s.silu for s in self._steps)
         else:
             call.out = self._place(what.target)
@@ -261,10 +261,10 @@ class Room:
             byref(
                 _Attention(
                     maps=len(heights),
-                    threads=self._maps.threads,
+                    threads=self._convnet.threads,
                     heights=address(heights),
                     widths=address(widths),
-                    channels=self._maps.channels[what.target],
+                    channels=self._convnet.channels[what.target],
                     scale=what.scale,
                     qkv=self._place(what.source),
                     out=self._place(what.target),
@@ -275,7 +275,9 @@ class Room:
 
     def _pass(self, sizes: Sizes) -> _Pass:
         heights, widths = self._areas[sizes]
-        return _Pass(maps=len(heights), threads=self._maps.threads, heights=address(heights), widths=address(widths))
+        return _Pass(
+            maps=len(heights), threads=self._convnet.threads, heights=address(heights), widths=address(widths)
+        )
 
     def _all_sizes(self, sizes: Sizes) -> list[Sizes]:
         """Of every map of the network."""
@@ -285,7 +287,7 @@ class Room:
             if isinstance(step, Convolve):
                 one = step.convolutions[0]
                 H_W = tuple(
-                    (((h - 1) // one.stride + 1) * one.spread, ((w - 1) // one.stride + 1) * one.spread)
+                    (((h - 1) // one.stride + 1) * one.out_stride, ((w - 1) // one.stride + 1) * one.out_stride)
                     for h, w in H_W
                 )
             found[step.target] = H_W
@@ -293,7 +295,7 @@ class Room:
 
     def _lay_out(self) -> None:
         """Where each map lies: memory is used again when a map has been read for the last time."""
-        steps, channels = self._steps, self._maps.channels
+        steps, channels = self._steps, self._convnet.channels
         last_read = {m: i for i, step in enumerate(steps) for m in step.reads}
         last_read[steps[-1].target] = len(steps)
         free: list[tuple[int, int]] = []
@@ -302,7 +304,7 @@ class Room:
         held: dict[int, tuple[int, int]] = {}
         for i, step in enumerate(steps):
             size = self._bytes_of(step.target)
-            fitting = sorted((room, at) for room, at in free if room >= size)
+            fitting = sorted((space, at) for space, at in free if space >= size)
             if fitting:
                 free.remove(fitting[0])
                 held[step.target] = fitting[0]
@@ -320,26 +322,26 @@ class Room:
         self._base = 0
 
     def _bytes_of(self, m: int) -> int:
-        sizes, C = self._sizes[m], self._maps.channels[m]
-        if m in self._maps.onward:
-            return _aligned(2 * self._maps.parts * _positions(sizes, 2) * C + _BEYOND)
+        sizes, C = self._sizes[m], self._convnet.channels[m]
+        if m in self._convnet.kept_packed:
+            return _aligned(2 * self._convnet.bf16_terms * _positions(sizes, 2) * C + _BEYOND)
         return _aligned(4 * _positions(sizes) * C)
 
     def _left_bytes(self, step: Convolve | Attend) -> int:
-        parts, sizes = self._maps.parts, self._sizes[step.source]
+        terms, sizes = self._convnet.bf16_terms, self._sizes[step.source]
         if isinstance(step, Attend):
             groups = sum((h * w + 31) // 32 for h, w in sizes)
-            return 2 * 2 * parts * groups * 32 * self._maps.channels[step.target]
-        if step.source in self._maps.onward:
+            return 2 * 2 * terms * groups * 32 * self._convnet.channels[step.target]
+        if step.source in self._convnet.kept_packed:
             return 0
-        return 2 * parts * _positions(sizes, 2) * self._maps.channels[step.source]
+        return 2 * terms * _positions(sizes, 2) * self._convnet.channels[step.source]
 
     def _count_blocks(self) -> dict[int, int]:
         """Of how many blocks a map that is normalised has moments; 0 of others."""
         steps = self._steps
         normalised = {s.source for s in steps if isinstance(s, Convolve) and s.norm is not None}
         if 0 in normalised or any(isinstance(s, Attend) and s.target in normalised for s in steps):
-            raise UnknownGraph("a norm of the input, or of what comes out of attention")
+            raise UnsupportedGraphError("a norm of the input, or of what comes out of attention")
         found = dict.fromkeys(range(len(self._sizes)), 0)
         for step in steps:
             if isinstance(step, Convolve) and step.target in normalised:

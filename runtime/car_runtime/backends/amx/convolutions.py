@@ -1,7 +1,7 @@
 """A plan's control encoder and decoder, understood: networks of convolutions, as a list of what to do one by one.
 
 Graphs are followed from their outputs back to their inputs. What comes out is what the graph computes; a graph that
-computes anything else is an `UnknownGraph`, and stays with another engine.
+computes anything else is an `UnsupportedGraphError`, and stays with another engine.
 
 Shapes: C channels of a map [C, H, W].
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from car_runtime.backends.amx.graph import Floats, Graph, UnknownGraph, floats, read_graph
+from car_runtime.backends.amx.graph import Floats, Graph, UnsupportedGraphError, floats, read_graph
 from car_runtime.backends.amx.onnx_file import Node
 
 
@@ -39,7 +39,7 @@ class Convolution:
     left: int
     """Where the first tap is: 0 at the neighbour above or to the left, 1 at the position itself."""
     stride: int = 1
-    spread: int = 1
+    out_stride: int = 1
     row: int = 0
     column: int = 0
 
@@ -84,7 +84,7 @@ class Attend:
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """What to do, one after the other. Maps are numbered; map 0 is the input, the last target the output."""
+    """What to do, one after the other. Convnet are numbered; map 0 is the input, the last target the output."""
 
     steps: tuple[Convolve | Attend, ...]
     channels: tuple[int, ...]
@@ -96,7 +96,7 @@ class Network:
 def read_decoder(file: Path, weights: Path, channels: int, side: int) -> Network:
     """The network of a plan's decoder.onnx: from `f_hat` [channels, side, side] to pixels, not yet rounded.
 
-    UnknownGraph if it is none, or rounds them in another way than (clip(y, −1, 1) + 1)·127.5.
+    UnsupportedGraphError if it is none, or rounds them in another way than (clip(y, −1, 1) + 1)·127.5.
     """
     return read_graph(file, weights, lambda graph: _decoder(graph, channels, side))
 
@@ -104,7 +104,7 @@ def read_decoder(file: Path, weights: Path, channels: int, side: int) -> Network
 def read_encoder(file: Path, weights: Path, sides: tuple[int, ...]) -> Network:
     """The network of a plan's control.onnx, from `control_k` [sides[k], sides[k], 3] − 1 … 1 to a scale's features.
 
-    UnknownGraph if it is none, or not the same one for all scales.
+    UnsupportedGraphError if it is none, or not the same one for all scales.
     """
     return read_graph(file, weights, lambda graph: _encoder(graph, sides))
 
@@ -118,34 +118,34 @@ def _decoder(graph: Graph, channels: int, side: int) -> Network:
     numbers = [graph.number(node.input[1]) for node in (most, least, shifted, scaled)]
     turned = graph.producer("image", "Transpose").attributes.get("perm") == [0, 2, 3, 1]
     if numbers != [-1, 1, 1, 127.5] or cast.attributes.get("to") != 2 or not turned:
-        raise UnknownGraph(f"pixels are rounded otherwise, by {numbers}")
+        raise UnsupportedGraphError(f"pixels are rounded otherwise, by {numbers}")
     reader = _Reader(graph, "f_hat", channels, (side, side))
     if reader.channels[reader.map(most.input[0])] != 3:
-        raise UnknownGraph("the picture is not of three channels")
+        raise UnsupportedGraphError("the image is not of three channels")
     return reader.network()
 
 
 def _encoder(graph: Graph, sides: tuple[int, ...]) -> Network:
     joined = graph.producer("features", "Concat")
     if joined.attributes.get("axis") != 0 or len(joined.input) != len(sides):
-        raise UnknownGraph("features are not joined scale by scale")
+        raise UnsupportedGraphError("features are not joined scale by scale")
     networks = [
         _encoder_of(graph, k, side, name) for k, (side, name) in enumerate(zip(sides, joined.input, strict=True))
     ]
     first, *others = networks
     if any(names != first[1] or network.channels != first[0].channels for network, names in others):
-        raise UnknownGraph("scales have encoders of their own")
+        raise UnsupportedGraphError("scales have encoders of their own")
     return first[0]
 
 
 def _encoder_of(graph: Graph, k: int, side: int, features: str) -> tuple[Network, list[object]]:
-    """The network of one scale, and all that tells it from another one's."""
+    """The network of one scale, and all that distinguishes it from another one's."""
     centred = graph.follow("Unsqueeze", graph.follow("Transpose", f"control_{k}", perm=[2, 0, 1]), None)
     shares = graph.reader("Div", graph.follow("Cast", centred, to=1), None)
     doubled = graph.reader("Mul", shares.output[0], None)
     pixels = graph.reader("Sub", doubled.output[0], None)
     if [graph.number(node.input[1]) for node in (shares, doubled, pixels)] != [255, 2, 1]:
-        raise UnknownGraph(f"control_{k} is not spread from −1 to 1")
+        raise UnsupportedGraphError(f"control_{k} is not spread from −1 to 1")
     reader = _Reader(graph, pixels.output[0], 3, (side, side))
     first = graph.producer(features, "Gather")
     turned = graph.producer(first.input[0], "Transpose")
@@ -154,12 +154,12 @@ def _encoder_of(graph: Graph, k: int, side: int, features: str) -> tuple[Network
     shape = graph.constant(flat.input[1]).tolist()
     axis, perm = first.attributes.get("axis"), turned.attributes.get("perm")
     if shape != [1, C, H * W] or (axis, perm) != (0, [0, 2, 1]) or graph.number(first.input[1]) != 0:
-        raise UnknownGraph(f"{features} are not the encoder's tokens")
+        raise UnsupportedGraphError(f"{features} are not the encoder's tokens")
     network = reader.network()
     firsts = [step for step in network.steps if 0 in step.reads]
     if len(firsts) != 1 or not isinstance(firsts[0], Convolve) or not firsts[0].takes_pixels:
-        raise UnknownGraph(f"pixels of control_{k} go elsewhere than into a convolution of 3 × 3 taps")
-    return replace(network, pixels=True), reader.told
+        raise UnsupportedGraphError(f"pixels of control_{k} go elsewhere than into a convolution of 3 × 3 taps")
+    return replace(network, pixels=True), reader.signature
 
 
 @dataclass
@@ -170,7 +170,7 @@ class _Reader:
     size: tuple[int, int]
     channels: list[int] = field(init=False)
     sizes: list[tuple[int, int]] = field(init=False)
-    told: list[object] = field(default_factory=list)
+    signature: list[object] = field(default_factory=list)
     """All steps with the names of their constants."""
     _steps: list[Convolve | Attend] = field(default_factory=list)
     _made: dict[str, int] = field(default_factory=dict)
@@ -193,13 +193,13 @@ class _Reader:
                 "Reshape": self._attended,
             }
             if kind not in makers:
-                raise UnknownGraph(f"{name} is given by {kind or 'nothing'}")
+                raise UnsupportedGraphError(f"{name} is given by {kind or 'nothing'}")
             self._made[name] = makers[kind](name)
         return self._made[name]
 
     def _convolve(self, name: str, residual: str | None = None) -> int:
         node = self.graph.producer(name, "Conv")
-        source, norm, silu, told = self._input(node.input[0])
+        source, norm, silu, signature = self._input(node.input[0])
         convolution = self._convolution(node)
         _, _, down, across = convolution.kernel.shape
         stride, (H, W) = convolution.stride, self.sizes[source]
@@ -210,20 +210,20 @@ class _Reader:
             or stride not in (1, 2)
             or {down, across} - {1, 3}
         ):
-            raise UnknownGraph(f"{name}: {down} × {across} taps, in steps of {stride}, or other pads")
+            raise UnsupportedGraphError(f"{name}: {down} × {across} taps, in steps of {stride}, or other pads")
         convolution = replace(convolution, top=1 - down // 2, left=1 - across // 2)
         size = ((H - 1) // stride + 1, (W - 1) // stride + 1)
-        return self._step(source, (convolution,), norm, silu, residual, size, [told, node.input[1:], stride])
+        return self._step(source, (convolution,), norm, silu, residual, size, [signature, node.input[1:], stride])
 
     def _convolution(self, node: Node) -> Convolution:
         """Its constants and its stride."""
         plain = {"group": 1, "dilations": [1, 1], "auto_pad": b"NOTSET"}
         if len(node.input) != 3 or any(node.attributes.get(key) != value for key, value in plain.items()):
-            raise UnknownGraph(f"{node.output[0]}: a convolution of another kind")
+            raise UnsupportedGraphError(f"{node.output[0]}: a convolution of another kind")
         kernel, bias = (floats(self.graph.constant(name)) for name in node.input[1:])
         strides = node.attributes.get("strides")
         if kernel.ndim != 4 or bias.shape != kernel.shape[:1] or not isinstance(strides, list) or not strides:
-            raise UnknownGraph(f"{node.output[0]}: kernels {kernel.shape}, biases {bias.shape}")
+            raise UnsupportedGraphError(f"{node.output[0]}: kernels {kernel.shape}, biases {bias.shape}")
         return Convolution(kernel=kernel, bias=bias, top=0, left=0, stride=strides[0])
 
     def _step(
@@ -234,19 +234,19 @@ class _Reader:
         silu: bool,
         residual: str | None,
         size: tuple[int, int],
-        told: object,
+        signature: object,
     ) -> int:
         outputs, inputs = convolutions[0].kernel.shape[:2]
         if inputs != self.channels[source]:
-            raise UnknownGraph(f"kernels of {inputs} channels for a map of {self.channels[source]}")
+            raise UnsupportedGraphError(f"kernels of {inputs} channels for a map of {self.channels[source]}")
         other = None if residual is None else self.map(residual)
         if other is not None and (self.channels[other], self.sizes[other]) != (outputs, size):
-            raise UnknownGraph("a sum of maps of different sizes")
+            raise UnsupportedGraphError("a sum of maps of different sizes")
         target = self._new(outputs, size)
         self._steps.append(
             Convolve(source=source, target=target, convolutions=convolutions, norm=norm, silu=silu, residual=other)
         )
-        self.told.append((source, target, other, silu, told))
+        self.signature.append((source, target, other, silu, signature))
         return target
 
     def _new(self, channels: int, size: tuple[int, int]) -> int:
@@ -261,15 +261,15 @@ class _Reader:
             if self.graph.given_by(convolved) == "Conv" and len(self.graph.readers(convolved)) == 1:
                 self.map(other)
                 return self._convolve(convolved, other)
-        raise UnknownGraph(f"{name} is not the sum of a map and a convolution's")
+        raise UnsupportedGraphError(f"{name} is not the sum of a map and a convolution's")
 
     def _input(self, name: str) -> tuple[int, Norm | None, bool, object]:
-        """The map that a convolution reads, what is done with it before, and what tells that from others."""
+        """The map that a convolution reads, what is done with it before, and what distinguishes that from others."""
         graph, silu = self.graph, False
         if name not in self._made and graph.given_by(name) == "Mul":
             x, share = graph.producer(name, "Mul").input
             if graph.producer(share, "Sigmoid").input != (x,):
-                raise UnknownGraph(f"{name} is not x·sigmoid(x)")
+                raise UnsupportedGraphError(f"{name} is not x·sigmoid(x)")
             name, silu = x, True
         if graph.given_by(name) == "Add" and self._is_constant(graph.producer(name, "Add").input[1]):
             scaled, shift = graph.producer(name, "Add").input
@@ -278,7 +278,7 @@ class _Reader:
             source = self.map(x)
             weight, bias = (self._per_channel(constant, self.channels[source]) for constant in (scale, shift))
             if self.channels[source] % groups:
-                raise UnknownGraph(f"{groups} groups of {self.channels[source]} channels")
+                raise UnsupportedGraphError(f"{groups} groups of {self.channels[source]} channels")
             return source, Norm(weight=weight, bias=bias, groups=groups, eps=eps), silu, (scale, shift, groups, eps)
         return self.map(name), None, silu, None
 
@@ -293,10 +293,10 @@ class _Reader:
         one, zero = (graph.constant(constant) for constant in norm.input[1:])
         eps = norm.attributes.get("epsilon", 1e-5)
         if graph.producer(back.input[1], "Shape").input != (x,) or len(shape) != 3 or [shape[0], shape[2]] != [0, -1]:
-            raise UnknownGraph(f"{name} is not normalised in groups of channels")
+            raise UnsupportedGraphError(f"{name} is not normalised in groups of channels")
         count = int(shape[1])
         if count < 1 or one.shape != (count,) or (one != 1).any() or zero.any() or not isinstance(eps, float):
-            raise UnknownGraph(f"{name} is normalised with weights of its groups")
+            raise UnsupportedGraphError(f"{name} is normalised with weights of its groups")
         return x, count, eps
 
     def _per_channel(self, name: str, channels: int) -> Floats:
@@ -305,11 +305,11 @@ class _Reader:
         if graph.given_by(name) == "Unsqueeze":
             name, axes = graph.producer(name, "Unsqueeze").input
             if graph.constant(axes).tolist() != [1, 2]:
-                raise UnknownGraph(f"{name} is not spread over a map")
+                raise UnsupportedGraphError(f"{name} is not spread over a map")
             shape = (channels,)
         values = floats(graph.constant(name))
         if values.shape != shape:
-            raise UnknownGraph(f"{name} is no number per channel")
+            raise UnsupportedGraphError(f"{name} is no number per channel")
         return values.reshape(channels)
 
     def _is_constant(self, name: str) -> bool:
@@ -321,10 +321,10 @@ class _Reader:
         node = graph.producer(name, "DepthToSpace")
         joined = graph.producer(node.input[0], "Concat")
         if (node.attributes.get("blocksize"), node.attributes.get("mode", b"DCR")) != (2, b"DCR"):
-            raise UnknownGraph(f"{name} is spread otherwise")
+            raise UnsupportedGraphError(f"{name} is spread otherwise")
         if joined.attributes.get("axis") != 1 or len(joined.input) != 4:
-            raise UnknownGraph(f"{name} is not of four parts")
-        convolutions, sources, told = list[Convolution](), set[str](), list[object]()
+            raise UnsupportedGraphError(f"{name} is not of four parts")
+        convolutions, sources, signature = list[Convolution](), set[str](), list[object]()
         for i, part in enumerate(joined.input):
             conv = graph.producer(part, "Conv")
             padded = graph.producer(conv.input[0], "Pad")
@@ -333,18 +333,18 @@ class _Reader:
             known = conv.attributes.get("pads") == [0] * 4 and conv.attributes.get("strides") == [1, 1]
             zeros = padded.attributes.get("mode", b"constant") == b"constant" and len(padded.input) == 2
             if pads != [0, 0, 1 - row, 1 - column, 0, 0, row, column] or not known or not zeros:
-                raise UnknownGraph(f"{part} is no quarter of a doubled map")
+                raise UnsupportedGraphError(f"{part} is no quarter of a doubled map")
             one = self._convolution(conv)
             if one.kernel.shape[2:] != (2, 2):
-                raise UnknownGraph(f"{part} has kernels {one.kernel.shape}")
-            convolutions.append(replace(one, top=row, left=column, spread=2, row=row, column=column))
+                raise UnsupportedGraphError(f"{part} has kernels {one.kernel.shape}")
+            convolutions.append(replace(one, top=row, left=column, out_stride=2, row=row, column=column))
             sources.add(padded.input[0])
-            told.append(conv.input[1:])
+            signature.append(conv.input[1:])
         if len(sources) != 1 or len({one.kernel.shape for one in convolutions}) != 1:
-            raise UnknownGraph(f"{name} is not of four parts of one map")
+            raise UnsupportedGraphError(f"{name} is not of four parts of one map")
         source = self.map(sources.pop())
         H, W = self.sizes[source]
-        return self._step(source, tuple(convolutions), None, False, None, (2 * H, 2 * W), told)
+        return self._step(source, tuple(convolutions), None, False, None, (2 * H, 2 * W), signature)
 
     def _attended(self, name: str) -> int:
         """Attention of one head over all positions."""
@@ -365,13 +365,13 @@ class _Reader:
         equal = split.attributes.get("axis") == 1 and (len(split.input) == 1 or self._thirds(split.input[1], C))
         shapes = [graph.constant(node.input[1]).tolist() for node in (flat, shaped)]
         if not known or not equal or self.channels[source] != 3 * C:
-            raise UnknownGraph(f"{name} is no attention of one head")
+            raise UnsupportedGraphError(f"{name} is no attention of one head")
         if shapes != [[0, 3 * C, H * W], [0, C, H, W]]:
-            raise UnknownGraph(f"{name}: a map of {H} × {W} in another shape")
+            raise UnsupportedGraphError(f"{name}: a map of {H} × {W} in another shape")
         target = self._new(C, (H, W))
         scale = graph.number(scaled.input[1])
         self._steps.append(Attend(source=source, target=target, scale=scale))
-        self.told.append((source, target, scale))
+        self.signature.append((source, target, scale))
         return target
 
     def _thirds(self, name: str, size: int) -> bool:

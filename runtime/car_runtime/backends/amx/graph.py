@@ -17,7 +17,7 @@ from car_runtime.backends.amx.onnx_file import Node
 Floats = NDArray[np.float32]
 
 
-class UnknownGraph(Exception):  # noqa: N818 - a finding, which a backend turns into its error
+class UnsupportedGraphError(Exception):
     """The graph isn't what was expected; says what was looked for."""
 
 
@@ -27,12 +27,12 @@ T = TypeVar("T")
 def read_graph(file: Path, weights: Path, understand: Callable[[Graph], T]) -> T:
     """What `understand` makes of a plan's graph; its large constants are mapped from the file `weights`, not read.
 
-    UnknownGraph if the file is broken.
+    UnsupportedGraphError if the file is broken.
     """
     try:
         return understand(Graph(*onnx_file.parse(file.read_bytes()), weights))
     except (ValueError, IndexError, ZeroDivisionError, RecursionError) as error:  # a broken file, or one made to be
-        raise UnknownGraph(f"{file.name} can't be read: {error}") from error
+        raise UnsupportedGraphError(f"{file.name} can't be read: {error}") from error
 
 
 class Graph:
@@ -54,7 +54,9 @@ class Graph:
         found = [node for node in self._readers[inputs[at] or ""] if node.op_type == kind]
         found = [node for node in found if _takes(node, inputs) and _has(node, wanted)]
         if len(found) != 1:
-            raise UnknownGraph(f"{len(found)} nodes {kind} of {', '.join(name or 'anything' for name in inputs)}")
+            raise UnsupportedGraphError(
+                f"{len(found)} nodes {kind} of {', '.join(name or 'anything' for name in inputs)}"
+            )
         return found[0]
 
     def follow(self, kind: str, *inputs: str | None, **wanted: Any) -> str:
@@ -74,7 +76,7 @@ class Graph:
         """The node that gives this, of one of these kinds."""
         node = self._producers.get(name)
         if node is None or node.op_type not in kinds:
-            raise UnknownGraph(f"{name} is not given by {' or '.join(kinds)}")
+            raise UnsupportedGraphError(f"{name} is not given by {' or '.join(kinds)}")
         return node
 
     def constant(self, name: str) -> NDArray[Any]:
@@ -87,14 +89,14 @@ class Graph:
             return turned
         tensor = self._tensors.get(name)
         if tensor is None or tensor.data_type not in onnx_file.TYPES:
-            raise UnknownGraph(f"{name} is no constant of numbers")
+            raise UnsupportedGraphError(f"{name} is no constant of numbers")
         dtype, shape = onnx_file.TYPES[tensor.data_type], tensor.dims
         if not tensor.external:
             return tensor.values()
         offset, size = int(tensor.external.get("offset", 0)), math.prod(shape) * dtype.itemsize
         inside = offset >= 0 and 0 < size <= self._weights.stat().st_size - offset and all(dim > 0 for dim in shape)
         if tensor.external.get("location") != self._weights.name or not inside:
-            raise UnknownGraph(f"{name} is not in {self._weights.name}")
+            raise UnsupportedGraphError(f"{name} is not in {self._weights.name}")
         mapped: NDArray[Any] = np.memmap(self._weights, dtype, "r", offset, shape)
         return mapped
 
@@ -102,7 +104,7 @@ class Graph:
         """A constant that is one number."""
         value = self.constant(name)
         if value.size != 1:
-            raise UnknownGraph(f"{name} is not one number")
+            raise UnsupportedGraphError(f"{name} is not one number")
         return float(value.reshape(()))
 
 

@@ -2,7 +2,7 @@
 
 The graph is followed from its inputs to `logits`, node by node, as a VAR transformer with or without a control branch
 would have it. So what comes out is what the graph computes, whatever its constants are called; a graph that computes
-anything else is an `UnknownGraph`.
+anything else is an `UnsupportedGraphError`.
 
 Shapes: C width, H heads, V codes, D blocks of the base.
 """
@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from car_runtime.backends.amx.graph import Floats, Graph, UnknownGraph, floats, read_graph
+from car_runtime.backends.amx.graph import Floats, Graph, UnsupportedGraphError, floats, read_graph
 from car_runtime.backends.amx.onnx_file import Node
 
 
 @dataclass(frozen=True, kw_only=True)
-class Product:
+class Linear:
     """y = x·Wᵀ + b."""
 
     matrix: Floats
@@ -32,10 +32,10 @@ class Product:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    qkv: Product
-    proj: Product
-    fc1: Product
-    fc2: Product
+    qkv: Linear
+    proj: Linear
+    fc1: Linear
+    fc2: Linear
     temperature: Floats
     """[H], what unit-length queries are multiplied with."""
     modulation: int
@@ -51,7 +51,7 @@ class Fusion:
     weight: Floats
     bias: Floats
     """[2C], of the norm."""
-    linear: Product
+    linear: Linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,20 +60,20 @@ class Transformer:
     heads: int
     eps: float
     base: list[Block]
-    head: Product
+    head: Linear
     modulation_rows: int
     branch: list[Block]
     """Empty without control."""
     fusions: list[Fusion]
     """Before the last blocks of the base, as many as the branch has."""
-    inject: Product | None
+    inject: Linear | None
     """The branch's 3×3 convolution as a product of nine neighbours, row after row: [C, 9C]."""
 
 
 def read_step(file: Path, weights: Path) -> Transformer:
     """The transformer of a plan's `step.onnx`; its large constants are mapped from the file `weights`, not read.
 
-    UnknownGraph if it is none. Shapes are checked: all fit each other.
+    UnsupportedGraphError if it is none. Shapes are checked: all fit each other.
     """
     return read_graph(file, weights, lambda graph: _Reader(graph).transformer())
 
@@ -102,14 +102,14 @@ class _Reader:
             block, x = self._block(x, 6 * i)
             base.append(block)
         h = self._modulated(x, len(self._rows) - 2, len(self._rows) - 1)
-        head, logits = self._product(h, None, self._width)
+        head, logits = self._linear(h, None, self._width)
         self._guided(graph.follow("Transpose", logits, perm=[1, 0, 2]))
         if len(self._eps) != 1:
-            raise UnknownGraph(f"norms with different eps, {self._eps}")
+            raise UnsupportedGraphError(f"norms with different eps, {self._eps}")
         if len({len(block.fc1.matrix) for block in [*base, *branch]}) != 1:
-            raise UnknownGraph("MLPs of different widths")
+            raise UnsupportedGraphError("MLPs of different widths")
         if sorted(block.layer for block in [*base, *branch]) != list(range(len(base) + len(branch))):
-            raise UnknownGraph("keys and values of a layer twice")
+            raise UnsupportedGraphError("keys and values of a layer twice")
         return Transformer(
             width=self._width,
             heads=self._heads,
@@ -122,12 +122,12 @@ class _Reader:
             inject=inject,
         )
 
-    def _branch(self) -> tuple[Product | None, list[Block], list[str]]:
+    def _branch(self) -> tuple[Linear | None, list[Block], list[str]]:
         """The control branch, and what each of its blocks gives."""
         graph = self._graph
         try:
             features = graph.follow("Reshape", "control", None)
-        except UnknownGraph:
+        except UnsupportedGraphError:
             return None, [], []
         maps = graph.follow("Transpose", "x", perm=[0, 3, 1, 2])
         conv = graph.reader(
@@ -136,7 +136,7 @@ class _Reader:
         kernel, bias = (graph.constant(name) for name in conv.input[1:])
         C = self._width = len(kernel)
         if (kernel.shape, bias.shape) != ((C, C, 3, 3), (C,)):
-            raise UnknownGraph(f"the branch's convolution has kernels {kernel.shape}")
+            raise UnsupportedGraphError(f"the branch's convolution has kernels {kernel.shape}")
         tokens = graph.follow("Transpose", graph.follow("Reshape", conv.output[0], None), perm=[0, 2, 1])
         c = self._sum(self._sum(tokens, features), self._position)
         c = graph.follow("Transpose", c, perm=[1, 0, 2])
@@ -149,38 +149,38 @@ class _Reader:
             block, c = self._block(c, 6 * (blocks_in_all - blocks_in_all // 3 + j))
             blocks.append(block)
             states.append(c)
-        return Product(matrix=matrix, bias=floats(bias)), blocks, states
+        return Linear(matrix=matrix, bias=floats(bias)), blocks, states
 
     def _block(self, x: str, row: int) -> tuple[Block, str]:
         gamma1, gamma2, scale1, scale2, shift1, shift2 = range(row, row + 6)
         qkv, temperature, layer, h = self._attention(self._modulated(x, scale1, shift1))
-        proj, h = self._product(h, self._width, self._width)
+        proj, h = self._linear(h, self._width, self._width)
         x = self._sum(x, self._times(h, self._rows[gamma1]))
-        fc1, h = self._product(self._modulated(x, scale2, shift2), None, self._width)
-        fc2, h = self._product(self._graph.follow("Gelu", h, approximate=b"tanh"), self._width, len(fc1.matrix))
+        fc1, h = self._linear(self._modulated(x, scale2, shift2), None, self._width)
+        fc2, h = self._linear(self._graph.follow("Gelu", h, approximate=b"tanh"), self._width, len(fc1.matrix))
         x = self._sum(x, self._times(h, self._rows[gamma2]))
         return Block(qkv=qkv, proj=proj, fc1=fc1, fc2=fc2, temperature=temperature, modulation=row, layer=layer), x
 
-    def _attention(self, h: str) -> tuple[Product, Floats, int, str]:
+    def _attention(self, h: str) -> tuple[Linear, Floats, int, str]:
         graph = self._graph
         product = graph.reader("MatMul", h, None)
         matrix = graph.constant(product.input[1]).T
         C = self._width = self._width or matrix.shape[-1]
         split = graph.reader("Split", product.output[0], axis=2)
         if matrix.shape != (3 * C, C) or len(split.output) != 3:
-            raise UnknownGraph(f"queries, keys and values by a matrix {matrix.shape}")
+            raise UnsupportedGraphError(f"queries, keys and values by a matrix {matrix.shape}")
         q, k, v = split.output
         q, q_bias = self._plus_constant(q)
         scaled = graph.reader("Mul", self._unit(q), None)
         temperature = floats(graph.constant(scaled.input[1])).reshape(-1)
         self._heads = self._heads or len(temperature)
         if len(temperature) != self._heads or C / self._heads not in (32, 64):
-            raise UnknownGraph(f"{len(temperature)} heads of {C} channels; a head has to have 32 or 64")
+            raise UnsupportedGraphError(f"{len(temperature)} heads of {C} channels; a head has to have 32 or 64")
         v, v_bias = self._plus_constant(v)
         new_k, new_v = self._unit(k), graph.follow("Reshape", v, None)
         layer = _layer(new_k, "new_k_")
         if _layer(new_v, "new_v_") != layer:
-            raise UnknownGraph(f"{new_k} beside {new_v}")
+            raise UnsupportedGraphError(f"{new_k} with {new_v}")
         q, k, v = (
             graph.follow("Reshape", one, None)
             for one in (scaled.output[0], self._with_past(new_k), self._with_past(new_v))
@@ -192,9 +192,9 @@ class _Reader:
         out = graph.follow("MatMul", weights, graph.follow("Transpose", v, perm=[1, 0, 2]))
         out = graph.follow("Reshape", graph.follow("Transpose", out, perm=[1, 0, 2]), None)
         if (q_bias.shape, v_bias.shape) != ((C,), (C,)):
-            raise UnknownGraph(f"biases {q_bias.shape} and {v_bias.shape} of queries and values")
+            raise UnsupportedGraphError(f"biases {q_bias.shape} and {v_bias.shape} of queries and values")
         bias = np.concatenate([floats(q_bias), floats(v_bias)])
-        return Product(matrix=matrix, bias=bias), temperature, layer, out
+        return Linear(matrix=matrix, bias=bias), temperature, layer, out
 
     def _unit(self, x: str) -> str:
         """x of each head ÷ its length."""
@@ -203,7 +203,7 @@ class _Reader:
         length = graph.reader("ReduceL2", heads, None, keepdims=1)
         clamped = graph.reader("Clip", length.output[0], None)
         if graph.constant(length.input[1]).tolist() != [-1] or not np.isclose(graph.number(clamped.input[1]), 1e-12):
-            raise UnknownGraph(f"{length.output[0]} is not the length that is divided by")
+            raise UnsupportedGraphError(f"{length.output[0]} is not the length that is divided by")
         return graph.follow("Div", heads, clamped.output[0])
 
     def _with_past(self, new: str) -> str:
@@ -214,9 +214,9 @@ class _Reader:
         norm = graph.reader("LayerNormalization", graph.follow("Concat", x, c, axis=-1), None, None, axis=-1)
         self._eps.add(self._epsilon(norm))
         weight, bias = (floats(graph.constant(name)) for name in norm.input[1:])
-        linear, x = self._product(norm.output[0], self._width, 2 * self._width)
+        linear, x = self._linear(norm.output[0], self._width, 2 * self._width)
         if (weight.shape, bias.shape) != ((2 * self._width,), (2 * self._width,)):
-            raise UnknownGraph(f"a fusion's norm has weights {weight.shape}")
+            raise UnsupportedGraphError(f"a fusion's norm has weights {weight.shape}")
         return Fusion(weight=weight, bias=bias, linear=linear), x
 
     def _modulated(self, x: str, scale: int, shift: int) -> str:
@@ -225,21 +225,23 @@ class _Reader:
         norm = graph.reader("LayerNormalization", x, None, axis=-1)
         self._eps.add(self._epsilon(norm))
         if len(norm.input) > 2 or (graph.constant(norm.input[1]) != 1).any():
-            raise UnknownGraph(f"{norm.output[0]} has weights of its own")
+            raise UnsupportedGraphError(f"{norm.output[0]} has weights of its own")
         factor = graph.reader("Add", self._rows[scale], None)
         if graph.number(factor.input[1]) != 1:
-            raise UnknownGraph(f"{factor.output[0]} is not 1 + scale")
+            raise UnsupportedGraphError(f"{factor.output[0]} is not 1 + scale")
         return self._sum(self._times(norm.output[0], factor.output[0]), self._rows[shift])
 
-    def _product(self, x: str, outputs: int | None, inputs: int) -> tuple[Product, str]:
+    def _linear(self, x: str, outputs: int | None, inputs: int) -> tuple[Linear, str]:
         """x·Wᵀ + b, of so many outputs (None: any number)."""
         graph = self._graph
         node = graph.reader("MatMul", x, None)
         matrix = graph.constant(node.input[1]).T
         y, bias = self._plus_constant(node.output[0])
         if matrix.shape != (outputs or len(matrix), inputs) or bias.shape != matrix.shape[:1]:
-            raise UnknownGraph(f"a matrix {matrix.shape} and a bias {bias.shape} where {inputs} inputs come in")
-        return Product(matrix=matrix, bias=floats(bias)), y
+            raise UnsupportedGraphError(
+                f"a matrix {matrix.shape} and a bias {bias.shape} where {inputs} inputs come in"
+            )
+        return Linear(matrix=matrix, bias=floats(bias)), y
 
     def _guided(self, logits: str) -> None:
         """(1 + t)·(the first rows) − t·(the last ones) are the graph's `logits`."""
@@ -253,7 +255,7 @@ class _Reader:
         rows = [graph.producer(name, "Slice") for name in names]
         known = graph.number(more.input[1]) == 1 and more.output[0] in with_.input and t in without.input
         if not known or [node.input[0] for node in rows] != [logits, logits] or self._first_row(rows[0]) != 0:
-            raise UnknownGraph("logits are not (1 + t)·conditional − t·unconditional")
+            raise UnsupportedGraphError("logits are not (1 + t)·conditional − t·unconditional")
 
     def _first_row(self, node: Node) -> int:
         return int(self._graph.constant(node.input[1]).item())
@@ -262,7 +264,7 @@ class _Reader:
     def _epsilon(norm: Node) -> float:
         value = norm.attributes.get("epsilon", 1e-5)
         if not isinstance(value, float):
-            raise UnknownGraph(f"{norm.output[0]} has an epsilon {value!r}")
+            raise UnsupportedGraphError(f"{norm.output[0]} has an epsilon {value!r}")
         return value
 
     def _plus_constant(self, x: str) -> tuple[str, NDArray[Any]]:
@@ -278,5 +280,5 @@ class _Reader:
 
 def _layer(name: str, prefix: str) -> int:
     if not name.startswith(prefix) or not name.removeprefix(prefix).isdecimal():
-        raise UnknownGraph(f"{name} is not the output {prefix}…")
+        raise UnsupportedGraphError(f"{name} is not the output {prefix}…")
     return int(name.removeprefix(prefix))

@@ -8,7 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 
-class Product(Structure):
+class PackedMatrix(Structure):
     """A packed matrix and its bias."""
 
     _fields_ = [("w", c_void_p), ("b", c_void_p), ("inputs", c_int64), ("outputs", c_int64)]
@@ -35,7 +35,7 @@ class Workspace:
         self._library = library
         self._memory: Memory | None = None
 
-    def room(self, size: int) -> int:
+    def reserve(self, size: int) -> int:
         """The address of so many bytes."""
         if self._memory is None or self._memory.size < size:
             self._memory = None
@@ -51,9 +51,9 @@ def declare(library: Any) -> None:
     library.car_pack.restype = None
 
 
-def parts_of(library: Any) -> int:
+def bf16_terms_of(library: Any) -> int:
     """How many of bfloat16 stand for a number."""
-    return c_int.in_dll(library, "car_parts").value
+    return c_int.in_dll(library, "car_bf16_terms").value
 
 
 def address(array: NDArray[Any]) -> int:

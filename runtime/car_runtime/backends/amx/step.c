@@ -2,72 +2,74 @@
  *
  * What it computes is what a plan's step graph says, node by node (car_runtime.backends.amx.match_transformer makes sure of that):
  * AdaLN blocks with attention on unit-length queries and keys (VAR, arXiv 2404.02905, section 3.3), the control branch
- * and its fusions (CAR, arXiv 2410.04671, section 3.2), the head, and guidance. Matrix products multiply bfloat16 and
+ * and its fusions (CAR, arXiv 2410.04671, section 3.2), the head, and guidance. Matrix products multiply bf16 and
  * add float32; norms, softmax, GELU, the residual stream and the logits are float32.
  *
- * With PARTS 2 a number that is multiplied is two of bfloat16, the nearest one and the nearest one to what is left: 17
- * bits, of float32's 24. Products are then three, x₁w₁ + x₁w₂ + x₂w₁, and keys and values are kept in float32.
+ * With BF16_TERMS 2 a factor is the sum of two bf16 values, the nearest one and the nearest one to the remainder: 17
+ * of float32's 24 bits. A product is then three of bf16, x₁w₁ + x₁w₂ + x₂w₁, and keys and values are kept in
+ * float32.
  *
  * Shapes: R rows, N tokens of this scale, P of the past, T = P + N, M = N·R with row m = n·R + r, C width, H heads of
- * width d = 32 or 64, V codes.
+ * width d = 32 or 64, V vocab.
  *
- * Tiles. AMX multiplies a tile of 16 rows × 32 bfloat16 by one of 16 pairs × 16 columns. Both operands lie in memory
+ * Tiles. AMX multiplies a tile of 16 rows × 32 bf16 values by one of 16 pairs × 16 columns. Both operands lie in memory
  * tile after tile, a kilobyte each, so that a tile is 16 neighbouring cache lines:
- *   left, M × K:    [K/256][M/16][8][PARTS][16 rows][32]         (made by whatever comes before a product)
- *   right, N × K:   [N/32][K/32][2][PARTS][16 pairs][16][2]      (a matrix [outputs, inputs], packed once)
+ *   left, M × K:    [K/256][M/16][8][BF16_TERMS][16 rows][32]         (made by whatever comes before a product)
+ *   right, N × K:   [N/32][K/32][2][BF16_TERMS][16 pairs][16][2]      (a matrix [outputs, inputs], packed once)
  *
  * A product's columns are shared out among the threads, 64 at a time. Weights come from memory once; what is multiplied
  * with them stays in the second cache, a megabyte of it at a time, and 32 columns of 256 inputs in the first.
  */
 #include "tiles.h"
 
-#if PARTS == 1
-typedef bf16 cached; /* of keys and values */
+#if BF16_TERMS == 1
+typedef bf16 kv_type; /* of keys and values */
 #else
-typedef float cached;
+typedef float kv_type;
 #endif
 
 enum {
-    PANEL = 64,    /* columns that a product makes at once, */
-    NEAR = 256,    /* of so many inputs at a time, */
-    BLOCK = 512,   /* and rows */
-    FAR = 1 << 20, /* bytes of a left operand that stay in the second cache */
+    PANEL = 64,         /* columns that a product makes at once, */
+    K_CHUNK = 256,      /* of so many inputs at a time, */
+    M_CHUNK = 512,      /* and rows */
+    L2_BYTES = 1 << 20, /* bytes of a left operand that stay in the second cache */
 };
 
 struct block {
-    struct product qkv, proj, fc1, fc2; /* qkv.b: C of q, then C of v */
-    const float *temperature;           /* [H] */
-    int64_t modulation, layer;          /* its first row of six; its keys and values */
+    struct packed_matrix qkv, proj, fc1, fc2; /* qkv.b: C of q, then C of v */
+    const float *temperature;                 /* [H] */
+    int64_t modulation, layer;                /* its first row of six; its keys and values */
 };
 
 struct fusion {
-    struct product linear;
+    struct packed_matrix linear;
     const float *weight, *bias; /* [2C] */
 };
 
 struct model {
-    int64_t width, heads, codes, depth, branch_depth, modulation_rows, threads;
+    int64_t width, heads, vocab, depth, branch_depth, modulation_rows, threads;
     double eps;
     const struct block *base, *branch;
     const struct fusion *fusions;
-    struct product inject, head; /* a 3×3 convolution as a product of nine neighbours; the head's modulation is last */
+    struct packed_matrix inject,
+        head; /* a 3×3 convolution as a product of nine neighbours; the head's modulation is last */
 };
 
 struct call {
     int64_t rows, images, side, past;
     const float *x, *modulation, *control, *position; /* [R,N,C], [R,rows,C], [N,C], [N,C] */
     double guidance;
-    const cached *const *past_k, *const *past_v; /* of each layer, [P,R,C] */
-    cached *const *new_k, *const *new_v;         /* [N,R,C] */
-    float *logits;                               /* [images,N,V] */
+    const kv_type *const *past_k, *const *past_v; /* of each layer, [P,R,C] */
+    kv_type *const *new_k, *const *new_v;         /* [N,R,C] */
+    float *logits;                                /* [images,N,V] */
     char *workspace;
 };
 
 /* ---- keys and values ------------------------------------------------------------------------------------------ */
 
-static inline void store_cached(cached *to, __m512 first, __m512 second)
+static inline void store_kv(kv_type *to, __m512 first, __m512 second)
 {
-#if PARTS == 1
+#if BF16_TERMS == 1
     _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(second, first));
 #else
     _mm512_storeu_ps(to, first);
@@ -75,14 +77,14 @@ static inline void store_cached(cached *to, __m512 first, __m512 second)
 #endif
 }
 
-/* 32 numbers of keys or values in parts; zeros from NULL */
-static inline void load_cached(const cached *from, __m512i parts[PARTS])
+/* 32 entries of keys or values as bf16 terms; zeros from NULL */
+static inline void load_kv(const kv_type *from, __m512i terms[BF16_TERMS])
 {
-#if PARTS == 1
-    parts[0] = from ? _mm512_loadu_si512(from) : _mm512_setzero_si512();
+#if BF16_TERMS == 1
+    terms[0] = from ? _mm512_loadu_si512(from) : _mm512_setzero_si512();
 #else
     const __m512 zero = _mm512_setzero_ps();
-    part(from ? _mm512_loadu_ps(from) : zero, from ? _mm512_loadu_ps(from + 16) : zero, parts);
+    split_bf16(from ? _mm512_loadu_ps(from) : zero, from ? _mm512_loadu_ps(from + 16) : zero, terms);
 #endif
 }
 
@@ -94,36 +96,37 @@ static inline __attribute__((always_inline)) void multiply(int rows, const bf16 
                                                            float *c, int first, const char *next, int64_t lines)
 {
     if (first) {
-        clear(rows / 8);
+        clear_sums(rows / 8);
     } else {
         load_sums(c, PANEL, rows == 32);
     }
     for (int64_t k = 0; k < steps; k++) {
         for (int64_t i = 0; i < lines; i++, next += 64)
             _mm_prefetch(next, _MM_HINT_T1);
-        accumulate(a + k * SPAN, a + (NEAR / DEPTH + k) * SPAN, b + 2 * k * SPAN, rows == 32, 64, TILE);
+        accumulate(a + k * SPAN, a + (K_CHUNK / DEPTH + k) * SPAN, b + 2 * k * SPAN, rows == 32, 64, TILE);
     }
     store_sums(c, PANEL, rows == 32);
 }
 
-/* What becomes of a product's sums. */
-enum finish { QKV, RESIDUAL, GELU, LINEAR, INJECT, LOGITS };
+/* What is done with a product's sums. */
+enum epilogue { QKV, RESIDUAL, GELU, LINEAR, INJECT, LOGITS };
 
 struct run { /* one call, as its threads see it */
     const struct model *model;
     const struct call *call;
     int64_t N, T, M, padded; /* padded: M up to a multiple of 16 */
-    int64_t deep;            /* tiles that a head is wide, d/32 */
-    float *x, *branch, *raw; /* residual streams [M,C]; the branch's of each of its blocks; logits of the rows [M,V] */
-    bf16 *left, *hidden;     /* left operands */
-    bf16 *q, *k, *v;         /* of each row and head: q left, kᵀ and v right operands */
-    char *private;           /* scratch, shared out among the threads */
-    size_t private_bytes;
+    int64_t head_tiles;      /* tiles that a head is wide, d/32 */
+    float *x, *branch,
+        *row_logits;     /* residual streams [M,C]; the branch's of each of its blocks; logits of the rows [M,V] */
+    bf16 *left, *hidden; /* left operands */
+    bf16 *q, *k, *v;     /* of each row and head: q left, kᵀ and v right operands */
+    char *scratch;       /* scratch, shared out among the threads */
+    size_t scratch_bytes;
 };
 
-struct task {
-    enum finish finish;
-    const struct product *product;
+struct gemm {
+    enum epilogue epilogue;
+    const struct packed_matrix *matrix;
     const struct block *block;
     float *x;
     const float *gamma; /* of row 0; the others are a modulation further on */
@@ -132,8 +135,8 @@ struct task {
 /* Row m of a left operand from column k on, 32 of them. */
 static inline bf16 *left_row(const struct run *s, bf16 *left, int64_t m, int64_t k)
 {
-    const int64_t group = k / NEAR * (s->padded / ROWS) + m / ROWS;
-    return left + (group * (NEAR / DEPTH) + k % NEAR / DEPTH) * SPAN + m % ROWS * DEPTH;
+    const int64_t group = k / K_CHUNK * (s->padded / ROWS) + m / ROWS;
+    return left + (group * (K_CHUNK / DEPTH) + k % K_CHUNK / DEPTH) * SPAN + m % ROWS * DEPTH;
 }
 
 static inline const float *modulation(const struct run *s, int64_t row, int64_t index)
@@ -142,24 +145,24 @@ static inline const float *modulation(const struct run *s, int64_t row, int64_t 
 }
 
 /* Where 32 columns from n on of row m go: as left operand, as keys and values, or into a stream of float32. */
-static inline void *destination(const struct run *s, const struct task *t, int64_t m, int64_t n)
+static inline void *destination(const struct run *s, const struct gemm *t, int64_t m, int64_t n)
 {
-    const int64_t C = s->model->width, R = s->call->rows, deep = s->deep;
-    if (t->finish == GELU)
+    const int64_t C = s->model->width, R = s->call->rows, head_tiles = s->head_tiles;
+    if (t->epilogue == GELU)
         return left_row(s, s->hidden, m, n);
-    if (t->finish == LOGITS)
-        return s->raw + m * t->product->outputs + n;
-    if (t->finish != QKV)
+    if (t->epilogue == LOGITS)
+        return s->row_logits + m * t->matrix->outputs + n;
+    if (t->epilogue != QKV)
         return t->x + m * C + n;
     if (n >= C)
         return (n < 2 * C ? s->call->new_k : s->call->new_v)[t->block->layer] + m * C + n % C;
     const int64_t token = m / R, groups = (s->N + 15) / 16, tile = n / DEPTH;
-    const int64_t pair = m % R * s->model->heads + tile / deep;
-    return s->q + ((pair * groups + token / 16) * deep + tile % deep) * SPAN + token % 16 * DEPTH;
+    const int64_t pair = m % R * s->model->heads + tile / head_tiles;
+    return s->q + ((pair * groups + token / 16) * head_tiles + tile % head_tiles) * SPAN + token % 16 * DEPTH;
 }
 
 /* y of 32 or 64 columns ÷ their length × factor */
-static inline void make_unit(__m512 *y, int64_t vectors, float factor)
+static inline void scale_to_length(__m512 *y, int64_t vectors, float factor)
 {
     __m512 square = _mm512_mul_ps(y[0], y[0]);
     for (int64_t j = 1; j < vectors; j++)
@@ -170,11 +173,12 @@ static inline void make_unit(__m512 *y, int64_t vectors, float factor)
 }
 
 /* 64 sums of each of `rows` rows from m on, columns from n on, are whole. */
-static void finish(const struct run *s, const struct task *t, const float *sums, int64_t m, int64_t rows, int64_t n)
+static void apply_epilogue(const struct run *s, const struct gemm *t, const float *sums, int64_t m, int64_t rows,
+                           int64_t n)
 {
-    const int64_t C = s->model->width, R = s->call->rows, stop = m + rows < s->M ? m + rows : s->M, part = n / C;
-    const int wide = t->finish != QKV && t->finish != GELU;
-    const float *bias = t->finish == QKV ? t->product->b + (part == 2 ? C : 0) + n % C : t->product->b + n;
+    const int64_t C = s->model->width, R = s->call->rows, stop = m + rows < s->M ? m + rows : s->M, third = n / C;
+    const int wide = t->epilogue != QKV && t->epilogue != GELU;
+    const float *bias = t->epilogue == QKV ? t->matrix->b + (third == 2 ? C : 0) + n % C : t->matrix->b + n;
     for (; m < stop; m++, sums += PANEL) {
         void *to[2];
         __m512 y[4];
@@ -182,34 +186,35 @@ static void finish(const struct run *s, const struct task *t, const float *sums,
             to[i] = destination(s, t, m, n + 32 * i);
         for (int j = 0; j < 4; j++)
             y[j] = _mm512_loadu_ps(sums + 16 * j);
-        if (t->finish != QKV || part != 1)
+        if (t->epilogue != QKV || third != 1)
             for (int j = 0; j < 4; j++)
                 y[j] = _mm512_add_ps(y[j], _mm512_loadu_ps(bias + 16 * j));
-        if (t->finish == QKV && part < 2)
-            for (int64_t j = 0; j < 4; j += 2 * s->deep)
-                make_unit(y + j, 2 * s->deep, part ? 1.0f : t->block->temperature[(n + 16 * j) / (DEPTH * s->deep)]);
-        if (t->finish == GELU)
+        if (t->epilogue == QKV && third < 2)
+            for (int64_t j = 0; j < 4; j += 2 * s->head_tiles)
+                scale_to_length(y + j, 2 * s->head_tiles,
+                                third ? 1.0f : t->block->temperature[(n + 16 * j) / (DEPTH * s->head_tiles)]);
+        if (t->epilogue == GELU)
             for (int j = 0; j < 4; j++) { /* ½y(1 + tanh u) = y ÷ (1 + exp(−2u)) */
                 const __m512 cube = _mm512_mul_ps(_mm512_mul_ps(y[j], y[j]), y[j]);
                 const __m512 u = _mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), y[j]);
-                const __m512 e = power(_mm512_mul_ps(u, _mm512_set1_ps(-2 * 0.79788456f * LOG2E)));
+                const __m512 e = exp2_ps(_mm512_mul_ps(u, _mm512_set1_ps(-2 * 0.79788456f * LOG2E)));
                 const __m512 below = _mm512_add_ps(e, _mm512_set1_ps(1.0f));
-                y[j] = PARTS == 1 ? _mm512_mul_ps(y[j], _mm512_rcp14_ps(below)) : _mm512_div_ps(y[j], below);
+                y[j] = BF16_TERMS == 1 ? _mm512_mul_ps(y[j], _mm512_rcp14_ps(below)) : _mm512_div_ps(y[j], below);
             }
         if (!wide) {
             for (int i = 0; i < 2; i++)
-                if (t->finish == QKV && part)
-                    store_cached(to[i], y[2 * i], y[2 * i + 1]);
+                if (t->epilogue == QKV && third)
+                    store_kv(to[i], y[2 * i], y[2 * i + 1]);
                 else
                     store_row(to[i], y[2 * i], y[2 * i + 1]);
             continue;
         }
         for (int j = 0; j < 4; j++) {
             float *at = (float *)to[j / 2] + j % 2 * 16;
-            if (t->finish == RESIDUAL) {
+            if (t->epilogue == RESIDUAL) {
                 const float *gamma = t->gamma + (m % R) * s->model->modulation_rows * C + n + 16 * j;
                 y[j] = _mm512_fmadd_ps(y[j], _mm512_loadu_ps(gamma), _mm512_loadu_ps(at));
-            } else if (t->finish == INJECT) {
+            } else if (t->epilogue == INJECT) {
                 const int64_t token = m / R * C + n + 16 * j;
                 y[j] = _mm512_add_ps(y[j], _mm512_loadu_ps(s->call->control + token));
                 y[j] = _mm512_add_ps(y[j], _mm512_loadu_ps(s->call->position + token));
@@ -223,9 +228,9 @@ static void finish(const struct run *s, const struct task *t, const float *sums,
 static inline int64_t columns_of(int64_t threads, int64_t panels) { return threads < panels ? threads : panels; }
 
 /* left [M, K]·Wᵀ, this thread's share of it, each sum finished. All of `left` must be there. */
-static void product(const struct run *s, const struct task *t, bf16 *left, float *sums)
+static void gemm(const struct run *s, const struct gemm *t, bf16 *left, float *sums)
 {
-    const struct product *p = t->product;
+    const struct packed_matrix *p = t->matrix;
     const int64_t tiles = p->inputs / DEPTH, panels = p->outputs / PANEL, half = tiles * 2 * SPAN;
     const int64_t threads = omp_get_num_threads(), id = omp_get_thread_num();
     const int64_t across = columns_of(threads, panels), down = threads / across;
@@ -235,24 +240,25 @@ static void product(const struct run *s, const struct task *t, bf16 *left, float
     const int64_t first_panel = panels * column / across, last_panel = panels * (column + 1) / across;
     const int64_t groups = s->padded / ROWS;
     const int64_t begin = groups * share / down * ROWS, end = groups * (share + 1) / down * ROWS;
-    for (int64_t m0 = begin; m0 < end; m0 += BLOCK) {
-        const int64_t rows = end - m0 < BLOCK ? end - m0 : BLOCK, blocks = (rows + 31) / 32;
-        /* A left operand of more than FAR bytes is multiplied in slices, whose sums wait in that cache too. */
-        const int whole = 2 * PARTS * rows * p->inputs <= FAR;
-        const int64_t slice = whole ? p->inputs : FAR / 2 / (2 * PARTS * rows) / NEAR * NEAR;
+    for (int64_t m0 = begin; m0 < end; m0 += M_CHUNK) {
+        const int64_t rows = end - m0 < M_CHUNK ? end - m0 : M_CHUNK, blocks = (rows + 31) / 32;
+        /* A left operand of more than L2_BYTES bytes is multiplied in slices, whose sums wait in that cache too. */
+        const int whole = 2 * BF16_TERMS * rows * p->inputs <= L2_BYTES;
+        const int64_t slice = whole ? p->inputs : L2_BYTES / 2 / (2 * BF16_TERMS * rows) / K_CHUNK * K_CHUNK;
         for (int64_t k0 = 0; k0 < p->inputs; k0 += slice) {
             const int64_t k1 = k0 + slice < p->inputs ? k0 + slice : p->inputs;
             for (int64_t panel = first_panel; panel < last_panel; panel++) {
                 float *c = sums + (whole ? 0 : (panel - first_panel) * rows * PANEL);
                 for (int64_t side = 0; side < 2; side++) {
                     const bf16 *right = p->w + (2 * panel + side) * half;
-                    for (int64_t k = k0; k < k1; k += NEAR) {
-                        const int64_t steps = (k1 - k < NEAR ? k1 - k : NEAR) / DEPTH;
+                    for (int64_t k = k0; k < k1; k += K_CHUNK) {
+                        const int64_t steps = (k1 - k < K_CHUNK ? k1 - k : K_CHUNK) / DEPTH;
                         const bf16 *b = right + k / DEPTH * 2 * SPAN;
                         /* what comes after it: further down, or the start of the slice 32 columns on */
-                        const bf16 *below = b + NEAR / DEPTH * 2 * SPAN, *beside = right + half + k0 / DEPTH * 2 * SPAN;
-                        const char *next = (const char *)(k + NEAR < k1 ? below : beside);
-                        const int64_t lines = (32 * PARTS + blocks - 1) / blocks;
+                        const bf16 *below = b + K_CHUNK / DEPTH * 2 * SPAN,
+                                   *next_side = right + half + k0 / DEPTH * 2 * SPAN;
+                        const char *next = (const char *)(k + K_CHUNK < k1 ? below : next_side);
+                        const int64_t lines = (32 * BF16_TERMS + blocks - 1) / blocks;
                         for (int64_t m = 0; m < rows; m += 32, next += lines * steps * 64) {
                             const bf16 *a = left_row(s, left, m0 + m, k);
                             float *at = c + m * PANEL + 32 * side;
@@ -264,7 +270,7 @@ static void product(const struct run *s, const struct task *t, bf16 *left, float
                     }
                 }
                 if (k1 == p->inputs)
-                    finish(s, t, c, m0, rows, panel * PANEL);
+                    apply_epilogue(s, t, c, m0, rows, panel * PANEL);
             }
         }
     }
@@ -272,30 +278,30 @@ static void product(const struct run *s, const struct task *t, bf16 *left, float
 
 /* ---- norms ------------------------------------------------------------------------------------------------------- */
 
-/* Mean and 1/σ of the n numbers at a and, with b, of the n there as well. */
+/* Mean and 1/σ of the n values at a and, with b, of the n there as well. */
 static inline void moments(const float *a, const float *b, int64_t n, double eps, __m512 *mean, __m512 *root)
 {
     __m512 sum = _mm512_setzero_ps(), square = _mm512_setzero_ps();
-    const float *parts[] = {a, b};
+    const float *inputs[] = {a, b};
     const int64_t count = b ? 2 * n : n;
     for (int p = 0; p < 2; p++)
-        for (int64_t i = 0; parts[p] && i < n; i += 16)
-            sum = _mm512_add_ps(sum, _mm512_loadu_ps(parts[p] + i));
+        for (int64_t i = 0; inputs[p] && i < n; i += 16)
+            sum = _mm512_add_ps(sum, _mm512_loadu_ps(inputs[p] + i));
     *mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / count);
     for (int p = 0; p < 2; p++)
-        for (int64_t i = 0; parts[p] && i < n; i += 16) {
-            const __m512 d = _mm512_sub_ps(_mm512_loadu_ps(parts[p] + i), *mean);
+        for (int64_t i = 0; inputs[p] && i < n; i += 16) {
+            const __m512 d = _mm512_sub_ps(_mm512_loadu_ps(inputs[p] + i), *mean);
             square = _mm512_fmadd_ps(d, d, square);
         }
     *root = _mm512_set1_ps((float)(1 / sqrt(_mm512_reduce_add_ps(square) / count + eps)));
 }
 
 /* left = LN(x)·(1 + scale) + shift */
-static void modulate(const struct run *s, const float *x, int64_t scale, int64_t shift)
+static void adaptive_norm(const struct run *s, const float *x, int64_t scale, int64_t shift)
 {
     const int64_t C = s->model->width, R = s->call->rows;
     int64_t m, end;
-    for (share_of(s->M, &m, &end); m < end; m++) {
+    for (thread_range(s->M, &m, &end); m < end; m++) {
         const float *from = x + m * C, *a = modulation(s, m % R, scale), *b = modulation(s, m % R, shift);
         __m512 mean, root, y[2];
         moments(from, NULL, C, s->model->eps, &mean, &root);
@@ -312,16 +318,16 @@ static void modulate(const struct run *s, const float *x, int64_t scale, int64_t
 }
 
 /* left = LN([x, c])·weight + bias */
-static void join(const struct run *s, const float *x, const float *c, const struct fusion *fusion)
+static void concat_norm(const struct run *s, const float *x, const float *c, const struct fusion *fusion)
 {
     const int64_t C = s->model->width;
     int64_t m, end;
-    for (share_of(s->M, &m, &end); m < end; m++) {
-        const float *parts[] = {x + m * C, c + m * C};
+    for (thread_range(s->M, &m, &end); m < end; m++) {
+        const float *inputs[] = {x + m * C, c + m * C};
         __m512 mean, root, y[2];
-        moments(parts[0], parts[1], C, s->model->eps, &mean, &root);
+        moments(inputs[0], inputs[1], C, s->model->eps, &mean, &root);
         for (int64_t i = 0; i < 2 * C; i += 32) {
-            const float *from = parts[i / C] + i % C;
+            const float *from = inputs[i / C] + i % C;
             for (int j = 0; j < 2; j++) {
                 y[j] = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(from + 16 * j), mean), root);
                 y[j] = _mm512_fmadd_ps(y[j], _mm512_loadu_ps(fusion->weight + i + 16 * j),
@@ -335,51 +341,51 @@ static void join(const struct run *s, const float *x, const float *c, const stru
 /* ---- attention --------------------------------------------------------------------------------------------------- */
 
 /* Keys and values of all tokens so far as right operands, 32 tokens at a time. Beyond the last they are zero. */
-static void gather(const struct run *s, const struct block *block)
+static void pack_kv(const struct run *s, const struct block *block)
 {
     const int64_t C = s->model->width, R = s->call->rows, H = s->model->heads, P = s->call->past;
     const int64_t groups = (s->T + 31) / 32;
     int64_t task, end;
-    for (share_of(groups * R, &task, &end); task < end; task++) {
+    for (thread_range(groups * R, &task, &end); task < end; task++) {
         const int64_t group = task / R, row = task % R;
-        const cached *keys[32], *values[32];
+        const kv_type *keys[32], *values[32];
         for (int64_t i = 0; i < 32; i++) {
             const int64_t token = 32 * group + i, at = ((token < P ? token : token - P) * R + row) * C;
             const int old = token < P, none = token >= s->T;
-            keys[i] = none ? NULL : (old ? s->call->past_k : (const cached *const *)s->call->new_k)[block->layer] + at;
+            keys[i] = none ? NULL : (old ? s->call->past_k : (const kv_type *const *)s->call->new_k)[block->layer] + at;
             values[i] =
-                none ? NULL : (old ? s->call->past_v : (const cached *const *)s->call->new_v)[block->layer] + at;
+                none ? NULL : (old ? s->call->past_v : (const kv_type *const *)s->call->new_v)[block->layer] + at;
         }
         for (int64_t head = 0; head < H; head++) {
-            bf16 *k = s->k + ((row * H + head) * groups + group) * 2 * s->deep * SPAN;
-            bf16 *v = s->v + ((row * H + head) * groups + group) * 2 * s->deep * SPAN;
-            const int64_t column = head * s->deep * DEPTH;
-            for (int64_t depth = 0; depth < s->deep; depth++)
+            bf16 *k = s->k + ((row * H + head) * groups + group) * 2 * s->head_tiles * SPAN;
+            bf16 *v = s->v + ((row * H + head) * groups + group) * 2 * s->head_tiles * SPAN;
+            const int64_t column = head * s->head_tiles * DEPTH;
+            for (int64_t depth = 0; depth < s->head_tiles; depth++)
                 for (int64_t half = 0; half < 2; half++) {
-                    __m512i r[PARTS][16], parts[PARTS];
+                    __m512i r[BF16_TERMS][16], terms[BF16_TERMS];
                     for (int i = 0; i < 16; i++) {
-                        const cached *from = keys[16 * half + i];
-                        load_cached(from ? from + column + depth * DEPTH : NULL, parts);
-                        for (int j = 0; j < PARTS; j++)
-                            r[j][i] = parts[j];
+                        const kv_type *from = keys[16 * half + i];
+                        load_kv(from ? from + column + depth * DEPTH : NULL, terms);
+                        for (int j = 0; j < BF16_TERMS; j++)
+                            r[j][i] = terms[j];
                     }
-                    for (int j = 0; j < PARTS; j++) {
-                        transpose(r[j]);
+                    for (int j = 0; j < BF16_TERMS; j++) {
+                        transpose_16x16(r[j]);
                         for (int i = 0; i < 16; i++)
                             _mm512_store_si512(k + (2 * depth + half) * SPAN + j * TILE + 32 * i, r[j][i]);
                     }
                 }
             for (int64_t pair = 0; pair < 16; pair++)
-                for (int64_t half = 0; half < s->deep; half++) {
-                    __m512i r[2][PARTS];
+                for (int64_t half = 0; half < s->head_tiles; half++) {
+                    __m512i r[2][BF16_TERMS];
                     for (int i = 0; i < 2; i++) {
-                        const cached *from = values[2 * pair + i];
-                        load_cached(from ? from + column + half * 32 : NULL, r[i]);
+                        const kv_type *from = values[2 * pair + i];
+                        load_kv(from ? from + column + half * 32 : NULL, r[i]);
                     }
-                    for (int j = 0; j < PARTS; j++) {
+                    for (int j = 0; j < BF16_TERMS; j++) {
                         bf16 *to = v + 2 * half * SPAN + j * TILE + 32 * pair;
-                        _mm512_store_si512(to, interleaved(r[0][j], r[1][j], 0));
-                        _mm512_store_si512(to + SPAN, interleaved(r[0][j], r[1][j], 1));
+                        _mm512_store_si512(to, interleave(r[0][j], r[1][j], 0));
+                        _mm512_store_si512(to + SPAN, interleave(r[0][j], r[1][j], 1));
                     }
                 }
         }
@@ -387,42 +393,42 @@ static void gather(const struct run *s, const struct block *block)
 }
 
 /* left = softmax(q·kᵀ)·v, 32 queries of one head at a time */
-static void attend(const struct run *s, char *private)
+static void attention(const struct run *s, char *scratch)
 {
-    const int64_t R = s->call->rows, H = s->model->heads, deep = s->deep;
+    const int64_t R = s->call->rows, H = s->model->heads, head_tiles = s->head_tiles;
     const int64_t groups = (s->T + 31) / 32, stride = groups * 32 + 16;
     const int64_t query_groups = (s->N + 15) / 16, blocks = (s->N + 31) / 32;
-    float *scores = (float *)private, *out = scores + 32 * stride;
+    float *scores = (float *)scratch, *out = scores + 32 * stride;
     bf16 *weights = (bf16 *)(out + 32 * PANEL);
     int64_t task, end;
-    for (share_of(R * H * blocks, &task, &end); task < end; task++) {
+    for (thread_range(R * H * blocks, &task, &end); task < end; task++) {
         const int64_t pair = task / blocks, first = task % blocks * 32, row = pair / H, head = pair % H;
         const int64_t queries = s->N - first < 32 ? s->N - first : 32, two = queries > 16;
-        const bf16 *q = s->q + (pair * query_groups + first / 16) * deep * SPAN;
-        const bf16 *k = s->k + pair * groups * 2 * deep * SPAN, *v = s->v + pair * groups * 2 * deep * SPAN;
-        float each[32];
-        for (int64_t g = 0; g < groups; g++, k += 2 * deep * SPAN) {
+        const bf16 *q = s->q + (pair * query_groups + first / 16) * head_tiles * SPAN;
+        const bf16 *k = s->k + pair * groups * 2 * head_tiles * SPAN, *v = s->v + pair * groups * 2 * head_tiles * SPAN;
+        float inverse_sums[32];
+        for (int64_t g = 0; g < groups; g++, k += 2 * head_tiles * SPAN) {
             float *to = scores + 32 * g;
-            clear(4);
-            for (int64_t depth = 0; depth < deep; depth++)
-                accumulate(q + depth * SPAN, q + (deep + depth) * SPAN, k + 2 * depth * SPAN, two, 64, TILE);
+            clear_sums(4);
+            for (int64_t depth = 0; depth < head_tiles; depth++)
+                accumulate(q + depth * SPAN, q + (head_tiles + depth) * SPAN, k + 2 * depth * SPAN, two, 64, TILE);
             store_sums(to, stride, two);
         }
         for (int64_t i = 0; i < queries; i++)
-            each[i] = weigh(scores + i * stride, s->T, weights + i / 16 * groups * SPAN + i % 16 * DEPTH);
-        for (int64_t half = 0; half < deep; half++) {
-            clear(4);
+            inverse_sums[i] = softmax_row(scores + i * stride, s->T, weights + i / 16 * groups * SPAN + i % 16 * DEPTH);
+        for (int64_t half = 0; half < head_tiles; half++) {
+            clear_sums(4);
             for (int64_t g = 0; g < groups; g++)
-                accumulate(weights + g * SPAN, weights + (groups + g) * SPAN, v + 2 * (deep * g + half) * SPAN, two, 64,
-                           TILE);
+                accumulate(weights + g * SPAN, weights + (groups + g) * SPAN, v + 2 * (head_tiles * g + half) * SPAN,
+                           two, 64, TILE);
             float *to = out + 32 * half;
             store_sums(to, PANEL, two);
         }
         for (int64_t i = 0; i < queries; i++) {
             const float *from = out + i * PANEL;
-            const __m512 factor = _mm512_set1_ps(each[i]);
-            for (int64_t half = 0; half < deep; half++, from += 32)
-                store_row(left_row(s, s->left, (first + i) * R + row, (head * deep + half) * DEPTH),
+            const __m512 factor = _mm512_set1_ps(inverse_sums[i]);
+            for (int64_t half = 0; half < head_tiles; half++, from += 32)
+                store_row(left_row(s, s->left, (first + i) * R + row, (head * head_tiles + half) * DEPTH),
                           _mm512_mul_ps(_mm512_loadu_ps(from), factor),
                           _mm512_mul_ps(_mm512_loadu_ps(from + 16), factor));
         }
@@ -431,40 +437,40 @@ static void attend(const struct run *s, char *private)
 
 /* ---- a step ------------------------------------------------------------------------------------------------------ */
 
-#define TOGETHER _Pragma("omp barrier")
+#define BARRIER _Pragma("omp barrier")
 
 /* x += γ1·attention(…), x += γ2·mlp(…); γ1, γ2, scale1, scale2, shift1, shift2 are a block's rows of modulation */
-static void transform(const struct run *s, const struct block *block, float *x, char *private)
+static void transformer_block(const struct run *s, const struct block *block, float *x, char *scratch)
 {
     const int64_t row = block->modulation;
-    const struct task qkv = {QKV, &block->qkv, block, NULL, NULL};
-    const struct task proj = {RESIDUAL, &block->proj, block, x, modulation(s, 0, row)};
-    const struct task fc1 = {GELU, &block->fc1, block, NULL, NULL};
-    const struct task fc2 = {RESIDUAL, &block->fc2, block, x, modulation(s, 0, row + 1)};
-    modulate(s, x, row + 2, row + 4);
-    TOGETHER
-    product(s, &qkv, s->left, (float *)private);
-    TOGETHER
-    gather(s, block);
-    TOGETHER
-    attend(s, private);
-    TOGETHER
-    product(s, &proj, s->left, (float *)private);
-    TOGETHER
-    modulate(s, x, row + 3, row + 5);
-    TOGETHER
-    product(s, &fc1, s->left, (float *)private);
-    TOGETHER
-    product(s, &fc2, s->hidden, (float *)private);
-    TOGETHER
+    const struct gemm qkv = {QKV, &block->qkv, block, NULL, NULL};
+    const struct gemm proj = {RESIDUAL, &block->proj, block, x, modulation(s, 0, row)};
+    const struct gemm fc1 = {GELU, &block->fc1, block, NULL, NULL};
+    const struct gemm fc2 = {RESIDUAL, &block->fc2, block, x, modulation(s, 0, row + 1)};
+    adaptive_norm(s, x, row + 2, row + 4);
+    BARRIER
+    gemm(s, &qkv, s->left, (float *)scratch);
+    BARRIER
+    pack_kv(s, block);
+    BARRIER
+    attention(s, scratch);
+    BARRIER
+    gemm(s, &proj, s->left, (float *)scratch);
+    BARRIER
+    adaptive_norm(s, x, row + 3, row + 5);
+    BARRIER
+    gemm(s, &fc1, s->left, (float *)scratch);
+    BARRIER
+    gemm(s, &fc2, s->hidden, (float *)scratch);
+    BARRIER
 }
 
 /* left = the 3 × 3 neighbours of every token of every row, zero outside; x of rows [R,N,C] */
-static void neighbours(const struct run *s)
+static void im2col(const struct run *s)
 {
     const int64_t C = s->model->width, R = s->call->rows, S = s->call->side;
     int64_t m, end;
-    for (share_of(s->M, &m, &end); m < end; m++) {
+    for (thread_range(s->M, &m, &end); m < end; m++) {
         const int64_t token = m / R, row = m % R;
         for (int64_t tap = 0; tap < 9; tap++) {
             const int64_t y = token / S + tap / 3 - 1, x = token % S + tap % 3 - 1;
@@ -482,14 +488,15 @@ static void neighbours(const struct run *s)
 }
 
 /* logits = (1 + t)·conditional − t·unconditional; without guidance both are the same row */
-static void guide(const struct run *s)
+static void apply_cfg(const struct run *s)
 {
-    const int64_t V = s->model->codes, R = s->call->rows, B = s->call->images, N = s->N;
+    const int64_t V = s->model->vocab, R = s->call->rows, B = s->call->images, N = s->N;
     const __m512 t = _mm512_set1_ps((float)s->call->guidance), more = _mm512_add_ps(t, _mm512_set1_ps(1.0f));
     int64_t task, end;
-    for (share_of(B * N, &task, &end); task < end; task++) {
+    for (thread_range(B * N, &task, &end); task < end; task++) {
         const int64_t image = task / N, token = task % N;
-        const float *with = s->raw + (token * R + image) * V, *without = s->raw + (token * R + R - B + image) * V;
+        const float *with = s->row_logits + (token * R + image) * V,
+                    *without = s->row_logits + (token * R + R - B + image) * V;
         float *to = s->call->logits + task * V;
         for (int64_t i = 0; i < V; i += 16) {
             const __m512 y = _mm512_mul_ps(t, _mm512_loadu_ps(without + i));
@@ -498,61 +505,61 @@ static void guide(const struct run *s)
     }
 }
 
-static void scale(const struct run *s)
+static void run_scale(const struct run *s)
 {
     const struct model *model = s->model;
     const int64_t C = model->width, R = s->call->rows, branch = model->branch_depth;
     /* The system may have given fewer threads than were wanted. */
-    char *private = s->private + s->private_bytes / 64 / omp_get_num_threads() * 64 * omp_get_thread_num();
-    float *sums = (float *)private;
+    char *scratch = s->scratch + s->scratch_bytes / 64 / omp_get_num_threads() * 64 * omp_get_thread_num();
+    float *sums = (float *)scratch;
     int64_t m, end;
-    configure();
-    for (share_of(s->M, &m, &end); m < end; m++) {
+    configure_tiles();
+    for (thread_range(s->M, &m, &end); m < end; m++) {
         const float *from = s->call->x + (m % R * s->N + m / R) * C, *position = s->call->position + m / R * C;
         for (int64_t i = 0; i < C; i += 16)
             _mm512_storeu_ps(s->x + m * C + i, _mm512_add_ps(_mm512_loadu_ps(from + i), _mm512_loadu_ps(position + i)));
     }
     if (branch) {
-        const struct task inject = {INJECT, &model->inject, NULL, s->branch, NULL};
-        neighbours(s);
-        TOGETHER
-        product(s, &inject, s->left, sums);
-        TOGETHER
+        const struct gemm inject = {INJECT, &model->inject, NULL, s->branch, NULL};
+        im2col(s);
+        BARRIER
+        gemm(s, &inject, s->left, sums);
+        BARRIER
     }
     for (int64_t i = 0; i < branch; i++) {
         float *c = s->branch + i * s->M * C;
         if (i) {
-            share_of(s->M, &m, &end);
+            thread_range(s->M, &m, &end);
             memcpy(c + m * C, c + m * C - s->M * C, (end - m) * C * sizeof(float));
-            TOGETHER
+            BARRIER
         }
-        transform(s, &model->branch[i], c, private);
+        transformer_block(s, &model->branch[i], c, scratch);
     }
     for (int64_t i = 0; i < model->depth; i++) {
         const int64_t j = i - (model->depth - branch);
         if (j >= 0) { /* the branch's last output first */
-            const struct task fuse = {LINEAR, &model->fusions[j].linear, NULL, s->x, NULL};
-            join(s, s->x, s->branch + (branch - 1 - j) * s->M * C, &model->fusions[j]);
-            TOGETHER
-            product(s, &fuse, s->left, sums);
-            TOGETHER
+            const struct gemm fuse = {LINEAR, &model->fusions[j].linear, NULL, s->x, NULL};
+            concat_norm(s, s->x, s->branch + (branch - 1 - j) * s->M * C, &model->fusions[j]);
+            BARRIER
+            gemm(s, &fuse, s->left, sums);
+            BARRIER
         }
-        transform(s, &model->base[i], s->x, private);
+        transformer_block(s, &model->base[i], s->x, scratch);
     }
-    const struct task head = {LOGITS, &model->head, NULL, NULL, NULL};
-    modulate(s, s->x, model->modulation_rows - 2, model->modulation_rows - 1);
-    TOGETHER
-    product(s, &head, s->left, sums);
-    TOGETHER
-    guide(s);
+    const struct gemm head = {LOGITS, &model->head, NULL, NULL, NULL};
+    adaptive_norm(s, s->x, model->modulation_rows - 2, model->modulation_rows - 1);
+    BARRIER
+    gemm(s, &head, s->left, sums);
+    BARRIER
+    apply_cfg(s);
     _tile_release();
 }
 
 static size_t aligned(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
 
-static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+static int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
 
-static int64_t whole(int64_t inputs) { return (inputs + NEAR - 1) / NEAR * NEAR; }
+static int64_t round_up(int64_t inputs) { return (inputs + K_CHUNK - 1) / K_CHUNK * K_CHUNK; }
 
 /* Lay out the workspace from `at` on, and say where it ends. */
 static size_t lay_out(struct run *s, char *at)
@@ -564,24 +571,24 @@ static size_t lay_out(struct run *s, char *at)
 #define TAKE(field, bytes) (s->field = (void *)at, at += aligned(bytes))
     TAKE(x, s->M * C * sizeof(float));
     TAKE(branch, model->branch_depth * s->M * C * sizeof(float));
-    TAKE(raw, s->M * model->codes * sizeof(float));
-    TAKE(left, s->padded * whole(most(inputs, 2 * C)) * PARTS * sizeof(bf16));
-    TAKE(hidden, s->padded * whole(model->base[0].fc1.outputs) * PARTS * sizeof(bf16));
-    TAKE(q, RH * ((s->N + 15) / 16) * s->deep * SPAN * sizeof(bf16));
-    TAKE(k, RH * groups * 2 * s->deep * SPAN * sizeof(bf16));
-    TAKE(v, RH * groups * 2 * s->deep * SPAN * sizeof(bf16));
-    const int64_t widest = most(most(3 * C, model->base[0].fc1.outputs), model->codes) / PANEL;
-    const int64_t rows = s->padded < BLOCK ? s->padded : BLOCK;
+    TAKE(row_logits, s->M * model->vocab * sizeof(float));
+    TAKE(left, s->padded * round_up(max_i64(inputs, 2 * C)) * BF16_TERMS * sizeof(bf16));
+    TAKE(hidden, s->padded * round_up(model->base[0].fc1.outputs) * BF16_TERMS * sizeof(bf16));
+    TAKE(q, RH * ((s->N + 15) / 16) * s->head_tiles * SPAN * sizeof(bf16));
+    TAKE(k, RH * groups * 2 * s->head_tiles * SPAN * sizeof(bf16));
+    TAKE(v, RH * groups * 2 * s->head_tiles * SPAN * sizeof(bf16));
+    const int64_t widest = max_i64(max_i64(3 * C, model->base[0].fc1.outputs), model->vocab) / PANEL;
+    const int64_t rows = s->padded < M_CHUNK ? s->padded : M_CHUNK;
     /* Shared out among fewer threads, each has the more columns. */
     const size_t sums = (widest + model->threads) * (rows + 16) * PANEL * sizeof(float);
     const size_t attention = 32 * (groups * 32 + 16 + PANEL) * sizeof(float) + 2 * groups * SPAN * sizeof(bf16);
-    s->private_bytes = sums + model->threads * (aligned(attention) + 64);
-    TAKE(private, s->private_bytes);
+    s->scratch_bytes = sums + model->threads * (aligned(attention) + 64);
+    TAKE(scratch, s->scratch_bytes);
 #undef TAKE
     return at - start;
 }
 
-static struct run prepare(const struct model *model, const struct call *call)
+static struct run make_run(const struct model *model, const struct call *call)
 {
     const int64_t N = call->side * call->side, M = N * call->rows;
     return (struct run){.model = model,
@@ -590,20 +597,20 @@ static struct run prepare(const struct model *model, const struct call *call)
                         .T = call->past + N,
                         .M = M,
                         .padded = (M + ROWS - 1) / ROWS * ROWS,
-                        .deep = model->width / model->heads / DEPTH};
+                        .head_tiles = model->width / model->heads / DEPTH};
 }
 
 /* Bytes of workspace that a call needs. */
 size_t car_workspace(const struct model *model, const struct call *call)
 {
-    struct run s = prepare(model, call);
+    struct run s = make_run(model, call);
     return lay_out(&s, (char *)0 + 64);
 }
 
 void car_scale(const struct model *model, const struct call *call)
 {
-    struct run s = prepare(model, call);
+    struct run s = make_run(model, call);
     lay_out(&s, call->workspace);
 #pragma omp parallel num_threads(model->threads)
-    scale(&s);
+    run_scale(&s);
 }

@@ -7,7 +7,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-const int car_parts = PARTS;
+const int car_bf16_terms = BF16_TERMS;
 
 enum { PAGE = 2 << 20 }; /* bytes of a huge page */
 
@@ -42,16 +42,16 @@ void car_pack(const float *matrix, int64_t outputs, int64_t inputs, bf16 *packed
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t n = 0; n < outputs; n += ROWS)
         for (int64_t k = 0; k < tiles; k++) {
-            __m512i r[PARTS][16], parts[PARTS];
+            __m512i r[BF16_TERMS][16], terms[BF16_TERMS];
             for (int i = 0; i < 16; i++) {
                 const float *from = matrix + (n + i) * inputs + k * DEPTH;
-                part(_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16), parts);
-                for (int j = 0; j < PARTS; j++)
-                    r[j][i] = parts[j];
+                split_bf16(_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16), terms);
+                for (int j = 0; j < BF16_TERMS; j++)
+                    r[j][i] = terms[j];
             }
             bf16 *to = packed + ((n / 32 * tiles + k) * 2 + n / 16 % 2) * SPAN;
-            for (int j = 0; j < PARTS; j++, to += TILE) {
-                transpose(r[j]);
+            for (int j = 0; j < BF16_TERMS; j++, to += TILE) {
+                transpose_16x16(r[j]);
                 for (int i = 0; i < 16; i++)
                     _mm512_store_si512(to + 32 * i, r[j][i]);
             }

@@ -1,6 +1,6 @@
 """A step's transformer in machine code for this CPU (`step.c`): weights packed once, then scale after scale.
 
-Shapes: R rows, N tokens of a scale, P of the past, C width, H heads, V codes, B pictures, S side of a scale.
+Shapes: R rows, N tokens of a scale, P of the past, C width, H heads, V codes, B images, S side of a scale.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from car_runtime.backends.amx import match_transformer as reader
-from car_runtime.backends.amx.graph import Floats, UnknownGraph
-from car_runtime.backends.amx.memory import Memory, Product, Workspace, address, declare, parts_of
+from car_runtime.backends.amx.graph import Floats, UnsupportedGraphError
+from car_runtime.backends.amx.match_transformer import Block, Fusion, Linear
+from car_runtime.backends.amx.match_transformer import Transformer as TransformerGraph
+from car_runtime.backends.amx.memory import Memory, PackedMatrix, Workspace, address, bf16_terms_of, declare
 
 Arrays = Mapping[str, NDArray[Any]]
 _PANEL = 64
-"""Columns that a product makes at once."""
+"""Columns that a kernel multiplies at once."""
 
 
 class _Block(Structure):
     _fields_ = [
-        *((name, Product) for name in ("qkv", "proj", "fc1", "fc2")),
+        *((name, PackedMatrix) for name in ("qkv", "proj", "fc1", "fc2")),
         ("temperature", c_void_p),
         ("modulation", c_int64),
         ("layer", c_int64),
@@ -32,19 +33,19 @@ class _Block(Structure):
 
 
 class _Fusion(Structure):
-    _fields_ = [("linear", Product), ("weight", c_void_p), ("bias", c_void_p)]
+    _fields_ = [("linear", PackedMatrix), ("weight", c_void_p), ("bias", c_void_p)]
 
 
 class _Model(Structure):
     _fields_ = [
-        *((name, c_int64) for name in ("width", "heads", "codes", "depth", "branch_depth")),
+        *((name, c_int64) for name in ("width", "heads", "vocab", "depth", "branch_depth")),
         *((name, c_int64) for name in ("modulation_rows", "threads")),
         ("eps", c_double),
         ("base", POINTER(_Block)),
         ("branch", POINTER(_Block)),
         ("fusions", POINTER(_Fusion)),
-        ("inject", Product),
-        ("head", Product),
+        ("inject", PackedMatrix),
+        ("head", PackedMatrix),
     ]
 
 
@@ -62,28 +63,30 @@ class _Call(Structure):
 class Transformer:
     """Packed weights, ready to run. Threads may run it at once, each with a `Workspace` of its own."""
 
-    def __init__(self, library: Any, step: reader.Transformer, threads: int) -> None:
-        """`library`: `build.load`. Weights are packed by `threads` threads: 2 bytes each, or 4 in two parts."""
+    def __init__(self, library: Any, step: TransformerGraph, threads: int) -> None:
+        """`library`: `build.load`. Weights are packed by `threads` threads: 2 bytes each, or 4 as two bf16 terms."""
         _declare(library)
         self._library = library
-        self._bytes = 2 * parts_of(library)
+        self._bytes = 2 * bf16_terms_of(library)
         self._keep: list[Floats] = []
         blocks = [*step.base, *step.branch]
-        products = [one for block in blocks for one in (block.qkv, block.proj, block.fc1, block.fc2)]
-        products += [fusion.linear for fusion in step.fusions] + [step.head]
-        products += [step.inject] if step.inject is not None else []
-        for product in products:
-            outputs, inputs = product.matrix.shape
+        linears = [one for block in blocks for one in (block.qkv, block.proj, block.fc1, block.fc2)]
+        linears += [fusion.linear for fusion in step.fusions] + [step.head]
+        linears += [step.inject] if step.inject is not None else []
+        for linear in linears:
+            outputs, inputs = linear.matrix.shape
             if outputs % _PANEL or inputs % 32:
-                raise UnknownGraph(f"a matrix of {outputs} × {inputs}: they have to be multiples of 64 and 32")
-        self._weights = Memory(library, sum(self._bytes * product.matrix.size for product in products))
+                raise UnsupportedGraphError(
+                    f"a matrix of {outputs} × {inputs}: they have to be multiples of 64 and 32"
+                )
+        self._weights = Memory(library, sum(self._bytes * linear.matrix.size for linear in linears))
         self._filled, self._threads = 0, threads
         base, branch = ((_Block * max(len(some), 1))(*map(self._block, some)) for some in (step.base, step.branch))
         fusions = (_Fusion * max(len(step.fusions), 1))(*map(self._fusion, step.fusions))
         self._model = _Model(
             width=step.width,
             heads=step.heads,
-            codes=len(step.head.matrix),
+            vocab=len(step.head.matrix),
             depth=len(step.base),
             branch_depth=len(step.branch),
             modulation_rows=step.modulation_rows,
@@ -92,8 +95,8 @@ class Transformer:
             base=base,
             branch=branch,
             fusions=fusions,
-            inject=self._product(step.inject) if step.inject is not None else Product(),
-            head=self._product(step.head),
+            inject=self._pack(step.inject) if step.inject is not None else PackedMatrix(),
+            head=self._pack(step.head),
         )
         self._layers = len(blocks)
 
@@ -119,7 +122,7 @@ class Transformer:
         _check(inputs["pos"], (S, S, C))
         if control is not None:
             _check(control, (S, S, C))
-        _check(logits, (min(len(logits), R), S, S, self._model.codes))
+        _check(logits, (min(len(logits), R), S, S, self._model.vocab))
         for array in (*keys, *values):
             _check(array, (past, R, H, C // H), self.cache_dtype)
         for array in (*new_keys, *new_values):
@@ -140,25 +143,25 @@ class Transformer:
             new_v=ctypes.cast(_addresses(new_values), c_void_p),
             logits=address(logits),
         )
-        call.workspace = workspace.room(self._library.car_workspace(byref(self._model), byref(call)))
+        call.workspace = workspace.reserve(self._library.car_workspace(byref(self._model), byref(call)))
         self._library.car_scale(byref(self._model), byref(call))
 
-    def _product(self, product: reader.Product) -> Product:
-        outputs, inputs = product.matrix.shape
-        matrix = np.ascontiguousarray(product.matrix, np.float32)
+    def _pack(self, linear: Linear) -> PackedMatrix:
+        outputs, inputs = linear.matrix.shape
+        matrix = np.ascontiguousarray(linear.matrix, np.float32)
         packed = self._weights.address + self._filled
         self._library.car_pack(address(matrix), outputs, inputs, packed, self._threads)
         self._filled += self._bytes * matrix.size
-        return Product(w=packed, b=self._kept(product.bias), inputs=inputs, outputs=outputs)
+        return PackedMatrix(w=packed, b=self._kept(linear.bias), inputs=inputs, outputs=outputs)
 
-    def _block(self, block: reader.Block) -> _Block:
-        products = {name: self._product(getattr(block, name)) for name in ("qkv", "proj", "fc1", "fc2")}
+    def _block(self, block: Block) -> _Block:
+        products = {name: self._pack(getattr(block, name)) for name in ("qkv", "proj", "fc1", "fc2")}
         temperature = self._kept(block.temperature)
         return _Block(**products, temperature=temperature, modulation=block.modulation, layer=block.layer)
 
-    def _fusion(self, fusion: reader.Fusion) -> _Fusion:
+    def _fusion(self, fusion: Fusion) -> _Fusion:
         weight, bias = self._kept(fusion.weight), self._kept(fusion.bias)
-        return _Fusion(linear=self._product(fusion.linear), weight=weight, bias=bias)
+        return _Fusion(linear=self._pack(fusion.linear), weight=weight, bias=bias)
 
     def _kept(self, values: Floats) -> int:
         array = np.array(values, np.float32)  # a copy: the file's pages are given back

@@ -323,7 +323,7 @@ def device_array(buffer: Buffer) -> DeviceArray:
     return buffer
 
 
-class OnDevice:
+class CudaBuffers:
     """The part of a backend that handles buffers, for engines that work in a GPU's memory."""
 
     cache_dtype: str | None = None

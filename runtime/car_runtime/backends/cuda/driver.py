@@ -7,22 +7,17 @@ is not said to wait is put on the device's one stream and returns at once; one t
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from car_runtime.errors import BackendError, RunError
+from car_runtime.system.gpu import Gpu, describe_status, import_runtime, probe
 
-_OUT_OF_MEMORY, _INSUFFICIENT_DRIVER, _NO_DEVICE, _NOT_READY = 2, 35, 100, 600
-_NO_DRIVER = (
-    "there is no NVIDIA driver on this machine; install one from your distribution or from NVIDIA, "
-    "or run on the CPU with --backend ort-cpu"
-)
+_OUT_OF_MEMORY, _NOT_READY = 2, 600
 
 Event = Any
 """A point on the stream."""
@@ -30,27 +25,6 @@ Graph = Any
 """Work recorded from the stream, to be launched again as a whole."""
 HostBlock = NDArray[np.uint8]
 """Page-locked host memory, which the GPU reads and writes while the program goes on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gpu:
-    """The GPU that is used, and the software that it is reached by."""
-
-    name: str
-    capability: tuple[int, int]
-    """Compute capability, such as (8, 9)."""
-    memory_bytes: int
-    count: int
-    """GPUs that this process sees. The first is used; CUDA_VISIBLE_DEVICES says which that is."""
-    driver: str
-    """Newest CUDA version that the driver runs, such as "13.0"."""
-    runtime: str
-    """CUDA version of cuda-python."""
-
-    @property
-    def target(self) -> str:
-        """What engines for this GPU are called: "sm89"."""
-        return f"sm{self.capability[0]}{self.capability[1]}"
 
 
 class CudaError(RunError):
@@ -164,52 +138,12 @@ class Device(Protocol):
         ...
 
 
-def probe() -> Gpu:
-    """The GPU that a backend would use.
-
-    Raises BackendError with the remedy: there is no driver, cuda-python is absent, the driver is too old, or sees no
-    GPU. Without a driver that takes no time: nothing is imported.
-    """
-    if not _has_driver():
-        raise BackendError(_NO_DRIVER)
-    runtime = _import_runtime()
-    made_for = _version(_value(runtime, "cudaRuntimeGetVersion"))
-    driver_number = _value(runtime, "cudaDriverGetVersion")
-    if driver_number == 0:
-        raise BackendError(_NO_DRIVER)
-    driver = _version(driver_number)
-    status, count = runtime.cudaGetDeviceCount()
-    code = int(status)
-    if code == _NO_DEVICE or (code == 0 and not count):
-        raise BackendError(
-            f"the NVIDIA driver (CUDA {driver}) sees no GPU; check nvidia-smi and the variable CUDA_VISIBLE_DEVICES, "
-            "or run on the CPU with --backend ort-cpu"
-        )
-    if code == _INSUFFICIENT_DRIVER:
-        raise BackendError(
-            f"the NVIDIA driver runs CUDA up to {driver}, but cuda-python was made for {made_for}; "
-            f"upgrade the driver, or install cuda-python {driver.split('.')[0]}.*"
-        )
-    if code != 0:
-        raise BackendError(f"CUDA does not start: {_describe(runtime, status)}; check that nvidia-smi works")
-    properties = _value(runtime, "cudaGetDeviceProperties", 0)
-    name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
-    return Gpu(
-        name=name.rstrip("\0"),
-        capability=(int(properties.major), int(properties.minor)),
-        memory_bytes=int(properties.totalGlobalMem),
-        count=int(count),
-        driver=driver,
-        runtime=made_for,
-    )
-
-
 class CudaDevice:
     """The first GPU that this process sees."""
 
     def __init__(self) -> None:
         self.gpu = probe()
-        self._runtime = _import_runtime()
+        self._runtime = import_runtime()
         self._call("cudaSetDevice", 0)
         # Work of other streams of the process, the default one above all, is no reason to wait.
         self._stream = self._call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking)
@@ -325,7 +259,7 @@ class CudaDevice:
         remedy = "close the plan and open it again"
         if int(status) == _OUT_OF_MEMORY:
             remedy = "close other programs that use the GPU, or use a plan with smaller batches"
-        return CudaError(f"CUDA failed in {name}: {_describe(self._runtime, status)}; {remedy}", int(status))
+        return CudaError(f"CUDA failed in {name}: {describe_status(self._runtime, status)}; {remedy}", int(status))
 
 
 @contextmanager
@@ -335,45 +269,3 @@ def opening() -> Iterator[None]:
         yield
     except CudaError as error:
         raise BackendError(str(error)) from error
-
-
-def _has_driver() -> bool:
-    try:
-        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return False
-    return True
-
-
-def _import_runtime() -> Any:
-    try:
-        from cuda.bindings import runtime
-    except Exception as error:
-        why = " ".join(str(error).split())
-        raise BackendError(
-            f"the GPU backends need cuda-python ({why}); run: pip install 'car-deploy[rtx]', or 'car-deploy[gpu]'"
-        ) from error
-    return runtime
-
-
-def _value(runtime: Any, name: str, *arguments: Any) -> Any:
-    try:
-        status, value = getattr(runtime, name)(*arguments)
-    except Exception as error:
-        why = " ".join(str(error).split())
-        raise BackendError(f"CUDA does not start: {name}: {why}; check that nvidia-smi works") from error
-    if int(status) != 0:
-        raise BackendError(f"CUDA does not start: {name}: {_describe(runtime, status)}; check that nvidia-smi works")
-    return value
-
-
-def _describe(runtime: Any, status: Any) -> str:
-    """A status by name and in words."""
-    _, words = runtime.cudaGetErrorString(status)
-    words = words.decode() if isinstance(words, bytes) else words
-    return f"{getattr(status, 'name', status)} ({words})"
-
-
-def _version(number: int) -> str:
-    """13020 is "13.2"."""
-    return f"{number // 1000}.{number % 1000 // 10}"

@@ -13,16 +13,18 @@ from threading import Lock
 from typing import Any
 
 from car_runtime.backends.base import Buffer
-from car_runtime.backends.numpy_buffers import HostMemory, array_of, available_cores
+from car_runtime.backends.numpy_buffers import NumpyBuffers, array_of
 from car_runtime.backends.onnxruntime.session import import_onnxruntime, needless_optimizers
+from car_runtime.backends.onnxruntime.spec import CPU_PROVIDER, ORT_CPU
 from car_runtime.errors import BackendError, PlanError, RunError, one_line
 from car_runtime.format.manifest import Manifest
+from car_runtime.system.cpu import cpu_flags, engine_threads
 
 # The encoder serves editing only; it is opened when somebody encodes.
 _AT_ONCE = ("step", "condition", "control", "decoder")
 
 
-class OrtCpu(HostMemory):
+class OrtCpu(NumpyBuffers):
     """The `ort-cpu` backend."""
 
     name = "ort-cpu"
@@ -33,10 +35,8 @@ class OrtCpu(HostMemory):
                 "the plan computes in bfloat16, which onnxruntime cannot on a CPU; "
                 "run it with --backend rtx, or export it with --precision fp16 or fp32"
             )
-        self._ort = import_onnxruntime(
-            "ort-cpu", "onnxruntime", "cpu", either="'car-deploy[cpu]' or 'car-deploy[gpu]'"
-        )
-        self._root, self._manifest, self._threads = root, manifest, threads or available_cores()
+        self._ort = import_onnxruntime(ORT_CPU, "onnxruntime", ("cpu", "gpu"))
+        self._root, self._manifest, self._threads = root, manifest, threads or engine_threads()
         self._lock = Lock()
         self._closed = False
         self._inputs = {name: {port.name for port in graph.inputs} for name, graph in manifest.graphs.items()}
@@ -95,7 +95,7 @@ class OrtCpu(HostMemory):
             session = self._ort.InferenceSession(
                 self._source(graph),
                 self._options(graph),
-                providers=["CPUExecutionProvider"],
+                providers=[CPU_PROVIDER],
                 disabled_optimizers=needless_optimizers(self._manifest.precision),
             )
         except Exception as error:
@@ -128,7 +128,5 @@ class OrtCpu(HostMemory):
 
 
 def _has_amx() -> bool:
-    """Whether this CPU multiplies int8 by AMX; False where the system doesn't tell."""
-    from car_runtime.doctor import cpu_flags  # int8 plans alone need it
-
+    """Whether this CPU multiplies INT8 by AMX; False where the system doesn't say."""
     return "amx_int8" in (cpu_flags() or [])

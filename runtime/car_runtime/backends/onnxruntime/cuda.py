@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from car_runtime.backends.base import Buffer
-from car_runtime.backends.cuda.buffers import DeviceArray, Memory, OnDevice, device_array
-from car_runtime.backends.cuda.driver import CudaDevice, Device, opening, probe
+from car_runtime.backends.cuda.buffers import CudaBuffers, DeviceArray, Memory, device_array
+from car_runtime.backends.cuda.driver import CudaDevice, Device, opening
 from car_runtime.backends.onnxruntime.session import import_onnxruntime
+from car_runtime.backends.onnxruntime.spec import CPU_PROVIDER, CUDA_LIBRARIES, CUDA_PROVIDER, ORT_CUDA
 from car_runtime.errors import BackendError, CarError, RunError, one_line
 from car_runtime.format.manifest import Manifest
+from car_runtime.system.gpu import probe
 
-PROVIDER = "CUDAExecutionProvider"
 GRAPHS = 64
 """Recordings of one session; ONNX Runtime keeps them until the session ends. What comes later runs unrecorded."""
 
@@ -35,10 +36,9 @@ quick search finds kernels as fast as the default one does, seconds sooner. Chan
 part of which the CPU would get then, and a graph with a node on the CPU cannot be recorded.
 """
 _BFLOAT16 = 16  # ONNX's number of the type, which numpy has no name for
-_INSTALL = "run: pip uninstall onnxruntime, then pip install 'car-deploy[gpu]'"
 
 
-class OrtCuda(OnDevice):
+class OrtCuda(CudaBuffers):
     """The backend `ort-cuda`. `device` and `module` are given by tests alone."""
 
     name = "ort-cuda"
@@ -54,8 +54,11 @@ class OrtCuda(OnDevice):
         if device is None:
             probe()
         self._ort = module if module is not None else _load_onnxruntime()
-        if PROVIDER not in self._ort.get_available_providers():
-            raise BackendError(f"the onnxruntime {self._ort.__version__} that is installed has no CUDA; {_INSTALL}")
+        if CUDA_PROVIDER not in self._ort.get_available_providers():
+            raise BackendError(
+                f"the onnxruntime {self._ort.__version__} that is installed has no CUDA; "
+                f"run: {', then '.join(ORT_CUDA.install)}"
+            )
         self._root, self._manifest = root, manifest
         self._device = device if device is not None else CudaDevice()
         self._free_at_start = self._device.free_memory()
@@ -141,7 +144,7 @@ class OrtCuda(OnDevice):
         if self._options(graph):
             try:
                 session = self._make_session(graph, record=True)
-                if session.get_providers()[0] == PROVIDER:
+                if session.get_providers()[0] == CUDA_PROVIDER:
                     return self._keep(graph, session)
                 self._refused[graph] = f"onnxruntime {self._ort.__version__} would leave the GPU"
             except Exception as error:
@@ -159,10 +162,10 @@ class OrtCuda(OnDevice):
                     "upgrade onnxruntime-gpu, or use --backend ort-cpu"
                 ) from error
         found = session.get_providers()[0]
-        if found != PROVIDER:
+        if found != CUDA_PROVIDER:
             raise BackendError(
                 f"onnxruntime {self._ort.__version__} cannot load its CUDA libraries and would run on {found}; "
-                "install CUDA and cuDNN for it: pip install 'onnxruntime-gpu[cuda,cudnn]'"
+                f"install CUDA and cuDNN for it: {CUDA_LIBRARIES}"
             )
         return self._keep(graph, session)
 
@@ -191,7 +194,7 @@ class OrtCuda(OnDevice):
             **own,
         }
         path = str(self._root / self._manifest.graphs[graph].file)
-        providers = [(PROVIDER, provider), "CPUExecutionProvider"]
+        providers = [(CUDA_PROVIDER, provider), CPU_PROVIDER]
         if own:  # what is wrong with them is to be raised, not printed before it goes on without a GPU
             return self._ort.InferenceSession(path, options, providers=providers, enable_fallback=0)
         return self._ort.InferenceSession(path, options, providers=providers)
@@ -251,12 +254,11 @@ def _element(dtype: str) -> Any:
 
 
 def _load_onnxruntime() -> Any:
-    onnxruntime = import_onnxruntime("ort-cuda", "onnxruntime-gpu", "gpu", either="'car-deploy[gpu]'")
-    onnxruntime.set_default_logger_severity(
-        4
-    )  # it tells of plugins and kernels that it tried; what matters is raised
+    onnxruntime = import_onnxruntime(ORT_CUDA, "onnxruntime-gpu", ("gpu",))
+    # It logs plugins and kernels that it tried; what matters is raised.
+    onnxruntime.set_default_logger_severity(4)
     preload = getattr(onnxruntime, "preload_dlls", None)
-    if preload is not None and PROVIDER in onnxruntime.get_available_providers():
+    if preload is not None and CUDA_PROVIDER in onnxruntime.get_available_providers():
         with contextlib.redirect_stdout(None):  # it prints what it doesn't find
             preload()
     return onnxruntime

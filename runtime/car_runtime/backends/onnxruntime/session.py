@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
+from car_runtime.backends.spec import BackendSpec
 from car_runtime.errors import BackendError, one_line
 from car_runtime.format.manifest import Precision
 
 
-def import_onnxruntime(backend: str, package: str, extra: str, either: str) -> Any:
-    """The module, for a backend that needs `package`, which comes with `extra`.
+def import_onnxruntime(spec: BackendSpec, package: str, extras: Sequence[str]) -> Any:
+    """The module, for a backend that needs `package`.
 
-    `either`: what to install where both packages are. Raises BackendError with the remedy.
+    `extras`: those that bring a package which would do. Raises BackendError with the remedy.
     """
     if all(_is_installed(name) for name in ("onnxruntime", "onnxruntime-gpu")):
+        either = " or ".join(f"'car-deploy[{extra}]'" for extra in extras)
         raise BackendError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; "
             f"pip uninstall both, then install {either}"
@@ -23,7 +26,7 @@ def import_onnxruntime(backend: str, package: str, extra: str, either: str) -> A
         import onnxruntime
     except Exception as error:
         raise BackendError(
-            f"the backend {backend!r} needs {package} ({one_line(error)}); run: pip install 'car-deploy[{extra}]'"
+            f"the backend {spec.name!r} needs {package} ({one_line(error)}); run: {spec.install[-1]}"
         ) from error
     return onnxruntime
 
@@ -32,8 +35,8 @@ def needless_optimizers(precision: Precision) -> list[str]:
     """What a session on the CPU does without, for its argument `disabled_optimizers`.
 
     Folding would copy every matrix to transpose it, only for it to be packed in another form. Where weights are
-    stored in half it has to be: else they would be widened in every run. Of an int8 plan a product and the sum after
-    it must not become one Gemm, which has no kernel of eight bits: its matrix would be widened in every run.
+    stored in half precision it has to be: else they would be converted in every run. Of an int8 plan a product and
+    the sum after it must not become one Gemm, which has no INT8 kernel: its matrix would be converted in every run.
     """
     if precision.weights == "int8":
         return ["MatMulAddFusion"]

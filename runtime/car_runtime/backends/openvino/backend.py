@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from car_runtime.backends.base import Buffer
-from car_runtime.backends.numpy_buffers import HostMemory, array_of, available_cores, pages_forgotten
+from car_runtime.backends.numpy_buffers import NumpyBuffers, array_of, pages_forgotten
 from car_runtime.backends.openvino.core import openvino_core
 from car_runtime.backends.openvino.graphs import (
     LOGITS,
@@ -33,8 +33,10 @@ from car_runtime.backends.openvino.graphs import (
     split_products,
     transpose_in_products,
 )
+from car_runtime.backends.openvino.spec import OPENVINO
 from car_runtime.errors import BackendError, PlanError, RunError, one_line
 from car_runtime.format.manifest import WEIGHTS, Manifest
+from car_runtime.system.cpu import engine_threads
 
 # The encoder serves editing only; it is compiled when somebody encodes.
 _AT_ONCE = ("step", "condition", "control", "decoder")
@@ -42,7 +44,7 @@ ROWS = 64
 """Tokens whose logits are sorted at once, a megabyte of 4096."""
 
 
-class OpenVino(HostMemory):
+class OpenVino(NumpyBuffers):
     """The `openvino` backend."""
 
     name = "openvino"
@@ -70,7 +72,7 @@ class OpenVino(HostMemory):
         self._settings: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": self.precision,
-            "INFERENCE_NUM_THREADS": threads or available_cores(),
+            "INFERENCE_NUM_THREADS": threads or engine_threads(),
             # What fuses attention into one kernel computes it wrongly for named dimensions, once there are more keys
             # than when the kernel was made (2026.4).
             "SNIPPETS_MODE": "DISABLE",
@@ -247,6 +249,6 @@ def _import_openvino() -> Any:
         import openvino
     except Exception as error:
         raise BackendError(
-            f"the backend 'openvino' needs OpenVINO ({one_line(error)}); run: pip install 'car-deploy[openvino]'"
+            f"the backend 'openvino' needs OpenVINO ({one_line(error)}); run: {OPENVINO.install[0]}"
         ) from error
     return openvino

@@ -24,3 +24,11 @@ def openvino_core() -> Any:
 
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(load).result()
+
+
+def has_bfloat16() -> bool:
+    """Whether OpenVINO is installed and would multiply in bfloat16 on this CPU."""
+    try:
+        return "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    except Exception:
+        return False

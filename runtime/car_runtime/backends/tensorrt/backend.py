@@ -6,7 +6,7 @@ runs in the order of one stream. A profile's first run on a set of addresses is 
 the second is recorded as a CUDA graph, which then and from then on is launched instead.
 
 What an engine has beyond its graph is this backend's own: `key_bias`, added to the scores of attention, and at the
-first scale, which has no past, a past of one token that `key_bias` takes out (docs/plan-format.md).
+first scale, which has no past, a past of one token that `key_bias` takes out (docs/reference/plan-format.md).
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from car_runtime.backends.base import Buffer
-from car_runtime.backends.cuda.buffers import ALIGNMENT, DeviceArray, Memory, OnDevice, device_array
-from car_runtime.backends.cuda.driver import CudaDevice, Device, Graph, opening, probe
-from car_runtime.backends.tensorrt.engine_metadata import FLAVOURS, Profile, Sidecar, build_command, engines_for
+from car_runtime.backends.cuda.buffers import ALIGNMENT, CudaBuffers, DeviceArray, Memory, device_array
+from car_runtime.backends.cuda.driver import CudaDevice, Device, Graph, opening
+from car_runtime.backends.tensorrt.engine_metadata import EngineMetadata, Profile, build_command, engines_for
 from car_runtime.backends.tensorrt.runtime_cache import RuntimeCache
-from car_runtime.errors import BackendError, CarError, PlanError, RunError
+from car_runtime.backends.tensorrt.spec import FLAVOURS, RTX, TRT
+from car_runtime.errors import BackendError, CarError, PlanError, RunError, one_line
 from car_runtime.format.manifest import Manifest
+from car_runtime.system.gpu import probe
 
-MODULES = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}
 GRAPHS = 128
 """Recordings kept, the latest used: ten scales at two batch sizes are twenty, for each set of buffers in use."""
 MASKED = -1e9
@@ -39,13 +40,9 @@ MASKED = -1e9
 # The encoder serves editing only; it is loaded when somebody encodes.
 _AT_ONCE = ("step", "condition", "control", "decoder")
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32"}
-_INSTALL = {
-    "rtx": "run: pip install 'car-deploy[rtx]'",
-    "trt": "install TensorRT 11 for Python as NVIDIA describes, and cuda-python",
-}
 
 
-class TensorRT(OnDevice):
+class TensorRT(CudaBuffers):
     """The backends `rtx` and `trt`. `device` and `module` are given by tests alone."""
 
     guided_only = True
@@ -63,8 +60,8 @@ class TensorRT(OnDevice):
         # The driver first: without one TensorRT does not say what is the matter.
         gpu = device.gpu if device is not None else probe()
         self._trt = module if module is not None else _import_tensorrt(flavour)
-        self._sidecars = engines_for(root, manifest, flavour, gpu.target, self._trt.__version__)
-        self.batches = tuple(sorted({_batch(profile.name) for profile in self._sidecars["step"].profiles}))
+        self._metadata = engines_for(root, manifest, flavour, gpu.target, self._trt.__version__)
+        self.batches = tuple(sorted({_batch(profile.name) for profile in self._metadata["step"].profiles}))
         self._log = _make_log(self._trt)
         self._device = device if device is not None else CudaDevice()
         self._free_at_start = self._device.free_memory()
@@ -81,7 +78,7 @@ class TensorRT(OnDevice):
         try:
             self._runtime = self._make_runtime()
             for graph in _AT_ONCE:
-                if graph in self._sidecars:
+                if graph in self._metadata:
                     self._load(graph)
         except BaseException:
             self.close()
@@ -96,8 +93,8 @@ class TensorRT(OnDevice):
         with self._memory.lock:
             self._memory.check_open()
             engine, index = self._find(graph, inputs)
-            profile = engine.sidecar.profiles[index]
-            bound = self._bind(engine.sidecar, profile, inputs, outputs)
+            profile = engine.metadata.profiles[index]
+            bound = self._bind(engine.metadata, profile, inputs, outputs)
             key = (profile.name, *[array.address for array in bound.values()])
             context = self._context(engine, index)
             recorded = self._graphs.get(key)
@@ -108,7 +105,7 @@ class TensorRT(OnDevice):
             else:
                 self._device.launch(recorded)
                 self._launches += 1
-                if self._cache is not None:  # what a picture needs is compiled by now
+                if self._cache is not None:  # what an image needs is compiled by now
                     self._cache.save()
             self._remember(key, recorded)
 
@@ -121,7 +118,7 @@ class TensorRT(OnDevice):
                 "gpu": gpu.name,
                 "target": gpu.target,
                 "driver": gpu.driver,
-                "weight_bytes": sum(engine.sidecar.weight_bytes or 0 for engine in self._engines.values()),
+                "weight_bytes": sum(engine.metadata.weight_bytes or 0 for engine in self._engines.values()),
                 "buffer_bytes": self._memory.used - self._activations.size,
                 "activation_bytes": self._activations.size,
                 "contexts": sum(len(engine.contexts) for engine in self._engines.values()),
@@ -173,16 +170,16 @@ class TensorRT(OnDevice):
 
     def _load(self, graph: str) -> _Engine:
         """Bring an engine onto the GPU."""
-        sidecar = self._sidecars[graph]
-        with sidecar.engine.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        metadata = self._metadata[graph]
+        with metadata.engine.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             loaded = self._runtime.deserialize_cuda_engine(content)
         if loaded is None:
             raise BackendError(
-                f"{self._title} cannot load {sidecar.engine.name}: {self._log.take()}; "
+                f"{self._title} cannot load {metadata.engine.name}: {self._log.take()}; "
                 f"build the engines again: {self._remedy}"
             )
-        _check_engine(self._trt, loaded, sidecar)
-        engine = _Engine(loaded, sidecar)
+        _check_engine(self._trt, loaded, metadata)
+        engine = _Engine(loaded, metadata)
         self._engines[graph] = engine
         return engine
 
@@ -190,7 +187,7 @@ class TensorRT(OnDevice):
         """The engine of a graph, and the profile of that name or, where the graph has none, of these shapes."""
         name = graph.partition(".")[0]
         if name not in self._engines:
-            if name not in self._sidecars:
+            if name not in self._metadata:
                 raise RunError(
                     f"there is no {self._title} engine of {name!r} for {self._device.gpu.target}; "
                     f"build it: {self._remedy}"
@@ -199,7 +196,7 @@ class TensorRT(OnDevice):
         engine = self._engines[name]
         if graph in engine.index:
             return engine, engine.index[graph]
-        for index, profile in enumerate(engine.sidecar.profiles):
+        for index, profile in enumerate(engine.metadata.profiles):
             if all(port in inputs and inputs[port].shape == shape for port, shape in profile.inputs.items()):
                 return engine, index
         given = ", ".join(f"{port} {list(buffer.shape)}" for port, buffer in inputs.items())
@@ -211,7 +208,7 @@ class TensorRT(OnDevice):
     def _context(self, engine: _Engine, index: int) -> Any:
         """The execution context of a profile; making it is what takes TensorRT for RTX its time to compile."""
         if index not in engine.contexts:
-            profile = engine.sidecar.profiles[index]
+            profile = engine.metadata.profiles[index]
             try:
                 engine.contexts[index] = self._make_context(engine, index, profile)
             except RuntimeError as error:
@@ -275,7 +272,7 @@ class TensorRT(OnDevice):
     # Buffers.
 
     def _bind(
-        self, sidecar: Sidecar, profile: Profile, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
+        self, metadata: EngineMetadata, profile: Profile, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
     ) -> dict[str, DeviceArray]:
         """Every port of a profile → its buffer. What the caller doesn't have is this backend's own."""
         bound = {}
@@ -286,15 +283,15 @@ class TensorRT(OnDevice):
             elif given is None:
                 raise RunError(f"{profile.name} was not given {port}; give it {list(shape)}")
             elif given.shape[0] == 0 and shape[0] == 1:
-                bound[port] = self._mine(f"past {sidecar.inputs[port]} {shape}", shape, sidecar.inputs[port])
+                bound[port] = self._mine(f"past {metadata.inputs[port]} {shape}", shape, metadata.inputs[port])
             else:
-                bound[port] = _fitting(profile, port, given, shape, sidecar.inputs[port])
+                bound[port] = _fitting(profile, port, given, shape, metadata.inputs[port])
         for port, shape in profile.outputs.items():
             given = outputs.get(port)
             if given is None:
-                bound[port] = self._scratch(sidecar, profile, port)
+                bound[port] = self._scratch(metadata, profile, port)
             else:
-                bound[port] = _fitting(profile, port, given, shape, sidecar.outputs[port])
+                bound[port] = _fitting(profile, port, given, shape, metadata.outputs[port])
         return bound
 
     def _key_bias(self, profile: Profile, inputs: Mapping[str, Buffer]) -> DeviceArray:
@@ -316,14 +313,14 @@ class TensorRT(OnDevice):
             self._own["constant", what] = array
         return array
 
-    def _scratch(self, sidecar: Sidecar, profile: Profile, port: str) -> DeviceArray:
+    def _scratch(self, metadata: EngineMetadata, profile: Profile, port: str) -> DeviceArray:
         """Where an output goes that nobody asked for: one buffer for all scales of a batch size."""
         batch = _batch(profile.name)
-        key = ("scratch", f"{sidecar.graph} {port} {batch}")
+        key = ("scratch", f"{metadata.graph} {port} {batch}")
         if key not in self._own:
-            shapes = [p.outputs[port] for p in sidecar.profiles if _batch(p.name) == batch]
+            shapes = [p.outputs[port] for p in metadata.profiles if _batch(p.name) == batch]
             largest = max(int(np.prod(shape)) for shape in shapes)
-            self._own[key] = self._memory.allocate((largest,), sidecar.outputs[port])
+            self._own[key] = self._memory.allocate((largest,), metadata.outputs[port])
         shape = profile.outputs[port]
         return self._own[key][: int(np.prod(shape))].reshape(shape)
 
@@ -391,7 +388,7 @@ class TensorRT(OnDevice):
 
     @property
     def _title(self) -> str:
-        return FLAVOURS[self.name]
+        return FLAVOURS[self.name].title
 
     @property
     def _remedy(self) -> str:
@@ -406,10 +403,10 @@ class TensorRT(OnDevice):
 class _Engine:
     """An engine on the GPU, and a context for each profile that was used."""
 
-    def __init__(self, loaded: Any, sidecar: Sidecar) -> None:
+    def __init__(self, loaded: Any, metadata: EngineMetadata) -> None:
         self.loaded = loaded
-        self.sidecar = sidecar
-        self.index = {profile.name: i for i, profile in enumerate(sidecar.profiles)}
+        self.metadata = metadata
+        self.index = {profile.name: i for i, profile in enumerate(metadata.profiles)}
         self.contexts: dict[int, Any] = {}
         self.config: Any = None
 
@@ -452,12 +449,12 @@ def open_trt(root: Path, manifest: Manifest, threads: int | None) -> TensorRT:
 
 
 def _import_tensorrt(flavour: str) -> Any:
+    module, spec = FLAVOURS[flavour].module, {"rtx": RTX, "trt": TRT}[flavour]
     try:
-        return importlib.import_module(MODULES[flavour])
+        return importlib.import_module(module)
     except Exception as error:
-        why = " ".join(str(error).split())
         raise BackendError(
-            f"the backend {flavour!r} needs the package {MODULES[flavour]} ({why}); {_INSTALL[flavour]}"
+            f"the backend {flavour!r} needs the package {module} ({one_line(error)}); run: {spec.install[0]}"
         ) from error
 
 
@@ -482,7 +479,7 @@ def _make_log(trt: Any) -> Any:
     return Log()
 
 
-def _check_engine(trt: Any, loaded: Any, sidecar: Sidecar) -> None:
+def _check_engine(trt: Any, loaded: Any, metadata: EngineMetadata) -> None:
     """Raise PlanError where an engine is not what its sidecar says."""
     problems = []
     found: dict[Any, dict[str, str]] = {trt.TensorIOMode.INPUT: {}, trt.TensorIOMode.OUTPUT: {}}
@@ -493,19 +490,19 @@ def _check_engine(trt: Any, loaded: Any, sidecar: Sidecar) -> None:
         if loaded.get_tensor_location(name) != trt.TensorLocation.DEVICE:
             problems.append(f"{name} is read on the host")
     for side, expected, mode in (
-        ("inputs", sidecar.inputs, trt.TensorIOMode.INPUT),
-        ("outputs", sidecar.outputs, trt.TensorIOMode.OUTPUT),
+        ("inputs", metadata.inputs, trt.TensorIOMode.INPUT),
+        ("outputs", metadata.outputs, trt.TensorIOMode.OUTPUT),
     ):
         problems += [
             f"of the {side}, {name} is {found[mode].get(name)}, not {expected.get(name)}"
             for name in sorted(set(expected) | set(found[mode]))
             if expected.get(name) != found[mode].get(name)
         ]
-    if loaded.num_optimization_profiles != len(sidecar.profiles):
-        problems.append(f"it has {loaded.num_optimization_profiles} profiles, not {len(sidecar.profiles)}")
+    if loaded.num_optimization_profiles != len(metadata.profiles):
+        problems.append(f"it has {loaded.num_optimization_profiles} profiles, not {len(metadata.profiles)}")
     if problems:
         raise PlanError(
-            f"{sidecar.engine.name} is not what its sidecar says: {'; '.join(problems)}; build the engines again"
+            f"{metadata.engine.name} is not what its sidecar says: {'; '.join(problems)}; build the engines again"
         )
 
 

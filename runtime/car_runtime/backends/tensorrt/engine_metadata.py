@@ -1,26 +1,24 @@
-"""The compiled engines of a plan: which there are, and what each one's sidecar says.
+"""The compiled engines of a plan: which there are, and the metadata that each one's sidecar records.
 
-A sidecar is the JSON file beside an engine, written from the network definition when it was built: an engine itself
-can be asked nothing without the GPU that it is for. docs/plan-format.md describes both. Only the standard library is
-imported here.
+A sidecar is the JSON file next to an engine, written from the network definition when it was built: an engine itself
+can be asked nothing without the GPU that it is for. docs/reference/plan-format.md describes both. Only the standard
+library is imported here.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 from car_runtime.errors import BackendError, PlanError
 from car_runtime.format.manifest import Engine, Manifest
+from car_runtime.format.typed_json import parse_json
 
 FORMAT = 1
 FLAVOURS = {"rtx": "TensorRT for RTX", "trt": "TensorRT"}
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "bool", "uint8")
 
-T = TypeVar("T")
+REMEDY = "build the engines again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +29,13 @@ class Profile:
     """As the static graphs are named: `step.00.b1`, `decoder.b1`, `control`."""
     inputs: dict[str, tuple[int, ...]]
     outputs: dict[str, tuple[int, ...]]
-    activation_bytes: int | None
+    activation_bytes: int | None = None
     """Memory for intermediate results, or None where the builder did not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sidecar:
-    """What one engine is: the sidecar, and where the engine lies."""
+class EngineMetadata:
+    """What one engine is, by its sidecar, and where the engine lies."""
 
     engine: Path
     graph: str
@@ -56,13 +54,36 @@ class Sidecar:
     weight_bytes: int | None
 
 
-def engines_of(root: Path, manifest: Manifest, flavour: str) -> list[Sidecar]:
+@dataclass(frozen=True, kw_only=True)
+class _Port:
+    name: str
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sidecar:
+    """The JSON file."""
+
+    format: int
+    graph: str
+    flavour: str
+    version: str
+    target: str
+    precision: str
+    key: str
+    inputs: tuple[_Port, ...]
+    outputs: tuple[_Port, ...]
+    profiles: tuple[Profile, ...]
+    weight_bytes: int | None = None
+
+
+def engines_of(root: Path, manifest: Manifest, flavour: str) -> list[EngineMetadata]:
     """All engines of a flavour in a plan. Raises PlanError where a sidecar breaks a rule."""
     return [_read(root, engine) for engine in manifest.engines if engine.flavour == flavour]
 
 
-def engines_for(root: Path, manifest: Manifest, flavour: str, target: str, version: str) -> dict[str, Sidecar]:
-    """The engines that this GPU (`target`, such as "sm89") and this TensorRT (`version`) can run: graph → sidecar.
+def engines_for(root: Path, manifest: Manifest, flavour: str, target: str, version: str) -> dict[str, EngineMetadata]:
+    """The engines that this GPU (`target`, such as "sm89") and this TensorRT (`version`) can run: graph → metadata.
 
     Raises BackendError, naming the command that builds what is missing, and PlanError.
     """
@@ -100,43 +121,39 @@ def build_command(root: Path, flavour: str, target: str) -> str:
     return f"python export/build_engines.py {root} --target {flavour}{capability}"
 
 
-def _read(root: Path, engine: Engine) -> Sidecar:
+def _read(root: Path, engine: Engine) -> EngineMetadata:
     name = engine.details.get("sidecar")
     if not isinstance(name, str):
-        raise PlanError(f"the engine {engine.file} has no sidecar in the manifest; build the engines again")
+        raise PlanError(f"the engine {engine.file} has no sidecar in the manifest; {REMEDY}")
     if name not in engine_files(engine):
-        raise PlanError(f"the sidecar {name!r} does not lie beside {engine.file}; build the engines again")
-    where = name
+        raise PlanError(f"the sidecar {name!r} does not lie next to {engine.file}; {REMEDY}")
     try:
-        whole = json.loads((root / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise PlanError(f"cannot read the sidecar {name} ({error}); build the engines again") from error
-    value = _typed(whole, dict, where)
-    version = _take(value, "format", int, where)
+        whole = parse_json((root / name).read_bytes(), name, REMEDY)
+    except (OSError, ValueError) as error:
+        raise PlanError(f"cannot read the sidecar {name} ({error}); {REMEDY}") from error
+    version = whole.field("format").read(int)
     if version != FORMAT:
-        raise PlanError(f"{name}: format is {version}, but this car_runtime reads {FORMAT}; build the engines again")
-    sidecar = Sidecar(
-        engine=root / engine.file,
-        graph=_take(value, "graph", str, where),
-        flavour=_take(value, "flavour", str, where),
-        version=_take(value, "version", str, where),
-        target=_take(value, "target", str, where),
-        precision=_take(value, "precision", str, where),
-        key=_take(value, "key", str, where),
-        inputs=_ports(value, "inputs", where),
-        outputs=_ports(value, "outputs", where),
-        profiles=tuple(_profile(p, where) for p in _take(value, "profiles", list, where)),
-        weight_bytes=_number_or_null(value, "weight_bytes", where),
-    )
-    for field, found, listed in (
-        ("flavour", sidecar.flavour, engine.flavour),
-        ("target", sidecar.target, engine.target),
-        ("key", sidecar.key, engine.key),
-    ):
+        raise PlanError(f"{name}: format is {version}, but this car_runtime reads {FORMAT}; {REMEDY}")
+    sidecar = whole.read(_Sidecar)
+    for field in ("flavour", "target", "key"):
+        found, listed = getattr(sidecar, field), getattr(engine, field)
         if found != listed:
-            raise PlanError(f"{name}: {field} is {found!r}, but the manifest has {listed!r}; build the engines again")
-    _check_profiles(sidecar, where)
-    return sidecar
+            raise PlanError(f"{name}: {field} is {found!r}, but the manifest has {listed!r}; {REMEDY}")
+    _check_sizes(sidecar, name)
+    _check_profiles(sidecar, name)
+    return EngineMetadata(
+        engine=root / engine.file,
+        graph=sidecar.graph,
+        flavour=sidecar.flavour,
+        version=sidecar.version,
+        target=sidecar.target,
+        precision=sidecar.precision,
+        key=sidecar.key,
+        inputs=_dtypes(sidecar.inputs, name),
+        outputs=_dtypes(sidecar.outputs, name),
+        profiles=sidecar.profiles,
+        weight_bytes=sidecar.weight_bytes,
+    )
 
 
 def engine_files(engine: Engine) -> tuple[str, str]:
@@ -144,72 +161,39 @@ def engine_files(engine: Engine) -> tuple[str, str]:
     return engine.file, engine.file.removesuffix(".engine") + ".json"
 
 
-def _check_profiles(sidecar: Sidecar, where: str) -> None:
+def _dtypes(ports: tuple[_Port, ...], file: str) -> dict[str, str]:
+    for port in ports:
+        if port.dtype not in DTYPES:
+            raise PlanError(
+                f"{file}: {port.name} has dtype {port.dtype!r}, not one of {', '.join(DTYPES)}; upgrade car_runtime"
+            )
+    return {port.name: port.dtype for port in ports}
+
+
+def _check_profiles(sidecar: _Sidecar, file: str) -> None:
     if not sidecar.profiles:
-        raise PlanError(f"{where}: there are no profiles; build the engines again")
+        raise PlanError(f"{file}: there are no profiles; {REMEDY}")
     for profile in sidecar.profiles:
         for side, shapes, ports in (
             ("inputs", profile.inputs, sidecar.inputs),
             ("outputs", profile.outputs, sidecar.outputs),
         ):
-            different = set(shapes) ^ set(ports)
+            different = set(shapes) ^ {port.name for port in ports}
             if different:
                 raise PlanError(
-                    f"{where}: profile {profile.name} and the engine disagree about the {side} "
-                    f"{', '.join(sorted(different))}; build the engines again"
+                    f"{file}: profile {profile.name} and the engine disagree about the {side} "
+                    f"{', '.join(sorted(different))}; {REMEDY}"
                 )
 
 
-def _ports(value: Mapping[str, Any], key: str, where: str) -> dict[str, str]:
-    ports = {}
-    for item in _take(value, key, list, where):
-        port = _typed(item, dict, f"{where}: {key}")
-        name, dtype = _take(port, "name", str, where), _take(port, "dtype", str, where)
-        if dtype not in DTYPES:
-            raise PlanError(
-                f"{where}: {name} has dtype {dtype!r}, not one of {', '.join(DTYPES)}; upgrade car_runtime"
-            )
-        ports[name] = dtype
-    return ports
-
-
-def _profile(item: Any, where: str) -> Profile:
-    value = _typed(item, dict, f"{where}: profiles")
-    return Profile(
-        name=_take(value, "name", str, where),
-        inputs=_shapes(value, "inputs", where),
-        outputs=_shapes(value, "outputs", where),
-        activation_bytes=_number_or_null(value, "activation_bytes", where),
-    )
-
-
-def _shapes(value: Mapping[str, Any], key: str, where: str) -> dict[str, tuple[int, ...]]:
-    return {
-        name: tuple(_size(dim, f"{where}: {name}") for dim in _typed(shape, list, f"{where}: {name}"))
-        for name, shape in _take(value, key, dict, where).items()
-    }
-
-
-def _size(value: Any, where: str) -> int:
-    size = _typed(value, int, where)
-    if size < 0:
-        raise PlanError(f"{where} has the dimension {size}, but it must be a size; build the engines again")
-    return size
-
-
-def _number_or_null(value: Mapping[str, Any], key: str, where: str) -> int | None:
-    return None if value.get(key) is None else _size(value[key], f"{where}: {key}")
-
-
-def _take(value: Mapping[str, Any], key: str, kind: type[T], where: str) -> T:
-    if key not in value:
-        raise PlanError(f"{where}: {key} is missing; build the engines again")
-    return _typed(value[key], kind, f"{where}: {key}")
-
-
-def _typed(value: Any, kind: type[T], where: str) -> T:
-    if type(value) is not kind:
-        raise PlanError(
-            f"{where} is {str(value)[:40]!r}, but must be of type {kind.__name__}; build the engines again"
-        )
-    return value
+def _check_sizes(sidecar: _Sidecar, file: str) -> None:
+    shapes = [
+        item for profile in sidecar.profiles for side in (profile.inputs, profile.outputs) for item in side.items()
+    ]
+    for name, shape in shapes:
+        if any(size < 0 for size in shape):
+            raise PlanError(f"{file}: {name} has the dimension {min(shape)}, but it must be a size; {REMEDY}")
+    counts = [sidecar.weight_bytes, *(profile.activation_bytes for profile in sidecar.profiles)]
+    for count in counts:
+        if count is not None and count < 0:
+            raise PlanError(f"{file}: a size in bytes is {count}, but must be at least 0; {REMEDY}")

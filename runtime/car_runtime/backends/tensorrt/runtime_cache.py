@@ -1,20 +1,20 @@
 """What TensorRT for RTX compiled on this machine, kept for the next start.
 
 Engines for RTX hold no machine code for one GPU: that is made when a context is, in seconds to minutes, and can be
-saved. One file serves all engines of a plan. It lies beside them or, where that folder can't be written, in
+saved. One file serves all engines of a plan. It lies next to them or, where that folder can't be written, in
 ~/.cache/car. TensorRT refuses a file that doesn't fit the GPU, the driver or its version, and compiles again.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from car_runtime.backends.cuda.driver import Gpu
+from car_runtime.system.files import write_atomically
+from car_runtime.system.gpu import Gpu
 
 DEFAULT_ROOT = Path("~/.cache/car/runtime")
 
@@ -59,24 +59,14 @@ class RuntimeCache:
             with suppress(OSError):
                 if path.is_file() and path.read_bytes() == content:
                     return
-                _write(path, content)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically({path: content})
                 self._saved = path
                 return
 
     def facts(self) -> dict[str, str | None]:
         """Where it was loaded from and saved to."""
         return {"loaded": _name(self._loaded), "saved": _name(self._saved)}
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Aside, then renamed: whoever reads it meanwhile reads a whole file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_bytes(content)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _name(path: Path | None) -> str | None:

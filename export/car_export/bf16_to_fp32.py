@@ -18,7 +18,7 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto
 
-from car_export.weights import Moved, place, refer
+from car_export.weights import WeightCopier, place, refer
 from car_runtime.format import manifest as schema
 
 _BFLOAT16 = ir.DataType.BFLOAT16.numpy()  # numpy has none of its own
@@ -26,8 +26,8 @@ _TYPES = {TensorProto.BFLOAT16: TensorProto.FLOAT}
 
 
 @contextlib.contextmanager
-def widened(plan: Path) -> Iterator[Path]:
-    """The copy, in a folder beside the plan that is removed afterwards."""
+def float32_copy(plan: Path) -> Iterator[Path]:
+    """A float32 copy of a plan, in a folder next to it that is removed afterwards."""
     folder = Path(tempfile.mkdtemp(prefix=f".{plan.name}.widened-", dir=plan.parent))
     try:
         _copy(plan, folder)
@@ -39,15 +39,15 @@ def widened(plan: Path) -> Iterator[Path]:
 def _copy(plan: Path, folder: Path) -> None:
     manifest = schema.read_manifest(plan)
     graphs = {name: onnx.load(plan / graph.file, load_external_data=False) for name, graph in manifest.graphs.items()}
-    moved = Moved(plan / schema.WEIGHTS, folder / schema.WEIGHTS)
+    weights = WeightCopier(plan / schema.WEIGHTS, folder / schema.WEIGHTS)
     tensors = {}
     for name, tensor in manifest.tensors.items():
-        offset, _ = moved.piece(tensor.offset, tensor.bytes)
+        offset, _ = weights.copy(tensor.offset, tensor.bytes)
         tensors[name] = dataclasses.replace(tensor, offset=offset)
     for name, graph in graphs.items():
-        _widen_graph(graph.graph, moved)
+        _widen_graph(graph.graph, weights)
         (folder / manifest.graphs[name].file).write_bytes(graph.SerializeToString())
-    moved.close()
+    weights.close()
 
     def ports(side: tuple[schema.Port, ...]) -> tuple[schema.Port, ...]:
         return tuple(dataclasses.replace(p, dtype="float32") if p.dtype == "bfloat16" else p for p in side)
@@ -68,7 +68,7 @@ def _copy(plan: Path, folder: Path) -> None:
     schema.write_manifest(folder, whole)
 
 
-def _widen_graph(graph: onnx.GraphProto, weights: Moved) -> None:
+def _widen_graph(graph: onnx.GraphProto, weights: WeightCopier) -> None:
     for value in (*graph.input, *graph.output, *graph.value_info):
         kind = value.type.tensor_type
         kind.elem_type = _TYPES.get(kind.elem_type, kind.elem_type)
@@ -82,15 +82,15 @@ def _widen_graph(graph: onnx.GraphProto, weights: Moved) -> None:
         _widen_tensor(tensor, weights)
 
 
-def _wide(data: np.ndarray) -> np.ndarray:
-    """Bytes of bfloat16 numbers as float32."""
+def _as_float32(data: np.ndarray) -> np.ndarray:
+    """bf16 values, as bytes uint8 [n], as float32 [n / 2]."""
     return data.view(_BFLOAT16).astype(np.float32)
 
 
-def _widen_tensor(tensor: TensorProto, weights: Moved) -> None:
+def _widen_tensor(tensor: TensorProto, weights: WeightCopier) -> None:
     narrow = tensor.data_type == TensorProto.BFLOAT16
     if tensor.data_location == TensorProto.EXTERNAL:
-        refer(tensor, *weights.piece(*place(tensor), _wide if narrow else None))
+        refer(tensor, *weights.copy(*place(tensor), _as_float32 if narrow else None))
     elif narrow:
         array = onnx.numpy_helper.to_array(tensor).astype(np.float32)
         tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))

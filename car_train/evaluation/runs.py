@@ -1,20 +1,12 @@
-"""One page about a training run: what was trained on what, the curves, the validation figures, the newest samples.
+"""Training runs as their folders record them: logs as killed and resumed runs leave them, and summaries.
 
-    python -m car_train report runs/var -o var.png
-    python -m car_train report runs/vqvae runs/var runs/car -o training.pdf     # a page for each stage
-    python -m car_train report runs/small runs/large -o comparison.html         # of one stage: over each other
-    python -m car_train report runs/var --json
-
-A run's folder is read as training left it: `run.json` (older runs have none: sizes are then taken from the newest
-checkpoint), `log.jsonl` and `samples-*.png`. A run that was killed leaves a torn last line, and one that was resumed
-repeats the steps after its checkpoint, so torn lines are left out and of equal steps the last written counts.
-
-Reading and the summary are here; what the page says and shows is in `report_page`, its diagrams in `report_curves`.
+`run.json` says what the run is (older runs have none: sizes are then taken from the newest checkpoint), `log.jsonl`
+has one record a step. A run that was killed leaves a torn last line, and one that was resumed repeats the steps after
+its checkpoint, so torn lines are left out and of equal steps the last written counts.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Sequence
@@ -26,26 +18,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from car_train.config import ConfigError, ModelConfig
-from car_train.files import written_aside
+from car_train.errors import UserError
 
-STAGES = {"vqvae": "Tokenizer (VQVAE)", "var": "Transformer (VAR)", "car": "Control branch (CAR)"}
-SUFFIXES = (".png", ".pdf", ".html")
-MOST_RUNS = 8
-"""Runs of one stage in one report: as many as there are colours that can be told apart."""
-
+STAGES = ("vqvae", "var", "car")
 HIGHER_IS_BETTER = ("psnr", "accuracy", "codes_used")
 
 Array = NDArray[np.float64]
 Record = dict[str, float]
 
 
-class ReportError(ValueError):
+class ReportError(UserError, ValueError):
     """A folder that no report can be made of, or an output that can't be written; the message has the remedy."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training run as its folder tells it."""
+    """A training run as its folder records it."""
 
     folder: Path
     stage: str
@@ -55,7 +43,7 @@ class Run:
     """Lines of the log that could not be read."""
     config: ModelConfig | None
     options: dict[str, Any]
-    pictures: dict[str, int]
+    images: dict[str, int]
     parameters: dict[str, int]
     processes: int
 
@@ -82,7 +70,7 @@ class Run:
         return list(dict.fromkeys(name for record in self.records for name in record))
 
     def images_per_second(self) -> float | None:
-        """Pictures through a training step per second, by the median step: validation and saving don't count."""
+        """Images through a training step per second, by the median step: validation and saving don't count."""
         steps, seconds = self.series("seconds")
         batch = self.options.get("batch")
         forward = np.diff(seconds) > 0
@@ -114,7 +102,7 @@ def read_run(folder: str | Path) -> Run:
         damaged=damaged,
         config=config,
         options=options if isinstance(options, dict) else {},
-        pictures=_numbers(about.get("pictures")),
+        images=_numbers(about.get("pictures")),
         parameters=parameters,
         processes=_numbers(about).get("processes", 1),
     )
@@ -176,7 +164,7 @@ def _newest_checkpoint(folder: Path) -> Path | None:
 
 
 def _config(found: Any, checkpoint: Path | None) -> ModelConfig | None:
-    """The model's sizes, if anything tells them: a report can do without."""
+    """The model's sizes, if anything records them: a report can do without."""
     try:
         if found is not None:
             return ModelConfig.from_json(json.dumps(found))
@@ -232,7 +220,7 @@ def summary(run: Run | str | Path) -> dict[str, Any]:
         "seconds": round(run.seconds, 2),
         "images_per_second": run.images_per_second(),
         "parameters": run.parameters or None,
-        "pictures": run.pictures or None,
+        "pictures": run.images or None,
         "last": last,
         "best": best,
         "unreadable_lines": run.damaged,
@@ -245,55 +233,3 @@ def _json_values(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: int(v) if k == "step" and v is not None else _json_values(v) for k, v in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write(runs: Sequence[Run], output: Path) -> Path:
-    """The report as PNG, PDF or HTML, a page for each stage; written aside and renamed.
-
-    Raises ReportError: no or too many runs, another suffix, a folder that can't be written to, matplotlib missing.
-    """
-    by_stage = [found for stage in STAGES if (found := [run for run in runs if run.stage == stage])]
-    if not by_stage or max(map(len, by_stage)) > MOST_RUNS:
-        raise ReportError(f"{len(runs)} runs; give 1 to {MOST_RUNS} of a stage")
-    if output.suffix.lower() not in SUFFIXES:
-        raise ReportError(f"{output}: no such kind of report; give a file that ends with {', '.join(SUFFIXES)}")
-    if not output.absolute().parent.is_dir():
-        raise ReportError(f"{output}: its folder does not exist; make it first, or choose another")
-    try:
-        from car_train.evaluation.report_page import render
-    except ImportError as error:
-        raise ReportError(f"a report needs matplotlib ({error}); install it: pip install matplotlib") from error
-    content = render(by_stage, output.suffix.lower())
-    try:
-        with written_aside(output) as file:
-            file.write_bytes(content)
-    except OSError as error:
-        raise ReportError(f"{output}: can't be written ({error.strerror}); choose another folder") from error
-    return output
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "runs",
-        type=Path,
-        nargs="+",
-        metavar="RUN",
-        help="folder of a run; those of one stage share a page",
-    )
-    parser.add_argument("-o", "--output", type=Path, help="report.png, .pdf or .html (default: report.png)")
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object a run instead; with -o write the report as well"
-    )
-
-
-def run(args: argparse.Namespace) -> Path | None:
-    """Write the report, or print the summaries; ReportError names what can't be used."""
-    found = [read_run(folder) for folder in args.runs]
-    written = None
-    if args.output is not None or not args.json:
-        written = write(found, args.output or Path("report.png"))
-    if not args.json:
-        return written
-    for one in found:
-        print(json.dumps(summary(one)))
-    return None

@@ -1,0 +1,62 @@
+"""What is evaluated, on which images, drawn how."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from car_train.data.dataset import SPLITS
+from car_train.errors import UserError
+from car_train.flags import option
+
+
+class EvaluationError(UserError, ValueError):
+    """An evaluation that can't be made. The message names what is in the way and ends with the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """What is evaluated, on which images, drawn how."""
+
+    checkpoint: Path
+    """Of any stage, or a run's folder: its newest one."""
+    data: Path = option(help="folder of class folders")
+    split: str = option("val", choices=SPLITS)
+    classes: str | None = option(
+        None, 'only these: names, noto-*, 7, 100-999, with commas; "!0-99": all others', metavar="LIST"
+    )
+    control_root: Path | None = option(None, "ready control images that mirror --data", metavar="DIR")
+    limit: int = option(0, "at most N images, at random (default: 0, all)", metavar="N")
+    per_class: int = option(0, "at most N of each class, at random (default: 0, all)", metavar="N")
+    batch: int = option(16)
+    seed: int = option(0)
+    cfg: float = option(2.5, "guidance")
+    top_k: int = option(100, "0, or no less than the vocabulary: off")
+    top_p: float = option(0.8, "0 or 1: off")
+    annotator_onnx: Path | None = option(None, "network that derives the control from a drawn image", metavar="FILE")
+    device: str = option("cpu", "e.g. cuda")
+    baseline: bool = True
+    """Also draw and measure without the control."""
+
+    def __post_init__(self) -> None:
+        require(self.split in SPLITS, f"no split {self.split!r}; choose one of: {', '.join(SPLITS)}")
+        require(self.batch >= 1, f"batch is {self.batch}; it must be at least 1")
+        for name in ("limit", "per_class", "seed", "top_k"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be at least 0")
+        require(0 <= self.cfg < math.inf, f"cfg is {self.cfg}; it must be a number from 0")
+        require(0 <= self.top_p <= 1, f"top_p is {self.top_p}; it must be between 0 and 1")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise EvaluationError(
+                f"device {self.device!r} can't be used ({reason}); give cpu, or cuda with a GPU"
+            ) from error
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise EvaluationError(message)

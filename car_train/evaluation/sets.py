@@ -1,0 +1,90 @@
+"""Sets of images against each other, and the noise floor of the distances between them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from car_train.evaluation.metrics import (
+    KID_SIZE,
+    NEIGHBOURS,
+    frechet_distance,
+    kernel_distance,
+    kid,
+    precision_recall,
+)
+
+LEAST_IMAGES = 64
+"""Below this many images a Fréchet distance is left out: it would be bias of the covariances for the most part."""
+HALVINGS = 10
+"""Random halvings behind each noise floor."""
+MOST_NEIGHBOURS = 10_000
+"""Images of each set behind precision and recall, at most."""
+
+Floats = NDArray[np.floating[Any]]
+Report = dict[str, Any]
+
+
+def compare_sets(bank: Mapping[str, Floats], seed: int, notes: list[str]) -> Report:
+    """The distances of sets of images from the real ones, and the noise floor of these distances.
+
+    bank: features [N, D] by source; `truth` holds the real ones, all in the same order. notes: is added to.
+
+    Per source: `kid` and `kid_std` over subsets, `fid` of all images (that is: the Fréchet distance on these
+    features), `precision`, `recall`; and, so that nothing but the source differs from the floor, the same from one
+    half of the real images to the source's images of the other half, mean and std over random halvings
+    (`kid_half`, `kid_half_std`, …). `floor`: these for the real images themselves.
+    """
+    real = bank["truth"]
+    n, D = real.shape
+    frechet = n >= LEAST_IMAGES
+    if not frechet:
+        notes.append(
+            f"{n} images are too few for covariances of {D} features: no Fréchet distance, only KID; "
+            f"evaluate at least {LEAST_IMAGES}"
+        )
+    elif n // 2 <= D:
+        notes.append(
+            f"{n} images, {D} features: covariances of a half are singular and Fréchet distances biased upwards; "
+            "compare them only with the floor and with reports of as many images"
+        )
+    if n < 4:
+        notes.append(f"{n} images can't be halved: no distances between sets; evaluate more")
+        return {}
+    rng = np.random.default_rng([seed, 1])
+    halvings = [np.array_split(rng.permutation(n), 2) for _ in range(HALVINGS)]
+    report: Report = {"halvings": HALVINGS, "floor": _half_scores(real, real, halvings, frechet)}
+    for source, made in tqdm(bank.items(), "statistics", unit="set", file=sys.stderr, disable=None):
+        if source != "truth":
+            mean, std = kid(real, made, np.random.default_rng([seed, 2]))
+            whole = _scores(real, made, MOST_NEIGHBOURS, frechet)
+            halves = _half_scores(real, made, halvings, frechet)
+            report[source] = {"kid": mean, "kid_std": std, **whole, **halves}
+    return report
+
+
+def _scores(real: Floats, made: Floats, most: int, frechet: bool) -> dict[str, float]:
+    """Fréchet distance if wanted; precision and recall of at most `most` images: these cost N²."""
+    out = {"fid": frechet_distance(real, made)} if frechet else {}
+    if len(made) > NEIGHBOURS:
+        out["precision"], out["recall"] = precision_recall(real[:most], made[:most])
+    return out
+
+
+def _half_scores(
+    real: Floats, made: Floats, halvings: Sequence[Sequence[NDArray[np.intp]]], frechet: bool
+) -> dict[str, float]:
+    each: list[dict[str, float]] = []
+    for a, b in halvings:
+        distance = kernel_distance(real[a[:KID_SIZE]], made[b[:KID_SIZE]])
+        each.append({"kid": distance, **_scores(real[a], made[b], KID_SIZE, frechet)})
+    out: dict[str, float] = {}
+    for name in each[0]:
+        values = [scores[name] for scores in each]
+        out |= {f"{name}_half": float(np.mean(values)), f"{name}_half_std": float(np.std(values))}
+    return out

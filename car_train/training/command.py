@@ -1,0 +1,129 @@
+"""`python -m car_train vqvae`, `var` and `car`: the three stages as commands."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from car_train import checkpoint
+from car_train.config import CARConfig, ConfigError, VARConfig, VQVAEConfig
+from car_train.data.dataset import find_images
+from car_train.flags import add_flags, given
+from car_train.training.losses import PatchDiscriminator
+from car_train.training.options import TokenizerLossOptions, TrainOptions
+from car_train.training.perceptual import Perceptual
+from car_train.training.stages import Stage, TransformerStage, VQVAEStage, add_branch, add_var, new_vqvae
+from car_train.training.trainer import Trainer, seed_everything
+
+STAGES = {
+    "vqvae": "train the multi-scale tokenizer",
+    "var": "train the next-scale transformer on a tokenizer",
+    "car": "train a control branch on a frozen transformer",
+}
+# What the commands make without further flags: a model for 64×64 pixels that trains on a CPU.
+TOKENIZER = VQVAEConfig(
+    sides=(1, 2, 3, 4, 6, 8), vocab=1024, latent_channels=16, channels=32, multipliers=(1, 2, 2, 4), res_blocks=1
+)
+TRANSFORMER = VARConfig(depth=6)
+
+TOKENS = ("token_cache", "token_root", "views")
+"""Options for stages that train on tokens."""
+RUN = tuple("steps batch grad_accum lr schedule warmup weight_decay grad_clip ema seed".split())
+MACHINE = tuple("compile activation_checkpointing device threads workers augment preload classes".split())
+RECORD = tuple("tensorboard keep validate_every save_every".split())
+
+
+def add_arguments(parser: argparse.ArgumentParser, stage: str) -> None:
+    """The flags of one stage's command."""
+    add_flags(parser, TrainOptions, "data", "output")
+    if stage == "vqvae":
+        model = parser.add_argument_group("tokenizer")
+        add_flags(model, TOKENIZER)
+        add_flags(model, TokenizerLossOptions())
+    elif stage == "var":
+        model = parser.add_argument_group("transformer")
+        model.add_argument("--vqvae", type=Path, required=True, help="checkpoint or run of the tokenizer")
+        add_flags(model, TRANSFORMER)
+    else:
+        model = parser.add_argument_group("control branch")
+        model.add_argument("--base", type=Path, required=True, help="checkpoint or run of the transformer")
+        add_flags(model, CARConfig(), encoder_widths=None)
+        add_flags(model, TrainOptions, "control_root")
+    run = parser.add_argument_group("training")
+    add_flags(run, TrainOptions, *RUN)
+    run.add_argument("--lr-per-256", type=float, help="instead of --lr: this times batch/256, as in the papers")
+    precision = run.add_mutually_exclusive_group()
+    add_flags(precision, TrainOptions, "precision")
+    precision.add_argument("--bf16", dest="precision", action="store_const", const="bf16", help="--precision bf16")
+    add_flags(run, TrainOptions, *MACHINE, *(() if stage == "vqvae" else TOKENS), *RECORD)
+    run.add_argument("--init", type=Path, metavar="RUN", help="start from its weights for what is trained here")
+    run.add_argument("--resume", action="store_true", help="continue the run in --output")
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Train; returns the last checkpoint. Raises what makes up `UserError`."""
+    if not args.resume and list(args.output.glob("step-*")):
+        raise ConfigError(f"{args.output} holds a run already; add --resume to continue it, or give another folder")
+    lr = {} if args.lr_per_256 is None else {"lr": args.lr_per_256 * args.batch / 256}
+    options = TrainOptions(**given(args, TrainOptions) | lr)
+    seed_everything(args.seed)
+    stage = {"vqvae": _vqvae, "var": _var, "car": _car}[args.command](args)
+    if args.init is not None and not args.resume:
+        start_from(stage, args.init)
+    trainer = Trainer(stage, options)
+    if args.resume:
+        trainer.resume()
+    return trainer.run()
+
+
+def start_from(stage: Stage, path: Path) -> None:
+    """Give what the stage trains the weights of another run's like part.
+
+    ConfigError where there is none, or none of this shape.
+    """
+    theirs, mine = (checkpoint.modules(m).get(stage.name) for m in (checkpoint.load(path), stage.model))
+    assert mine is not None
+    if theirs is None:
+        raise ConfigError(
+            f"--init {path}: has no {stage.name} part; give a run of `python -m car_train {stage.name}`"
+        )
+    try:
+        mine.load_state_dict(theirs.state_dict())
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ConfigError(
+            f"--init {path}: its {stage.name} has other sizes ({reason}); give the same model options"
+        ) from error
+
+
+def _vqvae(args: argparse.Namespace) -> Stage:
+    config, loss = VQVAEConfig(**given(args, VQVAEConfig)), TokenizerLossOptions(**given(args, TokenizerLossOptions))
+    critic = PatchDiscriminator(config.image_size, loss.critic_width) if loss.adversarial else None
+    return VQVAEStage(
+        new_vqvae(config),
+        perceptual=Perceptual(loss.perceptual_weights, loss.perceptual_net) if loss.perceptual else None,
+        perceptual_weight=loss.perceptual,
+        adversary=critic,
+        adversarial_weight=loss.adversarial,
+        adversarial_start=loss.adversarial_start,
+    )
+
+
+def _var(args: argparse.Namespace) -> Stage:
+    names = tuple(find_images(args.data.expanduser())[0])
+    config = VARConfig(**given(args, VARConfig) | {"classes": len(names)})
+    return TransformerStage(add_var(checkpoint.load(args.vqvae), config, names))
+
+
+def _car(args: argparse.Namespace) -> Stage:
+    base = checkpoint.load(args.base)
+    if base.car is None:
+        raise ConfigError(
+            f"{args.base} holds a tokenizer only; give a transformer trained with `python -m car_train var`"
+        )
+    halvings = len(base.config.vqvae.multipliers) - 1
+    widths = args.encoder_widths or tuple(16 * 2**i for i in range(halvings + 1))
+    strides = (2,) * halvings + (1,) * (len(widths) - 1 - halvings)
+    sizes = {"encoder_widths": widths, "encoder_strides": strides}
+    branch = CARConfig(**given(args, CARConfig) | sizes)
+    return TransformerStage(add_branch(base, branch), fresh=args.init is None and not args.resume)

@@ -1,0 +1,60 @@
+"""What a run writes about itself: `run.json`, `log.jsonl`, the progress bar, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from car_train.config import ConfigError
+from car_train.files import write_text
+
+
+class RunLogger:
+    """The log of one run, open within a `with`."""
+
+    def __init__(self, output: Path, facts: dict[str, Any], *, step: int, steps: int, tensorboard: bool):
+        """output: the run's folder. facts: of `run.json`. step, steps: where the run starts and ends."""
+        self.output, self.facts, self.step, self.steps, self.tensorboard = output, facts, step, steps, tensorboard
+        self.began = time.monotonic()
+
+    def __enter__(self) -> RunLogger:
+        self.board = _tensorboard(self.output / "tensorboard") if self.tensorboard else None
+        write_text(self.output / "run.json", json.dumps(self.facts, indent=2) + "\n")
+        self.log = (self.output / "log.jsonl").open("a", encoding="utf-8")
+        self.bar = tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True, disable=None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        self.log.close()
+        if self.board is not None:
+            self.board.close()
+
+    def write(self, step: int, record: dict[str, float]) -> None:
+        """Log the record of one step; a validation is shown in full."""
+        seconds = round(time.monotonic() - self.began, 2)
+        self.log.write(json.dumps({"step": step, "seconds": seconds, **record}) + "\n")
+        self.log.flush()
+        if self.board is not None:
+            for name, value in record.items():
+                self.board.add_scalar(name.replace("val_", "val/") if name.startswith("val_") else name, value, step)
+        shown = {k: v for k, v in record.items() if not k.startswith("codes_used_")}
+        self.bar.update()
+        brief = {k: f"{shown[k]:.3g}" for k in ("loss", "psnr", "accuracy") if k in shown}
+        self.bar.set_postfix(brief, refresh=False)
+        if "val_loss" in record:
+            line = "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
+            tqdm.write(f"step {step}: {line}", file=sys.stderr)
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(f"TensorBoard logs need a package ({error}); pip install tensorboard") from error
+    return SummaryWriter(folder)  # type: ignore[no-untyped-call]

@@ -1,0 +1,99 @@
+"""What the runtime knows of a backend without opening it: one `BackendSpec`, in `spec.py` of the backend's folder.
+
+From the specs come `auto`'s order, `car-run doctor`, README's table of backends, and what errors say to install.
+Importing one loads no engine: `opener` and `probe` are names, looked up when they are used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from car_runtime.backends.base import Backend
+from car_runtime.errors import BackendError
+from car_runtime.format.manifest import Manifest
+from car_runtime.system.gpu import GpuFacts
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineFacts:
+    """What a probe looks at."""
+
+    packages: Mapping[str, str | None]
+    """`system.packages.installed`."""
+    gpu: GpuFacts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Whether a backend can run on this machine."""
+
+    usable: bool
+    why: str
+    """What it runs on, or what is wrong."""
+    install: tuple[str, ...] = ()
+    """The commands that repair it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendSpec:
+    """One backend."""
+
+    name: str
+    """As `--backend` takes it."""
+    device: Literal["cpu", "gpu"]
+    rank: int
+    """`auto` tries the lowest first."""
+    rank_bf16: int | None = None
+    """Its rank instead, for a large float32 plan on a CPU that multiplies bfloat16; None: the same."""
+    computes: tuple[str, ...]
+    """Compute precisions of the plans that it runs."""
+    int8: bool = False
+    """Whether it runs int8 plans."""
+    needs_engines: bool = False
+    """Whether a plan must hold engines compiled for this GPU; else the plan's own graphs do."""
+    extra: str
+    """The extra of pyproject.toml that brings its packages."""
+    install: tuple[str, ...]
+    """The commands that install it. In a checkout, '.' stands for car-deploy."""
+    opener: str
+    """"module:callable" of (root, manifest, threads) → Backend; BackendError with the remedy where it can't open."""
+    probe: str
+    """"module:callable" of (spec, facts) → Finding."""
+    hardware: str
+    """For README's table."""
+    status: Literal["measured", "built only"]
+    """Whether it has run on that hardware, or was compiled and run on a stand-in for it."""
+
+    def open(self, root: Path, manifest: Manifest, threads: int | None) -> Backend:
+        """Open a plan. Raises BackendError with the remedy, and PlanError."""
+        try:
+            opener = _look_up(self.opener)
+        except ImportError as error:
+            raise BackendError(
+                f"the backend {self.name!r} can't be loaded here ({error}); use another backend"
+            ) from error
+        backend: Backend = opener(root, manifest, threads)
+        return backend
+
+    def examine(self, facts: MachineFacts) -> Finding:
+        """Whether it can run here; what is looked for is imported only to see whether it works."""
+        finding: Finding = _look_up(self.probe)(self, facts)
+        return finding
+
+    def missing(self, why: str, commands: Sequence[str] | None = None) -> Finding:
+        """The finding that it can't run here, and what to do: by default, to install it."""
+        return Finding(usable=False, why=why, install=self.install if commands is None else tuple(commands))
+
+    def runs(self, manifest: Manifest) -> bool:
+        """Whether it computes in the precision of a plan; engines are another matter."""
+        precision = manifest.precision
+        return precision.compute in self.computes and (self.int8 or precision.weights != "int8")
+
+
+def _look_up(reference: str) -> Any:
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)

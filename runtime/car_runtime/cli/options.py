@@ -1,0 +1,70 @@
+"""What the commands' parsers share, and the flags that are made of `GenerationConfig`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import Any, NoReturn
+
+from car_runtime.config import GenerationConfig, flags
+from car_runtime.errors import RequestError
+
+GROUPS = {
+    "input": "what to run",
+    "sampling": "sampling (defaults: the plan's own)",
+    "schedule": "schedule (default: all scales alike; scales count from 0, the coarsest)",
+}
+"""Group of a setting → its heading in `--help`."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors as exceptions, so that they end in one line like all others."""
+
+    def __init__(self, prog: str, description: str, examples: str) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise RequestError."""
+        raise RequestError(f"{message}; see {self.prog} --help")
+
+
+def subcommand(name: str, description: str, examples: str) -> Parser:
+    """The parser of `car-run NAME [PLAN]`, with the flags that all have."""
+    parser = Parser(f"car-run {name}", description, examples)
+    parser.add_argument("plan", nargs="?", metavar="PLAN", help="plan directory")
+    parser.add_argument("--json", action="store_true", help="print the whole report on stdout, as one JSON object")
+    parser.add_argument("--debug", action="store_true", help="show a traceback when the program itself fails")
+    return parser
+
+
+def add_backend_flag(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--backend", default="auto", help="auto, or an engine such as ort-cpu (default: auto)")
+
+
+def add_threads_flag(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+
+
+def add_setting(parser: argparse._ActionsContainer, name: str) -> None:
+    """The flag of one field of `GenerationConfig`; what it is given goes to the attribute of the field's name."""
+    flag = flags()[name]
+    default = next(field.default for field in fields(GenerationConfig) if field.name == name)
+    parser.add_argument(*flag.names, dest=name, type=flag.type, default=default, metavar=flag.metavar, help=flag.help)
+
+
+def add_settings(parser: argparse.ArgumentParser, group: str) -> None:
+    """A group of flags, "sampling" or "schedule"; the benchmarks have them too."""
+    listed = parser.add_argument_group(GROUPS[group])
+    for name in flags(group):
+        add_setting(listed, name)
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of the parsed arguments that are settings, by the fields' names."""
+    return {name: getattr(args, name) for name in flags() if hasattr(args, name)}

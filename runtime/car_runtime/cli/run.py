@@ -1,0 +1,279 @@
+"""`car-run`: a control image and a class in, images out."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from car_runtime import __version__
+from car_runtime.cli.options import (
+    GROUPS,
+    Parser,
+    add_backend_flag,
+    add_setting,
+    add_settings,
+    add_threads_flag,
+    settings_of,
+)
+from car_runtime.config import GenerationConfig
+from car_runtime.errors import OutputError, RequestError
+
+if TYPE_CHECKING:
+    from car_runtime.format.manifest import Manifest
+    from car_runtime.images import Source
+    from car_runtime.plan import Result, ScaleResult
+    from car_runtime.request import Request
+
+ABOUT = "Generate images that follow a control image, from an exported plan."
+EXAMPLES = """examples:
+  car-run --control edges.png                              the plan that ships with the package, no class
+  car-run --photo cat.jpg --class cat -n 4 --grid          control derived from a photo; 4 seeds and a sheet of all
+  car-run -e d16.plan --control depth.png --class 207 --seed 7 --cfg 4 --top-k 900 --top-p 0.95 -o dog.png
+  car-run -e d16.plan --control depth.png --class "golden retriever" --preview steps/ --tokens dog.npz --json
+  car-run -e d16.plan --control depth.png --class 207 --cfg-scales -7       the last scales unguided, at half the cost
+  car-run -e d16.plan --list-classes
+
+other commands, each with its own --help:
+  car-run doctor [PLAN]     what this machine can run, and how to install what is missing
+  car-run verify [PLAN]     does a plan do here what it did when it was exported, and how fast
+"""
+
+
+def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line. Raises RequestError on misuse."""
+    parser = Parser("car-run", ABOUT, EXAMPLES)
+    _add_input_flags(parser)
+    add_settings(parser, "sampling")
+    add_settings(parser, "schedule")
+    _add_output_flags(parser)
+    args = parser.parse_args(arguments)
+    if args.output.suffix.lower() != ".png":
+        parser.error(f"the output is {str(args.output)!r}, but images are written as PNG; name it *.png")
+    if args.tokens is not None and args.tokens.suffix.lower() != ".npz":
+        parser.error(f"the token file is {str(args.tokens)!r}, but tokens are written as npz; name it *.npz")
+    return args
+
+
+def _add_input_flags(parser: argparse.ArgumentParser) -> None:
+    inputs = parser.add_argument_group(GROUPS["input"])
+    inputs.add_argument("-e", "--engine", metavar="PLAN", help="plan directory (default: the plan in the package)")
+    source = inputs.add_mutually_exclusive_group()
+    add_setting(source, "control")
+    source.add_argument("--photo", metavar="IMAGE", help="photo to derive the control image from; - reads stdin")
+    add_setting(inputs, "label")
+    add_backend_flag(inputs)
+    add_threads_flag(inputs)
+    inputs.add_argument(
+        "--no-verify", action="store_true", help="check the sizes of the plan's files, not their hashes"
+    )
+    inputs.add_argument("--list-classes", action="store_true", help="print the plan's classes and stop")
+
+
+def _add_output_flags(parser: argparse.ArgumentParser) -> None:
+    outputs = parser.add_argument_group("what to write")
+    outputs.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("out.png"),
+        metavar="PNG",
+        help="(default: out.png; N > 1: out-0.png …)",
+    )
+    outputs.add_argument("--grid", action="store_true", help="also one sheet, control and images: out-grid.png")
+    outputs.add_argument("--preview", type=Path, metavar="DIR", help="also the image after each scale, as PNG files")
+    outputs.add_argument(
+        "--tokens", type=Path, metavar="NPZ", help="also the tokens [N, L] (-1: not drawn) and the scales' sides"
+    )
+    outputs.add_argument("--json", action="store_true", help="print one JSON object instead of paths")
+    outputs.add_argument("--debug", action="store_true", help="show a traceback when the program itself fails")
+    outputs.add_argument("--version", action="version", version=f"car-run {__version__}")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Generate what the arguments say, or list the classes. Returns the exit code."""
+    args = parse_args(arguments)
+    from car_runtime.format.manifest import read_manifest
+    from car_runtime.plan import default_plan
+
+    began = perf_counter()
+    root = Path(args.engine) if args.engine is not None else default_plan()
+    manifest = read_manifest(root)
+    if args.list_classes:
+        _print_classes(manifest, args.json)
+        return 0
+    _print_report(args, generate(args, root, manifest, began))
+    return 0
+
+
+def generate(args: argparse.Namespace, root: Path, manifest: Manifest, began: float) -> dict[str, Any]:
+    """Draw and write; returns the report that `--json` prints. All checks come before the engine opens.
+
+    began: by `perf_counter`, from where on the time is counted.
+    """
+    from car_runtime.images import write_files
+    from car_runtime.plan import open_plan
+    from car_runtime.request import resolve
+
+    request = resolve(manifest, GenerationConfig(**settings_of(args) | {"control": _control(args, manifest)}))
+    paths = _output_paths(args)
+    timings = {"read": perf_counter() - began}
+    with open_plan(root, args.backend, threads=args.threads, verify=not args.no_verify) as plan:
+        timings["open"] = perf_counter() - began - timings["read"]
+        print(f"car-run: {manifest.name} on {plan.backend_name} ({plan.why})", file=sys.stderr)
+        progress = _Progress(args, request.schedule.drawn)
+        result = plan.generate(request, on_scale=progress if progress.wanted else None)
+        backend = {"name": plan.backend_name, "why": plan.why}
+    timings |= {stage: seconds for stage, seconds in result.timings.items() if stage != "total"}
+    written = perf_counter()
+    write_files(_contents(args, manifest, paths, result))
+    timings |= {"write": perf_counter() - written, "total": perf_counter() - began}
+    return {
+        "version": __version__,
+        "plan": {"name": manifest.name, "path": str(root)},
+        "backend": backend,
+        **_settings_report(manifest, request),
+        "images": [{"path": str(path), "seed": seed} for path, seed in zip(paths, request.seeds, strict=True)],
+        "grid": str(_grid_path(args)) if args.grid else None,
+        "tokens": str(args.tokens) if args.tokens else None,
+        "previews": [str(path) for path in progress.written],
+        "timings": timings,
+    }
+
+
+def _control(args: argparse.Namespace, manifest: Manifest) -> Source | None:
+    """The control image as given, or derived from the photo; None where neither is given."""
+    given = args.control if args.photo is None else args.photo
+    source: Source | None = io.BytesIO(sys.stdin.buffer.read()) if given == "-" else given
+    if args.photo is None or source is None or manifest.model.control_type is None:
+        return source
+    from car_runtime.controls import derive
+    from car_runtime.images import open_image
+
+    return derive(open_image(source), manifest.model.control_type, manifest.model.image_size)
+
+
+def _print_classes(manifest: Manifest, as_json: bool) -> None:
+    names = manifest.model.class_names
+    if names is None:
+        last = manifest.model.classes - 1
+        raise RequestError(f"the plan {manifest.name!r} has no class names; give an index, 0…{last}")
+    print(json.dumps({"classes": list(names)}) if as_json else "\n".join(f"{i}\t{s}" for i, s in enumerate(names)))
+    sys.stdout.flush()
+
+
+def _settings_report(manifest: Manifest, request: Request) -> dict[str, Any]:
+    """Class, sampling settings and what isn't exact, such that giving them again makes the same image."""
+    names, index = manifest.model.class_names, request.label
+    known = index < manifest.model.classes
+    return {
+        "class": {"index": index, "name": names[index] if names else None} if known else None,
+        "cfg": request.sampling.cfg,
+        "top_k": request.sampling.top_k,
+        "top_p": request.sampling.top_p,
+        "schedule": request.schedule.settings(),
+    }
+
+
+def _output_paths(args: argparse.Namespace) -> list[Path]:
+    """Where the images go, having seen that everything can be written and that no input would be replaced."""
+    from car_runtime.images import check_writable
+
+    output: Path = args.output
+    paths = [output] if args.n == 1 else [output.with_name(f"{output.stem}-{i}.png") for i in range(args.n)]
+    results = [*paths, *([_grid_path(args)] if args.grid else []), *([args.tokens] if args.tokens else [])]
+    source = args.control or args.photo
+    for path in results:
+        if source not in (None, "-") and path.resolve() == Path(source).resolve():
+            raise OutputError(f"the output {str(path)!r} would replace the input; choose another -o")
+        if path in (paths[0], args.tokens) or path.is_dir():
+            check_writable(path)
+    if args.preview is not None:
+        _make_preview_directory(args.preview)
+    return paths
+
+
+def _make_preview_directory(directory: Path) -> None:
+    from car_runtime.images import check_writable
+
+    if directory.exists() and not directory.is_dir():
+        raise OutputError(f"--preview {str(directory)!r} is a file; name a directory")
+    check_writable(directory / "preview.png" if directory.exists() else directory)
+
+
+def _grid_path(args: argparse.Namespace) -> Path:
+    output: Path = args.output
+    return output.with_name(f"{output.stem}-grid.png")
+
+
+class _Progress:
+    """What happens after each scale: a line for a person who watches, and the previews asked for."""
+
+    def __init__(self, args: argparse.Namespace, scales: int) -> None:
+        self._directory: Path | None = args.preview
+        self._n: int = args.n
+        self._scales = scales
+        self._watched = sys.stderr.isatty()
+        self.wanted = self._watched or self._directory is not None
+        self.written: list[Path] = []
+
+    def __call__(self, result: ScaleResult) -> None:
+        if self._watched:
+            S, of = result.tokens.shape[-1], result.images
+            which = f"image {of.start}" if len(of) == 1 else f"images {of.start}-{of.stop - 1}"
+            line = f"{which}: scale {result.index + 1}/{self._scales}, {S}×{S} tokens, {result.seconds:.2f} s"
+            print(f"car-run: {line}", file=sys.stderr)
+        if self._directory is not None:
+            self._write_previews(self._directory, result)
+
+    def _write_previews(self, directory: Path, result: ScaleResult) -> None:
+        from car_runtime.images import png_bytes, write_files
+
+        directory.mkdir(exist_ok=True)
+        names = [("" if self._n == 1 else f"{i}-") + f"scale-{result.index:02d}.png" for i in result.images]
+        paths = [directory / name for name in names]
+        write_files({path: png_bytes(image) for path, image in zip(paths, result.preview(), strict=True)})
+        self.written += paths
+
+
+def _contents(
+    args: argparse.Namespace, manifest: Manifest, paths: Sequence[Path], result: Result
+) -> dict[Path, bytes]:
+    """Every file to write, as bytes; they are written together or not at all."""
+    import numpy as np
+
+    from car_runtime.images import contact_sheet, png_bytes, square
+
+    settings = _settings_report(manifest, result.request)
+    label, schedule = settings.pop("class"), settings.pop("schedule")
+    about = {"Software": f"car_runtime {__version__}", "version": __version__, "plan": manifest.name}
+    about |= {"class": "none" if label is None else label["name"] or label["index"], **settings, **schedule}
+    contents = {
+        path: png_bytes(image, {**about, "seed": seed})
+        for path, image, seed in zip(paths, result.images, result.request.seeds, strict=True)
+    }
+    if args.grid:
+        control = result.request.control
+        first = [] if control is None else [square(control, manifest.model.image_size)]
+        contents[_grid_path(args)] = png_bytes(contact_sheet([*first, *result.images]), {**about, "seed": args.seed})
+    if args.tokens is not None:
+        stream = io.BytesIO()
+        np.savez_compressed(
+            stream, tokens=result.tokens, sides=np.array([scale.side for scale in manifest.scales], np.int64)
+        )
+        contents[args.tokens] = stream.getvalue()
+    return contents
+
+
+def _print_report(args: argparse.Namespace, report: dict[str, Any]) -> None:
+    if args.json:
+        print(json.dumps(report))
+    else:
+        paths = [image["path"] for image in report["images"]] + report["previews"]
+        print("\n".join([*paths, *(report[key] for key in ("grid", "tokens") if report[key])]))
+    sys.stdout.flush()

@@ -1,0 +1,151 @@
+"""What can be asked of a plan, each setting described once: `Plan.generate` takes them, `car-run` has their flags.
+
+    config = GenerationConfig(control="depth.png", label="golden retriever", n=4)
+    plan.generate(config)
+    plan.generate(config, seed=4)                      # the same but for the seed
+    plan.generate("depth.png", "golden retriever", n=4)  # or without a config
+
+A config is not tied to a plan; `car_runtime.request.resolve` checks it against one and fills in that plan's defaults.
+numpy is not needed here, so that `car-run --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from car_runtime.errors import RequestError
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from car_runtime.images import Source
+    from car_runtime.schedule import Scales
+
+POSITIONAL = ("control", "label", "seed", "n")
+"""Settings that a call may give without their names, in this order."""
+_AT_SCALES = "at these scales only; A-, -B or one number will do"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flag:
+    """How a setting is given on the command line."""
+
+    group: str
+    """What it is listed with in `--help`: "input", "sampling" or "schedule"."""
+    names: tuple[str, ...]
+    metavar: str | None
+    type: Callable[[str], object]
+    """Turns the text of the command line into the field's value."""
+    help: str
+
+
+def _flag(group: str, spelling: str, type: Callable[[str], object], help: str) -> dict[str, Flag]:
+    """Metadata of a field that has a flag, spelled as in `--help`: "-n, --num N"."""
+    words = spelling.replace(",", "").split()
+    names = tuple(word for word in words if word.startswith("-"))
+    metavar = None if names == tuple(words) else words[-1]
+    return {"flag": Flag(group=group, names=names, metavar=metavar, type=type, help=help)}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GenerationConfig:
+    """Images to make: what they follow, how many, how they are drawn, and on which schedule.
+
+    None means the plan's own value or, of a schedule, that it is off. Values are checked by
+    `car_runtime.request.resolve`, since their ranges are the plan's.
+    """
+
+    control: Source | None = field(
+        default=None,
+        metadata=_flag("input", "--control IMAGE", str, "control image (edges, depth, …); - reads stdin"),
+    )
+    """Path, open binary file, PIL image or uint8 array [H, W] or [H, W, 3]; None for a plan without control (VAR)."""
+    label: int | str | None = field(
+        default=None, metadata=_flag("input", "--class CLASS", str, "class index or name (default: no class)")
+    )
+    """Class index, class name (any case, or one of its comma-separated synonyms), or None for no class."""
+    seed: int = field(default=0, metadata=_flag("sampling", "--seed", int, "seed of the first image (default: 0)"))
+    """0…2⁶³−n; image i is drawn with seed + i, and depends on no other."""
+    n: int = field(
+        default=1,
+        metadata=_flag("sampling", "-n, --num N", int, "images, with seeds SEED … SEED+N-1 (default: 1)"),
+    )
+    """Number of images, 1…1024."""
+    cfg: float | None = field(
+        default=None,
+        metadata=_flag("sampling", "--cfg G", float, "classifier-free guidance; 0 = off, twice as fast"),
+    )
+    """Strength of classifier-free guidance, 0…1000; 0 turns it off, which halves the work."""
+    top_k: int | None = field(
+        default=None, metadata=_flag("sampling", "--top-k K", int, "draw among the K most probable codes; 0 = all")
+    )
+    """0…vocab: draw among that many of the most probable codes; 0 turns it off."""
+    top_p: float | None = field(
+        default=None,
+        metadata=_flag("sampling", "--top-p P", float, "draw within this share of probability; 0 = all"),
+    )
+    """0…1: draw among the most probable codes that hold this share of the probability; 0 turns it off."""
+    cfg_scales: Scales | None = field(
+        default=None,
+        metadata=_flag(
+            "schedule", "--cfg-scales A-B", str, "guidance at these scales only; A-, -B or one number will do"
+        ),
+    )
+    """Scales with guidance: "2-5", "2-", "-5", 3, or a range."""
+    control_scales: Scales | None = field(
+        default=None,
+        metadata=_flag(
+            "schedule", "--control-scales A-B", str, "control at these scales only; A-, -B or one number will do"
+        ),
+    )
+    """Scales with control, likewise; at the others its features are zero."""
+    control_strength: float | None = field(
+        default=None,
+        metadata=_flag("schedule", "--control-strength S", float, "times the control's features, 0…2 (default: 1)"),
+    )
+    """0…2, by what the control's features are multiplied."""
+    stop_after: int | None = field(
+        default=None,
+        metadata=_flag("schedule", "--stop-after K", int, "draw no scale after this one: a coarser image"),
+    )
+    """The last scale to draw, 0…K−1; the image is what the scales so far come to."""
+    known_tokens: ArrayLike | None = None
+    """int [L] or [n, L]: tokens to keep where `known_mask` is true (VAR's zero-shot editing; see `Plan.encode`)."""
+    known_mask: ArrayLike | None = None
+    """bool [L] or [n, L], given together with `known_tokens` (see `Plan.known_mask`)."""
+
+
+def flags(group: str | None = None) -> dict[str, Flag]:
+    """Field name → flag, of all settings that have one or of one group."""
+    found = {f.name: f.metadata["flag"] for f in fields(GenerationConfig) if "flag" in f.metadata}
+    return {name: flag for name, flag in found.items() if group in (None, flag.group)}
+
+
+def config_of(*given: Any, **settings: Any) -> GenerationConfig:
+    """The config that a call's arguments make: a config, or up to four values in the order of `POSITIONAL`.
+
+    Settings by name are added; those of a config are replaced by them. Raises RequestError for what is no setting.
+    """
+    for name in settings.keys() - {f.name for f in fields(GenerationConfig)}:
+        raise RequestError(f"there is no setting {name!r}{_remedy(name)}")
+    if given and isinstance(given[0], GenerationConfig):
+        if len(given) > 1:
+            raise RequestError(f"{given[1]!r} follows a config; give by name what the config is to change")
+        return replace(given[0], **settings)
+    if len(given) > len(POSITIONAL):
+        raise RequestError(
+            f"{given[len(POSITIONAL)]!r} has no name; only {', '.join(POSITIONAL)} go without, name the others"
+        )
+    named: Mapping[str, Any] = dict(zip(POSITIONAL, given, strict=False))
+    for name in named.keys() & settings.keys():
+        raise RequestError(f"{name} is given twice, {named[name]!r} and {settings[name]!r}; give it once")
+    return GenerationConfig(**named, **settings)
+
+
+def _remedy(name: str) -> str:
+    names = [f.name for f in fields(GenerationConfig)]
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; the settings are {', '.join(names)}"

@@ -1,0 +1,307 @@
+"""What a plan's manifest says, as frozen dataclasses that check themselves: a broken rule is a PlanError.
+
+`docs/reference/plan-format.md` describes the format. The exporter writes its manifests through these classes, so that
+both sides hold one definition and a manifest that breaks a rule is refused before it is written. Only the standard
+library is imported here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from car_runtime.errors import PlanError
+from car_runtime.format.typed_json import REST
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.bin"
+CHUNK_BYTES = 64 * 1024 * 1024
+ITEM_BYTES = {"float32": 4, "float16": 2, "int64": 8, "bool": 1, "uint8": 1}
+DTYPES = (*ITEM_BYTES, "bfloat16")
+"""Types of ports. numpy has no bfloat16, so named tensors, which a runtime reads itself, have none either."""
+PRECISIONS = ("fp32", "fp16", "bf16")
+STORED = (*PRECISIONS, "int8")
+CONSTANTS = ("pos", "up", "down", "phi", "cfg_ratio")
+REMEDY = "export the plan again"
+
+_FILE_NAME = re.compile(r"(engines/)?[A-Za-z0-9_][A-Za-z0-9_.+-]*", re.ASCII)
+_DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Facts of the model. Sides and sizes are in the unit that each field names."""
+
+    depth: int
+    width: int
+    heads: int
+    vocab: int
+    latent_channels: int
+    latent_size: int
+    """Side of f̂ in tokens (E)."""
+    patch: int
+    """Pixels per latent edge (F)."""
+    image_size: int
+    """Side of an image in pixels, E·F."""
+    classes: int
+    """Number of classes; this index itself means "no class"."""
+    class_names: tuple[str, ...] | None
+    control_type: str | None
+    """The kind of control image ("canny", "depth", …); None in a VAR plan."""
+    cache_layers: int
+    """Number of K/V pairs: base blocks first, then the control branch's."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, int):
+                _require(value >= 1, f"model.{name} is {value}, but must be at least 1")
+        product = self.latent_size * self.patch
+        _require(
+            self.image_size == product,
+            f"model.image_size is {self.image_size}, but latent_size × patch is {product}",
+        )
+        if self.class_names is not None:
+            count = len(self.class_names)
+            _require(count == self.classes, f"model.class_names has {count} names for {self.classes} classes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """What the transformer computes in, and what its weights are stored in."""
+
+    compute: str
+    weights: str
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("compute", self.compute, PRECISIONS), ("weights", self.weights, STORED)):
+            _require(value in known, f"precision.{name} is {value!r}, not one of {', '.join(known)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingDefaults:
+    """What a request that leaves them out gets."""
+
+    cfg: float
+    top_k: int
+    """0 = off."""
+    top_p: float
+    """0 = off."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.cfg < math.inf, f"sampling.cfg is {self.cfg}, but must be finite and at least 0")
+        _require(self.top_k >= 0, f"sampling.top_k is {self.top_k}, but must be at least 0")
+        _require(0 <= self.top_p <= 1, f"sampling.top_p is {self.top_p}, but must be in 0…1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """One step of next-scale prediction (VAR section 3.2), every number worked out."""
+
+    side: int
+    tokens: int
+    start: int
+    stop: int
+    next_side: int
+    """1 at the last scale, whose next_x nobody reads."""
+    cfg_ratio: float
+    """k/(K−1): the guidance of scale k is cfg times this."""
+    control_size: int
+    """Side in pixels of this scale's control image."""
+    constants: dict[str, str]
+    """Step input name → tensor name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """A named constant inside weights.bin, little-endian."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Port:
+    """An input or output of a graph; a dimension is a number or a name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def __post_init__(self) -> None:
+        _require(self.dtype in DTYPES, f"{self.name} has dtype {self.dtype!r}, not one of {', '.join(DTYPES)}")
+        for dim in self.shape:
+            good = dim >= 0 if isinstance(dim, int) else bool(dim.strip())
+            _require(good, f"{self.name} has the dimension {dim!r}, but it must be a size or a name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """One ONNX file and what goes in and out of it."""
+
+    file: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+    def input(self, name: str) -> Port:
+        """The input called `name`. Raises KeyError."""
+        return next(port for port in self.inputs if port.name == name)
+
+    def output(self, name: str) -> Port:
+        """The output called `name`."""
+        return next(port for port in self.outputs if port.name == name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """Size in bytes, and a SHA-256 per chunk."""
+
+    bytes: int
+    sha256: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """A graph compiled for one kind of machine."""
+
+    file: str
+    flavour: str
+    target: str
+    key: str
+    """Hash of what it was built from."""
+    details: dict[str, Any] = field(default_factory=dict, metadata=REST)
+    """Whatever else its flavour records; in JSON these keys stand among the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A whole manifest. Making one checks it: PlanError says which rule is broken."""
+
+    name: str
+    model: Model
+    precision: Precision
+    sampling: SamplingDefaults
+    scales: tuple[Scale, ...]
+    tensors: dict[str, Tensor]
+    graphs: dict[str, Graph]
+    files: dict[str, FileEntry]
+    provenance: dict[str, str] = field(default_factory=dict)
+    engines: tuple[Engine, ...] = ()
+    chunk_bytes: int = CHUNK_BYTES
+    format: int = FORMAT
+
+    @property
+    def tokens(self) -> int:
+        """L, the tokens of one image over all scales."""
+        return self.scales[-1].stop
+
+    def __post_init__(self) -> None:
+        _require(self.format == FORMAT, f"format is {self.format}, but this version writes {FORMAT}")
+        _require(bool(self.name.strip()), f"name is {self.name!r}, but must not be empty")
+        _require(self.chunk_bytes >= 1, f"chunk_bytes is {self.chunk_bytes}, but must be at least 1")
+        _check_scales(self.scales, self.model)
+        _check_files(self)
+        _check_tensors(self)
+        _check_graphs(self)
+
+    def to_json(self) -> str:
+        """The manifest as the text of manifest.json."""
+        whole = asdict(self)
+        for engine in whole["engines"]:
+            engine.update(engine.pop("details"))
+        order = ("format", "name", "model", "precision", "sampling", "scales", "tensors", "graphs", "files")
+        ordered = {key: whole.pop(key) for key in order} | whole
+        return json.dumps(ordered, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _require(good: bool, problem: str) -> None:
+    if not good:
+        raise PlanError(f"{MANIFEST}: {problem}; {REMEDY}")
+
+
+def _check_scales(scales: tuple[Scale, ...], model: Model) -> None:
+    _require(bool(scales), "scales is empty")
+    following = [*(scale.side for scale in scales[1:]), 1]
+    start = 0
+    for k, (scale, next_side) in enumerate(zip(scales, following, strict=True)):
+        at = f"scales[{k}]"
+        _require(scale.side >= 1, f"{at}.side is {scale.side}, but must be at least 1")
+        _require(scale.tokens == scale.side**2, f"{at}.tokens is {scale.tokens}, but side² is {scale.side**2}")
+        _require(scale.start == start, f"{at}.start is {scale.start}, but the scales before it end at {start}")
+        stop = start + scale.tokens
+        _require(scale.stop == stop, f"{at}.stop is {scale.stop}, but start + tokens is {stop}")
+        _require(scale.next_side == next_side, f"{at}.next_side is {scale.next_side}, but must be {next_side}")
+        _require(0 <= scale.cfg_ratio <= 1, f"{at}.cfg_ratio is {scale.cfg_ratio}, but must be in 0…1")
+        _require(scale.control_size >= 1, f"{at}.control_size is {scale.control_size}, but must be at least 1")
+        start = stop
+    side = scales[-1].side
+    _require(side == model.latent_size, f"the last scale's side is {side}, but latent_size is {model.latent_size}")
+
+
+def _check_files(manifest: Manifest) -> None:
+    for name, entry in manifest.files.items():
+        good = _FILE_NAME.fullmatch(name) is not None and name != MANIFEST
+        _require(good, f"files names {name!r}, which is not a plain name inside the plan or engines/")
+        _require(entry.bytes >= 0, f"files[{name!r}].bytes is {entry.bytes}, but must be at least 0")
+        chunks = -(-entry.bytes // manifest.chunk_bytes)
+        found = len(entry.sha256)
+        _require(found == chunks, f"files[{name!r}].sha256 has {found} digests for {chunks} chunks")
+        for digest in entry.sha256:
+            _require(_DIGEST.fullmatch(digest) is not None, f"files[{name!r}].sha256 has the digest {digest[:70]!r}")
+    named = [WEIGHTS, *(g.file for g in manifest.graphs.values()), *(e.file for e in manifest.engines)]
+    for name in named:
+        _require(name in manifest.files, f"the file {name!r} is used but not listed in files")
+
+
+def _check_tensors(manifest: Manifest) -> None:
+    limit = manifest.files[WEIGHTS].bytes
+    for name, tensor in manifest.tensors.items():
+        at = f"tensors[{name!r}]"
+        _require(tensor.dtype in ITEM_BYTES, f"{at}.dtype is {tensor.dtype!r}, not one of {', '.join(ITEM_BYTES)}")
+        _require(all(dim >= 0 for dim in tensor.shape), f"{at}.shape is {list(tensor.shape)}")
+        size = math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+        _require(tensor.bytes == size, f"{at}.bytes is {tensor.bytes}, but its shape and dtype make {size}")
+        inside = 0 <= tensor.offset <= limit - tensor.bytes
+        _require(inside, f"{at} ends at byte {tensor.offset + tensor.bytes} of {WEIGHTS}, which has {limit}")
+    for k, scale in enumerate(manifest.scales):
+        for port, name in scale.constants.items():
+            _require(name in manifest.tensors, f"scales[{k}].constants.{port} names the unknown tensor {name!r}")
+
+
+def _check_graphs(manifest: Manifest) -> None:
+    """The graphs that every plan has, with the ports that the loop binds."""
+    cache = [f"{kind}_{i}" for i in range(manifest.model.cache_layers) for kind in ("k", "v")]
+    step = ["x", "modulation", "f_hat", "uniforms", "cfg", "top_k", "top_p", "known", "known_mask"]
+    wanted = {
+        "condition": (["label"], ["start", "modulation"]),
+        "step": (
+            [*step, *CONSTANTS, *(f"past_{name}" for name in cache)],
+            ["tokens", "f_hat_out", "next_x", *(f"new_{name}" for name in cache)],
+        ),
+        "decoder": (["f_hat"], ["image"]),
+    }
+    if "encoder" in manifest.graphs:
+        wanted["encoder"] = (["image"], ["tokens"])
+    if manifest.model.control_type is not None:
+        wanted["control"] = ([f"control_{k}" for k in range(len(manifest.scales))], ["features"])
+        wanted["step"][0].append("control")
+    for graph_name, (inputs, outputs) in wanted.items():
+        _require(graph_name in manifest.graphs, f"graphs.{graph_name} is missing")
+        graph = manifest.graphs[graph_name]
+        for side, names, ports in (("inputs", inputs, graph.inputs), ("outputs", outputs, graph.outputs)):
+            missing = set(names) - {port.name for port in ports}
+            _require(not missing, f"graphs.{graph_name}.{side} lacks {', '.join(sorted(missing))}")
+    # The buffers of the cache and of the modulation are made by these sizes.
+    sized = [(f"step.outputs.new_{name}", manifest.graphs["step"].output(f"new_{name}"), (2, 3)) for name in cache]
+    sized.append(("condition.outputs.modulation", manifest.graphs["condition"].output("modulation"), (1, 2)))
+    for at, port, dims in sized:
+        good = len(port.shape) == dims[-1] + 1 and all(isinstance(port.shape[i], int) for i in dims)
+        _require(good, f"graphs.{at} has the shape {list(port.shape)}, but dimensions {dims} must be numbers")
+    for k, scale in enumerate(manifest.scales):
+        missing = set(CONSTANTS) - set(scale.constants)
+        _require(not missing, f"scales[{k}].constants lacks {', '.join(sorted(missing))}")
