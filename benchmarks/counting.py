@@ -3,8 +3,9 @@
     python -m benchmarks.counting d16.plan            # per stage, by kind of node, and what a GPU could do at best
     python -m benchmarks.counting d16.plan --batch 1,4
 
-The graphs are the plan's (docs/plan-format.md) with every size fixed: the static steps where the plan has them, else
-the one with named dimensions, specialised in the same way. Weights are not loaded. Guidance is on: 2B rows.
+The graphs are the plan's (docs/reference/plan-format.md) with every size fixed: the static steps where the plan has
+them, else the one with named dimensions, specialised in the same way. Weights are not loaded. Guidance is on: 2B
+rows.
 
 An operation is a multiplication or an addition; a matrix product of M×K by K×N has 2·M·N·K. Only products and
 convolutions are counted so. All else is told in bytes: what a node reads and writes if nothing is fused, which is the

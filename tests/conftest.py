@@ -37,7 +37,7 @@ def pytest_configure_node(node: Any) -> None:
     node.workerinput["shared"] = str(node.config.stash[SHARED])
 
 
-@pytest.fixture(scope="session", params=["tiny", "ten"])
+@pytest.fixture(scope="session", params=["tiny", "ten", "tiny_saln"])
 def golden(request: pytest.FixtureRequest) -> Golden:
     return Golden(request.param)
 

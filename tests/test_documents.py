@@ -47,7 +47,7 @@ NOT_YET = {"--activation-checkpointing", "--grad-accum", "--grad-clip", "--patch
     *("export/car_export/config.py", "spec.py"),
 }
 """Flags, targets and files that the documents name and the code is about to have."""
-MOVED = {"docs/plan-format.md", "docs/acceptance.md", "docs/schedules.md"}
+
 """Pages that the code still names as they were."""
 OLD_WORDS = r"\bpictures?\b|\bbeside\b|\btells?\b|\btold\b|\bmade[- ]up\b|\blikeliest\b|\beight[- ]bits?\b"
 """CONTRIBUTING.md, "Words"."""
@@ -423,7 +423,7 @@ def test_pages_that_code_names_exist() -> None:
     for folder in ("benchmarks", "car_train", "export", "runtime"):
         for path in (ROOT / folder).rglob("*.py"):
             for page in re.findall(r"docs/[\w/.-]+\.md", path.read_text(encoding="utf-8")):
-                assert page in MOVED or (ROOT / page).is_file(), f"{name_of(path)} names {page}"
+                assert (ROOT / page).is_file(), f"{name_of(path)} names {page}"
 
 
 # -- links ---------------------------------------------------------------------------------------------------------

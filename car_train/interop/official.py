@@ -226,13 +226,13 @@ def _assign(model: Model, sources: dict[str, dict[str, Tensor]]) -> None:
     for name, parameter in model.named_parameters():
         theirs = official_name(name)
         source = "vae" if name.startswith("vqvae.") else "car" if name.startswith("car.branch.") else "var"
-        parts = [theirs.replace("#", str(i)) for i in range(model.config.vqvae.phis)] if "#" in theirs else [theirs]
-        missing = [p for p in parts if p not in sources[source]]
-        problems += [f"missing in {source}: {p}" for p in missing]
-        used |= {(source, p) for p in parts}
+        names = [theirs.replace("#", str(i)) for i in range(model.config.vqvae.phis)] if "#" in theirs else [theirs]
+        missing = [n for n in names if n not in sources[source]]
+        problems += [f"missing in {source}: {n}" for n in missing]
+        used |= {(source, n) for n in names}
         if missing:
             continue
-        tensors = [sources[source][p].float() for p in parts]
+        tensors = [sources[source][n].float() for n in names]
         value = torch.cat(tensors) if "#" in theirs else tensors[0]
         # Broadcast axes of length 1 (pos_1LC, scale_mul_1H11, ada_gss) carry no information: ours have none.
         squeezed = tuple(s for s in value.shape if s != 1) == tuple(s for s in parameter.shape if s != 1)
@@ -243,8 +243,8 @@ def _assign(model: Model, sources: dict[str, dict[str, Tensor]]) -> None:
             continue
         state[name] = value.reshape(parameter.shape)
     for source, tensors_by_name in sources.items():
-        names = (n for n in tensors_by_name if (source, n) not in used and not _BUFFERS.match(n))
-        problems += [f"unexpected in {source}: {n} {list(tensors_by_name[n].shape)}" for n in names]
+        extra = (n for n in tensors_by_name if (source, n) not in used and not _BUFFERS.match(n))
+        problems += [f"unexpected in {source}: {n} {list(tensors_by_name[n].shape)}" for n in extra]
     if problems:
         raise OfficialCheckpointError(
             f"{len(problems)} tensors don't fit:\n  "

@@ -1,6 +1,6 @@
 """CAR (arXiv 2410.04671, section 3.2): a control branch 𝓕, 𝒯, 𝓖 that steers a frozen VAR.
 
-Without its branch it is VAR. Each part of the branch has the alternatives that the paper compares in Table 3.
+Without its branch it is VAR. 𝓕, 𝒯 and 𝓖 each have the alternatives that the paper compares in Table 3.
 
 Shapes as in `var.py`; S side of a scale in tokens, f pixels per latent edge.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from car_train.config import CARConfig, ConfigError, ModelConfig, VQVAEConfig
 from car_train.model.kernels import Linear, convolve, linear
-from car_train.model.var import EPS, VAR, Block, Cache, module_list
+from car_train.model.var import EPS, VAR, Block, Cache, drop_path_rates, module_list
 from car_train.model.vqvae import VQVAE, Encoder
 
 
@@ -40,7 +40,7 @@ class ControlEncoder(nn.Module):
         return self.scales([x])[0]
 
     def scales(self, controls: Sequence[Tensor]) -> list[Tensor]:
-        """The features of the control images of several scales, one batch each."""
+        """`forward` of several scales at once: [B, 3, S·f, S·f] each → [B, C, S, S] each."""
         maps = list(controls)
         for conv in (self.conv_in, *self.steps):
             maps = [F.silu(m) for m in convolve(conv.weight, conv.bias, maps, conv.stride[0])]
@@ -51,7 +51,8 @@ class TokenizerEncoder(nn.Module):
     """𝓕 from the tokenizer: its encoder, frozen, and a trained 1×1 projection; shapes as `ControlEncoder`'s.
 
     A copy, so that a branch is whole without the tokenizer it came from. Nothing is quantised: the projection reads
-    the latent that the codes are nearest to. ConfigError for a tokenizer that is too narrow for one-pixel maps.
+    the latent that the codes are nearest to. ConfigError for a tokenizer that is too narrow for feature maps of one
+    pixel.
     """
 
     def __init__(self, config: VQVAEConfig, width: int):
@@ -82,21 +83,21 @@ class TokenizerEncoder(nn.Module):
         return self.proj(self.quant_conv(self.encoder(x)))
 
     def scales(self, controls: Sequence[Tensor]) -> list[Tensor]:
-        """The features of the control images of several scales, one batch each."""
+        """`forward` of several scales at once: [B, 3, S·f, S·f] each → [B, C, S, S] each."""
         return [self(control) for control in controls]
 
 
 def to_maps(x_RNC: Tensor, sides: Sequence[int]) -> list[Tensor]:
-    """Tokens of whole scales → one map [R, C, S, S] per scale. Without sides the tokens are one scale's."""
+    """Tokens of whole scales → one feature map [R, C, S, S] per scale. Without sides the tokens are one scale's."""
     sides = sides or (math.isqrt(x_RNC.shape[1]),)
-    parts = x_RNC.split([s * s for s in sides], 1) if len(sides) > 1 else (x_RNC,)
-    return [part.unflatten(1, (s, s)).permute(0, 3, 1, 2) for part, s in zip(parts, sides, strict=True)]
+    segments = x_RNC.split([s * s for s in sides], 1) if len(sides) > 1 else (x_RNC,)
+    return [segment.unflatten(1, (s, s)).permute(0, 3, 1, 2) for segment, s in zip(segments, sides, strict=True)]
 
 
 def to_tokens(maps: Sequence[Tensor]) -> Tensor:
-    """The inverse of `to_maps`: maps [R, C, S, S] → [R, N, C]."""
-    parts = [m.flatten(2).transpose(1, 2) for m in maps]
-    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+    """The inverse of `to_maps`: feature maps [R, C, S, S] → [R, N, C]."""
+    segments = [m.flatten(2).transpose(1, 2) for m in maps]
+    return torch.cat(segments, 1) if len(segments) > 1 else segments[0]
 
 
 def tokens_first(x_RNC: Tensor) -> Tensor:
@@ -105,10 +106,10 @@ def tokens_first(x_RNC: Tensor) -> Tensor:
 
 
 class ConvBlock(nn.Module):
-    """A block of the convolutional 𝒯: c + conv3(SiLU(LN(conv3(c)))) on each scale's map, the norm in float32.
+    """A block of the convolutional 𝒯: c + conv3(SiLU(LN(conv3(c)))) on each scale's feature map, the norm in float32.
 
     No attention: a scale sees nothing of the others, and the class only by way of its inputs. The norm is over the
-    channels of one token, because the first map is a single pixel: a group norm of as many groups as channels would
+    channels of one token, because the first scale is a single pixel: a group norm of as many groups as channels would
     leave nothing of it.
     """
 
@@ -128,6 +129,10 @@ class ConvBlock(nn.Module):
         return self.conv2(F.silu(h).to(dtype).permute(0, 3, 1, 2)).float()
 
 
+LITTLE = 0.003
+"""Of a fresh branch, the share in what a concat fusion passes on."""
+
+
 class ConcatFusion(nn.Module):
     """𝓖: x ← Linear(LayerNorm([x, c])), the norm in float32."""
 
@@ -136,12 +141,22 @@ class ConcatFusion(nn.Module):
         self.norm, self.linear = nn.LayerNorm(2 * width, eps=EPS), Linear(2 * width, width)
 
     @torch.no_grad()
-    def initialise(self) -> None:
-        """Start as "x, a little of c"."""
-        C = self.linear.out_features
-        nn.init.trunc_normal_(self.linear.weight, std=0.02)
-        self.linear.weight[:, :C] += torch.eye(C)
+    def initialise(self, deviation: float = 1.0) -> None:
+        """Start as "x, a little of c".
+
+        deviation: what the norm divides x by. `linear` multiplies it back, else the blocks that follow would see x at
+        another size than they know.
+        """
+        C, device = self.linear.out_features, self.linear.weight.device
+        self.norm.reset_parameters()
+        self.linear.weight[:, :C] = deviation * torch.eye(C, device=device)
+        nn.init.normal_(self.linear.weight[:, C:], std=LITTLE * deviation / math.sqrt(C))
         nn.init.zeros_(self.linear.bias)
+
+    def calibrate(self, x: Tensor, c: Tensor) -> None:
+        """`initialise` for what is met here, f32 [R, N, C] each: the mean joint deviation of x and c over tokens."""
+        both = torch.cat([x, c], -1).float()
+        self.initialise((both.var(-1, correction=0) + EPS).sqrt().mean().item())
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         both = torch.cat([x, c], -1).float()
@@ -189,9 +204,9 @@ class CrossNormFusion(nn.Module):
 def cross_normalise(c: Tensor, x: Tensor) -> Tensor:
     """c with the mean and variance of x, both over the channels of one token, f32.
 
-    ControlNeXt takes them over a whole feature map. A map of all tokens would show a coarse scale what the finer ones
-    hold, and one of a single scale has one token at first; over a token's channels, as in every other norm of this
-    model, teacher forcing and sampling compute the same.
+    ControlNeXt takes them over a whole feature map. A feature map of all tokens would show a coarse scale what the
+    finer ones hold, and one of a single scale has one token at first; over a token's channels, as in every other norm
+    of this model, teacher forcing and sampling compute the same.
     """
     mean = x.mean(-1, keepdim=True)
     deviation = ((x - mean).square().mean(-1, keepdim=True) + EPS).sqrt()
@@ -207,12 +222,13 @@ class ControlBranch(nn.Module):
         assert config.car is not None, "config.car"
         self.config = config.car
         car, var, C, depth = config.car, config.var, config.var.C, config.var.depth // 2
+        rates = iter(drop_path_rates(var.drop_path_rate, var.depth))  # as the blocks of the base's first half
         encoders: dict[str, Callable[[], ControlEncoder | TokenizerEncoder]] = {
             "conv": lambda: ControlEncoder(car, C),
             "vqvae": lambda: TokenizerEncoder(config.vqvae, C),
         }
         blocks: dict[str, Callable[[], Block | ConvBlock]] = {
-            "blocks": lambda: Block(var, 0.0),
+            "blocks": lambda: Block(var, next(rates)),
             "conv": lambda: ConvBlock(C),
         }
         fusions: dict[str, Callable[[int], ConcatFusion | ZeroFusion | CrossNormFusion]] = {
@@ -234,7 +250,8 @@ class ControlBranch(nn.Module):
     def initialise(self, base: VAR, vqvae: VQVAE) -> None:
         """𝒯 from the base's first half (paper), 𝓕 from the tokenizer if it is its encoder, 𝓖 so that c hardly counts.
 
-        So the first pictures are the base's.
+        With the fusions "zero" and "cross_norm" the model then computes exactly what its base does; "concat" comes
+        close once it is calibrated (`calibrate_fusion`).
         """
         if isinstance(self.encoder, TokenizerEncoder):
             self.encoder.initialise(vqvae)
@@ -244,7 +261,7 @@ class ControlBranch(nn.Module):
             fusion.initialise()
 
     def requires_grad_(self, requires_grad: bool = True) -> ControlBranch:
-        """Let the branch train, or not. The tokenizer's part of it never does."""
+        """Let the branch train, or not. The tokenizer's encoder in it never does."""
         super().requires_grad_(requires_grad)
         if isinstance(self.encoder, TokenizerEncoder):
             self.encoder.freeze()
@@ -271,10 +288,11 @@ class ControlBranch(nn.Module):
         """`features` and `inject` of all scales `sides` at once, f32 [R, L, C].
 
         start, inputs: as the base's blocks get them, but before `embedding`, which is linear: it goes into the
-        kernel, so that the convolution has Z + 1 channels (the last is one: the bias, within the map) instead of C.
+        kernel, so that the convolution has Z + 1 channels (the last is one: the bias, within the feature map) instead
+        of C.
         """
         dtype, Z = self.input_conv.weight.dtype, embedding.in_features
-        # The first map is one pixel, of which only the kernel's middle sees anything: columns of the same product.
+        # The first scale is one pixel, of which only the kernel's middle sees anything: columns of the same product.
         columns = torch.cat([embedding.weight, embedding.bias[:, None], start_R1C[:, 0].T.to(dtype)], 1)
         kernel_O33E = linear(self.input_conv.weight.permute(0, 2, 3, 1), columns.T)
         bias = self.input_conv.get_parameter("bias")
@@ -323,6 +341,17 @@ class CAR(nn.Module):
     def layers(self) -> int:
         """Number of K/V pairs in a cache: base blocks first, then the branch's."""
         return len(self.base.blocks) + len(self.branch_blocks)
+
+    def set_drop_path(self, rate: float) -> None:
+        """Stochastic depth in base and branch from here on: `rate` at the base's last block, 0 switches it off.
+
+        Blocks drop in training mode alone. A frozen base drops too while its branch trains, so put the whole of this
+        module in training mode, and not the branch alone.
+        """
+        rates = drop_path_rates(rate, len(self.base.blocks))
+        for blocks in (self.base.blocks, self.branch_blocks):
+            for block, block_rate in zip(blocks, rates, strict=False):
+                block.drop_path_rate = block_rate
 
     def modulations(self, label_R: Tensor) -> Tensor:
         """AdaLN of everything that depends on the class alone, f32 [R, M, C]."""
@@ -377,3 +406,28 @@ class CAR(nn.Module):
             assert self.branch is not None, "controls given to a model without a control branch"
             c = self.branch.inject_all(start, inputs_BlZ, base.word_embedding, controls, base.sides)
         return self.trunk(x, c, base.position(), self.modulations(label_B), sides=base.sides)
+
+
+@torch.no_grad()
+def calibrate_fusion(car: CAR, label_B: Tensor, inputs_BlZ: Tensor, controls: Sequence[Tensor]) -> None:
+    """Let a fresh branch start as its base, whatever its fusion is; leaves the model in eval mode.
+
+    label, inputs, controls: one batch, as `CAR.forward` takes it. A concat fusion is given the deviation that it
+    meets there, fusion after fusion in one pass, so that each is measured behind the calibrated ones before it. The
+    other fusions start as the base by themselves.
+    """
+    assert car.branch is not None, "calibrate_fusion needs a branch"
+    car.eval()
+
+    def calibrate(fusion: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+        assert isinstance(fusion, ConcatFusion)
+        fusion.calibrate(*inputs)
+
+    concats = [fusion for fusion in car.branch.fusions if isinstance(fusion, ConcatFusion)]
+    hooks = [fusion.register_forward_pre_hook(calibrate) for fusion in concats]
+    try:
+        if hooks:
+            car(label_B, inputs_BlZ, controls)
+    finally:
+        for hook in hooks:
+            hook.remove()

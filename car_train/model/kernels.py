@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 FEW_ROWS = 64
-"""Below this a product is bound by reading its weights, and an own kernel gains nothing."""
+"""Below this a matrix product is bound by reading its weights, and an own kernel gains nothing."""
 
 
 def _float32_on_cpu(x: Tensor, weight: Tensor) -> bool:
@@ -44,9 +44,9 @@ class Linear(nn.Linear):
 
 
 def convolve(weight: Tensor, bias: Tensor | None, maps: Sequence[Tensor], stride: int = 1) -> list[Tensor]:
-    """A 3×3 convolution with padding 1, of maps of several sizes [B, C, H, W]; one result for each.
+    """A 3×3 convolution with padding 1, of feature maps of several sizes [B, C, H, W]; one result for each.
 
-    Where the maps together have fewer pixels than each of them would have to read weights, all are one matrix
+    Where the feature maps together have fewer pixels than each of them would have to read weights, all are one matrix
     product: the weights are read, and their gradient is written, once and not once a map.
     """
     sizes = [((m.shape[2] - 1) // stride + 1, (m.shape[3] - 1) // stride + 1) for m in maps]
@@ -60,12 +60,12 @@ def convolve(weight: Tensor, bias: Tensor | None, maps: Sequence[Tensor], stride
         maps = [m.to(torch.get_autocast_dtype(m.device.type)) for m in maps]
     # With weights in channels-last, as the trainer has them, this is no copy.
     kernel = weight.permute(0, 2, 3, 1).flatten(1)
-    parts = linear(_Windows.apply(stride, *maps), kernel, bias).split(rows)  # type: ignore[no-untyped-call]
-    return [p.view(-1, h, w, len(weight)).permute(0, 3, 1, 2) for p, (h, w) in zip(parts, sizes, strict=True)]
+    segments = linear(_Windows.apply(stride, *maps), kernel, bias).split(rows)  # type: ignore[no-untyped-call]
+    return [p.view(-1, h, w, len(weight)).permute(0, 3, 1, 2) for p, (h, w) in zip(segments, sizes, strict=True)]
 
 
 class _Windows(torch.autograd.Function):
-    """Maps [B, C, H, W] → the 3×3 windows of all their pixels, row after row: [ΣB·h·w, 9·C]."""
+    """Feature maps [B, C, H, W] → the 3×3 windows of all their pixels, row after row: [ΣB·h·w, 9·C]."""
 
     @staticmethod
     def forward(ctx: Any, stride: int, *maps: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """Multi-scale residual quantisation (VAR, arXiv 2404.02905, algorithms 1 and 2).
 
 A latent map is written as K token grids, coarse to fine. Every scale quantises what the coarser ones left over.
-"Area" and bicubic resizing are linear maps on each axis, so they are constant matrices here: the same arithmetic in
+"Area" and bicubic resizing are linear on each axis, so they are constant matrices here: the same arithmetic in
 training, in sampling and in the exported graphs.
 
-Shapes: B pictures, Z latent channels, E edge of the latent, S edge of a scale, V vocabulary.
+Shapes: B images, Z latent channels, E edge of the latent, S edge of a scale, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def area_matrix(source: int, target: int) -> Tensor:
 
 
 def resize(x_BZHW: Tensor, matrix: Tensor) -> Tensor:
-    """Apply one resize matrix [t, s] to both axes of a square map: [B, Z, s, s] → [B, Z, t, t]."""
+    """Apply one resize matrix [t, s] to both axes of a square feature map: [B, Z, s, s] → [B, Z, t, t]."""
     return matrix @ x_BZHW @ matrix.T
 
 

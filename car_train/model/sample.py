@@ -2,7 +2,7 @@
 
 It is also the sampling definition of the exported graphs.
 
-Randomness comes in as one uniform number per token, so that every backend draws the same picture from the same seed.
+Randomness comes in as one uniform number per token, so that every backend draws the same image from the same seed.
 """
 
 from __future__ import annotations
@@ -34,27 +34,60 @@ def mix(logits_RNV: Tensor, t: Tensor | float, images: int) -> Tensor:
     return (1 + t) * cond - t * uncond
 
 
-def draw(logits_NV: Tensor, uniforms_N: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """One categorical draw per row by inverse CDF, int64 [..., N].
+def keep_top(logits_NV: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """The logits f32 [..., N, V] with -inf for every token that top-k and top-p leave out.
 
-    logits: f32 [..., N, V]. uniforms: f32 [..., N] in [0, 1). top_k: int64 [1], 1…V (V keeps all). top_p: f32 [1];
-    `TOP_P_OFF` keeps all.
+    top_k: int64 [1], 1…V (V keeps all). top_p: f32 [1]; `TOP_P_OFF` keeps all.
 
     Kept are the logits not below the k-th largest and, of these, from the most probable downward, those before which
-    less than top_p of the probability has passed. Ties at a border stay together. Then the first token, in vocabulary
-    order, whose running sum exceeds uniform × total.
+    less than top_p of the probability has passed. Ties at a border stay together.
     """
     ranked = logits_NV.sort(dim=-1, descending=True).values
     kept = ranked >= ranked.index_select(-1, top_k - 1)
     p = ranked.masked_fill(~kept, -torch.inf).softmax(-1)
     kept = kept & (p.cumsum(-1) - p < top_p)
     border = ranked.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
-    cdf = logits_NV.masked_fill(logits_NV < border, -torch.inf).softmax(-1).cumsum(-1)
+    return logits_NV.masked_fill(logits_NV < border, -torch.inf)
+
+
+def draw_kept(kept_NV: Tensor, uniforms_N: Tensor) -> Tensor:
+    """One categorical draw per row by inverse CDF, int64 [..., N]; kept as `keep_top` returns it.
+
+    uniforms: f32 [..., N] in [0, 1). The first token, in vocabulary order, whose running sum exceeds uniform × total.
+    """
+    cdf = kept_NV.softmax(-1).cumsum(-1)
     return (cdf <= uniforms_N[..., None] * cdf[..., -1:]).sum(-1)
 
 
+def draw(logits_NV: Tensor, uniforms_N: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """`keep_top`, then `draw_kept`: one token per row, int64 [..., N]."""
+    return draw_kept(keep_top(logits_NV, top_k, top_p), uniforms_N)
+
+
+def smooth_codes(kept_NV: Tensor, noise_NV: Tensor, ratio: Tensor, codes_VZ: Tensor) -> Tensor:
+    """`more_smooth` of the published code: a Gumbel-softmax mixture of the kept codes, f32 [..., N, Z].
+
+    kept: as `keep_top` returns it. noise: f32 [..., N, V], standard Gumbel. ratio: f32 [1], where the scale stands
+    between coarse (0) and fine (1); temperature max(0.27·(1 − 0.95·ratio), 0.005). codes: the codebook.
+    """
+    temperature = (0.27 * (1 - 0.95 * ratio)).clamp_min(0.005)
+    return ((kept_NV * (1 + ratio) + noise_NV) / temperature).softmax(-1) @ codes_VZ
+
+
+def gumbel_noise(seeds: Sequence[int], tokens: int, vocab: int) -> Tensor:
+    """The noise of `smooth_codes` of one image per seed, f32 [B, L, V]: the same on every machine, up to a logarithm.
+
+    −log of the standard exponential float32 numbers of numpy's default generator, seeded with [seed, 1]: a stream
+    beside that of the uniform numbers. The exponential numbers are at least 2^-100, so that all noise is finite.
+    """
+    exponential = [
+        np.random.default_rng([seed, 1]).standard_exponential((tokens, vocab), dtype=np.float32) for seed in seeds
+    ]
+    return torch.from_numpy(-np.log(np.maximum(np.stack(exponential), np.float32(2**-100))))
+
+
 def control_pyramid(control: Image.Image, sizes: Sequence[int]) -> list[Tensor]:
-    """A control picture at every scale's size, f32 [1, 3, s, s] in [-1, 1].
+    """A control image at every scale's size, f32 [1, 3, s, s] in [-1, 1].
 
     Pillow's default filter, as the published data loader.
     """
@@ -81,11 +114,14 @@ def sample(
     top_k: int = 0,
     top_p: float = 0.0,
     record: Recording | None = None,
+    smooth_noise_BLV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Generate: (tokens int64 [B, L], pixels f32 [B, 3, H, W] in [-1, 1]).
 
     label: int64 [B] in 0…classes (`classes` is "no class"). uniforms: f32 [B, L] in [0, 1). controls as in
     `CAR.forward`. top_k 0 and top_p 0 keep everything. `record` collects what went into and came out of every scale.
+    smooth_noise: `gumbel_noise`, for `smooth_codes` instead of each token's own code (`more_smooth`: for looks, not
+    for evaluation); None is off.
     """
     quantizer, base = vqvae.quantizer, model.base
     config, B = vqvae.config, label_B.shape[0]
@@ -103,14 +139,19 @@ def sample(
         if controls is not None:
             assert model.branch is not None, "controls given to a model without a control branch"
             features = model.branch.features(controls[k])
-            # The control reaches both guidance rows; one control for all pictures broadcasts.
+            # The control reaches both guidance rows; one control for all images broadcasts.
             own = features.shape[0] > 1
             c = model.branch.inject(x_RSSC, features.repeat(R // B, 1, 1) if own else features)
         logits_RNV = model.trunk(x_RSSC.flatten(1, 2), c, position[start:stop], modulation, cache)
         cache.advance(stop - start)
         logits_BNV = mix(logits_RNV, cfg * ratio, B)
-        tokens_BSS = draw(logits_BNV, uniforms_BL[:, start:stop], k_keep, p_keep).view(B, side, side)
-        before, f_hat = f_hat, f_hat + quantizer.contribution(F.embedding(tokens_BSS, quantizer.embedding), k)
+        kept_BNV = keep_top(logits_BNV, k_keep, p_keep)
+        tokens_BSS = draw_kept(kept_BNV, uniforms_BL[:, start:stop]).view(B, side, side)
+        codes_BSSZ = F.embedding(tokens_BSS, quantizer.embedding)
+        if smooth_noise_BLV is not None:
+            noise_BNV, at = smooth_noise_BLV[:, start:stop], torch.tensor([ratio], device=label_B.device)
+            codes_BSSZ = smooth_codes(kept_BNV, noise_BNV, at, quantizer.embedding).view_as(codes_BSSZ)
+        before, f_hat = f_hat, f_hat + quantizer.contribution(codes_BSSZ, k)
         grids.append(tokens_BSS)
         if record is not None:
             scale = {"x": x_RSSC, "f_hat": before, "f_hat_out": f_hat, "logits": logits_BNV, "tokens": tokens_BSS}

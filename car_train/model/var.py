@@ -1,11 +1,11 @@
 """The VAR transformer (arXiv 2404.02905, section 3.3): next-scale prediction with AdaLN conditioning.
 
-Shapes: R rows (pictures, or twice as many with classifier-free guidance), N tokens of this call, T tokens seen (past
-and present), L tokens of a picture, C width, H heads, d = C/H, V vocabulary, Z latent channels, D depth,
+Shapes: R rows (images, or twice as many with classifier-free guidance), N tokens of this call, T tokens seen (past
+and present), L tokens of an image, C width, H heads, d = C/H, V vocabulary, Z latent channels, D depth,
 M = modulation rows.
 
-Types: the residual stream, norms, softmax and logits are float32 whatever the weights are; matrix products run in the
-weights' type. In float32 all the casts vanish.
+Types: the residual stream, norms, softmax and logits are float32 whatever the weights are; matrix products run in
+the weights' type. In float32 all the casts vanish.
 """
 
 from __future__ import annotations
@@ -91,9 +91,9 @@ class Attention(nn.Module):
 
     @staticmethod
     def _teacher_forced(q_RNHd: Tensor, k_RNHd: Tensor, v_RNHd: Tensor, sides: Sequence[int]) -> Tensor:
-        """Block-causal attention: each scale looks at its own prefix, and no product is masked away.
+        """Block-causal attention: each scale looks at its own prefix, and nothing computed is masked away.
 
-        At the published sides that is 62 % of the products of the masked [L, L] square, and every call takes the
+        At the published sides that is 62 % of the work of the masked [L, L] square, and every call takes the
         kernel for full attention. The coarse scales are one small masked square: one call costs less than many.
         """
         q, k, v = (t.transpose(1, 2) for t in (q_RNHd, k_RNHd, v_RNHd))
@@ -121,6 +121,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers around GELU(tanh): [..., C] → the same; the hidden width is `ratio`·C."""
+
     def __init__(self, width: int, ratio: int):
         super().__init__()
         self.fc1, self.fc2 = Linear(width, ratio * width), Linear(ratio * width, width)
@@ -135,14 +137,21 @@ def unit_length(x: Tensor) -> Tensor:
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
 
 
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+    """Stochastic depth of each of `depth` blocks: linearly from 0 at the first to `rate` at the last."""
+    return [rate * i / max(depth - 1, 1) for i in range(depth)]
+
+
 def drop_path(x: Tensor, rate: float) -> Tensor:
-    """Stochastic depth: zero whole rows with probability `rate` and scale the rest up."""
+    """Stochastic depth: zero whole rows of [R, N, C] with probability `rate` and scale the rest up."""
     keep = torch.empty(x.shape[0], 1, 1, device=x.device).bernoulli_(1 - rate)
     return x * (keep / (1 - rate)).to(x.dtype)
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
-    """LN(x)·(1 + scale) + shift in float32, then cast to the type of the product that follows."""
+    """LN(x)·(1 + scale) + shift in float32, then cast to `dtype`, that of the matrix product that follows.
+
+    x: [..., C], any float type. scale, shift: f32, broadcast against x."""
     return (F.layer_norm(x.float(), x.shape[-1:], eps=EPS) * (1 + scale) + shift).to(dtype)
 
 
@@ -157,6 +166,7 @@ class Block(nn.Module):
         self.ada_linear = None if config.shared_aln else nn.Linear(C, 6 * C)
         self.ada_offset = nn.Parameter(torch.zeros(6, C)) if config.shared_aln else None
         self.drop_path_rate = drop_path_rate
+        """Training only: probability that a row skips the attention, and that it skips the MLP."""
         self.recompute = False
         """Training only: keep no activations, compute them again in the backward pass."""
 
@@ -190,12 +200,10 @@ class Block(nn.Module):
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
         dtype = self.mlp.fc1.weight.dtype
         h = self.attn(modulate(x, scale1, shift1, dtype), cache, layer, sides).float() * gamma1
-        x = x + self._drop(h)
+        drops = self.training and cache is None and self.drop_path_rate > 0  # sampling skips nothing
+        x = x + (drop_path(h, self.drop_path_rate) if drops else h)
         h = self.mlp(modulate(x, scale2, shift2, dtype)).float() * gamma2
-        return x + self._drop(h)
-
-    def _drop(self, h: Tensor) -> Tensor:
-        return drop_path(h, self.drop_path_rate) if self.training and self.drop_path_rate > 0 else h
+        return x + (drop_path(h, self.drop_path_rate) if drops else h)
 
 
 class VAR(nn.Module):
@@ -212,8 +220,7 @@ class VAR(nn.Module):
         self.pos_LC = nn.Parameter(torch.zeros(L, C))
         self.level_KC = nn.Parameter(torch.zeros(len(self.sides), C))
         self.shared_ada_linear = nn.Linear(C, 6 * C) if config.var.shared_aln else None
-        rates = [config.var.drop_path_rate * i / max(D - 1, 1) for i in range(D)]
-        self.blocks = module_list(Block(config.var, rate) for rate in rates)
+        self.blocks = module_list(Block(config.var, rate) for rate in drop_path_rates(config.var.drop_path_rate, D))
         self.head_ada_linear = nn.Linear(C, 2 * C)
         self.head = Linear(C, config.vqvae.vocab)
         initialise(self)
@@ -248,10 +255,17 @@ class VAR(nn.Module):
 
 
 @torch.no_grad()
-def initialise(var: VAR) -> None:
-    """The published initialisation.
+def initialise(var: VAR, alng: float = 1e-5) -> None:
+    """The published initialisation of a base, in place; everything that is not named starts at zero.
 
-    Truncated normals of std √(1/(3C)), small head and AdaLN, residual projections ÷ √(2D).
+    - Linear layers, embeddings, positions: truncated normal, std √(1/(3C)).
+    - Residual projections (`attn.proj`, `mlp.fc2`): ÷ √(2D).
+    - Head: × 0.02. AdaLN of the head: × 0.5.
+    - AdaLN of each block, an own projection or the offsets (normal, std 1/√C): γ × `alng`, scale and shift × 0.5. The
+      projection that blocks share is left as it is.
+
+    alng: small values keep a block out of the residual stream at first; published are 1e-3 for d16 and d20, 1e-4 for
+    d24, 1e-5 for d30 and 5e-6 for d36-s (512 pixels, shared AdaLN).
     """
     C, D = var.config.C, var.config.depth
     std = math.sqrt(1 / (3 * C))
@@ -269,11 +283,10 @@ def initialise(var: VAR) -> None:
         block.mlp.fc2.weight.div_(math.sqrt(2 * D))
         if block.ada_offset is not None:
             block.ada_offset.normal_(std=1 / math.sqrt(C))
-            block.ada_offset[:2].mul_(1e-5)
+            block.ada_offset[:2].mul_(alng)
             block.ada_offset[2:].mul_(0.5)
-    for projection in [var.shared_ada_linear, *(b.ada_linear for b in var.blocks)]:
-        if projection is not None:
-            projection.weight[2 * C :].mul_(0.5)
-            projection.weight[: 2 * C].mul_(1e-5)
+        if block.ada_linear is not None:
+            block.ada_linear.weight[: 2 * C].mul_(alng)
+            block.ada_linear.weight[2 * C :].mul_(0.5)
     var.head_ada_linear.weight.mul_(0.5)
     var.head.weight.mul_(0.02)

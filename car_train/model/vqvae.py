@@ -1,7 +1,7 @@
 """The tokenizer's CNN: the VQGAN encoder and decoder around the multi-scale quantizer (VAR section 3.2).
 
-Norms are computed in float32 whatever the convolutions' type is: in float16 the mean of squares over a whole map
-would lose its digits. Pixels are in [-1, 1], maps are [B, channels, H, W].
+Norms are computed in float32 whatever the convolutions' type is: in float16 the mean of squares over a whole
+feature map would lose its digits. Pixels are in [-1, 1], feature maps are [B, channels, H, W].
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ class Norm(nn.GroupNorm):
 
 
 class ResBlock(nn.Module):
+    """x + conv3(SiLU(norm(conv3(SiLU(norm(x)))))): [B, inp, H, W] → [B, out, H, W].
+
+    Where the channels change, a 1×1 convolution carries x across.
+    """
+
     def __init__(self, inp: int, out: int):
         super().__init__()
         self.norm1, self.conv1 = Norm(inp), nn.Conv2d(inp, out, 3, padding=1)
@@ -48,7 +53,7 @@ class ResBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Single-head self-attention over the pixels of a map."""
+    """Single-head self-attention over the pixels of a feature map, [B, C, H, W] → the same."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -64,6 +69,8 @@ class AttnBlock(nn.Module):
 
 
 class Middle(nn.Module):
+    """Residual block, attention, residual block at the lowest resolution, [B, C, H, W] → the same."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.block_1 = ResBlock(channels, channels)
@@ -75,7 +82,7 @@ class Middle(nn.Module):
 
 
 class Down(nn.Module):
-    """Halve the map: one zero right and below, then a 3×3 convolution of stride 2."""
+    """Halve a feature map: one zero right and below, then a 3×3 convolution of stride 2; [B, C, H, W] → half."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -86,7 +93,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Double the map: nearest neighbour, then a 3×3 convolution."""
+    """Double a feature map: nearest neighbour, then a 3×3 convolution; [B, C, H, W] → double."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -117,7 +124,7 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pixels [B, 3, H, W] → latent [B, Z, H/f, W/f]."""
+    """Pixels in [-1, 1], [B, 3, H, W] → latent [B, Z, H/f, W/f]."""
 
     def __init__(self, config: VQVAEConfig):
         super().__init__()

@@ -125,4 +125,5 @@ def _car(args: argparse.Namespace) -> Stage:
     widths = args.encoder_widths or tuple(16 * 2**i for i in range(halvings + 1))
     strides = (2,) * halvings + (1,) * (len(widths) - 1 - halvings)
     sizes = {"encoder_widths": widths, "encoder_strides": strides}
-    return TransformerStage(add_branch(base, CARConfig(**given(args, CARConfig) | sizes)))
+    branch = CARConfig(**given(args, CARConfig) | sizes)
+    return TransformerStage(add_branch(base, branch), fresh=args.init is None and not args.resume)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from car_train.config import CARConfig, ModelConfig, VARConfig, VQVAEConfig
 from car_train.model import Model
+from car_train.model.car import calibrate_fusion
 from car_train.model.sample import control_pyramid, sample
 from car_train.model.vqvae import join_tokens, split_tokens
 from car_train.training.distributed import all_batches, any_of_processes, broadcast, mean_over_processes
@@ -41,6 +42,16 @@ class Stage:
         self.model, self.trainable = model, trainable
         model.requires_grad_(False).eval()
         trainable.requires_grad_(True)
+
+    fresh = False
+    """Whether `set_up` is wanted before the first step."""
+
+    def set_up(self, batch: Batch) -> None:
+        """Measure what a fresh model has to know of its data, on one batch: the same on every process."""
+
+    def train(self, mode: bool = True) -> None:
+        """Training mode, for steps, or eval mode, for all else."""
+        self.trainable.train(mode)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to minimise and what else to log, of one batch on the device."""
@@ -188,12 +199,27 @@ class TransformerStage(Stage):
 
     takes_tokens = True
 
-    def __init__(self, model: Model):
+    def __init__(self, model: Model, *, fresh: bool = False, drop_path: float | None = None):
+        """fresh: the branch is new, and its fusions are calibrated before the first step (`calibrate_fusion`).
+
+        drop_path: largest rate of stochastic depth, 0 for none; default: the config's.
+        """
         assert model.car is not None, "config.var"
         super().__init__(model, model.car.branch or model.car.base)
         self.car = model.car
         self.name = "car" if model.car.branch is not None else "var"
         self.control_type = model.config.car.control_type if model.config.car else None
+        self.fresh = fresh and self.car.branch is not None
+        if drop_path is not None:
+            self.car.set_drop_path(drop_path)
+
+    def set_up(self, batch: Batch) -> None:
+        if (controls := self._controls(batch)) is not None:
+            calibrate_fusion(self.car, batch["label"], self._teacher_forcing(batch)[1], controls)
+
+    def train(self, mode: bool = True) -> None:
+        """A frozen base drops paths too while its branch trains."""
+        self.car.train(mode)
 
     def _controls(self, batch: Batch) -> list[Tensor] | None:
         if "control" not in batch:
@@ -201,15 +227,20 @@ class TransformerStage(Stage):
         controls = list(batch["control"].cpu().numpy())
         return control_pyramids(controls, self.model.config.vqvae, batch["label"].device)
 
+    @torch.no_grad()
+    def _teacher_forcing(self, batch: Batch) -> tuple[list[Tensor], Tensor]:
+        """Token grids of all scales, and what they make of the transformer's input: f32 [B, L-1, Z]."""
+        vqvae = self.model.vqvae
+        if "tokens" in batch:
+            grids = split_tokens(batch["tokens"], vqvae.config.sides)
+        else:
+            grids = vqvae.encode(batch["image"])
+        with torch.autocast(batch["label"].device.type, enabled=False):
+            return grids, vqvae.quantizer.decode(grids)[1]
+
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         config, label = self.model.config.vqvae, batch["label"]
-        with torch.no_grad():
-            if "tokens" in batch:
-                grids = split_tokens(batch["tokens"], config.sides)
-            else:
-                grids = self.model.vqvae.encode(batch["image"])
-            with torch.autocast(label.device.type, enabled=False):
-                inputs = self.model.vqvae.quantizer.decode(grids)[1]
+        grids, inputs = self._teacher_forcing(batch)
         if self.trainable.training:
             dropped = batch["drop"] < self.car.base.config.label_dropout
             label = torch.where(dropped, self.car.base.config.classes, label)
@@ -272,7 +303,10 @@ def add_var(model: Model, config: VARConfig, class_names: tuple[str, ...]) -> Mo
 
 
 def add_branch(model: Model, config: CARConfig) -> Model:
-    """A model with a trained base and a new branch, initialised from it. A branch that was there is left out."""
+    """A model with a trained base and a new branch, initialised from it. A branch that was there is left out.
+
+    Its fusions are to be calibrated on data before training: `TransformerStage(…, fresh=True)`.
+    """
     assert model.car is not None, "add_branch needs a base"
     grown = Model(
         ModelConfig(vqvae=model.config.vqvae, var=model.config.var, car=config, class_names=model.config.class_names)

@@ -47,6 +47,9 @@ from car_train.training.options import RENAMED, TrainOptions
 from car_train.training.stages import LossModule, Stage
 from car_train.training.token_cache import CachedTokens, open_cache
 
+SET_UP_IMAGES = 16
+"""Images that a fresh stage is set up on; at 256×256 they have 10,880 tokens to measure deviations of."""
+
 
 class TrainingError(UserError, RuntimeError):
     """Training can't go on; the message says why and ends with the remedy."""
@@ -88,6 +91,8 @@ class Trainer:
             stage.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._set_up_blocks()
         self.data, self.val = self._datasets()
+        if stage.fresh:
+            stage.set_up(self._spread(self.data, SET_UP_IMAGES))
         self._set_up_optimizers()
         self.ema = EMA(stage.trainable, options.ema) if options.ema else None
         self.step = 0
@@ -291,7 +296,7 @@ class Trainer:
         path = options.output
         with ExitStack() as stack:
             logger = stack.enter_context(self._logger()) if self.world.rank == 0 else None
-            stage.trainable.train()
+            stage.train()
             batches = self.batches()
             while self.step < options.steps:
                 record = self._train_step(batches)
@@ -370,7 +375,7 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Mean loss and metrics over the validation split, with the averaged weights; writes a sample sheet."""
-        self.stage.trainable.eval()
+        self.stage.train(False)
         sums: dict[str, float] = {}
         with ExitStack() as stack:
             if self.ema is not None:
@@ -385,15 +390,19 @@ class Trainer:
                     sums[name] = sums.get(name, 0.0) + value.item() * len(batch["label"])
             if self.world.rank == 0:
                 self._save_samples()
-        self.stage.trainable.train()
+        self.stage.train()
         means = {f"val_{name}": value * self.world.size / len(self.val) for name, value in sums.items()}
         return self.world.mean(means, self.device)
 
+    def _spread(self, data: ControlledImages | CachedTokens, most: int) -> dict[str, Tensor]:
+        """One batch of at most so many items, evenly from the whole of a data set, on the device."""
+        count = min(most, len(data))
+        chosen = Subset(data, [i * len(data) // count for i in range(count)])
+        return self._to_device(next(iter(DataLoader(chosen, batch_size=count, generator=torch.Generator()))))
+
     def _save_samples(self) -> None:
         """A contact sheet of validation images, evenly from the whole split."""
-        count = min(16, len(self.val_images))
-        chosen = Subset(self.val_images, [i * len(self.val_images) // count for i in range(count)])
-        batch = self._to_device(next(iter(DataLoader(chosen, batch_size=count, generator=torch.Generator()))))
+        batch = self._spread(self.val_images, 16)
         with self._autocast():
             shown = self.stage.samples(batch)
         groups = list(zip(*(to_pixels(x) for x in shown.values()), strict=True))

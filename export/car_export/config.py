@@ -39,6 +39,8 @@ class ExportOptions:
     cfg: float = option(4.0, "default guidance of the plan")
     top_k: int = option(900, "default top-k of the plan, 0 = off")
     top_p: float = option(0.95, "default top-p of the plan, 0 = off")
+    more_smooth: bool = option(False, "let requests ask for smoother images: codes mixed by Gumbel noise")
+    """The step can mix codes by `smooth_noise` where its input `smooth` says so."""
     class_names: tuple[str, ...] | None = None
     """Instead of the checkpoint's own, if any."""
     provenance: Mapping[str, str] = field(default_factory=dict)

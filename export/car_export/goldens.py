@@ -32,7 +32,7 @@ _DATE = (1980, 1, 1, 0, 0, 0)
 def write_goldens(directory: Path, reference: Model, *, cfg: float, top_k: int, top_p: float) -> None:
     """Write `directory/goldens.npz` from a float32 model in eval mode; cfg, top_k, top_p are the plan's defaults.
 
-    Guidance is at least 1, so that both rows count. docs/plan-format.md lists the arrays.
+    Guidance is at least 1, so that both rows count. docs/reference/plan-format.md lists the arrays.
     """
     arrays = goldens(reference, cfg=max(cfg, 1.0), top_k=top_k, top_p=top_p)
     (directory / FILE).write_bytes(npz_bytes(arrays))

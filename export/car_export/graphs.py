@@ -1,4 +1,4 @@
-"""Tracing wrappers: the model as the graphs of a plan (docs/plan-format.md). The model itself knows nothing of ONNX.
+"""Tracing wrappers: the model as a plan's graphs (docs/reference/plan-format.md). The model knows nothing of ONNX.
 
 Shapes: R transformer rows, B images, S side of this scale, T side of the next, P past tokens, C width, Z latent
 channels, E edge of f̂, H heads, d head width, V vocabulary, M modulation rows, L tokens of an image.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from car_export.trace import OPSET
 from car_train.model import Model
 from car_train.model.car import CAR
-from car_train.model.sample import draw, mix
+from car_train.model.sample import draw_kept, keep_top, mix, smooth_codes
 from car_train.model.vqvae import VQVAE, Up, join_tokens
 
 
@@ -68,20 +68,21 @@ class ConditionGraph(nn.Module):
 class StepGraph(nn.Module):
     """One scale of the loop (CAR algorithm 1).
 
-    Inputs and outputs as docs/plan-format.md lists them.
+    Inputs and outputs as docs/reference/plan-format.md lists them.
     """
 
-    def __init__(self, model: Model, has_past: bool = True):
+    def __init__(self, model: Model, has_past: bool = True, more_smooth: bool = False):
         super().__init__()
         assert model.car is not None
         self.car: CAR = model.car
         self.quantizer = model.vqvae.quantizer
-        self.has_past = has_past
+        self.has_past, self.more_smooth = has_past, more_smooth
 
     @property
     def input_names(self) -> list[str]:
         control = ["control"] if self.car.branch is not None else []
         sampling = ["f_hat", "uniforms", "cfg", "top_k", "top_p", "known", "known_mask"]
+        sampling += ["smooth", "smooth_noise"] if self.more_smooth else []
         past = [f"past_{x}_{i}" for i in range(self.car.layers) for x in "kv"] if self.has_past else []
         return ["x", "modulation", *control, *sampling, "pos", "up", "down", "phi", "cfg_ratio", *past]
 
@@ -99,9 +100,14 @@ class StepGraph(nn.Module):
         c = self.car.branch.inject(x_RSSC, i["control"].flatten(0, 1)) if self.car.branch is not None else None
         logits_RNV = self.car.trunk(x_RSSC.flatten(1, 2), c, position_NC, i["modulation"], cache, (side,))
         logits_BSSV = mix(logits_RNV, i["cfg"] * i["cfg_ratio"], images).unflatten(1, (side, side))
-        drawn = draw(logits_BSSV, i["uniforms"], i["top_k"], i["top_p"])
-        tokens_BSS = torch.where(i["known_mask"], i["known"], drawn)
-        f_hat = i["f_hat"] + self._contribution(tokens_BSS, i["up"], i["phi"])
+        kept_BSSV = keep_top(logits_BSSV, i["top_k"], i["top_p"])
+        tokens_BSS = torch.where(i["known_mask"], i["known"], draw_kept(kept_BSSV, i["uniforms"]))
+        codes_BSSZ = F.embedding(tokens_BSS, self.quantizer.embedding)
+        if self.more_smooth:
+            smooth_BSSZ = smooth_codes(kept_BSSV, i["smooth_noise"], i["cfg_ratio"], self.quantizer.embedding)
+            smoothed = (i["smooth"] & ~i["known_mask"]).unsqueeze(-1)
+            codes_BSSZ = torch.where(smoothed, smooth_BSSZ, codes_BSSZ)
+        f_hat = i["f_hat"] + self._contribution(codes_BSSZ, i["up"], i["phi"])
         down = i["down"]
         next_BTTC = self.car.base.embed((down @ f_hat @ down.T).permute(0, 2, 3, 1))
         # Rows beyond the first B are the unconditional twins: the same tokens come in.
@@ -109,13 +115,12 @@ class StepGraph(nn.Module):
         new = [t for n in range(self.car.layers) for t in cache.new[n]]
         return tokens_BSS, f_hat, next_x, *new, logits_BSSV
 
-    def _contribution(self, tokens_BSS: Tensor, up: Tensor, phi: Tensor) -> Tensor:
+    def _contribution(self, codes_BSSZ: Tensor, up: Tensor, phi: Tensor) -> Tensor:
         """`MultiScaleQuantizer.contribution` with the scale's constants as tensors.
 
         All φ in one small convolution, then one picked.
         """
-        codes = F.embedding(tokens_BSS, self.quantizer.embedding).permute(0, 3, 1, 2)
-        h = up @ codes @ up.T
+        h = up @ codes_BSSZ.permute(0, 3, 1, 2) @ up.T
         every = F.conv2d(h, self.quantizer.phi_weight, self.quantizer.phi_bias, padding=1)
         picked = every.unflatten(1, (-1, h.shape[1])).index_select(1, phi).squeeze(1)
         return 0.5 * h + 0.5 * picked

@@ -1,4 +1,4 @@
-"""Write a plan (docs/plan-format.md).
+"""Write a plan (docs/reference/plan-format.md).
 
 Trace the graphs, store the weights once, write the manifest, verify, then rename into place.
 """
@@ -159,9 +159,10 @@ class PlanBuilder:
         self._write("condition", model)
 
     def _steps(self) -> None:
-        module = graphs.StepGraph(self.model)
+        module = graphs.StepGraph(self.model, more_smooth=self.options.more_smooth)
         # Sizes that differ from one another and from every constant, so that no dimension is taken for another.
-        inputs = example_step_inputs(self.model, rows=4, images=2, side=3, past=5, next_side=7)
+        every = example_step_inputs(self.model, rows=4, images=2, side=3, past=5, next_side=7)
+        inputs = {name: every[name] for name in module.input_names}
         dims = STEP_DIMS | dict.fromkeys([n for n in inputs if n.startswith("past_")], PAST_DIMS)
         model = self._trace(module, inputs, module.output_names, dims)
         optimise(model)
@@ -246,6 +247,7 @@ STEP_DIMS: dict[str, Names] = {
     "uniforms": ("B", "S", "S"),
     "known": ("B", "S", "S"),
     "known_mask": ("B", "S", "S"),
+    "smooth_noise": ("B", "S", "S", None),
     "pos": ("S", "S", None),
     "up": (None, "S"),
     "down": ("T", None),
@@ -257,7 +259,7 @@ PAST_DIMS: Names = ("P", "R", None, None)
 def example_step_inputs(
     model: Model, rows: int, images: int, side: int, past: int, next_side: int
 ) -> dict[str, Tensor]:
-    """Inputs of the step graph by name, of the given sizes; their values don't matter to the trace."""
+    """All inputs that a step graph can have by name, of the given sizes; their values don't matter to the trace."""
     assert model.car is not None
     base, config = model.car.base, model.config.vqvae
     C, H, E = base.config.C, base.config.H, config.latent_size
@@ -273,14 +275,14 @@ def example_step_inputs(
         "top_p": torch.ones(1),
         "known": torch.zeros(grid, dtype=torch.int64),
         "known_mask": torch.zeros(grid, dtype=torch.bool),
+        "smooth": torch.zeros(1, dtype=torch.bool),
+        "smooth_noise": torch.zeros(*grid, config.vocab),
         "pos": torch.zeros(side, side, C),
         "up": torch.zeros(E, side),
         "down": torch.zeros(next_side, E),
         "phi": torch.zeros(1, dtype=torch.int64),
         "cfg_ratio": torch.ones(1),
     }
-    if model.car.branch is None:
-        del inputs["control"]
     kv = torch.zeros(past, rows, H, C // H, dtype=base.blocks[0].attn.qkv_weight.dtype)
     return inputs | {f"past_{x}_{i}": kv.clone() for i in range(model.car.layers) for x in "kv"}
 

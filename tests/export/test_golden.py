@@ -21,7 +21,7 @@ CFG = 4.0
 LOGITS = 2e-4
 """Relative to the largest logit: float32 sums in another order."""
 PIXELS = 2e-3
-"""Of a picture in [0, 1], over the 2^-12 to which the golden pictures are stored.
+"""Of a image in [0, 1], over the 2^-12 to which the golden images are stored.
 
 For a plan, over half of a level of 255 too.
 """
@@ -47,7 +47,7 @@ class Torch:
 
 
 class Exported:
-    """The plan through `car-run`, as a user would: one picture per label, in ONNX Runtime without torch."""
+    """The plan through `car-run`, as a user would: one image per label, in ONNX Runtime without torch."""
 
     pixels = PIXELS + 2**-12 + 0.5 / 255
 
@@ -93,7 +93,7 @@ def torch_greedy(model: Model, golden: Golden, control: bool) -> tuple[torch.Ten
 
 
 @pytest.mark.parametrize("control", [False, True], ids=["var", "car"])
-def test_greedy_tokens_are_equal_and_the_picture_is_close(engine: Engine, golden: Golden, control: bool) -> None:
+def test_greedy_tokens_are_equal_and_the_image_is_close(engine: Engine, golden: Golden, control: bool) -> None:
     prefix = "car" if control else "var"
     tokens, pixels = engine.greedy(golden, control)
     np.testing.assert_array_equal(tokens, golden[f"{prefix}_greedy_tokens"])
@@ -101,7 +101,7 @@ def test_greedy_tokens_are_equal_and_the_picture_is_close(engine: Engine, golden
 
 
 def test_encoded_tokens_are_equal(golden: Golden, models: Callable[..., Model]) -> None:
-    # PyTorch only: the golden picture is noise in float32, a plan's encoder takes uint8
+    # PyTorch only: the golden image is noise in float32, a plan's encoder takes uint8
     # (test_export.py compares the two).
     with torch.no_grad():
         tokens = join_tokens(models(golden).vqvae.encode(torch.from_numpy(golden["image"])))
@@ -117,8 +117,10 @@ def test_guided_logits_of_a_greedy_run(golden: Golden, models: Callable[..., Mod
     assert_close(logits[..., ::stride], expected)
 
 
+@pytest.mark.parametrize("name", ["tiny", "tiny_saln"])
 @pytest.mark.parametrize("control", [False, True], ids=["var", "car"])
-def test_teacher_forced_logits(tiny: Golden, models: Callable[..., Model], control: bool) -> None:
+def test_teacher_forced_logits(name: str, models: Callable[..., Model], control: bool) -> None:
+    tiny = Golden(name)
     model = models(tiny)
     assert model.car is not None
     controls = [

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 import car_runtime
@@ -19,6 +20,7 @@ from car_export import verify
 from car_export.plan import ExportOptions, build_plan
 from car_runtime.format import manifest as schema
 from car_train import checkpoint
+from car_train.cli import main as train_main
 from car_train.config import (
     ENCODERS,
     FUSIONS,
@@ -29,9 +31,11 @@ from car_train.config import (
     VARConfig,
     VQVAEConfig,
 )
+from car_train.data.dataset import ControlledImages
 from car_train.model import Model
-from car_train.model.car import ConvBlock, TokenizerEncoder, cross_normalise, to_maps, to_tokens
+from car_train.model.car import ConvBlock, TokenizerEncoder, calibrate_fusion, cross_normalise, to_maps, to_tokens
 from car_train.model.sample import Recording, control_pyramid, sample
+from car_train.training.stages import TransformerStage, add_branch
 
 Parts = tuple[str, str, str]
 COMBINATIONS = list(itertools.product(ENCODERS, TRANSFORMERS, FUSIONS))
@@ -59,9 +63,9 @@ def new_model(parts: Parts, depth: int = 4) -> Model:
     return model
 
 
-def batch(model: Model) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Labels, teacher's inputs and controls of two pictures."""
-    config, generator = model.config.vqvae, torch.Generator().manual_seed(5)
+def batch(model: Model, seed: int = 5) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Labels, teacher's inputs and controls of two images."""
+    config, generator = model.config.vqvae, torch.Generator().manual_seed(seed)
     grids = [torch.randint(config.vocab, (2, s, s), generator=generator) for s in config.sides]
     sizes = [s * config.patch for s in config.sides]
     controls = [torch.rand(2, 3, s, s, generator=generator) * 2 - 1 for s in sizes]
@@ -143,6 +147,125 @@ def test_an_added_fusion_starts_exactly_as_the_base_and_learns(encoder: str, tra
     after.square().mean().backward()  # from the second step on, all of the branch learns
     assert all(bool(p.grad.any()) for p in branch.parameters() if p.requires_grad and p.grad is not None)
     assert all((p.grad is not None) == p.requires_grad for p in branch.parameters())
+
+
+def opinionated_base(depth: int = 4, shared_aln: bool = False) -> Model:
+    """A base whose blocks and head do much: random weights of ordinary size, not the published initialisation."""
+    torch.manual_seed(7)
+    var = VARConfig(depth=depth, width=48, heads=3, classes=3, shared_aln=shared_aln)
+    base = Model(ModelConfig(vqvae=TOKENIZER, var=var)).requires_grad_(False).eval()
+    for name, parameter in base.named_parameters():
+        if parameter.ndim > 1 and not any(word in name for word in ("embedding", "pos_", "level_")):
+            parameter.normal_(std=(2 if "head.weight" in name else 1) / parameter[0].numel() ** 0.5)
+    return base
+
+
+@pytest.mark.parametrize("shared_aln", [False, True], ids=["own", "shared"])
+@every_combination
+@torch.no_grad()
+def test_a_fresh_branch_leaves_the_base_as_it_was(parts: Parts, shared_aln: bool) -> None:
+    """Within 0.05 nats a token, on images and controls that the calibration hasn't seen; 0.2 without it."""
+    encoder, transformer, fusion = parts
+    config = CARConfig(
+        encoder_widths=(8, 12), encoder_strides=(2,), encoder=encoder, transformer=transformer, fusion=fusion
+    )
+    model = add_branch(opinionated_base(depth=6, shared_aln=shared_aln), config).eval()
+    assert model.car is not None
+    calibrate_fusion(model.car, *batch(model))
+    assert divergence(model, *batch(model, seed=6)) <= (0.05 if fusion == "concat" else 0)
+
+
+def test_training_a_new_branch_starts_at_its_base_and_a_trained_one_where_it_was(tmp_path: Path) -> None:
+    for shape in ("ellipse", "rectangle", "line"):
+        (tmp_path / "data" / shape).mkdir(parents=True)
+        for i in range(40):
+            image = Image.new("RGB", (8, 8), "white")
+            getattr(ImageDraw.Draw(image), shape)([1 + i % 3, 1, 5, 4 + i % 4], fill=(6 * i, 100, 60))
+            image.save(tmp_path / "data" / shape / f"{i}.png")
+    base_path = checkpoint.save(opinionated_base(shared_aln=True), tmp_path / "base")
+    flags = ["--data", tmp_path / "data", "--base", base_path, "--encoder-widths", "8,12", "--control", "canny"]
+    flags += ["--steps", 1, "--batch", 8, "--lr", 1e-12, "--warmup", 0, "--workers", 0, "--no-augment"]
+    flags += ["--token-root", tmp_path / "tokens"]
+    assert train_main([str(a) for a in ["car", *flags, "-o", tmp_path / "first"]]) == 0
+    again = ["car", *flags, "-o", tmp_path / "second", "--init", tmp_path / "first"]
+    assert train_main([str(a) for a in again]) == 0
+    first, second = (checkpoint.load(tmp_path / run) for run in ("first", "second"))
+    for name, value in first.state_dict().items():
+        torch.testing.assert_close(second.state_dict()[name], value, atol=1e-9, rtol=0)
+    data = ControlledImages(tmp_path / "data", 8, split="all", control_type="canny", preload=False)
+    items = [data[i] for i in range(0, len(data), 8)]
+    sizes = [side * TOKENIZER.patch for side in TOKENIZER.sides]
+    pyramids = [control_pyramid(Image.fromarray(item["control"].numpy()), sizes) for item in items]
+    label = torch.tensor([item["label"] for item in items])
+    with torch.no_grad():
+        inputs = first.vqvae.quantizer.decode(first.vqvae.encode(torch.stack([item["image"] for item in items])))[1]
+    controls = [torch.cat(scale) for scale in zip(*pyramids, strict=True)]
+    assert divergence(first, label, inputs, controls) <= 0.05  # 0.57 without calibration
+
+
+@torch.no_grad()
+def divergence(model: Model, label: Tensor, inputs: Tensor, controls: list[Tensor]) -> float:
+    """KL(base ‖ base with branch) in nats a token, of a base that there is something to lose of."""
+    assert model.car is not None
+    base, steered = (model.car(label, inputs, c).log_softmax(-1) for c in (None, controls))
+    assert -(base.exp() * base).sum(-1).mean() < 0.8 * math.log(TOKENIZER.vocab)
+    return (base.exp() * (base - steered)).sum(-1).mean().item()
+
+
+@torch.no_grad()
+def test_calibration_changes_nothing_but_the_concat_fusions() -> None:
+    for fusion in FUSIONS:
+        model = new_model(("conv", "blocks", fusion))
+        assert model.car is not None
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        calibrate_fusion(model.car, *batch(model))
+        changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+        names = ("norm.weight", "norm.bias", "linear.weight", "linear.bias")
+        assert changed == {f"car.branch.fusions.{i}.{n}" for i in range(2) for n in names if fusion == "concat"}
+        assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_stochastic_depth_is_in_base_and_branch_while_a_branch_trains() -> None:
+    model = add_branch(opinionated_base(), CARConfig(encoder_widths=(8, 12), encoder_strides=(2,)))
+    stage, car = TransformerStage(model), model.car
+    assert car is not None
+    assert car.branch is not None
+    rates = [0.0, 0.1 * 4 / 24 / 3, 0.1 * 4 / 24 * 2 / 3, 0.1 * 4 / 24]
+    assert [block.drop_path_rate for block in car.base.blocks] == pytest.approx(rates)
+    assert [block.drop_path_rate for block in car.branch_blocks] == pytest.approx(rates[:2])
+    label, inputs, controls = batch(model)
+
+    def varies(controls: list[Tensor] | None) -> bool:
+        with torch.no_grad():
+            return not torch.equal(car(label, inputs, controls), car(label, inputs, controls))
+
+    assert not varies(controls)
+    stage.train()
+    car.set_drop_path(0.5)
+    assert varies(None)  # the frozen base too
+    car.set_drop_path(0)
+    assert not varies(controls)
+    car.branch.blocks[1].drop_path_rate = 0.5  # type: ignore[union-attr]
+    assert varies(controls)
+    stage.train(False)
+    assert not varies(controls)
+    stage = TransformerStage(model, drop_path=0)
+    stage.train()
+    assert not varies(controls)
+    assert all(p.requires_grad for p in car.branch.parameters())
+    assert not any(p.requires_grad for p in car.base.parameters())
+
+
+@torch.no_grad()
+def test_a_run_that_samples_drops_nothing_even_in_training_mode() -> None:
+    model = new_model(("conv", "blocks", "concat"))
+    assert model.car is not None
+    uniforms = torch.rand(2, TOKENIZER.tokens, generator=torch.Generator().manual_seed(1))
+    label, _, controls = batch(model)
+    expected = sample(model.vqvae, model.car, label, uniforms, controls)
+    model.car.set_drop_path(0.9)
+    model.car.train()
+    assert all(map(torch.equal, sample(model.vqvae, model.car, label, uniforms, controls), expected))
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from car_train.config import CARConfig, ModelConfig, VARConfig, VQVAEConfig
-from car_train.model import kernels as products
+from car_train.model import kernels
 from car_train.model.car import CAR
 from car_train.training.optimizer import match_layout
 
@@ -28,7 +28,7 @@ def test_linear_is_pytorchs_with_its_gradients(monkeypatch: pytest.MonkeyPatch) 
     x, w, b = (torch.randn(*s, requires_grad=True) for s in ((2, 70, 48), (40, 48), (40,)))
     called = []
     monkeypatch.setattr(torch.Tensor, "to_mkldnn", lambda t, real=torch.Tensor.to_mkldnn: called.append(1) or real(t))
-    ours, theirs = products.linear(x, w, b), F.linear(x, w, b)
+    ours, theirs = kernels.linear(x, w, b), F.linear(x, w, b)
     assert bool(called) == torch.backends.mkldnn.is_available()
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(grads(ours, [x, w, b]), grads(theirs, [x, w, b]))
@@ -43,9 +43,9 @@ def test_a_convolution_of_many_maps_is_pytorchs_of_each(
     conv = nn.Conv2d(6, out, 3, padding=1, stride=stride).to(memory_format=layout)  # type: ignore[call-overload]
     maps = [torch.randn(2, 6, s, s, requires_grad=True) for s in (1, 2, 4, 7)]
     called = []
-    real = products.linear
-    monkeypatch.setattr(products, "linear", lambda *a: called.append(1) or real(*a))
-    ours = products.convolve(conv.weight, conv.bias, maps, stride)
+    real = kernels.linear
+    monkeypatch.setattr(kernels, "linear", lambda *a: called.append(1) or real(*a))
+    ours = kernels.convolve(conv.weight, conv.bias, maps, stride)
     assert bool(called) == across
     theirs = [conv(m) for m in maps]
     assert [m.shape for m in ours] == [m.shape for m in theirs]

@@ -2,7 +2,7 @@
 
 The runtime's own loop draws; the backend below adds outputs to each graph and keeps what they report.
 
-Shapes: n sampled rows, K channels; R as in docs/plan-format.md.
+Shapes: n sampled rows, K channels; R as in docs/reference/plan-format.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The engines of a plan: which there are, what they are made from, and how they come and go (docs/plan-format.md).
+"""The engines of a plan: which there are, what they are made from, how they are replaced.
+
+docs/reference/plan-format.md has the format.
 
 An engine's key is a hash of all that it is made from: the graph in its form, the weights that the graph refers to,
 the compiler and its version, the target, the profiles, the settings. An engine in the plan that has the wanted key is

@@ -1,4 +1,4 @@
-"""The form in which a compiling engine gets a plan's graphs (docs/plan-format.md, "Engines").
+"""The form in which a compiling engine gets a plan's graphs (docs/reference/plan-format.md, "Engines").
 
 Rewrites that change no result by more than rounding. They look at the graph alone: the weights stay references into
 `weights.bin`.

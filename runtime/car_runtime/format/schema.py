@@ -1,8 +1,8 @@
 """What a plan's manifest says, as frozen dataclasses that check themselves: a broken rule is a PlanError.
 
-`docs/plan-format.md` describes the format. The exporter writes its manifests through these classes, so that both
-sides hold one definition and a manifest that breaks a rule is refused before it is written. Only the standard library
-is imported here.
+`docs/reference/plan-format.md` describes the format. The exporter writes its manifests through these classes, so that
+both sides hold one definition and a manifest that breaks a rule is refused before it is written. Only the standard
+library is imported here.
 """
 
 from __future__ import annotations

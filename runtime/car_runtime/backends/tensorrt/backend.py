@@ -6,7 +6,7 @@ runs in the order of one stream. A profile's first run on a set of addresses is 
 the second is recorded as a CUDA graph, which then and from then on is launched instead.
 
 What an engine has beyond its graph is this backend's own: `key_bias`, added to the scores of attention, and at the
-first scale, which has no past, a past of one token that `key_bias` takes out (docs/plan-format.md).
+first scale, which has no past, a past of one token that `key_bias` takes out (docs/reference/plan-format.md).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The compiled engines of a plan: which there are, and the metadata that each one's sidecar records.
 
 A sidecar is the JSON file next to an engine, written from the network definition when it was built: an engine itself
-can be asked nothing without the GPU that it is for. docs/plan-format.md describes both. Only the standard library is
-imported here.
+can be asked nothing without the GPU that it is for. docs/reference/plan-format.md describes both. Only the standard
+library is imported here.
 """
 
 from __future__ import annotations
