@@ -110,7 +110,7 @@ def load_model(args: argparse.Namespace) -> tuple[Model, dict[str, str]]:
     if args.checkpoint is not None:
         if any(getattr(args, name) is not None for name in ("var", "car", "control_type", "sides")):
             raise ConfigError(
-                "a checkpoint of car_train has its own parts; leave out --var, --car, --control-type, --sides"
+                "a checkpoint of car_train has its own parts; leave out --var, --car, --control-type, --patch-nums"
             )
         hashes = checkpoint.fingerprint(args.checkpoint)
         return checkpoint.load(args.checkpoint), {f"sha256 {name}": digest for name, digest in hashes.items()}
