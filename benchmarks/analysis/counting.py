@@ -1,7 +1,8 @@
 """What an image costs by count: operations, weights, K/V and activations of a plan's own graphs. Nothing is run.
 
 The graphs are the plan's (docs/reference/plan-format.md) with every size fixed: the static steps where the plan has
-them, else the one with named dimensions, specialised in the same way. Weights are not loaded. Guidance is on: 2B rows.
+them, else the one with named dimensions, specialised in the same way. Weights are not loaded. Guidance is on: 2B
+rows.
 
 An operation is a multiplication or an addition; a matrix product of M×K by K×N has 2·M·N·K. Only products and
 convolutions are counted so. All else is given in bytes: what a node reads and writes if nothing is fused, which is
