@@ -56,7 +56,7 @@ import numpy as np
 from benchmarks.analysis.columns import RATIOS, THEIRS
 from benchmarks.analysis.counting import count_image
 from benchmarks.analysis.limits import DTYPES
-from benchmarks.harness.candidates import (
+from benchmarks.baselines.candidates import (
     Candidate,
     opened_backends,
     own_loop,

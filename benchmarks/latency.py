@@ -54,7 +54,7 @@ from PIL import Image
 from benchmarks.analysis.columns import LATENCY
 from benchmarks.analysis.counting import ImageCount, count_image
 from benchmarks.analysis.limits import RTX_4090, Limits, roofline
-from benchmarks.harness.candidates import (
+from benchmarks.baselines.candidates import (
     BF16,
     FP32,
     Candidate,
@@ -202,7 +202,7 @@ def start_rows(workload: Workload, backends: Sequence[str], threads: int) -> lis
         )
     if workload.source is not None:
         of = (str(workload.plan), asdict(workload.source), threads)
-        alone = in_subprocess("benchmarks.harness.candidates:published_alone", *of)
+        alone = in_subprocess("benchmarks.baselines.candidates:published_alone", *of)
         nothing = dict.fromkeys(("import_s", "open_s", "first_image_s", "cold_start_s", "plan_bytes"))
         rows.append({"question": "start", "candidate": FP32, **nothing, **_memory(alone, weights)})
     return rows

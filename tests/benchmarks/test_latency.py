@@ -15,8 +15,8 @@ import pytest
 from benchmarks import latency
 from benchmarks.analysis.counting import count_image
 from benchmarks.analysis.limits import Limits, _size
+from benchmarks.baselines.candidates import BF16, FP32
 from benchmarks.harness import workload
-from benchmarks.harness.candidates import BF16, FP32
 from benchmarks.harness.errors import BenchmarkError
 from benchmarks.harness.measure import ratio, run_python
 from car_runtime.format.manifest import WEIGHTS
