@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 import pytest
 
-from benchmarks.counting import FUSED, count_image, stored_weights
+from benchmarks.analysis.counting import FUSED, count_image, stored_weights
 from benchmarks.harness.workload import draw_control
 from car_runtime.backends.onnxruntime.cpu import OrtCpu
 from car_runtime.format.manifest import read_manifest

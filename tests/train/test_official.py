@@ -70,7 +70,7 @@ def test_config_is_inferred_with_shared_aln() -> None:
 
 def test_sides_that_are_not_official_must_be_named() -> None:
     parts = dicts()
-    with pytest.raises(OfficialCheckpointError, match="--sides 1,2,3,4"):
+    with pytest.raises(OfficialCheckpointError, match="--patch-nums 1,2,3,4"):
         build_model(parts["vae"], parts["var"])
     with pytest.raises(OfficialCheckpointError, match="it has 4 scales"):
         build_model(parts["vae"])

@@ -14,13 +14,13 @@ import pytest
 from PIL import Image, ImageDraw
 
 from benchmarks import schedules
-from benchmarks.harness.machine import BenchmarkError
+from benchmarks.harness.errors import BenchmarkError
 from car_runtime import open_plan
 from car_runtime.format.manifest import read_manifest
 from car_runtime.plan import default_plan
 from car_runtime.schedule import parse_scales
 from car_train.data.controls import make_control
-from car_train.data.dataset import ControlledImages
+from car_train.data.dataset import ControlledImages, DataError
 from car_train.evaluation.metrics import edge_f1
 from car_train.evaluation.sets import compare_sets
 from car_train.images import to_pixels
@@ -110,7 +110,7 @@ def test_exact_comes_first_and_every_schedule_is_a_row(found: dict[str, Any]) ->
     for row in table:
         assert 0 < row["min"] <= row["p50"] <= row["p95"]
         assert 0 < row["loop_p50"] < row["p95"]
-        assert (row["runs"], row["pictures"], row["rows_shrink"]) == (2, PICTURES, True)
+        assert (row["runs"], row["images"], row["rows_shrink"]) == (2, PICTURES, True)
     assert all(row.keys() == table[0].keys() for row in table)
 
 
@@ -153,15 +153,15 @@ def test_scales_are_compared_with_and_without_guidance(found: dict[str, Any]) ->
 def test_settings_say_what_was_measured_and_tables_answer_the_questions(found: dict[str, Any]) -> None:
     settings = found["settings"]
     assert settings["backend"]["name"] == "ort-cpu"
-    assert settings["data"] == {"name": "drawn", "split": "all", "pictures": PICTURES}
+    assert settings["data"] == {"name": "drawn", "split": "all", "images": PICTURES}
     assert settings["features"] == {"network": "thumbnail"}
     assert (settings["cfg"], settings["top_k"], settings["top_p"]) == (1.0, 100, 0.5)
-    for heading in ("What does each schedule cost?", "What does it draw?", "What does each scale cost?"):
+    for heading in ("What does each schedule cost?", "What does it change?", "What does each scale cost?"):
         assert heading in found["stdout"]
-    assert "real pictures (noise floor)" in found["stdout"]
+    assert "real images (noise floor)" in found["stdout"]
 
 
-def test_made_up_weights_are_measured_without_pictures(capsys: pytest.CaptureFixture[str]) -> None:
+def test_random_weights_are_measured_without_pictures(capsys: pytest.CaptureFixture[str]) -> None:
     toy()
     flags = f"--model tiny --cache {folder()} --backend ort-cpu --threads 1 --runs 1 --warmup 0 --batch 2".split()
     assert schedules.main(flags) == 0
@@ -169,9 +169,9 @@ def test_made_up_weights_are_measured_without_pictures(capsys: pytest.CaptureFix
     found = json.loads(out.splitlines()[-1])
     table = rows(found, "schedule")
     assert len(table) >= 8
-    assert found["settings"]["made_up_weights"] is True
+    assert found["settings"]["random_weights"] is True
     for row in table:
-        assert row["pictures"] == schedules.MADE_UP_PICTURES
+        assert row["images"] == schedules.SEEDS
         assert 0 <= row["tokens_equal"] <= 1
         assert row["kid"] is row["kid_floor"] is row["f1"] is None
     assert "KID" not in out.partition('{"format"')[0]
@@ -247,8 +247,8 @@ def test_what_cannot_be_measured_is_said_in_one_line(
     [
         ("--runs 0", "runs is 0; give at least 1"),
         ("--threads 0", "threads is 0; give 1…1024"),
-        ("--depth 4", "depth is 4; it cuts --model to at least 2 blocks"),
-        ("--model tiny --data x", "weights are made up and draw nothing, leave one of them out"),
+        ("--depth 4", "--depth cuts --model; give one"),
+        ("--model tiny --data x", "images of random weights show nothing, leave one out"),
         ("--backend cuda", "there is no backend 'cuda'; use"),
     ],
 )
@@ -266,5 +266,5 @@ def test_pictures_of_other_classes_are_refused(pictures: Path, tmp_path: Path) -
     with pytest.raises(BenchmarkError, match=r"has 1 classes \(cat, …\), the plan 27; give a folder of the plan's"):
         schedules.measure(args, lambda _: None)
     args.data = tmp_path / "absent"
-    with pytest.raises(BenchmarkError, match="is not a folder; give a folder with one sub-folder"):
+    with pytest.raises(DataError, match="is not a folder; give a folder with one sub-folder"):
         schedules.measure(args, lambda _: None)
