@@ -1,0 +1,5 @@
+"""Train CAR on VAR with PyTorch: images → checkpoint."""
+
+import os
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime looks at it when it is first imported
