@@ -83,7 +83,7 @@ EMOJI = Path("~/.cache/car/data/emoji")
 SEEDS = 4
 """Behind `tokens_equal` where there are no images to generate after."""
 BATCH = 16
-"""Pictures whose features are computed at once."""
+"""Images whose features are computed at once."""
 
 Pixels = NDArray[np.uint8]
 

@@ -45,7 +45,7 @@ class DataError(UserError, ValueError):
 class ControlledImages(Dataset[dict[str, Any]]):
     """Images with labels, and with control images if asked for.
 
-    root:         a folder of class folders; labels follow the sorted folder names (`class_names`). Files beside
+    root:         a folder of class folders; labels follow the sorted folder names (`class_names`). Files next to
                   them are ignored.
     image_size:   side of the images given out, in pixels.
     split:        "train" (about 95 %), "val" (about 5 %) or "all": by a hash of the file name without extension, so

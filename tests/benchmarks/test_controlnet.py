@@ -39,8 +39,8 @@ def engines_of(architecture: diffusion.Architecture, method: Method, *how: Any) 
 
 
 def run(file: Path, flags: str) -> dict[str, Any]:
-    """One real run with the toys, as it was written; stdout is beside it."""
-    with contextlib.suppress(FileExistsError):  # the toy's plan for one picture is that for one and two
+    """One real run with the toys, as it was written; stdout is next to it."""
+    with contextlib.suppress(FileExistsError):  # the toy's plan for one image is that for one and two
         (folder() / toy().plan.name.replace("-b1.2-", "-b1-")).symlink_to(toy().plan)
     out, log = io.StringIO(), io.StringIO()
     flags = f"--small --model tiny --cache {folder()} --warmup 1 --threads 1 {flags}"
@@ -166,7 +166,7 @@ def pipeline_of(method: Method, workshop: diffusion.NetworkCache) -> Any:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_picture_is_the_one_that_diffusers_pipeline_makes(name: str) -> None:
+def test_an_image_is_the_one_that_diffusers_pipeline_makes(name: str) -> None:
     method = METHODS[name]
     workshop, networks = networks_of(method)
     control, steps = draw_control(2 * SIZE), 5

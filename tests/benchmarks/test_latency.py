@@ -29,7 +29,7 @@ STAGES = ["control", "condition", "scale_0", "scale_1", "scale_2", "decoder"]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One real run, as it was written; stdout is beside it."""
+    """One real run, as it was written; stdout is next to it."""
     toy()
     file, out, log = tmp_path_factory.mktemp("latency") / "results.jsonl", io.StringIO(), io.StringIO()
     flags = f"--model tiny --cache {folder()} --backends ort-cpu --batch 1,2 --runs 3 --warmup 1 --threads 1"

@@ -23,7 +23,7 @@ from car_runtime.format.manifest import Manifest, read_manifest
 from car_runtime.images import control_pyramid, load_image
 from car_runtime.plan import Plan
 from car_runtime.request import resolve
-from fixtures.runtime_plan import CLASSES, NAMES, SIDES, SIZE, L, V, Z, build_plan, generate, picture
+from fixtures.runtime_plan import CLASSES, NAMES, SIDES, SIZE, L, V, Z, build_plan, generate, image
 
 CONTROL = np.random.default_rng(1).integers(0, 256, (40, 50, 3), np.uint8)
 OTHER_CONTROL = 255 - CONTROL
@@ -78,7 +78,7 @@ def _pyramid(plan: Plan, control: np.ndarray) -> list[np.ndarray]:
     ids=str,
 )
 @pytest.mark.parametrize("label", [None, 0, 2])
-def test_tokens_and_pictures_are_the_models(plan: Plan, settings: dict[str, Any], label: int | None) -> None:
+def test_tokens_and_images_are_the_models(plan: Plan, settings: dict[str, Any], label: int | None) -> None:
     result = plan.generate(CONTROL, label, seed=100, n=6, **settings)
     oracle = {**settings, "top_k": settings.get("top_k") or V, "top_p": settings.get("top_p", 0.95) or 2.0}
     assert result.images.shape == (6, SIZE, SIZE, 3)
@@ -109,7 +109,7 @@ def test_control_class_seed_and_settings_all_matter(plan: Plan) -> None:
         assert (other.tokens != base).any()
 
 
-def test_a_picture_depends_on_its_seed_and_not_on_its_batch(plan: Plan) -> None:
+def test_an_image_depends_on_its_seed_and_not_on_its_batch(plan: Plan) -> None:
     together = plan.generate(CONTROL, 1, seed=20, n=7)
     assert together.request.seeds == tuple(range(20, 27))
     for i in range(7):
@@ -176,11 +176,11 @@ def test_a_plan_without_encoder_says_so(tmp_path: Path) -> None:
         plan.encode(CONTROL)
 
 
-def test_stream_yields_every_scale_and_ends_with_the_picture(plan: Plan) -> None:
+def test_stream_yields_every_scale_and_ends_with_the_image(plan: Plan) -> None:
     result = plan.generate(CONTROL, "lion", seed=2, n=5)
     steps = list(plan.stream(CONTROL, "lion", seed=2, n=5))
     assert [(s.index, s.last, s.images) for s in steps] == [
-        (k, k == 2, pictures) for pictures in (range(4), range(4, 5)) for k in range(3)
+        (k, k == 2, images) for images in (range(4), range(4, 5)) for k in range(3)
     ]
     for step in steps:
         scale = plan.manifest.scales[step.index]
@@ -188,7 +188,7 @@ def test_stream_yields_every_scale_and_ends_with_the_picture(plan: Plan) -> None
         assert (step.tokens.reshape(len(step.images), -1) == expected).all()
         # The stream is over: results must not be views of buffers that later scales wrote.
         assert step.f_hat.shape == (len(step.images), Z, 4, 4)
-        assert (step.preview() == np.stack([picture(f_hat) for f_hat in step.f_hat])).all()
+        assert (step.preview() == np.stack([image(f_hat) for f_hat in step.f_hat])).all()
     assert (np.concatenate([s.preview() for s in steps if s.last]) == result.images).all()
 
 
@@ -454,7 +454,7 @@ class _DeviceBackend:
 def test_the_loop_needs_no_more_of_a_backend_than_the_protocol(
     plan: Plan, root: Path, batches: tuple[int, ...], cfg: float
 ) -> None:
-    """Nor does a picture depend on the sizes of batches, or on guidance rows that guide nothing."""
+    """Nor does an image depend on the sizes of batches, or on guidance rows that guide nothing."""
     expected = plan.generate(CONTROL, 1, seed=3, n=5, cfg=cfg)
     device = Plan(root, plan.manifest, _DeviceBackend(root, plan.manifest, batches), "a test")
     result = device.generate(CONTROL, 1, seed=3, n=5, cfg=cfg)
