@@ -93,7 +93,7 @@ def guarded(name: str, run: Callable[[Log], None], stopped: str = "nothing was w
 
 
 def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """Of `python -m benchmarks.NAME`; the module's docstring is its help."""
+    """The parser of `python -m benchmarks.NAME`; the module's docstring is its help."""
     return argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}",
         description=description,

@@ -90,7 +90,7 @@ def make_annotator(
 
 
 def hed_work_size(side: int) -> int:
-    """At which side HED looks at an image of this side, in pixels: see `HED_WORK`."""
+    """The side, in pixels, at which HED looks at an image of this side: see `HED_WORK`."""
     return max(side, min(2 * side, HED_WORK))
 
 
