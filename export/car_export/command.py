@@ -58,10 +58,11 @@ def _official_arguments() -> list[str]:
     return list(vars(parser.parse_args([])))
 
 
-def run_command(name: str, command: Callable[[Log], int]) -> int:
+def run_command(name: str, command: Callable[[Log], int], stopped: str = "nothing half-made was left") -> int:
     """Run a command with a log on stderr and return its exit code.
 
     2: something that the user can put right, 1: a plan that disagrees with its model, 130: interrupted.
+    stopped: what an interruption leaves.
     """
     began = time.monotonic()
 
@@ -77,5 +78,5 @@ def run_command(name: str, command: Callable[[Log], int]) -> int:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; nothing half-made was left", file=sys.stderr)
+        print(f"{name}: interrupted; {stopped}", file=sys.stderr)
         return 130

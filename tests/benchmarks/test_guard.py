@@ -26,6 +26,7 @@ from benchmarks.harness.workload import draw_control
 from car_runtime.backends.onnxruntime.cpu import OrtCpu
 from car_runtime.format.manifest import read_manifest
 from car_runtime.plan import Plan, default_plan
+from fixtures.counting_backend import Counting
 from fixtures.toy_plan import toy
 
 WATCHED = (*FUSED, "Transpose", "Concat", "Cast")
@@ -84,20 +85,6 @@ PLANS = {"shipped": SHIPPED, "toy": TOY}
 
 def path_of(name: str) -> Path:
     return default_plan() if name == "shipped" else toy().plan
-
-
-class Counting:
-    """A backend that counts the buffers it is asked for, and does what the real one does."""
-
-    def __init__(self, backend: OrtCpu) -> None:
-        self._backend, self.allocated = backend, 0
-
-    def allocate(self, shape: tuple[int, ...], dtype: str) -> Any:
-        self.allocated += 1
-        return self._backend.allocate(shape, dtype)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
 
 
 @cache

@@ -166,7 +166,7 @@ def test_the_limit_of_a_stage_is_the_slower_of_products_and_memory() -> None:
     )
 
 
-def test_an_int8_plan_is_made_once_and_measured_beside_its_float32_one(tmp_path: Path) -> None:
+def test_an_int8_plan_is_made_once_and_measured_alongside_its_float32_one(tmp_path: Path) -> None:
     flags = (
         f"--plan {toy().plan} --cache {tmp_path} --backends ort-cpu --int8 --runs 2 --warmup 0 --threads 1".split()
     )

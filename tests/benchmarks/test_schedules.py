@@ -179,7 +179,7 @@ def test_random_weights_are_measured_without_images(capsys: pytest.CaptureFixtur
     assert [row["tokens_equal"] for row in stopped] == len(stopped) * [1.0]
 
 
-def test_the_int8_form_is_a_row_beside_the_exact_loop(
+def test_the_int8_form_is_a_row_next_to_the_exact_loop(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(schedules, "features", lambda args: Thumbnail())

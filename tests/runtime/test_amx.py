@@ -460,7 +460,7 @@ def test_the_library_is_compiled_once_and_again_when_it_is_broken(
 
 
 @pytest.mark.parametrize("flags", [None, ["avx2"], ["amx_tile", "avx512_bf16"]])
-def test_a_cpu_without_tiles_is_told(monkeypatch: pytest.MonkeyPatch, flags: list[str] | None) -> None:
+def test_a_cpu_without_tiles_is_reported(monkeypatch: pytest.MonkeyPatch, flags: list[str] | None) -> None:
     monkeypatch.setattr("car_runtime.system.cpu.cpu_flags", lambda: flags)
     with pytest.raises(BackendError, match="amx_bf16"):
         build.check_cpu()

@@ -85,7 +85,7 @@ def test_several_images_are_numbered_and_share_a_sheet(
         assert (sheet[:, (i + 1) * (TILE + 4) :][:, :TILE] == _tile(expected[i])).all()
 
 
-def test_an_image_tells_how_to_make_it_again(here: Path) -> None:
+def test_an_image_records_how_to_make_it_again(here: Path) -> None:
     assert main([*GIVEN, "--class", "goldie", "-n", "2", "--seed", "8", "--top-p", "0.5", "-o", "a.png"]) == 0
     with Image.open("a-1.png") as image:
         image.load()

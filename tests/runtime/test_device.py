@@ -45,6 +45,7 @@ from fixtures.fake_device import GPU, DeviceFault, Enqueued, FakeDevice, FakeOnn
 from fixtures.runtime_plan import LAYERS, SIDES, SIZE, C, D, E, H, L, V, Z, build_plan
 from fixtures.small import small_model
 from fixtures.small_plans import small_plan
+from fixtures.threads import run_in_threads
 
 CONTROL = np.random.default_rng(1).integers(0, 256, (40, 50, 3), np.uint8)
 OTHER_CONTROL = 255 - CONTROL
@@ -623,11 +624,7 @@ def test_several_threads_get_their_own_images(fake: Fake, cpu: Plan) -> None:
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(work, len(jobs))
     assert errors == []
     for wanted, images in zip(expected, found, strict=True):
         assert len(images) == 3
@@ -843,7 +840,7 @@ def test_a_gpu_that_is_full_says_so(root: Path) -> None:
 # What TensorRT for RTX compiled is kept.
 
 
-def test_the_runtime_cache_is_kept_beside_the_engines(tmp_path: Path) -> None:
+def test_the_runtime_cache_is_kept_next_to_the_engines(tmp_path: Path) -> None:
     root = make_root(tmp_path)
     path = root / "engines" / "runtime.rtx.sm89.fake-rtx-4090.cache"
     with Fake(root) as fake:

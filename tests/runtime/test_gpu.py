@@ -8,7 +8,6 @@ tokens, and by tokens where the best two logits are further apart than the two e
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -28,6 +27,7 @@ from car_runtime.format.manifest import read_manifest
 from car_runtime.plan import Plan
 from car_runtime.system.gpu import Gpu, probe
 from fixtures.small_plans import small_plan
+from fixtures.threads import run_in_threads
 
 pytestmark = pytest.mark.gpu
 
@@ -97,7 +97,7 @@ def _forced(plan: Plan, tokens: np.ndarray, seed: int = 0) -> np.ndarray:
     return np.concatenate([np.asarray(scale.logits).reshape(-1, plan.manifest.model.vocab) for scale in scales])
 
 
-def test_logits_and_likeliest_tokens_are_the_cpus(plan: Plan, cpu: Plan) -> None:
+def test_logits_and_most_probable_tokens_are_the_cpus(plan: Plan, cpu: Plan) -> None:
     tolerance = TOLERANCE[plan.manifest.precision.compute]
     tokens = cpu.generate(_control(cpu), 1, top_k=1, cfg=3.0).tokens[0]
     expected, found = _forced(cpu, tokens), _forced(plan, tokens)
@@ -167,11 +167,7 @@ def test_several_threads_get_their_own_images(plan: Plan) -> None:
         for _ in range(5):
             found[label] = plan.generate(_control(plan), label, seed=label).images
 
-    threads = [threading.Thread(target=work, args=(label,)) for label in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(work, 3)
     assert sorted(found) == [0, 1, 2]
     for label, images in found.items():
         assert (images == expected[label]).all()

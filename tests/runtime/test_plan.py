@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -24,6 +23,7 @@ from car_runtime.images import control_pyramid, load_image
 from car_runtime.plan import Plan
 from car_runtime.request import resolve
 from fixtures.runtime_plan import CLASSES, NAMES, SIDES, SIZE, L, V, Z, build_plan, generate, image
+from fixtures.threads import run_in_threads
 
 CONTROL = np.random.default_rng(1).integers(0, 256, (40, 50, 3), np.uint8)
 OTHER_CONTROL = 255 - CONTROL
@@ -282,7 +282,7 @@ def test_a_second_seed_costs_no_control_and_no_condition(plan: Plan, runs: Count
     assert (runs["control"], runs["condition"]) == (2, 2)
 
 
-def test_the_cache_tells_controls_of_the_same_bytes_apart(plan: Plan, runs: Counter[str]) -> None:
+def test_the_cache_distinguishes_controls_of_the_same_bytes(plan: Plan, runs: Counter[str]) -> None:
     flat = np.arange(32 * 32 * 3, dtype=np.uint32).astype(np.uint8)
     plan.generate(flat.reshape(32, 32, 3))
     plan.generate(flat.reshape(16, 64, 3))
@@ -307,11 +307,7 @@ def test_threads_on_one_plan_get_what_they_would_get_alone(plan: Plan) -> None:
         for _ in range(5):
             together[i] = plan.generate(*jobs[i], n=3).tokens
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(work, len(jobs))
     for expected, found in zip(alone, together, strict=True):
         assert (expected == found).all()
 
@@ -376,7 +372,7 @@ def test_a_missing_default_plan_says_what_to_do(monkeypatch: pytest.MonkeyPatch,
         open_plan()
 
 
-def test_an_edited_plan_does_not_open_unless_told_to(tmp_path: Path) -> None:
+def test_an_edited_plan_does_not_open_unless_asked_to(tmp_path: Path) -> None:
     root = build_plan(tmp_path / "x.plan")
     content = bytearray((root / "weights.bin").read_bytes())
     content[1] ^= 1  # the lowest bits of a weight: nothing but the hash shows it

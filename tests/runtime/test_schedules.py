@@ -7,7 +7,6 @@ must draw what they draw, at the guidance and on the features that the schedule 
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
@@ -34,8 +33,10 @@ from car_runtime.images import load_image
 from car_runtime.plan import Plan, default_plan
 from car_runtime.request import resolve
 from car_runtime.schedule import parse_scales
+from fixtures.counting_backend import Counting
 from fixtures.fake_device import DeviceFault, FakeDevice, FakeOnnxRuntime, FakeTensorRT, write_engines
 from fixtures.runtime_plan import LAYERS, SIDES, D, H, L, build_plan
+from fixtures.threads import run_in_threads
 from fixtures.toy_plan import toy
 
 K = len(SIDES)
@@ -226,20 +227,6 @@ def test_the_past_of_the_first_rows_is_copied_once(plan: Plan, monkeypatch: pyte
     assert len(copied) == 2 * LAYERS
 
 
-class Counting:
-    """A backend that keeps what it is asked to allocate, and does what the real one does."""
-
-    def __init__(self, backend: OrtCpu) -> None:
-        self._backend, self.allocated = backend, 0
-
-    def allocate(self, shape: tuple[int, ...], dtype: str) -> Any:
-        self.allocated += 1
-        return self._backend.allocate(shape, dtype)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-
 def test_a_second_image_on_a_schedule_allocates_nothing(root: Path, manifest: Manifest) -> None:
     backend = Counting(OrtCpu(root, manifest, 1))
     with Plan(root, manifest, backend, "a test") as plan:
@@ -282,11 +269,7 @@ def test_threads_with_schedules_of_their_own_get_what_they_would_get_alone(plan:
         for _ in range(3):
             together[i] = plan.generate(CONTROL, 0, n=3, **SCHEDULES[i]).images
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(SCHEDULES))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(work, len(SCHEDULES))
     for expected, found in zip(alone, together, strict=True):
         assert (expected == found).all()
 

@@ -33,6 +33,7 @@ from car_train.data.controls import CONTROL_TYPES, NEEDS_ALPHA, make_control, on
 from car_train.data.dataset import ControlledImages, DataError
 from car_train.data.pretrained import WeightsError
 from car_train.files import sha256
+from fixtures.random_images import drawing
 
 REAL_HED = Path("~/.cache/car/weights/hed.onnx").expanduser()
 PLAIN = NetSettings(range="0-1", multiple=1)
@@ -157,7 +158,7 @@ def test_what_goes_into_the_net_is_normalised_as_asked(
 
 
 @pytest.mark.parametrize("bgr", [False, True])
-def test_depth_and_normal_nets_get_imagenets_normalisation_unless_told_otherwise(bgr: bool) -> None:
+def test_depth_and_normal_nets_get_imagenets_normalisation_by_default(bgr: bool) -> None:
     x = np.array([10, 100, 200], np.float32)
     order = slice(None, None, -1 if bgr else 1)
     for control_type in ("depth", "normal"):
@@ -469,17 +470,6 @@ def test_annotators_that_make_no_sense_are_refused(arguments: dict[str, Any], me
 
 
 # --- without a net of one's own -------------------------------------------------------------------------------------
-
-
-def drawing(seed: int = 0, side: int = 48) -> Image.Image:
-    """A lopsided shape on transparent ground."""
-    rng = np.random.default_rng(seed)
-    image = Image.new("RGBA", (side, side))
-    draw = ImageDraw.Draw(image)
-    colours = [(*(int(c) for c in rng.integers(0, 200, 3)), 255) for _ in range(2)]
-    draw.ellipse((4, 8, side - 6, side - 12), fill=colours[0])
-    draw.rectangle((side // 2, 12, side - 8, side // 2), fill=colours[1])
-    return image
 
 
 @pytest.mark.parametrize("control_type", CONTROL_TYPES)
@@ -794,7 +784,7 @@ def test_a_failing_net_stops_the_run_with_its_reason(folder: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("after", [0, 2])
-def test_a_full_disk_is_told_and_nothing_half_written_stays(
+def test_a_full_disk_is_reported_and_nothing_half_written_stays(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     replace_file, done = os.replace, []

@@ -94,7 +94,7 @@ def test_the_summary_has_last_and_best_in_each_figures_own_direction(tmp_path: P
     assert reported["images_per_second"] == pytest.approx(32.0)  # 16 images in half a second
 
 
-def test_an_older_run_without_run_json_is_told_by_its_checkpoint(tmp_path: Path) -> None:
+def test_an_older_run_without_run_json_is_described_by_its_checkpoint(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", "car", about=False)
     model = small_model()
     checkpoint.save(model, run / "step-0000020")
@@ -141,7 +141,7 @@ def test_a_caption_says_how_far_and_how_well(page: tuple[list[Run], Path]) -> No
     assert "best psnr 22 @ 20" in text
 
 
-def test_runs_are_called_by_as_much_of_their_path_as_tells_them_apart(page: tuple[list[Run], Path]) -> None:
+def test_runs_are_called_by_as_much_of_their_path_as_distinguishes_them(page: tuple[list[Run], Path]) -> None:
     assert run_labels(page[0][2:]) == ["1/car", "2/car"]
     assert run_labels(page[0][:2]) == ["vqvae", "a<b>&$x^$ 猫"]
 

@@ -8,25 +8,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from car_runtime.controls import derive
 from car_train.data.controls import make_control
 from car_train.data.dataset import ControlledImages, DataError, random_box, select_classes, split_of
+from fixtures.random_images import drawing
 
 NAMES = [f"thing-{i}" for i in range(12)]
-
-
-def drawing(seed: int, side: int = 48) -> Image.Image:
-    """A lopsided shape on transparent ground."""
-    rng = np.random.default_rng(seed)
-    image = Image.new("RGBA", (side, side))
-    draw = ImageDraw.Draw(image)
-    colours = [(*(int(c) for c in rng.integers(0, 200, 3)), 255) for _ in range(2)]
-    draw.ellipse((4, 8, side - 6, side - 12), fill=colours[0])
-    draw.rectangle((side // 2, 12, side - 8, side // 2), fill=colours[1])
-    return image
 
 
 @pytest.fixture

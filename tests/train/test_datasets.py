@@ -94,7 +94,7 @@ def test_emoji_are_laid_out_by_style_and_group(emoji: dict[str, Path], tmp_path:
     assert sides == {"fluent": (128, 128), "noto": (64, 64), "twemoji": (64, 64)}
 
 
-def test_licences_and_attribution_stand_beside_the_images(emoji: dict[str, Path], tmp_path: Path) -> None:
+def test_licences_and_attribution_are_next_to_the_images(emoji: dict[str, Path], tmp_path: Path) -> None:
     root = tmp_path / "emoji"
     lay_out("emoji", emoji, root)
     attribution = (root / "ATTRIBUTION.md").read_text()

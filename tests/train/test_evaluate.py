@@ -135,7 +135,7 @@ def report(checkpoints: Callable[[str], Path], image_folder: Path, tmp_path_fact
     return {**found, "sheet": sheet}
 
 
-def test_a_branch_is_measured_beside_its_yardsticks(report: Any) -> None:
+def test_a_branch_is_measured_alongside_its_yardsticks(report: Any) -> None:
     assert report["data"]["pictures"] == IMAGES
     assert set(report["teacher_forced"]) == {"model", "base"}
     control = report["control"]

@@ -12,7 +12,7 @@ from car_train.training.losses import (
     generator_loss,
     hinge_discriminator_loss,
 )
-from fixtures.noise import smooth_images
+from fixtures.random_images import smooth_images
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_autocast_keeps_verdicts_in_float32() -> None:
     torch.testing.assert_close(found, discriminator(smooth_images(2, 64)).detach(), rtol=0.05, atol=0.02)
 
 
-def test_it_learns_to_tell_sharp_from_blurred() -> None:
+def test_it_learns_to_distinguish_sharp_from_blurred() -> None:
     torch.manual_seed(0)
     discriminator = PatchDiscriminator(32, width=8)
     optimizer = torch.optim.Adam(discriminator.parameters(), lr=2e-3, betas=(0.5, 0.9))

@@ -23,7 +23,7 @@ from car_train.training.losses import (
     hinge_discriminator_loss,
 )
 from car_train.training.perceptual import VGG16, Perceptual, SqueezeNet
-from fixtures.noise import smooth_images
+from fixtures.random_images import smooth_images
 
 CACHED = (DEFAULT_ROOT / PACKAGES["squeezenet"].file).expanduser()
 needs_weights = pytest.mark.skipif(

@@ -176,7 +176,7 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(
     }
 
 
-def test_resuming_with_other_options_is_told(runs: Path, images: Path, tmp_path: Path) -> None:
+def test_resuming_with_other_options_is_reported(runs: Path, images: Path, tmp_path: Path) -> None:
     flags = ["--steps", "4", "--save-every", "2", *TOKENIZER]
     interrupted("vqvae", images, tmp_path / "run", 3, *flags)
     with pytest.warns(UserWarning, match=r"lr 0.0006 → 0.0002"):
@@ -319,7 +319,7 @@ def test_an_average_is_saved_and_validated_but_not_trained(runs: Path, images: P
         assert torch.equal(p, model.get_parameter(name)), name
 
 
-def test_a_critic_starts_late_and_learns_to_tell(images: Path, tmp_path: Path) -> None:
+def test_a_critic_starts_late_and_learns_to_distinguish(images: Path, tmp_path: Path) -> None:
     flags = [*TOKENIZER, *"--steps 30 --adversarial 0.1 --adversarial-start 10 --critic-width 16 --lr 2e-3".split()]
     assert train("vqvae", images, tmp_path / "run", *flags) == 0
     log = records(tmp_path / "run")

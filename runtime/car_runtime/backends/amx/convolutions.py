@@ -84,7 +84,7 @@ class Attend:
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """What to do, one after the other. Feature maps are numbered; number 0 is the input, the last target the output."""
+    """Steps, one after the other. Feature maps are numbered: 0 is the input, the last target the output."""
 
     steps: tuple[Convolve | Attend, ...]
     channels: tuple[int, ...]
