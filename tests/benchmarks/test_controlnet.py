@@ -296,7 +296,7 @@ def test_compiled_networks_and_loop_are_compared(tmp_path: Path) -> None:
     ("flags", "remedy"),
     [
         ("--runs 0", "give at least 1"),
-        ("--warmup -1", "give at least 1 and 0"),
+        ("--warmup -1", "warmup is -1; give at least 0"),
         ("--timed-steps 0", "give at least 1"),
         ("--threads 0", "give 1…1024"),
         ("--sizes 250", "give multiples of 16"),

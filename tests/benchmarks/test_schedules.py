@@ -20,7 +20,7 @@ from car_runtime.format.manifest import read_manifest
 from car_runtime.plan import default_plan
 from car_runtime.schedule import parse_scales
 from car_train.data.controls import make_control
-from car_train.data.dataset import ControlledImages
+from car_train.data.dataset import ControlledImages, DataError
 from car_train.evaluation.metrics import edge_f1
 from car_train.evaluation.sets import compare_sets
 from car_train.images import to_pixels
@@ -266,5 +266,5 @@ def test_images_of_other_classes_are_refused(images: Path, tmp_path: Path) -> No
     with pytest.raises(BenchmarkError, match=r"has 1 classes \(cat, …\), the plan 27; give a folder of the plan's"):
         schedules.measure(args, lambda _: None)
     args.data = tmp_path / "absent"
-    with pytest.raises(BenchmarkError, match="is not a folder; give a folder with one sub-folder"):
+    with pytest.raises(DataError, match="is not a folder; give a folder with one sub-folder"):
         schedules.measure(args, lambda _: None)
