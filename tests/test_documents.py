@@ -419,6 +419,17 @@ def test_paths_and_modules_that_prose_names_exist(document: Path) -> None:
             assert importlib.util.find_spec(module[1]) is not None, span
 
 
+def test_names_on_the_newcomers_page_are_the_codes() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text[text.index("\n## Finding your way\n") : text.index("\n## Words\n")]
+    names = re.findall(r"`((?:[A-Z]\w+\.)?[A-Za-z]\w*)`", section)
+    folders = [ROOT / name for name in ("car_train", "export", "runtime")]
+    code = " ".join(path.read_text(encoding="utf-8") for folder in folders for path in folder.rglob("*.py"))
+    known = set(re.findall(r"\w+", code))
+    assert len(names) > 20
+    assert not [name for name in names if not known.issuperset(name.split("."))]
+
+
 def test_pages_that_code_names_exist() -> None:
     for folder in ("benchmarks", "car_train", "export", "runtime"):
         for path in (ROOT / folder).rglob("*.py"):
