@@ -22,7 +22,7 @@ class EvalOptions:
     """What is evaluated, on which images, drawn how."""
 
     checkpoint: Path
-    """Of any stage, or a run's folder: its newest one."""
+    """A checkpoint of any stage, or a run's folder for its newest one."""
     data: Path = option(help="folder of class folders")
     split: str = option("val", choices=SPLITS)
     classes: str | None = option(

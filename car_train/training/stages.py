@@ -34,7 +34,7 @@ class Stage:
     """What one stage trains: subclasses give `loss` and `samples`."""
 
     name = ""
-    """Of the command that trains it, and of its part of a checkpoint: "vqvae", "var" or "car"."""
+    """Name of the command that trains it, and of its part of a checkpoint: "vqvae", "var" or "car"."""
     control_type: str | None = None
     takes_tokens = False
     """Whether the loss can do with `tokens` in place of `image`."""

@@ -480,10 +480,10 @@ class Trainer:
 
 
 def _generator(seed: int, step: int) -> torch.Generator:
-    """For the random numbers of one step that don't depend on how its batch is shared out."""
+    """The generator of one step's random numbers that don't depend on how its batch is shared out."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 2 + 1)
 
 
 def seed_everything(seed: int) -> None:
-    """Before a model is made: its initial weights follow from the seed too."""
+    """Seed PyTorch; called before a model is made, since its initial weights follow from the seed too."""
     torch.manual_seed(seed)

@@ -55,7 +55,7 @@ class ExportOptions:
         if not 0 <= self.cfg < math.inf:
             raise ExportError(f"cfg is {self.cfg}; give a number from 0")
         if self.top_k < 0 or not 0 <= self.top_p <= 1:
-            raise ExportError(f"top-k {self.top_k}, top-p {self.top_p}: top-k is at least 0, top-p in 0…1 (0 = off)")
+            raise ExportError(f"top-k {self.top_k}, top-p {self.top_p}; give top-k from 0 and top-p in 0…1 (0 = off)")
         _check_plan_name(self.output)
 
 

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 POSITIONAL = ("control", "label", "seed", "n")
 """Settings that a call may give without their names, in this order."""
-_AT_SCALES = "at these scales only; A-, -B or one number will do"
 
 
 @dataclass(frozen=True, kw_only=True)
