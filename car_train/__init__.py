@@ -1,4 +1,4 @@
-"""Train CAR on VAR with PyTorch: images → checkpoint."""
+"""Train the models in PyTorch: `model`, `data`, `training`, `evaluation`, and `interop` with published weights."""
 
 import os
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from pathlib import Path
@@ -70,6 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 1 when nobody reads the output, 2 for what the user can put right, 130 after Ctrl-C."""
     open_closed_streams()
     args = parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a path is printed as the bytes that it is
     try:
         made = run(args)
         if made is not None and os.environ.get("RANK", "0") == "0":

@@ -161,7 +161,7 @@ def evaluate(
 
 
 def _finite(value: Any) -> Any:
-    """The same with plain numbers, and None for those that JSON doesn't have."""
+    """The value with plain numbers in it, and None for those that JSON doesn't have."""
     if isinstance(value, Mapping):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

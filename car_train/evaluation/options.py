@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from car_train.data.dataset import SPLITS
+from car_train.data.folder import SPLITS
 from car_train.errors import UserError
 from car_train.flags import option
 from car_train.sampling import PRESETS, Sampling, settings_of
@@ -23,7 +23,7 @@ class EvalOptions:
     """What is evaluated, on which images, drawn how."""
 
     checkpoint: Path
-    """Of any stage, or a run's folder: its newest one."""
+    """A checkpoint of any stage, or a run's folder for its newest one."""
     data: Path = option(help="folder of class folders")
     split: str = option("val", choices=SPLITS)
     classes: str | None = option(

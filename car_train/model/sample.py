@@ -78,7 +78,7 @@ def gumbel_noise(seeds: Sequence[int], tokens: int, vocab: int) -> Tensor:
     """The noise of `smooth_codes` of one image per seed, f32 [B, L, V]: the same on every machine, up to a logarithm.
 
     −log of the standard exponential float32 numbers of numpy's default generator, seeded with [seed, 1]: a stream
-    beside that of the uniform numbers. The exponential numbers are at least 2^-100, so that all noise is finite.
+    next to that of the uniform numbers. The exponential numbers are at least 2^-100, so that all noise is finite.
     """
     exponential = [
         np.random.default_rng([seed, 1]).standard_exponential((tokens, vocab), dtype=np.float32) for seed in seeds

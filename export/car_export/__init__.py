@@ -1,4 +1,4 @@
-"""Export: checkpoint → plan."""
+"""From a checkpoint to a plan: ONNX graphs, weights, INT8, engines for GPUs, and the verification of each."""
 
 import os
 

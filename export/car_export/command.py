@@ -59,11 +59,12 @@ def _official_arguments() -> list[str]:
     return list(vars(parser.parse_args([])))
 
 
-def run_command(name: str, command: Callable[[Log], int]) -> int:
+def run_command(name: str, command: Callable[[Log], int], stopped: str = "nothing half-made was left") -> int:
     """Run a command with a log on stderr and return its exit code.
 
     2: something that the user can put right, 1: a plan that disagrees with its model, or output that nobody reads,
     130: interrupted.
+    stopped: what an interruption leaves.
     """
     open_closed_streams()
     began = time.monotonic()
@@ -84,5 +85,5 @@ def run_command(name: str, command: Callable[[Log], int]) -> int:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; nothing half-made was left", file=sys.stderr)
+        print(f"{name}: interrupted; {stopped}", file=sys.stderr)
         return 130

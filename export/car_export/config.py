@@ -61,7 +61,7 @@ class ExportOptions:
         if not 0 <= own.cfg < math.inf:
             raise ExportError(f"cfg is {own.cfg}; give a number from 0")
         if own.top_k < 0 or not 0 <= own.top_p <= 1:
-            raise ExportError(f"top-k {own.top_k}, top-p {own.top_p}: top-k is at least 0, top-p in 0…1 (0 = off)")
+            raise ExportError(f"top-k {own.top_k}, top-p {own.top_p}; give top-k from 0 and top-p in 0…1 (0 = off)")
         _check_plan_name(self.output)
 
     def sampling(self, vocab: int) -> Sampling:

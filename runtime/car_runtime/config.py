@@ -33,7 +33,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 var-fid: with which VAR's FID is measured."""
 POSITIONAL = ("control", "label", "seed", "n")
 """Settings that a call may give without their names, in this order."""
-_AT_SCALES = "at these scales only; A-, -B or one number will do"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,7 +93,7 @@ class ScaleResult:
 
     @property
     def seconds(self) -> float:
-        """What this scale took."""
+        """Time that this scale took, in seconds."""
         return float(self._fetch("seconds"))
 
     def preview(self) -> NDArray[np.uint8]:

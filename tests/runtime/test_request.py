@@ -187,7 +187,7 @@ def test_known_tokens_are_read_only_where_the_mask_is_true(manifest: Manifest) -
     assert request.known.sum() == 14
 
 
-def test_uniforms_of_a_picture_depend_on_its_seed_alone() -> None:
+def test_uniforms_of_an_image_depend_on_its_seed_alone() -> None:
     together = uniforms([5, 6, 7], L)
     assert together.dtype == np.float32
     assert together.shape == (3, L)

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from benchmarks import growth, latency, report, soak
-from benchmarks.analysis.report_results import BENCHMARKS, percent, plan_name, seconds, signed, times
-from benchmarks.counting import count_image
-from benchmarks.harness.machine import BenchmarkError, record
-from benchmarks.harness.workload import MODELS
+from benchmarks import latency, report
+from benchmarks.analysis import plots
+from benchmarks.analysis.results import BENCHMARKS, RETIRED, parse, plan_name
+from benchmarks.analysis.sections import SECTIONS, fastest
+from benchmarks.harness.errors import BenchmarkError
+from benchmarks.harness.records import record
+from benchmarks.harness.tables import percent, seconds, times
 from fixtures.toy_plan import toy
 
 Record = dict[str, Any]
@@ -30,30 +32,6 @@ def latency_record(tmp_path: Path) -> Record:
         patch.setattr(latency, "start_rows", lambda *_: [])
         assert latency.main([*flags, "-o", str(file)]) == 0
     return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-
-
-def growth_record() -> Record:
-    """Rows by the benchmark's own functions."""
-    rows: list[Record] = [{"question": "size", "image_size": 256, "sides": "1,2,4", "tokens": 21, "published": True}]
-    for depth in (2, 4):
-        which = {"image_size": 256, "depth": depth}
-        counts = {batch: count_image(toy().plan, batch) for batch in (1, 2)}
-        rows += growth.depth_rows(MODELS["tiny"], counts, ("fp32", "fp16"), which)
-    rows += growth.QUOTED
-    measured = {"question": "measured", "model": "tiny", "image_size": 8, "depth": 2, "backend": "ort-cpu"}
-    measured |= {"precision": "fp32", "batch": 1, "p50": 0.5, "p95": 0.6, "min": 0.4, "runs": 3, "images_per_s": 2.0}
-    rows.append({**measured, "gflop": 1.0, "limit_s": 0.2, "of_limit": 0.4, "memory_bytes": 5_000_000})
-    flags = "--sizes 256 --depths 2,4 --batch 1,2 --measure --models tiny".split()
-    return record("growth", growth.settings_of(growth.parse_args(flags)), rows)
-
-
-def soak_record(growing: bool = False) -> Record:
-    part = soak.Part("one thread", calls=9, samples=[(i + 1, 100 + i * growing) for i in range(9)])
-    closed = soak.Part("reopening", samples=[(i + 1, 50) for i in range(9)])
-    left = soak.reopening_row(closed, [150] * 9, [(5, 3)] * 9, 0.01)
-    settings = {"plan": "emoji-canny.plan", "backend": "ort-cpu", "images": 500, "threads": 4, "opens": 9}
-    rows = [part.memory_row(0.01), part.pictures_row(), left, *part.sample_rows()]
-    return record("soak", {**settings, "tolerance": 0.01}, rows)
 
 
 def controlnet_record(device: str = "cpu") -> Record:
@@ -85,7 +63,7 @@ def schedules_record() -> Record:
     def row(name: str, flags: str, ratio: float, equal: float, kid: float) -> Record:
         found = {"question": "schedule", "schedule": name, "flags": flags, "p50": 0.06 * ratio, "ratio": ratio}
         found |= {"tokens_equal": equal, "kid_half": kid, "kid_floor": 0.019, "f1": 0.5, "f1_change": 0.0}
-        return {**found, "f1_change_error": 0.004, "pictures": 264}
+        return {**found, "f1_change_error": 0.004, "images": 264}
 
     rows = [
         row("exact", "", 1.0, 1.0, 0.021),
@@ -110,22 +88,15 @@ def training_record() -> Record:
 def records(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
     """One of every benchmark."""
     first = latency_record(tmp_path_factory.mktemp("latency"))
-    return [
-        first,
-        controlnet_record(),
-        growth_record(),
-        schedules_record(),
-        soak_record(),
-        training_record(),
-    ]
+    return [first, controlnet_record(), schedules_record(), training_record()]
 
 
-def told(folder: Path, records: Sequence[Mapping[str, Any]], *flags: str) -> str:
-    """The document of these records, made by the command."""
+def written(folder: Path, records: Sequence[Mapping[str, Any]], *more: str) -> str:
+    """The document of these records, made by the command. more: further arguments."""
     (folder / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     output = folder / "docs" / "performance.md"
-    command = [str(folder / "results.jsonl"), "-o", str(output), "--images", str(folder / "docs" / "images"), *flags]
-    assert report.main(command) == 0
+    files = [str(folder / "results.jsonl"), *more]
+    assert report.main([*files, "-o", str(output), "--images", str(folder / "docs" / "images")]) == 0
     return output.read_text(encoding="utf-8")
 
 
@@ -136,53 +107,69 @@ def changed(found: Record, **parts: Any) -> Record:
     return {**found, **rest, "machine": {**found["machine"], **machine}}
 
 
-def test_the_shape_of_each_record_is_known() -> None:
-    assert tuple(report.SECTIONS) == BENCHMARKS
+def cells(text: str, start: str) -> list[list[str]]:
+    """Of the lines of tables that begin with a cell, the cells."""
+    lines = re.findall(rf"^\| {re.escape(start)} .*$", text, re.MULTILINE)
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def in_short(text: str) -> str:
+    return text[text.index("## In short") : text.index("## Contents")]
 
 
 def test_every_benchmark_has_a_section_with_machine_versions_commit_and_command(
     records: list[Record], tmp_path: Path
 ) -> None:
-    text = told(tmp_path, records)
+    assert tuple(SECTIONS) == BENCHMARKS
+    text = written(tmp_path, records)
     headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
-    assert headings == ["In short", "Contents", *(h for h, _ in report.SECTIONS.values()), report.LAST]
+    assert headings == ["In short", "Contents", *(h for h, _ in SECTIONS.values()), report.LAST]
     assert len(re.findall(r"^> .*core", text, re.MULTILINE)) == len(records)
     for found in records:
         m = found["machine"]
         assert f"python {m['python']}, numpy {m['numpy']}" in text
         assert f"commit {m['commit']}" in text
         assert f"`{m['command']}`" in text
-    short = text[text.index("## In short") : text.index("## Contents")]
-    for words in ("of the machine's limit", "× 23.3", "RTX 4090", "70 % of the time", "+0.00 %", "× 2.03"):
-        assert words in short
-    assert "stop" not in short  # a picture that isn't finished is no shorter way to the same
+    for words in ("vs. PyTorch's GEMM rate", "× 23.3", "70 %", "× 2.03"):
+        assert words in in_short(text)
+    assert "stop" not in in_short(text)  # an image that isn't finished is no shorter way to the same
 
 
 def test_links_lead_to_headings_and_diagrams_to_files(records: list[Record], tmp_path: Path) -> None:
-    text = told(tmp_path, [*records, changed(records[0], machine_cpu="Another (R) CPU (family 9, model 9)")])
+    note = tmp_path / "note.md"
+    note.write_text("## Measured once\n\n#### On paper\n\nText.\n", encoding="utf-8")
+    other = changed(records[0], machine_cpu="Another (R) CPU (family 9, model 9)")
+    text = written(tmp_path, [*records, other], str(note))
     anchors: list[str] = []
     for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE):
         base = report.anchor(heading)
         number = sum(re.fullmatch(rf"{re.escape(base)}(-\d+)?", a) is not None for a in anchors)
         anchors.append(f"{base}-{number}" if number else base)
     links = re.findall(r"\]\(#(.*?)\)", text)
-    assert len(links) == len(records) + 1 + len(report.SECTIONS) + 1
+    assert len(links) == len(records) + 1 + len(SECTIONS) + 2 + 1
     assert set(links) <= set(anchors)
     images = re.findall(r"!\[.+\]\((.*?)\)", text)
-    assert len(images) == len(set(images)) >= 10
-    for image in images:
-        with Image.open(tmp_path / "docs" / image) as picture:
-            assert picture.format == "PNG"
-            assert picture.width == 1260
-            assert len(picture.convert("L").getcolors() or []) > 5  # something is drawn
-    assert {p.name for p in (tmp_path / "docs" / "images").iterdir()} == {Path(image).name for image in images}
+    assert len(images) == len(set(images)) == 3
+    for name in images:
+        with Image.open(tmp_path / "docs" / name) as image:
+            assert image.format == "PNG"
+            assert image.width == 1260
+            assert len(image.convert("L").getcolors() or []) > 5  # something is drawn
+    assert {p.name for p in (tmp_path / "docs" / "images").iterdir()} == {Path(name).name for name in images}
+    assert text.index("## Measured once") < text.index(f"## {report.LAST}")
+
+
+def test_no_cell_of_a_table_is_longer_than_a_phrase(records: list[Record], tmp_path: Path) -> None:
+    lines = [line for line in written(tmp_path, records).splitlines() if line.startswith("| ")]
+    assert lines
+    assert max(len(cell.strip()) for line in lines for cell in line.split("|")) <= 50
 
 
 def test_the_same_results_give_the_same_document_and_diagrams(records: list[Record], tmp_path: Path) -> None:
     found = []
     for name, given in (("first", records), ("second", list(reversed(records)))):
         (tmp_path / name).mkdir()
-        text = told(tmp_path / name, given)
+        text = written(tmp_path / name, given)
         images = sorted((tmp_path / name / "docs" / "images").iterdir())
         found.append((text, {p.name: p.read_bytes() for p in images}))
     assert found[0] == found[1]
@@ -195,7 +182,7 @@ def test_the_newest_result_of_a_subject_counts(tmp_path: Path) -> None:
     ours = {**new["settings"]["ours"], "plans": ["d16-depth16-fp32-b1.4-ba9876543210.plan"]}
     new = changed(new, settings={**new["settings"], "ours": ours})
     for given in ([old, new], [new, old]):
-        text = told(tmp_path, given)
+        text = written(tmp_path, given)
         assert "newernewer00" in text
         assert "olderolder00" not in text
 
@@ -205,15 +192,16 @@ def test_other_machines_devices_and_plans_are_sections_of_their_own(tmp_path: Pa
     here = changed(one, machine_cpu="First(R) Processor (family 1, model 1)", machine_cores=2)
     there = changed(one, machine_cpu="First(R) Processor (family 1, model 2)", machine_cores=2)
     card = changed(controlnet_record("cuda"), machine_gpu="NVIDIA H100")
-    sections = re.findall(r"^### (.*)$", told(tmp_path, [here, there, card]), re.MULTILINE)
+    sections = re.findall(r"^### (.*)$", written(tmp_path, [here, there, card]), re.MULTILINE)
     places = ["First, 2 cores", "First, 2 cores", "NVIDIA H100"]
-    assert sections == [f"d16-depth16-fp32 beside Stable Diffusion 1.5 — {place}" for place in places]
-    two = changed(soak_record(), settings={**soak_record()["settings"], "backend": "openvino"})
-    assert len(re.findall(r"^### ", told(tmp_path, [soak_record(), two]), re.MULTILINE)) == 2
+    assert sections == [f"d16-depth16-fp32 vs. Stable Diffusion 1.5 — {place}" for place in places]
+    one = schedules_record()
+    two = changed(one, settings={**one["settings"], "backend": "openvino"})
+    assert len(re.findall(r"^### ", written(tmp_path, [one, two]), re.MULTILINE)) == 2
 
 
 def run_of(against: str, steps: Sequence[int], p50: float, day: int) -> Record:
-    """A run of our engine on a GPU beside theirs in PyTorch."""
+    """A run of our engine on a GPU vs. theirs in PyTorch."""
     found = changed(controlnet_record("cuda"), machine_gpu="NVIDIA H100", machine_commit=f"commitof{against}{day}")
     rows = [row for row in found["results"] if row.get("whose") == "ours" or row.get("steps") in steps]
     for row in rows:
@@ -227,99 +215,101 @@ def run_of(against: str, steps: Sequence[int], p50: float, day: int) -> Record:
 
 
 def test_comparisons_of_several_runs_are_joined(tmp_path: Path) -> None:
-    """Of each the newest counts; ours stands beside theirs of the same run, and every run that counts is named."""
+    """Of each the newest counts, and every run that counts is named."""
     runs = [run_of("eager", [20, 50], 3.01, 1), run_of("eager", [20, 50], 3.02, 2), run_of("compiled", [20], 1.03, 3)]
     texts = []
     for order in (runs, list(reversed(runs))):
-        text = told(tmp_path, order)
+        text = written(tmp_path, order)
         assert len(re.findall(r"^### ", text, re.MULTILINE)) == 1
-        ratios = re.findall(r"^\| ControlNet .*\| × .*$", text, re.MULTILINE)
-        assert [re.sub(r" *\| *", "|", r).split("|")[2:9] for r in ratios] == [
+        section = text[text.index("### d16") :]
+        assert [row[1:8] for row in cells(section, "ControlNet") if "ort-cpu" in row] == [
             ["20", "512²", "engine", "fp32", "ort-cpu", "eager", "× 3.02"],
             ["50", "512²", "engine", "fp32", "ort-cpu", "eager", "× 3.02"],
             ["20", "512²", "engine", "fp32", "ort-cpu", "compiled", "× 1.03"],
         ]
-        assert re.findall(r"^\| CAR .*?(\d+ ms)", text, re.MULTILINE) == ["302 ms", "103 ms"]
+        theirs = [row for tier in ("eager", "compiled") for row in cells(section, f"ControlNet, {tier}")]
+        assert [[row[1], row[6]] for row in theirs] == [
+            ["eager", "3.02 s"],
+            ["eager", "3.02 s"],
+            ["compiled", "1.03 s"],
+        ]
         assert re.findall(r"commit (commitof\w+)", text) == ["commitofeager2", "commitofcompiled3"]
         assert text.count("unet 859.5 M") == 1
-        short = text[text.index("## In short") : text.index("## Contents")]
-        assert "20 steps, 512×512, compiled PyTorch, fp32" in short  # where theirs is nearest to ours
-        assert "50 steps, 512×512, eager PyTorch, fp32" in short
+        chosen = [[row[1], row[3]] for row in cells(in_short(text), "ControlNet")]
+        assert chosen == [["20", "compiled PyTorch"], ["50", "eager PyTorch"]]  # where theirs is nearest to ours
         assert "Theirs has no engine on this device" in text
         texts.append(text)
     assert texts[0] == texts[1]
-    assert "Theirs has no engine" not in told(tmp_path, [controlnet_record()])
+    assert "Theirs has no engine" not in written(tmp_path, [controlnet_record()])
 
 
-def test_a_note_stands_above_the_figures_and_is_told_of_in_short(tmp_path: Path) -> None:
-    text = told(tmp_path, [{**controlnet_record(), "note": "The room was warm."}])
+def test_a_note_stands_above_the_figures_and_is_mentioned_in_short(tmp_path: Path) -> None:
+    text = written(tmp_path, [{**controlnet_record(), "note": "The room was warm."}])
     section = text[text.index("### d16") :]
     assert section.index("**Note:** The room was warm.") < section.index("Ours (depth 16")
-    assert "see its note" in text[: text.index("## Contents")]
-    assert "note" not in told(tmp_path, [controlnet_record()])[: text.index("## Contents")]
+    assert "see its note" in in_short(text)
+    assert "note" not in in_short(written(tmp_path, [controlnet_record()]))
 
 
 def test_other_batches_of_a_plan_are_a_section_of_their_own(records: list[Record], tmp_path: Path) -> None:
     alone = changed(records[0], settings={**records[0]["settings"], "batch": [1]})
-    sections = re.findall(r"^### (.*?) —", told(tmp_path, [records[0], alone]), re.MULTILINE)
+    sections = re.findall(r"^### (.*?) —", written(tmp_path, [records[0], alone]), re.MULTILINE)
     assert [s[s.index(",") :] for s in sections] == [", batch 1", ", batches 1 and 2"]
 
 
-def test_what_is_computed_quoted_or_scaled_is_labelled(records: list[Record], tmp_path: Path) -> None:
-    text = told(tmp_path, records)
-    computed = text[text.index("#### Computed") : text.index("#### Quoted")]
-    assert "**Nothing in this part was measured.**" in computed
-    assert "computed, not measured: the least an RTX 4090 needs" in text
+def test_what_is_scaled_or_missing_is_labelled(tmp_path: Path) -> None:
+    text = written(tmp_path, [controlnet_record()])
     assert "*scaled*: fewer steps were timed" in text
     last = text[text.index(f"## {report.LAST}") :]
-    assert "Any GPU" in last
-    assert "Quality" in last
-    assert "multiplied from fewer" in last
+    for words in ("Any GPU", "Quality", "multiplied from fewer"):
+        assert words in last
+    for benchmark in BENCHMARKS:
+        assert (f"python -m benchmarks.{benchmark} --help" in last) == (benchmark != "controlnet")
+    text = written(tmp_path, [changed(controlnet_record("cuda"), machine_gpu="NVIDIA H100")])
+    assert "Any GPU" not in text
 
 
-def test_int8_stands_beside_what_is_exact_and_not_in_its_place(records: list[Record], tmp_path: Path) -> None:
+def test_int8_is_shown_after_what_is_exact_and_not_in_its_place(records: list[Record], tmp_path: Path) -> None:
     latency = json.loads(json.dumps(records[0]))
     for row in [r for r in latency["results"] if r.get("backend") == "ort-cpu"]:
         latency["results"].append({**row, "candidate": "ort-cpu, int8", "precision": "int8", "p50": row["p50"] / 2})
-    beside = json.loads(json.dumps(controlnet_record()))
-    for row in [r for r in beside["results"] if r["question"] == "ratio"]:
-        beside["results"].append({**row, "candidate": "ort-cpu, int8", "times_ours": 2 * row["times_ours"]})
+    compared = json.loads(json.dumps(controlnet_record()))
+    for row in [r for r in compared["results"] if r["question"] == "ratio"]:
+        compared["results"].append({**row, "candidate": "ort-cpu, int8", "times_ours": 2 * row["times_ours"]})
     drawn = json.loads(json.dumps(schedules_record()))
     whole = drawn["results"][0]
     drawn["results"].append({**whole, "schedule": "int8", "ratio": 0.6, "tokens_equal": 0.95, "kid_half": 0.023})
-    text = told(tmp_path, [latency, beside, drawn])
-    short = text[text.index("## In short") : text.index("## Contents")]
-    lines = [line for line in short.splitlines() if "tiny" in line]
-    assert [("on ort-cpu, int8" in line) for line in lines] == [False, True]
-    assert "× 23.3** as long as ours (ort-cpu)" in short
-    assert "× 46.7** as long as ours (ort-cpu, int8)" in short
-    assert "changes least, short (" in short
-    assert "60 % of the time, 95 % of the tokens as exact; KID 0.023, exact 0.021" in short
-    for words in ("not how equals compare", "*int8*: the plan's int8 form", "*int8*: the exact loop"):
+    text = written(tmp_path, [latency, compared, drawn])
+    short = in_short(text)
+    assert [row[3] for row in cells(short, plan_name(toy().plan.name))] == ["ort-cpu", "ort-cpu, int8"]
+    ratios = [row[5:7] for row in cells(short, "ControlNet") if row[1] == "20"]
+    assert ratios == [["ort-cpu", "× 23.3"], ["ort-cpu, int8", "× 46.7"]]
+    assert [row[1:6] for row in cells(short, "emoji-canny on ort-cpu")] == [
+        ["short", "70 %", "90 %", "0.022", "0.021"],
+        ["int8", "60 %", "95 %", "0.023", "0.021"],
+    ]
+    for words in ("not how equals compare", "*int8*: the plan's INT8 form", "*int8*: the exact loop"):
         assert words in text
-
-
-def test_what_is_missing_is_told(tmp_path: Path) -> None:
-    text = told(tmp_path, [soak_record()])
-    last = text[text.index(f"## {report.LAST}") :]
-    for benchmark in BENCHMARKS:
-        assert (f"python -m benchmarks.{benchmark} --help" in last) == (benchmark != "soak")
-    assert "not passed" not in text.lower()
-    assert "**Not all passed.**" in told(tmp_path, [soak_record(growing=True)])
-
-
-def test_a_device_with_gpu_is_not_told_as_missing(tmp_path: Path) -> None:
-    text = told(tmp_path, [changed(controlnet_record("cuda"), machine_gpu="NVIDIA H100")])
-    assert "Any GPU" not in text
 
 
 def test_diagrams_of_an_earlier_report_are_removed_and_others_stay(tmp_path: Path) -> None:
     images = tmp_path / "docs" / "images"
     images.mkdir(parents=True)
-    (images / "performance-latency-7-stages.png").write_bytes(b"old")
+    (images / "performance-latency-7.png").write_bytes(b"old")
     (images / "demo.png").write_bytes(b"another's")
-    told(tmp_path, [soak_record()])
-    assert sorted(p.name for p in images.iterdir()) == ["demo.png", "performance-soak-1-memory.png"]
+    written(tmp_path, [controlnet_record()])
+    assert sorted(p.name for p in images.iterdir()) == ["demo.png", "performance-controlnet-1.png"]
+
+
+def test_results_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    """Their keys have other names, and benchmarks that are gone are passed over."""
+    found = schedules_record()
+    for row in found["results"]:
+        row["pictures"] = row.pop("images")
+    gone = [{"format": 1, "benchmark": name} for name in RETIRED]
+    text = written(tmp_path, [*gone, found])
+    assert text == written(tmp_path, [{**schedules_record(), "time": found["time"]}])
+    assert "| images |" in text
 
 
 @pytest.mark.parametrize(
@@ -327,16 +317,16 @@ def test_diagrams_of_an_earlier_report_are_removed_and_others_stay(tmp_path: Pat
     [
         ("{", r"results.jsonl:2: no result of a benchmark .*; take the line out"),
         ("[]", r"results.jsonl:2: no result of a benchmark .*; take the line out"),
-        ('{"format": 2, "benchmark": "soak"}', r":2: format 2, and this version reads 1; measure again"),
+        ('{"format": 2, "benchmark": "latency"}', r":2: format 2, and this version reads 1; measure again"),
         ('{"format": 1, "benchmark": "cooking"}', r"'cooking', and this report knows latency, .*; take the line out"),
-        ('{"format": 1, "benchmark": "soak"}', r":2: soak without 'time'; measure again"),
+        ('{"format": 1, "benchmark": "latency"}', r":2: latency without 'time'; measure again"),
     ],
 )
 def test_a_line_that_is_no_known_result_is_refused_by_its_number(
     line: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "results.jsonl"
-    file.write_text(json.dumps(soak_record()) + "\n" + line + "\n", encoding="utf-8")
+    file.write_text(json.dumps(training_record()) + "\n" + line + "\n", encoding="utf-8")
     assert report.main([str(file), "-o", str(tmp_path / "x.md"), "--images", str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert re.search(message, err)
@@ -347,12 +337,14 @@ def test_a_line_that_is_no_known_result_is_refused_by_its_number(
 def test_a_result_that_lacks_something_is_refused_and_nothing_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = soak_record()
-    del found["results"][0]["growth"]
+    found = training_record()
+    del found["results"][1]["speedup"]
     file = tmp_path / "results.jsonl"
     file.write_text(json.dumps(found), encoding="utf-8")
     assert report.main([str(file), "-o", str(tmp_path / "x.md"), "--images", str(tmp_path)]) == 2
-    assert "results.jsonl:1: a result of soak that can't be told (KeyError('growth'))" in capsys.readouterr().err
+    assert (
+        "results.jsonl:1: a result of training that can't be shown (KeyError('speedup'))" in capsys.readouterr().err
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["results.jsonl"]
 
 
@@ -371,7 +363,7 @@ def test_files_that_hold_nothing_or_are_not_there_are_refused(
     assert "ends with .md" in capsys.readouterr().err
 
 
-def test_numbers_are_told_in_the_unit_that_suits() -> None:
+def test_numbers_are_shown_in_the_unit_that_suits() -> None:
     assert [seconds(v) for v in (1234.5, 95, 2.345, 0.0634, 1.2e-5)] == [
         "1,234 s",
         "95 s",
@@ -380,39 +372,16 @@ def test_numbers_are_told_in_the_unit_that_suits() -> None:
         "12 µs",
     ]
     assert [times(v) for v in (2.034, 23.3, 1234)] == ["× 2.03", "× 23.3", "× 1,234"]
-    assert (percent(0.614), percent(None), signed(-0.0168), signed(0)) == ("61 %", None, "−1.68 %", "+0.00 %")
+    assert percent(0.614) == "61 %"
     assert plan_name("d16-depth16-fp32-b1.4-0123456789ab.plan") == "d16-depth16-fp32"
     assert plan_name("emoji-canny.plan") == "emoji-canny"
 
 
-def test_a_diagram_is_left_out_where_there_is_nothing_to_draw() -> None:
-    figures = report.Figures("performance", "images/")
-    (result,) = (report_result(soak_record()),)
-    assert figures.add(result, 1, "memory", "caption", None) == []
-    assert not figures.files
-    assert (
-        figures.add(result, 1, "memory", "caption", b"png")[1] == "![caption](images/performance-soak-1-memory.png)"
-    )
-
-
-def report_result(found: Record) -> Any:
-    from benchmarks.analysis.report_results import parse
-
-    return parse(json.dumps(found), "here:1")
-
-
-def test_a_picture_of_each_kind_is_a_png() -> None:
-    from benchmarks.analysis import report_plots as plots
-
-    found = report_result(controlnet_record())
-    content = plots.picture_bars([found])
-    assert content is not None
-    assert Image.open(io.BytesIO(content)).format == "PNG"
-    names = [name for name, *_ in plots.bars_of(found)]
-    # Of 20 and 50 steps, which are scaled from the same ones, the fewest are drawn.
-    assert names == ["ours 256², ort-cpu (engine, fp32)", "ControlNet 512², 20 steps (engine, fp32)"]
-    assert (
-        plots.stage_stacks(report_result(changed(controlnet_record(), results=[], settings={"batch": [1]}))) is None
-    )
-    with pytest.raises(BenchmarkError):
-        report_result({**controlnet_record(), "format": 0})
+def test_a_diagram_shows_our_fastest_against_each_of_theirs() -> None:
+    rows = [row for row in controlnet_record()["results"] if row["question"] == "ratio"]
+    slower = [{**row, "candidate": "openvino", "times_ours": row["times_ours"] / 2} for row in rows]
+    assert list(fastest([*slower, *rows])) == rows
+    with Image.open(io.BytesIO(plots.ratio_bars(rows))) as image:
+        assert image.format == "PNG"
+    with pytest.raises(BenchmarkError, match="format 0"):
+        parse(json.dumps({**controlnet_record(), "format": 0}), "here:1")

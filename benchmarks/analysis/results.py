@@ -1,4 +1,4 @@
-"""What `benchmarks.report` reads: results as the benchmarks append them, and numbers in words."""
+"""What `benchmarks.report` reads: results as the benchmarks append them, and which of several counts."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.machine import FORMAT, BenchmarkError
+from benchmarks.harness.errors import BenchmarkError
+from benchmarks.harness.records import FORMAT, Row
+from benchmarks.harness.tables import plural
 
-BENCHMARKS = ("latency", "controlnet", "growth", "schedules", "soak", "training")
+BENCHMARKS = ("latency", "controlnet", "schedules", "training")
 """Those that a report knows, in its order."""
+RETIRED = ("growth", "soak")
+"""Those of earlier versions, whose results are passed over."""
+RENAMED = {"made_up_weights": "random_weights", "pictures": "images"}
+"""Keys of settings and rows as earlier versions wrote them."""
 EXPORT = re.compile(r"-b[\d.]+-[0-9a-f]{12}$")
-"""What the name of a made-up plan says of its export: batch sizes and a hash of the code."""
-
-Row = dict[str, Any]
+"""What the name of a plan with random weights says of its export: batch sizes and a hash of the code."""
 
 
 # ---- Results ----
@@ -35,7 +39,7 @@ class Result:
     settings: Row
     rows: tuple[Row, ...]
     note: str | None = None
-    """What a reader has to know beside the figures; written into the line by hand."""
+    """What a reader has to know besides the figures; written into the line by hand."""
     parts: tuple[Result, ...] = ()
     """Older ones, of which it has what it did not measure itself (`joined`)."""
 
@@ -55,7 +59,7 @@ class Result:
 
     @property
     def short_place(self) -> str:
-        """The same without what only tells one processor from another: enough for a heading."""
+        """`place` for a heading: without what only distinguishes one processor from another."""
         return re.sub(r"\s*(\((R|TM|family[^)]*)\)|\b(Processor|CPU)\b)", "", self.place)
 
     @property
@@ -64,12 +68,11 @@ class Result:
         s = self.settings
         if self.benchmark == "training":
             return f"{s['preset']}, {s['precision']}, batch {s['batch']}, {'+'.join(s['stages'])}"
-        if self.benchmark == "growth":
-            return ", ".join(s["models"]) if s["measure"] else "on paper"
         if self.benchmark == "controlnet":
-            return f"{', '.join(map(plan_name, s['ours']['plans']))} beside {s['theirs']}"
+            return f"{', '.join(map(plan_name, s['ours']['plans']))} vs. {s['theirs']}"
         if self.benchmark == "latency":
-            return f"{plan_name(s['plan'])}, {'batch' if len(s['batch']) == 1 else 'batches'} {listed(s['batch'])}"
+            batches = "batch" if len(s["batch"]) == 1 else "batches"
+            return f"{plan_name(s['plan'])}, {batches} {' and '.join(map(str, s['batch']))}"
         backend = s.get("backend")
         name = backend["name"] if isinstance(backend, dict) else backend
         return plan_name(s["plan"]) + (f" on {name}" if name else "")
@@ -80,12 +83,12 @@ class Result:
 
 
 def plan_name(name: str) -> str:
-    """A plan's name without its ending and, if its weights were made up, without the marks of its export."""
+    """A plan's name without its ending and, if its weights are random, without the marks of its export."""
     return EXPORT.sub("", name.removesuffix(".plan"))
 
 
 TIERS, METHODS = ("engine", "compiled", "eager"), ("ControlNet", "T2I-Adapter", "LCM + ControlNet")
-"""Of `benchmarks.controlnet`, in the order in which they stand where several runs are joined."""
+"""Tiers and methods of `benchmarks.controlnet`, in the order in which they stand where several runs are joined."""
 
 
 def group_of(row: Row) -> tuple[str, int, str, str]:
@@ -96,39 +99,38 @@ def group_of(row: Row) -> tuple[str, int, str, str]:
     return method, int(size.removesuffix("²")), tier, precision
 
 
+def theirs(row: Row) -> str:
+    """The tier that theirs is really of."""
+    return str(row["against"] if row["question"] == "ratio" else row["tier"])
+
+
 def comparison(row: Row) -> tuple[Any, ...] | None:
-    """What theirs of a row is, and beside what it was measured. None where a row is of no comparison alone."""
-    if row["question"] == "ratio":
-        return (*group_of(row), row["against"])
-    if row["question"] == "end_to_end" and row["whose"] == "theirs":
-        return (*group_of(row), row["tier"])
+    """What theirs of a row is, and with what it was measured. None where a row is of no comparison alone."""
+    if row["question"] == "ratio" or row.get("whose") == "theirs":
+        return (*group_of(row), theirs(row))
     return None
 
 
 def joined(results: Sequence[Result]) -> Result:
-    """Results of one subject, oldest first, as one: a comparison that took several runs. Of what was measured more
-    than once the newest counts; ours stands before theirs of the same run."""
-    *older, newest = results
-    rows = [(len(older), row) for row in newest.rows]
-    there = {None, *(comparison(row) for row in newest.rows)}
-    for run in reversed(range(len(older))):
-        new = [row for row in older[run].rows if comparison(row) not in there]
-        groups = {group_of(row) for row in new}
-        there |= {comparison(row) for row in new}
-        rows += [(run, row) for row in new]
-        rows += [(run, r) for r in older[run].rows if r.get("whose") == "ours" and group_of(r) in groups]
+    """Results of one subject, oldest first, as one: comparisons that took several runs.
 
-    def position(run_and_row: tuple[int, Row]) -> tuple[Any, ...]:
-        run, row = run_and_row
-        if row["question"] == "parameters":
+    Of what was measured more than once the newest counts. Rows that are no comparison are the newest run's.
+    """
+    *older, newest = results
+    rows, there, parts = list(newest.rows), {comparison(row) for row in newest.rows} | {None}, list[Result]()
+    for run in reversed(older):
+        new = [row for row in run.rows if comparison(row) not in there]
+        there |= {comparison(row) for row in new}
+        rows += new
+        parts += [run] if new else []
+
+    def position(row: Row) -> tuple[Any, ...]:
+        if comparison(row) is None:
             return (-1,)
         method, size, tier, precision = group_of(row)
-        return TIERS.index(tier), METHODS.index(method), size, precision, run, row.get("whose", ""), row["steps"]
+        return TIERS.index(tier), METHODS.index(method), size, precision, -TIERS.index(theirs(row)), row["steps"]
 
-    rows.sort(key=position)
-    runs = {run for run, _ in rows}
-    parts = tuple(result for run, result in enumerate(older) if run in runs)
-    return replace(newest, rows=tuple(row for _, row in rows), parts=parts)
+    return replace(newest, rows=tuple(sorted(rows, key=position)), parts=tuple(reversed(parts)))
 
 
 def read(files: Sequence[Path]) -> list[Result]:
@@ -144,6 +146,8 @@ def read(files: Sequence[Path]) -> list[Result]:
             if not line.strip():
                 continue
             result = parse(line, f"{file}:{number}")
+            if result is None:
+                continue
             found.setdefault(checked(result, lambda r: r.key), []).append(result)
     if not found:
         raise BenchmarkError(
@@ -154,14 +158,14 @@ def read(files: Sequence[Path]) -> list[Result]:
 
 
 def newest_of(results: Sequence[Result]) -> Result:
-    """Of one subject, oldest first."""
+    """The newest of the results of one subject, given oldest first; of ControlNet's, all of them joined."""
     if results[-1].benchmark != "controlnet" or len(results) == 1:
         return results[-1]
     return checked(results[-1], lambda _: joined(results))
 
 
-def parse(line: str, where: str) -> Result:
-    """A line as a result. BenchmarkError for what is none of a benchmark that this report knows."""
+def parse(line: str, where: str) -> Result | None:
+    """A line as a result; None of a retired benchmark. BenchmarkError for what a report can't read."""
     try:
         found = json.loads(line)
         version, benchmark = found["format"], found["benchmark"]
@@ -171,6 +175,8 @@ def parse(line: str, where: str) -> Result:
         raise BenchmarkError(
             f"{where}: format {version!r}, and this version reads {FORMAT}; measure again with this version"
         )
+    if benchmark in RETIRED:
+        return None
     if benchmark not in BENCHMARKS:
         raise BenchmarkError(
             f"{where}: benchmark {benchmark!r}, and this report knows {', '.join(BENCHMARKS)}; take the line out"
@@ -181,12 +187,16 @@ def parse(line: str, where: str) -> Result:
             benchmark=benchmark,
             time=datetime.fromisoformat(found["time"]),
             machine=found["machine"],
-            settings=found["settings"],
-            rows=tuple(found["results"]),
+            settings=_renamed(found["settings"]),
+            rows=tuple(map(_renamed, found["results"])),
             note=found.get("note"),
         )
     except (KeyError, ValueError, TypeError) as error:
         raise BenchmarkError(f"{where}: {benchmark} without {error}; measure again with this version") from error
+
+
+def _renamed(found: Row) -> Row:
+    return {RENAMED.get(key, key): value for key, value in found.items()}
 
 
 def checked(result: Result, use: Callable[[Result], Any]) -> Any:
@@ -195,37 +205,6 @@ def checked(result: Result, use: Callable[[Result], Any]) -> Any:
         return use(result)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise BenchmarkError(
-            f"{result.where}: a result of {result.benchmark} that can't be told ({error!r}); "
+            f"{result.where}: a result of {result.benchmark} that can't be shown ({error!r}); "
             "measure again with this version"
         ) from error
-
-
-# ---- Numbers in words ----
-
-
-def seconds(value: float) -> str:
-    """Three digits, in the unit that suits."""
-    if value >= 100:
-        return f"{value:,.0f} s"
-    return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms" if value >= 1e-3 else f"{1e6 * value:.3g} µs"
-
-
-def times(value: float) -> str:
-    return f"× {value:.3g}" if value < 100 else f"× {value:,.0f}"
-
-
-def percent(value: float | None, digits: int = 0) -> str | None:
-    return None if value is None else f"{100 * value:.{digits}f} %"
-
-
-def signed(value: float) -> str:
-    """A change, in percent."""
-    return f"{'−' if value < 0 else '+'}{100 * abs(value):.2f} %"
-
-
-def listed(parts: Sequence[Any]) -> str:
-    return " and ".join(filter(None, [", ".join(map(str, parts[:-1])), str(parts[-1])]))
-
-
-def plural(number: Any, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
