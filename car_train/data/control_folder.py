@@ -15,11 +15,10 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from car_train.data.annotator import Annotator, AnnotatorError, Pixels, UnusableImageError
-from car_train.data.dataset import SKIPPED, UNREADABLE, to_8_bits, write_skipped
+from car_train.data.dataset import MARKER, SKIPPED, UNREADABLE, fitted, to_8_bits, write_skipped
 from car_train.data.folder import find_images
 from car_train.files import written_aside
 
-MARKER = "controls.json"
 FORMAT = 1
 
 DEFAULT_SIZE = 256
@@ -67,7 +66,8 @@ def annotate_folder(
     images = _images(data, limit)
     _check_apart(data, output)
     try:
-        _claim(output, {"format": FORMAT, **annotator.origin, "size": size or f"up to {DEFAULT_SIZE}"}, overwrite)
+        settings = {"format": FORMAT, **annotator.origin, "size": size or f"up to {DEFAULT_SIZE}", "fit": "crop"}
+        _claim(output, settings, overwrite)
         report = _make_all(data, output, images, annotator, size, batch, overwrite)
         if report.skipped:
             write_skipped(output / SKIPPED, report.skipped)
@@ -202,8 +202,7 @@ def read_image(path: Path, size: int | None) -> Pixels:
     """RGBA square as `data.ControlledImages` shows it, uint8 [S, S, 4]; size as in `annotate_folder`."""
     with Image.open(path) as opened:
         image = to_8_bits(ImageOps.exif_transpose(opened)).convert("RGBA")
-    side = size or min(DEFAULT_SIZE, max(image.size))
-    return np.asarray(image.resize((side, side), Image.Resampling.LANCZOS))
+    return np.asarray(fitted(image, size or min(DEFAULT_SIZE, *image.size)))
 
 
 def _try_to_read(path: Path, size: int | None) -> Pixels | str:

@@ -35,7 +35,8 @@ from car_train.model.vqvae import VQVAE, join_tokens
 
 DEFAULT_ROOT = Path("~/.cache/car/tokens")
 MARKER = "tokens.json"
-FORMAT = 1
+FORMAT = 2
+"""Of caches; it changes with the augmentation too."""
 
 
 class TokenCache:

@@ -30,7 +30,7 @@ from car_train.data.annotator import (
 from car_train.data.annotator_net import AnnotatorNet, normals_to_pixels
 from car_train.data.control_folder import annotate_folder, read_image
 from car_train.data.controls import CONTROL_TYPES, NEEDS_ALPHA, make_control, on_white
-from car_train.data.dataset import ControlledImages
+from car_train.data.dataset import ControlledImages, fitted
 from car_train.data.folder import DataError
 from car_train.data.pretrained import WeightsError
 from car_train.files import sha256
@@ -642,7 +642,7 @@ def test_pictures_are_turned_as_their_exif_says(tmp_path: Path) -> None:
     exif = image.getexif()
     exif[0x0112] = 6  # a quarter turn clockwise
     image.save(tmp_path / "pictures" / "a" / "x.png", exif=exif)
-    turned = image.transpose(Image.Transpose.ROTATE_270).resize((16, 16), Image.Resampling.LANCZOS)
+    turned = fitted(image.transpose(Image.Transpose.ROTATE_270), 16)
     np.testing.assert_array_equal(read_image(tmp_path / "pictures" / "a" / "x.png", 16)[..., :3], np.asarray(turned))
 
 
@@ -652,7 +652,7 @@ def test_by_default_controls_are_as_large_as_the_picture_up_to_256(tmp_path: Pat
         Image.new("RGB", size).save(tmp_path / "pictures" / "a" / f"{name}.png")
     annotate_folder(tmp_path / "pictures", tmp_path / "controls", make_annotator("canny"))
     sizes = {n: Image.open(tmp_path / "controls" / "a" / f"{n}.png").size for n in ("small", "large")}
-    assert sizes == {"small": (48, 48), "large": (256, 256)}
+    assert sizes == {"small": (20, 20), "large": (256, 256)}
 
 
 def test_limit_takes_the_first_of_each_class(folder: Path, tmp_path: Path) -> None:
