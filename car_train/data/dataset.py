@@ -4,8 +4,9 @@
       cat/a.jpg, cat/b.png        cat/a.png, cat/b.png
       dog/…                       dog/…
 
-What an image becomes: turned as its EXIF says, its middle brought to the model's square with LANCZOS (Pillow,
-premultiplied), composited on white. Controls made on the fly come from that very square.
+What an image becomes, here and in `car_runtime.controls` alike: turned as its EXIF says, brought to the model's
+square (`images.fitted`: its middle, unless told otherwise) with LANCZOS (Pillow, premultiplied), composited on white.
+Controls made on the fly come from that very square; control files are read as the runtime reads them.
 
 Augmentation of a photo is the published one: resized until its shorter side is 1.125 times the model's, then a random
 square of the model's size, from wherever in the image, mirrored or not. An image with transparent parts is a drawing:
@@ -25,12 +26,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from car_train.data.controls import CONTROL_TYPES, NEEDS_ALPHA, make_control, on_white
+from car_train.conventions import CONTROL_TYPES, FITS, PRESETS, ControlConvention
+from car_train.data.controls import NEEDS_ALPHA, make_control, on_white
 from car_train.data.folder import SPLITS, DataError, ImageFolder, is_image, scan, shown, some
+from car_train.data.images import UNREADABLE, fitted, open_image, open_map
 from car_train.files import write_text
 
 DRAWING_SCALE = (0.8, 1.05)
@@ -55,6 +58,8 @@ class ControlledImages(Dataset[dict[str, Any]]):
                   train and val where these are what `root` holds.
     control_type: one of `CONTROL_TYPES`, made on the fly after augmentation. With `control_root`: what the files
                   there show, so that a mirrored normal map has its x turned round.
+    convention:   how these are made and read; default: the published one of `control_type`.
+    fit:          how an image of another aspect becomes a square: "crop", "pad" or "stretch".
     control_root: a folder with a control image for every image, but for those that its `skipped.txt` lists.
     augment:      mirror, shift and scale at random, from (seed, epoch, index) alone: a resumed run sees the same
                   images.
@@ -82,14 +87,20 @@ class ControlledImages(Dataset[dict[str, Any]]):
         seed: int = 0,
         preload: bool = True,
         classes: str | None = None,
+        convention: ControlConvention | None = None,
+        fit: str = FITS[0],
     ) -> None:
         if split not in SPLITS:
             raise DataError(f"no split {split!r}; choose one of: {', '.join(SPLITS)}")
         if control_type is not None and control_type not in CONTROL_TYPES:
             raise DataError(f"no control type {control_type!r}; choose one of: {', '.join(CONTROL_TYPES)}")
+        if fit not in FITS:
+            raise DataError(f"no fit {fit!r}; choose one of: {', '.join(FITS)}")
         folder = root if isinstance(root, ImageFolder) else scan(root)
         self.root, self.class_names = folder.root, list(folder.class_names)
         self.image_size = image_size
+        self.fit = fit
+        self.convention = convention or (None if control_type is None else PRESETS[control_type])
         self.control_type = control_type
         self.augment = augment
         self.seed = seed
@@ -161,7 +172,8 @@ class ControlledImages(Dataset[dict[str, Any]]):
                 made[..., 0] = 255 - made[..., 0]
             item["control"] = torch.from_numpy(made)
         elif self.control_type is not None:
-            item["control"] = torch.from_numpy(make_control(shown, self.control_type))
+            assert self.convention is not None
+            item["control"] = torch.from_numpy(make_control(shown, self.convention))
         return item
 
     def _load(self, index: int) -> tuple[Pixels, Pixels | None]:
@@ -171,25 +183,29 @@ class ControlledImages(Dataset[dict[str, Any]]):
         """
         if self._images is not None:
             return self._images[index], None if self._controls is None else self._controls[index]
-        image = _open(self.files[index][0], "RGBA")
-        drawing = np.min(image.getchannel("A").getextrema()) < 255
+        image = open_image(self.files[index][0])
+        drawing = image.mode == "RGBA" and np.min(image.getchannel("A").getextrema()) < 255
         image = image if drawing else image.convert("RGB")
         if self.control_files is not None:
-            control = _open(self.control_files[index], "RGB")
-            image = as_its_control(image, control, self.control_fit)
-            return self._sized(image, drawing), self._sized(control, drawing)
+            ground = self.convention.ground if self.convention else (0, 0, 0)
+            control = open_map(self.control_files[index], ground)
+            image = as_its_control(image, control, self.fit, self.control_fit)
+            return self._sized(image, drawing), self._sized(control, drawing, ground)
         if self.control_type in NEEDS_ALPHA and not drawing:
             raise DataError(f"no alpha channel, which {self.control_type!r} is made from; give --control-root")
         return self._sized(image, drawing), None
 
-    def _sized(self, image: Image.Image, drawing: bool) -> Pixels:
+    def _sized(self, image: Image.Image, drawing: bool, margin: Sequence[int] = (255, 255, 255)) -> Pixels:
         """What `_item` starts from, uint8 [H, W, C]."""
-        if not self.augment:
-            return np.asarray(fitted(image, self.image_size))  # in one step, as the runtime does it
+        size, edge = self.image_size, min(image.size) if self.fit == "crop" else max(image.size)
+        if not self.augment:  # in one step, as the runtime does it
+            return np.asarray(fitted(image, size, self.fit, margin))
         if drawing:  # up to twice the side, so that zooming in does not blur it
-            return np.asarray(fitted(image, min(*image.size, 2 * self.image_size)))
-        side, shorter = round(PHOTO_SCALE * self.image_size), min(image.size)
-        width, height = (max(side, round(edge * side / shorter)) for edge in image.size)
+            return np.asarray(fitted(image, min(edge, 2 * size), self.fit, margin))
+        side = round(PHOTO_SCALE * size)
+        if self.fit != "crop":
+            return np.asarray(fitted(image, side, self.fit, margin))
+        width, height = (max(side, round(length * side / edge)) for length in image.size)
         return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
 
     def _preload(self) -> None:
@@ -215,10 +231,6 @@ class ControlledImages(Dataset[dict[str, Any]]):
         if self.control_files is not None:
             self.control_files = [self.control_files[i] for i in kept]
         self._images, self._controls = images, controls or None
-
-
-# What Pillow raises on damaged files.
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 def select_classes(chosen: str | None, names: Sequence[str]) -> list[int]:
@@ -264,7 +276,7 @@ def write_skipped(path: Path, skipped: Sequence[tuple[str, str]]) -> None:
     lines = []
     for name, reason in skipped:
         plain = name.isprintable() and not name.startswith('"')
-        lines.append(f"{name if plain else json.dumps(name)}\t{' '.join(reason.split())}\n")
+        lines.append(f"{name if plain else json.dumps(name)}\t{shown(' '.join(reason.split()))}\n")
     write_text(path, "".join(lines))
 
 
@@ -294,60 +306,25 @@ def find_controls(root: Path, control_root: Path, images: Sequence[Path]) -> lis
     return [have[w] for w in wanted]
 
 
-def to_8_bits(image: Image.Image) -> Image.Image:
-    """16-bit and 32-bit grey (depth maps) from 0…65535, float grey from 0…1; Pillow alone would clip at 255."""
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        return image
-    top = 1.0 if image.mode == "F" else 65535.0
-    return Image.fromarray(np.rint(np.clip(np.asarray(image, np.float64) / top, 0, 1) * 255).astype(np.uint8))
-
-
-def load_control(path: str | Path) -> Image.Image:
-    """A control image for the reference sampler, read as the runtime reads it.
-
-    Turned as its EXIF says, deep grey scaled to 8 bits, transparent parts on black. Raises DataError.
-    """
-    try:
-        with Image.open(path) as opened:
-            image = to_8_bits(ImageOps.exif_transpose(opened)).convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: not a readable image ({error}); give an image such as a PNG") from error
-    black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-    return Image.alpha_composite(black, image).convert("RGB")
-
-
 def has_alpha(rgba: Pixels) -> bool:
     """Whether any pixel of uint8 [H, W, 4] is not fully opaque."""
     return bool(rgba[..., 3].min() < 255)
 
 
-def _open(path: Path, mode: str) -> Image.Image:
-    with Image.open(path) as opened:
-        return to_8_bits(ImageOps.exif_transpose(opened)).convert(mode)
-
-
-def fitted(image: Image.Image, size: int) -> Image.Image:
-    """The middle of an image as a square of `size` pixels, by LANCZOS."""
-    width, height = image.size
-    edge = min(width, height)
-    left, top = (width - edge) // 2, (height - edge) // 2
-    return image.crop((left, top, left + edge, top + edge)).resize((size, size), Image.Resampling.LANCZOS)
-
-
-def as_its_control(image: Image.Image, control: Image.Image, fit: str | None) -> Image.Image:
+def as_its_control(image: Image.Image, control: Image.Image, fit: str, made: str | None) -> Image.Image:
     """The part of an image that its control shows: all of it, or the square that `controls` made the control of.
 
-    fit: how `controls` made a square of the image; None where nobody says.
+    fit: how squares are made here. made: how `controls` made them; None where nobody says.
     DataError where the control has another aspect.
     """
     aspect, wanted = (one.width / one.height for one in (image, control))
-    if abs(aspect / wanted - 1) <= SAME_ASPECT:
+    if fit == "stretch" or abs(aspect / wanted - 1) <= SAME_ASPECT:
         return image
-    if fit == "crop" and abs(wanted - 1) <= SAME_ASPECT:
-        return fitted(image, min(image.size))
+    if fit == made and abs(wanted - 1) <= SAME_ASPECT:
+        return fitted(image, min(image.size) if fit == "crop" else max(image.size), fit)
     raise DataError(
         f"its control has {control.width}×{control.height} pixels, the image {image.width}×{image.height}: another "
-        "aspect; make it of the whole image, or anew by `python -m car_train controls`"
+        f"aspect; make it of the whole image, or anew by `python -m car_train controls --fit {fit}`"
     )
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from car_train import checkpoint
 from car_train.config import ConfigError
-from car_train.data.dataset import load_control
+from car_train.conventions import FITS
+from car_train.data.images import fitted, open_map
 from car_train.images import save_png, to_pixels
 from car_train.model import Model
 from car_train.model.sample import sample
@@ -29,6 +30,7 @@ def uniform_numbers(seeds: Sequence[int], tokens: int) -> Tensor:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--control", type=Path, help="control image")
+    parser.add_argument("--fit", choices=FITS, help="a control that isn't square: middle, margins, distorted")
     parser.add_argument("--class", dest="label", type=int, help="class index (default: no class)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cfg", type=float, default=4.0)
@@ -45,7 +47,10 @@ def run(args: argparse.Namespace) -> Path:
     config = model.config.vqvae
     controls = None
     if args.control is not None:
-        controls = control_pyramids([np.asarray(load_control(args.control))], config, "cpu")
+        assert model.config.car is not None
+        how = model.config.car.control_convention
+        square = fitted(open_map(args.control, how.ground), config.image_size, args.fit or how.fit, how.ground)
+        controls = control_pyramids([np.asarray(square)], config, "cpu")
     label = model.car.base.config.classes if args.label is None else args.label
     uniforms = uniform_numbers([args.seed], config.tokens)
     _, drawn = sample(

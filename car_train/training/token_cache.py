@@ -96,6 +96,7 @@ def identity(images: ControlledImages, vqvae: VQVAE, views: int, precision: str)
         "files": images.fingerprint(),
         "pictures": len(images),
         "image_size": images.image_size,
+        "fit": images.fit,
         "tokens": vqvae.config.tokens,
         "sides": list(vqvae.config.sides),
         "vocab": vqvae.config.vocab,

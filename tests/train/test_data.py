@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 
 from car_runtime.controls import derive
 from car_train.data.controls import make_control
-from car_train.data.dataset import ControlledImages, fitted, random_box, random_window, select_classes
+from car_train.data.dataset import ControlledImages, random_box, random_window, select_classes
 from car_train.data.folder import DataError, split_of
+from car_train.data.images import fitted
 
 NAMES = [f"thing-{i}" for i in range(12)]
 
