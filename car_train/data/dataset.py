@@ -4,9 +4,13 @@
       cat/a.jpg, cat/b.png        cat/a.png, cat/b.png
       dog/…                       dog/…
 
-What an image becomes, here and in `car_runtime.controls` alike: RGBA, turned as its EXIF says, stretched to the
-model's size with LANCZOS (Pillow, premultiplied), composited on white. Controls made on the fly come from that very
-square. Stretching is what the runtime does to control images, so what is trained is what will be asked.
+What an image becomes, here and in `car_runtime.controls` alike: turned as its EXIF says, brought to the model's
+square (`images.fitted`: its middle, unless told otherwise) with LANCZOS (Pillow, premultiplied), composited on white.
+Controls made on the fly come from that very square; control files are read as the runtime reads them.
+
+Augmentation of a photo is the published one: resized until its shorter side is 1.125 times the model's, then a random
+square of the model's size, from wherever in the image, mirrored or not. An image with transparent parts is a drawing:
+it stays whole, and moves and shrinks on its ground.
 """
 
 from __future__ import annotations
@@ -22,18 +26,22 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from car_train.data.controls import CONTROL_TYPES, NEEDS_ALPHA, make_control, on_white
+from car_train.conventions import CONTROL_TYPES, FITS, PRESETS, ControlConvention
+from car_train.data.controls import NEEDS_ALPHA, make_control, on_white
 from car_train.data.folder import SPLITS, DataError, ImageFolder, is_image, scan, shown, some
+from car_train.data.images import UNREADABLE, fitted, open_image, open_map
 from car_train.files import write_text
 
-# Augmentation. An image with alpha may shrink and move on transparent ground, as far as it stays whole (many emoji
-# fill their square); an opaque one is only zoomed into, so that no border comes into sight.
-ALPHA_SCALE = (0.8, 1.05)  # size of the drawing
-OPAQUE_SCALE = (1.0, 1.2)
+DRAWING_SCALE = (0.8, 1.05)
+"""Size of an augmented drawing: it stays whole, and many emoji fill their square."""
+PHOTO_SCALE = 1.125
+"""Shorter side of a photo, in sides of the model, before a square is cut out of it at random."""
+SAME_ASPECT = 0.02
+"""Image and control are of one aspect within this share: sizes are rounded."""
 
 Pixels = NDArray[np.uint8]
 
@@ -50,6 +58,8 @@ class ControlledImages(Dataset[dict[str, Any]]):
                   train and val where these are what `root` holds.
     control_type: one of `CONTROL_TYPES`, made on the fly after augmentation. With `control_root`: what the files
                   there show, so that a mirrored normal map has its x turned round.
+    convention:   how these are made and read; default: the published one of `control_type`.
+    fit:          how an image of another aspect becomes a square: "crop", "pad" or "stretch".
     control_root: a folder with a control image for every image, but for those that its `skipped.txt` lists.
     augment:      mirror, shift and scale at random, from (seed, epoch, index) alone: a resumed run sees the same
                   images.
@@ -77,14 +87,20 @@ class ControlledImages(Dataset[dict[str, Any]]):
         seed: int = 0,
         preload: bool = True,
         classes: str | None = None,
+        convention: ControlConvention | None = None,
+        fit: str = FITS[0],
     ) -> None:
         if split not in SPLITS:
             raise DataError(f"no split {split!r}; choose one of: {', '.join(SPLITS)}")
         if control_type is not None and control_type not in CONTROL_TYPES:
             raise DataError(f"no control type {control_type!r}; choose one of: {', '.join(CONTROL_TYPES)}")
+        if fit not in FITS:
+            raise DataError(f"no fit {fit!r}; choose one of: {', '.join(FITS)}")
         folder = root if isinstance(root, ImageFolder) else scan(root)
         self.root, self.class_names = folder.root, list(folder.class_names)
         self.image_size = image_size
+        self.fit = fit
+        self.convention = convention or (None if control_type is None else PRESETS[control_type])
         self.control_type = control_type
         self.augment = augment
         self.seed = seed
@@ -100,6 +116,7 @@ class ControlledImages(Dataset[dict[str, Any]]):
         self.control_files: list[Path] | None = None
         if control_root is not None:
             controls = Path(control_root).expanduser()
+            self.control_fit = fit_of(controls)
             without = read_skipped(controls / SKIPPED)
             self.files = [f for f in self.files if f[0].relative_to(self.root).as_posix() not in without]
             self.control_files = find_controls(self.root, controls, [path for path, _ in self.files])
@@ -142,41 +159,54 @@ class ControlledImages(Dataset[dict[str, Any]]):
 
     def _item(self, image: Pixels, control: Pixels | None, label: int, rng: np.random.Generator) -> dict[str, Any]:
         size = self.image_size
-        if self.augment:
-            box, mirror = random_box(rng, has_alpha(image))
-        else:
-            box, mirror = (0.0, 0.0, 1.0, 1.0), False
-        rgba = crop(image, box, mirror, size)
-        item: dict[str, Any] = {"image": to_float(on_white(rgba)), "label": label}
+        box, window, mirror = (0.0, 0.0, 1.0, 1.0), None, False
+        if self.augment and image.shape[2] == 4:
+            box, mirror = random_box(rng)
+        elif self.augment:
+            window, mirror = random_window(rng, image.shape[:2], size)
+        shown = crop(image, box, mirror, size) if window is None else cut(image, window, mirror, size)
+        item: dict[str, Any] = {"image": to_float(on_white(shown)), "label": label}
         if control is not None:
-            made = crop(control, box, mirror, size)
+            made = crop(control, box, mirror, size) if window is None else cut(control, window, mirror, size)
             if mirror and self.control_type == "normal":
                 made[..., 0] = 255 - made[..., 0]
             item["control"] = torch.from_numpy(made)
         elif self.control_type is not None:
-            item["control"] = torch.from_numpy(make_control(rgba, self.control_type))
+            assert self.convention is not None
+            item["control"] = torch.from_numpy(make_control(shown, self.convention))
         return item
 
     def _load(self, index: int) -> tuple[Pixels, Pixels | None]:
-        """(RGBA, control file's RGB if any), squares; from memory where they are preloaded."""
+        """(RGB, or RGBA where anything is transparent; the control file's RGB if any) of one size.
+
+        Squares, but for photos to be augmented. From memory where they are preloaded.
+        """
         if self._images is not None:
             return self._images[index], None if self._controls is None else self._controls[index]
-        image = self._read(self.files[index][0], "RGBA")
+        image = open_image(self.files[index][0])
+        drawing = image.mode == "RGBA" and np.min(image.getchannel("A").getextrema()) < 255
+        image = image if drawing else image.convert("RGB")
         if self.control_files is not None:
-            return image, self._read(self.control_files[index], "RGB")
-        if self.control_type in NEEDS_ALPHA and not has_alpha(image):
+            ground = self.convention.ground if self.convention else (0, 0, 0)
+            control = open_map(self.control_files[index], ground)
+            image = as_its_control(image, control, self.fit, self.control_fit)
+            return self._sized(image, drawing), self._sized(control, drawing, ground)
+        if self.control_type in NEEDS_ALPHA and not drawing:
             raise DataError(f"no alpha channel, which {self.control_type!r} is made from; give --control-root")
-        return image, None
+        return self._sized(image, drawing), None
 
-    def _read(self, path: Path, mode: str) -> Pixels:
-        with Image.open(path) as opened:
-            image = to_8_bits(ImageOps.exif_transpose(opened)).convert(mode)
-        # Augmented images keep up to twice the side, so that zooming in does not blur them; the others take the
-        # model's size in one step, as the runtime does it.
-        side = self.image_size
-        if self.augment:
-            side = min(max(image.size), 2 * self.image_size)
-        return np.asarray(image.resize((side, side), Image.Resampling.LANCZOS))
+    def _sized(self, image: Image.Image, drawing: bool, margin: Sequence[int] = (255, 255, 255)) -> Pixels:
+        """What `_item` starts from, uint8 [H, W, C]."""
+        size, edge = self.image_size, min(image.size) if self.fit == "crop" else max(image.size)
+        if not self.augment:  # in one step, as the runtime does it
+            return np.asarray(fitted(image, size, self.fit, margin))
+        if drawing:  # up to twice the side, so that zooming in does not blur it
+            return np.asarray(fitted(image, min(edge, 2 * size), self.fit, margin))
+        side = round(PHOTO_SCALE * size)
+        if self.fit != "crop":
+            return np.asarray(fitted(image, side, self.fit, margin))
+        width, height = (max(side, round(length * side / edge)) for length in image.size)
+        return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
 
     def _preload(self) -> None:
         images: list[Pixels] = []
@@ -201,10 +231,6 @@ class ControlledImages(Dataset[dict[str, Any]]):
         if self.control_files is not None:
             self.control_files = [self.control_files[i] for i in kept]
         self._images, self._controls = images, controls or None
-
-
-# What Pillow raises on damaged files.
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 def select_classes(chosen: str | None, names: Sequence[str]) -> list[int]:
@@ -241,8 +267,8 @@ def select_classes(chosen: str | None, names: Sequence[str]) -> list[int]:
     return sorted(numbers)
 
 
-SKIPPED = "skipped.txt"
-"""Of a control folder: the images that `python -m car_train controls` could make no control of."""
+MARKER, SKIPPED = "controls.json", "skipped.txt"
+"""Of a control folder: how `python -m car_train controls` made it, and the images that it has no control of."""
 
 
 def write_skipped(path: Path, skipped: Sequence[tuple[str, str]]) -> None:
@@ -250,7 +276,7 @@ def write_skipped(path: Path, skipped: Sequence[tuple[str, str]]) -> None:
     lines = []
     for name, reason in skipped:
         plain = name.isprintable() and not name.startswith('"')
-        lines.append(f"{name if plain else json.dumps(name)}\t{' '.join(reason.split())}\n")
+        lines.append(f"{name if plain else json.dumps(name)}\t{shown(' '.join(reason.split()))}\n")
     write_text(path, "".join(lines))
 
 
@@ -280,40 +306,58 @@ def find_controls(root: Path, control_root: Path, images: Sequence[Path]) -> lis
     return [have[w] for w in wanted]
 
 
-def to_8_bits(image: Image.Image) -> Image.Image:
-    """16-bit and 32-bit grey (depth maps) from 0…65535, float grey from 0…1; Pillow alone would clip at 255."""
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        return image
-    top = 1.0 if image.mode == "F" else 65535.0
-    return Image.fromarray(np.rint(np.clip(np.asarray(image, np.float64) / top, 0, 1) * 255).astype(np.uint8))
-
-
-def load_control(path: str | Path) -> Image.Image:
-    """A control image for the reference sampler, read as the runtime reads it.
-
-    Turned as its EXIF says, deep grey scaled to 8 bits, transparent parts on black. Raises DataError.
-    """
-    try:
-        with Image.open(path) as opened:
-            image = to_8_bits(ImageOps.exif_transpose(opened)).convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: not a readable image ({error}); give an image such as a PNG") from error
-    black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-    return Image.alpha_composite(black, image).convert("RGB")
-
-
 def has_alpha(rgba: Pixels) -> bool:
     """Whether any pixel of uint8 [H, W, 4] is not fully opaque."""
     return bool(rgba[..., 3].min() < 255)
 
 
-def random_box(rng: np.random.Generator, alpha: bool) -> tuple[tuple[float, float, float, float], bool]:
-    """((left, top, right, bottom), mirror): what to show, in shares of the side; with alpha, also beyond the image.
+def as_its_control(image: Image.Image, control: Image.Image, fit: str, made: str | None) -> Image.Image:
+    """The part of an image that its control shows: all of it, or the square that `controls` made the control of.
+
+    fit: how squares are made here. made: how `controls` made them; None where nobody says.
+    DataError where the control has another aspect.
+    """
+    aspect, wanted = (one.width / one.height for one in (image, control))
+    if fit == "stretch" or abs(aspect / wanted - 1) <= SAME_ASPECT:
+        return image
+    if fit == made and abs(wanted - 1) <= SAME_ASPECT:
+        return fitted(image, min(image.size) if fit == "crop" else max(image.size), fit)
+    raise DataError(
+        f"its control has {control.width}×{control.height} pixels, the image {image.width}×{image.height}: another "
+        f"aspect; make it of the whole image, or anew by `python -m car_train controls --fit {fit}`"
+    )
+
+
+def fit_of(control_root: Path) -> str | None:
+    """How `python -m car_train controls` made squares of the images; None where something else made the folder."""
+    try:
+        fit = json.loads((control_root / MARKER).read_text(encoding="utf-8"))["fit"]
+    except (OSError, ValueError, KeyError, TypeError):  # version 0.1.0 stretched, and didn't say so
+        return None
+    return str(fit)
+
+
+def random_window(rng: np.random.Generator, shape: tuple[int, ...], size: int) -> tuple[tuple[int, int], bool]:
+    """((left, top), mirror): a square of `size` pixels anywhere within an image [H, W]; four draws, too."""
+    _, u_x, u_y, u_mirror = rng.random(4)
+    height, width = shape
+    return (int(u_x * (width - size + 1)), int(u_y * (height - size + 1))), bool(u_mirror < 0.5)
+
+
+def cut(pixels: Pixels, window: tuple[int, int], mirror: bool, size: int) -> Pixels:
+    """A `random_window` of uint8 [H, W, C] → [size, size, C]."""
+    left, top = window
+    out = pixels[top : top + size, left : left + size]
+    return np.ascontiguousarray(out[:, ::-1] if mirror else out)
+
+
+def random_box(rng: np.random.Generator) -> tuple[tuple[float, float, float, float], bool]:
+    """((left, top, right, bottom), mirror): what to show of a drawing, in shares of the side, also beyond it.
 
     Always four draws, so that (seed, epoch, index) means the same for every image.
     """
     u_scale, u_x, u_y, u_mirror = rng.random(4)
-    low, high = ALPHA_SCALE if alpha else OPAQUE_SCALE
+    low, high = DRAWING_SCALE
     side = 1 / (low + (high - low) * u_scale)
     reach = abs(1 - side) / 2
     left = (1 - side) / 2 + reach * (2 * u_x - 1)

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from car_train.data.images import EXTENSIONS
 from car_train.errors import UserError
 
-EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 VAL_SHARE = 0.05
 SPLITS = ("train", "val", "all")
 TREES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": None}

@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from car_train import checkpoint
 from car_train.data.dataset import ControlledImages, select_classes
+from car_train.data.folder import text_of
 from car_train.data.pretrained import fetch
 from car_train.evaluation.features import EfficientNetLite0, FeatureNetwork, Inception
 from car_train.evaluation.measure import Measurements
@@ -66,6 +67,8 @@ def open_images(model: Model, options: EvalOptions) -> ControlledImages:
         config.vqvae.image_size,
         split=options.split,
         control_type=config.car.control_type if config.car else None,
+        convention=config.car.control_convention if config.car else None,
+        fit=options.fit,
         control_root=options.control_root,
         preload=False,
     )
@@ -137,7 +140,7 @@ def evaluate(
             "control": model.config.car.control_type if model.config.car else None,
         },
         "data": {
-            "name": options.data.expanduser().resolve().name,
+            "name": text_of(options.data.expanduser().resolve().name),
             "split": options.split,
             "pictures": len(order),
             "classes": options.classes or "all",

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from car_train import checkpoint
 from car_train.config import ConfigError
-from car_train.data.dataset import load_control
+from car_train.conventions import FITS
+from car_train.data.images import fitted, open_map
 from car_train.images import save_png, to_pixels
 from car_train.model import Model
 from car_train.model.sample import gumbel_noise, sample
@@ -31,6 +32,7 @@ def uniform_numbers(seeds: Sequence[int], tokens: int) -> Tensor:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--control", type=Path, help="control image")
+    parser.add_argument("--fit", choices=FITS, help="a control that isn't square: middle, margins, distorted")
     parser.add_argument("--class", dest="label", type=int, help="class index (default: no class)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--preset", choices=PRESETS, default="plan", help="guidance, top-k, top-p (default: plan)")
@@ -49,7 +51,10 @@ def run(args: argparse.Namespace) -> Path:
     config = model.config.vqvae
     controls = None
     if args.control is not None:
-        controls = control_pyramids([np.asarray(load_control(args.control))], config, "cpu")
+        assert model.config.car is not None
+        how = model.config.car.control_convention
+        square = fitted(open_map(args.control, how.ground), config.image_size, args.fit or how.fit, how.ground)
+        controls = control_pyramids([np.asarray(square)], config, "cpu")
     label = model.car.base.config.classes if args.label is None else args.label
     uniforms = uniform_numbers([args.seed], config.tokens)
     chosen = settings_of(args.preset, args.cfg, args.top_k, args.top_p, config.vocab)

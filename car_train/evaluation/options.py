@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from car_train.conventions import FITS
 from car_train.data.folder import SPLITS
 from car_train.errors import UserError
 from car_train.flags import option
@@ -38,6 +39,7 @@ class EvalOptions:
     cfg: float | None = option(None, "guidance (default: the preset's)")
     top_k: int | None = option(None, "0, or no less than the vocabulary: off (default: the preset's)")
     top_p: float | None = option(None, "0 or 1: off (default: the preset's)")
+    fit: str = option(FITS[0], "of images that aren't square: their middle, with margins, or distorted", choices=FITS)
     annotator_onnx: Path | None = option(None, "network that derives the control from a drawn image", metavar="FILE")
     device: str = option("cpu", "e.g. cuda")
     baseline: bool = True
@@ -45,6 +47,7 @@ class EvalOptions:
 
     def __post_init__(self) -> None:
         require(self.split in SPLITS, f"no split {self.split!r}; choose one of: {', '.join(SPLITS)}")
+        require(self.fit in FITS, f"no fit {self.fit!r}; choose one of: {', '.join(FITS)}")
         require(self.batch >= 1, f"batch is {self.batch}; it must be at least 1")
         require(self.preset in PRESETS, f"no preset {self.preset!r}; choose one of: {', '.join(PRESETS)}")
         for name in ("limit", "per_class", "seed", "top_k"):

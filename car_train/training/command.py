@@ -7,6 +7,7 @@ from pathlib import Path
 
 from car_train import checkpoint
 from car_train.config import CARConfig, ConfigError, VARConfig, VQVAEConfig
+from car_train.conventions import DERIVED
 from car_train.data.folder import scan
 from car_train.flags import add_flags, given
 from car_train.model.var import ALNG
@@ -34,7 +35,7 @@ ALNG_HELP = (
 TOKENS = ("token_cache", "token_root", "views")
 """Options for stages that train on tokens."""
 RUN = tuple("batch grad_accum lr schedule final_lr warmup weight_decay weight_decay_end grad_clip ema seed".split())
-MACHINE = tuple("compile activation_checkpointing device threads workers augment preload classes".split())
+MACHINE = tuple("compile activation_checkpointing device threads workers augment fit preload classes".split())
 RECORD = tuple("tensorboard keep validate_every save_every".split())
 
 
@@ -137,6 +138,10 @@ def _car(args: argparse.Namespace) -> Stage:
     widths = args.encoder_widths or tuple(16 * 2**i for i in range(halvings + 1))
     strides = (2,) * halvings + (1,) * (len(widths) - 1 - halvings)
     sizes = {"encoder_widths": widths, "encoder_strides": strides}
-    branch = CARConfig(**given(args, CARConfig) | sizes)
+    options = given(args, CARConfig) | sizes
+    if options["convention"] is None:
+        on_the_fly = args.control_root is None
+        options["convention"] = DERIVED[options["control_type"]] if on_the_fly else options["control_type"]
+    branch = add_branch(base, CARConfig(**options))
     rate = VARConfig(drop_path=args.drop_path).drop_path  # checked there
-    return TransformerStage(add_branch(base, branch), fresh=args.init is None and not args.resume, drop_path=rate)
+    return TransformerStage(branch, fresh=args.init is None and not args.resume, drop_path=rate)

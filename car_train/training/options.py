@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from car_train.config import ConfigError
+from car_train.conventions import FITS
 from car_train.flags import option
 
 SCHEDULES = ("cosine", "linear", "lin0", "constant")
@@ -58,6 +59,7 @@ class TrainOptions:
     device: str = option("cpu", "e.g. cuda; under torchrun: one GPU a process")
     threads: int = option(0, "CPU threads (default: 0, all)")
     workers: int = option(1, "data loader processes")
+    fit: str = option(FITS[0], "of images that aren't square: their middle, with margins, or distorted", choices=FITS)
     augment: bool = option(True, "no flips, shifts and zooms")
     preload: bool = option(
         True, "don't keep all images decoded in memory (64 KB each at 64 pixels, 1 MB at 256): for large sets"
@@ -97,7 +99,7 @@ class TrainOptions:
                 raise ConfigError(f"{field} is {getattr(self, field)}; it must be positive")
         if not 0 <= self.ema < 1:
             raise ConfigError(f"ema is {self.ema}; it must be in [0, 1), e.g. 0.999")
-        for field, known in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+        for field, known in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("fit", FITS)):
             if getattr(self, field) not in known:
                 raise ConfigError(f"{field} is {getattr(self, field)!r}; choose one of: {', '.join(known)}")
         try:

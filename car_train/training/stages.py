@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from car_train.config import CARConfig, ModelConfig, VARConfig, VQVAEConfig
+from car_train.conventions import ControlConvention
 from car_train.model import Model
 from car_train.model.car import calibrate_fusion
 from car_train.model.sample import control_pyramid, sample
@@ -37,6 +38,8 @@ class Stage:
     name = ""
     """Name of the command that trains it, and of its part of a checkpoint: "vqvae", "var" or "car"."""
     control_type: str | None = None
+    convention: ControlConvention | None = None
+    """How the control maps are made."""
     takes_tokens = False
     """Whether the loss can do with `tokens` in place of `image`."""
 
@@ -211,6 +214,7 @@ class TransformerStage(Stage):
         self.car = model.car
         self.name = "car" if model.car.branch is not None else "var"
         self.control_type = model.config.car.control_type if model.config.car else None
+        self.convention = model.config.car.control_convention if model.config.car else None
         self.fresh = fresh and self.car.branch is not None
         if drop_path is not None:
             self.car.set_drop_path(drop_path)

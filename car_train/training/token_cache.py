@@ -35,7 +35,8 @@ from car_train.model.vqvae import VQVAE, join_tokens
 
 DEFAULT_ROOT = Path("~/.cache/car/tokens")
 MARKER = "tokens.json"
-FORMAT = 1
+FORMAT = 2
+"""Of caches; it changes with the augmentation too."""
 
 
 class TokenCache:
@@ -95,6 +96,7 @@ def identity(images: ControlledImages, vqvae: VQVAE, views: int, precision: str)
         "files": images.fingerprint(),
         "pictures": len(images),
         "image_size": images.image_size,
+        "fit": images.fit,
         "tokens": vqvae.config.tokens,
         "sides": list(vqvae.config.sides),
         "vocab": vqvae.config.vocab,

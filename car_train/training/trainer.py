@@ -112,6 +112,8 @@ class Trainer:
         options, stage = self.options, self.stage
         common: dict[str, Any] = {
             "control_type": stage.control_type,
+            "convention": stage.convention,
+            "fit": options.fit,
             "seed": options.seed,
             "preload": options.preload,
             "classes": options.classes,

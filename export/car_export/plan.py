@@ -24,6 +24,7 @@ from car_export.files import plan_written_aside
 from car_export.goldens import write_goldens
 from car_export.trace import Names, optimise, specialise, trace
 from car_export.weights import HALVED, WeightStore, external, externalise
+from car_runtime.conventions import ControlConvention
 from car_runtime.format import manifest as schema
 from car_train.model import Model
 
@@ -205,6 +206,7 @@ class PlanBuilder:
                 class_names=self.options.class_names or self.reference.config.class_names,
                 control_type=car.control_type if car else None,
                 cache_layers=self.car.layers,
+                control_convention=ControlConvention(**asdict(car.control_convention)) if car else None,
             ),
             precision=schema.Precision(
                 compute=self.options.precision,

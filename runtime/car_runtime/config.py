@@ -129,6 +129,13 @@ class GenerationConfig:
         metadata=_flag("schedule", "--stop-after K", int, "draw no scale after this one: a coarser image"),
     )
     """The last scale to draw, 0…K−1; the image is what the scales so far come to."""
+    fit: str | None = field(
+        default=None,
+        metadata=_flag(
+            "input", "--fit HOW", str, "images that aren't square: crop, pad or stretch (default: the plan's, crop)"
+        ),
+    )
+    """ "crop", "pad" or "stretch": what becomes of a control that isn't square; None for the plan's own, "crop"."""
     known_tokens: ArrayLike | None = None
     """int [L] or [n, L]: tokens to keep where `known_mask` is true (VAR's zero-shot editing; see `Plan.encode`)."""
     known_mask: ArrayLike | None = None

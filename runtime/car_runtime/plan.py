@@ -35,7 +35,7 @@ from car_runtime.config import GenerationConfig, config_of
 from car_runtime.errors import PlanError, RequestError
 from car_runtime.format.manifest import WEIGHTS, Manifest, read_manifest, verify_files
 from car_runtime.generate import Step, run_scales
-from car_runtime.request import Request, known_mask_of, resolve
+from car_runtime.request import Request, check_fit, known_mask_of, resolve
 
 DEFAULT_PLAN = Path(__file__).parent / "plans" / "emoji-canny.plan"
 
@@ -52,6 +52,11 @@ class Result:
     """The request with every default filled in: label index, seeds, sampling, schedule."""
     timings: dict[str, float]
     """Seconds: `control`, `condition`, `scale_0` …, `decoder`, `total`. What was cached costs next to nothing."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What about the control is probably not as meant, a line each: inverted, blank, not square …"""
+        return self.request.warnings
 
 
 class ScaleResult:
@@ -303,20 +308,22 @@ class Plan:
         scales = self._scales(request, _Clock(self._backend), watched=True, logits=logits)
         return (scale for scale, _ in scales)
 
-    def encode(self, images: image_io.Source | Sequence[image_io.Source]) -> NDArray[np.int64]:
+    def encode(self, images: image_io.Source | Sequence[image_io.Source], *, fit: str = "crop") -> NDArray[np.int64]:
         """Multi-scale tokens of images (VAR algorithm 1), int64 [n, L].
 
         images: one, or a sequence, of paths, PIL images or uint8 arrays [H, W, 3]; or one array uint8 [n, H, W, 3].
-        Other sizes are stretched to the model's image_size. Transparent parts count as white.
+        fit: of those that aren't square, the middle ("crop"), all on white margins ("pad"), or distorted ("stretch").
+        Transparent parts count as white.
         """
         self._check_open()
+        check_fit(fit)
         if "encoder" not in self.manifest.graphs:
             raise RequestError(f"the plan {self.manifest.name!r} has no encoder; export it again with one")
         many = isinstance(images, (list, tuple)) or (isinstance(images, np.ndarray) and images.ndim == 4)
         sources: list[Any] = list(images) if many else [images]  # type: ignore[arg-type]
         if not sources:
             raise RequestError("there are no images to encode; give at least one")
-        return np.concatenate([self._encode_one(source) for source in sources])
+        return np.concatenate([self._encode_one(source, fit) for source in sources])
 
     def known_mask(self, repaint: Any, rule: Literal["published", "strict"] = "published") -> NDArray[np.bool_]:
         """The tokens to keep, bool [L], when the pixels where `repaint` (bool [H, W]) is true are to be made anew.
@@ -326,13 +333,14 @@ class Plan:
         """
         return known_mask_of(repaint, self.manifest.scales, rule)
 
-    def _encode_one(self, source: image_io.Source) -> NDArray[np.int64]:
+    def _encode_one(self, source: image_io.Source, fit: str) -> NDArray[np.int64]:
         size = self.manifest.model.image_size
-        pixels = image_io.square(image_io.load_image(source, background=image_io.WHITE), size)
-        image = self._backend.allocate((1, size, size, 3), "uint8")
-        self._backend.write(image, pixels[None])
+        image = image_io.load_image(source, background=image_io.WHITE)
+        pixels = np.array(image_io.fitted(image, size, fit, image_io.WHITE), np.uint8)
+        buffer = self._backend.allocate((1, size, size, 3), "uint8")
+        self._backend.write(buffer, pixels[None])
         tokens = self._backend.allocate((1, self.manifest.tokens), "int64")
-        self._backend.run("encoder", {"image": image}, {"tokens": tokens})
+        self._backend.run("encoder", {"image": buffer}, {"tokens": tokens})
         return self._backend.read(tokens)
 
     def _request(self, given: tuple[Any, ...], settings: dict[str, Any]) -> Request:

@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from car_runtime.config import PRESETS, GenerationConfig
+from car_runtime.control_checks import prepare_control
+from car_runtime.conventions import FITS
 from car_runtime.errors import RequestError
 from car_runtime.format.manifest import Manifest, Scale
-from car_runtime.images import load_image
+from car_runtime.images import open_image
 from car_runtime.schedule import MAX_STRENGTH, Schedule, parse_scales
 
 MAX_IMAGES = 1024
@@ -60,7 +62,7 @@ class Request:
     """Images for a plan to make: a control, a class, consecutive seeds, and the tokens that are given, not drawn."""
 
     control: Image.Image | None = field(repr=False)
-    """8-bit RGB of any size; None for a plan without control."""
+    """8-bit RGB of the model's size; None for a plan without control."""
     label: int
     """Class index; `classes` itself is "no class"."""
     classless: bool
@@ -74,6 +76,8 @@ class Request:
     """[n, L]."""
     more_smooth: bool = False
     """Whether codes are mixed by `smooth_noise`."""
+    warnings: tuple[str, ...] = ()
+    """What about the control is probably not as meant, a line each."""
 
     @property
     def guided(self) -> bool:
@@ -99,8 +103,9 @@ def resolve(manifest: Manifest, config: GenerationConfig) -> Request:
     label, sampling = resolve_label(manifest, config.label), _resolve_sampling(manifest, config)
     schedule = _resolve_schedule(manifest, config)
     check_control(manifest, config.control is not None)
+    control, warnings = _resolve_control(manifest, config)
     return Request(
-        control=None if config.control is None else load_image(config.control),
+        control=control,
         label=label,
         classless=label == manifest.model.classes,
         seeds=tuple(range(seed, seed + n)),
@@ -109,7 +114,23 @@ def resolve(manifest: Manifest, config: GenerationConfig) -> Request:
         known=known_nL,
         known_mask=mask_nL,
         more_smooth=_resolve_smooth(manifest, config.more_smooth),
+        warnings=warnings,
     )
+
+
+def _resolve_control(manifest: Manifest, config: GenerationConfig) -> tuple[Image.Image | None, tuple[str, ...]]:
+    """The control image as the model's square, and what is to be said of it."""
+    check_fit(config.fit)
+    if config.control is None:
+        return None, ()
+    model = manifest.model
+    return prepare_control(open_image(config.control), model.convention, model.image_size, config.fit)
+
+
+def check_fit(fit: object) -> None:
+    """Raise RequestError for what is none of `FITS`, or None."""
+    if fit is not None and fit not in FITS:
+        raise RequestError(f"fit is {fit!r}; choose {', '.join(FITS[:-1])} or {FITS[-1]}")
 
 
 def check_control(manifest: Manifest, given: bool) -> None:

@@ -19,6 +19,7 @@ from car_runtime import open_plan
 from car_runtime.format.manifest import read_manifest
 from car_runtime.plan import default_plan
 from car_runtime.schedule import parse_scales
+from car_train.conventions import PRESETS
 from car_train.data.controls import make_control
 from car_train.data.dataset import ControlledImages, DataError
 from car_train.evaluation.metrics import edge_f1
@@ -77,7 +78,9 @@ def found(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
 @pytest.fixture(scope="module")
 def by_hand(images: Path) -> dict[str, list[dict[str, Any]]]:
     """Tokens, F1 and features of every schedule on every image, by the runtime alone."""
-    data = ControlledImages(images, 64, split="all", control_type="canny", preload=False)
+    data = ControlledImages(
+        images, 64, split="all", control_type="canny", convention=PRESETS["canny-grey"], preload=False
+    )
     order = np.random.default_rng(3).permutation(len(data))[:IMAGES].tolist()
     drawn: dict[str, list[dict[str, Any]]] = {flags: [] for flags in ("", *ASKED, "truth")}
     with open_plan(backend="ort-cpu", threads=1) as plan:
@@ -87,7 +90,7 @@ def by_hand(images: Path) -> dict[str, list[dict[str, Any]]]:
             drawn["truth"].append({"features": Thumbnail()(to_pixels(item["image"][None]))[0]})
             for flags, settings in {"": {}, **ASKED}.items():
                 result = plan.generate(given, item["label"], 3 + i, **settings)
-                edges = make_control(result.images[0], "canny")[..., 0] > 0
+                edges = make_control(result.images[0], "canny-grey")[..., 0] > 0
                 drawn[flags].append(
                     {
                         "tokens": result.tokens[0],

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from car_runtime import __version__, open_plan
 from car_runtime import plan as plan_module
@@ -28,8 +28,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     build_plan(folder / "car.plan")
     build_plan(folder / "var.plan", control=False)
-    pixels = np.random.default_rng(1).integers(0, 256, (40, 50, 3), np.uint8)
-    Image.fromarray(pixels).save(folder / "edges.png")
+    edges = Image.new("L", (40, 40))
+    ImageDraw.Draw(edges).rectangle((8, 12, 30, 28), outline=255, width=3)
+    edges.save(folder / "edges.png")
     return folder
 
 
@@ -132,6 +133,7 @@ def test_json_is_all_of_stdout(here: Path, capsys: pytest.CaptureFixture[str]) -
     assert report == {
         "version": __version__,
         "plan": {"name": "tiny", "path": "../in/car.plan"},
+        "warnings": [],
         "backend": {"name": "ort-cpu", "why": why},
         "class": {"index": 2, "name": "lion"},
         "cfg": 1.5,
@@ -173,7 +175,7 @@ def test_a_control_may_come_from_stdin(here: Path, built: Path, monkeypatch: pyt
 def test_an_input_image_is_decoded_once(here: Path, flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Any] = []
     original = Image.open
-    monkeypatch.setattr(Image, "open", lambda source: opened.append(source) or original(source))
+    monkeypatch.setattr(Image, "open", lambda source, **kw: opened.append(source) or original(source, **kw))
     assert main([*CAR, flag, "../in/edges.png"]) == 0
     assert opened == ["../in/edges.png"]
 
@@ -181,7 +183,7 @@ def test_an_input_image_is_decoded_once(here: Path, flag: str, monkeypatch: pyte
 def test_a_photo_gives_its_control(here: Path, built: Path) -> None:
     controls = pytest.importorskip("car_runtime.controls")
     assert main([*CAR, "--photo", "../in/edges.png", "--grid"]) == 0
-    derived = controls.derive(Image.open(built / "edges.png"), "canny", SIZE)
+    derived = controls.derive(Image.open(built / "edges.png"), "canny-grey", SIZE)
     assert (np.asarray(Image.open("out-grid.png"))[:, :TILE] == _tile(derived)).all()
     with open_plan(built / "car.plan", threads=1) as plan:
         assert (np.asarray(Image.open("out.png")) == plan.generate(derived).images[0]).all()

@@ -20,9 +20,9 @@ from car_runtime.images import (
     check_writable,
     contact_sheet,
     control_pyramid,
+    fitted,
     load_image,
     png_bytes,
-    square,
     write_files,
 )
 from fixtures.golden import REFERENCE
@@ -47,11 +47,24 @@ def test_control_pyramid_is_what_the_published_model_saw(name: str) -> None:
         assert (ours == theirs).all()
 
 
-def test_other_shapes_are_stretched_from_the_full_image() -> None:
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8))
-    pyramid = control_pyramid(image, _scales([16, 32]))
-    assert [level.shape for level in pyramid] == [(16, 16, 3), (32, 32, 3)]
-    assert (pyramid[1] == np.asarray(image.resize((32, 32)))).all()
+def test_fit_takes_the_middle_adds_margins_or_distorts() -> None:
+    image = Image.new("RGB", (90, 50), "white")
+    image.paste((255, 0, 0), (20, 0, 70, 50))  # the middle square
+    for turned in (image, image.transpose(Image.Transpose.ROTATE_90)):
+        assert np.unique(np.asarray(fitted(turned, 32, "crop", (0, 0, 0))).reshape(-1, 3), axis=0).tolist() == [
+            [255, 0, 0]
+        ]
+        padded = np.asarray(fitted(turned, 90, "pad", (1, 2, 3)))
+        assert padded[0, 0].tolist() == padded[-1, -1].tolist() == [1, 2, 3]
+        assert (padded == (1, 2, 3)).all(axis=2).sum() == 90 * 40
+    stretched = fitted(image, 32, "stretch", (0, 0, 0))
+    assert (np.asarray(stretched) == np.asarray(image.resize((32, 32), Image.Resampling.LANCZOS))).all()
+
+
+def test_padding_is_transparent_where_the_image_has_alpha() -> None:
+    padded = np.asarray(fitted(Image.new("RGBA", (40, 20), (9, 9, 9, 255)), 16, "pad", (255, 255, 255)))
+    assert padded[0, 0, 3] == 0
+    assert padded[8, 8].tolist() == [9, 9, 9, 255]
 
 
 @pytest.mark.parametrize(
@@ -199,10 +212,11 @@ def test_png_text_can_be_read_again() -> None:
         assert (np.asarray(image) == 5).all()
 
 
-def test_square_leaves_the_right_size_untouched() -> None:
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+def test_fit_leaves_the_right_size_untouched(fit: str) -> None:
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
-    assert (square(Image.fromarray(image), 32) == image).all()
-    assert square(Image.fromarray(image), 16).shape == (16, 16, 3)
+    assert (np.asarray(fitted(Image.fromarray(image), 32, fit, (0, 0, 0))) == image).all()
+    assert fitted(Image.fromarray(image), 16, fit, (0, 0, 0)).size == (16, 16)
 
 
 @pytest.mark.parametrize(("count", "shape"), [(1, (128, 128)), (5, (128, 656)), (6, (260, 392)), (10, (392, 524))])

@@ -19,7 +19,7 @@ from car_runtime.backends.registry import open_backend
 from car_runtime.conditioning import CACHED
 from car_runtime.config import GenerationConfig
 from car_runtime.format.manifest import Manifest, read_manifest
-from car_runtime.images import control_pyramid, load_image
+from car_runtime.images import control_pyramid, fitted, load_image
 from car_runtime.plan import Plan
 from car_runtime.request import resolve
 from fixtures.runtime_plan import CLASSES, NAMES, SIDES, SIZE, L, V, Z, build_plan, generate, image
@@ -62,7 +62,8 @@ def runs(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def _pyramid(plan: Plan, control: np.ndarray) -> list[np.ndarray]:
-    return control_pyramid(load_image(control), plan.manifest.scales)
+    square = fitted(load_image(control), plan.manifest.model.image_size, "crop", (0, 0, 0))
+    return control_pyramid(square, plan.manifest.scales)
 
 
 @pytest.mark.parametrize(

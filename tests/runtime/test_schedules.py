@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from car_runtime import RequestError, RunError, open_plan
 from car_runtime.backends.base import Buffer
@@ -29,7 +29,7 @@ from car_runtime.cli.main import main
 from car_runtime.conditioning import CACHED
 from car_runtime.config import GenerationConfig
 from car_runtime.format.manifest import Manifest, read_manifest
-from car_runtime.images import load_image
+from car_runtime.images import fitted, load_image
 from car_runtime.plan import Plan, default_plan
 from car_runtime.request import resolve
 from car_runtime.schedule import parse_scales
@@ -307,7 +307,8 @@ def test_the_control_comes_in_as_features_made_by_hand(
 ) -> None:
     plan: Plan = request.getfixturevalue(which)
     found = plan.generate(CONTROL, 0, seed=3, n=2, **settings)
-    by_hand = np.array(plan._conditioning.compute_features(load_image(CONTROL)))
+    square = fitted(load_image(CONTROL), plan.manifest.model.image_size, "crop", (0, 0, 0))
+    by_hand = np.array(plan._conditioning.compute_features(square))
     for scale, factor in zip(plan.manifest.scales, factors, strict=True):
         by_hand[scale.start : scale.stop] *= np.float32(factor)
     plan.forget()
@@ -592,7 +593,9 @@ def test_a_gpu_copies_the_first_rows_of_each_entry() -> None:
 
 @pytest.fixture
 def here(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    Image.fromarray(CONTROL).save(tmp_path / "edges.png")
+    edges = Image.new("L", (40, 40))
+    ImageDraw.Draw(edges).rectangle((8, 12, 30, 28), outline=255, width=3)
+    edges.save(tmp_path / "edges.png")
     (tmp_path / "car.plan").symlink_to(root)
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")

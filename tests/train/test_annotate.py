@@ -17,6 +17,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image, ImageDraw
 
+from car_train.conventions import PRESETS
 from car_train.data import annotate as module
 from car_train.data.annotate import hed_work_size, make_annotator
 from car_train.data.annotator import (
@@ -290,6 +291,7 @@ def test_normals_are_of_unit_length_and_turned_as_asked(tmp_path: Path, out: str
         "normal",
         onnx=linear(tmp_path / "net.onnx", 5 * np.eye(3), out=out),
         settings=NetSettings(range="-1-1", multiple=1, flip=flip),
+        convention=PRESETS["normal-directx"],
     )
     n = image / 127.5 - 1
     n = n / np.linalg.norm(n, axis=2, keepdims=True) * [-1 if axis in flip else 1 for axis in "xyz"]
@@ -304,7 +306,11 @@ def test_unsigned_normals_are_read_as_colours(tmp_path: Path, as_uint8: bool) ->
     net = save(tmp_path / "net.onnx", nodes, {"image": (kind, ["b", "h", "w", 3])})
     settings = NetSettings(multiple=1, **({} if as_uint8 else {"range": "0-1", "unsigned": True}))
     image = normals_to_pixels(np.random.default_rng(0).standard_normal((8, 8, 3)).astype(np.float32))
-    assert np.abs(make_annotator("normal", onnx=net, settings=settings)(image).astype(int) - image).max() <= 1
+    annotate = make_annotator("normal", onnx=net, settings=settings, convention=PRESETS["normal-directx"])
+    assert np.abs(annotate(image).astype(int) - image).max() <= 1
+    published = make_annotator("normal", onnx=net, settings=settings)(image)  # red to the left, green up
+    turned = [255, 255, 0] + image.astype(int) * [-1, -1, 1]
+    assert np.abs(published.astype(int) - turned).max() <= 1
 
 
 def test_a_normal_of_no_length_looks_at_the_viewer() -> None:
@@ -633,7 +639,9 @@ def test_images_are_turned_as_their_exif_says(tmp_path: Path) -> None:
     exif[0x0112] = 6  # a quarter turn clockwise
     image.save(tmp_path / "images" / "a" / "x.png", exif=exif)
     turned = image.transpose(Image.Transpose.ROTATE_270).resize((16, 16), Image.Resampling.LANCZOS)
-    np.testing.assert_array_equal(read_image(tmp_path / "images" / "a" / "x.png", 16)[..., :3], np.asarray(turned))
+    np.testing.assert_array_equal(
+        read_image(tmp_path / "images" / "a" / "x.png", 16, "stretch")[..., :3], np.asarray(turned)
+    )
 
 
 def test_by_default_controls_are_as_large_as_the_image_up_to_256(tmp_path: Path) -> None:
@@ -642,7 +650,9 @@ def test_by_default_controls_are_as_large_as_the_image_up_to_256(tmp_path: Path)
         Image.new("RGB", size).save(tmp_path / "images" / "a" / f"{name}.png")
     annotate_folder(tmp_path / "images", tmp_path / "controls", make_annotator("canny"))
     sizes = {n: Image.open(tmp_path / "controls" / "a" / f"{n}.png").size for n in ("small", "large")}
-    assert sizes == {"small": (48, 48), "large": (256, 256)}
+    assert sizes == {"small": (20, 20), "large": (256, 256)}  # the middle
+    annotate_folder(tmp_path / "images", tmp_path / "padded", make_annotator("canny"), fit="pad")
+    assert Image.open(tmp_path / "padded" / "a" / "small.png").size == (48, 48)
 
 
 def test_limit_takes_the_first_of_each_class(folder: Path, tmp_path: Path) -> None:
@@ -909,5 +919,6 @@ def test_an_annotator_is_described_by_what_made_it(tmp_path: Path) -> None:
     assert annotate.origin == {
         "annotator": "depth",
         "net": sha256(net),
+        "convention": "depth",
         "settings": {"range": "0-1", "multiple": 1, "invert": True},
     }

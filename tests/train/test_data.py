@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 
 from car_runtime.controls import derive
 from car_train.data.controls import make_control
-from car_train.data.dataset import ControlledImages, random_box, select_classes
+from car_train.data.dataset import ControlledImages, random_box, random_window, select_classes
 from car_train.data.folder import DataError, split_of
+from car_train.data.images import fitted
 from fixtures.random_images import drawing
 
 NAMES = [f"thing-{i}" for i in range(12)]
@@ -82,12 +83,12 @@ def test_controls_made_on_the_fly_are_those_of_the_image_shown(folder: Path, con
 
 @pytest.mark.parametrize("extension", ["png", "jpg", "webp"])
 def test_runtime_derives_the_control_that_training_saw(tmp_path: Path, extension: str) -> None:
-    """Photos of any shape: both stretch them to the model's side."""
+    """Photos of any shape, by their middle."""
     root = opaque(tmp_path / "photos", [(64, 64), (90, 64), (40, 120)], extension)
     data = ControlledImages(root, 32, split="all", control_type="canny")
     for i, (path, _) in enumerate(data.files):
         with Image.open(path) as photo:
-            np.testing.assert_array_equal(data[i]["control"].numpy(), derive(photo, "canny", 32))
+            np.testing.assert_array_equal(data[i]["control"].numpy(), derive(fitted(photo, 32), "canny", 32))
 
 
 def test_preloading_changes_nothing(folder: Path) -> None:
@@ -161,9 +162,9 @@ def test_control_and_image_are_augmented_alike(folder: Path, control_type: str) 
         np.testing.assert_array_equal(item["control"].numpy(), make_control(as_uint8(item["image"]), control_type))
 
 
-@given(st.integers(0, 2**32), st.booleans())
-def test_drawings_stay_whole_and_photos_show_no_border(seed: int, alpha: bool) -> None:
-    (left, top, right, bottom), _ = random_box(np.random.default_rng(seed), alpha)
+@given(st.integers(0, 2**32))
+def test_drawings_stay_whole(seed: int) -> None:
+    (left, top, right, bottom), _ = random_box(np.random.default_rng(seed))
     side = right - left
     assert bottom - top == pytest.approx(side)
     slack = 1e-9
@@ -174,12 +175,34 @@ def test_drawings_stay_whole_and_photos_show_no_border(seed: int, alpha: bool) -
         else:
             assert low >= -slack
             assert high <= 1 + slack
-    assert side <= 1 + slack or alpha
+
+
+@given(st.integers(0, 2**32), st.integers(72, 300))
+def test_photos_show_no_border(seed: int, width: int) -> None:
+    (left, top), _ = random_window(np.random.default_rng(seed), (72, width), 64)
+    assert 0 <= left <= width - 64
+    assert 0 <= top <= 8
+
+
+def test_photos_are_cut_from_anywhere_at_the_published_size(tmp_path: Path) -> None:
+    """The shorter side is 1.125 times the model's, nothing is stretched, and both ends of the longer one are seen."""
+    (tmp_path / "photo").mkdir()
+    ramp = np.broadcast_to(np.linspace(0, 255, 400)[None, :, None], (200, 400, 3))
+    Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / "photo" / "x.png")
+    data = ControlledImages(tmp_path, 64, split="all", augment=True)
+    lefts = []
+    for epoch in range(60):
+        data.set_epoch(epoch)
+        row = np.sort(as_uint8(data[0]["image"])[32, :, 0].astype(int))
+        assert row[-1] - row[0] == pytest.approx(255 * 63 / 144, abs=2)  # 144 = 2 × 72 pixels span the ramp
+        lefts.append(row[0])
+    assert min(lefts) < 255 * 0.1
+    assert max(lefts) > 255 * (1 - 64 / 144) - 255 * 0.1
 
 
 def test_half_of_the_images_are_mirrored() -> None:
     """Of 1000: 500, standard deviation 16; ±4 of them."""
-    mirrored = sum(random_box(np.random.default_rng(i), True)[1] for i in range(1000))
+    mirrored = sum(random_box(np.random.default_rng(i))[1] for i in range(1000))
     assert abs(mirrored - 500) < 64
 
 
@@ -198,6 +221,28 @@ def test_control_files_follow_the_image_through_augmentation(tmp_path: Path) -> 
         data = ControlledImages(root, 32, split="all", control_root=tmp_path / "controls", augment=augment)
         for i in range(3):
             np.testing.assert_array_equal(data[i]["control"].numpy(), as_uint8(data[i]["image"]))
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_a_square_control_of_a_photo_is_paired_with_the_square_that_it_was_made_of(
+    tmp_path: Path, augment: bool
+) -> None:
+    """Image and control are told apart by nothing: the "control" is the photo's middle itself."""
+    root = opaque(tmp_path / "photos", [(96, 64)])
+    (tmp_path / "controls" / "photo").mkdir(parents=True)
+    with Image.open(root / "photo" / "p0.png") as photo:
+        fitted(photo, 64).save(tmp_path / "controls" / "photo" / "p0.png")
+
+    def pairs() -> ControlledImages:
+        return ControlledImages(root, 32, split="all", control_root=tmp_path / "controls", augment=augment)
+
+    with pytest.warns(match="has 64×64 pixels, the image 96×64: another aspect"), pytest.raises(DataError):
+        pairs()
+    (tmp_path / "controls" / "controls.json").write_text('{"fit": "crop"}')
+    data = pairs()
+    for epoch in range(3):
+        data.set_epoch(epoch)
+        np.testing.assert_array_equal(data[0]["control"].numpy(), as_uint8(data[0]["image"]))
 
 
 def test_a_mirrored_normal_map_has_its_x_turned_round(tmp_path: Path) -> None:

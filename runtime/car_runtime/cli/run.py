@@ -7,6 +7,7 @@ import io
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,8 @@ def _add_input_flags(parser: argparse.ArgumentParser) -> None:
     source = inputs.add_mutually_exclusive_group()
     add_setting(source, "control")
     source.add_argument("--photo", metavar="IMAGE", help="photo to derive the control image from; - reads stdin")
+    inputs.add_argument("--annotator", metavar="ONNX", help="network that makes --photo's control (docs/inputs.md)")
+    add_setting(inputs, "fit")
     add_setting(inputs, "label")
     add_backend_flag(inputs)
     add_threads_flag(inputs)
@@ -122,13 +125,17 @@ def generate(args: argparse.Namespace, root: Path, manifest: Manifest, began: fl
     from car_runtime.plan import open_plan
     from car_runtime.request import resolve
 
-    request = resolve(manifest, GenerationConfig(**settings_of(args) | {"control": _control(args, manifest)}))
+    control, said = _control(args, manifest)
+    request = resolve(manifest, GenerationConfig(**settings_of(args) | {"control": control}))
+    request = replace(request, warnings=(*said, *request.warnings))
     paths = _image_paths(args)
     _check_outputs(args, root, manifest, paths, request.schedule.drawn)
     timings = {"read": perf_counter() - began}
     with open_plan(root, args.backend, threads=args.threads, verify=not args.no_verify) as plan:
         timings["open"] = perf_counter() - began - timings["read"]
         note(f"car-run: {manifest.name} on {plan.backend_name} ({plan.why})")
+        for warning in request.warnings:
+            note(f"car-run: warning: {warning}")
         progress = _Progress(args, request.schedule.drawn)
         result = plan.generate(request, on_scale=progress if progress.wanted else None)
         backend = {"name": plan.backend_name, "why": plan.why}
@@ -144,21 +151,23 @@ def generate(args: argparse.Namespace, root: Path, manifest: Manifest, began: fl
         "images": [{"path": str(path), "seed": seed} for path, seed in zip(paths, request.seeds, strict=True)],
         "grid": str(_grid_path(args)) if args.grid else None,
         "tokens": str(args.tokens) if args.tokens else None,
+        "warnings": list(request.warnings),
         "previews": [str(path) for path in progress.written],
         "timings": timings,
     }
 
 
-def _control(args: argparse.Namespace, manifest: Manifest) -> Source | None:
-    """The control image as given, or derived from the photo; None where neither is given."""
+def _control(args: argparse.Namespace, manifest: Manifest) -> tuple[Source | None, tuple[str, ...]]:
+    """The control image as given, or derived from the photo, and warnings; None where neither is given."""
     given = args.control if args.photo is None else args.photo
     source: Source | None = _stdin() if given == "-" else given
+    if args.annotator is not None and args.photo is None:
+        raise RequestError("--annotator makes a control of a photo, and none is given; add --photo FILE")
     if args.photo is None or source is None or manifest.model.control_type is None:
-        return source
-    from car_runtime.controls import derive
-    from car_runtime.images import open_image
+        return source, ()
+    from car_runtime.photo import control_of_photo
 
-    return derive(open_image(source), manifest.model.control_type, manifest.model.image_size)
+    return control_of_photo(source, manifest, fit=args.fit, annotator=args.annotator, threads=args.threads)
 
 
 def _stdin() -> io.BytesIO:
@@ -269,7 +278,7 @@ def _contents(
     """Every file to write, as bytes; they are written together or not at all."""
     import numpy as np
 
-    from car_runtime.images import contact_sheet, png_bytes, square
+    from car_runtime.images import contact_sheet, png_bytes
 
     settings = _settings_report(manifest, result.request)
     label, schedule = settings.pop("class"), settings.pop("schedule")
@@ -281,7 +290,7 @@ def _contents(
     }
     if args.grid:
         control = result.request.control
-        first = [] if control is None else [square(control, manifest.model.image_size)]
+        first = [] if control is None else [np.array(control)]
         contents[_grid_path(args)] = png_bytes(contact_sheet([*first, *result.images]), {**about, "seed": args.seed})
     if args.tokens is not None:
         stream = io.BytesIO()

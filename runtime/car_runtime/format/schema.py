@@ -13,6 +13,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from car_runtime.conventions import ControlConvention, stated_or_first
 from car_runtime.errors import PlanError
 from car_runtime.format.imagenet import CLASSES, imagenet_names
 from car_runtime.format.typed_json import REST
@@ -55,6 +56,13 @@ class Model:
     """The kind of control image ("canny", "depth", …); None in a VAR plan."""
     cache_layers: int
     """Number of K/V pairs: base blocks first, then the control branch's."""
+    control_convention: ControlConvention | None = None
+    """How the branch's maps are made; None in a VAR plan and in plans of version 0.1.0."""
+
+    @property
+    def convention(self) -> ControlConvention | None:
+        """How control maps are made; None where there is no branch, or one of an unknown type that states nothing."""
+        return stated_or_first(self.control_type, self.control_convention)
 
     @property
     def names(self) -> tuple[str, ...] | None:
@@ -225,6 +233,8 @@ class Manifest:
         whole = asdict(self)
         for engine in whole["engines"]:
             engine.update(engine.pop("details"))
+        if whole["model"]["control_convention"] is None:
+            del whole["model"]["control_convention"]
         order = ("format", "name", "model", "precision", "sampling", "scales", "tensors", "graphs", "files")
         ordered = {key: whole.pop(key) for key in order} | whole
         return json.dumps(ordered, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -24,6 +24,7 @@ _EXACT = 2**53
 _NAMES: dict[Any, str] = {
     int: "an integer",
     float: "a finite number",
+    bool: "true or false",
     str: "a string",
     list: "a list",
     dict: "an object",
