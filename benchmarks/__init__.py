@@ -1,1 +1,1 @@
-"""Measurements whose numbers the documents quote. Each prints a table, then one line of JSON (`harness.machine`)."""
+"""Measurements whose numbers the documents quote: `python -m benchmarks.NAME --help` for each of the modules here."""

@@ -1,4 +1,4 @@
-"""How long a picture that follows a control image takes: ours beside ControlNet, T2I-Adapter and LCM.
+"""How long an image that follows a control image takes: ours vs. ControlNet, T2I-Adapter and LCM.
 
     python -m benchmarks.controlnet                                          # 256² and 512², all methods
     python -m benchmarks.controlnet --methods controlnet --sizes 512 --precisions bf16
@@ -8,9 +8,9 @@
 The others are Stable Diffusion 1.5 exactly (`benchmarks.baselines.diffusion`): ControlNet with 20 steps of UniPC and
 guidance, which is the headline, and with the 50 of CAR's paper; T2I-Adapter with 20; LCM with ControlNet with 4 and
 without a second row for guidance. At 256×256 they make as many pixels as ours, 512×512 is their native size. All
-weights are made up: what is compared is time, and nothing is said about quality.
+weights are random: what is compared is time, and nothing is said about quality.
 
-Measured end to end, one picture at a time: control image in host memory, for theirs with a tokenised prompt → RGB in
+Measured end to end, one image at a time: control image in host memory, for theirs with a tokenised prompt → RGB in
 host memory. Text encoder, control, steps with their scheduler and decoder are in it, and of ours all stages. Ours and
 theirs take turns in one process, and a ratio is the median of the ratios within one round. Compared are only equals:
 
@@ -28,13 +28,13 @@ last.
 Where a step takes seconds only the first --timed-steps are run, and their time is scaled to all: such rows say
 "scaled": true. Every step does the same work.
 
-Tables go to stdout, then one line of JSON (`benchmarks.harness.machine`) whose results are flat rows, each with
+Tables go to stdout, then one line of JSON (`benchmarks.harness.records`) whose results are flat rows, each with
 "question":
 
     end_to_end  whose ("ours", "theirs"), method, candidate, backend (null: PyTorch), tier (its own), precision, size,
                 steps (ours: scales), timed_steps, scaled, p50, p95, min, runs, gflop, finite (theirs: no infinity or
                 NaN in the latents); theirs: text_s, control_s, step_s (of one step), decode_s, medians;
-                group (method, size, tier and precision of what it was measured beside)
+                group (method, size, tier and precision of what it was measured with)
     ratio       method, tier, precision, size, steps, candidate, against (theirs), scaled, times_ours (theirs ÷ ours,
                 the median of the rounds), p10, p90, compares (sizes in words)
     parameters  part, parameters, published (null: the part is nobody's)
@@ -46,47 +46,51 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.counting import count_image
-from benchmarks.harness import workload as subjects
-from benchmarks.harness.cli import Log, run_command
-from benchmarks.harness.machine import (
-    BenchmarkError,
-    cores,
-    interleaved,
-    markdown_table,
-    peak_rss,
-    quantiles,
-    record,
-)
-from benchmarks.harness.workload import CACHE, MODELS, Subject
-from benchmarks.latency import (
-    DTYPES,
+from benchmarks.analysis.columns import RATIOS, THEIRS
+from benchmarks.analysis.counting import count_image
+from benchmarks.analysis.limits import DTYPES
+from benchmarks.baselines.candidates import (
     Candidate,
-    Record,
     opened_backends,
     own_loop,
-    published_candidates,
-    ratio,
-    runtime_candidates,
+    published_candidate,
+    runtime_candidate,
+    take_turns,
 )
+from benchmarks.harness.cli import (
+    Log,
+    add_plan_options,
+    add_run_options,
+    check_options,
+    make_parser,
+    names_of,
+    run_command,
+)
+from benchmarks.harness.errors import BenchmarkError
+from benchmarks.harness.measure import peak_rss, quantiles, ratio
+from benchmarks.harness.records import Record, Row, record, rows_of
+from benchmarks.harness.tables import table
+from benchmarks.harness.workload import MODELS, Workload, int8, random_weights
+from car_runtime.backends.registry import open_backend
 from car_runtime.errors import BackendError
 
 if TYPE_CHECKING:
-    from benchmarks.baselines.diffusion import Architecture, Method, Networks, Workshop
+    from benchmarks.baselines.diffusion import Architecture, Method, NetworkCache, Networks
 
 TIERS = ("eager", "engine", "compiled")
 WITHOUT_ENGINE = ("eager", "compiled")
 METHODS = ("controlnet", "t2i", "lcm")
+OURS_ON_CPU = {"fp32": ("amx-fp32", "ort-cpu"), "bf16": ("amx",)}
+"""Backends of each precision besides OpenVINO."""
 OFFERED = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "fp16")}
-"""Precisions of each device. CPUs multiply no halves."""
+"""Precisions of each device. CPUs multiply no FP16."""
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {"tiers": ("eager", "engine"), "precisions": ("fp32", "bf16"), "timed_steps": 2, "warmup": 1, "runs": 5},
     "cuda": {"tiers": TIERS, "precisions": ("fp16",), "timed_steps": None, "warmup": 3, "runs": 20},
@@ -110,20 +114,20 @@ class Group:
 class Ours:
     """Our candidates of a tier and precision, in the order in which they stand in the tables."""
 
-    subject: Subject
+    workload: Workload
     candidates: list[Candidate]
     gflop: float
-    """Of one picture, by count."""
+    """Operations of one image in 10⁹, by count."""
 
     @property
     def size(self) -> int:
-        """Of a picture, each way."""
-        return self.subject.manifest.model.image_size
+        """Pixels of an image, each way."""
+        return self.workload.manifest.model.image_size
 
 
 @dataclass
 class Rival:
-    """One way to run a method; pictures of `steps` steps, of which the candidate takes `timed`."""
+    """One way to run a method; images of `steps` steps, of which the candidate takes `timed`."""
 
     candidate: Candidate
     tier: str
@@ -132,7 +136,7 @@ class Rival:
     finite: bool
 
     def seconds(self, steps: int) -> list[float]:
-        """Of every round, scaled from the steps that were taken to `steps`."""
+        """Seconds of an image in every round, scaled from the steps that were taken to `steps`."""
         return scaled_seconds(self.candidate.seconds, self.candidate.stage_times("steps"), self.timed, steps)
 
 
@@ -147,7 +151,7 @@ def scaled_seconds(whole: Sequence[float], loop: Sequence[float], timed: int, st
 def rivals_of(networks: Networks, tier: str, group: Group, control: Any, timed_steps: int | None) -> list[Rival]:
     """One rival for every number of steps; one for all of them where no more than `timed_steps` are taken.
 
-    Each has made a picture when this returns, so that nothing is compiled while others are timed.
+    Each has made an image when this returns, so that nothing is compiled while others are timed.
     """
     from benchmarks.baselines.diffusion import draw
 
@@ -164,7 +168,7 @@ def rivals_of(networks: Networks, tier: str, group: Group, control: Any, timed_s
         first = draw(networks, control, 0, group.size, steps, timed)
         if first.pixels.shape != (1, group.size, group.size, 3):
             raise BenchmarkError(
-                f"{group}: the picture is {first.pixels.shape}; give sizes that the networks halve evenly"
+                f"{group}: the image is {first.pixels.shape}; give sizes that the networks halve evenly"
             )
         name = f"{group.method.name}, {tier}, {timed} steps"
         rivals[timed] = Rival(
@@ -173,7 +177,7 @@ def rivals_of(networks: Networks, tier: str, group: Group, control: Any, timed_s
     return list(rivals.values())
 
 
-def networks_of(args: argparse.Namespace, group: Group, workshop: Workshop) -> Iterator[tuple[str, Networks]]:
+def networks_of(args: argparse.Namespace, group: Group, cache: NetworkCache) -> Iterator[tuple[str, Networks]]:
     """Theirs for a group, with the tier that they really are of."""
     from benchmarks.baselines import diffusion
 
@@ -185,7 +189,7 @@ def networks_of(args: argparse.Namespace, group: Group, workshop: Workshop) -> I
             diffusion.openvino_networks(architecture, group.method, group.size, precision, args.threads),
         )
         return
-    eager = diffusion.assemble(architecture, group.method, workshop, workshop.dtype, args.device)
+    eager = diffusion.assemble(architecture, group.method, cache, cache.dtype, args.device)
     wanted = args.against if group.tier == "engine" else (group.tier,)
     if "eager" in wanted:
         yield "eager", eager
@@ -204,56 +208,52 @@ def architecture_of(args: argparse.Namespace) -> Architecture:
 
 @contextmanager
 def opened(args: argparse.Namespace, tier: str, precision: str, log: Log) -> Iterator[Ours]:
-    """Ours of a tier and precision, each of which has made a picture."""
-    # On a CPU one float32 plan serves all: OpenVINO multiplies it in what it is told.
+    """Ours of a tier and precision, each of which has generated an image."""
+    # On a CPU one float32 plan serves all: OpenVINO is asked to multiply it in the other type.
     stored = "fp32" if args.device == "cpu" else precision
-    subject = subjects.made_up(args.model, None, stored, (1,), args.cache, log)
+    workload = random_weights(args.model, None, stored, (1,), args.cache, log)
     with ExitStack() as stack:
-        if tier != "engine":
-            candidates = published_candidates(subject, (1,), args.device, (precision,), tier == "compiled")
-            if tier == "eager":
-                candidates.append(own_loop(subject, args.device, precision))
+        if tier == "engine":
+            candidates = our_engines(stack, args, workload, precision, log)
         else:
-            backends = (
-                stack.enter_context(opened_backends(args, subject, log))
-                if args.device == "cuda"
-                else dict(_cpu_engines(stack, args, subject, precision, log))
-            )
-            candidates = [runtime_candidates(subject, name, backends[name], (1,))[0] for name in backends]
-            if args.int8:
-                small = subjects.int8(subject, args.cache, log)
-                candidates += [
-                    runtime_candidates(small, name, backend, (1,))[0]
-                    for name, backend in _cpu_engines(stack, args, small, precision, log)
-                ]
+            model = workload.reference().to(args.device)
+            candidates = [published_candidate(workload, model, 1, precision, args.device, tier == "compiled")]
+            if tier == "eager":
+                candidates.append(own_loop(workload, args.device, precision))
         for c in candidates:
             c.make(0)
-        yield Ours(subject=subject, candidates=candidates, gflop=count_image(subject.plan).total("flops") / 1e9)
+        yield Ours(workload=workload, candidates=candidates, gflop=count_image(workload.plan).total("flops") / 1e9)
+
+
+def our_engines(
+    stack: ExitStack, args: argparse.Namespace, workload: Workload, precision: str, log: Log
+) -> list[Candidate]:
+    """Our runtime on every backend that opens, with `--int8` on the plan's INT8 form too."""
+    if args.device == "cuda":
+        backends = stack.enter_context(opened_backends(workload, None, args.device, args.threads, log))
+        return [runtime_candidate(workload, name, backend) for name, backend in backends.items()]
+    forms = [workload, *([int8(workload, args.cache, log)] if args.int8 else [])]
+    return [
+        runtime_candidate(form, name, backend)
+        for form in forms
+        for name, backend in _cpu_engines(stack, args, form, precision, log)
+    ]
 
 
 def _cpu_engines(
-    stack: ExitStack, args: argparse.Namespace, subject: Subject, precision: str, log: Log
+    stack: ExitStack, args: argparse.Namespace, workload: Workload, precision: str, log: Log
 ) -> Iterator[tuple[str, Any]]:
     """OpenVINO in the precision that is asked for, our code for AMX, and ONNX Runtime, which has float32 alone."""
-    from car_runtime.backends.amx.backend import Amx, AmxFp32
-    from car_runtime.backends.onnxruntime.cpu import OrtCpu
     from car_runtime.backends.openvino.backend import OpenVino
 
-    where = (subject.plan, subject.manifest, args.threads)
-    openers: dict[str, Callable[[], Any]] = {
-        "openvino": lambda: OpenVino(*where, precision="f32" if precision == "fp32" else precision)
-    }
-    if precision == "bf16":
-        openers["amx"] = lambda: Amx(*where)
-    if precision == "fp32":
-        openers["amx-fp32"] = lambda: AmxFp32(*where)
-        openers["ort-cpu"] = lambda: OrtCpu(*where)
-    for name, opener in openers.items():
+    where = (workload.plan, workload.manifest, args.threads)
+    openvino = OpenVino(*where, precision="f32" if precision == "fp32" else precision)  # theirs needs it too
+    stack.callback(openvino.close)
+    yield "openvino", openvino
+    for name in OURS_ON_CPU[precision]:
         try:
-            backend = opener()
+            backend, _ = open_backend(name, *where)
         except BackendError as error:
-            if name == "openvino":  # theirs needs it too
-                raise
             log(f"{name} is left out: {error}")
             continue
         stack.callback(backend.close)
@@ -263,8 +263,8 @@ def _cpu_engines(
 # ---- Rows ----
 
 
-def our_row(group: Group, ours: Ours, c: Candidate) -> Record:
-    scales = len(ours.subject.manifest.scales)
+def our_row(group: Group, ours: Ours, c: Candidate) -> Row:
+    scales = len(ours.workload.manifest.scales)
     return {
         "question": "end_to_end",
         "whose": "ours",
@@ -286,12 +286,12 @@ def our_row(group: Group, ours: Ours, c: Candidate) -> Record:
 
 
 def rivals_for(rivals: Sequence[Rival], steps: int) -> list[Rival]:
-    """Of each tier the one that makes pictures of `steps` steps, or the one that they are scaled from."""
+    """The rival of each tier that makes images of `steps` steps, or that they are scaled from."""
     tiers = dict.fromkeys(r.tier for r in rivals)
     return [max((r for r in rivals if r.tier == tier and r.timed <= steps), key=lambda r: r.timed) for tier in tiers]
 
 
-def their_row(group: Group, rival: Rival, steps: int, gflops: dict[str, float]) -> Record:
+def their_row(group: Group, rival: Rival, steps: int, gflops: dict[str, float]) -> Row:
     c = rival.candidate
     medians = {part: float(np.median(c.stage_times(part))) for part in ("text", "control", "steps", "decode")}
     return {
@@ -317,7 +317,7 @@ def their_row(group: Group, rival: Rival, steps: int, gflops: dict[str, float]) 
     }
 
 
-def ratio_row(group: Group, rival: Rival, steps: int, c: Candidate, image_size: int) -> Record:
+def ratio_row(group: Group, rival: Rival, steps: int, c: Candidate, image_size: int) -> Row:
     times, p10, p90 = ratio(c.seconds, rival.seconds(steps))
     return {
         "question": "ratio",
@@ -342,7 +342,7 @@ def compares(theirs: int, ours: int) -> str:
     return f"theirs of {theirs}×{theirs} with ours of {ours}×{ours}: not the same number of pixels"
 
 
-def parameter_rows(architecture: Architecture) -> list[Record]:
+def parameter_rows(architecture: Architecture) -> list[Row]:
     """Counted on networks without weights; a published number that isn't met stops the benchmark."""
     from benchmarks.baselines import diffusion
 
@@ -366,51 +366,46 @@ def measure(args: argparse.Namespace, log: Log) -> Record:
 
     torch.set_num_threads(args.threads)
     architecture = architecture_of(args)
-    rows, measured = parameter_rows(architecture), list[Subject]()
+    rows, measured = parameter_rows(architecture), list[Workload]()
     for tier in args.tiers:
         for precision in args.precisions:
             with opened(args, tier, precision, log) as ours:
                 rows += tier_rows(args, tier, precision, ours, log)
-            measured.append(ours.subject)
+            measured.append(ours.workload)
     return record("controlnet", settings_of(args, architecture, measured), rows)
 
 
-def tier_rows(args: argparse.Namespace, tier: str, precision: str, ours: Ours, log: Log) -> list[Record]:
-    """All methods and sizes of one tier and precision beside ours."""
+def tier_rows(args: argparse.Namespace, tier: str, precision: str, ours: Ours, log: Log) -> list[Row]:
+    """All methods and sizes of one tier and precision against ours."""
     import torch
 
     from benchmarks.baselines import diffusion
 
-    workshop = diffusion.Workshop(architecture_of(args), getattr(torch, DTYPES[precision]), args.device)
+    cache = diffusion.NetworkCache(architecture_of(args), getattr(torch, DTYPES[precision]), args.device)
     groups = [
         Group(method=diffusion.METHODS[name], size=size, tier=tier, precision=precision)
         for name in args.methods
         for size in args.sizes
     ]
-    return [row for group in groups for row in group_rows(args, group, workshop, ours, log)]
+    return [row for group in groups for row in group_rows(args, group, cache, ours, log)]
 
 
-def group_rows(args: argparse.Namespace, group: Group, workshop: Workshop, ours: Ours, log: Log) -> list[Record]:
+def group_rows(args: argparse.Namespace, group: Group, cache: NetworkCache, ours: Ours, log: Log) -> list[Row]:
     """Measure a group: its end_to_end and ratio rows. Its networks are let go of when this returns."""
     from benchmarks.baselines.diffusion import count_flops
 
     log(f"{group}: making the networks")
     rivals = [
         rival
-        for tier, networks in networks_of(args, group, workshop)
-        for rival in rivals_of(networks, tier, group, ours.subject.control(), args.timed_steps)
+        for tier, networks in networks_of(args, group, cache)
+        for rival in rivals_of(networks, tier, group, ours.workload.control(), args.timed_steps)
     ]
     everyone = [*ours.candidates, *(rival.candidate for rival in rivals)]
     if group.tier == "compiled":  # theirs began with forgetting all that had been compiled
         for c in ours.candidates:
             c.make(0)
     log(f"{group}: {args.warmup} + {args.runs} rounds of {'; '.join(c.name for c in everyone)}")
-    for c in everyone:
-        c.seconds.clear()
-        c.stages.clear()
-    interleaved({c.key: c for c in everyone}, args.warmup, args.runs)
-    for c in everyone:
-        del c.seconds[: args.warmup], c.stages[: args.warmup]
+    take_turns(everyone, args.warmup, args.runs)
     log(f"{group}: {'; '.join(f'{c.name} {np.median(c.seconds):.4g} s' for c in everyone)}")
     gflops = {part: n / 1e9 for part, n in count_flops(architecture_of(args), group.method, group.size).items()}
     rows = [our_row(group, ours, c) for c in ours.candidates]
@@ -421,83 +416,34 @@ def group_rows(args: argparse.Namespace, group: Group, workshop: Workshop, ours:
     return rows
 
 
-def settings_of(args: argparse.Namespace, architecture: Architecture, measured: Sequence[Subject]) -> Record:
+def settings_of(args: argparse.Namespace, architecture: Architecture, measured: Sequence[Workload]) -> Row:
     from benchmarks.baselines.diffusion import METHODS as DETAILS
 
     model = measured[0].manifest.model
     return {
         "theirs": architecture.name,
         "ours": {
-            "plans": sorted({subject.plan.name for subject in measured}),
+            "plans": sorted({workload.plan.name for workload in measured}),
             **{key: getattr(model, key) for key in ("depth", "width", "image_size", "control_type")},
         },
-        "made_up_weights": True,
+        "random_weights": True,
         "guidance": {"CAR": measured[0].cfg, **{m.name: m.guidance for m in DETAILS.values()}},
         "batch": 1,
         "sizes": list(args.sizes),
-        "timed_steps": args.timed_steps,
-        "threads": args.threads,
-        "device": args.device,
-        "warmup": args.warmup,
-        "runs": args.runs,
+        **{name: getattr(args, name) for name in ("timed_steps", "threads", "device", "warmup", "runs")},
         "peak_rss": peak_rss(),
     }
 
 
 def tables(found: Record) -> Iterator[str]:
     """A heading and a table per question."""
-    rows = {q: [r for r in found["results"] if r["question"] == q] for q in ("ratio", "end_to_end", "parameters")}
     yield "How many times as long as ours do others take? Theirs ÷ ours, the median of the rounds"
-    columns = {
-        "method": "method",
-        "steps": "steps",
-        "size": "size",
-        "tier": "tier",
-        "precision": "precision",
-        "candidate": "ours",
-        "against": "against",
-        "times_ours": "× ours",
-        "p10": "p10",
-        "p90": "p90",
-        "scaled": "scaled",
-        "compares": "compares",
-    }
-    yield _table(rows["ratio"], columns)
-    yield "How long does a picture take? Control image in host memory → RGB in host memory, guided; seconds"
-    columns = {
-        "candidate": "candidate",
-        "group": "measured beside",
-        "size": "size",
-        "steps": "steps",
-        "timed_steps": "timed",
-        "p50": "p50",
-        "p95": "p95",
-        "text_s": "text",
-        "control_s": "control",
-        "step_s": "one step",
-        "decode_s": "decode",
-        "gflop": "GFLOP",
-    }
-    yield _table(rows["end_to_end"], columns)
+    yield table(rows_of(found, "ratio"), {**RATIOS, "compares": "compares"})
+    yield "How long does an image take? Control image in host memory → RGB in host memory, guided"
+    yield table(rows_of(found, "end_to_end"), {**THEIRS, "group": "measured with"})
     yield f"What is compared with? {found['settings']['theirs']}"
-    yield _table(rows["parameters"], {"part": "part", "parameters": "parameters", "published": "published"})
-
-
-def _table(rows: Sequence[Record], columns: dict[str, str]) -> str:
-    return markdown_table([{shown: row[key] for key, shown in columns.items()} for row in rows])
-
-
-def names_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
-    """A reader of comma-separated names, each once."""
-
-    def read(text: str) -> tuple[str, ...]:
-        names = tuple(dict.fromkeys(text.split(",")))
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise argparse.ArgumentTypeError(f"there is no {unknown[0]!r}; give some of {','.join(known)}")
-        return names
-
-    return read
+    columns = {"part": "part", "parameters": "parameters", "published": "published"}
+    yield table(rows_of(found, "parameters"), columns)
 
 
 def sizes_of(text: str) -> tuple[int, ...]:
@@ -511,58 +457,34 @@ def sizes_of(text: str) -> tuple[int, ...]:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.controlnet",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("controlnet", __doc__)
     parser.add_argument("--model", choices=list(MODELS), default="d16", help="ours, exported once (default: d16)")
-    parser.add_argument("--cache", type=Path, default=CACHE, help=f"where its plan is kept (default: {CACHE})")
-    parser.add_argument("--sizes", type=sizes_of, help="of their pictures (default: 256,512; with --small 16)")
+    add_plan_options(parser)
+    parser.add_argument("--sizes", type=sizes_of, help="of their images (default: 256,512; with --small 16)")
     parser.add_argument("--methods", type=names_of(METHODS), default=METHODS, help="default: controlnet,t2i,lcm")
     parser.add_argument("--tiers", type=names_of(TIERS), help="default: eager,engine; with cuda compiled too")
     parser.add_argument("--precisions", type=names_of(tuple(DTYPES)), help="default: fp32,bf16; with cuda fp16")
     parser.add_argument(
-        "--int8", action="store_true", help="beside our engine, our int8 plan too; theirs stays as it is"
-    )
-    parser.add_argument(
         "--against",
         type=names_of(WITHOUT_ENGINE),
         default=WITHOUT_ENGINE,
-        help="theirs beside our engine where they have none, with cuda (default: eager,compiled)",
+        help="theirs against our engine where they have none, with cuda (default: eager,compiled)",
     )
     parser.add_argument("--timed-steps", type=int, help="steps that are run, then scaled (default: 2; with cuda all)")
-    parser.add_argument("--runs", type=int, help="rounds (default: 5; with cuda 20)")
-    parser.add_argument("--warmup", type=int, help="rounds before them (default: 1; with cuda 3)")
-    parser.add_argument("--threads", type=int, default=cores(), help="CPU threads of everything (default: all cores)")
-    parser.add_argument("--device", choices=list(DEFAULTS), default="cpu", help="of everything (default: cpu)")
     parser.add_argument("--small", action="store_true", help="theirs in toy sizes, which is not Stable Diffusion 1.5")
-    parser.add_argument("-o", "--output", type=Path, help="append the line of JSON to this file")
+    add_run_options(parser, "5; with cuda 20", "1; with cuda 3", list(DEFAULTS))
     args = parser.parse_args(argv)
     for name, value in DEFAULTS[args.device].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.sizes = args.sizes or ((16,) if args.small else (256, 512))
-    args.backends = None  # of ours all that open
-    check_args(parser, args)
-    return args
-
-
-def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if args.runs < 1 or args.warmup < 0:
-        parser.error(f"runs {args.runs}, warmup {args.warmup}: give at least 1 and 0")
-    if args.int8 and args.device != "cpu":
-        parser.error("--int8 is for CPUs; leave out --device cuda")
-    if args.timed_steps is not None and args.timed_steps < 1:
-        parser.error(f"timed-steps is {args.timed_steps}; give at least 1")
-    if not 1 <= args.threads <= 1024:
-        parser.error(f"threads is {args.threads}; give 1…1024")
+    check_options(parser, args)
     missing = [precision for precision in args.precisions if precision not in OFFERED[args.device]]
     if missing:
         parser.error(f"{missing[0]} is not compared on {args.device}; give {','.join(OFFERED[args.device])}")
     if not args.small and any(size % 64 for size in args.sizes):
         parser.error(f"sizes are {','.join(map(str, args.sizes))}; Stable Diffusion 1.5 wants multiples of 64")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,19 +1,19 @@
 """How the loss of VAR falls with its size: several depths trained on the same tokens, and a power law through them.
 
-    python -m benchmarks.scaling --data ~/.cache/car/data/emoji --vqvae runs/vqvae -o docs/scaling.json \\
-        --plot docs/images/scaling.png
+    python -m benchmarks.scaling --data ~/.cache/car/data/emoji --vqvae runs/vqvae \\
+        -o docs/scaling.json --plot docs/images/scaling.png
 
 VAR (arXiv 2404.02905, section 4.2, figure 5) trains depths 6 to 30 with width 64·depth and finds, for the test loss L
 and the token error rate Err, over all tokens and over those of the last scale, L = (β·N)^α: a straight line in
 log-log axes, with a Pearson correlation near −1. N counts the parameters of the blocks (attention, MLP, AdaLN:
 18·depth·width²), not embeddings and head.
 
-Here all sizes see the same pictures in the same order and the same number of times, with the same augmentation,
+Here all sizes see the same images in the same order and the same number of times, with the same augmentation,
 dropped labels and schedule. Only the learning rate follows the size: `lr`·√(`LR_WIDTH`/width), so that what is tuned
 for one width is neither too hot for wider ones nor too cold for narrower ones. Validation is the trainer's: all
-tokens of all held-out pictures, teacher-forced, label given.
+tokens of all held-out images, teacher-forced, label given.
 
-The result is one JSON object (`benchmarks.harness.machine`) with the key `fits` besides. It is written after every
+The result is one JSON object (`benchmarks.harness.records`) with the key `fits` besides. It is written after every
 size; a size in it, under the same settings, is not trained again, and one that was interrupted goes on from its
 checkpoint.
 """
@@ -21,7 +21,6 @@ checkpoint.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import math
@@ -34,16 +33,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.harness.machine import BenchmarkError, emit, markdown_table, record
+from benchmarks.harness.cli import Log, guarded, make_parser, numbers
+from benchmarks.harness.errors import BenchmarkError
+from benchmarks.harness.records import emit, record
+from benchmarks.harness.tables import markdown_table
 from car_train import checkpoint
 from car_train.config import ConfigError, ModelConfig, VARConfig
-from car_train.data.dataset import DataError, find_images
+from car_train.data.folder import find_images
 from car_train.evaluation.runs import ReportError, read_run, summary
 from car_train.files import written_aside
 from car_train.model import Model
 from car_train.training.options import PRECISIONS, TrainOptions
 from car_train.training.stages import TransformerStage, add_var
-from car_train.training.trainer import Trainer, TrainingError, seed_everything
+from car_train.training.trainer import Trainer, seed_everything
 
 LR_WIDTH = 192
 """Width at which a size's learning rate is `--lr`: that of the transformer in the shipped plan."""
@@ -58,41 +60,6 @@ FEWEST = 3
 """Sizes through which a line says anything: two are always on one."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What all sizes have in common."""
-
-    data: Path
-    vqvae: Path
-    runs: Path
-    """Folder of the training runs, one a size."""
-    steps: int
-    batch: int
-    lr: float
-    warmup: int
-    seed: int
-    precision: str
-    views: int
-    workers: int
-    threads: int
-    device: str
-    token_root: Path | None
-
-    def settings(self) -> dict[str, Any]:
-        """What the result depends on, in words that mean the same on another machine."""
-        tokens = checkpoint.load(self.vqvae).config.vqvae.tokens
-        chosen = {k: getattr(self, k) for k in ("steps", "batch", "lr", "warmup", "seed", "precision", "views")}
-        return {
-            "data": self.data.name,
-            "pictures": _fingerprint_pictures(self.data),
-            "tokenizer": checkpoint.fingerprint(self.vqvae)["vqvae.safetensors"][:16],
-            "tokens_per_picture": tokens,
-            "tokens": self.steps * self.batch * tokens,
-            **chosen,
-            "lr_rule": f"lr·√({LR_WIDTH}/width)",
-        }
-
-
 @dataclass(frozen=True)
 class Size:
     """One model of the series; heads are as many as blocks, as VAR has it."""
@@ -103,8 +70,24 @@ class Size:
     def config(self, classes: int) -> VARConfig:
         return VARConfig(depth=self.depth, width=self.width, heads=self.depth, classes=classes)
 
-    def lr(self, plan: Plan) -> float:
-        return plan.lr * math.sqrt(LR_WIDTH / self.width)
+    def lr(self, lr: float) -> float:
+        """The learning rate of this size. lr: that at `LR_WIDTH`."""
+        return lr * math.sqrt(LR_WIDTH / self.width)
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What the result depends on, in words that mean the same on another machine."""
+    tokens = checkpoint.load(args.vqvae).config.vqvae.tokens
+    return {
+        "data": args.data.name,
+        "images": _fingerprint_images(args.data),
+        "tokenizer": checkpoint.fingerprint(args.vqvae)["vqvae.safetensors"][:16],
+        "tokens_per_image": tokens,
+        "tokens": args.steps * args.batch * tokens,
+        **{k: getattr(args, k) for k in ("steps", "batch", "lr", "warmup", "seed", "precision", "views")},
+        "lr_rule": f"lr·√({LR_WIDTH}/width)",
+        "width_per_depth": args.width_per_depth,
+    }
 
 
 def block_parameters(config: ModelConfig) -> int:
@@ -115,68 +98,59 @@ def block_parameters(config: ModelConfig) -> int:
     return sum(p.numel() for block in model.car.base.blocks for p in block.parameters())
 
 
-def _fingerprint_pictures(root: Path) -> str:
-    """Of the names and sizes of all pictures, 16 hex digits."""
+def _fingerprint_images(root: Path) -> str:
+    """16 hex digits of a hash of the names and sizes of all images."""
     digest = hashlib.sha256()
     for path, label in find_images(root)[1]:
         digest.update(f"{path.relative_to(root).as_posix()}\0{label}\0{path.stat().st_size}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def train(plan: Plan, size: Size, folder: Path) -> None:
+def train(args: argparse.Namespace, size: Size, folder: Path) -> None:
     """Train one size into a run's folder, or go on with what is there."""
-    names = tuple(find_images(plan.data)[0])
-    seed_everything(plan.seed)
-    stage = TransformerStage(add_var(checkpoint.load(plan.vqvae), size.config(len(names)), names))
-    quarter = max(1, plan.steps // 4)
+    names = tuple(find_images(args.data)[0])
+    seed_everything(args.seed)
+    stage = TransformerStage(add_var(checkpoint.load(args.vqvae), size.config(len(names)), names))
+    quarter = max(1, args.steps // 4)
+    same = "data steps batch warmup seed precision views workers threads device token_root".split()
     options = TrainOptions(
-        data=plan.data,
         output=folder,
-        steps=plan.steps,
-        batch=plan.batch,
-        lr=size.lr(plan),
-        warmup=plan.warmup,
-        seed=plan.seed,
-        precision=plan.precision,
-        views=plan.views,
-        workers=plan.workers,
-        threads=plan.threads,
-        device=plan.device,
-        token_root=plan.token_root,
+        lr=size.lr(args.lr),
         validate_every=quarter,
         save_every=quarter,
         keep=1,
+        **{name: getattr(args, name) for name in same},
     )
     trainer = Trainer(stage, options)
-    if any(folder.glob("step-*")):
+    if checkpoint.of_run(folder):
         trainer.resume()
     trainer.run()
 
 
-def measure(plan: Plan, size: Size, settings: dict[str, Any]) -> dict[str, Any]:
+def measure(args: argparse.Namespace, size: Size, settings: dict[str, Any]) -> dict[str, Any]:
     """One row of the result; the training is done first where it isn't yet."""
-    folder = plan.runs / f"d{size.depth}-w{size.width}-{_key(settings)}"
-    if _finished(folder, plan.steps) is None:
-        train(plan, size, folder)
-    told = _finished(folder, plan.steps)
-    if told is None:
-        raise BenchmarkError(f"{folder}: has no validation at step {plan.steps}; remove the folder and run again")
+    folder = args.runs / f"d{size.depth}-w{size.width}-{_key(settings)}"
+    if _finished(folder, args.steps) is None:
+        train(args, size, folder)
+    finished = _finished(folder, args.steps)
+    if finished is None:
+        raise BenchmarkError(f"{folder}: has no validation at step {args.steps}; remove the folder and run again")
     run = read_run(folder)
     if run.config is None:
         raise BenchmarkError(f"{folder}: its run.json names no sizes; remove the folder and run again")
-    last = told["last"]
+    last = finished["last"]
     return {
         "depth": size.depth,
         "width": size.width,
         "block_parameters": block_parameters(run.config),
-        "all_parameters": told["parameters"]["trainable"],
-        "lr": size.lr(plan),
+        "all_parameters": finished["parameters"]["trainable"],
+        "lr": size.lr(args.lr),
         "loss": last["val_loss"],
         "loss_last": last["val_loss_last"],
         "error": 1 - last["val_accuracy"],
         "error_last": 1 - last["val_accuracy_last"],
-        "train_seconds": told["seconds"],
-        "images_per_second": told["images_per_second"],
+        "train_seconds": finished["seconds"],
+        "images_per_second": finished["images_per_second"],
     }
 
 
@@ -188,10 +162,10 @@ def _key(settings: dict[str, Any]) -> str:
 def _finished(folder: Path, steps: int) -> dict[str, Any] | None:
     """The run's summary, if it was validated at its last step."""
     try:
-        told = summary(folder)
+        found = summary(folder)
     except ReportError:
         return None
-    return told if told["last"] is not None and told["last"]["step"] == steps else None
+    return found if found["last"] is not None and found["last"]["step"] == steps else None
 
 
 def power_law(parameters: Sequence[float], values: Sequence[float]) -> dict[str, float]:
@@ -247,37 +221,23 @@ def write(output: Path, content: bytes) -> None:
 
 def plot(found: dict[str, Any]) -> bytes:
     """The four diagrams as PNG: sizes as dots, power laws as lines."""
-    import io
+    from benchmarks.analysis.plots import page
 
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-        from car_train.evaluation.curves import STYLE
-    except ImportError as error:
-        raise BenchmarkError(f"--plot needs matplotlib ({error}); pip install matplotlib") from error
-
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams.update(STYLE)
-        page = Figure(figsize=(8.4, 6.2), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
-        for axes, measure_name in zip(page.subplots(2, 2).flat, MEASURES, strict=True):
-            _draw_fit(axes, found["results"], measure_name, found["fits"][measure_name])
-        file = io.BytesIO()
-        page.savefig(file, format="png", dpi=160)
-        return file.getvalue()
+    with page(6.2, 2, 2) as (panels, finished):
+        for axes, name in zip(panels, MEASURES, strict=True):
+            _draw_fit(axes, found["results"], name, found["fits"][name])
+        return finished()
 
 
 def _draw_fit(axes: Any, rows: Sequence[dict[str, Any]], name: str, fit: dict[str, float]) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-    from car_train.evaluation.curves import COLOURS, GREY
+    from benchmarks.analysis.plots import GREY, OURS
 
     sizes, values = (np.array([row[k] for row in rows], np.float64) for k in ("block_parameters", name))
     line = np.geomspace(sizes.min() / 1.3, sizes.max() * 1.3, 50)
     axes.plot(line, (fit["beta"] * line) ** fit["alpha"], color=GREY, linewidth=1, linestyle=(0, (4, 3)))
-    axes.plot(sizes, values, "o", color=COLOURS[0], markersize=5)
+    axes.plot(sizes, values, "o", color=OURS, markersize=5)
     axes.set_title(MEASURES[name], loc="left")
     law = f"(βN)^α,  α = {fit['alpha']:.3f},  β = {fit['beta']:.2e}\nPearson's r = {fit['pearson']:.4f}"
     axes.text(0.97, 0.95, law, transform=axes.transAxes, ha="right", va="top")
@@ -298,25 +258,18 @@ def _draw_fit(axes: Any, rows: Sequence[dict[str, Any]], name: str, fit: dict[st
 
 
 def depths(text: str) -> tuple[int, ...]:
-    try:
-        found = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 2,3,4,6") from None
-    if len(set(found)) < FEWEST or min(found) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: a fit needs at least {FEWEST} different depths, from 1")
+    found = numbers(text)
+    if len(found) < FEWEST:
+        raise argparse.ArgumentTypeError(f"{text!r}: a fit needs at least {FEWEST} different depths")
     return found
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.scaling",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = make_parser("scaling", __doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of class folders")
     parser.add_argument("--vqvae", type=Path, required=True, help="checkpoint or run of the tokenizer")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the result, .json")
-    parser.add_argument("--plot", type=Path, help="also a picture of it, .png")
+    parser.add_argument("--plot", type=Path, help="also a diagram of it, .png")
     parser.add_argument("--depths", type=depths, default=(2, 3, 4, 5, 6), help="(default: 2,3,4,5,6)")
     parser.add_argument(
         "--width-per-depth", type=int, default=32, help="width is this times depth (default: 32; VAR: 64)"
@@ -324,7 +277,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--tokens", type=float, default=3e6, help="tokens each size is trained on, in all passes (default: 3e6)"
     )
-    parser.add_argument("--batch", type=int, default=32, help="pictures a step (default: 32)")
+    parser.add_argument("--batch", type=int, default=32, help="images a step (default: 32)")
     parser.add_argument("--lr", type=float, default=1e-3, help=f"peak, at width {LR_WIDTH} (default: 1e-3)")
     parser.add_argument("--warmup", type=int, default=100, help="steps (default: 100)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
@@ -338,26 +291,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Train what is missing, write the result after each size; returns it."""
-    plan, sizes = _plan(args)
-    settings = plan.settings() | {"width_per_depth": args.width_per_depth}
+def run(args: argparse.Namespace, log: Log) -> None:
+    """Train what is missing, write the result after each size, show it."""
+    check(args)
+    settings = settings_of(args)
     rows = read_done(args.output, settings)
-    for size in sizes:
+    for depth in sorted(args.depths):
+        size = Size(depth, args.width_per_depth * depth)
         if (size.depth, size.width) in rows:
-            print(f"depth {size.depth}: measured before", file=sys.stderr)
+            log(f"depth {depth}: measured before")
             continue
-        print(f"depth {size.depth}, width {size.width}: {plan.steps} steps of {plan.batch}", file=sys.stderr)
-        rows[size.depth, size.width] = measure(plan, size, settings)
+        log(f"depth {depth}, width {size.width}: {args.steps} steps of {args.batch}")
+        rows[size.depth, size.width] = measure(args, size, settings)
         found = result(settings, list(rows.values()))
         write(args.output, (json.dumps(found, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
     found = json.loads(args.output.read_text(encoding="utf-8"))  # measured now or before: it says when and where
     if args.plot is not None:
         write(args.plot, plot(found))
-    return found
+    print(markdown_table(found["results"]))
+    print()
+    print(markdown_table([{"measure": name, **fit} for name, fit in found["fits"].items()]))
+    print()
+    emit(found)
 
 
-def _plan(args: argparse.Namespace) -> tuple[Plan, list[Size]]:
+def check(args: argparse.Namespace) -> None:
+    """Raise ConfigError for what can't be trained; fill in `steps`."""
     if args.width_per_depth < 1 or args.batch < 1:
         raise ConfigError(f"width-per-depth {args.width_per_depth}, batch {args.batch}; both must be at least 1")
     per_step = args.batch * checkpoint.load(args.vqvae).config.vqvae.tokens
@@ -365,37 +324,13 @@ def _plan(args: argparse.Namespace) -> tuple[Plan, list[Size]]:
         raise ConfigError(f"tokens is {args.tokens:g}; give at least one step's, {per_step}")
     if args.plot is not None and args.plot.suffix != ".png":
         raise ConfigError(f"--plot {args.plot}: give a file that ends with .png")
-    fields = {field.name for field in dataclasses.fields(Plan)}
-    given = {k: v for k, v in vars(args).items() if k in fields}
-    given["data"] = args.data.expanduser()
-    plan = Plan(**given, steps=int(args.tokens // per_step))
-    return plan, [Size(depth, args.width_per_depth * depth) for depth in sorted(set(args.depths))]
+    args.data, args.steps = args.data.expanduser(), int(args.tokens // per_step)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        found = run(args)
-    except (
-        BenchmarkError,
-        ConfigError,
-        DataError,
-        ReportError,
-        TrainingError,
-        checkpoint.CheckpointError,
-        OSError,
-    ) as error:
-        print(f"scaling: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("scaling: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    print(markdown_table(found["results"]))
-    print()
-    print(markdown_table([{"measure": name, **fit} for name, fit in found["fits"].items()]))
-    print()
-    emit(found)
-    return 0
+    stopped = "the same command goes on from the last checkpoint"
+    return guarded("benchmarks.scaling", lambda log: run(args, log), stopped)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Training speed beside a plain implementation of the same step.
+"""Training speed vs. a plain implementation of the same step.
 
     python -m benchmarks.training                                  # width of d16, two blocks, 256×256: minutes
     python -m benchmarks.training --preset demo --precision bf16   # the model that ships
@@ -6,15 +6,15 @@
 A step is forward, backward and AdamW (fused) on one batch that is in memory already; the base is frozen in both.
 
 The plain one is what the published code does: attention over the masked [L, L] square, the tokenizer run on the
-pictures in every step, one convolution after the other for every scale of the control, PyTorch's products, pictures
-and kernels in NCHW. In bf16 its tokenizer, control encoder and injection stay in float32, as published.
+images in every step, one convolution after the other for every scale of the control, PyTorch's products, images and
+kernels in NCHW. In bf16 its tokenizer, control encoder and injection stay in float32, as published.
 
 Ours gives every scale its prefix to attend to, takes tokens from a cache, and has the kernels of
-`car_train.model.kernels` and channels-last. The rows between tell what each is worth alone.
+`car_train.model.kernels` and channels-last. The rows between show what each is worth alone.
 
 All variants run in turn in one process, so that ratios hold on a busy machine, and must find the same loss; each
-one's peak memory is measured once more in a process of its own. Weights are made up: the time of a step doesn't
-depend on them.
+one's peak memory is measured once more in a process of its own. Weights are random: the time of a step doesn't depend
+on them.
 """
 
 from __future__ import annotations
@@ -31,10 +31,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness.machine import BenchmarkError, emit, in_subprocess, interleaved, markdown_table, record
+from benchmarks.analysis.columns import TRAINING
+from benchmarks.harness.cli import Log, add_run_options, check_options, make_parser, names_of, run_command
+from benchmarks.harness.errors import BenchmarkError
+from benchmarks.harness.measure import in_subprocess, interleaved
+from benchmarks.harness.records import Record, Row, record
+from benchmarks.harness.tables import table
 from car_train.config import SIDES_256, CARConfig, VARConfig, VQVAEConfig
-from car_train.model import Model
-from car_train.model import kernels as products
+from car_train.model import Model, kernels
 from car_train.model.car import ControlBranch, to_maps
 from car_train.model.var import Attention
 from car_train.model.vqvae import join_tokens
@@ -117,7 +121,7 @@ def inject_one_by_one(
 def plain_kernels() -> Iterator[None]:
     """Within, products and convolutions are PyTorch's, one by one."""
     with (
-        patch.object(products, "_float32_on_cpu", lambda *_: False),
+        patch.object(kernels, "_float32_on_cpu", lambda *_: False),
         patch.object(ControlBranch, "inject_all", inject_one_by_one),
     ):
         yield
@@ -150,7 +154,7 @@ def make_stage(name: str, preset: str, depth: int | None) -> Stage:
 
 
 def make_batch(stage: Stage, size: int) -> dict[str, Tensor]:
-    """Pictures of noise with all that any stage wants to know of them."""
+    """Images of noise with all that any stage wants to know of them."""
     config, generator = stage.model.config, torch.Generator().manual_seed(1)
     side = config.vqvae.image_size
     batch = {"image": torch.rand(size, 3, side, side, generator=generator) * 2 - 1, "label": torch.zeros(size).long()}
@@ -222,39 +226,48 @@ def measure_memory(stage: str, preset: str, depth: int | None, batch: int, preci
     step()
 
 
-def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row per stage and variant."""
+def measure(args: argparse.Namespace, log: Log) -> Record:
+    """One row per stage and variant, as a record."""
+    torch.set_num_threads(args.threads)
+    rows = [row for stage in args.stages for row in stage_rows(args, stage, log)]
+    vqvae, var, _ = PRESETS[args.preset]
+    chosen = {name: getattr(args, name) for name in "preset depth stages batch precision threads warmup runs".split()}
+    sizes = {"tokens": vqvae.tokens, "width": var.C, "pixels": vqvae.image_size}
+    return record("training", {**chosen, **sizes}, rows)
+
+
+def stage_rows(args: argparse.Namespace, stage: str, log: Log) -> list[Row]:
+    """The variants of one stage, in turn."""
+    # Equal weights in both layouts; variants of one layout share them, and a step hardly moves them.
+    made = {ours: in_layout(make_stage(stage, args.preset, args.depth), ours) for ours in (False, True)}
+    chosen = variants(stage, args.precision)
+    losses: dict[str, list[float]] = {variant: [] for variant in chosen}
+    steps = {}
+    for variant, how in chosen.items():
+        model = made[how.get("kernels", True)]
+        steps[variant] = make_step(model, make_batch(model, args.batch), args.precision, losses[variant], **how)
+    times = interleaved(steps, args.warmup, args.runs)
+    check_losses({variant: found[0] for variant, found in losses.items()}, args.precision)
     rows = []
-    for name in args.stages:
-        # Equal weights in both layouts; variants of one layout share them, and a step hardly moves them.
-        stages = {kernels: in_layout(make_stage(name, args.preset, args.depth), kernels) for kernels in (False, True)}
-        chosen = variants(name, args.precision)
-        losses: dict[str, list[float]] = {variant: [] for variant in chosen}
-        steps = {}
-        for variant, how in chosen.items():
-            stage = stages[how.get("kernels", True)]
-            steps[variant] = make_step(stage, make_batch(stage, args.batch), args.precision, losses[variant], **how)
-        times = interleaved(steps, args.warmup, args.runs)
-        check_losses({variant: found[0] for variant, found in losses.items()}, args.precision)
-        for variant, t in times.items():
-            memory = None
-            if args.memory:
-                settings = (name, args.preset, args.depth, args.batch, args.precision, variant)
-                memory = in_subprocess("benchmarks.training:measure_memory", *settings)["peak_rss"]
-            rows.append(
-                {
-                    "stage": name,
-                    "variant": variant,
-                    "images_per_s": args.batch / t["p50"],
-                    "speedup": 1 / t["ratio"],
-                    "speedup_p10": 1 / t["ratio_p90"],
-                    "speedup_p90": 1 / t["ratio_p10"],
-                    "peak_rss": memory,
-                    "step_p50": t["p50"],
-                    "runs": t["runs"],
-                }
-            )
-            print(f"{name}, {variant}: {t['p50']:.2f} s a step", file=sys.stderr)
+    for variant, t in times.items():
+        memory = None
+        if args.memory:
+            settings = (stage, args.preset, args.depth, args.batch, args.precision, variant)
+            memory = in_subprocess("benchmarks.training:measure_memory", *settings)["peak_rss"]
+        rows.append(
+            {
+                "stage": stage,
+                "variant": variant,
+                "images_per_s": args.batch / t["p50"],
+                "speedup": 1 / t["ratio"],
+                "speedup_p10": 1 / t["ratio_p90"],
+                "speedup_p90": 1 / t["ratio_p10"],
+                "peak_rss": memory,
+                "step_p50": t["p50"],
+                "runs": t["runs"],
+            }
+        )
+        log(f"{stage}, {variant}: {t['p50']:.2f} s a step")
     return rows
 
 
@@ -265,53 +278,27 @@ def check_losses(losses: dict[str, float], precision: str) -> None:
         raise BenchmarkError(f"losses {losses} differ by more than {tolerance:g}; compare variants of one step only")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.training",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def tables(found: Record) -> Iterator[str]:
+    yield "How long does a training step take?"
+    yield table(found["results"], TRAINING)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = make_parser("training", __doc__)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="d16", help="sizes (default: d16)")
     parser.add_argument("--depth", type=int, help="blocks of the base (default: 2 of d16's 16; 6 of demo)")
-    parser.add_argument("--stages", default=",".join(STAGES), help="(default: vqvae,var,car)")
-    parser.add_argument("--batch", type=int, default=1, help="pictures a step (default: 1)")
+    parser.add_argument("--stages", type=names_of(STAGES), default=STAGES, help="(default: vqvae,var,car)")
+    parser.add_argument("--batch", type=int, default=1, help="images a step (default: 1)")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="(default: fp32)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: 0, PyTorch's choice)")
-    parser.add_argument("--warmup", type=int, default=1, help="rounds before timing (default: 1)")
-    parser.add_argument("--runs", type=int, default=5, help="rounds (default: 5)")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the memory runs")
+    add_run_options(parser, 5, 1)
     args = parser.parse_args(argv)
-    args.stages = args.stages.split(",")
-    unknown = [name for name in args.stages if name not in STAGES]
-    if unknown or min(args.batch, args.runs, args.depth or 2) < 1 or args.warmup < 0 or args.threads < 0:
-        parser.error(
-            f"stages {unknown or args.stages}, batch {args.batch}, runs {args.runs}: give stages of {STAGES}"
-        )
+    check_options(parser, args)
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    rows = run(args)
-    shown = [
-        {
-            "stage": r["stage"],
-            "step": r["variant"],
-            "images/s": r["images_per_s"],
-            "× plain": r["speedup"],
-            "spread (p10…p90)": f"{r['speedup_p10']:.2f}…{r['speedup_p90']:.2f}",
-            "peak memory, GB": None if r["peak_rss"] is None else r["peak_rss"] / 1e9,
-        }
-        for r in rows
-    ]
-    print(markdown_table(shown))
-    settings = {k: v for k, v in vars(args).items() if k != "memory"}
-    sizes = PRESETS[args.preset]
-    settings |= {"tokens": sizes[0].tokens, "width": sizes[1].C, "pixels": sizes[0].image_size}
-    emit(record("training", settings, rows))
-    return 0
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command("benchmarks.training", parse_args(argv), measure, tables)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""The methods that ours is measured beside: ControlNet, T2I-Adapter and LCM on Stable Diffusion 1.5, by `diffusers`.
+"""The methods that ours is compared with: ControlNet, T2I-Adapter and LCM on Stable Diffusion 1.5, by `diffusers`.
 
-Every network is diffusers' or transformers' own class, built from the sizes below with made-up weights: nothing is
+Every network is diffusers' or transformers' own class, built from the sizes below with random weights: nothing is
 fetched. The sizes are those of the published models, which their numbers of parameters prove. Zero-initialised
-convolutions get small weights, so that activations are ordinary; the time of a picture doesn't depend on what it
+convolutions get small weights, so that activations are ordinary; the time of an image doesn't depend on what it
 shows, and nothing can be said about its quality.
 
-`draw` makes one picture the way diffusers' pipelines do, and a test holds it to their latents: `ControlNet` and `LCM`
+`draw` makes one image the way diffusers' pipelines do, and a test holds it to their latents: `ControlNet` and `LCM`
 to StableDiffusionControlNetPipeline, `T2I-Adapter` to StableDiffusionAdapterPipeline. It differs where the pipelines
 lose time: both prompts are encoded in one batch, and there is no safety checker.
 
-B pictures (1 here); R rows, B or 2B (guided: without the prompt first); N tokens of a prompt; C their width; H, W
+B images (1 here); R rows, B or 2B (guided: without the prompt first); N tokens of a prompt; C their width; H, W
 pixels; h, w latents (H / 8 in Stable Diffusion); 1 a single time step.
 """
 
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.harness.machine import BenchmarkError
+from benchmarks.harness.errors import BenchmarkError
 from car_runtime.backends.openvino.core import openvino_core
 
 try:
@@ -45,7 +45,7 @@ except ImportError as error:
 
 SEED = 0
 ZERO_CONV_STD = 0.1
-"""Of convolutions that training starts from zero, in units of the other weights'."""
+"""Spread of convolutions that training starts from zero, in units of the other weights'."""
 TRAINING_STEPS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 """The noise that Stable Diffusion was trained with."""
 
@@ -63,7 +63,7 @@ class Architecture:
     vae: Mapping[str, Any]
     text: Mapping[str, Any]
     guidance_width: int
-    """Of the embedding by which LCM's UNet is told the guidance."""
+    """Width of the embedding by which LCM's UNet takes the guidance."""
     parameters: Mapping[str, int]
     """How many each network must have; empty if it is nobody's published model."""
 
@@ -165,16 +165,16 @@ SMALL = Architecture(
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One published way to a picture that follows a control image."""
+    """One published way to an image that follows a control image."""
 
     name: str
     steps: tuple[int, ...]
-    """Numbers of denoising steps to tell the time of."""
+    """Numbers of denoising steps to report the time of."""
     guidance: float
     distilled: bool = False
-    """LCM: the UNet is told the guidance and needs no second row for it."""
+    """LCM: the UNet takes the guidance as an input and needs no second row for it."""
     adapter: bool = False
-    """T2I-Adapter: the control is encoded once a picture. Otherwise ControlNet runs in every step."""
+    """T2I-Adapter: the control is encoded once an image. Otherwise ControlNet runs in every step."""
 
     @property
     def rows(self) -> int:
@@ -203,7 +203,7 @@ def scheduler_of(method: Method) -> Any:
     return diffusers.UniPCMultistepScheduler(**TRAINING_STEPS)
 
 
-# ---- Networks with made-up weights ----
+# ---- Networks with random weights ----
 
 
 def skeleton(architecture: Architecture, part: str) -> nn.Module:
@@ -383,7 +383,7 @@ def assemble(architecture: Architecture, method: Method, make: Maker, dtype: tor
     )
 
 
-class Workshop:
+class NetworkCache:
     """Builds networks when they are asked for and keeps them, but never two UNets at once."""
 
     def __init__(self, architecture: Architecture, dtype: torch.dtype, device: str):
@@ -399,11 +399,11 @@ class Workshop:
         return self._parts[part]
 
 
-# ---- A picture ----
+# ---- An image ----
 
 
 class Clock:
-    """Seconds of the parts of a picture; a GPU is waited for at the end of each."""
+    """Seconds of the parts of an image; a GPU is waited for at the end of each."""
 
     def __init__(self, device: str):
         self._cuda = device.startswith("cuda")
@@ -420,14 +420,14 @@ class Clock:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture and what it took."""
+    """An image and the seconds that it took."""
 
     pixels: NDArray[np.uint8]
     """[1, H, W, 3]."""
     latents: Tensor
     """[1, 4, h, w], what it was decoded from."""
     seconds: dict[str, float]
-    """Of text, control, steps and decode."""
+    """Seconds of text, control, steps and decode."""
 
 
 def prompt_ids(architecture: Architecture, rows: int) -> Tensor:
@@ -446,7 +446,7 @@ def prepare(control_HW3: NDArray[np.uint8], size: int) -> Tensor:
 
 
 def guidance_embedding(guidance: float, width: int) -> Tensor:
-    """What LCM's UNet is told of the guidance, f32 [1, width]: sines and cosines of 1000·(guidance − 1)."""
+    """The guidance as LCM's UNet takes it, f32 [1, width]: sines and cosines of 1000·(guidance − 1)."""
     half = width // 2
     frequencies = torch.exp(torch.arange(half) * -(np.log(10000.0) / (half - 1)))
     angles_1E = (1000.0 * (guidance - 1) * frequencies)[None]
@@ -476,12 +476,12 @@ def draw(
         noise = torch.Generator().manual_seed(seed)
         scheduler.set_timesteps(steps, device=device)
         x = torch.randn(1, 4, side, side, generator=noise).to(device, dtype) * scheduler.init_noise_sigma
-        told, chance = None, {}
+        embedded, chance = None, {}
         if method.distilled:
-            told = guidance_embedding(method.guidance, architecture.guidance_width).to(device, dtype)
+            embedded = guidance_embedding(method.guidance, architecture.guidance_width).to(device, dtype)
             chance = {"generator": noise}
         for t in scheduler.timesteps[:timed_steps]:
-            predicted = networks.step(scheduler.scale_model_input(x, t), t[None], states_RNC, told, control)
+            predicted = networks.step(scheduler.scale_model_input(x, t), t[None], states_RNC, embedded, control)
             x = scheduler.step(predicted, t, x, **chance, return_dict=False)[0]
     with clock.part("decode"):
         pixels = networks.decoder(x).cpu().numpy()
@@ -494,7 +494,7 @@ def draw(
 def count_flops(architecture: Architecture, method: Method, size: int) -> dict[str, int]:
     """Operations of text, control, one step and decode, by PyTorch's counter on networks without weights.
 
-    Products and convolutions only: 2 for each multiplication and addition, as in `benchmarks.counting`.
+    Products and convolutions only: 2 for each multiplication and addition, as in `benchmarks.analysis.counting`.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -515,9 +515,9 @@ def count_flops(architecture: Architecture, method: Method, size: int) -> dict[s
         if networks.adapter is not None:
             features = counted("control", networks.adapter, control[0][:1])
             control = tuple(f.expand(rows, -1, -1, -1) for f in features)
-        told = torch.empty(1, architecture.guidance_width) if method.distilled else None
+        embedded = torch.empty(1, architecture.guidance_width) if method.distilled else None
         x = torch.empty(1, 4, side, side)
-        counted("step", networks.step, x, torch.zeros(1, dtype=torch.int64), states, told, control)
+        counted("step", networks.step, x, torch.zeros(1, dtype=torch.int64), states, embedded, control)
         counted("decode", networks.decoder, x)
     return found
 
@@ -526,7 +526,7 @@ def count_flops(architecture: Architecture, method: Method, size: int) -> dict[s
 
 
 def compiled(networks: Networks) -> Networks:
-    """The same under `torch.compile`: all of a step is one function; on a GPU it is replayed as a CUDA graph."""
+    """The networks under `torch.compile`: all of a step is one function, on a GPU replayed as a CUDA graph."""
     torch.compiler.reset()
     mode = "reduce-overhead" if networks.device.startswith("cuda") else "default"
     step = torch.compile(networks.step, mode=mode)
@@ -559,7 +559,7 @@ class Engine:
         import openvino
 
         self._type = openvino.Tensor
-        # An engine keeps the weights that it was compiled from beside those it has packed. From a file they are
+        # An engine keeps the weights that it was compiled from alongside those it has packed. From a file they are
         # mapped and cost no memory; from a module ControlNet's 1.44 GB were held twice.
         self._folder = tempfile.TemporaryDirectory(prefix="openvino-")
         file = Path(self._folder.name) / "model.xml"
@@ -606,8 +606,8 @@ def openvino_networks(
         else:
             branch = engine("controlnet", ControlNet, x, t, states, image)
             control = branch(x, t, states, image)
-        told = (guidance_embedding(method.guidance, architecture.guidance_width),) if method.distilled else ()
-        denoiser = engine(method.unet, lambda unet: Denoiser(unet, method), x, t, states, *told, *control)
+        embedded = (guidance_embedding(method.guidance, architecture.guidance_width),) if method.distilled else ()
+        denoiser = engine(method.unet, lambda unet: Denoiser(unet, method), x, t, states, *embedded, *control)
         return Networks(
             architecture=architecture,
             method=method,

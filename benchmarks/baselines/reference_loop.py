@@ -5,14 +5,14 @@ it is arranged, as in the published code:
 
 - the six AdaLN vectors of every block are computed from the class again at every scale;
 - the K/V cache is grown by `torch.cat`, so that every scale copies the past of every block;
-- the control encoder runs inside the loop, once a scale, for every picture of the batch;
+- the control encoder runs inside the loop, once a scale, for every image of the batch;
 - everything is eager; in bfloat16 it is autocast over float32 weights, which are cast again in every product.
 
 It has what eager PyTorch offers as well: `scaled_dot_product_attention`, one product for q, k and v, no gradients.
 Sampling is ours (sort, softmax, inverse CDF on given uniform numbers), so that tokens can be compared.
 
 Models with a convolutional encoder, transformer blocks and concatenation in the branch (the published ones), or with
-no branch. Shapes: B pictures, R rows, N tokens of this scale, C width, H heads, d head width.
+no branch. Shapes: B images, R rows, N tokens of this scale, C width, H heads, d head width.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness.machine import BenchmarkError
+from benchmarks.harness.errors import BenchmarkError
 from car_train.model import Model
 from car_train.model.car import ConcatFusion
 from car_train.model.sample import TOP_P_OFF, draw, mix
@@ -33,7 +33,7 @@ from car_train.model.var import EPS, MAX_LOG_SCALE, VAR, Attention, Block, unit_
 from car_train.model.vqvae import join_tokens
 
 Clock = Callable[[str, float], None]
-"""Told the seconds of "control" (once a scale), of "scale_0" … without it, and of "decoder"."""
+"""Receives the seconds of "control" (once a scale), of "scale_0" … without it, and of "decoder"."""
 
 
 class GrownCache:
@@ -109,9 +109,9 @@ def sample_published(
     """Generate as `car_train.model.sample.sample` does: (tokens int64 [B, L], pixels f32 [B, 3, H, W] in [-1, 1]).
 
     controls: one f32 [B, 3, S·f, S·f] in [-1, 1] per scale. Guidance is always on. dtype: float32, or bfloat16 or
-    float16 for autocast over all of it, the decoder too. `clock` is told each stage's seconds; on a GPU every stage
+    float16 for autocast over all of it, the decoder too. `clock` receives each stage's seconds; on a GPU every stage
     is waited for then, so leave it out where the whole is timed. compiled: the transformer and the decoder under
-    `torch.compile`; the first pictures compile.
+    `torch.compile`; the first images compile.
     """
     check_published(model)
     device = label_B.device
@@ -139,7 +139,7 @@ class _Loop:
         self.top_k = torch.tensor([top_k or self.vqvae.config.vocab], device=label_B.device)
         self.top_p = torch.tensor([top_p if 0 < top_p < 1 else TOP_P_OFF], device=label_B.device)
         self.cache = GrownCache()
-        # What is compiled is found again by its code: a new loop for every picture compiles nothing anew.
+        # What is compiled is found again by its code: a new loop for every image compiles nothing anew.
         wrap: Callable[..., Callable[..., Tensor]] = torch.compile if compiled else lambda function: function
         self.run_trunk, self.decode = wrap(self.trunk), wrap(self.vqvae.decode_latent)
 
@@ -161,18 +161,18 @@ class _Loop:
             f_hat = f_hat + quantizer.contribution(F.embedding(grids[-1], quantizer.embedding), k)
             if k + 1 < len(config.sides):
                 x_RSSC = base.embed(quantizer.next_input(f_hat, k)).repeat(2, 1, 1, 1)
-            self.tell(f"scale_{k}", began)
+            self.report(f"scale_{k}", began)
         began = self.now()
         pixels = self.decode(f_hat)
-        self.tell("decoder", began)
+        self.report("decoder", began)
         return join_tokens(grids), pixels
 
     def control_features(self, control_B3HW: Tensor) -> Tensor:
-        """𝓕 of one scale, for both guidance rows of every picture, [R, N, C]."""
+        """𝓕 of one scale, for both guidance rows of every image, [R, N, C]."""
         assert self.branch is not None, "controls given to a model without a control branch"
         began = self.now()
         features = self.branch.features(control_B3HW).repeat(2, 1, 1)
-        self.tell("control", began)
+        self.report("control", began)
         return features
 
     def trunk(self, x_RSSC: Tensor, features: Tensor | None, position_NC: Tensor, cond_RC: Tensor) -> Tensor:
@@ -203,6 +203,6 @@ class _Loop:
             torch.cuda.synchronize()
         return perf_counter()
 
-    def tell(self, stage: str, began: float) -> None:
+    def report(self, stage: str, began: float) -> None:
         if self.clock is not None:
             self.clock(stage, self.now() - began)

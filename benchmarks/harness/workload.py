@@ -1,4 +1,4 @@
-"""What the latency benchmark measures: a plan and, for the loop in PyTorch, a model of the same weights.
+"""What is measured: a plan and, for the loop in PyTorch, a model of the same weights.
 
 torch and the exporter are imported where they are needed: processes that measure the runtime alone do without.
 """
@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from benchmarks.harness.machine import ROOT, BenchmarkError
+from benchmarks.harness.errors import BenchmarkError
+from benchmarks.harness.machine import ROOT
 from car_runtime.errors import CarError
 from car_runtime.format.manifest import Manifest, read_manifest
 from car_runtime.plan import open_plan
@@ -65,7 +66,7 @@ class Source:
     depth: int | None = None
 
     def config(self) -> ModelConfig:
-        """Of a made-up model."""
+        """The config of a model with random weights."""
         assert self.model is not None
         config = MODELS[self.model]
         assert config.var is not None
@@ -79,7 +80,7 @@ class Source:
         from car_train import checkpoint
 
         if self.checkpoint is None:
-            return make_up(self.config())
+            return random_model(self.config())
         try:
             return checkpoint.load(self.checkpoint)
         except (checkpoint.CheckpointError, OSError) as error:
@@ -87,7 +88,7 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class Workload:
     """A plan and, unless only the runtime is measured, the source of its weights."""
 
     plan: Path
@@ -112,17 +113,19 @@ class Subject:
         return None if self.manifest.model.control_type is None else draw_control(self.manifest.model.image_size)
 
 
-def first_picture(plan: str, backend: str, threads: int, cfg: float) -> dict[str, float]:
-    """Open a plan and make one picture, for `in_subprocess`: seconds of each. It stands here because nothing that
-    this module needs loads PyTorch, whose memory would be counted too."""
+def first_image(plan: str, backend: str, threads: int, cfg: float) -> dict[str, float]:
+    """Open a plan and generate one image, for `in_subprocess`: seconds of each.
+
+    It stands here because nothing that this module needs loads PyTorch, whose memory would be counted too.
+    """
     began = time.perf_counter()
     with open_plan(plan, backend, threads=threads) as opened:
         ready = time.perf_counter()
-        opened.generate(Subject(plan=opened.path, manifest=opened.manifest, source=None).control(), 0, cfg=cfg)
+        opened.generate(Workload(plan=opened.path, manifest=opened.manifest, source=None).control(), 0, cfg=cfg)
         return {"open_s": ready - began, "first_image_s": time.perf_counter() - ready}
 
 
-def make_up(config: ModelConfig) -> Model:
+def random_model(config: ModelConfig) -> Model:
     """Weights of ordinary size from a fixed seed: time doesn't depend on them, numbers near zero might."""
     import torch
 
@@ -145,8 +148,8 @@ def draw_control(size: int) -> NDArray[np.uint8]:
     return np.asarray(image)
 
 
-def existing(plan: Path, run: Path | None) -> Subject:
-    """A plan of the caller's, and the checkpoint it was exported from if the loop is to be measured beside it.
+def existing(plan: Path, run: Path | None) -> Workload:
+    """A plan of the caller's, and the checkpoint it was exported from if the loop in PyTorch is to be measured too.
 
     BenchmarkError if one can't be read, or if the plan was exported from another checkpoint.
     """
@@ -154,7 +157,7 @@ def existing(plan: Path, run: Path | None) -> Subject:
 
     manifest = read(plan)
     if run is None:
-        return Subject(plan=plan, manifest=manifest, source=None)
+        return Workload(plan=plan, manifest=manifest, source=None)
     try:
         prints = checkpoint.fingerprint(run)
     except (checkpoint.CheckpointError, OSError) as error:
@@ -165,90 +168,92 @@ def existing(plan: Path, run: Path | None) -> Subject:
                 f"{plan} was not exported from {run}: {file} is another; "
                 "give the checkpoint that it was exported from, or leave --checkpoint out"
             )
-    return Subject(plan=plan, manifest=manifest, source=Source(checkpoint=str(run)))
+    return Workload(plan=plan, manifest=manifest, source=Source(checkpoint=str(run)))
 
 
-def made_up(
+def random_weights(
     model: str, depth: int | None, precision: str, batches: tuple[int, ...], cache: Path, log: Callable[[str], None]
-) -> Subject:
-    """A model of published sizes and made-up weights, exported once into `cache` and found there the next time.
+) -> Workload:
+    """A model of published sizes and random weights, exported once into `cache` and found there the next time.
 
-    The plan's name ends in a hash of the sizes and of the code that exports it; older ones of the same sizes are
-    removed when a new one is in place. BenchmarkError for sizes that no model can have, or if the export fails.
+    The plan's name ends in a hash of the sizes and of the code that exports it. BenchmarkError for sizes that no
+    model can have, or if the export fails.
     """
+    from car_export.config import ExportOptions
+    from car_export.plan import build_plan
+
     try:
         source = Source(model=model, depth=depth)
         config = source.config()
     except ConfigError as error:
         raise BenchmarkError(f"--model {model} --depth {depth}: {error}") from error
     assert config.var is not None
-    name = f"{model}-depth{config.var.depth}-{precision}-b{'.'.join(map(str, batches))}"
-    cache = cache.expanduser()
-    plan = cache / f"{name}-{_key(config)}.plan"
-    if not (plan / "manifest.json").is_file():
-        _export(source, precision, batches, plan, log)
-        for old in cache.glob(f"{name}-*.plan"):
-            if old != plan:
-                shutil.rmtree(old, ignore_errors=True)
-    return Subject(plan=plan, manifest=read(plan), source=source)
 
-
-def int8(subject: Subject, cache: Path, log: Callable[[str], None]) -> Subject:
-    """The int8 form of a subject's plan, made once into `cache`: its name ends in a hash of the plan and of the code.
-
-    It has no loop of its own to compare with. BenchmarkError if it can't be made.
-    """
-    from car_export.errors import ExportError
-    from car_export.quantize.int8 import Int8Options, to_int8
-    from car_export.verify import VerificationError
-
-    digest = hashlib.sha256((subject.plan / "manifest.json").read_bytes())
-    digest.update((ROOT / "export" / "car_export" / "int8.py").read_bytes())
-    name = f"{subject.manifest.name}-int8"
-    cache = cache.expanduser()
-    plan = cache / f"{name}-{digest.hexdigest()[:12]}.plan"
-    if not (plan / "manifest.json").is_file():
-        log(f"making {plan.name}, once")
-        try:
-            to_int8(Int8Options(source=subject.plan, output=plan, name=name), log)
-        except (ExportError, VerificationError, CarError) as error:
-            raise BenchmarkError(f"{subject.plan} can't be made an int8 plan: {error}") from error
-        for old in cache.glob(f"{name}-*.plan"):
-            if old != plan:
-                shutil.rmtree(old, ignore_errors=True)
-    return Subject(plan=plan, manifest=read(plan), source=None)
-
-
-def _export(source: Source, precision: str, batches: tuple[int, ...], plan: Path, log: Callable[[str], None]) -> None:
-    from car_export.plan import ExportError, ExportOptions, build_plan
-    from car_export.verify import VerificationError
-
-    log(f"exporting {plan.name}, once")
-    try:
+    def export(plan: Path) -> None:
         options = ExportOptions(
             output=plan,
             name=plan.name.removesuffix(".plan"),
             precision=precision,
             batches=batches,
-            provenance={"weights": f"made up, seed {SEED}"},
+            provenance={"weights": f"random, seed {SEED}"},
         )
         build_plan(source.load(), options, log)
-    except (ExportError, VerificationError) as error:
-        raise BenchmarkError(f"the export failed: {error}") from error
+
+    name = f"{model}-depth{config.var.depth}-{precision}-b{'.'.join(map(str, batches))}"
+    plan = _made_once(cache, name, _key(config), export, log)
+    return Workload(plan=plan, manifest=read(plan), source=source)
+
+
+def int8(workload: Workload, cache: Path, log: Callable[[str], None]) -> Workload:
+    """The INT8 form of a workload's plan, made once into `cache`. It has no loop of its own to compare with.
+
+    BenchmarkError if it can't be made.
+    """
+    from car_export.quantize.int8 import Int8Options, to_int8
+
+    digest = hashlib.sha256((workload.plan / "manifest.json").read_bytes())
+    _add_code(digest, ROOT / "export" / "car_export" / "quantize")
+    name = f"{workload.manifest.name}-int8"
+
+    def convert(plan: Path) -> None:
+        to_int8(Int8Options(source=workload.plan, output=plan, name=name), log)
+
+    plan = _made_once(cache, name, digest.hexdigest()[:12], convert, log)
+    return Workload(plan=plan, manifest=read(plan), source=None)
+
+
+def _made_once(cache: Path, name: str, key: str, make: Callable[[Path], object], log: Callable[[str], None]) -> Path:
+    """The plan `name`-`key` of a folder; older ones of the name are removed when a new one is in place."""
+    from car_export.errors import ExportError
+    from car_export.verify import VerificationError
+
+    cache = cache.expanduser()
+    plan = cache / f"{name}-{key}.plan"
+    if (plan / "manifest.json").is_file():
+        return plan
+    log(f"making {plan.name}, once")
+    try:
+        make(plan)
+    except (ExportError, VerificationError, CarError) as error:
+        raise BenchmarkError(f"{plan.name} can't be made: {error}") from error
+    for old in cache.glob(f"{name}-*.plan"):
+        if old != plan:
+            shutil.rmtree(old, ignore_errors=True)
+    return plan
 
 
 def _key(config: ModelConfig) -> str:
-    """Of the sizes and of the code that makes the graphs and the weights, 12 hex digits."""
+    """12 hex digits of a hash of the sizes and of the code that makes the graphs and the weights."""
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
-    model = sorted((ROOT / "car_train" / "model").glob("*.py"))
-    export = [
-        ROOT / "export" / "car_export" / f"{name}.py"
-        for name in ("graph_utils", "graphs", "plan", "trace", "weights")
-    ]
-    for path in (*export, *model):
-        digest.update(path.read_bytes())
-    digest.update(inspect.getsource(make_up).encode())
+    _add_code(digest, ROOT / "car_train" / "model")
+    _add_code(digest, ROOT / "export" / "car_export")
+    digest.update(inspect.getsource(random_model).encode())
     return digest.hexdigest()[:12]
+
+
+def _add_code(digest: Any, folder: Path) -> None:
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.read_bytes())
 
 
 def read(plan: Path) -> Manifest:
@@ -256,7 +261,3 @@ def read(plan: Path) -> Manifest:
         return read_manifest(plan)
     except CarError as error:
         raise BenchmarkError(str(error)) from error
-
-
-def as_json(source: Source | None) -> dict[str, Any] | None:
-    return None if source is None else dataclasses.asdict(source)

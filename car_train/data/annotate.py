@@ -5,7 +5,7 @@
     python -m car_train car --data photos --control hed --control-root photos-hed …
 
 The output mirrors the class folders: `cat/a.jpg` has its control in `cat/a.png`, as `--control-root` of the training
-expects it. Beside them stand `controls.json` (what made them; an interrupted run continues, and another setting is
+expects it. Next to them are `controls.json` (what made them; an interrupted run continues, and another setting is
 refused) and, where images had to be left out, `skipped.txt`. Every PNG is written aside and renamed.
 
 A control is made from the image as training sees it: RGBA, turned as its EXIF says, stretched to a square with
@@ -93,7 +93,7 @@ def make_annotator(
 
 
 def hed_work_size(side: int) -> int:
-    """At which side HED looks at an image of this side, in pixels: see `HED_WORK`."""
+    """The side, in pixels, at which HED looks at an image of this side: see `HED_WORK`."""
     return max(side, min(2 * side, HED_WORK))
 
 

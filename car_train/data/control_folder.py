@@ -16,12 +16,11 @@ from tqdm import tqdm
 
 from car_train.conventions import FITS
 from car_train.data.annotator import Annotator, AnnotatorError, Pixels, UnusableImageError
-from car_train.data.dataset import find_images
+from car_train.data.dataset import MARKER, SKIPPED, write_skipped
+from car_train.data.folder import find_images
 from car_train.data.images import UNREADABLE, fitted, open_image
 from car_train.files import written_aside
 
-MARKER = "controls.json"
-SKIPPED = "skipped.txt"
 FORMAT = 1
 
 DEFAULT_SIZE = 256
@@ -74,7 +73,10 @@ def annotate_folder(
         settings = {"format": FORMAT, **annotator.origin, "size": size or f"up to {DEFAULT_SIZE}", "fit": fit}
         _claim(output, settings, overwrite)
         report = _make_all(data, output, images, annotator, size, fit, batch, overwrite)
-        _write_skipped(output / SKIPPED, report.skipped)
+        if report.skipped:
+            write_skipped(output / SKIPPED, report.skipped)
+        else:
+            (output / SKIPPED).unlink(missing_ok=True)
     except OSError as error:
         raise AnnotatorError(_cannot_write(output, error)) from error
     if report.skipped and not report.made + report.present:
@@ -255,13 +257,6 @@ def _write_png(path: Path, control: Pixels) -> None:
 def _write(path: Path, content: bytes) -> None:
     with written_aside(path) as file:
         file.write_bytes(content)
-
-
-def _write_skipped(path: Path, skipped: Sequence[tuple[str, str]]) -> None:
-    if skipped:
-        _write(path, "".join(f"{name}\t{reason}\n" for name, reason in skipped).encode())
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _cannot_write(output: Path, error: OSError) -> str:

@@ -119,7 +119,7 @@ def infer_vqvae(vae: Mapping[str, Tensor], sides: tuple[int, ...] | None) -> VQV
     if sides is None and scales != len(SIDES_256):
         raise OfficialCheckpointError(
             f"{file}: it has {scales} scales, the official ones have {len(SIDES_256)}; "
-            "name the sides, e.g. --sides 1,2,3,4"
+            "name the sides, e.g. --patch-nums 1,2,3,4"
         )
     vocab, Z = _shape(vae, "quantize.embedding.weight", file)
     channels = _shape(vae, "encoder.conv_in.weight", file)[0]
@@ -151,7 +151,7 @@ def infer_sides(var: Mapping[str, Tensor]) -> tuple[int, ...]:
             return sides
     raise OfficialCheckpointError(
         f"var checkpoint: {scales} scales with {tokens} tokens are neither the official 256 nor 512 pixel sides; "
-        "name the sides, e.g. --sides 1,2,3,4"
+        "name the sides, e.g. --patch-nums 1,2,3,4"
     )
 
 

@@ -1,4 +1,4 @@
-"""What is counted in a plan's graphs is what the model does, told by other means."""
+"""What is counted in a plan's graphs is what the model does, found by other means."""
 
 from __future__ import annotations
 
@@ -12,17 +12,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.analysis.counting import Gemm, ImageCount, count_graph, count_image, stored_weights
+from benchmarks.analysis.limits import Card, roofline
 from benchmarks.baselines.reference_loop import sample_published
-from benchmarks.counting import (
-    ImageCount,
-    Product,
-    count_graph,
-    count_image,
-    main,
-    roofline,
-    stored_weights,
-)
-from benchmarks.harness.machine import BenchmarkError
+from benchmarks.counting import main
+from benchmarks.harness.errors import BenchmarkError
 from car_export.graphs import DecoderGraph
 from car_runtime.format.manifest import WEIGHTS, Manifest, read_manifest
 from car_runtime.plan import default_plan
@@ -139,10 +133,10 @@ def small_graph() -> onnx.ModelProto:
 
 def test_a_graph_whose_numbers_one_can_work_out_by_hand() -> None:
     found = count_graph(small_graph(), "small")
-    assert set(found.products) == {
-        Product("weight", 1, 6, 7, 5),
-        Product("activation", 4, 9, 11, 6),
-        Product("conv", 2, 16, 3, 18),
+    assert set(found.gemms) == {
+        Gemm("weight", 1, 6, 7, 5),
+        Gemm("activation", 4, 9, 11, 6),
+        Gemm("conv", 2, 16, 3, 18),
     }
     assert found.flops_by_op == {"MatMul": 2 * 6 * 7 * 5 + 2 * 4 * 9 * 11 * 6, "Conv": 2 * 2 * 16 * 3 * 18}
     assert found.weights == {"w": 35, "b": 7, "kernel": 108, "table": 24}
@@ -156,7 +150,7 @@ def test_a_graph_whose_numbers_one_can_work_out_by_hand() -> None:
 
 def test_the_roofline_takes_the_larger_of_arithmetic_and_memory_of_each_stage() -> None:
     counts = count_image(toy().plan)
-    rows = roofline(counts, 1e9, 4e8, 2)
+    rows = roofline(counts, Card(name="a card", flops_per_s=1e9, bytes_per_s=4e8, precision_bytes=2))
     assert [row["stage"] for row in rows] == [
         "control", "condition", "scale_0", "scale_1", "scale_2", "decoder", "image",
     ]  # fmt: skip
@@ -172,7 +166,7 @@ def test_the_roofline_takes_the_larger_of_arithmetic_and_memory_of_each_stage() 
 def test_the_command_prints_its_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(toy().plan), "--products"]) == 0
     out = capsys.readouterr().out
-    for word in ("scale_2", "LayerNormalization", "at best, ms", "computed from the counts, not measured"):
+    for word in ("scale_2", "LayerNormalization", "| at best ", "computed from the counts, not measured"):
         assert word in out
 
 
@@ -220,7 +214,7 @@ def test_the_published_loop_draws_our_tokens_with_adaln_in_every_block(tiny: Gol
     published_tokens(models(tiny), True, cfg=4.0)  # type: ignore[operator]
 
 
-def test_the_published_loop_under_autocast_gives_a_picture_close_by() -> None:
+def test_the_published_loop_under_autocast_gives_an_image_close_by() -> None:
     model = small_model()
     config, noise = model.config.vqvae, torch.Generator().manual_seed(3)
     uniforms = torch.rand(1, config.tokens, generator=noise)

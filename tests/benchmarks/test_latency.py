@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 
 from benchmarks import latency
-from benchmarks.counting import count_image
-from benchmarks.harness import workload as subject
-from benchmarks.harness.machine import BenchmarkError
+from benchmarks.analysis.counting import count_image
+from benchmarks.analysis.limits import Limits, _size
+from benchmarks.baselines.candidates import BF16, FP32
+from benchmarks.harness import workload
+from benchmarks.harness.errors import BenchmarkError
+from benchmarks.harness.measure import ratio, run_python
 from car_runtime.format.manifest import WEIGHTS
 from car_train import checkpoint
 from fixtures.small import small_model
@@ -26,7 +29,7 @@ STAGES = ["control", "condition", "scale_0", "scale_1", "scale_2", "decoder"]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One real run, as it was written; stdout is beside it."""
+    """One real run, as it was written; stdout is next to it."""
     toy()
     file, out, log = tmp_path_factory.mktemp("latency") / "results.jsonl", io.StringIO(), io.StringIO()
     flags = f"--model tiny --cache {folder()} --backends ort-cpu --batch 1,2 --runs 3 --warmup 1 --threads 1"
@@ -44,7 +47,7 @@ def rows(found: dict[str, Any], question: str) -> list[dict[str, Any]]:
 
 def test_all_candidates_are_measured_in_one_run(found: dict[str, Any]) -> None:
     table = rows(found, "end_to_end")
-    names = [latency.FP32, latency.BF16, "ort-cpu"]
+    names = [FP32, BF16, "ort-cpu"]
     assert Counter((r["candidate"], r["batch"]) for r in table) == Counter((n, b) for n in names for b in (1, 2))
     for row in table:
         assert 0 < row["min"] <= row["p50"] <= row["p95"]
@@ -57,15 +60,15 @@ def test_all_candidates_are_measured_in_one_run(found: dict[str, Any]) -> None:
         if row["batch"] == 1:
             assert row["batch_gain"] == 1
     first = {r["candidate"]: r for r in table if r["batch"] == 1}
-    assert first[latency.FP32]["speedup"] == first[latency.BF16]["speedup_bf16"] == 1
+    assert first[FP32]["speedup"] == first[BF16]["speedup_bf16"] == 1
     # The same tokens from the same weights, control, class and numbers: what is compared is the same work.
-    assert first["ort-cpu"]["tokens_equal"] == first[latency.FP32]["tokens_equal"] == 1
+    assert first["ort-cpu"]["tokens_equal"] == first[FP32]["tokens_equal"] == 1
     assert {r["precision"] for r in table} == {"fp32", "bf16"}
 
 
-def test_stages_are_those_of_a_picture_and_fit_into_it(found: dict[str, Any]) -> None:
+def test_stages_are_those_of_an_image_and_fit_into_it(found: dict[str, Any]) -> None:
     ours = [r for r in rows(found, "stage") if r["candidate"] == "ort-cpu" and r["batch"] == 1]
-    loop = [r for r in rows(found, "stage") if r["candidate"] == latency.FP32 and r["batch"] == 1]
+    loop = [r for r in rows(found, "stage") if r["candidate"] == FP32 and r["batch"] == 1]
     assert [r["stage"] for r in ours] == STAGES
     assert [r["stage"] for r in loop] == [s for s in STAGES if s != "condition"]
     for row in (*ours, *loop):
@@ -88,7 +91,7 @@ def test_a_further_seed_pays_for_neither_control_nor_class(found: dict[str, Any]
 
 def test_starts_and_memory_are_measured_in_processes_of_their_own(found: dict[str, Any]) -> None:
     ours, loop = rows(found, "start")
-    assert (ours["candidate"], loop["candidate"]) == ("ort-cpu", latency.FP32)
+    assert (ours["candidate"], loop["candidate"]) == ("ort-cpu", FP32)
     assert 0 < ours["import_s"] < ours["cold_start_s"]
     assert ours["open_s"] > 0
     assert ours["first_image_s"] > 0
@@ -114,7 +117,7 @@ def test_the_limit_is_measured_for_every_type_that_is_multiplied_in(found: dict[
 def test_settings_say_what_was_measured_and_tables_answer_the_questions(found: dict[str, Any]) -> None:
     settings = found["settings"]
     assert (settings["threads"], settings["batch"], settings["runs"], settings["warmup"]) == (1, [1, 2], 3, 1)
-    assert settings["made_up_weights"] is True
+    assert settings["random_weights"] is True
     assert settings["model"]["width"] == 32
     assert settings["backends"]["ort-cpu"]["threads"] == 1
     assert found["benchmark"] == "latency"
@@ -130,24 +133,24 @@ def test_settings_say_what_was_measured_and_tables_answer_the_questions(found: d
 
 def test_the_runtime_alone_is_measured_without_pytorch() -> None:
     code = (
-        "import sys; from benchmarks.harness.workload import first_picture; "
-        f"first_picture({str(toy().plan)!r}, 'ort-cpu', 1, 2.0); "
+        "import sys; from benchmarks.harness.workload import first_image; "
+        f"first_image({str(toy().plan)!r}, 'ort-cpu', 1, 2.0); "
         "print(*[name for name in ('torch', 'onnx', 'car_export') if name in sys.modules])"
     )
-    assert latency._python("-c", code).split() == []
+    assert run_python("-c", code).split() == []
 
 
 def test_a_ratio_is_the_median_of_the_rounds_ratios() -> None:
     # Every round is ten times as slow as the one before; within a round the second takes twice the first.
-    median, p10, p90 = latency.ratio([1, 10, 100], [2, 20, 200])
+    median, p10, p90 = ratio([1, 10, 100], [2, 20, 200])
     assert (median, p10, p90) == (2, 2, 2)
-    assert latency.ratio([1, 1, 1], [1, 2, 9])[0] == 2
+    assert ratio([1, 1, 1], [1, 2, 9])[0] == 2
 
 
 def test_the_limit_of_a_stage_is_the_slower_of_products_and_memory() -> None:
     counts = count_image(toy().plan)
-    limits = latency.Limits(1, [counts], ["fp32"], "cpu")
-    size = {latency._size(p) for stage in counts.stages for p in stage.count.products}
+    limits = Limits(1, [counts], ["fp32"], "cpu")
+    size = {_size(p) for stage in counts.stages for p in stage.count.gemms}
     assert len(limits.rates["fp32"]) == len(size) + 1  # and the best
     stage = counts.stages[2]
     limits.memory = 1e3  # nothing is slower than this memory
@@ -159,11 +162,11 @@ def test_the_limit_of_a_stage_is_the_slower_of_products_and_memory() -> None:
     found = limits.stage(stage, "fp32")
     assert found["bound"] == "compute"
     assert found["limit_s"] == pytest.approx(
-        sum(p.flops / 1e9 / limits.rates["fp32"]["×".join(map(str, latency._size(p)))] for p in c.products)
+        sum(p.flops / 1e9 / limits.rates["fp32"]["×".join(map(str, _size(p)))] for p in c.gemms)
     )
 
 
-def test_an_int8_plan_is_made_once_and_measured_beside_its_float32_one(tmp_path: Path) -> None:
+def test_an_int8_plan_is_made_once_and_measured_alongside_its_float32_one(tmp_path: Path) -> None:
     flags = (
         f"--plan {toy().plan} --cache {tmp_path} --backends ort-cpu --int8 --runs 2 --warmup 0 --threads 1".split()
     )
@@ -183,18 +186,18 @@ def test_an_int8_plan_is_made_once_and_measured_beside_its_float32_one(tmp_path:
 
 def test_attention_of_an_int8_plan_is_held_to_the_other_type() -> None:
     counts = count_image(toy().plan)
-    limits = latency.Limits(1, [counts], ["int8", "fp32"], "cpu")
+    limits = Limits(1, [counts], ["int8", "fp32"], "cpu")
     stage = next(s for s in counts.stages if s.name == "scale_2")
-    kinds = {p.kind for p in stage.count.products}
+    kinds = {p.kind for p in stage.count.gemms}
     assert {"weight", "activation"} <= kinds
 
     def seconds(precision: str, *kinds: str) -> float:
-        chosen = [p for p in stage.count.products if p.kind in kinds]
+        chosen = [p for p in stage.count.gemms if p.kind in kinds]
         rates = limits.rates[precision]
-        return sum(p.flops / 1e9 / rates["×".join(map(str, latency._size(p)))] for p in chosen)
+        return sum(p.flops / 1e9 / rates["×".join(map(str, _size(p)))] for p in chosen)
 
     expected = seconds("int8", "weight", "conv") + seconds("fp32", "activation")
-    assert limits.products(stage, "int8", "fp32") == pytest.approx(expected)
+    assert limits.gemm_seconds(stage, "int8", "fp32") == pytest.approx(expected)
     limits.memory = 1e3
     c = stage.count
     moved = c.weight_elements + 4 * (c.kv_read + c.kv_written) + c.io_bytes
@@ -250,17 +253,17 @@ def test_a_plan_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
     (plan / "manifest.json").unlink()
     (plan / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(BenchmarkError, match=r"was not exported from .*; give the checkpoint"):
-        subject.existing(plan, run)
+        workload.existing(plan, run)
 
 
 def test_a_cut_model_keeps_its_width_and_a_plan_is_known_by_what_made_it() -> None:
-    cut = subject.Source(model="d16", depth=2).config()
+    cut = workload.Source(model="d16", depth=2).config()
     assert cut.var is not None
     assert (cut.var.depth, cut.var.C, cut.var.H) == (2, 1024, 16)
-    d16 = subject.MODELS["d16"]
-    assert subject._key(cut) != subject._key(d16)
-    assert subject._key(d16) == subject._key(subject.published(16))
+    d16 = workload.MODELS["d16"]
+    assert workload._key(cut) != workload._key(d16)
+    assert workload._key(d16) == workload._key(workload.published(16))
     assert toy().plan.name.startswith("tiny-depth2-fp32-b1.2-")
-    control = subject.draw_control(64)
+    control = workload.draw_control(64)
     assert control.shape == (64, 64, 3)
     assert len(np.unique(control)) == 3

@@ -37,7 +37,7 @@ from fixtures.small_plans import small_plan
 
 RUNTIME = Path(__file__).parents[2] / "runtime"
 L = 30
-"""Tokens of a picture of the golden model `tiny`."""
+"""Tokens of an image of the golden model `tiny`."""
 QUICK: dict[str, Any] = {"backend": "ort-cpu", "threads": 1, "warmup": 1, "runs": 2}
 
 
@@ -164,7 +164,7 @@ def test_the_report_has_every_stage_and_adds_up(built: Callable[[str], Path]) ->
 def test_every_measured_run_computes_control_and_class_anew(
     built: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counted = []
+    plan, counted = built("fp32"), []
     compute = Conditioning.compute_features
 
     def count(conditioning: Conditioning, image: Image.Image) -> Any:
@@ -172,8 +172,8 @@ def test_every_measured_run_computes_control_and_class_anew(
         return compute(conditioning, image)
 
     monkeypatch.setattr(Conditioning, "compute_features", count)
-    verify(built("fp32"), **QUICK | {"warmup": 2, "runs": 5})
-    assert len(counted) == 1 + 2 + 5  # the first picture; comparing finds its features there
+    verify(plan, **QUICK | {"warmup": 2, "runs": 5})
+    assert len(counted) == 1 + 2 + 5  # the first image; comparing finds its features there
 
 
 def test_a_stream_gives_the_logits_that_it_draws_from(built: Callable[[str], Path]) -> None:

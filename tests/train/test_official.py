@@ -70,7 +70,7 @@ def test_config_is_inferred_with_shared_aln() -> None:
 
 def test_sides_that_are_not_official_must_be_named() -> None:
     parts = dicts()
-    with pytest.raises(OfficialCheckpointError, match="--sides 1,2,3,4"):
+    with pytest.raises(OfficialCheckpointError, match="--patch-nums 1,2,3,4"):
         build_model(parts["vae"], parts["var"])
     with pytest.raises(OfficialCheckpointError, match="it has 4 scales"):
         build_model(parts["vae"])
@@ -170,7 +170,7 @@ def test_a_folder_that_is_no_checkpoint_is_never_replaced(tmp_path: Path, tiny: 
     with pytest.raises(checkpoint.CheckpointError, match="is not a checkpoint"):
         checkpoint.save(model, tmp_path / "photos")
     assert (tmp_path / "photos" / "cat.jpg").read_bytes() == b"cat"
-    for _ in range(2):  # a checkpoint may be replaced by another, and leaves nothing beside it
+    for _ in range(2):  # a checkpoint may be replaced by another, and leaves nothing next to it
         checkpoint.save(model, tmp_path / "ck")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ck", "photos"]
 

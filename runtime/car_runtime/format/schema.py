@@ -15,6 +15,7 @@ from typing import Any
 
 from car_runtime.conventions import ControlConvention, stated_or_first
 from car_runtime.errors import PlanError
+from car_runtime.format.imagenet import CLASSES, imagenet_names
 from car_runtime.format.typed_json import REST
 
 FORMAT = 1
@@ -62,6 +63,11 @@ class Model:
     def convention(self) -> ControlConvention | None:
         """How control maps are made; None where there is no branch, or one of an unknown type that states nothing."""
         return stated_or_first(self.control_type, self.control_convention)
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """Names of the classes: `class_names` or, of a plan with 1,000 classes and no names, ImageNet's."""
+        return imagenet_names() if self.class_names is None and self.classes == CLASSES else self.class_names
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -207,6 +213,11 @@ class Manifest:
     def tokens(self) -> int:
         """L, the tokens of one image over all scales."""
         return self.scales[-1].stop
+
+    @property
+    def more_smooth(self) -> bool:
+        """Whether the step can mix codes by noise: it then has the inputs `smooth` and `smooth_noise`."""
+        return any(port.name == "smooth" for port in self.graphs["step"].inputs)
 
     def __post_init__(self) -> None:
         _require(self.format == FORMAT, f"format is {self.format}, but this version writes {FORMAT}")
