@@ -392,7 +392,7 @@ def known_flags() -> set[str]:
     plan = ["x.plan"]
     programs = [
         ("car_runtime", []),
-        ("car_runtime", ["control"]),
+        ("car_runtime", ["control", "x.jpg", "-o", "y.png"]),
         ("car_runtime", ["doctor"]),
         ("car_runtime", ["verify"]),
     ]

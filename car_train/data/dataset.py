@@ -5,8 +5,8 @@
       dog/…                       dog/…
 
 What an image becomes, here and in `car_runtime.controls` alike: turned as its EXIF says, brought to the model's
-square (`images.fitted`: its middle, unless told otherwise) with LANCZOS (Pillow, premultiplied), composited on white.
-Controls made on the fly come from that very square; control files are read as the runtime reads them.
+square (`images.fitted`: its middle, unless another fit is asked for) with LANCZOS (Pillow, premultiplied), composited
+on white. Controls made on the fly come from that very square; control files are read as the runtime reads them.
 
 Augmentation of a photo is the published one: resized until its shorter side is 1.125 times the model's, then a random
 square of the model's size, from wherever in the image, mirrored or not. An image with transparent parts is a drawing:
