@@ -76,7 +76,7 @@ lint: $(DEV_ENV)$(INSTALLED)
 	@$(DEV_ENV)/bin/python -m ruff check .
 	@$(DEV_ENV)/bin/python -m ruff format --check .
 	@$(DEV_ENV)/bin/lint-imports --no-cache
-	@$(DEV_ENV)/bin/clang-format --dry-run --Werror runtime/car_runtime/backends/amx/*.c runtime/car_runtime/backends/amx/*.h
+	@$(DEV_ENV)/bin/clang-format --dry-run --Werror runtime/car_runtime/backends/amx/*.[ch] tests/runtime/native/*.h
 
 types: $(DEV_ENV)$(INSTALLED)
 	@$(DEV_ENV)/bin/python -m mypy

@@ -138,7 +138,8 @@ class VARConfig:
         for name, value in (("width", self.C), ("heads", self.H), ("mlp_ratio", self.mlp_ratio)):
             _require(value >= 1, f"{name} is {value}; it must be at least 1")
         _require(self.C % self.H == 0, f"width {self.C} is not a multiple of heads {self.H}; change one of them")
-        _require(0 <= self.label_dropout < 1, f"label_dropout is {self.label_dropout}; it must be in [0, 1)")
+        for name, rate in (("label_dropout", self.label_dropout), ("drop_path", self.drop_path_rate)):
+            _require(0 <= rate < 1, f"{name} is {rate}; it must be in [0, 1)")
 
     @property
     def C(self) -> int:  # noqa: N802 - the field's symbol

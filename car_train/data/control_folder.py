@@ -15,11 +15,11 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from car_train.data.annotator import Annotator, AnnotatorError, Pixels, UnusableImageError
-from car_train.data.dataset import UNREADABLE, find_images, to_8_bits
+from car_train.data.dataset import SKIPPED, UNREADABLE, to_8_bits, write_skipped
+from car_train.data.folder import find_images
 from car_train.files import written_aside
 
 MARKER = "controls.json"
-SKIPPED = "skipped.txt"
 FORMAT = 1
 
 DEFAULT_SIZE = 256
@@ -69,7 +69,10 @@ def annotate_folder(
     try:
         _claim(output, {"format": FORMAT, **annotator.origin, "size": size or f"up to {DEFAULT_SIZE}"}, overwrite)
         report = _make_all(data, output, images, annotator, size, batch, overwrite)
-        _write_skipped(output / SKIPPED, report.skipped)
+        if report.skipped:
+            write_skipped(output / SKIPPED, report.skipped)
+        else:
+            (output / SKIPPED).unlink(missing_ok=True)
     except OSError as error:
         raise AnnotatorError(_cannot_write(output, error)) from error
     if report.skipped and not report.made + report.present:
@@ -232,13 +235,6 @@ def _write_png(path: Path, control: Pixels) -> None:
 def _write(path: Path, content: bytes) -> None:
     with written_aside(path) as file:
         file.write_bytes(content)
-
-
-def _write_skipped(path: Path, skipped: Sequence[tuple[str, str]]) -> None:
-    if skipped:
-        _write(path, "".join(f"{name}\t{reason}\n" for name, reason in skipped).encode())
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _cannot_write(output: Path, error: OSError) -> str:

@@ -9,8 +9,11 @@ model's size with LANCZOS (Pillow, premultiplied), composited on white. Controls
 square. Stretching is what the runtime does to control images, so what is trained is what will be asked.
 """
 
+from __future__ import annotations
+
 import fnmatch
 import hashlib
+import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,11 +27,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from car_train.data.controls import CONTROL_TYPES, NEEDS_ALPHA, make_control, on_white
-from car_train.errors import UserError
-
-EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-VAL_SHARE = 0.05
-SPLITS = ("train", "val", "all")
+from car_train.data.folder import SPLITS, DataError, ImageFolder, is_image, scan, shown, some
+from car_train.files import write_text
 
 # Augmentation. An image with alpha may shrink and move on transparent ground, as far as it stays whole (many emoji
 # fill their square); an opaque one is only zoomed into, so that no border comes into sight.
@@ -38,19 +38,16 @@ OPAQUE_SCALE = (1.0, 1.2)
 Pixels = NDArray[np.uint8]
 
 
-class DataError(UserError, ValueError):
-    """An image folder cannot be used. The message says which one and ends with the remedy."""
-
-
 class ControlledImages(Dataset[dict[str, Any]]):
     """Images with labels, and with control images if asked for.
 
-    root:         a folder of class folders; labels follow the sorted folder names (`class_names`). Files next to
-                  them are ignored.
+    root:         a folder of class folders, or what `folder.scan` found in it; labels follow the sorted folder names
+                  (`class_names`).
     image_size:   side of the images given out, in pixels.
     split:        "train" (about 95 %), "val" (about 5 %) or "all": by a hash of the file name without extension, so
                   the split is the same on every machine, does not move when images are added, and puts equally
-                  named images of different classes (one emoji in three styles) on the same side.
+                  named images of different classes (one emoji in three styles) on the same side; by the folders
+                  train and val where these are what `root` holds.
     control_type: one of `CONTROL_TYPES`, made on the fly after augmentation. With `control_root`: what the files
                   there show, so that a mirrored normal map has its x turned round.
     control_root: a folder with a control image for every image, but for those that its `skipped.txt` lists.
@@ -63,13 +60,14 @@ class ControlledImages(Dataset[dict[str, Any]]):
     are controls.
 
     Images that cannot be read are left out and listed in a warning: at construction with `preload`, otherwise
-    when met (the next image takes their place). So are, for controls that need one, images without alpha.
+    when met (the next image takes their place, with its own label and control). So are, for controls that need one,
+    images without alpha.
     Raises DataError: no classes, an empty class folder, an empty split, unknown types, a control image missing.
     """
 
     def __init__(
         self,
-        root: str | Path,
+        root: str | Path | ImageFolder,
         image_size: int,
         *,
         split: str = "train",
@@ -84,26 +82,27 @@ class ControlledImages(Dataset[dict[str, Any]]):
             raise DataError(f"no split {split!r}; choose one of: {', '.join(SPLITS)}")
         if control_type is not None and control_type not in CONTROL_TYPES:
             raise DataError(f"no control type {control_type!r}; choose one of: {', '.join(CONTROL_TYPES)}")
-        self.root = Path(root).expanduser()
+        folder = root if isinstance(root, ImageFolder) else scan(root)
+        self.root, self.class_names = folder.root, list(folder.class_names)
         self.image_size = image_size
         self.control_type = control_type
         self.augment = augment
         self.seed = seed
         self.epoch = 0
-        self.class_names, files = find_images(self.root)
         chosen = set(select_classes(classes, self.class_names))
-        files = [(path, label) for path, label in files if label in chosen]
-        self.files = [(path, label) for path, label in files if split == "all" or split_of(path) == split]
+        self.files = [(path, label) for path, label in folder.split(split) if label in chosen]
         if not self.files:
             raise DataError(
-                f"{self.root}: none of {len(files)} images is in split {split!r}; add some, or use split='all'"
+                f"{self.root}: none of {len(folder.files)} images is in split {split!r}; add some (about 1 in 20 is "
+                "for validation), or give validation images of their own: folders train and val in --data, or --val "
+                "(eval: --split all)"
             )
         self.control_files: list[Path] | None = None
         if control_root is not None:
-            folder = Path(control_root).expanduser()
-            without = _left_out(folder)
+            controls = Path(control_root).expanduser()
+            without = read_skipped(controls / SKIPPED)
             self.files = [f for f in self.files if f[0].relative_to(self.root).as_posix() not in without]
-            self.control_files = find_controls(self.root, folder, [path for path, _ in self.files])
+            self.control_files = find_controls(self.root, controls, [path for path, _ in self.files])
         self._images: list[Pixels] | None = None
         self._controls: list[Pixels] | None = None
         if preload:
@@ -119,23 +118,27 @@ class ControlledImages(Dataset[dict[str, Any]]):
         for path, label in self.files:
             status = path.stat()
             facts = f"{path.relative_to(self.root)}\0{label}\0{status.st_size}\0{status.st_mtime_ns}\n"
-            digest.update(facts.encode())
+            digest.update(facts.encode("utf-8", "surrogateescape"))
         return digest.hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.item(index)[1]
+
+    def item(self, index: int) -> tuple[int, dict[str, Any]]:
+        """(i, the item of image i): i is `index`, or the next that can be used. All of an item is of one image i."""
         for k in range(len(self)):
             at = (index + k) % len(self)
             try:
                 image, control = self._load(at)
-                break
             except (*UNREADABLE, DataError) as error:
-                warnings.warn(f"left out: {self.files[at][0]}: {error}", stacklevel=2)
-        else:
-            raise DataError(f"{self.root}: no image can be read; check the files")
-        return self._item(image, control, self.files[at][1], np.random.default_rng([self.seed, self.epoch, index]))
+                warnings.warn(f"left out: {shown(self.files[at][0])}: {error}", stacklevel=3)
+                continue
+            rng = np.random.default_rng([self.seed, self.epoch, at])
+            return at, self._item(image, control, self.files[at][1], rng)
+        raise DataError(f"{self.root}: no image can be read; check the files")
 
     def _item(self, image: Pixels, control: Pixels | None, label: int, rng: np.random.Generator) -> dict[str, Any]:
         size = self.image_size
@@ -162,7 +165,7 @@ class ControlledImages(Dataset[dict[str, Any]]):
         if self.control_files is not None:
             return image, self._read(self.control_files[index], "RGB")
         if self.control_type in NEEDS_ALPHA and not has_alpha(image):
-            raise DataError(f"no alpha channel, which {self.control_type!r} is made from; give control_root")
+            raise DataError(f"no alpha channel, which {self.control_type!r} is made from; give --control-root")
         return image, None
 
     def _read(self, path: Path, mode: str) -> Pixels:
@@ -184,14 +187,14 @@ class ControlledImages(Dataset[dict[str, Any]]):
             try:
                 image, control = self._load(i)
             except (*UNREADABLE, DataError) as error:
-                failed.append(f"{path}: {error}")
+                failed.append(f"{shown(path)}: {error}")
                 continue
             kept.append(i)
             images.append(image)
             if control is not None:
                 controls.append(control)
         if failed:
-            warnings.warn(f"{len(failed)} of {len(self)} images left out:\n" + _some(failed), stacklevel=3)
+            warnings.warn(f"{len(failed)} of {len(self)} images left out:\n" + some(failed), stacklevel=3)
         if not kept:
             raise DataError(f"{self.root}: no image can be used: {failed[0]}; check the files")
         self.files = [self.files[i] for i in kept]
@@ -202,31 +205,6 @@ class ControlledImages(Dataset[dict[str, Any]]):
 
 # What Pillow raises on damaged files.
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-
-
-def find_images(root: Path) -> tuple[list[str], list[tuple[Path, int]]]:
-    """(class names, [(image, label)]) of a folder of class folders, both sorted; without hidden ones.
-
-    Raises DataError: no such folder, no class folders, a class folder without images.
-    """
-    if not root.is_dir():
-        raise DataError(f"{root} is not a folder; give a folder with one sub-folder of images per class")
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not folders:
-        raise DataError(f"{root} has no class folders; put the images of each class in a sub-folder of its own")
-    files: list[tuple[Path, int]] = []
-    empty: list[str] = []
-    for label, folder in enumerate(folders):
-        found = sorted(p for p in folder.rglob("*") if _is_image(p))
-        files += [(path, label) for path in found]
-        if not found:
-            empty.append(folder.name)
-    if empty:
-        raise DataError(
-            f"{root}: class folders without images: {_some(empty, ', ')}; add images "
-            f"({', '.join(sorted(EXTENSIONS))}) or remove the folders"
-        )
-    return [folder.name for folder in folders], files
 
 
 def select_classes(chosen: str | None, names: Sequence[str]) -> list[int]:
@@ -252,7 +230,7 @@ def select_classes(chosen: str | None, names: Sequence[str]) -> list[int]:
         else:
             raise DataError(
                 f"class {part!r} of {chosen!r} isn't there; give names, patterns, numbers up to {len(names) - 1} or "
-                f"ranges, separated by commas; names: {_some(names, ', ')}"
+                f"ranges, separated by commas; names: {some(names, ', ')}"
             )
     if max(numbers) >= len(names):
         raise DataError(f"class {max(numbers)} is out of range; give 0…{len(names) - 1}")
@@ -263,12 +241,25 @@ def select_classes(chosen: str | None, names: Sequence[str]) -> list[int]:
     return sorted(numbers)
 
 
-def _left_out(control_root: Path) -> set[str]:
-    """Images that `python -m car_train controls` could make no control of: one a line, its relative path, a tab."""
-    listed = control_root / "skipped.txt"
-    if not listed.is_file():
+SKIPPED = "skipped.txt"
+"""Of a control folder: the images that `python -m car_train controls` could make no control of."""
+
+
+def write_skipped(path: Path, skipped: Sequence[tuple[str, str]]) -> None:
+    """List (image's relative path, reason), one a line with a tab between; a path that would break that as JSON."""
+    lines = []
+    for name, reason in skipped:
+        plain = name.isprintable() and not name.startswith('"')
+        lines.append(f"{name if plain else json.dumps(name)}\t{' '.join(reason.split())}\n")
+    write_text(path, "".join(lines))
+
+
+def read_skipped(path: Path) -> set[str]:
+    """The relative paths that `write_skipped` listed; none where there is no list."""
+    if not path.is_file():
         return set()
-    return {line.partition("\t")[0] for line in listed.read_text(encoding="utf-8").splitlines()}
+    names = [line.partition("\t")[0] for line in path.read_text(encoding="utf-8").split("\n")]
+    return {str(json.loads(name)) if name.startswith('"') else name for name in names}
 
 
 def find_controls(root: Path, control_root: Path, images: Sequence[Path]) -> list[Path]:
@@ -278,25 +269,15 @@ def find_controls(root: Path, control_root: Path, images: Sequence[Path]) -> lis
     """
     if not control_root.is_dir():
         raise DataError(f"{control_root} is not a folder; give the folder of control images")
-    have = {p.relative_to(control_root).with_suffix(""): p for p in sorted(control_root.rglob("*")) if _is_image(p)}
+    have = {p.relative_to(control_root).with_suffix(""): p for p in sorted(control_root.rglob("*")) if is_image(p)}
     wanted = [p.relative_to(root).with_suffix("") for p in images]
-    missing = [str(w) for w in wanted if w not in have]
+    missing = [shown(w) for w in wanted if w not in have]
     if missing:
         raise DataError(
-            f"{control_root} lacks {len(missing)} of {len(wanted)} control images: {_some(missing, ', ')}; "
+            f"{control_root} lacks {len(missing)} of {len(wanted)} control images: {some(missing, ', ')}; "
             "make them, or remove these images"
         )
     return [have[w] for w in wanted]
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
-
-
-def split_of(path: Path) -> str:
-    """ "train" or "val", from the file's name without folder and extension alone."""
-    digest = hashlib.sha256(path.stem.encode("utf-8")).digest()
-    return "val" if int.from_bytes(digest[:8], "big") < VAL_SHARE * 2**64 else "train"
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
@@ -360,8 +341,3 @@ def crop(pixels: Pixels, box: tuple[float, float, float, float], mirror: bool, s
 def to_float(rgb: Pixels) -> torch.Tensor:
     """uint8 [H, W, 3] in [0, 255] → float32 [3, H, W] in [−1, 1]."""
     return torch.from_numpy(rgb).permute(2, 0, 1).to(torch.float32).div_(127.5).sub_(1).contiguous()
-
-
-def _some(items: Sequence[str], separator: str = "\n", most: int = 10) -> str:
-    more = f"{separator}… and {len(items) - most} more" if len(items) > most else ""
-    return separator.join(items[:most]) + more

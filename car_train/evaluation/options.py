@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from car_train.data.dataset import SPLITS
+from car_train.data.folder import SPLITS
 from car_train.errors import UserError
 from car_train.flags import option
 

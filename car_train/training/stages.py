@@ -16,6 +16,7 @@ from car_train.config import CARConfig, ModelConfig, VARConfig, VQVAEConfig
 from car_train.model import Model
 from car_train.model.car import calibrate_fusion
 from car_train.model.sample import control_pyramid, sample
+from car_train.model.var import ALNG, initialise
 from car_train.model.vqvae import join_tokens, split_tokens
 from car_train.training.distributed import all_batches, any_of_processes, broadcast, mean_over_processes
 from car_train.training.losses import PatchDiscriminator, adaptive_weight, generator_loss, hinge_discriminator_loss
@@ -295,9 +296,12 @@ def new_vqvae(config: VQVAEConfig) -> Model:
     return Model(ModelConfig(vqvae=config))
 
 
-def add_var(model: Model, config: VARConfig, class_names: tuple[str, ...]) -> Model:
-    """A model with a trained tokenizer and a new base."""
+def add_var(model: Model, config: VARConfig, class_names: tuple[str, ...], alng: float = ALNG) -> Model:
+    """A model with a trained tokenizer and a new base, its AdaLN initialised with `alng` (`initialise`)."""
     grown = Model(ModelConfig(vqvae=model.config.vqvae, var=config, class_names=class_names))
+    if alng != ALNG:
+        assert grown.car is not None
+        initialise(grown.car.base, alng)
     grown.vqvae = model.vqvae
     return grown
 

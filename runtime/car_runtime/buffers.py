@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
@@ -110,9 +110,10 @@ class LoopBuffers:
             self._backend.write(self._known, self._scale_major(request.known))
             self._backend.write(self._known_mask, self._scale_major(request.known_mask))
             loaded.edited = edited
-        if (request.sampling, request.schedule) != loaded.sampling:
-            self._write_sampling(request.sampling, request.schedule)
-            loaded.sampling = (request.sampling, request.schedule)
+        sampling = request.sampling if request.guided else replace(request.sampling, cfg=0.0)
+        if (sampling, request.schedule) != loaded.sampling:
+            self._write_sampling(sampling, request.schedule)
+            loaded.sampling = (sampling, request.schedule)
         self.drawn = request.schedule.drawn
         spare = self.row_count > self.batch and not self._backend.guided_only
         self.unguided_from = request.schedule.unguided_from if spare else None

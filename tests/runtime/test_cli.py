@@ -236,6 +236,15 @@ def test_version_and_help_succeed(flag: str, says: str, capsys: pytest.CaptureFi
         ([*GIVEN, "--tokens", "t.txt"], "the token file is 't.txt'"),
         ([*GIVEN, "--tokens", "no/t.npz"], "the output's directory 'no' does not exist"),
         ([*GIVEN, "--preview", "../in/edges.png"], "is a file; name a directory"),
+        (
+            [*GIVEN, "--preview", "../in", "-o", "../in/scale-02.png"],
+            "is the file '../in/scale-02.png' of -o; choose",
+        ),
+        ([*GIVEN, "--preview", "a.png", "-o", "a.png"], "'a.png' of --preview is the file 'a.png' of -o"),
+        (
+            ["verify", "../in/car.plan", "-o", "../in/car.plan/manifest.json"],
+            "would replace the input; choose another -o",
+        ),
         ([*GIVEN, "--preview", "no/steps"], "the output's directory 'no' does not exist"),
         ([*GIVEN, "--photo", "../in/edges.png"], "argument --photo: not allowed with argument --control"),
         (CAR, "follows a control image of type 'canny' and none was given; give control=…, on the command line"),
@@ -266,6 +275,29 @@ def test_what_cannot_be_used_is_said_in_one_line(
     assert "; " in err
     assert err.count("\n") == 1
     assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("given", ["--control", "--photo"])
+@pytest.mark.parametrize("how", ["itself", "link", "linked folder"])
+def test_a_preview_never_replaces_the_input(
+    here: Path, built: Path, given: str, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "steps").mkdir()
+    source = here / "steps" / "1-scale-02.png"
+    if how == "link":
+        shutil.copy(built / "edges.png", here / "edges.png")
+        source.symlink_to(here / "edges.png")
+        source = here / "edges.png"
+    else:
+        shutil.copy(built / "edges.png", source)
+    if how == "linked folder":
+        (here / "also").symlink_to(here / "steps")
+    before = source.read_bytes()
+    preview = "also" if how == "linked folder" else "steps"
+    assert main([*CAR, given, str(source), "-n", "2", "--preview", preview]) == 2
+    assert "would replace the input; choose another --preview" in capsys.readouterr().err
+    assert source.read_bytes() == before
+    assert main([*CAR, given, str(source), "-n", "2", "--preview", preview, "--stop-after", "1"]) == 0
 
 
 @pytest.mark.parametrize("damage", ["truncated", "edited", "missing", "newer", "broken json"])

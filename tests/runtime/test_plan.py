@@ -109,6 +109,25 @@ def test_control_class_seed_and_settings_all_matter(plan: Plan) -> None:
         assert (other.tokens != base).any()
 
 
+def test_without_a_class_no_guidance_rows_run(plan: Plan, var: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both kinds would be "no class": half of the work, for the tokens that cfg 0 draws."""
+    for opened, control in ((plan, CONTROL), (var, None)):
+        rows: list[int] = []
+        run = opened._backend.run
+
+        def counting(graph: str, inputs: Any, outputs: Any, run: Any = run, rows: list[int] = rows) -> None:
+            rows.extend([inputs["x"].shape[0]] if graph == "step" else [])
+            run(graph, inputs, outputs)
+
+        monkeypatch.setattr(opened._backend, "run", counting)
+        classless = opened.generate(control, seed=3, n=2, cfg=4)
+        assert rows == [2] * len(SIDES)
+        assert (classless.tokens == opened.generate(control, seed=3, n=2, cfg=0).tokens).all()
+        assert rows == [2] * 2 * len(SIDES)
+        opened.generate(control, 0, seed=3, n=2, cfg=4)
+        assert rows[-len(SIDES) :] == [4] * len(SIDES)
+
+
 def test_an_image_depends_on_its_seed_and_not_on_its_batch(plan: Plan) -> None:
     together = plan.generate(CONTROL, 1, seed=20, n=7)
     assert together.request.seeds == tuple(range(20, 27))
@@ -445,16 +464,16 @@ class _DeviceBackend:
         self._host.close()
 
 
-@pytest.mark.parametrize("cfg", [0.0, 3.0])
+@pytest.mark.parametrize(("cfg", "label"), [(0.0, 1), (3.0, 1), (3.0, None)])
 @pytest.mark.parametrize("batches", [(1,), (1, 2), (1, 4)], ids=str)
 def test_the_loop_needs_no_more_of_a_backend_than_the_protocol(
-    plan: Plan, root: Path, batches: tuple[int, ...], cfg: float
+    plan: Plan, root: Path, batches: tuple[int, ...], cfg: float, label: int | None
 ) -> None:
     """Nor does an image depend on the sizes of batches, or on guidance rows that guide nothing."""
-    expected = plan.generate(CONTROL, 1, seed=3, n=5, cfg=cfg)
+    expected = plan.generate(CONTROL, label, seed=3, n=5, cfg=cfg)
     device = Plan(root, plan.manifest, _DeviceBackend(root, plan.manifest, batches), "a test")
-    result = device.generate(CONTROL, 1, seed=3, n=5, cfg=cfg)
+    result = device.generate(CONTROL, label, seed=3, n=5, cfg=cfg)
     assert (result.tokens == expected.tokens).all()
     assert (result.images == expected.images).all()
-    assert (list(device.stream(CONTROL, 1, seed=3, cfg=cfg))[-1].preview() == expected.images[:1]).all()
+    assert (list(device.stream(CONTROL, label, seed=3, cfg=cfg))[-1].preview() == expected.images[:1]).all()
     device.close()

@@ -136,10 +136,10 @@ def test_every_scale_is_given_the_guidance_asked_for(plan: Plan, monkeypatch: py
         run(graph, inputs, outputs)
 
     monkeypatch.setattr(plan._backend, "run", watching)
-    plan.generate(CONTROL, cfg=3)
-    plan.generate(CONTROL, cfg=3, cfg_scales=1)
-    plan.generate(CONTROL, cfg=2, cfg_scales="1-")
-    plan.generate(CONTROL, cfg=2)
+    plan.generate(CONTROL, 0, cfg=3)
+    plan.generate(CONTROL, 0, cfg=3, cfg_scales=1)
+    plan.generate(CONTROL, 0, cfg=2, cfg_scales="1-")
+    plan.generate(CONTROL, 0, cfg=2)
     assert given == [3, 3, 3, 0, 3, 0, 0, 2, 2, 2, 2, 2]
 
 
@@ -184,7 +184,7 @@ def test_each_scale_is_drawn_as_with_its_own_guidance_throughout(
 def test_guidance_rows_go_after_the_last_guided_scale(
     plan: Plan, rows: list[int], settings: dict[str, Any], wanted: list[int]
 ) -> None:
-    plan.generate(CONTROL, n=2, **settings)
+    plan.generate(CONTROL, 0, n=2, **settings)
     assert rows == wanted
 
 
@@ -221,9 +221,9 @@ def test_the_past_of_the_first_rows_is_copied_once(plan: Plan, monkeypatch: pyte
         copy(source, target)
 
     monkeypatch.setattr(plan._backend, "copy_rows", counting)
-    plan.generate(CONTROL, n=2, cfg_scales="-0")
+    plan.generate(CONTROL, 0, n=2, cfg_scales="-0")
     assert copied == 2 * LAYERS * [((STARTS[1], 4, H, D), (STARTS[1], 2, H, D))]
-    plan.generate(CONTROL, n=2)
+    plan.generate(CONTROL, 0, n=2)
     assert len(copied) == 2 * LAYERS
 
 

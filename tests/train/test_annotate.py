@@ -30,7 +30,8 @@ from car_train.data.annotator import (
 from car_train.data.annotator_net import AnnotatorNet, normals_to_pixels
 from car_train.data.control_folder import annotate_folder, read_image
 from car_train.data.controls import CONTROL_TYPES, NEEDS_ALPHA, make_control, on_white
-from car_train.data.dataset import ControlledImages, DataError
+from car_train.data.dataset import ControlledImages
+from car_train.data.folder import DataError
 from car_train.data.pretrained import WeightsError
 from car_train.files import sha256
 from fixtures.random_images import drawing

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from car_runtime.controls import derive
 from car_train.data.controls import make_control
-from car_train.data.dataset import ControlledImages, DataError, random_box, select_classes, split_of
+from car_train.data.dataset import ControlledImages, random_box, select_classes
+from car_train.data.folder import DataError, split_of
 from fixtures.random_images import drawing
 
 NAMES = [f"thing-{i}" for i in range(12)]
@@ -304,7 +305,8 @@ def test_folders_that_are_no_image_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     held_out = next(i for i in range(1000) if split_of(Path(f"{i}.png")) == "val")
     drawing(0).save(tmp_path / "one" / f"{held_out}.png")
-    with pytest.raises(DataError, match=r"none of 1 images is in split 'train'.*split='all'"):
+    advice = r"none of 1 images is in split 'train'; add some.* or --val \(eval: --split all\)"
+    with pytest.raises(DataError, match=advice):
         ControlledImages(tmp_path, 16)
 
 

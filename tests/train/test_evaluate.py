@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw
 
 from car_train import checkpoint
 from car_train.data.controls import make_control
-from car_train.data.dataset import ControlledImages, DataError
+from car_train.data.dataset import ControlledImages
+from car_train.data.folder import DataError
 from car_train.data.pretrained import DEFAULT_ROOT as WEIGHTS_ROOT
 from car_train.evaluation import evaluate
 from car_train.evaluation.controls import control_maker, silhouette

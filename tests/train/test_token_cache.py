@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from car_train.data.dataset import ControlledImages, DataError
+from car_train.data.dataset import ControlledImages
+from car_train.data.folder import DataError
 from car_train.model.vqvae import join_tokens
 from car_train.training.token_cache import MARKER, CachedTokens, open_cache
 from fixtures.small import small_model
@@ -130,3 +136,78 @@ def test_a_full_disk_says_how_much_is_needed(
     with pytest.raises(DataError, match="MiB: free some space"):
         open_cache(images(image_folder), small_model().vqvae, views=1, root=tmp_path / "tokens")
     assert list((tmp_path / "tokens").iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:left out")
+def test_all_of_a_cached_item_is_of_one_image(tmp_path: Path) -> None:
+    """Of every third image no depth can be made, and one can't be read: the next takes its place as a whole."""
+    for i in range(24):
+        image = Image.new("RGBA", (24, 24), (250, 250, 250, 255) if i % 3 == 2 else (0, 0, 0, 0))
+        ImageDraw.Draw(image).ellipse([3, 3 + i % 5, 9 + i // 2, 20], fill=(10 * i, 90, 240 - 10 * i, 255))
+        path = tmp_path / "pictures" / "ab"[i // 12] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    (tmp_path / "pictures" / "a" / "04.png").write_bytes(b"no image")
+    vqvae = small_model().vqvae
+    data = images(tmp_path / "pictures", control_type="depth", preload=False)
+    cached = CachedTokens(data, open_cache(data, vqvae, views=2, root=tmp_path / "tokens"))
+    cached.set_epoch(1)
+    for i in range(24):
+        at, whole = data.item(i)
+        assert at == i or i % 3 == 2 or i == 4
+        assert torch.equal(cached[i]["control"], whole["control"])
+        assert torch.equal(cached[i]["tokens"], join_tokens(vqvae.encode(whole["image"][None]))[0])
+        assert cached[i]["label"] == whole["label"] == data.files[at][1]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 64 KB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if os.name != "posix" or os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs root and tmpfs")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_is_too_small_is_met_before_anything_is_encoded(pictures: Path, small_disk: Path) -> None:
+    """In a process of its own: a memory map of a sparse file would end it by SIGBUS."""
+    code = f"""
+import torch
+from pathlib import Path
+from car_train.data.dataset import ControlledImages
+from car_train.data.folder import DataError
+from car_train.training.token_cache import open_cache
+from fixtures.small import small_model
+
+def never(_):
+    raise AssertionError("encoded")
+
+data = ControlledImages({str(pictures)!r}, 20, split="all", augment=True)
+try:
+    open_cache(data, small_model().vqvae, views=500, root=Path({str(small_disk)!r}), encode=never)
+except DataError as error:
+    print(error)
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "MiB: free some space, or give another folder (--token-root)" in done.stdout
+    assert list(small_disk.iterdir()) == []
+
+
+def test_a_file_system_that_cannot_allocate_is_written_to_all_the_same(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    vqvae = small_model().vqvae
+    plain = open_cache(images(pictures), vqvae, views=2, root=tmp_path / "plain")
+    monkeypatch.setattr(os, "posix_fallocate", refuse, raising=False)
+    other = open_cache(images(pictures), vqvae, views=2, root=tmp_path / "other")
+    np.testing.assert_array_equal(plain.tokens, other.tokens)

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from car_train import checkpoint
 from car_train.cli import main
-from car_train.data.dataset import split_of
+from car_train.data.folder import split_of
 from car_train.training.ema import EMA
 from car_train.training.optimizer import learning_rate, parameter_groups
 from car_train.training.options import TrainOptions
@@ -278,16 +278,15 @@ def test_the_learning_rate_of_the_papers_grows_with_the_batch(images: Path, tmp_
     assert records(tmp_path / "run")[-1]["lr"] == pytest.approx(0.001)
 
 
-def test_only_matrices_decay(runs: Path) -> None:
+def test_matrices_and_the_class_embedding_decay(runs: Path) -> None:
     model = checkpoint.load(runs / "car")
     assert model.car is not None
     base = model.car.base.requires_grad_(True)
     decayed, free = (group["params"] for group in parameter_groups(base, 0.1))
     names = {id(p): name for name, p in base.named_parameters()}
-    assert "blocks.0.mlp.fc1.weight" in {names[id(p)] for p in decayed}
-    assert {"pos_LC", "level_KC", "class_embedding.weight", "blocks.1.attn.log_scale_H", "head.bias"} <= {
-        names[id(p)] for p in free
-    }
+    published = {"blocks.0.mlp.fc1.weight", "class_embedding.weight", "word_embedding.weight"}
+    assert published <= {names[id(p)] for p in decayed}
+    assert {"pos_LC", "level_KC", "blocks.1.attn.log_scale_H", "head.bias"} <= {names[id(p)] for p in free}
 
 
 def test_an_ema_is_what_its_formula_says() -> None:

@@ -12,6 +12,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from car_runtime import __version__
+from car_runtime.cli.errors import note
 from car_runtime.cli.options import (
     GROUPS,
     Parser,
@@ -21,6 +22,7 @@ from car_runtime.cli.options import (
     add_threads_flag,
     settings_of,
 )
+from car_runtime.cli.outputs import check_distinct
 from car_runtime.config import GenerationConfig
 from car_runtime.errors import OutputError, RequestError
 
@@ -121,11 +123,12 @@ def generate(args: argparse.Namespace, root: Path, manifest: Manifest, began: fl
     from car_runtime.request import resolve
 
     request = resolve(manifest, GenerationConfig(**settings_of(args) | {"control": _control(args, manifest)}))
-    paths = _output_paths(args)
+    paths = _image_paths(args)
+    _check_outputs(args, root, manifest, paths, request.schedule.drawn)
     timings = {"read": perf_counter() - began}
     with open_plan(root, args.backend, threads=args.threads, verify=not args.no_verify) as plan:
         timings["open"] = perf_counter() - began - timings["read"]
-        print(f"car-run: {manifest.name} on {plan.backend_name} ({plan.why})", file=sys.stderr)
+        note(f"car-run: {manifest.name} on {plan.backend_name} ({plan.why})")
         progress = _Progress(args, request.schedule.drawn)
         result = plan.generate(request, on_scale=progress if progress.wanted else None)
         backend = {"name": plan.backend_name, "why": plan.why}
@@ -149,7 +152,7 @@ def generate(args: argparse.Namespace, root: Path, manifest: Manifest, began: fl
 def _control(args: argparse.Namespace, manifest: Manifest) -> Source | None:
     """The control image as given, or derived from the photo; None where neither is given."""
     given = args.control if args.photo is None else args.photo
-    source: Source | None = io.BytesIO(sys.stdin.buffer.read()) if given == "-" else given
+    source: Source | None = _stdin() if given == "-" else given
     if args.photo is None or source is None or manifest.model.control_type is None:
         return source
     from car_runtime.controls import derive
@@ -158,8 +161,14 @@ def _control(args: argparse.Namespace, manifest: Manifest) -> Source | None:
     return derive(open_image(source), manifest.model.control_type, manifest.model.image_size)
 
 
+def _stdin() -> io.BytesIO:
+    if sys.stdin is None:
+        raise RequestError("the image is to come from stdin, which is closed; pipe it in, or name a file")
+    return io.BytesIO(sys.stdin.buffer.read())
+
+
 def _print_classes(manifest: Manifest, as_json: bool) -> None:
-    names = manifest.model.class_names
+    names = manifest.model.names
     if names is None:
         last = manifest.model.classes - 1
         raise RequestError(f"the plan {manifest.name!r} has no class names; give an index, 0…{last}")
@@ -169,7 +178,7 @@ def _print_classes(manifest: Manifest, as_json: bool) -> None:
 
 def _settings_report(manifest: Manifest, request: Request) -> dict[str, Any]:
     """Class, sampling settings and what isn't exact, such that giving them again makes the same image."""
-    names, index = manifest.model.class_names, request.label
+    names, index = manifest.model.names, request.label
     known = index < manifest.model.classes
     return {
         "class": {"index": index, "name": names[index] if names else None} if known else None,
@@ -180,30 +189,43 @@ def _settings_report(manifest: Manifest, request: Request) -> dict[str, Any]:
     }
 
 
-def _output_paths(args: argparse.Namespace) -> list[Path]:
-    """Where the images go, having seen that everything can be written and that no input would be replaced."""
+def _image_paths(args: argparse.Namespace) -> list[Path]:
+    """Where the images go."""
+    output: Path = args.output
+    return [output] if args.n == 1 else [output.with_name(f"{output.stem}-{i}.png") for i in range(args.n)]
+
+
+def _preview_path(directory: Path, n: int, i: int, scale: int) -> Path:
+    """The file of image i of n after a scale."""
+    return directory / (("" if n == 1 else f"{i}-") + f"scale-{scale:02d}.png")
+
+
+def _check_outputs(
+    args: argparse.Namespace, root: Path, manifest: Manifest, paths: Sequence[Path], scales: int
+) -> None:
+    """See that everything can be written, each to a file of its own, and that no input would be replaced."""
+    from car_runtime.format.manifest import MANIFEST
     from car_runtime.images import check_writable
 
-    output: Path = args.output
-    paths = [output] if args.n == 1 else [output.with_name(f"{output.stem}-{i}.png") for i in range(args.n)]
-    results = [*paths, *([_grid_path(args)] if args.grid else []), *([args.tokens] if args.tokens else [])]
-    source = args.control or args.photo
-    for path in results:
-        if source not in (None, "-") and path.resolve() == Path(source).resolve():
-            raise OutputError(f"the output {str(path)!r} would replace the input; choose another -o")
+    results = [("-o", path) for path in paths]
+    results += [("--grid", _grid_path(args))] if args.grid else []
+    results += [("--tokens", args.tokens)] if args.tokens else []
+    previews: list[tuple[str, Path]] = []
+    if args.preview is not None:
+        if args.preview.exists() and not args.preview.is_dir():
+            raise OutputError(f"--preview {str(args.preview)!r} is a file; name a directory")
+        previews = [("--preview", args.preview)]
+        previews += [
+            ("--preview", _preview_path(args.preview, args.n, i, k)) for i in range(args.n) for k in range(scales)
+        ]
+    given = args.control or args.photo
+    inputs = [root / name for name in (MANIFEST, *manifest.files)]
+    check_distinct([*results, *previews], inputs if given in (None, "-") else [Path(given), *inputs])
+    for _, path in results:
         if path in (paths[0], args.tokens) or path.is_dir():
             check_writable(path)
     if args.preview is not None:
-        _make_preview_directory(args.preview)
-    return paths
-
-
-def _make_preview_directory(directory: Path) -> None:
-    from car_runtime.images import check_writable
-
-    if directory.exists() and not directory.is_dir():
-        raise OutputError(f"--preview {str(directory)!r} is a file; name a directory")
-    check_writable(directory / "preview.png" if directory.exists() else directory)
+        check_writable(args.preview / "preview.png" if args.preview.exists() else args.preview)
 
 
 def _grid_path(args: argparse.Namespace) -> Path:
@@ -227,7 +249,7 @@ class _Progress:
             S, of = result.tokens.shape[-1], result.images
             which = f"image {of.start}" if len(of) == 1 else f"images {of.start}-{of.stop - 1}"
             line = f"{which}: scale {result.index + 1}/{self._scales}, {S}×{S} tokens, {result.seconds:.2f} s"
-            print(f"car-run: {line}", file=sys.stderr)
+            note(f"car-run: {line}")
         if self._directory is not None:
             self._write_previews(self._directory, result)
 
@@ -235,8 +257,7 @@ class _Progress:
         from car_runtime.images import png_bytes, write_files
 
         directory.mkdir(exist_ok=True)
-        names = [("" if self._n == 1 else f"{i}-") + f"scale-{result.index:02d}.png" for i in result.images]
-        paths = [directory / name for name in names]
+        paths = [_preview_path(directory, self._n, i, result.index) for i in result.images]
         write_files({path: png_bytes(image) for path, image in zip(paths, result.preview(), strict=True)})
         self.written += paths
 

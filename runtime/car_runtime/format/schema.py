@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from car_runtime.errors import PlanError
+from car_runtime.format.imagenet import CLASSES, imagenet_names
 from car_runtime.format.typed_json import REST
 
 FORMAT = 1
@@ -54,6 +55,11 @@ class Model:
     """The kind of control image ("canny", "depth", …); None in a VAR plan."""
     cache_layers: int
     """Number of K/V pairs: base blocks first, then the control branch's."""
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """Names of the classes: `class_names` or, of a plan with 1,000 classes and no names, ImageNet's."""
+        return imagenet_names() if self.class_names is None and self.classes == CLASSES else self.class_names
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
