@@ -27,6 +27,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,11 @@ def evaluate(
             "pictures": len(order),
             "classes": options.classes or "all",
         },
-        "options": {k: getattr(options, k) for k in ("seed", "cfg", "top_k", "top_p", "batch", "limit", "per_class")},
+        "options": {
+            "seed": options.seed,
+            **asdict(options.sampling(run.config.vocab)),
+            **{k: getattr(options, k) for k in ("batch", "limit", "per_class")},
+        },
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
         **run.report(data.class_names),
     }

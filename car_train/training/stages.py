@@ -18,6 +18,7 @@ from car_train.model.car import calibrate_fusion
 from car_train.model.sample import control_pyramid, sample
 from car_train.model.var import ALNG, initialise
 from car_train.model.vqvae import join_tokens, split_tokens
+from car_train.sampling import CAR
 from car_train.training.distributed import all_batches, any_of_processes, broadcast, mean_over_processes
 from car_train.training.losses import PatchDiscriminator, adaptive_weight, generator_loss, hinge_discriminator_loss
 from car_train.training.perceptual import Perceptual
@@ -262,9 +263,9 @@ class TransformerStage(Stage):
             batch["label"],
             uniforms,
             controls,
-            cfg=2.0,
-            top_k=config.vocab // 4,
-            top_p=0.9,
+            cfg=CAR.cfg,
+            top_k=min(CAR.top_k, config.vocab),
+            top_p=CAR.top_p,
         )
         given = {"control": controls[-1]} if controls else {}
         return {**given, "drawn": drawn, "real": batch["image"]}

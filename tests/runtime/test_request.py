@@ -39,6 +39,19 @@ def test_defaults_come_from_the_plan_and_fit_its_vocabulary(manifest: Manifest) 
     assert (sampling.cfg, sampling.top_k, sampling.top_p) == (1.5, V, 0.95)
 
 
+def test_a_preset_is_where_what_is_not_given_comes_from(manifest: Manifest) -> None:
+    def drawn(**settings: Any) -> tuple[float, int, float]:
+        sampling = ask(manifest, **settings).sampling
+        return sampling.cfg, sampling.top_k, sampling.top_p
+
+    assert drawn(preset="car") == (4.0, V, 0.95)
+    assert drawn(preset="var-fid") == (1.5, V, 0.96)
+    assert drawn(preset="plan") == drawn() == (1.5, V, 0.95)
+    assert drawn(preset="car", cfg=1, top_k=3, top_p=0) == (1.0, 3, 0.0)
+    with pytest.raises(RequestError, match="there is no preset 'cra'; choose plan, car, var-fid"):
+        drawn(preset="cra")
+
+
 @pytest.mark.parametrize(
     ("settings", "top_k", "top_p_input"),
     [

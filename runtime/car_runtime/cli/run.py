@@ -186,6 +186,7 @@ def _settings_report(manifest: Manifest, request: Request) -> dict[str, Any]:
         "top_k": request.sampling.top_k,
         "top_p": request.sampling.top_p,
         "schedule": request.schedule.settings(),
+        **({"more_smooth": True} if request.more_smooth else {}),
     }
 
 

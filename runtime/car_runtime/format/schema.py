@@ -206,6 +206,11 @@ class Manifest:
         """L, the tokens of one image over all scales."""
         return self.scales[-1].stop
 
+    @property
+    def more_smooth(self) -> bool:
+        """Whether the step can mix codes by noise: it then has the inputs `smooth` and `smooth_noise`."""
+        return any(port.name == "smooth" for port in self.graphs["step"].inputs)
+
     def __post_init__(self) -> None:
         _require(self.format == FORMAT, f"format is {self.format}, but this version writes {FORMAT}")
         _require(bool(self.name.strip()), f"name is {self.name!r}, but must not be empty")
