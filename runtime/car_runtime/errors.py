@@ -40,6 +40,28 @@ class RunError(CarError):
     """The engine failed while running a graph."""
 
 
-def one_line(error: BaseException) -> str:
-    """An error's message without line breaks, or its type."""
-    return " ".join(str(error).split()) or type(error).__name__
+LINE = 300
+"""Characters of an error line. What a file says may be of any length, and a terminal shows all of it."""
+
+
+def printable(text: str) -> str:
+    """A text of a file as a terminal may show it: what would steer it is escaped, as in "\\x1b[2J"."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def one_line(error: object) -> str:
+    """An error's message on one line of at most `LINE` characters, printable; or its type where it has none.
+
+    A longer one is shortened before its remedy, the part after the last semicolon.
+    """
+    text = printable(" ".join(str(error).split())) or type(error).__name__
+    if len(text) <= LINE:
+        return text
+    problem, semicolon, remedy = text.rpartition(";")
+    if not semicolon or len(remedy) > LINE // 2:
+        return text[: LINE - 1] + "…"
+    return f"{problem[: LINE - len(remedy) - 2]}…;{remedy}"
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode() if character != " " else character

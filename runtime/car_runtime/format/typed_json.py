@@ -21,6 +21,7 @@ REST = {"rest": True}
 """Metadata of the one dictionary field that takes the keys which the other fields leave."""
 _EXACT = 2**53
 """Integers below this are exact as floats."""
+_LARGEST = 2**63
 _NAMES: dict[Any, str] = {
     int: "an integer",
     float: "a finite number",
@@ -102,6 +103,8 @@ class Value:
 
     def _typed(self, kind: Any) -> Any:
         value = self.raw
+        if type(value) is int and abs(value) >= _LARGEST:
+            self.refuse(f"{self.path or 'the whole'} is an integer of {value.bit_length()} bits, of at most 63")
         if kind is float and type(value) is int and abs(value) < _EXACT:
             value = float(value)
         if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
