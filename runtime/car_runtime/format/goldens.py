@@ -85,6 +85,9 @@ def _read_arrays(data: bytes, manifest: Manifest) -> dict[str, NDArray[Any]]:
     arrays: dict[str, NDArray[Any]] = {}
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = {one.filename for one in archive.infolist()}
+        unknown = members - {f"{name}.npy" for name in _expected(manifest)}
+        if unknown:
+            raise PlanError(f"{GOLDENS} also has {printable(min(unknown)):.40}; export the plan again")
         kept = 1
         for name, (dtype, shape) in _expected(manifest).items():
             if f"{name}.npy" not in members:

@@ -34,6 +34,7 @@ from car_runtime.format.schema import (
     Scale,
     Tensor,
 )
+from car_runtime.format.sizes import problem_with_sizes
 from car_runtime.format.typed_json import parse_json
 from car_runtime.system.files import write_atomically
 
@@ -105,7 +106,11 @@ def parse_manifest(text: str | bytes) -> Manifest:
         raise PlanError(
             f"{MANIFEST}: format is {version}, but this car_runtime reads up to {FORMAT}; upgrade car_runtime"
         )
-    return whole.read(Manifest)
+    manifest = whole.read(Manifest)
+    problem = problem_with_sizes(manifest)
+    if problem is not None:
+        raise PlanError(f"{MANIFEST}: {problem}; {REMEDY}")
+    return manifest
 
 
 def write_manifest(root: str | os.PathLike[str], manifest: Manifest) -> None:

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from car_runtime.errors import PlanError
-from car_runtime.format.sizes import problem_with_sizes
 from car_runtime.format.typed_json import REST
 
 FORMAT = 1
@@ -48,12 +47,6 @@ DIMENSION = 2**24
 NAME = 200
 """Characters of a plan's, a class's or a dimension's name."""
 FILE_BYTES = 2**44
-SPARE_BYTES = 512 * 1024 * 1024
-"""One image's buffers take at most this and `BUFFERS_PER_WEIGHTS` times the bytes of weights.bin.
-
-A d16's take 270 MB, and its weights 2.5 GB.
-"""
-BUFFERS_PER_WEIGHTS = 8
 _FILE_NAME = re.compile(r"(engines/)?[A-Za-z0-9_][A-Za-z0-9_.+-]*", re.ASCII)
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
@@ -239,8 +232,6 @@ class Manifest:
         _check_files(self)
         _check_tensors(self)
         _check_graphs(self)
-        problem = problem_with_sizes(self, SPARE_BYTES, BUFFERS_PER_WEIGHTS, self.files[WEIGHTS].bytes)
-        _require(problem is None, problem or "")
 
     def to_json(self) -> str:
         """The manifest as the text of manifest.json."""

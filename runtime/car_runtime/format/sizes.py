@@ -7,18 +7,24 @@ past its end. Letters as in docs/reference/plan-format.md.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from car_runtime.format.schema import Manifest, Port
+from car_runtime.format.schema import WEIGHTS, Manifest, Port
 
+SPARE_BYTES = 512 * 1024 * 1024
+"""One image's buffers take at most this and `BUFFERS_PER_WEIGHTS` times the bytes of weights.bin.
+
+A d16's take 270 MB, and its weights 2.5 GB.
+"""
+BUFFERS_PER_WEIGHTS = 8
 Shape = tuple[int | None, ...]
 """None: a dimension that may have any size."""
 
 
-def problem_with_sizes(manifest: Manifest, spare_bytes: int, per_weights: int, weight_bytes: int) -> str | None:
+def problem_with_sizes(
+    manifest: Manifest, spare_bytes: int = SPARE_BYTES, per_weights: int = BUFFERS_PER_WEIGHTS
+) -> str | None:
     """What disagrees first; None if nothing does."""
-    return next(iter(_problems(manifest, spare_bytes + per_weights * weight_bytes)), None)
+    return next(iter(_problems(manifest, spare_bytes + per_weights * manifest.files[WEIGHTS].bytes)), None)
 
 
 def _problems(manifest: Manifest, limit: int) -> Iterator[str]:
