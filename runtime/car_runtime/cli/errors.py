@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from car_runtime.errors import UserError
+from car_runtime.errors import UserError, error_line
 
 
 def run_command(prog: str, run: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
@@ -42,5 +42,5 @@ def run_command(prog: str, run: Callable[[Sequence[str]], int], arguments: Seque
 
 
 def _fail(prog: str, error: object, code: int) -> int:
-    print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"{prog}: error: {error_line(error)}", file=sys.stderr)
     return code

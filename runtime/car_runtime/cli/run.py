@@ -22,7 +22,7 @@ from car_runtime.cli.options import (
     settings_of,
 )
 from car_runtime.config import GenerationConfig
-from car_runtime.errors import OutputError, RequestError
+from car_runtime.errors import OutputError, RequestError, printable
 
 if TYPE_CHECKING:
     from car_runtime.format.manifest import Manifest
@@ -125,7 +125,7 @@ def generate(args: argparse.Namespace, root: Path, manifest: Manifest, began: fl
     timings = {"read": perf_counter() - began}
     with open_plan(root, args.backend, threads=args.threads, verify=not args.no_verify) as plan:
         timings["open"] = perf_counter() - began - timings["read"]
-        print(f"car-run: {manifest.name} on {plan.backend_name} ({plan.why})", file=sys.stderr)
+        print(f"car-run: {printable(manifest.name)} on {plan.backend_name} ({plan.why})", file=sys.stderr)
         progress = _Progress(args, request.schedule.drawn)
         result = plan.generate(request, on_scale=progress if progress.wanted else None)
         backend = {"name": plan.backend_name, "why": plan.why}
@@ -163,7 +163,7 @@ def _print_classes(manifest: Manifest, as_json: bool) -> None:
     if names is None:
         last = manifest.model.classes - 1
         raise RequestError(f"the plan {manifest.name!r} has no class names; give an index, 0…{last}")
-    print(json.dumps({"classes": list(names)}) if as_json else "\n".join(f"{i}\t{s}" for i, s in enumerate(names)))
+    print(json.dumps({"classes": list(names)}) if as_json else "\n".join(f"{i}\t{printable(s)}" for i, s in enumerate(names)))
     sys.stdout.flush()
 
 

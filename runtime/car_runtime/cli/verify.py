@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from car_runtime.cli.options import add_backend_flag, add_threads_flag, subcommand
+from car_runtime.errors import printable, printable_lines
 
 ABOUT = "Compare a plan on this machine with what PyTorch computed when it was exported, and measure it."
 EXAMPLES = """examples:
@@ -52,13 +53,13 @@ def run(arguments: Sequence[str]) -> int:
         check_writable(args.output)
     settings = {"threads": args.threads, "warmup": args.warmup, "runs": args.runs, "batches": args.batch}
     report = verify(args.plan, args.backend, **settings, log=_log)
-    text = json.dumps(report, allow_nan=False, ensure_ascii=False)
     if args.output is not None:
-        write_files({args.output: f"{text}\n".encode()})
-    print(table(report), file=sys.stderr)
+        write_files({args.output: f"{json.dumps(report, allow_nan=False, ensure_ascii=False)}\n".encode()})
+    print(printable_lines(table(report)), file=sys.stderr)
+    text = json.dumps(report, allow_nan=False)
     print(text if args.json else args.output or ("passed" if report["passed"] else "failed"), flush=True)
     return 0 if report["passed"] else 1
 
 
 def _log(line: str) -> None:
-    print(f"car-run: {line}", file=sys.stderr, flush=True)
+    print(f"car-run: {printable(line)}", file=sys.stderr, flush=True)
