@@ -65,7 +65,7 @@ def open_closed_streams() -> None:
 
 
 def note(line: str) -> None:
-    """A line on stderr, or several, without characters that a terminal obeys. Nobody reading it is no reason to stop."""
+    """A line on stderr, or several, without characters that a terminal obeys. It is no failure if nobody reads it."""
     try:
         print(printable_lines(line), file=sys.stderr, flush=True)
     except OSError:
