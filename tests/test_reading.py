@@ -152,7 +152,7 @@ def test_a_control_file_with_alpha_is_one_image_in_training_and_runtime(
 
 
 @pytest.mark.parametrize(("fit", "width", "height"), [("crop", 85, 85), ("pad", 64, 64), ("stretch", 64, 85)])
-def test_training_keeps_the_aspect_unless_told_otherwise(fit: str, width: int, height: int, tmp_path: Path) -> None:
+def test_training_keeps_the_aspect_by_default(fit: str, width: int, height: int, tmp_path: Path) -> None:
     """A disc of 100 pixels in 400×300."""
     (tmp_path / "cat").mkdir()
     pixels = np.full((300, 400), 255, np.uint8)

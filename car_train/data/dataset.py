@@ -5,7 +5,7 @@
       dog/…                       dog/…
 
 What an image becomes, here and in `car_runtime.controls` alike: turned as its EXIF says, brought to the model's
-square (`images.fitted`: its middle, unless told otherwise) with LANCZOS (Pillow, premultiplied), composited on white.
+square (`images.fitted`: its middle, by default) with LANCZOS (Pillow, premultiplied), composited on white.
 Controls made on the fly come from that very square; control files are read as the runtime reads them.
 
 Augmentation of a photo is the published one: resized until its shorter side is 1.125 times the model's, then a random

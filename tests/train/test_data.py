@@ -227,7 +227,7 @@ def test_control_files_follow_the_image_through_augmentation(tmp_path: Path) -> 
 def test_a_square_control_of_a_photo_is_paired_with_the_square_that_it_was_made_of(
     tmp_path: Path, augment: bool
 ) -> None:
-    """Image and control are told apart by nothing: the "control" is the photo's middle itself."""
+    """Image and control differ in nothing: the "control" is the photo's middle itself."""
     root = opaque(tmp_path / "photos", [(96, 64)])
     (tmp_path / "controls" / "photo").mkdir(parents=True)
     with Image.open(root / "photo" / "p0.png") as photo:
