@@ -390,7 +390,12 @@ def flags_of(parser: argparse.ArgumentParser) -> set[str]:
 def known_flags() -> set[str]:
     """The flags of all programs that documents name."""
     plan = ["x.plan"]
-    programs = [("car_runtime", []), ("car_runtime", ["doctor"]), ("car_runtime", ["verify"])]
+    programs = [
+        ("car_runtime", []),
+        ("car_runtime", ["control", "x.jpg", "-o", "y.png"]),
+        ("car_runtime", ["doctor"]),
+        ("car_runtime", ["verify"]),
+    ]
     programs += [("car_train", ["data", "emoji"]), ("export/build_engines.py", plan), ("export/numerics.py", plan)]
     for words in (words for block in ALL_BLOCKS if block.language == "sh" for words in commands_of(block)):
         if words[:2] == ["python", "-m"] and words[2].startswith("benchmarks."):
