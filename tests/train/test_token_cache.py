@@ -86,7 +86,9 @@ def test_whatever_tokens_follow_from_makes_another_cache(pictures: Path, tmp_pat
         return len(list(root.iterdir()))
 
     open_cache(images(pictures), vqvae, views=2, root=root)
-    for count, options in enumerate([{"seed": 6}, {"augment": False}, {"classes": "y"}], start=2):
+    for count, options in enumerate(
+        [{"seed": 6}, {"augment": False}, {"classes": "y"}, {"flip": False}, {"fit": "pad"}], start=2
+    ):
         open_cache(images(pictures, **options), vqvae, views=2, root=root)
         assert caches() == count
     open_cache(images(pictures), vqvae, views=2, root=root, precision="bf16")
@@ -95,7 +97,7 @@ def test_whatever_tokens_follow_from_makes_another_cache(pictures: Path, tmp_pat
     open_cache(images(pictures), vqvae, views=2, root=root)
     Image.new("RGB", (30, 30)).save(pictures / "x" / "x0.png")
     open_cache(images(pictures), vqvae, views=2, root=root)
-    assert caches() == 7
+    assert caches() == 9
 
 
 def test_an_interrupted_encoding_leaves_nothing(pictures: Path, tmp_path: Path) -> None:
