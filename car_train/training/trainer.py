@@ -129,7 +129,13 @@ class Trainer:
         roots = (options.control_root, options.val_control_root if own else options.control_root)
         return (
             ControlledImages(
-                folder, size, split=train_split, control_root=roots[0], augment=options.augment, **common
+                folder,
+                size,
+                split=train_split,
+                control_root=roots[0],
+                augment=options.augment,
+                flip=options.flip,
+                **common,
             ),
             ControlledImages(val, size, split=val_split, control_root=roots[1], **common),
         )

@@ -86,7 +86,9 @@ def test_whatever_tokens_follow_from_makes_another_cache(image_folder: Path, tmp
         return len(list(root.iterdir()))
 
     open_cache(images(image_folder), vqvae, views=2, root=root)
-    for count, options in enumerate([{"seed": 6}, {"augment": False}, {"classes": "y"}], start=2):
+    for count, options in enumerate(
+        [{"seed": 6}, {"augment": False}, {"classes": "y"}, {"flip": False}, {"fit": "pad"}], start=2
+    ):
         open_cache(images(image_folder, **options), vqvae, views=2, root=root)
         assert caches() == count
     open_cache(images(image_folder), vqvae, views=2, root=root, precision="bf16")
@@ -95,7 +97,7 @@ def test_whatever_tokens_follow_from_makes_another_cache(image_folder: Path, tmp
     open_cache(images(image_folder), vqvae, views=2, root=root)
     Image.new("RGB", (30, 30)).save(image_folder / "x" / "x0.png")
     open_cache(images(image_folder), vqvae, views=2, root=root)
-    assert caches() == 7
+    assert caches() == 9
 
 
 def test_an_interrupted_encoding_leaves_nothing(image_folder: Path, tmp_path: Path) -> None:

@@ -330,9 +330,13 @@ def test_a_critic_starts_late_and_learns_to_distinguish(images: Path, tmp_path: 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_its_checkpoints(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = [*TOKENIZER, *"--steps 400 --lr 1e9 --warmup 20 --save-every 1 --grad-clip 1e30".split()]
+    assert train("vqvae", images, tmp_path / "run", *TOKENIZER, "--steps", "2") == 0
+    flags = [*TOKENIZER, *"--steps 400 --lr 1e9 --warmup 20 --grad-clip 1e30 --resume".split()]
     assert train("vqvae", images, tmp_path / "run", *flags) == 2
-    assert "lower lr" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "the loss is nan" in error
+    assert "lower lr" in error
+    assert checkpoint.locate(tmp_path / "run").name == "step-0000002"
     assert checkpoint.load(tmp_path / "run").config.vqvae.sides == (1, 2, 4)
 
 
