@@ -1,4 +1,4 @@
-# Needs Python 3.10 or newer (with venv) and GNU make; the rest is installed into environments beside this file, once,
+# Needs Python 3.10 or newer (with venv) and GNU make; the rest is installed into environments next to this file, once,
 # and again when pyproject.toml or this file changes. Another interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -76,7 +76,7 @@ lint: $(DEV_ENV)$(INSTALLED)
 	@$(DEV_ENV)/bin/python -m ruff check .
 	@$(DEV_ENV)/bin/python -m ruff format --check .
 	@$(DEV_ENV)/bin/lint-imports --no-cache
-	@$(DEV_ENV)/bin/clang-format --dry-run --Werror runtime/car_runtime/backends/amx/*.c runtime/car_runtime/backends/amx/*.h
+	@$(DEV_ENV)/bin/clang-format --dry-run --Werror runtime/car_runtime/backends/amx/*.[ch] tests/runtime/native/*.h
 
 types: $(DEV_ENV)$(INSTALLED)
 	@$(DEV_ENV)/bin/python -m mypy
@@ -92,7 +92,7 @@ clean:
 	rm -rf $(DEMO_ENV) $(DEV_ENV) $(GPU_ENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find car_train export runtime benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# $(call install,ENVIRONMENT,WHAT PIP INSTALLS,WHAT TO TELL)
+# $(call install,ENVIRONMENT,WHAT PIP INSTALLS,WHAT IT IS, AND ITS SIZE)
 define install
 	@if ! version=$$($(PYTHON) --version 2>&1); then \
 	  echo "make: '$(PYTHON)' does not run; install Python 3.10 or newer, or name one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; \

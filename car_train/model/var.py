@@ -25,6 +25,8 @@ from car_train.model.kernels import Linear, linear
 
 EPS = 1e-6
 MAX_LOG_SCALE = math.log(100)
+ALNG = 1e-5
+"""Scale of the γ rows of AdaLN at first, unless another is asked for."""
 COARSE_TOKENS = 160
 """Teacher forcing: scales that end before this share one masked square."""
 SomeModule = TypeVar("SomeModule", bound=nn.Module)
@@ -255,7 +257,7 @@ class VAR(nn.Module):
 
 
 @torch.no_grad()
-def initialise(var: VAR, alng: float = 1e-5) -> None:
+def initialise(var: VAR, alng: float = ALNG) -> None:
     """The published initialisation of a base, in place; everything that is not named starts at zero.
 
     - Linear layers, embeddings, positions: truncated normal, std √(1/(3C)).

@@ -13,7 +13,9 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from car_runtime.conventions import ControlConvention, stated_or_first
 from car_runtime.errors import PlanError
+from car_runtime.format.imagenet import CLASSES, imagenet_names
 from car_runtime.format.typed_json import REST
 
 FORMAT = 1
@@ -73,6 +75,18 @@ class Model:
     """The kind of control image ("canny", "depth", …); None in a VAR plan."""
     cache_layers: int
     """Number of K/V pairs: base blocks first, then the control branch's."""
+    control_convention: ControlConvention | None = None
+    """How the branch's maps are made; None in a VAR plan and in plans of version 0.1.0."""
+
+    @property
+    def convention(self) -> ControlConvention | None:
+        """How control maps are made; None where there is no branch, or one of an unknown type that states nothing."""
+        return stated_or_first(self.control_type, self.control_convention)
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """Names of the classes: `class_names` or, of a plan with 1,000 classes and no names, ImageNet's."""
+        return imagenet_names() if self.class_names is None and self.classes == CLASSES else self.class_names
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -223,6 +237,11 @@ class Manifest:
         """L, the tokens of one image over all scales."""
         return self.scales[-1].stop
 
+    @property
+    def more_smooth(self) -> bool:
+        """Whether the step can mix codes by noise: it then has the inputs `smooth` and `smooth_noise`."""
+        return any(port.name == "smooth" for port in self.graphs["step"].inputs)
+
     def __post_init__(self) -> None:
         _require(self.format == FORMAT, f"format is {self.format}, but this version writes {FORMAT}")
         _require(bool(self.name.strip()), f"name is {self.name!r}, but must not be empty")
@@ -238,6 +257,8 @@ class Manifest:
         whole = asdict(self)
         for engine in whole["engines"]:
             engine.update(engine.pop("details"))
+        if whole["model"]["control_convention"] is None:
+            del whole["model"]["control_convention"]
         order = ("format", "name", "model", "precision", "sampling", "scales", "tensors", "graphs", "files")
         ordered = {key: whole.pop(key) for key in order} | whole
         return json.dumps(ordered, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

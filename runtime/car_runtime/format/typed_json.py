@@ -25,6 +25,7 @@ _LARGEST = 2**63
 _NAMES: dict[Any, str] = {
     int: "an integer",
     float: "a finite number",
+    bool: "true or false",
     str: "a string",
     list: "a list",
     dict: "an object",

@@ -73,7 +73,7 @@ def _kept(key: str) -> Path:
 
 
 def _compile(compiler: list[str], output: Path) -> None:
-    """Beside its place, then renamed: nobody loads half a library."""
+    """Write the library next to its place and rename it, so that nobody loads half of one."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with replacing(output) as made:
