@@ -64,11 +64,6 @@ def one_line(error: object) -> str:
 
 
 def error_line(error: object) -> str:
-    """`one_line` of at most `LINE` characters: a longer problem is shortened, the remedy after it stays."""
+    """`one_line` of at most `LINE` characters: a longer one loses its middle, so that what and what to do stay."""
     text = one_line(error)
-    if len(text) <= LINE:
-        return text
-    problem, semicolon, remedy = text.rpartition(";")
-    if not semicolon or len(remedy) > LINE // 2:
-        return text[: LINE - 1] + "…"
-    return f"{problem[: LINE - len(remedy) - 2]}…;{remedy}"
+    return text if len(text) <= LINE else f"{text[: LINE // 2]}…{text[LINE // 2 + 1 - LINE :]}"

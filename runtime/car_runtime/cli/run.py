@@ -134,9 +134,9 @@ def generate(args: argparse.Namespace, root: Path, manifest: Manifest, began: fl
     timings = {"read": perf_counter() - began}
     with open_plan(root, args.backend, threads=args.threads, verify=not args.no_verify) as plan:
         timings["open"] = perf_counter() - began - timings["read"]
-        note(f"car-run: {manifest.name} on {plan.backend_name} ({plan.why})")
+        note(f"car-run: {printable(manifest.name)} on {plan.backend_name} ({plan.why})")
         for warning in request.warnings:
-            note(f"car-run: warning: {warning}")
+            note(f"car-run: warning: {printable(warning)}")
         progress = _Progress(args, request.schedule.drawn)
         result = plan.generate(request, on_scale=progress if progress.wanted else None)
         backend = {"name": plan.backend_name, "why": plan.why}

@@ -112,6 +112,8 @@ def _read_header(member: IO[bytes]) -> tuple[np.dtype[Any], tuple[int, ...]]:
         raise ValueError(f"an array of .npy version {version}")
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(member)
+    if dtype.hasobject:
+        raise ValueError("an array of objects, which are pickled")
     if fortran and len(shape) > 1:
         raise ValueError("an array in Fortran's order")
     return dtype, shape

@@ -47,15 +47,14 @@ def _problems(manifest: Manifest, limit: int) -> Iterator[str]:
 
 def _expected(manifest: Manifest) -> dict[str, dict[str, tuple[str, Shape]]]:
     """Graph → port → dtype and shape, as far as the model says them."""
-    model, cache = manifest.model, {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+    model, first = manifest.model, manifest.graphs["step"].output("new_k_0")
     C, Z, E, V, L = model.width, model.latent_channels, model.latent_size, model.vocab, manifest.tokens
     image: tuple[str, Shape] = ("uint8", (None, model.image_size, model.image_size, 3))
     f_hat: tuple[str, Shape] = ("float32", (None, Z, E, E))
     rows: tuple[str, Shape] = ("float32", (None, manifest.graphs["condition"].output("modulation").shape[1], C))  # type: ignore[assignment]
     tokens: tuple[str, Shape] = ("float32", (None, None, None, C))
     per_token: Shape = (None, None, None)
-    *_, H, d = manifest.graphs["step"].output("new_k_0").shape
-    kv: tuple[str, Shape] = (cache[manifest.precision.compute], (None, None, H, d))  # type: ignore[assignment]
+    kv: tuple[str, Shape] = (first.dtype, (None, None, *first.shape[2:]))  # type: ignore[arg-type]
     step = {"x": tokens, "next_x": tokens, "modulation": rows, "f_hat": f_hat, "f_hat_out": f_hat}
     step |= {"control": ("float32", (None, None, C)), "uniforms": ("float32", per_token)}
     step |= {"tokens": ("int64", per_token), "known": ("int64", per_token), "known_mask": ("bool", per_token)}
