@@ -99,7 +99,7 @@ def block_parameters(config: ModelConfig) -> int:
 
 
 def _fingerprint_images(root: Path) -> str:
-    """Of the names and sizes of all images, 16 hex digits."""
+    """16 hex digits of a hash of the names and sizes of all images."""
     digest = hashlib.sha256()
     for path, label in find_images(root)[1]:
         digest.update(f"{path.relative_to(root).as_posix()}\0{label}\0{path.stat().st_size}\n".encode())

@@ -83,7 +83,7 @@ EMOJI = Path("~/.cache/car/data/emoji")
 SEEDS = 4
 """Behind `tokens_equal` where there are no images to generate after."""
 BATCH = 16
-"""Pictures whose features are computed at once."""
+"""Images whose features are computed at once."""
 
 Pixels = NDArray[np.uint8]
 
@@ -106,7 +106,7 @@ class Candidate:
     flags: str
     settings: dict[str, Any]
     request: Request
-    """Of one image, with all that the plan decides filled in."""
+    """The request of one image, with all that the plan decides filled in."""
     int8: bool = False
     """Whether it is the plan's INT8 form that is run."""
 
@@ -187,7 +187,7 @@ class Generator:
 def measure_time(
     generator: Generator, chosen: Sequence[Candidate], workload: Workload, args: argparse.Namespace
 ) -> tuple[dict[str, Row], dict[str, list[dict[str, float]]]]:
-    """Of each schedule by name: times of whole images and of the loop; the seconds of each stage, run by run."""
+    """By schedule: the times of whole images and of the loop, and the seconds of each stage, run by run."""
     control, stages = workload.control(), defaultdict[str, list[dict[str, float]]](list)
 
     def call(candidate: Candidate) -> Callable[[], None]:

@@ -145,7 +145,7 @@ class Annotator:
         return self.batch([image])[0]
 
     def batch(self, images: Sequence[Pixels]) -> list[Pixels]:
-        """The same for several images of any sizes; a net takes those of one size together."""
+        """The controls of several images of any sizes, in their order; a net takes those of one size together."""
         for image in images:
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 4) or 0 in image.shape:
                 raise AnnotatorError(

@@ -27,6 +27,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,11 @@ def evaluate(
             "pictures": len(order),
             "classes": options.classes or "all",
         },
-        "options": {k: getattr(options, k) for k in ("seed", "cfg", "top_k", "top_p", "batch", "limit", "per_class")},
+        "options": {
+            "seed": options.seed,
+            **asdict(options.sampling(run.config.vocab)),
+            **{k: getattr(options, k) for k in ("batch", "limit", "per_class")},
+        },
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
         **run.report(data.class_names),
     }
@@ -159,7 +164,7 @@ def evaluate(
 
 
 def _finite(value: Any) -> Any:
-    """The same with plain numbers, and None for those that JSON doesn't have."""
+    """The value with plain numbers in it, and None for those that JSON doesn't have."""
     if isinstance(value, Mapping):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -111,7 +111,7 @@ class Measurements:
                 self._column(f"{name}/{what}", torch.stack([s.mean(1) for s in scales], 1).numpy())
 
     def _draw(self, labels: Tensor, seeds: Sequence[int], pyramid: list[Tensor] | None) -> Tensor:
-        options, V = self.options, self.config.vocab
+        options, chosen = self.options, self.options.sampling(self.config.vocab)
         assert self.car is not None
         with self._timed("sampling"):
             return sample(
@@ -120,9 +120,9 @@ class Measurements:
                 labels,
                 uniform_numbers(seeds, self.config.tokens).to(options.device),
                 pyramid,
-                cfg=options.cfg,
-                top_k=options.top_k if options.top_k < V else 0,
-                top_p=options.top_p,
+                cfg=chosen.cfg,
+                top_k=chosen.top_k,
+                top_p=chosen.top_p,
             )[1]
 
     def _describe(self, pixels: Mapping[str, Pixels]) -> None:

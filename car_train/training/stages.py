@@ -19,6 +19,7 @@ from car_train.model.car import calibrate_fusion
 from car_train.model.sample import control_pyramid, sample
 from car_train.model.var import ALNG, initialise
 from car_train.model.vqvae import join_tokens, split_tokens
+from car_train.sampling import CAR
 from car_train.training.distributed import all_batches, any_of_processes, broadcast, mean_over_processes
 from car_train.training.losses import PatchDiscriminator, adaptive_weight, generator_loss, hinge_discriminator_loss
 from car_train.training.perceptual import Perceptual
@@ -35,7 +36,7 @@ class Stage:
     """What one stage trains: subclasses give `loss` and `samples`."""
 
     name = ""
-    """Of the command that trains it, and of its part of a checkpoint: "vqvae", "var" or "car"."""
+    """Name of the command that trains it, and of its part of a checkpoint: "vqvae", "var" or "car"."""
     control_type: str | None = None
     convention: ControlConvention | None = None
     """How the control maps are made."""
@@ -266,9 +267,9 @@ class TransformerStage(Stage):
             batch["label"],
             uniforms,
             controls,
-            cfg=2.0,
-            top_k=config.vocab // 4,
-            top_p=0.9,
+            cfg=CAR.cfg,
+            top_k=min(CAR.top_k, config.vocab),
+            top_p=CAR.top_p,
         )
         given = {"control": controls[-1]} if controls else {}
         return {**given, "drawn": drawn, "real": batch["image"]}

@@ -8,7 +8,7 @@ A run's folder:
     run.json              stage, options, config, sizes, versions
     log.jsonl             one object a step; validation figures now and then, as `val_…`
     samples-0000500.png   a contact sheet: control, drawn or reconstructed, real
-    step-0000500/         a checkpoint; its weights are the moving average, where there is one
+    step-0000500/         a checkpoint; its weights are the EMA, where there is one
     tensorboard/          with `tensorboard`
 
 `batch` is what one optimizer step sees, over all processes and microbatches: the same command on two processes, or
@@ -65,7 +65,7 @@ class TrainingError(UserError, RuntimeError):
 
 
 class Trainer:
-    """The loop around a stage: order, optimizers, precision, average, logs, checkpoints."""
+    """The loop around a stage: order, optimizers, precision, EMA, logs, checkpoints."""
 
     def __init__(self, stage: Stage, options: TrainOptions):
         self.world, device = World.join(options.device)
@@ -156,7 +156,7 @@ class Trainer:
     def _set_up_blocks(self) -> None:
         for module in self.stage.model.modules():
             if isinstance(module, Block | ResBlock):
-                module.recompute = self.options.activation_checkpointing
+                module.activation_checkpointing = self.options.activation_checkpointing
             if self.options.compile and isinstance(module, Block | ConvBlock | Encoder | Decoder):
                 module.compile()
 
@@ -488,10 +488,10 @@ class Trainer:
 
 
 def _generator(seed: int, step: int) -> torch.Generator:
-    """For the random numbers of one step that don't depend on how its batch is shared out."""
+    """The generator of one step's random numbers that don't depend on how its batch is shared out."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 2 + 1)
 
 
 def seed_everything(seed: int) -> None:
-    """Before a model is made: its initial weights follow from the seed too."""
+    """Seed PyTorch; called before a model is made, since its initial weights follow from the seed too."""
     torch.manual_seed(seed)

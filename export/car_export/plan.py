@@ -88,8 +88,7 @@ class PlanBuilder:
         self._steps()
         self._autoencoder()
         self.store.close()
-        o = self.options
-        write_goldens(self.directory, self.reference, cfg=o.cfg, top_k=o.top_k, top_p=o.top_p)
+        write_goldens(self.directory, self.reference, **asdict(self.options.sampling(self.config.vocab)))
         manifest = self._manifest()
         schema.write_manifest(self.directory, manifest)
         return manifest
@@ -213,9 +212,7 @@ class PlanBuilder:
                 compute=self.options.precision,
                 weights=self.options.weights if self.options.precision == "fp32" else self.options.precision,
             ),
-            sampling=schema.SamplingDefaults(
-                cfg=self.options.cfg, top_k=min(self.options.top_k, config.vocab), top_p=self.options.top_p
-            ),
+            sampling=schema.SamplingDefaults(**asdict(self.options.sampling(config.vocab))),
             scales=tuple(self._scale(k) for k in range(len(config.sides))),
             tensors=self.tensors,
             graphs=self.graphs,

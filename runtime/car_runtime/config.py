@@ -24,9 +24,15 @@ if TYPE_CHECKING:
     from car_runtime.images import Source
     from car_runtime.schedule import Scales
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "plan": {},
+    "car": {"cfg": 4.0, "top_k": 900, "top_p": 0.95},
+    "var-fid": {"cfg": 1.5, "top_k": 900, "top_p": 0.96},
+}
+"""Name → sampling settings where a request gives none itself. plan: the plan's own. car: of the published CAR.
+var-fid: with which VAR's FID is measured."""
 POSITIONAL = ("control", "label", "seed", "n")
 """Settings that a call may give without their names, in this order."""
-_AT_SCALES = "at these scales only; A-, -B or one number will do"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +94,17 @@ class GenerationConfig:
         metadata=_flag("sampling", "--top-p P", float, "draw within this share of probability; 0 = all"),
     )
     """0…1: draw among the most probable codes that hold this share of the probability; 0 turns it off."""
+    preset: str | None = field(
+        default=None,
+        metadata=_flag("sampling", "--preset NAME", str, "guidance, top-k, top-p of: car, var-fid, plan (default)"),
+    )
+    """Where `cfg`, `top_k`, `top_p` come from if they are None, by name (`PRESETS`): "car", "var-fid", or "plan"."""
+    more_smooth: bool = field(
+        default=False,
+        metadata=_flag("sampling", "--more-smooth", bool, "smoother images, of a plan exported with --more-smooth"),
+    )
+    """Whether codes are mixed by Gumbel noise instead of taken one by one: smoother images, for looks and not for
+    evaluation. For plans that were exported with it."""
     cfg_scales: Scales | None = field(
         default=None,
         metadata=_flag(

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from car_runtime import BackendError
-from car_runtime.backends.amx import backend as amx
+from car_runtime.backends.amx import build
 from car_runtime.backends.registry import has_openvino_bfloat16
 from fixtures.golden import OFFICIAL_D16, OFFICIAL_VAE, REFERENCE, _filled, save_official
 from fixtures.processes import ROOT, run
@@ -54,7 +54,7 @@ def test_d16_exports_and_runs_within_its_limits(tmp_path: Path) -> None:
     compact = 2.2e9 if has_openvino_bfloat16() else weights + 1.0e9
     limits = {"ort-cpu": weights + 1.0e9, "openvino": compact}
     with suppress(BackendError):  # no AMX here
-        amx.check_cpu()
+        build.check_cpu()
         limits |= {"amx": 2.2e9, "amx-fp32": weights + 1.0e9}
     for backend, limit in limits.items():
         out, _, _, peak = run("-m", "car_runtime", *flags, "--backend", backend, "--json")

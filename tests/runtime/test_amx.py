@@ -31,12 +31,13 @@ from car_runtime.format.manifest import read_manifest
 from car_runtime.plan import Plan, default_plan
 from car_train.config import CARConfig, ModelConfig, VARConfig, VQVAEConfig
 from car_train.model import Model
-from fixtures.amx_machine import needs_amx
+from fixtures.amx_machine import needs_kernels, without_compiler
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "guitar.png"
 SIDES = (1, 3, 10)
-"""Three guided pictures have 600 rows in the last scale: more than the kernel takes at once."""
+"""Three guided images have 600 rows in the last scale: more than the kernel takes at once."""
 Arrays = dict[str, NDArray[Any]]
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def config(head_width: int, control: bool) -> ModelConfig:
@@ -68,7 +69,7 @@ def exact(plan: Path) -> Iterator[Plan]:
 
 
 def step_arrays(plan: Plan, scale: int, images: int, guided: bool) -> tuple[Arrays, Arrays]:
-    """Inputs of a scale, made up but for its constants, and places for its outputs."""
+    """Random inputs of a scale, with its own constants, and places for its outputs."""
     manifest = plan.manifest
     rng = np.random.default_rng(scale)
     side, past = manifest.scales[scale].side, manifest.scales[scale].start
@@ -122,7 +123,7 @@ def run(plan: Path) -> Callable[..., Arrays]:
     return go
 
 
-@needs_amx
+@needs_kernels
 @pytest.mark.parametrize("images", [1, 3])
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize("terms", [1, 2])
@@ -142,7 +143,7 @@ def test_the_transformer_computes_what_the_graph_does(
             assert off < (0.02 if terms == 1 else 3e-5), (scale, name, off)
 
 
-@needs_amx
+@needs_kernels
 @pytest.mark.parametrize(("threads", "terms"), [(1, 1), (3, 1), (7, 1), (3, 2)])
 def test_threads_change_no_bit(exact: Plan, run: Callable[..., Arrays], threads: int, terms: int) -> None:
     for scale in range(len(SIDES)):
@@ -152,9 +153,9 @@ def test_threads_change_no_bit(exact: Plan, run: Callable[..., Arrays], threads:
         assert one["logits"].any()
 
 
-@needs_amx
+@needs_kernels
 @pytest.mark.parametrize("terms", [1, 2])
-def test_a_picture_is_the_same_in_every_batch(exact: Plan, run: Callable[..., Arrays], terms: int) -> None:
+def test_an_image_is_the_same_in_every_batch(exact: Plan, run: Callable[..., Arrays], terms: int) -> None:
     for scale in (1, 2):
         inputs, outputs = step_arrays(exact, scale, 3, True)
         together = run(inputs, outputs, terms=terms)["logits"]
@@ -167,7 +168,7 @@ def test_a_picture_is_the_same_in_every_batch(exact: Plan, run: Callable[..., Ar
             assert (run(alone, places, terms=terms)["logits"][0] == together[image]).all()
 
 
-@needs_amx
+@needs_kernels
 @pytest.mark.parametrize(("backend", "limits"), [("amx", "bf16"), ("amx-fp32", "fp32")])
 def test_the_shipped_plan_passes_its_goldens(backend: str, limits: str) -> None:
     report = acceptance.verify(default_plan(), backend, warmup=0, runs=1)
@@ -175,7 +176,7 @@ def test_the_shipped_plan_passes_its_goldens(backend: str, limits: str) -> None:
     assert report["settings"]["limits"] == limits
 
 
-@needs_amx
+@needs_kernels
 def test_two_terms_draw_what_ort_cpu_draws() -> None:
     with open_plan(backend="ort-cpu", threads=1) as exact, open_plan(backend="amx-fp32", threads=2) as plan:
         wanted, got = (p.generate(EXAMPLE, 2, seed=1, n=3) for p in (exact, plan))
@@ -183,8 +184,8 @@ def test_two_terms_draw_what_ort_cpu_draws() -> None:
     assert np.abs(wanted.images.astype(int) - got.images.astype(int)).mean() < 0.01
 
 
-@needs_amx
-def test_a_picture_of_the_shipped_plan_is_nearly_that_of_ort_cpu() -> None:
+@needs_kernels
+def test_an_image_of_the_shipped_plan_is_nearly_that_of_ort_cpu() -> None:
     with open_plan(backend="ort-cpu", threads=1) as exact, open_plan(backend="amx", threads=2) as plan:
         wanted, got = (p.generate(EXAMPLE, 2, seed=1, n=12) for p in (exact, plan))
         again = plan.generate(EXAMPLE, 2, seed=2)
@@ -280,7 +281,7 @@ def test_half_a_file_is_not_understood(plan: Path, tmp_path: Path, share: float)
         read_step(tmp_path / "step.onnx", plan / "weights.bin")
 
 
-@needs_amx
+@needs_kernels
 def test_a_step_that_is_not_understood_is_left_to_other_backends(plan: Path, tmp_path: Path) -> None:
     changed = shutil.copytree(plan, tmp_path / "changed.plan")
     write_changed(plan, "step.onnx", other_gelu, changed)
@@ -288,7 +289,7 @@ def test_a_step_that_is_not_understood_is_left_to_other_backends(plan: Path, tmp
         amx.Amx(changed, read_manifest(changed), 1)
 
 
-@needs_amx
+@needs_kernels
 @pytest.mark.parametrize(("backend", "limit", "levels"), [("amx", 0.02, 4), ("amx-fp32", 2e-5, 1)])
 def test_encoder_and_decoder_compute_what_the_graphs_do(
     plan: Path, exact: Plan, backend: str, limit: float, levels: int
@@ -371,7 +372,7 @@ def test_a_decoder_that_computes_anything_else_is_not_understood(
         read_decoder(tmp_path / "decoder.onnx", plan / "weights.bin", channels, side)
 
 
-@needs_amx
+@needs_kernels
 def test_a_decoder_that_is_not_understood_is_openvinos(plan: Path, tmp_path: Path) -> None:
     changed = shutil.copytree(plan, tmp_path / "changed.plan")
     write_changed(plan, "decoder.onnx", other_rounding, changed)
@@ -425,7 +426,69 @@ def test_where_nobody_is_at_home_nothing_is_looked_for_in_a_shared_folder(monkey
     assert folder.stat().st_mode & 0o077 == 0
 
 
-@needs_amx
+MARKED = """
+#include <stdio.h>
+const int car_bf16_terms = 1;
+__attribute__((constructor)) static void mark(void) { FILE *file = fopen("%s", "w"); if (file) fclose(file); }
+int car_start(void) { return 0; }
+"""
+
+
+def somebody_elses(path: Path) -> None:
+    try:
+        os.chown(path, 65534, 65534)
+    except PermissionError:
+        pytest.skip("files of other users are made by root alone")
+
+
+def linked(library: Path) -> None:
+    """To a place where everybody may write."""
+    elsewhere = library.parents[3] / "other.so"
+    shutil.move(library, elsewhere)
+    elsewhere.chmod(0o666)
+    library.symlink_to(elsewhere)
+
+
+SPOILED: dict[str, Callable[[Path], None]] = {
+    "another user's": somebody_elses,
+    "in another user's folder": lambda library: somebody_elses(library.parent),
+    "below another user's folder": lambda library: somebody_elses(library.parents[2]),
+    "writable by all": lambda library: library.chmod(0o777),
+    "writable by the group": lambda library: library.chmod(0o770),
+    "in a folder writable by all": lambda library: library.parent.chmod(0o777),
+    "in a folder writable by all, sticky": lambda library: library.parent.chmod(0o1777),
+    "in a folder writable by the group": lambda library: library.parent.chmod(0o770),
+    "below a folder writable by all": lambda library: library.parent.parent.chmod(0o777),
+    "a link to a file writable by all": linked,
+    "a second name of a file": lambda library: os.link(library, library.parents[3] / "name.so"),
+}
+
+
+@pytest.mark.skipif(without_compiler() is not None, reason=str(without_compiler()))
+@pytest.mark.parametrize("spoiled", [None, *SPOILED])
+def test_a_library_that_somebody_else_could_have_put_there_is_not_loaded(
+    spoiled: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, marked, mark = tmp_path / "own.c", tmp_path / "marked.c", tmp_path / "loaded"
+    own.write_text(MARKED.replace("__attribute__((constructor))", "__attribute__((unused))") % mark)
+    marked.write_text(MARKED % mark)
+    monkeypatch.setattr(build, "SOURCES", [own])
+    monkeypatch.setattr(build, "ROOT", tmp_path / "elsewhere" / "native")
+    build.load()
+    (name,) = (file.name for file in build.ROOT.iterdir())
+    monkeypatch.setattr(build, "ROOT", tmp_path / "home" / ".cache" / "car" / "native")
+    build._private_folder.cache_clear()
+    library = build.ROOT / name
+    library.parent.mkdir(parents=True, mode=0o700)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, marked], check=True, timeout=60)
+    library.chmod(0o700)
+    if spoiled is not None:
+        SPOILED[spoiled](library)
+    build.load()
+    assert mark.exists() == (spoiled is None)
+
+
+@needs_kernels
 def test_a_failing_compiler_is_quoted_and_leaves_nothing(
     nothing_kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -441,7 +504,7 @@ def test_a_failing_compiler_is_quoted_and_leaves_nothing(
         build.load()
 
 
-@needs_amx
+@needs_kernels
 def test_the_library_is_compiled_once_and_again_when_it_is_broken(
     nothing_kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -460,7 +523,7 @@ def test_the_library_is_compiled_once_and_again_when_it_is_broken(
 
 
 @pytest.mark.parametrize("flags", [None, ["avx2"], ["amx_tile", "avx512_bf16"]])
-def test_a_cpu_without_tiles_is_told(monkeypatch: pytest.MonkeyPatch, flags: list[str] | None) -> None:
+def test_a_cpu_without_tiles_is_reported(monkeypatch: pytest.MonkeyPatch, flags: list[str] | None) -> None:
     monkeypatch.setattr("car_runtime.system.cpu.cpu_flags", lambda: flags)
     with pytest.raises(BackendError, match="amx_bf16"):
         build.check_cpu()

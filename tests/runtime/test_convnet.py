@@ -14,9 +14,10 @@ from car_runtime.backends.amx import build
 from car_runtime.backends.amx.convnet import Convnet, ConvnetBuffers, packing_order
 from car_runtime.backends.amx.convolutions import Attend, Convolution, Convolve, Network, Norm
 from car_runtime.backends.amx.graph import UnsupportedGraphError
-from fixtures.amx_machine import needs_amx
+from fixtures.amx_machine import needs_kernels
 
 Floats = NDArray[np.float32]
+pytestmark = pytest.mark.usefixtures("kernels")
 SIZES = ((33, 50), (7, 5), (1, 1))
 """Rows that end within a tile, more tiles than a block has, and fewer positions than a tile."""
 CHANNELS = (40, 160, 160, 160, 144, 48, 160, 72, 32)
@@ -109,7 +110,7 @@ def inputs() -> list[Floats]:
     return [random(40, *size) for size in SIZES]
 
 
-@needs_amx
+@needs_kernels
 @pytest.mark.parametrize(("terms", "limit"), [(1, 0.02), (2, 3e-5)])
 @pytest.mark.parametrize("length", range(1, len(NETWORK.steps) + 1))
 def test_every_step_is_pytorchs(inputs: list[Floats], terms: int, limit: float, length: int) -> None:
@@ -122,7 +123,7 @@ def test_every_step_is_pytorchs(inputs: list[Floats], terms: int, limit: float, 
         assert np.sqrt(((got - wanted) ** 2).mean() / (wanted**2).mean()) < limit
 
 
-@needs_amx
+@needs_kernels
 @pytest.mark.parametrize("threads", [1, 3, 7])
 @pytest.mark.parametrize("terms", [1, 2])
 def test_threads_change_no_bit(inputs: list[Floats], threads: int, terms: int) -> None:
@@ -130,7 +131,7 @@ def test_threads_change_no_bit(inputs: list[Floats], threads: int, terms: int) -
         assert (a == b).all()
 
 
-@needs_amx
+@needs_kernels
 def test_a_map_is_the_same_among_others(inputs: list[Floats]) -> None:
     together = run(NETWORK, inputs, 1, 2)
     for x, got in zip(inputs, together, strict=True):
@@ -163,7 +164,7 @@ def test_weights_are_packed_in_the_order_of_the_product() -> None:
     ],
     ids=["queries-read-twice", "norm-of-the-input"],
 )
-@needs_amx
+@needs_kernels
 def test_what_cannot_be_laid_out_is_refused(change: Callable[[list[object]], list[Convolve]]) -> None:
     steps = change(list(NETWORK.steps))
     with pytest.raises(UnsupportedGraphError):
@@ -172,13 +173,13 @@ def test_what_cannot_be_laid_out_is_refused(change: Callable[[list[object]], lis
         )
 
 
-@needs_amx
+@needs_kernels
 def test_attention_over_too_much_is_refused() -> None:
     with pytest.raises(UnsupportedGraphError, match="4096 positions"):
         ConvnetBuffers(Convnet(build.load(), NETWORK, 1), ((65, 64),))
 
 
-@needs_amx
+@needs_kernels
 def test_pixels_have_to_fit() -> None:
     network = Network(steps=(convolve(0, convolution(8, 3, 3)),), channels=(8, 3))
     buffers = ConvnetBuffers(Convnet(build.load(), network, 1), ((6, 20),))

@@ -50,7 +50,7 @@ def disc(side: int, radius: float, colour: int = 255) -> np.ndarray:
 
 
 def at_size(image: Image.Image, side: int) -> np.ndarray:
-    """What training makes of a picture before its control: uint8 [side, side, 4]."""
+    """What training makes of an image before its control: uint8 [side, side, 4]."""
     return np.asarray(fitted(image.convert("RGBA"), side))
 
 
@@ -110,7 +110,7 @@ def test_canny_sees_an_edge_between_colours_of_equal_brightness() -> None:
 
 @pytest.mark.parametrize("side", [1, 2, 3, 17, 64, 256])
 @pytest.mark.parametrize("kind", ["noise", "photo", "steps", "drawing"])
-def test_canny_equals_opencv_on_pictures(kind: str, side: int) -> None:
+def test_canny_equals_opencv_on_images(kind: str, side: int) -> None:
     rng = np.random.default_rng(side)
     grey = {
         "noise": lambda: rng.integers(0, 256, (side, side + 3), dtype=np.uint8),
@@ -140,13 +140,13 @@ def test_canny_rounds_directions_as_opencv(dx: int, dy: int) -> None:
 def test_runtime_derives_what_training_made(name: str, side: int) -> None:
     """Canny to the bit. Elsewhere float32 sums run in another order (1e-7), which tips a rounding now and then:
     1 level at most, in under 1 % of the values (measured: 1 level, 0.7 %)."""
-    pictures = [drawing(seed) for seed in range(6)]
+    images = [drawing(seed) for seed in range(6)]
     control_type = PRESETS[name].control_type
     if control_type not in runtime.NEEDS_ALPHA:
-        pictures += [photo(seed, 90 + 40 * seed, 120) for seed in range(4)]
-    for picture in pictures:
-        made = train.make_control(at_size(picture, side), name)
-        derived = runtime.derive(picture, name, side)
+        images += [photo(seed, 90 + 40 * seed, 120) for seed in range(4)]
+    for image in images:
+        made = train.make_control(at_size(image, side), name)
+        derived = runtime.derive(image, name, side)
         assert derived.shape == made.shape == (side, side, 3)
         assert derived.dtype == made.dtype == np.uint8
         off = np.abs(derived.astype(int) - made)
@@ -240,9 +240,9 @@ def test_normals_have_length_1_and_the_ground_faces_the_viewer() -> None:
 
 @pytest.mark.parametrize("side", [64, 256])
 def test_hed_is_black_on_flat_ground_and_bright_on_a_step(side: int) -> None:
-    picture = np.zeros((side, side, 3), np.uint8)
-    picture[:, side // 2 :] = 255
-    edge = train.make_control(picture, "hed")[side // 2, :, 0]
+    image = np.zeros((side, side, 3), np.uint8)
+    image[:, side // 2 :] = 255
+    edge = train.make_control(image, "hed")[side // 2, :, 0]
     assert edge[: side // 2 - 12].max() == 0
     # A full step answers with m = 1 on the edge itself, less what the pixel grid takes at the finer scale.
     assert edge.max() > 0.85 * 255
@@ -250,11 +250,11 @@ def test_hed_is_black_on_flat_ground_and_bright_on_a_step(side: int) -> None:
 
 
 def test_sketch_draws_white_lines_on_black_and_that_of_0_1_0_dark_on_white() -> None:
-    picture = np.full((64, 64, 3), 255, np.uint8)
-    picture[30:33] = 40
-    published = train.make_control(picture, "sketch")[..., 0]
+    image = np.full((64, 64, 3), 255, np.uint8)
+    image[30:33] = 40
+    published = train.make_control(image, "sketch")[..., 0]
     assert published[31].min() > 192
-    sketch = train.make_control(picture, "sketch-dark")[..., 0]
+    sketch = train.make_control(image, "sketch-dark")[..., 0]
     np.testing.assert_array_equal(sketch, 255 - published)
     assert sketch[31].max() < 64
     assert sketch[:16].min() == sketch[-16:].min() == 255
@@ -262,14 +262,14 @@ def test_sketch_draws_white_lines_on_black_and_that_of_0_1_0_dark_on_white() -> 
     assert flat.min() >= 254
 
 
-def test_canny_sees_the_picture_on_white() -> None:
+def test_canny_sees_the_image_on_white() -> None:
     white_on_transparent, black_on_transparent = disc(64, 20, 255), disc(64, 20, 0)
     assert train.make_control(white_on_transparent, "canny").max() == 0
     assert train.make_control(black_on_transparent, "canny").max() == 255
 
 
 @pytest.mark.parametrize("control_type", CONTROL_TYPES)
-def test_empty_and_full_pictures_do_not_fail(control_type: str) -> None:
+def test_empty_and_full_images_do_not_fail(control_type: str) -> None:
     for alpha in (0, 255):
         rgba = np.full((32, 32, 4), alpha, np.uint8)
         assert train.make_control(rgba, control_type).shape == (32, 32, 3)

@@ -1,4 +1,4 @@
-"""Picture folders: labels, splits, augmentation and controls."""
+"""Image folders: labels, splits, augmentation and controls."""
 
 import warnings
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from car_runtime.controls import derive
@@ -16,30 +16,20 @@ from car_train.data.controls import make_control
 from car_train.data.dataset import ControlledImages, random_box, random_window, select_classes
 from car_train.data.folder import DataError, split_of
 from car_train.data.images import fitted
+from fixtures.random_images import drawing
 
 NAMES = [f"thing-{i}" for i in range(12)]
-
-
-def drawing(seed: int, side: int = 48) -> Image.Image:
-    """A lopsided shape on transparent ground."""
-    rng = np.random.default_rng(seed)
-    image = Image.new("RGBA", (side, side))
-    draw = ImageDraw.Draw(image)
-    colours = [(*(int(c) for c in rng.integers(0, 200, 3)), 255) for _ in range(2)]
-    draw.ellipse((4, 8, side - 6, side - 12), fill=colours[0])
-    draw.rectangle((side // 2, 12, side - 8, side // 2), fill=colours[1])
-    return image
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Two classes of 12 drawings each, equally named."""
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     for c, name in enumerate(["cat", "ant"]):
         (root / name).mkdir(parents=True)
         for i, stem in enumerate(NAMES):
             drawing(100 * c + i).save(root / name / f"{stem}.png")
-    (root / "dataset.json").write_text("{}")  # files beside the class folders are no class
+    (root / "dataset.json").write_text("{}")  # files next to the class folders are no class
     return root
 
 
@@ -59,7 +49,7 @@ def as_uint8(image: torch.Tensor) -> np.ndarray:
 # --- what is given out ----------------------------------------------------------------------------------------------
 
 
-def test_items_are_pictures_in_minus_one_to_one_with_labels_by_sorted_folder(folder: Path) -> None:
+def test_items_are_images_in_minus_one_to_one_with_labels_by_sorted_folder(folder: Path) -> None:
     data = ControlledImages(folder, 32, split="all")
     assert data.class_names == ["ant", "cat"]
     assert len(data) == 24
@@ -72,7 +62,7 @@ def test_items_are_pictures_in_minus_one_to_one_with_labels_by_sorted_folder(fol
     assert [data[i]["label"] for i in range(24)] == [0] * 12 + [1] * 12
 
 
-def test_pictures_are_resized_premultiplied_and_shown_on_white(folder: Path) -> None:
+def test_images_are_resized_premultiplied_and_shown_on_white(folder: Path) -> None:
     data = ControlledImages(folder, 32, split="all")
     with Image.open(folder / "ant" / "thing-0.png") as image:
         small = image.resize((32, 32), Image.Resampling.LANCZOS)
@@ -81,7 +71,7 @@ def test_pictures_are_resized_premultiplied_and_shown_on_white(folder: Path) -> 
 
 
 @pytest.mark.parametrize("control_type", ["canny", "normal"])
-def test_controls_made_on_the_fly_are_those_of_the_picture_shown(folder: Path, control_type: str) -> None:
+def test_controls_made_on_the_fly_are_those_of_the_image_shown(folder: Path, control_type: str) -> None:
     data = ControlledImages(folder, 32, split="all", control_type=control_type)
     control = data[3]["control"]
     assert control.shape == (32, 32, 3)
@@ -145,7 +135,7 @@ def test_split_never_moves() -> None:
 
 def test_about_one_in_twenty_is_held_out() -> None:
     """5 % of 10,000 names: 500, standard deviation 22; ±4 of them."""
-    held_out = sum(split_of(Path(f"picture-{i}.png")) == "val" for i in range(10_000))
+    held_out = sum(split_of(Path(f"image-{i}.png")) == "val" for i in range(10_000))
     assert abs(held_out - 500) < 88
 
 
@@ -153,19 +143,19 @@ def test_about_one_in_twenty_is_held_out() -> None:
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone(folder: Path) -> None:
-    def pictures(seed: int, epoch: int, order: list[int]) -> dict[int, torch.Tensor]:
+    def images(seed: int, epoch: int, order: list[int]) -> dict[int, torch.Tensor]:
         data = ControlledImages(folder, 32, split="all", augment=True, seed=seed)
         data.set_epoch(epoch)
         return {i: data[i]["image"] for i in order}
 
-    first, again = pictures(1, 4, list(range(24))), pictures(1, 4, list(range(23, -1, -1)))
+    first, again = images(1, 4, list(range(24))), images(1, 4, list(range(23, -1, -1)))
     assert all(torch.equal(first[i], again[i]) for i in range(24))
-    for other in (pictures(1, 5, [0, 1, 2]), pictures(2, 4, [0, 1, 2])):
+    for other in (images(1, 5, [0, 1, 2]), images(2, 4, [0, 1, 2])):
         assert not any(torch.equal(first[i], other[i]) for i in range(3))
 
 
 @pytest.mark.parametrize("control_type", ["canny", "sketch"])
-def test_control_and_picture_are_augmented_alike(folder: Path, control_type: str) -> None:
+def test_control_and_image_are_augmented_alike(folder: Path, control_type: str) -> None:
     data = ControlledImages(folder, 32, split="all", control_type=control_type, augment=True)
     for i in range(0, 24, 5):
         item = data[i]
@@ -226,7 +216,7 @@ def test_nothing_is_mirrored_where_that_is_not_wanted(tmp_path: Path) -> None:
     assert rising == {True: {True, False}, False: {True}}
 
 
-def test_half_of_the_pictures_are_mirrored() -> None:
+def test_half_of_the_images_are_mirrored() -> None:
     """Of 1000: 500, standard deviation 16; ±4 of them."""
     mirrored = sum(random_box(np.random.default_rng(i))[1] for i in range(1000))
     assert abs(mirrored - 500) < 64
@@ -235,8 +225,8 @@ def test_half_of_the_pictures_are_mirrored() -> None:
 # --- mirrored control folders ---------------------------------------------------------------------------------------
 
 
-def test_control_files_follow_the_picture_through_augmentation(tmp_path: Path) -> None:
-    """The controls are the pictures themselves in another format: picture and control must come out the same."""
+def test_control_files_follow_the_image_through_augmentation(tmp_path: Path) -> None:
+    """The controls are the images themselves in another format: image and control must come out the same."""
     root = opaque(tmp_path / "photos", [(64, 64), (90, 64), (40, 120)])
     mirror = tmp_path / "controls" / "photo"
     mirror.mkdir(parents=True)
@@ -293,7 +283,7 @@ def test_16_bit_depth_maps_keep_their_range(tmp_path: Path) -> None:
     assert data[0]["control"].unique().tolist() == [128]
 
 
-def test_pictures_that_have_no_control_for_a_stated_reason_are_left_out(folder: Path, tmp_path: Path) -> None:
+def test_images_that_have_no_control_for_a_stated_reason_are_left_out(folder: Path, tmp_path: Path) -> None:
     controls = tmp_path / "controls"
     for path in folder.rglob("*.png"):
         (controls / path.parent.name).mkdir(parents=True, exist_ok=True)
@@ -333,9 +323,9 @@ def test_missing_control_files_are_named(folder: Path, tmp_path: Path) -> None:
 # --- what is wrong with a folder ------------------------------------------------------------------------------------
 
 
-def test_unreadable_pictures_are_left_out_and_named(folder: Path) -> None:
+def test_unreadable_images_are_left_out_and_named(folder: Path) -> None:
     bad = [folder / "ant" / "thing-0.png", folder / "cat" / "thing-5.png"]
-    bad[0].write_bytes(b"this is no picture")
+    bad[0].write_bytes(b"this is no image")
     bad[1].write_bytes(bad[1].read_bytes()[:60])
     with pytest.warns(UserWarning, match=r"2 of 24 images left out:\n.*thing-0.png.*\n.*thing-5.png"):
         data = ControlledImages(folder, 16, split="all")
@@ -345,15 +335,15 @@ def test_unreadable_pictures_are_left_out_and_named(folder: Path) -> None:
         assert [data[i]["label"] for i in (0, 10, 11)] == [0, 0, 1]
 
 
-def test_without_preloading_the_next_picture_takes_an_unreadable_ones_place(folder: Path) -> None:
-    (folder / "ant" / "thing-0.png").write_bytes(b"this is no picture")
+def test_without_preloading_the_next_image_takes_an_unreadable_ones_place(folder: Path) -> None:
+    (folder / "ant" / "thing-0.png").write_bytes(b"this is no image")
     data = ControlledImages(folder, 16, split="all", preload=False)
     with pytest.warns(UserWarning, match=r"left out: .*thing-0.png"):
         item = data[0]
     assert torch.equal(item["image"], data[1]["image"])
 
 
-def test_opaque_pictures_are_left_out_where_the_control_needs_alpha(folder: Path, tmp_path: Path) -> None:
+def test_opaque_images_are_left_out_where_the_control_needs_alpha(folder: Path, tmp_path: Path) -> None:
     drawing(0).convert("RGB").save(folder / "ant" / "flat.png")
     with pytest.warns(UserWarning, match=r"1 of 25 images left out:\n.*flat.png: no alpha channel"):
         assert len(ControlledImages(folder, 16, split="all", control_type="depth")) == 24
@@ -368,7 +358,7 @@ def test_empty_class_folders_are_named(folder: Path) -> None:
         ControlledImages(folder, 16)
 
 
-def test_folders_that_are_no_picture_folders_are_refused(tmp_path: Path) -> None:
+def test_folders_that_are_no_image_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere is not a folder; give"):
         ControlledImages(tmp_path / "nowhere", 16)
     with pytest.raises(DataError, match="has no class folders; put the images"):

@@ -88,7 +88,7 @@ def test_the_import_of_official_files_takes_sides_by_both_names() -> None:
     assert parse_args(command).sides is None
 
 
-def test_what_a_command_is_not_told_is_as_its_options_say() -> None:
+def test_what_a_command_is_not_given_is_as_its_options_say() -> None:
     paths = {"data": Path("x"), "output": Path("y")}
     common = ["--data", "x", "-o", "y"]
     vqvae, var, car = (

@@ -108,7 +108,7 @@ class Amx(OpenVino):
         return Compiled([partial(part, convnet, sizes)], ())
 
     def _rewrite(self, graph: str, model: Any) -> tuple[Sequence[Any], Sequence[Any]]:
-        """Of the step only what draws from the sorted logits; nothing if it isn't cut there."""
+        """Keep of the step only what draws from the sorted logits; nothing if it isn't cut there."""
         if graph != "step":
             return super()._rewrite(graph, model)
         if self.cache_dtype is not None:

@@ -16,6 +16,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifdef CAR_EMULATED_TILES /* the tests' own, for CPUs without AMX */
+#include "emulated_tiles.h"
+#endif
+
 #ifndef BF16_TERMS
 #define BF16_TERMS 1
 #endif
