@@ -42,7 +42,7 @@ SLOW = "slow"
 CHECKOUT = ("benchmarks", "car_train", "export", "runtime", "tests", "Makefile", "pyproject.toml")
 NOT_OURS = {"--extra-index-url", "--fix", "--nproc-per-node", "engines/"}
 """Flags of pip, ruff and torchrun that documents name, and a folder inside a plan."""
-OLD_WORDS = r"(?<![a-z])(?:pictures?|beside|tells?|told|made[-_ ]up|likeliest|eight[- ]bits?)(?![a-z])"
+OLD_WORDS = r"(?<![a-z.])(?:pictures?|beside|tells?|told|made[-_ ]up|likeliest|eight[- ]bits?)(?![a-z])"
 """CONTRIBUTING.md, "Words"."""
 
 

@@ -29,7 +29,7 @@ def control_of_photo(
 ) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
     """The map, uint8 [S, S, 3], and warnings about the photo.
 
-    annotator: ONNX file of a network with its description alongside it (`annotator.open_annotator`); None derives the
+    annotator: ONNX file of a network with its description next to it (`annotator.open_annotator`); None derives the
     map by arithmetic. Raises ImageError, RequestError.
     """
     convention, size = manifest.model.convention, manifest.model.image_size

@@ -114,7 +114,7 @@ def test_networks_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="there is no network"):
         open_annotator(tmp_path / "none.onnx", PRESETS["hed"])
     (tmp_path / "x.onnx").write_bytes(b"no network")
-    with pytest.raises(RequestError, match=r"no description 'x.json' alongside it; write one"):
+    with pytest.raises(RequestError, match=r"no description 'x.json' next to it; write one"):
         open_annotator(tmp_path / "x.onnx", PRESETS["hed"])
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(RequestError, match="cannot read"):
@@ -131,13 +131,13 @@ def test_values_that_are_not_finite_are_an_error_of_the_run(tmp_path: Path) -> N
 
 def test_the_command_takes_a_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     net = described(network(tmp_path / "net.onnx", 2 * (np.array([1, 0, 0]) - 0.3)), gives="edges")
-    shot, out = tmp_path / "photo.png", tmp_path / "map.png"
-    photo((96, 64)).save(shot)
-    assert main(["control", str(shot), "--annotator", str(net), "-o", str(out), "--threads", "1"]) == 0
-    expected = open_annotator(net, PRESETS["canny-grey"], threads=1)(open_image(shot), 64, "crop")
+    given, out = tmp_path / "photo.png", tmp_path / "map.png"
+    photo((96, 64)).save(given)
+    assert main(["control", str(given), "--annotator", str(net), "-o", str(out), "--threads", "1"]) == 0
+    expected = open_annotator(net, PRESETS["canny-grey"], threads=1)(open_image(given), 64, "crop")
     np.testing.assert_array_equal(np.asarray(Image.open(out)), expected)
-    assert main(["--photo", str(shot), "--annotator", str(net), "-o", str(out), "--threads", "1"]) == 0
-    assert main(["--control", str(shot), "--annotator", str(net), "-o", str(out)]) == 2
+    assert main(["--photo", str(given), "--annotator", str(net), "-o", str(out), "--threads", "1"]) == 0
+    assert main(["--control", str(given), "--annotator", str(net), "-o", str(out)]) == 2
     assert "add --photo FILE" in capsys.readouterr().err
 
 

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from car_runtime.errors import UserError
+from car_runtime.errors import UserError, error_line, printable_lines
 
 
 def run_command(prog: str, run: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
@@ -43,7 +43,7 @@ def run_command(prog: str, run: Callable[[Sequence[str]], int], arguments: Seque
 
 
 def _fail(prog: str, error: object, code: int) -> int:
-    note(f"{prog}: error: {' '.join(str(error).split())}")
+    note(f"{prog}: error: {error_line(error)}")
     return code
 
 
@@ -65,8 +65,8 @@ def open_closed_streams() -> None:
 
 
 def note(line: str) -> None:
-    """A line on stderr. That nobody reads it any more is no reason to stop."""
+    """Print lines on stderr, control characters escaped. That nobody reads them any more is no reason to stop."""
     try:
-        print(line, file=sys.stderr, flush=True)
+        print(printable_lines(line), file=sys.stderr, flush=True)
     except OSError:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115

@@ -25,7 +25,7 @@ from car_runtime.cli.options import (
 )
 from car_runtime.cli.outputs import check_distinct
 from car_runtime.config import GenerationConfig
-from car_runtime.errors import OutputError, RequestError
+from car_runtime.errors import OutputError, RequestError, printable
 
 if TYPE_CHECKING:
     from car_runtime.format.manifest import Manifest
@@ -134,9 +134,9 @@ def generate(args: argparse.Namespace, root: Path, manifest: Manifest, began: fl
     timings = {"read": perf_counter() - began}
     with open_plan(root, args.backend, threads=args.threads, verify=not args.no_verify) as plan:
         timings["open"] = perf_counter() - began - timings["read"]
-        note(f"car-run: {manifest.name} on {plan.backend_name} ({plan.why})")
+        note(f"car-run: {printable(manifest.name)} on {plan.backend_name} ({plan.why})")
         for warning in request.warnings:
-            note(f"car-run: warning: {warning}")
+            note(f"car-run: warning: {printable(warning)}")
         progress = _Progress(args, request.schedule.drawn)
         result = plan.generate(request, on_scale=progress if progress.wanted else None)
         backend = {"name": plan.backend_name, "why": plan.why}
@@ -182,7 +182,11 @@ def _print_classes(manifest: Manifest, as_json: bool) -> None:
     if names is None:
         last = manifest.model.classes - 1
         raise RequestError(f"the plan {manifest.name!r} has no class names; give an index, 0…{last}")
-    print(json.dumps({"classes": list(names)}) if as_json else "\n".join(f"{i}\t{s}" for i, s in enumerate(names)))
+    print(
+        json.dumps({"classes": list(names)})
+        if as_json
+        else "\n".join(f"{i}\t{printable(s)}" for i, s in enumerate(names))
+    )
     sys.stdout.flush()
 
 

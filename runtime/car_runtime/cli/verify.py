@@ -56,10 +56,10 @@ def run(arguments: Sequence[str]) -> int:
         check_writable(args.output)
     settings = {"threads": args.threads, "warmup": args.warmup, "runs": args.runs, "batches": args.batch}
     report = verify(args.plan, args.backend, **settings, log=_log)
-    text = json.dumps(report, allow_nan=False, ensure_ascii=False)
     if args.output is not None:
-        write_files({args.output: f"{text}\n".encode()})
+        write_files({args.output: f"{json.dumps(report, allow_nan=False, ensure_ascii=False)}\n".encode()})
     note(table(report))
+    text = json.dumps(report, allow_nan=False)
     print(text if args.json else args.output or ("passed" if report["passed"] else "failed"), flush=True)
     return 0 if report["passed"] else 1
 
