@@ -22,9 +22,10 @@ class Memory:
 
     def __init__(self, library: Any, size: int) -> None:
         self.size, self._library = size, library
-        self.address = library.car_allocate(size) if 0 < size <= LARGEST else None
-        if not self.address:
+        given = library.car_allocate(size) if 0 < size <= LARGEST else None
+        if not given:
             raise MemoryError(f"no {size:,} bytes for weights or activations")
+        self.address = int(given)
 
     def __del__(self) -> None:
         if getattr(self, "address", None):
