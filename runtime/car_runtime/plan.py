@@ -33,7 +33,9 @@ from car_runtime.buffers import LoopBuffers
 from car_runtime.conditioning import Conditioning
 from car_runtime.config import GenerationConfig, config_of
 from car_runtime.errors import PlanError, RequestError
-from car_runtime.format.manifest import WEIGHTS, Manifest, read_manifest, verify_files
+from car_runtime.format.folder import PlanFolder, map_file, open_folder
+from car_runtime.format.hashing import verify_folder
+from car_runtime.format.manifest import WEIGHTS, Manifest, read_manifest
 from car_runtime.generate import Step, run_scales
 from car_runtime.request import Request, check_fit, known_mask_of, resolve
 
@@ -152,15 +154,26 @@ def open_plan(
     check_name(backend)
     root = default_plan() if path is None else Path(path)
     manifest = read_manifest(root)
+    folder = open_folder(root)
+    try:
+        return _open_checked(root, folder, manifest, backend, threads, verify)
+    except BaseException:
+        folder.close()
+        raise
+
+
+def _open_checked(
+    root: Path, folder: PlanFolder, manifest: Manifest, backend: str, threads: int | None, verify: bool
+) -> Plan:
     # All but the content of the weights, so that engines read no graph that was changed.
-    verify_files(root, manifest, hashes=False)
-    verify_files(root, manifest, hashes=verify, names=[name for name in manifest.files if name != WEIGHTS])
+    verify_folder(folder, manifest, hashes=False, names=[WEIGHTS])
+    verify_folder(folder, manifest, hashes=verify, names=[name for name in manifest.files if name != WEIGHTS])
     with ThreadPoolExecutor(1) as aside:
         # An engine opens on one core for the most part, and hashing wants none of its memory: both take their time
         # at once. What is wrong with the weights comes before what the engine says of them.
-        weights = aside.submit(verify_files, root, manifest, hashes=verify, names=[WEIGHTS])
+        weights = aside.submit(verify_folder, folder, manifest, hashes=verify, names=[WEIGHTS])
         try:
-            opened, why = open_backend(backend, root, manifest, threads)
+            opened, why = open_backend(backend, root, manifest, threads, folder)
         except Exception:
             weights.result()
             raise
@@ -169,7 +182,7 @@ def open_plan(
         except BaseException:
             opened.close()
             raise
-    return Plan(root, manifest, opened, why)
+    return Plan(root, manifest, opened, why, folder)
 
 
 class Plan:
@@ -179,13 +192,17 @@ class Plan:
     alone.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, backend: Backend, why: str) -> None:
+    def __init__(
+        self, path: Path, manifest: Manifest, backend: Backend, why: str, folder: PlanFolder | None = None
+    ) -> None:
+        """`folder`: the plan's files as they were checked; the plan closes it in the end. By default `path`'s."""
         self.path = path
+        self._folder = open_folder(path) if folder is None else folder
         self.manifest = manifest
         self.why = why
         """Why this backend was taken."""
         self._backend = backend
-        self._constants = _load_constants(path, manifest, backend)
+        self._constants = _load_constants(self._folder, manifest, backend)
         self._conditioning = Conditioning(backend, manifest)
         self._idle: list[LoopBuffers] = []
         self._lock = Lock()
@@ -227,6 +244,7 @@ class Plan:
         with self._lock:
             self._idle.clear()
         self._backend.close()
+        self._folder.close()
 
     def forget(self) -> None:
         """Drop what is kept of control images and classes: the next call computes them anew, as the first one did."""
@@ -461,12 +479,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_abandon_open_plans)
 
 
-def _load_constants(root: Path, manifest: Manifest, backend: Backend) -> list[dict[str, Buffer]]:
+def _load_constants(folder: PlanFolder, manifest: Manifest, backend: Backend) -> list[dict[str, Buffer]]:
     """Each scale's constants as buffers, step input name → buffer. All of them together are a few MB."""
     names = {name for scale in manifest.scales for name in scale.constants.values()}
     buffers: dict[str, Buffer] = {}
     if names:
-        weights = np.memmap(root / WEIGHTS, np.uint8, "r")
+        weights = np.frombuffer(map_file(folder, WEIGHTS), np.uint8)
     for name in names:
         tensor = manifest.tensors[name]
         raw = weights[tensor.offset : tensor.offset + tensor.bytes]

@@ -19,6 +19,7 @@ from car_runtime.backends.openvino.spec import OPENVINO
 from car_runtime.backends.spec import BackendSpec
 from car_runtime.backends.tensorrt.spec import RTX, TRT
 from car_runtime.errors import BackendError
+from car_runtime.format.folder import PlanFolder
 from car_runtime.format.manifest import WEIGHTS, Manifest
 
 BACKENDS: dict[str, BackendSpec] = {
@@ -48,7 +49,9 @@ def check_name(name: str) -> None:
     raise BackendError(f"there is no backend {name!r}; use {near[0] if near else f'one of {have}'}")
 
 
-def open_backend(name: str, root: Path, manifest: Manifest, threads: int | None = None) -> tuple[Backend, str]:
+def open_backend(
+    name: str, root: Path, manifest: Manifest, threads: int | None = None, folder: PlanFolder | None = None
+) -> tuple[Backend, str]:
     """Open a plan and say why on this backend.
 
     A named backend opens or raises BackendError; only "auto" goes on to the next best. PlanError is never a reason to
@@ -56,11 +59,11 @@ def open_backend(name: str, root: Path, manifest: Manifest, threads: int | None 
     """
     check_name(name)
     if name != "auto":
-        return BACKENDS[name].open(root, manifest, threads), "asked for"
+        return BACKENDS[name].open(root, manifest, threads, folder), "asked for"
     passed_over: dict[str, list[str]] = {}  # reason → backends: several wait for the same thing
     for candidate in best_first(manifest):
         try:
-            backend = BACKENDS[candidate].open(root, manifest, threads)
+            backend = BACKENDS[candidate].open(root, manifest, threads, folder)
         except BackendError as error:
             passed_over.setdefault(str(error), []).append(candidate)
             continue

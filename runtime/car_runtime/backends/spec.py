@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from car_runtime.backends.base import Backend
 from car_runtime.errors import BackendError
+from car_runtime.format.folder import PlanFolder
 from car_runtime.format.manifest import Manifest
 from car_runtime.system.gpu import GpuFacts
 
@@ -55,6 +56,8 @@ class BackendSpec:
     """Whether it runs int8 plans."""
     needs_engines: bool = False
     """Whether a plan must hold engines compiled for this GPU; else the plan's own graphs do."""
+    reads_folder: bool = False
+    """Whether it takes the files that were hashed, by their descriptors, and opens none by name."""
     extra: str
     """The extra of pyproject.toml that brings its packages."""
     install: tuple[str, ...]
@@ -68,15 +71,19 @@ class BackendSpec:
     status: Literal["measured", "built only"]
     """Whether it has run on that hardware, or was compiled and run on a stand-in for it."""
 
-    def open(self, root: Path, manifest: Manifest, threads: int | None) -> Backend:
-        """Open a plan. Raises BackendError with the remedy, and PlanError."""
+    def open(self, root: Path, manifest: Manifest, threads: int | None, folder: PlanFolder | None = None) -> Backend:
+        """Open a plan. Raises BackendError with the remedy, and PlanError.
+
+        folder: the files as they were checked, for backends that read no others (`reads_folder`).
+        """
         try:
             opener = _look_up(self.opener)
         except ImportError as error:
             raise BackendError(
                 f"the backend {self.name!r} can't be loaded here ({error}); use another backend"
             ) from error
-        backend: Backend = opener(root, manifest, threads)
+        more = {"folder": folder} if self.reads_folder and folder is not None else {}
+        backend: Backend = opener(root, manifest, threads, **more)
         return backend
 
     def examine(self, facts: MachineFacts) -> Finding:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import stat
 from pathlib import Path
@@ -109,6 +110,19 @@ class PlanFolder:
             flags = os.O_RDONLY | _DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
             self._directories[folder] = os.open(folder, flags, dir_fd=self._directories[""])
         return os.open(last, _FLAGS, dir_fd=self._directories[folder])
+
+
+def open_folder(root: str | os.PathLike[str]) -> PlanFolder:
+    """The directory of a plan. Raises PlanError where it can't be opened."""
+    try:
+        return PlanFolder(root)
+    except OSError as error:
+        raise PlanError(f"cannot open {str(root)!r} ({error.strerror}); check the path") from error
+
+
+def map_file(folder: PlanFolder, name: str) -> mmap.mmap | bytes:
+    """A file's bytes, mapped to be read. It outlives the folder. Raises PlanError."""
+    return mmap.mmap(folder.file(name), 0, access=mmap.ACCESS_READ) if folder.size(name) else b""
 
 
 def read_at(descriptor: int, count: int, offset: int) -> bytes:

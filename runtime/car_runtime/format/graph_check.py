@@ -10,7 +10,7 @@ disagree with the sizes of the buffers that the runtime makes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -56,6 +56,17 @@ class Checked:
     constants: dict[bytes, _Constant] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """A constant in weights.bin."""
+
+    name: str
+    kind: int
+    """ONNX's number of its type."""
+    shape: tuple[int, ...]
+    offset: int
+
+
 class _MalformedError(Exception):
     """The bytes are no graph that is let through; says why."""
 
@@ -73,6 +84,19 @@ def check_graph(data: bytes, graph: Graph, weight_bytes: int, checked: Checked) 
         raise PlanError(f"cannot open {graph.file}: {error}; {REMEDY}") from None
     except (IndexError, UnicodeDecodeError) as error:
         raise PlanError(f"cannot open {graph.file}: it is no ONNX graph; {REMEDY}") from error
+
+
+def stored_weights(data: bytes) -> Iterator[Weights]:
+    """The constants of a graph that lie in weights.bin. Only for bytes that `check_graph` has let through."""
+    (content,) = (value for number, value in _fields(data) if number == 7)
+    for number, message in _fields(_message(content)):
+        fields = _fields(_message(message)) if number == 5 else []
+        entries = [dict(_fields(_message(value))) for field, value in fields if field == 13]
+        if entries:
+            places = {_text(entry[1]): _text(entry[2]) for entry in entries}
+            single = dict(fields)
+            dims = tuple(size for field, value in fields if field == 1 for size in _integers(value))
+            yield Weights(name=_text(single[8]), kind=int(single[2]), shape=dims, offset=int(places.get("offset", 0)))
 
 
 def _check_model(data: bytes, graph: Graph, weight_bytes: int, checked: Checked) -> None:

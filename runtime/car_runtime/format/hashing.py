@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from car_runtime.errors import PlanError
-from car_runtime.format.folder import PlanFolder, read_at
+from car_runtime.format.folder import PlanFolder, open_folder, read_at
 from car_runtime.format.graph_check import GRAPH_BYTES, Checked, check_graph
 from car_runtime.format.schema import CHUNK_BYTES, WEIGHTS, FileEntry, Manifest
 
@@ -40,11 +40,7 @@ def verify_files(
     root: str | os.PathLike[str], manifest: Manifest, *, hashes: bool = True, names: Iterable[str] | None = None
 ) -> None:
     """`verify_folder` of a plan that isn't opened otherwise, its graphs' structure included. Raises PlanError."""
-    try:
-        folder = PlanFolder(root)
-    except OSError as error:
-        raise PlanError(f"cannot open {str(root)!r} ({error.strerror}); check the path") from error
-    with folder:
+    with open_folder(root) as folder:
         verify_folder(folder, manifest, hashes=hashes, names=names)
 
 

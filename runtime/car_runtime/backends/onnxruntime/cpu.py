@@ -6,21 +6,30 @@ d16 it was measured to be as fast as static sessions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import numpy as np
+
 from car_runtime.backends.base import Buffer
 from car_runtime.backends.numpy_buffers import NumpyBuffers, array_of
 from car_runtime.backends.onnxruntime.session import import_onnxruntime, needless_optimizers
 from car_runtime.backends.onnxruntime.spec import CPU_PROVIDER, ORT_CPU
 from car_runtime.errors import BackendError, PlanError, RunError, one_line
-from car_runtime.format.manifest import Manifest
+from car_runtime.format.folder import PlanFolder, map_file
+from car_runtime.format.graph_check import GRAPH_BYTES, stored_weights
+from car_runtime.format.manifest import WEIGHTS, Manifest
 from car_runtime.system.cpu import cpu_flags, engine_threads
 
 # The encoder serves editing only; it is opened when somebody encodes.
+_DTYPES: dict[int, Any] = {
+    1: np.float32, 2: np.uint8, 3: np.int8, 6: np.int32, 7: np.int64, 9: np.bool_, 10: np.float16
+}  # fmt: skip
+"""ONNX's number of a type → numpy's."""
 _AT_ONCE = ("step", "condition", "control", "decoder")
 
 
@@ -29,7 +38,10 @@ class OrtCpu(NumpyBuffers):
 
     name = "ort-cpu"
 
-    def __init__(self, root: Path, manifest: Manifest, threads: int | None = None) -> None:
+    def __init__(
+        self, root: Path, manifest: Manifest, threads: int | None = None, folder: PlanFolder | None = None
+    ) -> None:
+        """`folder`: the plan's files as they were checked, in place of those that `root` has by now."""
         if manifest.precision.compute == "bf16":
             raise BackendError(
                 "the plan computes in bfloat16, which onnxruntime cannot on a CPU; "
@@ -37,6 +49,8 @@ class OrtCpu(NumpyBuffers):
             )
         self._ort = import_onnxruntime(ORT_CPU, "onnxruntime", ("cpu", "gpu"))
         self._root, self._manifest, self._threads = root, manifest, threads or engine_threads()
+        self._folder = folder if hasattr(self._ort.SessionOptions, "add_external_initializers") else None
+        self._mapped = b"" if self._folder is None else map_file(self._folder, WEIGHTS)
         self._lock = Lock()
         self._closed = False
         self._inputs = {name: {port.name for port in graph.inputs} for name, graph in manifest.graphs.items()}
@@ -91,10 +105,11 @@ class OrtCpu(NumpyBuffers):
 
     def _open(self, graph: str) -> Any:
         file = self._manifest.graphs[graph].file
+        options = self._options(graph)
         try:
             session = self._ort.InferenceSession(
-                self._source(graph),
-                self._options(graph),
+                self._source(graph) if self._folder is None else self._checked_source(self._folder, file, options),
+                options,
                 providers=[CPU_PROVIDER],
                 disabled_optimizers=needless_optimizers(self._manifest.precision),
             )
@@ -108,6 +123,20 @@ class OrtCpu(NumpyBuffers):
     def _source(self, graph: str) -> str | bytes:
         """What a session is made from: a file, or the graph itself, whose weights are the plan's."""
         return str(self._root / self._manifest.graphs[graph].file)
+
+    def _checked_source(self, folder: PlanFolder, file: str, options: Any) -> bytes:
+        """The graph whose file was checked, with `options` that give it its weights: mapped, not copied."""
+        data = folder.read(file, GRAPH_BYTES)
+        names, values = [], []
+        for one in stored_weights(data):
+            dtype = _DTYPES[one.kind]
+            count = math.prod(one.shape)
+            array = np.frombuffer(self._mapped, dtype, count, one.offset) if count else np.empty(0, dtype)
+            names.append(one.name)
+            values.append(self._ort.OrtValue.ortvalue_from_numpy(array.reshape(one.shape)))
+        if names:
+            options.add_external_initializers(names, values)
+        return data
 
     def _options(self, graph: str) -> Any:
         options = self._ort.SessionOptions()

@@ -17,6 +17,7 @@ ORT_CPU = BackendSpec(
     rank_bf16=7,
     computes=("fp32", "fp16"),
     int8=True,
+    reads_folder=True,
     extra="cpu",
     install=("pip install 'car-deploy[cpu]'",),
     opener="car_runtime.backends.onnxruntime.cpu:OrtCpu",
