@@ -6,6 +6,7 @@ import argparse
 import io
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from car_train.data import annotate, datasets, pretrained
 from car_train.errors import UserError
 from car_train.evaluation import curves, evaluate, generate
 from car_train.interop import command as interop
-from car_train.streams import after_broken_pipe, open_closed_streams
+from car_train.streams import after_broken_pipe, one_line_warning, open_closed_streams
 from car_train.training import command as training
 
 EXAMPLES = """examples:
@@ -70,6 +71,7 @@ def run(args: argparse.Namespace) -> Path | None:
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 1 when nobody reads the output, 2 for what the user can put right, 130 after Ctrl-C."""
     open_closed_streams()
+    warnings.formatwarning = one_line_warning
     args = parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # a path is printed as the bytes that it is

@@ -1,4 +1,4 @@
-"""Standard streams that are closed, or that nobody reads any more; the exporter's commands share it."""
+"""Standard streams that are closed, or that nobody reads any more, and warnings; the exporter's commands share it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ def open_closed_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
         if name != "stdin":
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+
+
+def one_line_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning for stderr as errors are printed there, without Python's file, line and source."""
+    return f"car_train: warning: {message}\n"
 
 
 def after_broken_pipe() -> int:

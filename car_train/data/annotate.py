@@ -8,8 +8,8 @@ The output mirrors the class folders: `cat/a.jpg` has its control in `cat/a.png`
 expects it. Next to them are `controls.json` (what made them; an interrupted run continues, and another setting is
 refused) and, where images had to be left out, `skipped.txt`. Every PNG is written aside and renamed.
 
-A control is made from the image as training sees it: RGBA, turned as its EXIF says, stretched to a square with
-LANCZOS (`--size`), composited on white. Who makes it:
+A control is made from the image as training sees it: RGBA, turned as its EXIF says, made a square as `--fit`
+says, by LANCZOS (`--size`), composited on white. Who makes it:
 
     canny, sketch   OpenCV, as in `controls`.
     depth, normal   from the alpha channel, as in `controls`; images without one are skipped. With `--onnx`: a net.

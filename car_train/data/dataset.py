@@ -298,7 +298,8 @@ def find_controls(root: Path, control_root: Path, images: Sequence[Path]) -> lis
     """
     if not control_root.is_dir():
         raise DataError(f"{control_root} is not a folder; give the folder of control images")
-    have = {p.relative_to(control_root).with_suffix(""): p for p in sorted(control_root.rglob("*")) if is_image(p)}
+    files = (p for p in sorted(control_root.rglob("*")) if is_image(p) and (p.is_file() or not p.exists()))
+    have = {p.relative_to(control_root).with_suffix(""): p for p in files}
     wanted = [p.relative_to(root).with_suffix("") for p in images]
     missing = [shown(w) for w in wanted if w not in have]
     if missing:

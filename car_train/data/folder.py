@@ -147,13 +147,19 @@ def _look_into(folder: Path, left_out: list[tuple[Path, str]]) -> list[Path]:
     """The images within a class folder, sorted; what else lies there is added to `left_out`."""
     images: list[Path] = []
     for path in _walk(folder, left_out):
-        if path.is_symlink() and not path.is_file():
-            left_out.append((path, "a link to a folder" if path.is_dir() else "a link to nothing"))
+        if not path.is_file():
+            left_out.append((path, _what_is_no_file(path)))
         elif is_image(path):
             images.append(path)
         else:
             left_out.append((path, f"no image by its name ({shown(path.suffix.lower()) or 'no extension'})"))
     return sorted(images)
+
+
+def _what_is_no_file(path: Path) -> str:
+    if path.exists():
+        return "a link to a folder" if path.is_dir() else "a pipe, socket or device"
+    return "a link to nothing"
 
 
 def _walk(folder: Path, left_out: list[tuple[Path, str]]) -> Iterator[Path]:

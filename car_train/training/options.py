@@ -84,8 +84,8 @@ class TrainOptions:
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least 1")
         for field in ("warmup", "weight_decay", "seed", "workers", "threads"):
-            if not getattr(self, field) >= 0:
-                raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least 0")
+            if not 0 <= getattr(self, field) < math.inf:
+                raise ConfigError(f"{field} is {getattr(self, field)}; it must be finite and at least 0")
         if (self.val is not None and self.control_root is not None) != (self.val_control_root is not None):
             raise ConfigError(
                 "control_root and val_control_root belong together where there is a val; give --val-control-root "

@@ -106,6 +106,8 @@ def _require(good: bool, problem: str) -> None:
 def read_description(onnx: Path) -> NetDescription:
     """The description next to a network, NAME.json for NAME.onnx. Raises RequestError."""
     path = onnx.with_suffix(".json")
+    if path.exists() and not path.is_file():
+        raise RequestError(f"the description {str(path)!r} is not a file; {_REMEDY}")
     try:
         return parse_json(path.read_bytes(), path.name, _REMEDY).field("annotator").read(NetDescription)
     except FileNotFoundError as error:

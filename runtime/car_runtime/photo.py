@@ -13,7 +13,7 @@ from car_runtime.conventions import ControlConvention
 from car_runtime.errors import ImageError, RequestError
 from car_runtime.format.manifest import Manifest
 from car_runtime.images import Source, open_image
-from car_runtime.request import check_fit
+from car_runtime.request import check_fit, check_threads
 
 WITHOUT_NETWORK = frozenset({"canny", "soft-hed", "dome", "dodge"})
 """Annotators that are here, and no network."""
@@ -51,6 +51,7 @@ def map_of_photo(
 ) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
     """The same for a convention and a side in pixels."""
     check_fit(fit)
+    check_threads(threads)
     image = open_image(photo)
     fit = fit or convention.fit
     warnings = [aspect_warning("photo", image.size, size, fit, 1 if fit == "stretch" else CROPPED)]

@@ -37,7 +37,7 @@ from car_runtime.format.folder import PlanFolder, map_file, open_folder
 from car_runtime.format.hashing import verify_folder
 from car_runtime.format.manifest import WEIGHTS, Manifest, read_manifest
 from car_runtime.generate import Step, run_scales
-from car_runtime.request import Request, check_fit, known_mask_of, resolve
+from car_runtime.request import Request, check_fit, check_threads, known_mask_of, resolve
 
 DEFAULT_PLAN = Path(__file__).parent / "plans" / "emoji-canny.plan"
 
@@ -147,10 +147,7 @@ def open_plan(
     Raises PlanError (missing, truncated, edited, newer format), BackendError (named backend can't open), RequestError
     (threads).
     """
-    if threads is not None and not (type(threads) is int and 1 <= threads <= 1024):
-        raise RequestError(
-            f"threads is {threads!r}, but must be a whole number in 1…1024; leave it out to use all cores"
-        )
+    check_threads(threads)
     check_name(backend)
     root = default_plan() if path is None else Path(path)
     manifest = read_manifest(root)

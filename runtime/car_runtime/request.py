@@ -133,6 +133,14 @@ def check_fit(fit: object) -> None:
         raise RequestError(f"fit is {fit!r}; choose {', '.join(FITS[:-1])} or {FITS[-1]}")
 
 
+def check_threads(threads: object) -> None:
+    """Raise RequestError for what is no number of threads, or None."""
+    if threads is not None and not (type(threads) is int and 1 <= threads <= 1024):
+        raise RequestError(
+            f"threads is {threads!r}, but must be a whole number in 1…1024; leave it out to use all cores"
+        )
+
+
 def check_control(manifest: Manifest, given: bool) -> None:
     """Raise RequestError when a control image is missing, or given to a plan that has no control branch."""
     kind = manifest.model.control_type

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,13 @@ def test_networks_that_are_none_are_refused(tmp_path: Path) -> None:
         open_annotator(tmp_path / "x.onnx", PRESETS["hed"])
     with pytest.raises(RequestError, match="cannot be opened by ONNX Runtime"):
         open_annotator(described(tmp_path / "x.onnx", gives="edges"), PRESETS["hed"])
+
+
+def test_a_description_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    network(tmp_path / "net.onnx", LUMA)
+    os.mkfifo(tmp_path / "net.json")
+    with pytest.raises(RequestError, match="is not a file; correct it"):
+        open_annotator(tmp_path / "net.onnx", PRESETS["hed"])
 
 
 def test_values_that_are_not_finite_are_an_error_of_the_run(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -200,3 +202,27 @@ def test_a_map_becomes_one_of_another_convention(given: str, wanted: str, tmp_pa
     assert said(Image.fromarray(pixels), wanted, 128) == ()
     with pytest.raises(RequestError, match="cannot become one of"):
         converted_map(tmp_path / "map.png", PRESETS[given], PRESETS["canny"], 128)
+
+
+def test_a_map_of_nothing_is_said_by_the_control_command_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "empty.png")
+    assert main(["control", str(tmp_path / "empty.png"), "-o", str(tmp_path / "map.png"), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "the control is blank" in err
+    assert len(json.loads(out)["warnings"]) == 1
+
+
+def test_the_control_command_reads_stdin_and_refuses_no_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, out = EXAMPLES / "photos" / "mouse.png", tmp_path / "map.png"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given.read_bytes())))
+    assert main(["control", "-", "-o", str(out)]) == 0
+    expected, _ = map_of_photo(given, PRESETS["canny-grey"], 64)
+    np.testing.assert_array_equal(np.asarray(Image.open(out)), expected)
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["control", "-", "-o", str(out)]) == 2
+    assert main(["control", str(given), "-o", str(out), "--threads", "0"]) == 2
+    assert "threads is 0, but must be a whole number in 1…1024" in capsys.readouterr().err

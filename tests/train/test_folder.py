@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ from PIL import Image, ImageDraw
 from car_train import checkpoint
 from car_train.cli import main
 from car_train.config import ConfigError
-from car_train.data.dataset import ControlledImages, read_skipped, write_skipped
+from car_train.data.dataset import ControlledImages, find_controls, read_skipped, write_skipped
 from car_train.data.folder import DataError, find_images, scan, shown, split_of
 from car_train.training.options import TrainOptions
 
@@ -82,6 +85,36 @@ def test_dangling_links_are_left_out_and_listed(
     error = capsys.readouterr().err
     assert "left out, a link to nothing: 1 (cat/broken.png)" in error
     assert "left out, a link to a folder: 1 (cat/more)" in error
+
+
+def test_pipes_are_left_out_and_never_waited_for(tmp_path: Path) -> None:
+    """Opening one waits until somebody writes to it: the data set's, a link to one, and one among the controls."""
+    place = fill(tmp_path / "data" / "cat", 3)
+    os.mkfifo(place / "pipe.png")
+    (place / "link.png").symlink_to(place / "pipe.png")
+    folder = scan(tmp_path / "data")
+    assert [path.name for path, _ in folder.files] == ["0.png", "1.png", "2.png"]
+    assert {(path.name, why) for path, why in folder.left_out} == {
+        ("pipe.png", "a pipe, socket or device"),
+        ("link.png", "a pipe, socket or device"),
+    }
+    (tmp_path / "maps" / "cat").mkdir(parents=True)
+    os.mkfifo(tmp_path / "maps" / "cat" / "0.png")
+    with pytest.raises(DataError, match="lacks 1 of 1 control images: cat/0"):
+        find_controls(tmp_path / "data", tmp_path / "maps", [place / "0.png"])
+
+
+def test_an_image_that_is_left_out_is_said_without_pythons_source(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    place = fill(tmp_path / "data" / "cat")
+    (place / "junk.png").write_bytes(b"junk")
+    command = f"vqvae --data {tmp_path / 'data'} -o {tmp_path / 'run'} {MODEL} {QUICK}"
+    assert subprocess.run([sys.executable, "-m", "car_train", *command.split()], check=False).returncode == 0
+    error = capfd.readouterr().err
+    assert re.search(r"car_train: warning: 1 of \d+ images left out:\n.*junk.png", error)
+    assert "UserWarning" not in error
+    assert "dataset.py" not in error
 
 
 def test_a_link_to_an_image_or_a_class_is_an_image_or_a_class(tmp_path: Path) -> None:

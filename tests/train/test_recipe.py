@@ -164,6 +164,7 @@ def test_base_and_branch_drop_paths_while_a_branch_trains(images: Path, tokenize
         ("--final-lr 2", "final_lr is 2"),
         ("--epochs 0", "epochs is 0"),
         ("--weight-decay-end -1", "weight_decay_end is -1"),
+        ("--weight-decay inf", "weight_decay is inf"),
     ],
 )
 def test_numbers_out_of_range_are_named(

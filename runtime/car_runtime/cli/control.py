@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from car_runtime.cli.options import Parser, add_setting, add_threads_flag
+from car_runtime.cli.options import Parser, add_setting, add_threads_flag, image_source
 from car_runtime.conventions import PRESETS, ControlConvention
 from car_runtime.errors import OutputError, RequestError
 
@@ -25,7 +25,7 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line. Raises RequestError on misuse."""
     parser = Parser("car-run control", ABOUT, EXAMPLES)
     add = parser.add_argument
-    add("image", metavar="IMAGE", help="photo, or with --from a map")
+    add("image", metavar="IMAGE", help="photo, or with --from a map; - reads stdin")
     add("-o", "--output", type=Path, required=True, metavar="PNG", help="map to write")
     add(
         "-e",
@@ -54,18 +54,23 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
 def run(arguments: Sequence[str]) -> int:
     """The path, or with `--json` path, convention and warnings, goes to stdout; warnings to stderr."""
     args = parse_args(arguments)
+    from PIL import Image
+
+    from car_runtime.control_checks import prepare_control
     from car_runtime.images import check_writable, png_bytes, write_files
     from car_runtime.photo import converted_map, map_of_photo
 
-    if args.output.resolve() == Path(args.image).resolve():
+    if args.image != "-" and args.output.resolve() == Path(args.image).resolve():
         raise OutputError(f"the output {str(args.output)!r} would replace the input; choose another -o")
     check_writable(args.output)
     convention, size = _wanted(args)
+    source = image_source(args.image)
     if args.source is not None:
-        pixels, warnings = converted_map(args.image, PRESETS[args.source], convention, size, fit=args.fit)
+        pixels, warnings = converted_map(source, PRESETS[args.source], convention, size, fit=args.fit)
     else:
         settings = {"fit": args.fit, "annotator": args.annotator, "threads": args.threads}
-        pixels, warnings = map_of_photo(args.image, convention, size, **settings)
+        pixels, warnings = map_of_photo(source, convention, size, **settings)
+        warnings += prepare_control(Image.fromarray(pixels), convention, size, None)[1]
     write_files({args.output: png_bytes(pixels)})
     for warning in warnings:
         print(f"car-run: warning: {warning}", file=sys.stderr)

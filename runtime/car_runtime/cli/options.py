@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import sys
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -41,6 +43,15 @@ def subcommand(name: str, description: str, examples: str) -> Parser:
     parser.add_argument("--json", action="store_true", help="print the whole report on stdout, as one JSON object")
     parser.add_argument("--debug", action="store_true", help="show a traceback when the program itself fails")
     return parser
+
+
+def image_source(given: str) -> str | io.BytesIO:
+    """What an image is read from: the path, or for "-" all of stdin. Raises RequestError where that is closed."""
+    if given != "-":
+        return given
+    if sys.stdin is None:
+        raise RequestError("the image is to come from stdin, which is closed; pipe it in, or name a file")
+    return io.BytesIO(sys.stdin.buffer.read())
 
 
 def add_backend_flag(parser: argparse._ActionsContainer) -> None:

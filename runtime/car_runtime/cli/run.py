@@ -21,6 +21,7 @@ from car_runtime.cli.options import (
     add_setting,
     add_settings,
     add_threads_flag,
+    image_source,
     settings_of,
 )
 from car_runtime.cli.outputs import check_distinct
@@ -161,7 +162,7 @@ def generate(args: argparse.Namespace, root: Path, manifest: Manifest, began: fl
 def _control(args: argparse.Namespace, manifest: Manifest) -> tuple[Source | None, tuple[str, ...]]:
     """The control image as given, or derived from the photo, and warnings; None where neither is given."""
     given = args.control if args.photo is None else args.photo
-    source: Source | None = _stdin() if given == "-" else given
+    source: Source | None = None if given is None else image_source(given)
     if args.annotator is not None and args.photo is None:
         raise RequestError("--annotator makes a control of a photo, and none is given; add --photo FILE")
     if args.photo is None or source is None or manifest.model.control_type is None:
@@ -169,12 +170,6 @@ def _control(args: argparse.Namespace, manifest: Manifest) -> tuple[Source | Non
     from car_runtime.photo import control_of_photo
 
     return control_of_photo(source, manifest, fit=args.fit, annotator=args.annotator, threads=args.threads)
-
-
-def _stdin() -> io.BytesIO:
-    if sys.stdin is None:
-        raise RequestError("the image is to come from stdin, which is closed; pipe it in, or name a file")
-    return io.BytesIO(sys.stdin.buffer.read())
 
 
 def _print_classes(manifest: Manifest, as_json: bool) -> None:
