@@ -108,7 +108,10 @@ def locate(path: str | Path) -> Path:
 
 
 def load(path: str | Path) -> Model:
-    """The model of a checkpoint, frozen and in eval mode. CheckpointError names what is missing or doesn't fit."""
+    """The model of a checkpoint, frozen and in eval mode.
+
+    CheckpointError names what is missing, doesn't fit or isn't finite.
+    """
     path = locate(path)
     try:
         config = ModelConfig.from_json((path / "config.json").read_text(encoding="utf-8"))
@@ -128,6 +131,9 @@ def load(path: str | Path) -> Model:
             raise CheckpointError(
                 f"{file}: doesn't fit its config.json or is damaged ({str(error).splitlines()[0]}); copy it again"
             ) from error
+        broken = not_finite(module.named_parameters())
+        if broken is not None:
+            raise CheckpointError(f"{file}: {broken} is not finite, the model is broken; give an earlier checkpoint")
     model.vqvae.quantizer.reset_buffers()
     return model.requires_grad_(False).eval()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from car_train import checkpoint
 from car_train.cli import main
@@ -112,3 +113,17 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_its_log_anew(images
     shutil.rmtree(run / "step-0000003")
     assert train(images, run, "--steps 2") == 0
     assert steps_of(run) == [1, 2]
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused_by_all_that_load_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of an earlier version, or from elsewhere: sampling would draw noise of it without a word."""
+    path = checkpoint.save(small_model(), tmp_path / "broken")
+    weights = load_file(path / "vqvae.safetensors")
+    name = sorted(weights)[0]
+    save_file(weights | {name: torch.full_like(weights[name], torch.nan)}, path / "vqvae.safetensors")
+    with pytest.raises(checkpoint.CheckpointError, match=f"{name} is not finite, .*; give an earlier checkpoint"):
+        checkpoint.load(path)
+    assert main(["sample", str(path), "--class", "0", "-o", str(tmp_path / "x.png")]) == 2
+    assert "is not finite" in capsys.readouterr().err
