@@ -117,11 +117,11 @@ class Ours:
     workload: Workload
     candidates: list[Candidate]
     gflop: float
-    """Of one image, by count."""
+    """Operations of one image in 10⁹, by count."""
 
     @property
     def size(self) -> int:
-        """Of an image, each way."""
+        """Pixels of an image, each way."""
         return self.workload.manifest.model.image_size
 
 
@@ -136,7 +136,7 @@ class Rival:
     finite: bool
 
     def seconds(self, steps: int) -> list[float]:
-        """Of every round, scaled from the steps that were taken to `steps`."""
+        """Seconds of an image in every round, scaled from the steps that were taken to `steps`."""
         return scaled_seconds(self.candidate.seconds, self.candidate.stage_times("steps"), self.timed, steps)
 
 
@@ -286,7 +286,7 @@ def our_row(group: Group, ours: Ours, c: Candidate) -> Row:
 
 
 def rivals_for(rivals: Sequence[Rival], steps: int) -> list[Rival]:
-    """Of each tier the one that makes images of `steps` steps, or the one that they are scaled from."""
+    """The rival of each tier that makes images of `steps` steps, or that they are scaled from."""
     tiers = dict.fromkeys(r.tier for r in rivals)
     return [max((r for r in rivals if r.tier == tier and r.timed <= steps), key=lambda r: r.timed) for tier in tiers]
 

@@ -92,7 +92,7 @@ def contents(sections: Sequence[tuple[str, list[tuple[int, Result]]]], notes: Se
     seen: dict[str, int] = {}
 
     def link(heading: str) -> str:
-        """As GitHub makes anchors: equal ones are numbered."""
+        """A link to a heading by the anchor that GitHub gives it: equal ones are numbered."""
         base = anchor(heading)
         seen[base] = seen.get(base, -1) + 1
         return f"[{heading}](#{base}{f'-{seen[base]}' if seen[base] else ''})"
@@ -107,7 +107,7 @@ def contents(sections: Sequence[tuple[str, list[tuple[int, Result]]]], notes: Se
 
 
 def anchor(heading: str) -> str:
-    """GitHub's: lower case, spaces to hyphens, punctuation dropped."""
+    """The anchor that GitHub gives a heading: lower case, spaces to hyphens, punctuation dropped."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 

@@ -39,7 +39,7 @@ from benchmarks.harness.records import emit, record
 from benchmarks.harness.tables import markdown_table
 from car_train import checkpoint
 from car_train.config import ConfigError, ModelConfig, VARConfig
-from car_train.data.dataset import find_images
+from car_train.data.folder import find_images
 from car_train.evaluation.runs import ReportError, read_run, summary
 from car_train.files import written_aside
 from car_train.model import Model
@@ -99,7 +99,7 @@ def block_parameters(config: ModelConfig) -> int:
 
 
 def _fingerprint_images(root: Path) -> str:
-    """Of the names and sizes of all images, 16 hex digits."""
+    """16 hex digits of a hash of the names and sizes of all images."""
     digest = hashlib.sha256()
     for path, label in find_images(root)[1]:
         digest.update(f"{path.relative_to(root).as_posix()}\0{label}\0{path.stat().st_size}\n".encode())
@@ -122,7 +122,7 @@ def train(args: argparse.Namespace, size: Size, folder: Path) -> None:
         **{name: getattr(args, name) for name in same},
     )
     trainer = Trainer(stage, options)
-    if any(folder.glob("step-*")):
+    if checkpoint.of_run(folder):
         trainer.resume()
     trainer.run()
 

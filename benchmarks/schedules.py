@@ -83,7 +83,7 @@ EMOJI = Path("~/.cache/car/data/emoji")
 SEEDS = 4
 """Behind `tokens_equal` where there are no images to generate after."""
 BATCH = 16
-"""Pictures whose features are computed at once."""
+"""Images whose features are computed at once."""
 
 Pixels = NDArray[np.uint8]
 
@@ -106,7 +106,7 @@ class Candidate:
     flags: str
     settings: dict[str, Any]
     request: Request
-    """Of one image, with all that the plan decides filled in."""
+    """The request of one image, with all that the plan decides filled in."""
     int8: bool = False
     """Whether it is the plan's INT8 form that is run."""
 
@@ -187,7 +187,7 @@ class Generator:
 def measure_time(
     generator: Generator, chosen: Sequence[Candidate], workload: Workload, args: argparse.Namespace
 ) -> tuple[dict[str, Row], dict[str, list[dict[str, float]]]]:
-    """Of each schedule by name: times of whole images and of the loop; the seconds of each stage, run by run."""
+    """By schedule: the times of whole images and of the loop, and the seconds of each stage, run by run."""
     control, stages = workload.control(), defaultdict[str, list[dict[str, float]]](list)
 
     def call(candidate: Candidate) -> Callable[[], None]:
@@ -266,6 +266,7 @@ class HeldOut:
     """The images of a split with their controls, and what measures drawn ones by them."""
 
     def __init__(self, manifest: Manifest, args: argparse.Namespace, network: FeatureNetwork | None) -> None:
+        from car_train.conventions import PRESETS
         from car_train.data.dataset import ControlledImages
         from car_train.evaluation.controls import control_maker
         from car_train.evaluation.evaluate import choose
@@ -281,11 +282,14 @@ class HeldOut:
             seed=args.seed,
         )
         self.network, self.control_type = network, model.control_type
+        stated = model.convention
+        self.convention = None if stated is None else PRESETS.get(stated.name, PRESETS[stated.control_type])
         self.data = ControlledImages(
             options.data,
             model.image_size,
             split=options.split,
             control_type=model.control_type,
+            convention=self.convention,
             control_root=options.control_root,
             preload=False,
         )
@@ -296,7 +300,7 @@ class HeldOut:
                 "give a folder of the plan's classes"
             )
         self.order = choose(self.data, options)
-        self._maker = None if model.control_type is None else control_maker(model.control_type, options)[0]
+        self._maker = None if self.convention is None else control_maker(self.convention, options)[0]
         self.truth: list[NDArray[Any]] = []
         """Features of the real images, in batches."""
 
@@ -343,9 +347,9 @@ class HeldOut:
         from car_train.evaluation.metrics import control_errors
 
         assert self._maker is not None
-        assert self.control_type is not None
+        assert self.convention is not None
         (found,) = self._maker([image])
-        for measure, value in control_errors(self.control_type, given, found).items():
+        for measure, value in control_errors(self.convention, given, found).items():
             drawn.control[measure].append(value)
 
     def distances(self, drawn: Mapping[str, Drawn], seed: int, log: Log) -> Row:

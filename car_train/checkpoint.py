@@ -3,23 +3,28 @@
     step-0003500/  config.json  vqvae.safetensors  var.safetensors  car.safetensors  trainer.pt
 
 `trainer.pt` (optimizer and random state; only to resume) is read with `weights_only=True`. A checkpoint is written
-aside and renamed, so it is whole or not there.
+aside and renamed, so it is whole or not there, and it holds finite numbers alone. A run's own checkpoints are named
+`step-` and digits; what else lies in its folder, such as `step-best`, is somebody's and left alone.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from car_train.config import ConfigError, ModelConfig
 from car_train.errors import UserError
 from car_train.files import folder_aside, sha256
 from car_train.model import Model
+
+STEP = re.compile(r"step-([0-9]+)")
 
 
 class CheckpointError(UserError, ValueError):
@@ -39,9 +44,15 @@ def modules(model: Model) -> dict[str, nn.Module]:
 def save(model: Model, directory: str | Path, trainer: dict[str, Any] | None = None) -> Path:
     """Write a checkpoint directory atomically.
 
-    An existing one of this name is replaced only when the new one is whole.
+    An existing one of this name is replaced only when the new one is whole. Raises CheckpointError: weights or
+    optimizer state that are not finite, a folder that is something else, a full disk.
     """
     directory = Path(directory)
+    broken = not_finite(tensors_of(model.state_dict())) or not_finite(tensors_of(trainer))
+    if broken:
+        raise CheckpointError(
+            f"{directory}: not written, {broken} is not finite; use the last checkpoint that was written"
+        )
     if directory.exists() and not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory} exists and is not a checkpoint; choose another folder")
     try:
@@ -62,12 +73,33 @@ def save(model: Model, directory: str | Path, trainer: dict[str, Any] | None = N
     return directory
 
 
+def of_run(folder: str | Path) -> list[Path]:
+    """The checkpoints that a run wrote into its folder, by number, the newest last: `step-` and digits, whole."""
+    found = [(STEP.fullmatch(p.name), p) for p in Path(folder).glob("step-*")]
+    numbered = [(int(match[1]), p) for match, p in found if match and (p / "config.json").is_file()]
+    return [p for _, p in sorted(numbered)]
+
+
+def tensors_of(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors within dicts, lists and tuples, with the keys that lead to them."""
+    if isinstance(state, Tensor):
+        yield name, state
+    elif isinstance(state, dict | list | tuple):
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+            yield from tensors_of(value, f"{name}.{key}".strip("."))
+
+
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of the first tensor with NaN or infinity in it; None where all numbers are finite."""
+    return next((name for name, x in tensors if x.is_floating_point() and not bool(x.isfinite().all())), None)
+
+
 def locate(path: str | Path) -> Path:
-    """The checkpoint at `path`: itself, or the newest `step-…` of a run's folder."""
+    """The checkpoint at `path`: itself, or the newest of a run's folder (`of_run`)."""
     path = Path(path)
     if (path / "config.json").is_file():
         return path
-    steps = sorted(p for p in path.glob("step-*") if (p / "config.json").is_file()) if path.is_dir() else []
+    steps = of_run(path)
     if not steps:
         raise CheckpointError(
             f"{path}: no checkpoint there (no config.json, no step-… folder); give the folder that training wrote"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from car_train.data import annotate, datasets, pretrained
 from car_train.errors import UserError
 from car_train.evaluation import curves, evaluate, generate
 from car_train.interop import command as interop
+from car_train.streams import after_broken_pipe, open_closed_streams
 from car_train.training import command as training
 
 EXAMPLES = """examples:
@@ -66,12 +68,17 @@ def run(args: argparse.Namespace) -> Path | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."""
+    """The exit code: 0, 1 when nobody reads the output, 2 for what the user can put right, 130 after Ctrl-C."""
+    open_closed_streams()
     args = parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a path is printed as the bytes that it is
     try:
         made = run(args)
         if made is not None and os.environ.get("RANK", "0") == "0":
-            print(made)
+            print(made, flush=True)
+    except BrokenPipeError:
+        return after_broken_pipe()
     except (UserError, OSError) as error:
         print(f"car_train: error: {error}", file=sys.stderr)
         return 2

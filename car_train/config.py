@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from car_train.conventions import CONTROL_TYPES, FIRST, PRESETS, ControlConvention
 from car_train.errors import UserError
 from car_train.flags import option
 
 SIDES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SIDES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
-CONTROL_TYPES = ("canny", "hed", "depth", "normal", "sketch")
 # The parts of a control branch that CAR's Table 3 compares; the first of each is the published model's.
 ENCODERS = ("conv", "vqvae")
 TRANSFORMERS = ("blocks", "conv")
@@ -138,7 +138,8 @@ class VARConfig:
         for name, value in (("width", self.C), ("heads", self.H), ("mlp_ratio", self.mlp_ratio)):
             _require(value >= 1, f"{name} is {value}; it must be at least 1")
         _require(self.C % self.H == 0, f"width {self.C} is not a multiple of heads {self.H}; change one of them")
-        _require(0 <= self.label_dropout < 1, f"label_dropout is {self.label_dropout}; it must be in [0, 1)")
+        for name, rate in (("label_dropout", self.label_dropout), ("drop_path", self.drop_path_rate)):
+            _require(0 <= rate < 1, f"{name} is {rate}; it must be in [0, 1)")
 
     @property
     def C(self) -> int:  # noqa: N802 - the field's symbol
@@ -162,6 +163,13 @@ class CARConfig:
 
     control_type: str = option(
         "canny", "made on the fly, unless --control-root is given", flag="--control", choices=CONTROL_TYPES
+    )
+    convention: str | None = option(
+        None,
+        "how its maps are made: "
+        + ", ".join(PRESETS)
+        + " (default: the published one of the type; for maps made on the fly, the nearest that needs no network)",
+        metavar="NAME",
     )
     encoder_widths: tuple[int, ...] = option(
         (64, 128, 256, 512, 1024),
@@ -188,7 +196,21 @@ class CARConfig:
         choices=FUSIONS,
     )
 
+    @property
+    def control_convention(self) -> ControlConvention:
+        """How the control maps are made; the published way of the control type where none is named."""
+        return PRESETS[self.convention or self.control_type]
+
     def __post_init__(self) -> None:
+        _require(
+            self.control_type in CONTROL_TYPES,
+            f"control_type is {self.control_type!r}; choose one of {', '.join(CONTROL_TYPES)}",
+        )
+        known = [name for name, preset in PRESETS.items() if preset.control_type == self.control_type]
+        _require(
+            self.convention is None or self.convention in known,
+            f"convention is {self.convention!r}; for {self.control_type} choose one of {', '.join(known)}",
+        )
         for field, choices in (("encoder", ENCODERS), ("transformer", TRANSFORMERS), ("fusion", FUSIONS)):
             value = getattr(self, field)
             _require(value in choices, f"{field} is {value!r}; choose one of {', '.join(choices)}")
@@ -237,13 +259,18 @@ class ModelConfig:
             return ModelConfig(
                 vqvae=_build(VQVAEConfig, data["vqvae"]),
                 var=_build(VARConfig, data["var"]) if data.get("var") else None,
-                car=_build(CARConfig, data["car"]) if data.get("car") else None,
+                car=_build(CARConfig, _with_convention(data["car"])) if data.get("car") else None,
                 class_names=tuple(data["class_names"]) if data.get("class_names") else None,
             )
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ConfigError(
                 f"config.json is not a model config ({error!r}); use one that car_train wrote"
             ) from error
+
+
+def _with_convention(car: dict[str, Any]) -> dict[str, Any]:
+    """Checkpoints of version 0.1.0 state no convention: theirs is that version's."""
+    return {"convention": FIRST.get(car.get("control_type", "canny")), **car}
 
 
 def _build(cls: Any, data: dict[str, Any]) -> Any:

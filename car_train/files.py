@@ -13,7 +13,7 @@ from pathlib import Path
 
 @contextmanager
 def written_aside(target: Path) -> Iterator[Path]:
-    """A file beside `target`, to be written within, that takes its name at the end; on any error it goes.
+    """A file next to `target`, to be written within, that takes its name at the end; on any error it goes.
 
     The folder must exist. A process that is killed leaves a hidden `.NAME.….part`. Raises OSError.
     """
@@ -36,7 +36,7 @@ def write_text(target: Path, text: str) -> None:
 
 @contextmanager
 def folder_aside(target: Path) -> Iterator[Path]:
-    """A folder beside `target`, to be filled within, that takes its name at the end; on any error it goes.
+    """A folder next to `target`, to be filled within, that takes its name at the end; on any error it goes.
 
     A folder of that name is replaced only when the new one is whole. Parents are made. Raises OSError.
     """

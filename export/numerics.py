@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """python export/numerics.py CHECKPOINT -o numerics.json  -  see --help.
 
-Works from a bare checkout: the three packages are found beside this file.
+Works from a bare checkout: the three packages are found next to this file.
 """
 
 import sys

@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """Tell a process of pytest-xdist which folder that is."""
+    """Give a process of pytest-xdist the name of that folder."""
     node.workerinput["shared"] = str(node.config.stash[SHARED])
 
 

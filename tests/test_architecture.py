@@ -51,3 +51,13 @@ layers = ["system", "backends"]
     )
     assert done.returncode == 1, done.stdout + done.stderr
     assert "car_runtime.backends.spec -> car_runtime.system.gpu" in done.stdout
+
+
+def test_every_package_says_what_is_in_it() -> None:
+    packages = [
+        path
+        for name in ("benchmarks", "car_train", "export", "runtime")
+        for path in (ROOT / name).rglob("__init__.py")
+    ]
+    assert packages
+    assert not [path for path in packages if not path.read_text(encoding="utf-8").startswith('"""')]

@@ -56,7 +56,7 @@ def succeed(*arguments: str | Path, cwd: Path = ROOT) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy: setuptools leaves folders beside what it builds, and would take old files from them."""
+    """Built from a copy: setuptools leaves folders next to what it builds, and would take old files from them."""
     here = tmp_path_factory.mktemp("wheel")
     source = here / "source"
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", ".*", "build", "dist", "out", "runs")
@@ -112,8 +112,8 @@ def test_a_new_environment_with_the_cpu_extra_runs_a_plan(fresh: Path, tmp_path:
     arguments = ("--engine", "tiny.plan", "--control", "edges.png", "--class", NAMES[0], "-o", "cat.png", "--json")
     report = json.loads(succeed(fresh / "car-run", *arguments, cwd=tmp_path))
     assert report["backend"]["name"] == "ort-cpu"
-    with Image.open(tmp_path / "cat.png") as picture:
-        assert picture.size == (SIZE, SIZE)
+    with Image.open(tmp_path / "cat.png") as image:
+        assert image.size == (SIZE, SIZE)
 
 
 @needs_shipped_plan
@@ -122,9 +122,9 @@ def test_a_new_environment_runs_the_shipped_plan_on_an_example(fresh: Path, tmp_
     assert examples, "examples/ has no control image"
     report = json.loads(succeed(fresh / "car-run", "--control", examples[0], "-o", "out.png", "--json", cwd=tmp_path))
     assert Path(report["plan"]["path"]).is_relative_to(fresh.parent), "the plan is not the installed one"
-    with Image.open(tmp_path / "out.png") as picture:
-        pixels = np.asarray(picture.convert("RGB"), np.float32)
-    assert pixels.std() > 10, "the picture is nearly one colour"
+    with Image.open(tmp_path / "out.png") as image:
+        pixels = np.asarray(image.convert("RGB"), np.float32)
+    assert pixels.std() > 10, "the image is nearly one colour"
 
 
 def test_a_new_environment_has_the_version_and_no_training_packages(fresh: Path, tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_make_alone_lists_every_command(checkout: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "told"),
+    ("script", "message"),
     [
         ("echo Python 3.9.2; [ $1 = --version ]", r"'\./py' is Python 3\.9\.2, and 3\.10 is the oldest .* PYTHON="),
         ("exit 127", r"'\./py' does not run; install Python 3\.10 .* PYTHON="),
@@ -303,13 +303,13 @@ def test_make_alone_lists_every_command(checkout: Path) -> None:
     ],
     ids=["too old", "absent", "without venv"],
 )
-def test_make_says_what_to_do_about_an_unfit_python(checkout: Path, script: str, told: str) -> None:
+def test_make_says_what_to_do_about_an_unfit_python(checkout: Path, script: str, message: str) -> None:
     python = checkout / "py"
     python.write_text(f"#!/bin/sh\n{script}\n")
     python.chmod(0o755)
     done = command("make", "demo", "PYTHON=./py", cwd=checkout)
     assert done.returncode != 0
-    assert re.search(told, done.stderr)
+    assert re.search(message, done.stderr)
     assert not list(checkout.glob(".venv*")), "an environment was begun"
 
 

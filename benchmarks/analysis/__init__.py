@@ -1,0 +1,1 @@
+"""What reports are computed from: results, counted work, hardware limits, and their tables and plots."""

@@ -66,7 +66,7 @@ class GraphCount:
     weights: dict[str, int]
     """Elements that are read of each weight, by its name in the graph: of a table, the rows that are looked up."""
     weight_bytes: int
-    """The same in bytes of the type that the graph computes with."""
+    """Bytes of these in the type that the graph computes with."""
     stored: dict[int, int]
     """Where the graph's weights lie in weights.bin: offset → bytes."""
     kv_read: int
@@ -110,7 +110,7 @@ class ImageCount:
         return sum(getattr(s.count, what) * s.runs for s in self.stages)
 
     def per_op(self, what: str) -> Counter[str]:
-        """The same for `ops`, `flops_by_op` and `activation_bytes`."""
+        """Sum of `ops`, `flops_by_op` or `activation_bytes` over all runs of all graphs, by operator."""
         found: Counter[str] = Counter()
         for stage in self.stages:
             for op, value in getattr(stage.count, what).items():

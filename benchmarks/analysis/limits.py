@@ -127,7 +127,7 @@ class Limits:
 
 
 def _size(product: Gemm) -> tuple[int, int, int]:
-    """As what a product is measured: batched ones as one of as many rows."""
+    """M, N, K of the product that is measured in its place: batched ones count as one of as many rows."""
     return min(product.batch * product.M, ROWS), product.N, product.K
 
 

@@ -59,7 +59,7 @@ class Result:
 
     @property
     def short_place(self) -> str:
-        """The same without what only distinguishes one processor from another: enough for a heading."""
+        """`place` for a heading: without what only distinguishes one processor from another."""
         return re.sub(r"\s*(\((R|TM|family[^)]*)\)|\b(Processor|CPU)\b)", "", self.place)
 
     @property
@@ -88,7 +88,7 @@ def plan_name(name: str) -> str:
 
 
 TIERS, METHODS = ("engine", "compiled", "eager"), ("ControlNet", "T2I-Adapter", "LCM + ControlNet")
-"""Of `benchmarks.controlnet`, in the order in which they stand where several runs are joined."""
+"""Tiers and methods of `benchmarks.controlnet`, in the order in which they stand where several runs are joined."""
 
 
 def group_of(row: Row) -> tuple[str, int, str, str]:
@@ -158,7 +158,7 @@ def read(files: Sequence[Path]) -> list[Result]:
 
 
 def newest_of(results: Sequence[Result]) -> Result:
-    """Of one subject, oldest first."""
+    """The newest of the results of one subject, given oldest first; of ControlNet's, all of them joined."""
     if results[-1].benchmark != "controlnet" or len(results) == 1:
         return results[-1]
     return checked(results[-1], lambda _: joined(results))

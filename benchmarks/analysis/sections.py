@@ -124,7 +124,7 @@ def without_engine(ratio: Row) -> bool:
 
 
 def fastest(ratios: Sequence[Row]) -> Iterator[Row]:
-    """Of each of theirs and precision the ratio to our fastest candidate of floating point."""
+    """The ratios to our fastest floating-point candidate, one for each of theirs and each precision."""
     best: dict[tuple[Any, ...], Row] = {}
     for row in ratios:
         key = tuple(row[k] for k in ("tier", "method", "size", "steps", "precision", "against"))
@@ -215,7 +215,7 @@ def latency_headlines(result: Result) -> Iterator[Row]:
 
 
 def controlnet_headlines(result: Result) -> Iterator[Row]:
-    """In the fastest tier our fastest candidate and, of several of theirs, that which is nearest to ours."""
+    """Rows of the fastest tier: our fastest candidate vs. the one of theirs that comes nearest, and our INT8 ones."""
     ratios = result.of("ratio")
     tier = next(t for t in ("engine", "compiled", "eager") if any(row["tier"] == t for row in ratios))
     chosen: dict[tuple[Any, ...], Row] = {}

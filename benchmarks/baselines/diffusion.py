@@ -45,7 +45,7 @@ except ImportError as error:
 
 SEED = 0
 ZERO_CONV_STD = 0.1
-"""Of convolutions that training starts from zero, in units of the other weights'."""
+"""Spread of convolutions that training starts from zero, in units of the other weights'."""
 TRAINING_STEPS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 """The noise that Stable Diffusion was trained with."""
 
@@ -63,7 +63,7 @@ class Architecture:
     vae: Mapping[str, Any]
     text: Mapping[str, Any]
     guidance_width: int
-    """Of the embedding by which LCM's UNet takes the guidance."""
+    """Width of the embedding by which LCM's UNet takes the guidance."""
     parameters: Mapping[str, int]
     """How many each network must have; empty if it is nobody's published model."""
 
@@ -399,7 +399,7 @@ class NetworkCache:
         return self._parts[part]
 
 
-# ---- A image ----
+# ---- An image ----
 
 
 class Clock:
@@ -420,14 +420,14 @@ class Clock:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A image and what it took."""
+    """An image and the seconds that it took."""
 
     pixels: NDArray[np.uint8]
     """[1, H, W, 3]."""
     latents: Tensor
     """[1, 4, h, w], what it was decoded from."""
     seconds: dict[str, float]
-    """Of text, control, steps and decode."""
+    """Seconds of text, control, steps and decode."""
 
 
 def prompt_ids(architecture: Architecture, rows: int) -> Tensor:
@@ -526,7 +526,7 @@ def count_flops(architecture: Architecture, method: Method, size: int) -> dict[s
 
 
 def compiled(networks: Networks) -> Networks:
-    """The same under `torch.compile`: all of a step is one function; on a GPU it is replayed as a CUDA graph."""
+    """The networks under `torch.compile`: all of a step is one function, on a GPU replayed as a CUDA graph."""
     torch.compiler.reset()
     mode = "reduce-overhead" if networks.device.startswith("cuda") else "default"
     step = torch.compile(networks.step, mode=mode)

@@ -17,24 +17,20 @@ What was measured goes to stdout and into `--output`, all else to stderr.
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.errors import BenchmarkError
 from benchmarks.harness.records import Record, emit
 from benchmarks.harness.workload import CACHE, MODELS, Workload, existing, random_weights
+from car_export.command import Log
+from car_export.command import run_command as exit_code_of
 from car_runtime.backends.registry import check_name
-from car_runtime.errors import BackendError, CarError
+from car_runtime.errors import BackendError
 from car_runtime.plan import default_plan
 from car_runtime.system.cpu import usable_cores
-from car_train.errors import UserError
 
-Log = Callable[[str], None]
-"""Reports what is being done, with the time since the start."""
 LEAST = {"runs": 1, "warmup": 0, "timed_steps": 1, "batch": 1, "depth": 1, "limit": 0, "seed": 0}
 """Option → its least value, where a benchmark has it and it is given."""
 
@@ -73,27 +69,19 @@ def guarded(name: str, run: Callable[[Log], None], stopped: str = "nothing was w
 
     stopped: what an interruption leaves.
     """
-    began = time.monotonic()
 
-    def log(text: str) -> None:
-        print(f"[{time.monotonic() - began:6.1f} s] {text}", file=sys.stderr, flush=True)
-
-    try:
+    def command(log: Log) -> int:
         run(log)
-    except (BenchmarkError, CarError, UserError, OSError) as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted; {stopped}", file=sys.stderr)
-        return 130
-    return 0
+        return 0
+
+    return exit_code_of(name, command, stopped)
 
 
 # ---- Options ----
 
 
 def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """Of `python -m benchmarks.NAME`; the module's docstring is its help."""
+    """The parser of `python -m benchmarks.NAME`; the module's docstring is its help."""
     return argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}",
         description=description,

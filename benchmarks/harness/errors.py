@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from car_train.errors import UserError
 
-class BenchmarkError(RuntimeError):
+
+class BenchmarkError(UserError, RuntimeError):
     """A measurement that can't be made, read or written; the message ends with the remedy."""

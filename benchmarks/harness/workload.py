@@ -66,7 +66,7 @@ class Source:
     depth: int | None = None
 
     def config(self) -> ModelConfig:
-        """Of a model with random weights."""
+        """The config of a model with random weights."""
         assert self.model is not None
         config = MODELS[self.model]
         assert config.var is not None
@@ -243,7 +243,7 @@ def _made_once(cache: Path, name: str, key: str, make: Callable[[Path], object],
 
 
 def _key(config: ModelConfig) -> str:
-    """Of the sizes and of the code that makes the graphs and the weights, 12 hex digits."""
+    """12 hex digits of a hash of the sizes and of the code that makes the graphs and the weights."""
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
     _add_code(digest, ROOT / "car_train" / "model")
     _add_code(digest, ROOT / "export" / "car_export")

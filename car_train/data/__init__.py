@@ -1,0 +1,1 @@
+"""Images and controls to train on: data sets and their download, annotators, and augmentation."""

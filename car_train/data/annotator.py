@@ -67,9 +67,7 @@ class NetSettings:
     )
     multiple: int = option(32, "of which each side is one, rounded up", metavar="N")
     margin: int = option(0, "pixels of repeated border around it, within the above, and cut off again", metavar="N")
-    invert: bool = option(
-        False, "depth: its values grow with distance; edges: it draws dark on white, or for sketch light on black"
-    )
+    invert: bool = option(False, "depth: its values grow with distance; edges: it draws dark on white")
     sigmoid: bool = option(False, "edges: it gives logits")
     unsigned: bool = option(False, "normals: it gives (n + 1)/2 in 0…1")
     flip: str = ""
@@ -147,7 +145,7 @@ class Annotator:
         return self.batch([image])[0]
 
     def batch(self, images: Sequence[Pixels]) -> list[Pixels]:
-        """The same for several images of any sizes; a net takes those of one size together."""
+        """The controls of several images of any sizes, in their order; a net takes those of one size together."""
         for image in images:
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 4) or 0 in image.shape:
                 raise AnnotatorError(

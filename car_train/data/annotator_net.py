@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from car_train.conventions import PRESETS, ControlConvention
 from car_train.data.annotator import (
     DEFAULTS,
     Annotator,
@@ -36,10 +37,12 @@ class AnnotatorNet:
         control_type: str,
         settings: NetSettings,
         threads: int,
+        convention: ControlConvention | None = None,
         work_size: Callable[[int], int] = lambda side: side,
     ):
         settings.check(control_type)
         self.path, self.control_type, self.settings = path, control_type, settings
+        self.convention = convention or PRESETS[control_type]
         self.work_size = work_size
         self.session = _open(path, threads)
         inputs = self.session.get_inputs()
@@ -56,6 +59,7 @@ class AnnotatorNet:
         self.origin = {
             "annotator": control_type,
             "net": sha256(path),
+            "convention": self.convention.name,
             "settings": {name: value for name, value in asdict(settings).items() if value != getattr(DEFAULTS, name)},
         }
 
@@ -195,9 +199,11 @@ class AnnotatorNet:
             map_hwC = _edges(map_hwC.mean(axis=2, keepdims=True), self.settings.sigmoid)
         map_HWC = self._to_size(map_hwC, height, width)
         if self.control_type == "normal":
-            return normals_to_pixels(map_HWC, self.settings.flip)
+            return normals_to_pixels(map_HWC, self.settings.flip, self.convention.axes)
         x = stretch(map_HWC[..., 0]) if self.control_type == "depth" else map_HWC[..., 0]
-        grey = np.rint(255 * np.clip(1 - x if self.settings.invert else x, 0, 1)).astype(np.uint8)
+        # As the net gives it, or after `invert`, light is an edge, or near.
+        inverted = self.settings.invert != (self.convention.polarity in ("dark-on-light", "far-is-light"))
+        grey = np.rint(255 * np.clip(1 - x if inverted else x, 0, 1)).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
 
     def _to_size(self, map_hwC: Floats, height: int, width: int) -> Floats:
@@ -271,9 +277,13 @@ def stretch(x: Floats) -> Floats:
     return (x - low) / (high - low) if high > low else np.zeros_like(x)
 
 
-def normals_to_pixels(n_HWC: Floats, flip: str = "") -> Pixels:
-    """Vectors [H, W, 3] of any length → (n + 1)/2·255 of the unit vectors; where there is none, one to the viewer."""
-    n_HWC = n_HWC * np.array([-1 if axis in flip else 1 for axis in "xyz"], np.float32)
+def normals_to_pixels(n_HWC: Floats, flip: str = "", axes: Sequence[str] = ("right", "down", "viewer")) -> Pixels:
+    """Vectors [H, W, 3] of any length → (n + 1)/2·255 of the unit vectors; where there is none, one to the viewer.
+
+    x is to the right, y down, z to the viewer, but for those to `flip`; axes: where red, green and blue are large.
+    """
+    flips = np.array([-1 if axis in flip else 1 for axis in "xyz"], np.float32)
+    n_HWC = n_HWC * flips * np.array([-1 if axis in ("left", "up") else 1 for axis in axes], np.float32)
     length = np.linalg.norm(n_HWC, axis=2, keepdims=True)
     unit = np.where(length > 1e-6, n_HWC / np.maximum(length, 1e-6), np.array([0, 0, 1], np.float32))
     return np.rint((unit + 1) * 127.5).astype(np.uint8)

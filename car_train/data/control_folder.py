@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
+from car_train.conventions import FITS
 from car_train.data.annotator import Annotator, AnnotatorError, Pixels, UnusableImageError
-from car_train.data.dataset import UNREADABLE, find_images, to_8_bits
+from car_train.data.dataset import MARKER, SKIPPED, write_skipped
+from car_train.data.folder import find_images
+from car_train.data.images import UNREADABLE, fitted, open_image
 from car_train.files import written_aside
 
-MARKER = "controls.json"
-SKIPPED = "skipped.txt"
 FORMAT = 1
 
 DEFAULT_SIZE = 256
-"""Side of the controls: that of the published models, or the image's larger side where that is less: beyond it
+"""Side of the controls: that of the published models, or the image's own where that is less: beyond it
 there is nothing to see. Lines of one pixel are best made at the side that the model is trained at: give `--size`."""
 
 
@@ -42,6 +43,7 @@ def annotate_folder(
     annotator: Annotator,
     *,
     size: int | None = None,
+    fit: str = FITS[0],
     limit: int | None = None,
     batch: int = 1,
     overwrite: bool = False,
@@ -50,7 +52,8 @@ def annotate_folder(
 
     data:   a folder of class folders, as `data.find_images` reads it.
     output: absent, empty, or made by this function with the same annotator and size: what is there already is kept.
-    size:   side of the controls. None: `DEFAULT_SIZE`, or the image's larger side if that is smaller.
+    size:   side of the controls. None: `DEFAULT_SIZE`, or the image's own if that is smaller.
+    fit:    how an image of another aspect becomes a square (`images.fitted`).
     limit:  at most so many images per class, the first ones by name; None for all.
     batch:  images that a net takes at once, if they are of one size.
     overwrite: make all anew; controls that were made with other settings are removed.
@@ -67,9 +70,13 @@ def annotate_folder(
     images = _images(data, limit)
     _check_apart(data, output)
     try:
-        _claim(output, {"format": FORMAT, **annotator.origin, "size": size or f"up to {DEFAULT_SIZE}"}, overwrite)
-        report = _make_all(data, output, images, annotator, size, batch, overwrite)
-        _write_skipped(output / SKIPPED, report.skipped)
+        settings = {"format": FORMAT, **annotator.origin, "size": size or f"up to {DEFAULT_SIZE}", "fit": fit}
+        _claim(output, settings, overwrite)
+        report = _make_all(data, output, images, annotator, size, fit, batch, overwrite)
+        if report.skipped:
+            write_skipped(output / SKIPPED, report.skipped)
+        else:
+            (output / SKIPPED).unlink(missing_ok=True)
     except OSError as error:
         raise AnnotatorError(_cannot_write(output, error)) from error
     if report.skipped and not report.made + report.present:
@@ -78,6 +85,24 @@ def annotate_folder(
             f"{output / SKIPPED}"
         )
     return report
+
+
+def annotate_file(
+    image: Path, output: Path, annotator: Annotator, *, size: int | None = None, fit: str = FITS[0]
+) -> Path:
+    """Make the control of one image as the PNG file `output`, and return that.
+
+    Raises AnnotatorError: no .png, the image itself, nothing to be made of it, a folder that can't be written;
+    ImageFileError.
+    """
+    if output.suffix.lower() != ".png" or output.resolve() == image.resolve():
+        raise AnnotatorError(f"{output} can't be the map of {image}; give another file, *.png")
+    control = annotator(read_image(image, size, fit))
+    try:
+        _write_png(output, control)
+    except OSError as error:
+        raise AnnotatorError(_cannot_write(output, error)) from error
+    return output
 
 
 def _images(data: Path, limit: int | None) -> list[Path]:
@@ -151,6 +176,7 @@ def _make_all(
     images: Sequence[Path],
     annotator: Annotator,
     size: int | None,
+    fit: str,
     batch: int,
     overwrite: bool,
 ) -> Report:
@@ -162,7 +188,7 @@ def _make_all(
             present += len(group) - len(waiting)
             loaded: dict[Path, Pixels] = {}
             for image in waiting:
-                read = _try_to_read(data / image, size)
+                read = _try_to_read(data / image, size, fit)
                 if isinstance(read, str):
                     skipped.append((image.as_posix(), read))
                 else:
@@ -195,18 +221,17 @@ def _groups(images: Sequence[Path], size: int) -> Iterator[Sequence[Path]]:
         yield images[start : start + size]
 
 
-def read_image(path: Path, size: int | None) -> Pixels:
+def read_image(path: Path, size: int | None, fit: str = FITS[0]) -> Pixels:
     """RGBA square as `data.ControlledImages` shows it, uint8 [S, S, 4]; size as in `annotate_folder`."""
-    with Image.open(path) as opened:
-        image = to_8_bits(ImageOps.exif_transpose(opened)).convert("RGBA")
-    side = size or min(DEFAULT_SIZE, max(image.size))
-    return np.asarray(image.resize((side, side), Image.Resampling.LANCZOS))
+    image = open_image(path).convert("RGBA")
+    side = size or min(DEFAULT_SIZE, min(image.size) if fit == "crop" else max(image.size))
+    return np.asarray(fitted(image, side, fit))
 
 
-def _try_to_read(path: Path, size: int | None) -> Pixels | str:
+def _try_to_read(path: Path, size: int | None, fit: str) -> Pixels | str:
     """The image, or why it cannot be read, in one line."""
     try:
-        return read_image(path, size)
+        return read_image(path, size, fit)
     except UNREADABLE as error:
         return " ".join(str(error).split()) or type(error).__name__
 
@@ -232,13 +257,6 @@ def _write_png(path: Path, control: Pixels) -> None:
 def _write(path: Path, content: bytes) -> None:
     with written_aside(path) as file:
         file.write_bytes(content)
-
-
-def _write_skipped(path: Path, skipped: Sequence[tuple[str, str]]) -> None:
-    if skipped:
-        _write(path, "".join(f"{name}\t{reason}\n" for name, reason in skipped).encode())
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _cannot_write(output: Path, error: OSError) -> str:

@@ -6,12 +6,13 @@ is not premultiplied; where colours count, it is composited on white.
 `car_runtime.controls` states the same definitions in numpy and Pillow alone; the tests hold the two together: Canny
 to the bit, the others to one grey level in 255.
 
-    canny   cv2.Canny(grey, 100, 200): white lines of one pixel on black.
+    canny   cv2.Canny(image, 100, 200), of RGB or of grey: white lines of one pixel on black.
     hed     soft edges at two scales, bright on black, after the look of HED (Xie and Tu 2015), without its network.
     depth   a dome over the alpha mask, white = near, plus a little relief from brightness; background 0.
-    normal  the normals of that surface, x to the right, y down, z to the viewer; background (128, 128, 255).
-    sketch  dark pencil lines on white: the colour dodge of grey by its blurred inverse.
+    normal  the normals of that surface, red to the left, green up, blue to the viewer; background (128, 128, 255).
+    sketch  pencil lines, white on black: the colour dodge of grey by its blurred inverse, inverted.
 
+That is what the presets named as the types say (`car_train.conventions`); others turn polarity or axes round.
 Depth and normal are geometric, so they need the shape of the thing: an alpha channel.
 """
 
@@ -22,7 +23,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-CANNY_THRESHOLDS = (100, 200)
+from car_train.conventions import CONTROL_TYPES, ControlConvention, ConventionError, convention
+
 HED_SIGMAS = (1.0, 2.0)  # pixels
 HED_HALF = 0.25  # the step height, in units of white − black, that gives a response of one half
 DEPTH_RELIEF = 0.15  # share of blurred brightness, relative to a dome of height 1
@@ -34,25 +36,26 @@ Image = NDArray[np.uint8]
 Floats = NDArray[np.floating[Any]]  # float32, unless said otherwise
 
 
-def make_control(image: Image, control_type: str) -> Image:
+def make_control(image: Image, control: str | ControlConvention) -> Image:
     """The control image of an image.
 
     image: uint8 [H, W, 3 or 4], at the model's size. Depth and normal need 4 channels.
-    control_type: one of `CONTROL_TYPES`.
+    control: a convention, or the name of a preset (`conventions.PRESETS`).
 
-    Returns uint8 [H, W, 3] in [0, 255]; all three channels are equal but for `normal`.
-    Raises ValueError: unknown type, wrong shape or dtype, or no alpha where the type needs it.
+    Returns uint8 [H, W, 3] in [0, 255]; all three channels are equal but for normals.
+    Raises ValueError: unknown name or type, wrong shape or dtype, or no alpha where the type needs it.
     """
-    if control_type not in _MAKERS:
-        raise ValueError(f"no control type {control_type!r}; choose one of: {', '.join(CONTROL_TYPES)}")
+    how = convention(control)
+    if how.control_type not in _MAKERS:
+        raise ConventionError(f"no control type {how.control_type!r}; choose one of: {', '.join(CONTROL_TYPES)}")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 4):
         raise ValueError(f"an image is uint8 [H, W, 3 or 4], not {image.dtype} {list(image.shape)}; convert it first")
-    if control_type in NEEDS_ALPHA and image.shape[2] != 4:
+    if how.control_type in NEEDS_ALPHA and image.shape[2] != 4:
         raise ValueError(
-            f"{control_type!r} is made from the alpha channel, and this image has none; use images "
+            f"{how.name!r} is made from the alpha channel, and this image has none; use images "
             "with transparency, or make the controls with an annotator and give their folder (control_root)"
         )
-    return _MAKERS[control_type](np.ascontiguousarray(image))
+    return _MAKERS[how.control_type](np.ascontiguousarray(image), how)
 
 
 def on_white(image: Image) -> Image:
@@ -77,11 +80,18 @@ def dome(mask: NDArray[np.bool_]) -> tuple[Floats, float]:
     return np.sqrt(np.maximum(d * (2 * r - d), 0)), r
 
 
-def _canny(image: Image) -> Image:
-    return _grey_to_rgb(cv2.Canny(_grey(image), *CANNY_THRESHOLDS))
+def _canny(image: Image, how: ControlConvention) -> Image:
+    seen = _grey(image) if how.colour == "grey" else np.ascontiguousarray(on_white(image))
+    low, high = how.thresholds
+    return _lines(cv2.Canny(seen, low, high), how)
 
 
-def _hed(image: Image) -> Image:
+def _lines(x: Image, how: ControlConvention) -> Image:
+    """Lines, uint8 [H, W], light on dark as the convention has them: uint8 [H, W, 3]."""
+    return _grey_to_rgb(255 - x if how.polarity == "dark-on-light" else x)
+
+
+def _hed(image: Image, how: ControlConvention) -> Image:
     """m²/(m² + HED_HALF²), with m the mean over scales σ of σ·√(2π)·|∇(G_σ ∗ I)| in the strongest channel.
 
     The factor makes m the height of a step edge, whatever σ.
@@ -91,19 +101,21 @@ def _hed(image: Image) -> Image:
     for sigma in HED_SIGMAS:
         gx, gy = _gradient(_blur(rgb, sigma))
         m += sigma * np.sqrt(2 * np.pi) * np.sqrt(gx * gx + gy * gy).max(axis=2) / len(HED_SIGMAS)
-    return _grey_to_rgb(_to_uint8(m * m / (m * m + HED_HALF**2)))
+    return _lines(_to_uint8(m * m / (m * m + HED_HALF**2)), how)
 
 
-def _depth(image: Image) -> Image:
-    return _grey_to_rgb(_to_uint8(_relief(image)[0]))
+def _depth(image: Image, how: ControlConvention) -> Image:
+    near = _to_uint8(_relief(image)[0])
+    return _grey_to_rgb(255 - near if how.polarity == "far-is-light" else near)
 
 
-def _normal(image: Image) -> Image:
+def _normal(image: Image, how: ControlConvention) -> Image:
     height, r, mask = _relief(image)
     gx, gy = _gradient(_blur(height * (r * (1 + DEPTH_RELIEF)), NORMAL_SIGMA))
     n = np.stack([-gx, -gy, np.ones_like(gx)], axis=2)
     n /= np.linalg.norm(n, axis=2, keepdims=True)
     n[~mask] = (0, 0, 1)
+    n *= [-1 if axis in ("left", "up") else 1 for axis in how.axes]
     return _to_uint8((n + 1) / 2)
 
 
@@ -115,11 +127,11 @@ def _relief(image: Image) -> tuple[Floats, float, NDArray[np.bool_]]:
     return mask * (height / max(r, 1.0) + DEPTH_RELIEF * luma) / np.float32(1 + DEPTH_RELIEF), r, mask
 
 
-def _sketch(image: Image) -> Image:
-    """1 − SKETCH_GAIN·(1 − dodge), dodge = grey / (1 − blur(1 − grey)) = grey / blur(grey); both within [0, 1]."""
+def _sketch(image: Image, how: ControlConvention) -> Image:
+    """SKETCH_GAIN·(1 − dodge), dodge = grey / (1 − blur(1 − grey)) = grey / blur(grey); both within [0, 1]."""
     grey = _grey(image).astype(np.float32) / 255
     dodge = np.minimum(grey / np.maximum(_blur(grey, BLUR_SHARE * min(grey.shape)), 1 / 255), 1)
-    return _grey_to_rgb(_to_uint8(1 - SKETCH_GAIN * (1 - dodge)))
+    return _lines(255 - _to_uint8(1 - SKETCH_GAIN * (1 - dodge)), how)
 
 
 def _grey(image: Image) -> Image:
@@ -147,12 +159,11 @@ def _grey_to_rgb(x: Image) -> Image:
     return np.repeat(x[..., None], 3, axis=2)
 
 
-_MAKERS: dict[str, Callable[[Image], Image]] = {
+_MAKERS: dict[str, Callable[[Image, ControlConvention], Image]] = {
     "canny": _canny,
     "hed": _hed,
     "depth": _depth,
     "normal": _normal,
     "sketch": _sketch,
 }
-CONTROL_TYPES = tuple(_MAKERS)
 NEEDS_ALPHA = frozenset({"depth", "normal"})

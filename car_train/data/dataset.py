@@ -4,13 +4,20 @@
       cat/a.jpg, cat/b.png        cat/a.png, cat/b.png
       dog/…                       dog/…
 
-What an image becomes, here and in `car_runtime.controls` alike: RGBA, turned as its EXIF says, stretched to the
-model's size with LANCZOS (Pillow, premultiplied), composited on white. Controls made on the fly come from that very
-square. Stretching is what the runtime does to control images, so what is trained is what will be asked.
+What an image becomes, here and in `car_runtime.controls` alike: turned as its EXIF says, brought to the model's
+square (`images.fitted`: its middle, by default) with LANCZOS (Pillow, premultiplied), composited on white.
+Controls made on the fly come from that very square; control files are read as the runtime reads them.
+
+Augmentation of a photo is the published one: resized until its shorter side is 1.125 times the model's, then a random
+square of the model's size, from wherever in the image, mirrored or not. An image with transparent parts is a drawing:
+it stays whole, and moves and shrinks on its ground.
 """
+
+from __future__ import annotations
 
 import fnmatch
 import hashlib
+import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,43 +26,44 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from car_train.data.controls import CONTROL_TYPES, NEEDS_ALPHA, make_control, on_white
-from car_train.errors import UserError
+from car_train.conventions import CONTROL_TYPES, FITS, PRESETS, ControlConvention
+from car_train.data.controls import NEEDS_ALPHA, make_control, on_white
+from car_train.data.folder import SPLITS, DataError, ImageFolder, is_image, scan, shown, some
+from car_train.data.images import UNREADABLE, fitted, open_image, open_map
+from car_train.files import write_text
 
-EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-VAL_SHARE = 0.05
-SPLITS = ("train", "val", "all")
-
-# Augmentation. An image with alpha may shrink and move on transparent ground, as far as it stays whole (many emoji
-# fill their square); an opaque one is only zoomed into, so that no border comes into sight.
-ALPHA_SCALE = (0.8, 1.05)  # size of the drawing
-OPAQUE_SCALE = (1.0, 1.2)
+DRAWING_SCALE = (0.8, 1.05)
+"""Size of an augmented drawing: it stays whole, and many emoji fill their square."""
+PHOTO_SCALE = 1.125
+"""Shorter side of a photo, in sides of the model, before a square is cut out of it at random."""
+SAME_ASPECT = 0.02
+"""Image and control are of one aspect within this share: sizes are rounded."""
 
 Pixels = NDArray[np.uint8]
-
-
-class DataError(UserError, ValueError):
-    """An image folder cannot be used. The message says which one and ends with the remedy."""
 
 
 class ControlledImages(Dataset[dict[str, Any]]):
     """Images with labels, and with control images if asked for.
 
-    root:         a folder of class folders; labels follow the sorted folder names (`class_names`). Files beside
-                  them are ignored.
+    root:         a folder of class folders, or what `folder.scan` found in it; labels follow the sorted folder names
+                  (`class_names`).
     image_size:   side of the images given out, in pixels.
     split:        "train" (about 95 %), "val" (about 5 %) or "all": by a hash of the file name without extension, so
                   the split is the same on every machine, does not move when images are added, and puts equally
-                  named images of different classes (one emoji in three styles) on the same side.
+                  named images of different classes (one emoji in three styles) on the same side; by the folders
+                  train and val where these are what `root` holds.
     control_type: one of `CONTROL_TYPES`, made on the fly after augmentation. With `control_root`: what the files
                   there show, so that a mirrored normal map has its x turned round.
+    convention:   how these are made and read; default: the published one of `control_type`.
+    fit:          how an image of another aspect becomes a square: "crop", "pad" or "stretch".
     control_root: a folder with a control image for every image, but for those that its `skipped.txt` lists.
     augment:      mirror, shift and scale at random, from (seed, epoch, index) alone: a resumed run sees the same
                   images.
+    flip:         whether augmentation mirrors, every other time.
     preload:      decode everything once and keep it in memory (uint8 RGBA; twice the model's side at most).
     classes:      images of some classes only (`select_classes`); labels and `class_names` stay those of all.
 
@@ -63,47 +71,57 @@ class ControlledImages(Dataset[dict[str, Any]]):
     are controls.
 
     Images that cannot be read are left out and listed in a warning: at construction with `preload`, otherwise
-    when met (the next image takes their place). So are, for controls that need one, images without alpha.
+    when met (the next image takes their place, with its own label and control). So are, for controls that need one,
+    images without alpha.
     Raises DataError: no classes, an empty class folder, an empty split, unknown types, a control image missing.
     """
 
     def __init__(
         self,
-        root: str | Path,
+        root: str | Path | ImageFolder,
         image_size: int,
         *,
         split: str = "train",
         control_type: str | None = None,
         control_root: str | Path | None = None,
         augment: bool = False,
+        flip: bool = True,
         seed: int = 0,
         preload: bool = True,
         classes: str | None = None,
+        convention: ControlConvention | None = None,
+        fit: str = FITS[0],
     ) -> None:
         if split not in SPLITS:
             raise DataError(f"no split {split!r}; choose one of: {', '.join(SPLITS)}")
         if control_type is not None and control_type not in CONTROL_TYPES:
             raise DataError(f"no control type {control_type!r}; choose one of: {', '.join(CONTROL_TYPES)}")
-        self.root = Path(root).expanduser()
+        if fit not in FITS:
+            raise DataError(f"no fit {fit!r}; choose one of: {', '.join(FITS)}")
+        folder = root if isinstance(root, ImageFolder) else scan(root)
+        self.root, self.class_names = folder.root, list(folder.class_names)
         self.image_size = image_size
+        self.fit = fit
+        self.convention = convention or (None if control_type is None else PRESETS[control_type])
         self.control_type = control_type
-        self.augment = augment
+        self.augment, self.flip = augment, flip
         self.seed = seed
         self.epoch = 0
-        self.class_names, files = find_images(self.root)
         chosen = set(select_classes(classes, self.class_names))
-        files = [(path, label) for path, label in files if label in chosen]
-        self.files = [(path, label) for path, label in files if split == "all" or split_of(path) == split]
+        self.files = [(path, label) for path, label in folder.split(split) if label in chosen]
         if not self.files:
             raise DataError(
-                f"{self.root}: none of {len(files)} images is in split {split!r}; add some, or use split='all'"
+                f"{self.root}: none of {len(folder.files)} images is in split {split!r}; add some (about 1 in 20 is "
+                "for validation), or give validation images of their own: folders train and val in --data, or --val "
+                "(eval: --split all)"
             )
         self.control_files: list[Path] | None = None
         if control_root is not None:
-            folder = Path(control_root).expanduser()
-            without = _left_out(folder)
+            controls = Path(control_root).expanduser()
+            self.control_fit = fit_of(controls)
+            without = read_skipped(controls / SKIPPED)
             self.files = [f for f in self.files if f[0].relative_to(self.root).as_posix() not in without]
-            self.control_files = find_controls(self.root, folder, [path for path, _ in self.files])
+            self.control_files = find_controls(self.root, controls, [path for path, _ in self.files])
         self._images: list[Pixels] | None = None
         self._controls: list[Pixels] | None = None
         if preload:
@@ -119,61 +137,79 @@ class ControlledImages(Dataset[dict[str, Any]]):
         for path, label in self.files:
             status = path.stat()
             facts = f"{path.relative_to(self.root)}\0{label}\0{status.st_size}\0{status.st_mtime_ns}\n"
-            digest.update(facts.encode())
+            digest.update(facts.encode("utf-8", "surrogateescape"))
         return digest.hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.item(index)[1]
+
+    def item(self, index: int) -> tuple[int, dict[str, Any]]:
+        """(i, the item of image i): i is `index`, or the next that can be used. All of an item is of one image i."""
         for k in range(len(self)):
             at = (index + k) % len(self)
             try:
                 image, control = self._load(at)
-                break
             except (*UNREADABLE, DataError) as error:
-                warnings.warn(f"left out: {self.files[at][0]}: {error}", stacklevel=2)
-        else:
-            raise DataError(f"{self.root}: no image can be read; check the files")
-        return self._item(image, control, self.files[at][1], np.random.default_rng([self.seed, self.epoch, index]))
+                warnings.warn(f"left out: {shown(self.files[at][0])}: {error}", stacklevel=3)
+                continue
+            rng = np.random.default_rng([self.seed, self.epoch, at])
+            return at, self._item(image, control, self.files[at][1], rng)
+        raise DataError(f"{self.root}: no image can be read; check the files")
 
     def _item(self, image: Pixels, control: Pixels | None, label: int, rng: np.random.Generator) -> dict[str, Any]:
         size = self.image_size
-        if self.augment:
-            box, mirror = random_box(rng, has_alpha(image))
-        else:
-            box, mirror = (0.0, 0.0, 1.0, 1.0), False
-        rgba = crop(image, box, mirror, size)
-        item: dict[str, Any] = {"image": to_float(on_white(rgba)), "label": label}
+        box, window, mirror = (0.0, 0.0, 1.0, 1.0), None, False
+        if self.augment and image.shape[2] == 4:
+            box, mirror = random_box(rng)
+        elif self.augment:
+            window, mirror = random_window(rng, image.shape[:2], size)
+        mirror = mirror and self.flip
+        shown = crop(image, box, mirror, size) if window is None else cut(image, window, mirror, size)
+        item: dict[str, Any] = {"image": to_float(on_white(shown)), "label": label}
         if control is not None:
-            made = crop(control, box, mirror, size)
+            made = crop(control, box, mirror, size) if window is None else cut(control, window, mirror, size)
             if mirror and self.control_type == "normal":
                 made[..., 0] = 255 - made[..., 0]
             item["control"] = torch.from_numpy(made)
         elif self.control_type is not None:
-            item["control"] = torch.from_numpy(make_control(rgba, self.control_type))
+            assert self.convention is not None
+            item["control"] = torch.from_numpy(make_control(shown, self.convention))
         return item
 
     def _load(self, index: int) -> tuple[Pixels, Pixels | None]:
-        """(RGBA, control file's RGB if any), squares; from memory where they are preloaded."""
+        """(RGB, or RGBA where anything is transparent; the control file's RGB if any) of one size.
+
+        Squares, but for photos to be augmented. From memory where they are preloaded.
+        """
         if self._images is not None:
             return self._images[index], None if self._controls is None else self._controls[index]
-        image = self._read(self.files[index][0], "RGBA")
+        image = open_image(self.files[index][0])
+        drawing = image.mode == "RGBA" and np.min(image.getchannel("A").getextrema()) < 255
+        image = image if drawing else image.convert("RGB")
         if self.control_files is not None:
-            return image, self._read(self.control_files[index], "RGB")
-        if self.control_type in NEEDS_ALPHA and not has_alpha(image):
-            raise DataError(f"no alpha channel, which {self.control_type!r} is made from; give control_root")
-        return image, None
+            ground = self.convention.ground if self.convention else (0, 0, 0)
+            control = open_map(self.control_files[index], ground)
+            image = as_its_control(image, control, self.fit, self.control_fit)
+            return self._sized(image, drawing), self._sized(control, drawing, ground)
+        if self.control_type in NEEDS_ALPHA and not drawing:
+            raise DataError(f"no alpha channel, which {self.control_type!r} is made from; give --control-root")
+        return self._sized(image, drawing), None
 
-    def _read(self, path: Path, mode: str) -> Pixels:
-        with Image.open(path) as opened:
-            image = to_8_bits(ImageOps.exif_transpose(opened)).convert(mode)
-        # Augmented images keep up to twice the side, so that zooming in does not blur them; the others take the
-        # model's size in one step, as the runtime does it.
-        side = self.image_size
-        if self.augment:
-            side = min(max(image.size), 2 * self.image_size)
-        return np.asarray(image.resize((side, side), Image.Resampling.LANCZOS))
+    def _sized(self, image: Image.Image, drawing: bool, margin: Sequence[int] = (255, 255, 255)) -> Pixels:
+        """What `_item` starts from, uint8 [H, W, C]."""
+        size, edge = self.image_size, min(image.size) if self.fit == "crop" else max(image.size)
+        if not self.augment:  # in one step, as the runtime does it
+            return np.asarray(fitted(image, size, self.fit, margin))
+        if drawing:  # up to twice the side, so that zooming in does not blur it
+            return np.asarray(fitted(image, min(edge, 2 * size), self.fit, margin))
+        side = round(PHOTO_SCALE * size)
+        if self.fit != "crop":
+            return np.asarray(fitted(image, side, self.fit, margin))
+        width, height = (max(side, round(length * side / edge)) for length in image.size)
+        return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
 
     def _preload(self) -> None:
         images: list[Pixels] = []
@@ -184,49 +220,20 @@ class ControlledImages(Dataset[dict[str, Any]]):
             try:
                 image, control = self._load(i)
             except (*UNREADABLE, DataError) as error:
-                failed.append(f"{path}: {error}")
+                failed.append(f"{shown(path)}: {error}")
                 continue
             kept.append(i)
             images.append(image)
             if control is not None:
                 controls.append(control)
         if failed:
-            warnings.warn(f"{len(failed)} of {len(self)} images left out:\n" + _some(failed), stacklevel=3)
+            warnings.warn(f"{len(failed)} of {len(self)} images left out:\n" + some(failed), stacklevel=3)
         if not kept:
             raise DataError(f"{self.root}: no image can be used: {failed[0]}; check the files")
         self.files = [self.files[i] for i in kept]
         if self.control_files is not None:
             self.control_files = [self.control_files[i] for i in kept]
         self._images, self._controls = images, controls or None
-
-
-# What Pillow raises on damaged files.
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-
-
-def find_images(root: Path) -> tuple[list[str], list[tuple[Path, int]]]:
-    """(class names, [(image, label)]) of a folder of class folders, both sorted; without hidden ones.
-
-    Raises DataError: no such folder, no class folders, a class folder without images.
-    """
-    if not root.is_dir():
-        raise DataError(f"{root} is not a folder; give a folder with one sub-folder of images per class")
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not folders:
-        raise DataError(f"{root} has no class folders; put the images of each class in a sub-folder of its own")
-    files: list[tuple[Path, int]] = []
-    empty: list[str] = []
-    for label, folder in enumerate(folders):
-        found = sorted(p for p in folder.rglob("*") if _is_image(p))
-        files += [(path, label) for path in found]
-        if not found:
-            empty.append(folder.name)
-    if empty:
-        raise DataError(
-            f"{root}: class folders without images: {_some(empty, ', ')}; add images "
-            f"({', '.join(sorted(EXTENSIONS))}) or remove the folders"
-        )
-    return [folder.name for folder in folders], files
 
 
 def select_classes(chosen: str | None, names: Sequence[str]) -> list[int]:
@@ -252,7 +259,7 @@ def select_classes(chosen: str | None, names: Sequence[str]) -> list[int]:
         else:
             raise DataError(
                 f"class {part!r} of {chosen!r} isn't there; give names, patterns, numbers up to {len(names) - 1} or "
-                f"ranges, separated by commas; names: {_some(names, ', ')}"
+                f"ranges, separated by commas; names: {some(names, ', ')}"
             )
     if max(numbers) >= len(names):
         raise DataError(f"class {max(numbers)} is out of range; give 0…{len(names) - 1}")
@@ -263,12 +270,25 @@ def select_classes(chosen: str | None, names: Sequence[str]) -> list[int]:
     return sorted(numbers)
 
 
-def _left_out(control_root: Path) -> set[str]:
-    """Images that `python -m car_train controls` could make no control of: one a line, its relative path, a tab."""
-    listed = control_root / "skipped.txt"
-    if not listed.is_file():
+MARKER, SKIPPED = "controls.json", "skipped.txt"
+"""Of a control folder: how `python -m car_train controls` made it, and the images that it has no control of."""
+
+
+def write_skipped(path: Path, skipped: Sequence[tuple[str, str]]) -> None:
+    """List (image's relative path, reason), one a line with a tab between; a path that would break that as JSON."""
+    lines = []
+    for name, reason in skipped:
+        plain = name.isprintable() and not name.startswith('"')
+        lines.append(f"{name if plain else json.dumps(name)}\t{shown(' '.join(reason.split()))}\n")
+    write_text(path, "".join(lines))
+
+
+def read_skipped(path: Path) -> set[str]:
+    """The relative paths that `write_skipped` listed; none where there is no list."""
+    if not path.is_file():
         return set()
-    return {line.partition("\t")[0] for line in listed.read_text(encoding="utf-8").splitlines()}
+    names = [line.partition("\t")[0] for line in path.read_text(encoding="utf-8").split("\n")]
+    return {str(json.loads(name)) if name.startswith('"') else name for name in names}
 
 
 def find_controls(root: Path, control_root: Path, images: Sequence[Path]) -> list[Path]:
@@ -278,47 +298,15 @@ def find_controls(root: Path, control_root: Path, images: Sequence[Path]) -> lis
     """
     if not control_root.is_dir():
         raise DataError(f"{control_root} is not a folder; give the folder of control images")
-    have = {p.relative_to(control_root).with_suffix(""): p for p in sorted(control_root.rglob("*")) if _is_image(p)}
+    have = {p.relative_to(control_root).with_suffix(""): p for p in sorted(control_root.rglob("*")) if is_image(p)}
     wanted = [p.relative_to(root).with_suffix("") for p in images]
-    missing = [str(w) for w in wanted if w not in have]
+    missing = [shown(w) for w in wanted if w not in have]
     if missing:
         raise DataError(
-            f"{control_root} lacks {len(missing)} of {len(wanted)} control images: {_some(missing, ', ')}; "
+            f"{control_root} lacks {len(missing)} of {len(wanted)} control images: {some(missing, ', ')}; "
             "make them, or remove these images"
         )
     return [have[w] for w in wanted]
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
-
-
-def split_of(path: Path) -> str:
-    """ "train" or "val", from the file's name without folder and extension alone."""
-    digest = hashlib.sha256(path.stem.encode("utf-8")).digest()
-    return "val" if int.from_bytes(digest[:8], "big") < VAL_SHARE * 2**64 else "train"
-
-
-def to_8_bits(image: Image.Image) -> Image.Image:
-    """16-bit and 32-bit grey (depth maps) from 0…65535, float grey from 0…1; Pillow alone would clip at 255."""
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        return image
-    top = 1.0 if image.mode == "F" else 65535.0
-    return Image.fromarray(np.rint(np.clip(np.asarray(image, np.float64) / top, 0, 1) * 255).astype(np.uint8))
-
-
-def load_control(path: str | Path) -> Image.Image:
-    """A control image for the reference sampler, read as the runtime reads it.
-
-    Turned as its EXIF says, deep grey scaled to 8 bits, transparent parts on black. Raises DataError.
-    """
-    try:
-        with Image.open(path) as opened:
-            image = to_8_bits(ImageOps.exif_transpose(opened)).convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: not a readable image ({error}); give an image such as a PNG") from error
-    black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-    return Image.alpha_composite(black, image).convert("RGB")
 
 
 def has_alpha(rgba: Pixels) -> bool:
@@ -326,13 +314,53 @@ def has_alpha(rgba: Pixels) -> bool:
     return bool(rgba[..., 3].min() < 255)
 
 
-def random_box(rng: np.random.Generator, alpha: bool) -> tuple[tuple[float, float, float, float], bool]:
-    """((left, top, right, bottom), mirror): what to show, in shares of the side; with alpha, also beyond the image.
+def as_its_control(image: Image.Image, control: Image.Image, fit: str, made: str | None) -> Image.Image:
+    """The part of an image that its control shows: all of it, or the square that `controls` made the control of.
+
+    fit: how squares are made here. made: how `controls` made them; None where nobody says.
+    DataError where the control has another aspect.
+    """
+    aspect, wanted = (one.width / one.height for one in (image, control))
+    if fit == "stretch" or abs(aspect / wanted - 1) <= SAME_ASPECT:
+        return image
+    if fit == made and abs(wanted - 1) <= SAME_ASPECT:
+        return fitted(image, min(image.size) if fit == "crop" else max(image.size), fit)
+    raise DataError(
+        f"its control has {control.width}×{control.height} pixels, the image {image.width}×{image.height}: another "
+        f"aspect; make it of the whole image, or anew by `python -m car_train controls --fit {fit}`"
+    )
+
+
+def fit_of(control_root: Path) -> str | None:
+    """How `python -m car_train controls` made squares of the images; None where something else made the folder."""
+    try:
+        fit = json.loads((control_root / MARKER).read_text(encoding="utf-8"))["fit"]
+    except (OSError, ValueError, KeyError, TypeError):  # version 0.1.0 stretched, and didn't say so
+        return None
+    return str(fit)
+
+
+def random_window(rng: np.random.Generator, shape: tuple[int, ...], size: int) -> tuple[tuple[int, int], bool]:
+    """((left, top), mirror): a square of `size` pixels anywhere within an image [H, W]; four draws, too."""
+    _, u_x, u_y, u_mirror = rng.random(4)
+    height, width = shape
+    return (int(u_x * (width - size + 1)), int(u_y * (height - size + 1))), bool(u_mirror < 0.5)
+
+
+def cut(pixels: Pixels, window: tuple[int, int], mirror: bool, size: int) -> Pixels:
+    """A `random_window` of uint8 [H, W, C] → [size, size, C]."""
+    left, top = window
+    out = pixels[top : top + size, left : left + size]
+    return np.ascontiguousarray(out[:, ::-1] if mirror else out)
+
+
+def random_box(rng: np.random.Generator) -> tuple[tuple[float, float, float, float], bool]:
+    """((left, top, right, bottom), mirror): what to show of a drawing, in shares of the side, also beyond it.
 
     Always four draws, so that (seed, epoch, index) means the same for every image.
     """
     u_scale, u_x, u_y, u_mirror = rng.random(4)
-    low, high = ALPHA_SCALE if alpha else OPAQUE_SCALE
+    low, high = DRAWING_SCALE
     side = 1 / (low + (high - low) * u_scale)
     reach = abs(1 - side) / 2
     left = (1 - side) / 2 + reach * (2 * u_x - 1)
@@ -360,8 +388,3 @@ def crop(pixels: Pixels, box: tuple[float, float, float, float], mirror: bool, s
 def to_float(rgb: Pixels) -> torch.Tensor:
     """uint8 [H, W, 3] in [0, 255] → float32 [3, H, W] in [−1, 1]."""
     return torch.from_numpy(rgb).permute(2, 0, 1).to(torch.float32).div_(127.5).sub_(1).contiguous()
-
-
-def _some(items: Sequence[str], separator: str = "\n", most: int = 10) -> str:
-    more = f"{separator}… and {len(items) - most} more" if len(items) > most else ""
-    return separator.join(items[:most]) + more

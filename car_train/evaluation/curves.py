@@ -208,7 +208,7 @@ def newest_samples(run: Run) -> tuple[Image.Image, int] | None:
 
 
 def run_labels(runs: Sequence[Run]) -> list[str]:
-    """The runs' folder names, with as many parents as it takes to tell them apart."""
+    """The runs' folder names, with as many parents as it takes to distinguish them."""
     parts = [run.folder.resolve().parts for run in runs]
     for depth in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(p[-depth:]) for p in parts]

@@ -27,6 +27,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from tqdm import tqdm
 
 from car_train import checkpoint
 from car_train.data.dataset import ControlledImages, select_classes
+from car_train.data.folder import text_of
 from car_train.data.pretrained import fetch
 from car_train.evaluation.features import EfficientNetLite0, FeatureNetwork, Inception
 from car_train.evaluation.measure import Measurements
@@ -65,6 +67,8 @@ def open_images(model: Model, options: EvalOptions) -> ControlledImages:
         config.vqvae.image_size,
         split=options.split,
         control_type=config.car.control_type if config.car else None,
+        convention=config.car.control_convention if config.car else None,
+        fit=options.fit,
         control_root=options.control_root,
         preload=False,
     )
@@ -136,12 +140,16 @@ def evaluate(
             "control": model.config.car.control_type if model.config.car else None,
         },
         "data": {
-            "name": options.data.expanduser().resolve().name,
+            "name": text_of(options.data.expanduser().resolve().name),
             "split": options.split,
             "pictures": len(order),
             "classes": options.classes or "all",
         },
-        "options": {k: getattr(options, k) for k in ("seed", "cfg", "top_k", "top_p", "batch", "limit", "per_class")},
+        "options": {
+            "seed": options.seed,
+            **asdict(options.sampling(run.config.vocab)),
+            **{k: getattr(options, k) for k in ("batch", "limit", "per_class")},
+        },
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
         **run.report(data.class_names),
     }
@@ -156,7 +164,7 @@ def evaluate(
 
 
 def _finite(value: Any) -> Any:
-    """The same with plain numbers, and None for those that JSON doesn't have."""
+    """The value with plain numbers in it, and None for those that JSON doesn't have."""
     if isinstance(value, Mapping):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

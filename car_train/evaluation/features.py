@@ -74,7 +74,7 @@ class EfficientNetLite0:
 
     @torch.no_grad()
     def logits(self, images_BHW3: Pixels) -> Floats:
-        """Of the 1000 ImageNet classes, float32 [B, 1000]."""
+        """Logits of the 1000 ImageNet classes, float32 [B, 1000]."""
         return self.net._fc(torch.from_numpy(self(images_BHW3)).to(self.device)).cpu().numpy()
 
     @torch.no_grad()

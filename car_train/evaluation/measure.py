@@ -48,9 +48,10 @@ class Measurements:
         self.model, self.options, self.networks = model.to(options.device), options, networks
         self.config, self.car = model.config.vqvae, model.car
         self.control_type = model.config.car.control_type if model.config.car else None
+        self.convention = model.config.car.control_convention if model.config.car else None
         self.maker: Maker | None = None
-        if self.control_type is not None:
-            self.maker, self.made_by = control_maker(self.control_type, options)
+        if self.convention is not None:
+            self.maker, self.made_by = control_maker(self.convention, options)
         self.columns: dict[str, list[Floats]] = defaultdict(list)
         self.labels: list[int] = []
         self.features: dict[str, dict[str, list[Floats]]] = {name: defaultdict(list) for name in networks}
@@ -110,7 +111,7 @@ class Measurements:
                 self._column(f"{name}/{what}", torch.stack([s.mean(1) for s in scales], 1).numpy())
 
     def _draw(self, labels: Tensor, seeds: Sequence[int], pyramid: list[Tensor] | None) -> Tensor:
-        options, V = self.options, self.config.vocab
+        options, chosen = self.options, self.options.sampling(self.config.vocab)
         assert self.car is not None
         with self._timed("sampling"):
             return sample(
@@ -119,9 +120,9 @@ class Measurements:
                 labels,
                 uniform_numbers(seeds, self.config.tokens).to(options.device),
                 pyramid,
-                cfg=options.cfg,
-                top_k=options.top_k if options.top_k < V else 0,
-                top_p=options.top_p,
+                cfg=chosen.cfg,
+                top_k=chosen.top_k,
+                top_p=chosen.top_p,
             )[1]
 
     def _describe(self, pixels: Mapping[str, Pixels]) -> None:
@@ -132,7 +133,7 @@ class Measurements:
 
     def _follow(self, controls: Sequence[Pixels], pixels: Mapping[str, Pixels]) -> None:
         assert self.maker is not None
-        assert self.control_type is not None
+        assert self.convention is not None
         with self._timed("controls"):
             found = {source: self.maker(list(images)) for source, images in pixels.items()}
             for i, given in enumerate(controls):
@@ -141,7 +142,7 @@ class Measurements:
                     pairs["shuffled"] = (self.previous, found["generated"][i])
                     self.previous = given
                 for name, pair in pairs.items():
-                    for measure, error in control_errors(self.control_type, *pair).items():
+                    for measure, error in control_errors(self.convention, *pair).items():
                         self._column(f"{name}/{measure}", [error])
 
     def _column(self, name: str, values: Sequence[float] | Floats) -> None:

@@ -14,6 +14,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from car_train.conventions import ControlConvention, convention
+
 SSIM_SIGMA, SSIM_SIDE = 1.5, 11  # pixels; Wang et al. 2004
 KID_SUBSETS, KID_SIZE = 100, 1000  # Bińkowski et al. 2018
 NEIGHBOURS = 3  # k of precision and recall, Kynkäänniemi et al. 2019
@@ -167,18 +169,20 @@ def _squared_distances(a_ND: Floats, b_MD: Floats) -> Iterator[Floats]:
 # --- control images -------------------------------------------------------------------------------------------------
 
 
-def control_errors(control_type: str, given: Pixels, found: Pixels) -> dict[str, float]:
+def control_errors(control: str | ControlConvention, given: Pixels, found: Pixels) -> dict[str, float]:
     """How far the control of an image is from the one that was asked for (CAR section 4).
 
-    control_type: as in `car_train.data.controls`. given, found: uint8 [H, W, 3].
+    control: a convention or the name of a preset. given, found: uint8 [H, W, 3].
 
     canny:        precision, recall and f1 of the white pixels, with a tolerance of one pixel.
     hed, sketch:  mae and mse of the values in [0, 1]; precision, recall and f1 of the edges (from grey level 128; of
-                  a sketch, lines that dark), with a tolerance of one pixel.
+                  dark lines, 255 minus that), with a tolerance of one pixel.
     depth:        mae and rmse of the values in [0, 1]; rmse_aligned after the best scale and shift.
     normal:       degrees, the mean angle between the normals; degrees_object, the same where the given normal does
                   not look straight at the viewer (as a flat ground does); NaN where it does so everywhere.
     """
+    how = convention(control)
+    control_type = how.control_type
     if control_type == "normal":
         angles, tilted = angular_error(given, found), (np.abs(given.astype(int) - (128, 128, 255)) > 1).any(2)
         return {
@@ -189,7 +193,9 @@ def control_errors(control_type: str, given: Pixels, found: Pixels) -> dict[str,
     errors = {"mae": float(np.abs(a - b).mean()), "mse": float(((a - b) ** 2).mean())}
     if control_type == "depth":
         return {"mae": errors["mae"], "rmse": math.sqrt(errors["mse"]), "rmse_aligned": aligned_rmse(a, b)}
-    marked = [(255 - x[..., 0] if control_type == "sketch" else x[..., 0]) >= EDGE_LEVEL for x in (given, found)]
+    marked = [
+        (255 - x[..., 0] if how.polarity == "dark-on-light" else x[..., 0]) >= EDGE_LEVEL for x in (given, found)
+    ]
     precision, recall, f1 = edge_f1(marked[0], marked[1])
     scores = {"precision": precision, "recall": recall, "f1": f1}
     return scores if control_type == "canny" else {**errors, **scores}

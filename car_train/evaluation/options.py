@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from car_train.data.dataset import SPLITS
+from car_train.conventions import FITS
+from car_train.data.folder import SPLITS
 from car_train.errors import UserError
 from car_train.flags import option
+from car_train.sampling import PRESETS, Sampling, settings_of
 
 
 class EvaluationError(UserError, ValueError):
@@ -22,7 +24,7 @@ class EvalOptions:
     """What is evaluated, on which images, drawn how."""
 
     checkpoint: Path
-    """Of any stage, or a run's folder: its newest one."""
+    """A checkpoint of any stage, or a run's folder for its newest one."""
     data: Path = option(help="folder of class folders")
     split: str = option("val", choices=SPLITS)
     classes: str | None = option(
@@ -33,9 +35,11 @@ class EvalOptions:
     per_class: int = option(0, "at most N of each class, at random (default: 0, all)", metavar="N")
     batch: int = option(16)
     seed: int = option(0)
-    cfg: float = option(2.5, "guidance")
-    top_k: int = option(100, "0, or no less than the vocabulary: off")
-    top_p: float = option(0.8, "0 or 1: off")
+    preset: str = option("plan", "guidance, top-k, top-p", choices=tuple(PRESETS))
+    cfg: float | None = option(None, "guidance (default: the preset's)")
+    top_k: int | None = option(None, "0, or no less than the vocabulary: off (default: the preset's)")
+    top_p: float | None = option(None, "0 or 1: off (default: the preset's)")
+    fit: str = option(FITS[0], "of images that aren't square: their middle, with margins, or distorted", choices=FITS)
     annotator_onnx: Path | None = option(None, "network that derives the control from a drawn image", metavar="FILE")
     device: str = option("cpu", "e.g. cuda")
     baseline: bool = True
@@ -43,11 +47,14 @@ class EvalOptions:
 
     def __post_init__(self) -> None:
         require(self.split in SPLITS, f"no split {self.split!r}; choose one of: {', '.join(SPLITS)}")
+        require(self.fit in FITS, f"no fit {self.fit!r}; choose one of: {', '.join(FITS)}")
         require(self.batch >= 1, f"batch is {self.batch}; it must be at least 1")
+        require(self.preset in PRESETS, f"no preset {self.preset!r}; choose one of: {', '.join(PRESETS)}")
         for name in ("limit", "per_class", "seed", "top_k"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be at least 0")
-        require(0 <= self.cfg < math.inf, f"cfg is {self.cfg}; it must be a number from 0")
-        require(0 <= self.top_p <= 1, f"top_p is {self.top_p}; it must be between 0 and 1")
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"{name} is {value}; it must be at least 0")
+        require(self.cfg is None or 0 <= self.cfg < math.inf, f"cfg is {self.cfg}; it must be a number from 0")
+        require(self.top_p is None or 0 <= self.top_p <= 1, f"top_p is {self.top_p}; it must be between 0 and 1")
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
@@ -55,6 +62,11 @@ class EvalOptions:
             raise EvaluationError(
                 f"device {self.device!r} can't be used ({reason}); give cpu, or cuda with a GPU"
             ) from error
+
+    def sampling(self, vocab: int) -> Sampling:
+        """The settings of sampling; top-k at least the vocabulary is 0."""
+        chosen = settings_of(self.preset, self.cfg, self.top_k, self.top_p, vocab)
+        return replace(chosen, top_k=chosen.top_k if chosen.top_k < vocab else 0)
 
 
 def require(condition: bool, message: str) -> None:

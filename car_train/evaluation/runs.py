@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from car_train.checkpoint import of_run
 from car_train.config import ConfigError, ModelConfig
 from car_train.errors import UserError
 
@@ -160,7 +161,7 @@ def _numbers(found: Any) -> dict[str, int]:
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:
-    return max((p.parent for p in folder.glob("step-*/config.json")), default=None)
+    return next(reversed(of_run(folder)), None)
 
 
 def _config(found: Any, checkpoint: Path | None) -> ModelConfig | None:

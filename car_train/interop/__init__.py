@@ -1,0 +1,1 @@
+"""Published weights, from their .pth files to a checkpoint of ours."""

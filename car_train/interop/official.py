@@ -179,7 +179,9 @@ def infer_car(car: Mapping[str, Tensor], control_type: str, patch: int) -> CARCo
             f"{file}: {len(widths) - 1} strided convolutions can't shrink by {patch}; is it for another tokenizer?"
         )
     strides = (2,) * halvings + (1,) * (len(widths) - 1 - halvings)
-    return CARConfig(control_type=control_type, encoder_widths=tuple(widths), encoder_strides=strides)
+    return CARConfig(
+        control_type=control_type, convention=control_type, encoder_widths=tuple(widths), encoder_strides=strides
+    )
 
 
 def build_model(

@@ -101,7 +101,7 @@ def to_tokens(maps: Sequence[Tensor]) -> Tensor:
 
 
 def tokens_first(x_RNC: Tensor) -> Tensor:
-    """The same numbers, token-major: [N, R, C]."""
+    """[R, N, C] → token-major [N, R, C], contiguous."""
     return x_RNC.transpose(0, 1).contiguous()
 
 
@@ -130,7 +130,7 @@ class ConvBlock(nn.Module):
 
 
 LITTLE = 0.003
-"""Of a fresh branch, the share in what a concat fusion passes on."""
+"""The control's share in what a concat fusion of a fresh branch passes on."""
 
 
 class ConcatFusion(nn.Module):

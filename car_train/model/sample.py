@@ -78,7 +78,7 @@ def gumbel_noise(seeds: Sequence[int], tokens: int, vocab: int) -> Tensor:
     """The noise of `smooth_codes` of one image per seed, f32 [B, L, V]: the same on every machine, up to a logarithm.
 
     −log of the standard exponential float32 numbers of numpy's default generator, seeded with [seed, 1]: a stream
-    beside that of the uniform numbers. The exponential numbers are at least 2^-100, so that all noise is finite.
+    next to that of the uniform numbers. The exponential numbers are at least 2^-100, so that all noise is finite.
     """
     exponential = [
         np.random.default_rng([seed, 1]).standard_exponential((tokens, vocab), dtype=np.float32) for seed in seeds
@@ -119,7 +119,8 @@ def sample(
     """Generate: (tokens int64 [B, L], pixels f32 [B, 3, H, W] in [-1, 1]).
 
     label: int64 [B] in 0…classes (`classes` is "no class"). uniforms: f32 [B, L] in [0, 1). controls as in
-    `CAR.forward`. top_k 0 and top_p 0 keep everything. `record` collects what went into and came out of every scale.
+    `CAR.forward`. top_k 0 and top_p 0 keep everything; cfg 0 is off, as it is when no image has a class. `record`
+    collects what went into and came out of every scale.
     smooth_noise: `gumbel_noise`, for `smooth_codes` instead of each token's own code (`more_smooth`: for looks, not
     for evaluation); None is off.
     """
@@ -127,6 +128,8 @@ def sample(
     config, B = vqvae.config, label_B.shape[0]
     k_keep = torch.tensor([top_k or config.vocab], device=label_B.device)
     p_keep = torch.tensor([top_p if 0 < top_p < 1 else TOP_P_OFF], device=label_B.device)
+    if (label_B == base.config.classes).all():
+        cfg = 0.0  # nothing to guide: both kinds of rows would be the same
     rows = torch.cat([label_B, torch.full_like(label_B, base.config.classes)]) if cfg else label_B
     R, C, H = rows.shape[0], base.config.C, base.config.H
     modulation, position = model.modulations(rows), base.position()

@@ -25,6 +25,8 @@ from car_train.model.kernels import Linear, linear
 
 EPS = 1e-6
 MAX_LOG_SCALE = math.log(100)
+ALNG = 1e-5
+"""Scale of the γ rows of AdaLN at first, unless another is asked for."""
 COARSE_TOKENS = 160
 """Teacher forcing: scales that end before this share one masked square."""
 SomeModule = TypeVar("SomeModule", bound=nn.Module)
@@ -167,7 +169,7 @@ class Block(nn.Module):
         self.ada_offset = nn.Parameter(torch.zeros(6, C)) if config.shared_aln else None
         self.drop_path_rate = drop_path_rate
         """Training only: probability that a row skips the attention, and that it skips the MLP."""
-        self.recompute = False
+        self.activation_checkpointing = False
         """Training only: keep no activations, compute them again in the backward pass."""
 
     def modulation(self, cond_RC: Tensor, shared_R6C: Tensor | None) -> Tensor:
@@ -190,7 +192,7 @@ class Block(nn.Module):
 
         `modulation`: the six f32 of `modulation()`, each [R, 1, C] or, with a cache, [1, R, C].
         """
-        if self.recompute and self.training and torch.is_grad_enabled():
+        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(self._forward, x, modulation, cache, layer, sides, use_reentrant=False)
         return self._forward(x, modulation, cache, layer, sides)
 
@@ -255,7 +257,7 @@ class VAR(nn.Module):
 
 
 @torch.no_grad()
-def initialise(var: VAR, alng: float = 1e-5) -> None:
+def initialise(var: VAR, alng: float = ALNG) -> None:
     """The published initialisation of a base, in place; everything that is not named starts at zero.
 
     - Linear layers, embeddings, positions: truncated normal, std √(1/(3C)).

@@ -1,0 +1,1 @@
+"""The three stages (vqvae, var, car): losses, the loop, and what a run is recorded in."""

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from car_train import checkpoint
 from car_train.config import CARConfig, ConfigError, VARConfig, VQVAEConfig
-from car_train.data.dataset import find_images
+from car_train.conventions import DERIVED
+from car_train.data.folder import scan
 from car_train.flags import add_flags, given
+from car_train.model.var import ALNG
 from car_train.training.losses import PatchDiscriminator
 from car_train.training.options import TokenizerLossOptions, TrainOptions
 from car_train.training.perceptual import Perceptual
@@ -26,16 +28,20 @@ TOKENIZER = VQVAEConfig(
 )
 TRANSFORMER = VARConfig(depth=6)
 
+ALNG_HELP = (
+    "scale of the γ rows of AdaLN at first: how far a new block stays out of the residual stream (published: 1e-3 "
+    "for d16 and d20, 1e-4 for d24, 1e-5 for d30, 5e-6 for d36 at 512 pixels)"
+)
 TOKENS = ("token_cache", "token_root", "views")
 """Options for stages that train on tokens."""
-RUN = tuple("steps batch grad_accum lr schedule warmup weight_decay grad_clip ema seed".split())
-MACHINE = tuple("compile activation_checkpointing device threads workers augment preload classes".split())
+RUN = tuple("batch grad_accum lr schedule final_lr warmup weight_decay weight_decay_end grad_clip ema seed".split())
+MACHINE = tuple("compile activation_checkpointing device threads workers augment flip fit preload classes".split())
 RECORD = tuple("tensorboard keep validate_every save_every".split())
 
 
 def add_arguments(parser: argparse.ArgumentParser, stage: str) -> None:
     """The flags of one stage's command."""
-    add_flags(parser, TrainOptions, "data", "output")
+    add_flags(parser, TrainOptions, "data", "val", "output")
     if stage == "vqvae":
         model = parser.add_argument_group("tokenizer")
         add_flags(model, TOKENIZER)
@@ -44,12 +50,17 @@ def add_arguments(parser: argparse.ArgumentParser, stage: str) -> None:
         model = parser.add_argument_group("transformer")
         model.add_argument("--vqvae", type=Path, required=True, help="checkpoint or run of the tokenizer")
         add_flags(model, TRANSFORMER)
+        model.add_argument("--alng", type=float, default=ALNG, help=f"{ALNG_HELP} (default: {ALNG:g})")
     else:
         model = parser.add_argument_group("control branch")
         model.add_argument("--base", type=Path, required=True, help="checkpoint or run of the transformer")
         add_flags(model, CARConfig(), encoder_widths=None)
-        add_flags(model, TrainOptions, "control_root")
+        model.add_argument(
+            "--drop-path", type=float, help="largest drop-path rate in base and branch (default: that of the base)"
+        )
+        add_flags(model, TrainOptions, "control_root", "val_control_root")
     run = parser.add_argument_group("training")
+    add_flags(run.add_mutually_exclusive_group(), TrainOptions, "steps", "epochs")
     add_flags(run, TrainOptions, *RUN)
     run.add_argument("--lr-per-256", type=float, help="instead of --lr: this times batch/256, as in the papers")
     precision = run.add_mutually_exclusive_group()
@@ -62,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser, stage: str) -> None:
 
 def run(args: argparse.Namespace) -> Path:
     """Train; returns the last checkpoint. Raises what makes up `UserError`."""
-    if not args.resume and list(args.output.glob("step-*")):
+    if not args.resume and checkpoint.of_run(args.output):
         raise ConfigError(f"{args.output} holds a run already; add --resume to continue it, or give another folder")
     lr = {} if args.lr_per_256 is None else {"lr": args.lr_per_256 * args.batch / 256}
     options = TrainOptions(**given(args, TrainOptions) | lr)
@@ -110,9 +121,11 @@ def _vqvae(args: argparse.Namespace) -> Stage:
 
 
 def _var(args: argparse.Namespace) -> Stage:
-    names = tuple(find_images(args.data.expanduser())[0])
+    names = scan(args.data).class_names
     config = VARConfig(**given(args, VARConfig) | {"classes": len(names)})
-    return TransformerStage(add_var(checkpoint.load(args.vqvae), config, names))
+    if not 0 < args.alng <= 1:
+        raise ConfigError(f"alng is {args.alng}; it must be in (0, 1], e.g. 1e-3")
+    return TransformerStage(add_var(checkpoint.load(args.vqvae), config, names, args.alng))
 
 
 def _car(args: argparse.Namespace) -> Stage:
@@ -125,5 +138,10 @@ def _car(args: argparse.Namespace) -> Stage:
     widths = args.encoder_widths or tuple(16 * 2**i for i in range(halvings + 1))
     strides = (2,) * halvings + (1,) * (len(widths) - 1 - halvings)
     sizes = {"encoder_widths": widths, "encoder_strides": strides}
-    branch = CARConfig(**given(args, CARConfig) | sizes)
-    return TransformerStage(add_branch(base, branch), fresh=args.init is None and not args.resume)
+    options = given(args, CARConfig) | sizes
+    if options["convention"] is None:
+        on_the_fly = args.control_root is None
+        options["convention"] = DERIVED[options["control_type"]] if on_the_fly else options["control_type"]
+    branch = add_branch(base, CARConfig(**options))
+    rate = VARConfig(drop_path=args.drop_path).drop_path  # checked there
+    return TransformerStage(branch, fresh=args.init is None and not args.resume, drop_path=rate)

@@ -42,7 +42,7 @@ class PatchDiscriminator(nn.Module):
         """
         super().__init__()
         if width < 1 or layers < 1:
-            raise ConfigError(f"width {width}, layers {layers}: a discriminator needs at least 1 of each")
+            raise ConfigError(f"width {width}, layers {layers}; give a discriminator at least 1 of each")
         if image_size < self.SMALLEST:
             raise ConfigError(
                 f"images of {image_size} pixels are too small for the discriminator; "

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from car_train.config import ConfigError
+from car_train.conventions import FITS
 from car_train.flags import option
 
-SCHEDULES = ("cosine", "linear", "constant")
+SCHEDULES = ("cosine", "linear", "lin0", "constant")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -24,16 +25,24 @@ class TrainOptions:
     data: Path = option(help="folder of class folders")
     output: Path = option(help="folder of this run: checkpoints, samples, log.jsonl", flag="-o --output")
     steps: int = option(5000)
+    epochs: float | None = option(None, "instead of --steps: passes over the training images")
     batch: int = option(32, "images of one optimizer step, over all processes and microbatches")
     grad_accum: int = option(1, "microbatches that a batch is computed in, for memory", aliases=("--accumulate",))
     lr: float = option(6e-4, "peak learning rate, as is (the papers' is per 256 images: --lr-per-256)")
     schedule: str = option(
         "cosine",
-        "after the warm-up: cosine to 1 %%; linear to 1 %%, as VAR, with 5 %% of the steps at the peak; or constant",
+        "after the warm-up: cosine; linear, with 5 %% of the steps at the peak; lin0, which is VAR's: linear, and "
+        "its warm-up starts at 0.5 %% of the peak; or constant",
         choices=SCHEDULES,
     )
+    final_lr: float = option(
+        0.01, "share of the peak that is left at the end (published: 0.1 for d16, d20 and CAR, 0.01 from d24 on)"
+    )
     warmup: int = option(200, "steps of linear warm-up")
-    weight_decay: float = option(0.05, "of matrices and kernels")
+    weight_decay: float = option(0.05, "of matrices, kernels and the class embedding")
+    weight_decay_end: float | None = option(
+        None, "fall to this along a half cosine (default: constant; published: 0.08 for d30 and d36)"
+    )
     grad_clip: float = option(2.0, "largest norm of the gradient", aliases=("--clip",))
     ema: float = option(
         0.0, "keep an exponential moving average of the weights, e.g. 0.999 (default: 0, off)", metavar="DECAY"
@@ -50,12 +59,18 @@ class TrainOptions:
     device: str = option("cpu", "e.g. cuda; under torchrun: one GPU a process")
     threads: int = option(0, "CPU threads (default: 0, all)")
     workers: int = option(1, "data loader processes")
+    fit: str = option(FITS[0], "of images that aren't square: their middle, with margins, or distorted", choices=FITS)
     augment: bool = option(True, "no flips, shifts and zooms")
+    flip: bool = option(True, "mirror nothing, as in VAR's training: for scenes with writing, or a right and a left")
     preload: bool = option(
         True, "don't keep all images decoded in memory (64 KB each at 64 pixels, 1 MB at 256): for large sets"
     )
     classes: str | None = option(None, 'some classes only, e.g. 0-99, or "!0-99" for all others (labels stay)')
+    val: Path | None = option(
+        None, "folder of validation images, of the same classes (default: about 5 %% of --data, or its folder val)"
+    )
     control_root: Path | None = option(None, "folder of control images that mirrors --data")
+    val_control_root: Path | None = option(None, "folder of control images that mirrors --val")
     token_cache: bool = option(True, "encode images anew at every step, not once")
     token_root: Path | None = option(None, "folder of token caches (default: ~/.cache/car/tokens)")
     views: int = option(8, "augmentations of each image in the token cache; without augmentation it is 1")
@@ -71,12 +86,21 @@ class TrainOptions:
         for field in ("warmup", "weight_decay", "seed", "workers", "threads"):
             if not getattr(self, field) >= 0:
                 raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least 0")
-        for field in ("lr", "grad_clip"):
-            if not 0 < getattr(self, field) < math.inf:
+        if (self.val is not None and self.control_root is not None) != (self.val_control_root is not None):
+            raise ConfigError(
+                "control_root and val_control_root belong together where there is a val; give --val-control-root "
+                "with --val and --control-root, and not without"
+            )
+        if not 0 <= self.final_lr <= 1:
+            raise ConfigError(f"final_lr is {self.final_lr}; it must be in [0, 1], e.g. 0.1")
+        if self.weight_decay_end is not None and not 0 <= self.weight_decay_end < math.inf:
+            raise ConfigError(f"weight_decay_end is {self.weight_decay_end}; it must be at least 0")
+        for field in ("lr", "grad_clip", "epochs"):
+            if getattr(self, field) is not None and not 0 < getattr(self, field) < math.inf:
                 raise ConfigError(f"{field} is {getattr(self, field)}; it must be positive")
         if not 0 <= self.ema < 1:
             raise ConfigError(f"ema is {self.ema}; it must be in [0, 1), e.g. 0.999")
-        for field, known in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+        for field, known in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("fit", FITS)):
             if getattr(self, field) not in known:
                 raise ConfigError(f"{field} is {getattr(self, field)!r}; choose one of: {', '.join(known)}")
         try:

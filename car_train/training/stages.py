@@ -13,10 +13,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from car_train.config import CARConfig, ModelConfig, VARConfig, VQVAEConfig
+from car_train.conventions import ControlConvention
 from car_train.model import Model
 from car_train.model.car import calibrate_fusion
 from car_train.model.sample import control_pyramid, sample
+from car_train.model.var import ALNG, initialise
 from car_train.model.vqvae import join_tokens, split_tokens
+from car_train.sampling import CAR
 from car_train.training.distributed import all_batches, any_of_processes, broadcast, mean_over_processes
 from car_train.training.losses import PatchDiscriminator, adaptive_weight, generator_loss, hinge_discriminator_loss
 from car_train.training.perceptual import Perceptual
@@ -33,8 +36,10 @@ class Stage:
     """What one stage trains: subclasses give `loss` and `samples`."""
 
     name = ""
-    """Of the command that trains it, and of its part of a checkpoint: "vqvae", "var" or "car"."""
+    """Name of the command that trains it, and of its part of a checkpoint: "vqvae", "var" or "car"."""
     control_type: str | None = None
+    convention: ControlConvention | None = None
+    """How the control maps are made."""
     takes_tokens = False
     """Whether the loss can do with `tokens` in place of `image`."""
 
@@ -209,6 +214,7 @@ class TransformerStage(Stage):
         self.car = model.car
         self.name = "car" if model.car.branch is not None else "var"
         self.control_type = model.config.car.control_type if model.config.car else None
+        self.convention = model.config.car.control_convention if model.config.car else None
         self.fresh = fresh and self.car.branch is not None
         if drop_path is not None:
             self.car.set_drop_path(drop_path)
@@ -261,9 +267,9 @@ class TransformerStage(Stage):
             batch["label"],
             uniforms,
             controls,
-            cfg=2.0,
-            top_k=config.vocab // 4,
-            top_p=0.9,
+            cfg=CAR.cfg,
+            top_k=min(CAR.top_k, config.vocab),
+            top_p=CAR.top_p,
         )
         given = {"control": controls[-1]} if controls else {}
         return {**given, "drawn": drawn, "real": batch["image"]}
@@ -295,9 +301,12 @@ def new_vqvae(config: VQVAEConfig) -> Model:
     return Model(ModelConfig(vqvae=config))
 
 
-def add_var(model: Model, config: VARConfig, class_names: tuple[str, ...]) -> Model:
-    """A model with a trained tokenizer and a new base."""
+def add_var(model: Model, config: VARConfig, class_names: tuple[str, ...], alng: float = ALNG) -> Model:
+    """A model with a trained tokenizer and a new base, its AdaLN initialised with `alng` (`initialise`)."""
     grown = Model(ModelConfig(vqvae=model.config.vqvae, var=config, class_names=class_names))
+    if alng != ALNG:
+        assert grown.car is not None
+        initialise(grown.car.base, alng)
     grown.vqvae = model.vqvae
     return grown
 

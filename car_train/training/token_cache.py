@@ -11,12 +11,15 @@ is never stale and all runs on one tokenizer share it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -25,13 +28,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from car_train.data.dataset import ControlledImages, DataError
+from car_train.data.dataset import ControlledImages
+from car_train.data.folder import DataError
 from car_train.files import folder_aside
 from car_train.model.vqvae import VQVAE, join_tokens
 
 DEFAULT_ROOT = Path("~/.cache/car/tokens")
 MARKER = "tokens.json"
-FORMAT = 1
+FORMAT = 2
+"""Of caches; it changes with the augmentation too."""
 
 
 class TokenCache:
@@ -71,11 +76,12 @@ class CachedTokens(Dataset[dict[str, Any]]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        control = {}
+        if self.images.control_type is not None:  # of the image at `index`, or of the next that one can be made of
+            index, item = self.images.item(index)
+            control["control"] = item["control"]
         tokens = torch.from_numpy(self.cache.tokens[self.view, index].astype(np.int64))
-        item = {"tokens": tokens, "label": int(self.cache.labels[index])}
-        if self.images.control_type is not None:
-            item["control"] = self.images[index]["control"]
-        return item
+        return {"tokens": tokens, "label": int(self.cache.labels[index]), **control}
 
 
 def identity(images: ControlledImages, vqvae: VQVAE, views: int, precision: str) -> dict[str, Any]:
@@ -90,10 +96,12 @@ def identity(images: ControlledImages, vqvae: VQVAE, views: int, precision: str)
         "files": images.fingerprint(),
         "pictures": len(images),
         "image_size": images.image_size,
+        "fit": images.fit,
         "tokens": vqvae.config.tokens,
         "sides": list(vqvae.config.sides),
         "vocab": vqvae.config.vocab,
         "augment": images.augment,
+        "flip": images.augment and images.flip,
         "seed": images.seed if images.augment else 0,
         "views": views,
         "precision": precision,
@@ -147,24 +155,39 @@ def _encode(
 ) -> None:
     dtype = np.uint16 if facts["vocab"] <= 1 << 16 else np.int32
     shape = (facts["views"], len(images), facts["tokens"])
-    out = np.lib.format.open_memmap(folder / "tokens.npy", mode="w+", dtype=dtype, shape=shape)
     labels = np.zeros(len(images), np.int64)
     before, control_type = images.epoch, images.control_type
     images.control_type = None  # not needed here, and the dearer half of an item
     bar = tqdm(total=shape[0] * shape[1], desc="encoding", unit="img", file=sys.stderr, disable=None, leave=False)
     try:
-        with bar, torch.no_grad():
+        with bar, torch.no_grad(), (folder / "tokens.npy").open("wb") as out:
+            _allocate(out, shape, np.dtype(dtype))
             for view in range(shape[0]):
                 images.set_epoch(view)
                 start = 0
                 for items in DataLoader(images, batch_size=batch, generator=torch.Generator()):
                     stop = start + len(items["label"])
-                    out[view, start:stop] = join_tokens(encode(items["image"])).cpu().numpy()
+                    out.write(join_tokens(encode(items["image"])).cpu().numpy().astype(dtype).tobytes())
                     labels[start:stop] = items["label"].numpy()
                     bar.update(stop - start)
                     start = stop
     finally:
         images.set_epoch(before)
         images.control_type = control_type
-    out.flush()
     np.save(folder / "labels.npy", labels)
+
+
+def _allocate(file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """Begin a .npy file and claim its space, so that a full disk is met at once. Raises OSError.
+
+    The array is then written, not mapped: a page of a sparse file that finds no room on the disk ends the process.
+    """
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    file.flush()
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), file.tell(), max(1, math.prod(shape) * dtype.itemsize))
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that can't
+                raise

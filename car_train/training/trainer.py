@@ -8,7 +8,7 @@ A run's folder:
     run.json              stage, options, config, sizes, versions
     log.jsonl             one object a step; validation figures now and then, as `val_…`
     samples-0000500.png   a contact sheet: control, drawn or reconstructed, real
-    step-0000500/         a checkpoint; its weights are the moving average, where there is one
+    step-0000500/         a checkpoint; its weights are the EMA, where there is one
     tensorboard/          with `tensorboard`
 
 `batch` is what one optimizer step sees, over all processes and microbatches: the same command on two processes, or
@@ -20,9 +20,11 @@ from __future__ import annotations
 import json
 import math
 import platform
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from torch.utils.data import DataLoader, Subset
 from car_train import checkpoint
 from car_train.config import ConfigError
 from car_train.data.dataset import ControlledImages
+from car_train.data.folder import scan, shown
 from car_train.errors import UserError
 from car_train.files import remove_folder
 from car_train.images import contact_sheet, save_png, to_pixels
@@ -42,13 +45,19 @@ from car_train.model.vqvae import Decoder, Encoder, ResBlock
 from car_train.training.distributed import World, without_exchange
 from car_train.training.ema import EMA
 from car_train.training.logger import RunLogger
-from car_train.training.optimizer import learning_rate, match_layout, parameter_groups
+from car_train.training.optimizer import learning_rate, match_layout, parameter_groups, weight_decay
 from car_train.training.options import RENAMED, TrainOptions
 from car_train.training.stages import LossModule, Stage
 from car_train.training.token_cache import CachedTokens, open_cache
 
+CHECK_IMAGES = 4
+"""Validation images whose loss must be finite before a model is saved."""
 SET_UP_IMAGES = 16
 """Images that a fresh stage is set up on; at 256×256 they have 10,880 tokens to measure deviations of."""
+
+
+FIRST_SCALE, LARGEST_SCALE, SCALE_STEPS = 2.0**11, 2.0**15, 1000
+"""Of fp16's gradients, as published: the scale at first, at most, and after how many good steps it doubles."""
 
 
 class TrainingError(UserError, RuntimeError):
@@ -56,7 +65,7 @@ class TrainingError(UserError, RuntimeError):
 
 
 class Trainer:
-    """The loop around a stage: order, optimizers, precision, average, logs, checkpoints."""
+    """The loop around a stage: order, optimizers, precision, EMA, logs, checkpoints."""
 
     def __init__(self, stage: Stage, options: TrainOptions):
         self.world, device = World.join(options.device)
@@ -71,15 +80,7 @@ class Trainer:
             torch.set_num_threads(options.threads)
         options.output.mkdir(parents=True, exist_ok=True)  # a folder that can't be made is better known at once
         size = stage.model.config.vqvae.image_size
-        common: dict[str, Any] = {
-            "control_type": stage.control_type,
-            "control_root": options.control_root,
-            "seed": options.seed,
-            "preload": options.preload,
-            "classes": options.classes,
-        }
-        self.images = ControlledImages(options.data, size, split="train", augment=options.augment, **common)
-        self.val_images = ControlledImages(options.data, size, split="val", **common)
+        self.images, self.val_images = self._images(size)
         self._check_classes()
         if len(self.val_images) < self.world.size:
             raise ConfigError(
@@ -91,6 +92,13 @@ class Trainer:
             stage.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._set_up_blocks()
         self.data, self.val = self._datasets()
+        self.per_epoch = len(self.data) // options.batch
+        if self.per_epoch == 0:
+            raise ConfigError(
+                f"batch is {options.batch}, but there are {len(self.data)} training images; make it smaller"
+            )
+        if options.epochs is not None:
+            self.options = replace(options, steps=max(1, round(options.epochs * self.per_epoch)))
         if stage.fresh:
             stage.set_up(self._spread(self.data, SET_UP_IMAGES))
         self._set_up_optimizers()
@@ -98,6 +106,39 @@ class Trainer:
         self.step = 0
         if self.world.rank:
             torch.manual_seed(options.seed + self.world.rank)  # stochastic depth differs between the processes
+
+    def _images(self, size: int) -> tuple[ControlledImages, ControlledImages]:
+        """What is trained and what is validated on; lists both on stderr."""
+        options, stage = self.options, self.stage
+        common: dict[str, Any] = {
+            "control_type": stage.control_type,
+            "convention": stage.convention,
+            "fit": options.fit,
+            "seed": options.seed,
+            "preload": options.preload,
+            "classes": options.classes,
+        }
+        folder = scan(options.data)
+        own = options.val is not None
+        val = folder if options.val is None else scan(options.val, folder.class_names)
+        if not self.world.rank:
+            for found in (folder, val) if own else (folder,):
+                for line in found.listing(own):
+                    print(f"{shown(found.root)}: {line}", file=sys.stderr)
+        train_split, val_split = ("all", "all") if own else ("train", "val")
+        roots = (options.control_root, options.val_control_root if own else options.control_root)
+        return (
+            ControlledImages(
+                folder,
+                size,
+                split=train_split,
+                control_root=roots[0],
+                augment=options.augment,
+                flip=options.flip,
+                **common,
+            ),
+            ControlledImages(val, size, split=val_split, control_root=roots[1], **common),
+        )
 
     def _check_classes(self) -> None:
         names, config = self.images.class_names, self.stage.model.config
@@ -115,7 +156,7 @@ class Trainer:
     def _set_up_blocks(self) -> None:
         for module in self.stage.model.modules():
             if isinstance(module, Block | ResBlock):
-                module.recompute = self.options.activation_checkpointing
+                module.activation_checkpointing = self.options.activation_checkpointing
             if self.options.compile and isinstance(module, Block | ConvBlock | Encoder | Decoder):
                 module.compile()
 
@@ -156,7 +197,12 @@ class Trainer:
             # Betas of the GAN literature: the critic's target moves.
             self.optimizers.append(torch.optim.AdamW(stage.adversary.parameters(), lr=options.lr, betas=(0.5, 0.9)))
             stage.critic = self.world.wrap(stage.adversary, self.device)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(
+            self.device.type,
+            init_scale=FIRST_SCALE,
+            growth_interval=SCALE_STEPS,
+            enabled=options.precision == "fp16",
+        )
 
     # --- state -----------------------------------------------------------------------------------------------------
 
@@ -205,7 +251,8 @@ class Trainer:
         free = {"output", "workers", "threads", "device", "validate_every", "save_every", "keep", "tensorboard"}
         before = {RENAMED.get(k, k): v for k, v in before.items()}
         now = json.loads(json.dumps(self.options.to_json() | {"files": self.images.fingerprint()}))
-        changed = [f"{k} {before.get(k)!r} → {now[k]!r}" for k in now if k not in free and before.get(k) != now[k]]
+        known = before.keys() & now.keys() - free  # an option that an earlier version lacked can't have changed
+        changed = [f"{k} {before[k]!r} → {now[k]!r}" for k in now if k in known and before[k] != now[k]]
         if changed and not self.world.rank:
             warnings.warn(
                 f"resumed at step {self.step} with other options than before: {'; '.join(changed)}; the run goes on, "
@@ -214,7 +261,11 @@ class Trainer:
             )
 
     def save(self) -> Path:
-        """Write a checkpoint; older ones than the `keep` newest go once it is whole."""
+        """Write a checkpoint; older ones than the `keep` newest go once it is whole.
+
+        TrainingError: the model is broken (`_refuse_broken`); what was saved before stays.
+        """
+        self._refuse_broken()
         rng: dict[str, Tensor] = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -236,10 +287,42 @@ class Trainer:
                     state["raw"] = self.ema.raw()
                     stack.enter_context(self.ema.applied())
                 checkpoint.save(self.stage.model, path, state)
-            for old in sorted(self.options.output.glob("step-*"))[: -self.options.keep]:
+            for old in checkpoint.of_run(self.options.output)[: -self.options.keep]:
                 remove_folder(old)
         self.world.barrier()
         return path
+
+    @torch.no_grad()
+    def _refuse_broken(self) -> None:
+        """TrainingError where what would be saved, or the loss that it computes, is not finite."""
+        trained: dict[str, Any] = {"weights": dict(self.stage.trainable.named_parameters())}
+        trained["optimizer"] = [list(optimizer.state.values()) for optimizer in self.optimizers]
+        if self.ema is not None:
+            trained["average"] = self.ema.average
+        broken = checkpoint.not_finite(checkpoint.tensors_of(trained))
+        if broken is None:
+            self.stage.train(False)
+            with ExitStack() as stack:
+                if self.ema is not None:
+                    stack.enter_context(self.ema.applied())
+                stack.enter_context(self._autocast())
+                loss, metrics = self.stage.loss(self._spread(self.val, CHECK_IMAGES))
+            self.stage.train()
+            broken = checkpoint.not_finite({"validation loss": loss, **metrics}.items())
+        if any(self.world.gather(broken is not None)):
+            raise TrainingError(
+                f"step {self.step} broke the model ({broken or 'on another process'} is not finite): not saved; "
+                f"{self._remedy()}"
+            )
+
+    def _remedy(self) -> str:
+        """What helps a run whose numbers became too large."""
+        saved = checkpoint.of_run(self.options.output)
+        start = f"resume from {saved[-1].name} (--resume)" if saved else "start again"
+        return (
+            f"{start} with a lower lr than {self.options.lr:g} (--lr), a longer warm-up (--warmup), or another "
+            f"--precision than {self.options.precision}"
+        )
 
     # --- data ------------------------------------------------------------------------------------------------------
 
@@ -249,21 +332,16 @@ class Trainer:
         Epoch after epoch in an order that (seed, epoch) decides; `grad_accum` items make one batch.
         """
         options, world = self.options, self.world
-        per_epoch = len(self.data) // options.batch
-        if per_epoch == 0:
-            raise ConfigError(
-                f"batch is {options.batch}, but there are {len(self.data)} training images; make it smaller"
-            )
         micro = options.batch // (world.size * options.grad_accum)
         mine = [(m * world.size + world.rank) * micro for m in range(options.grad_accum)]
-        epoch, skip = divmod(self.step, per_epoch)
+        epoch, skip = divmod(self.step, self.per_epoch)
         step = self.step
         while True:
             order = torch.randperm(
                 len(self.data), generator=torch.Generator().manual_seed(options.seed * 100_003 + epoch)
             ).tolist()
             self.data.set_epoch(epoch)
-            groups = [order[i * options.batch + m :][:micro] for i in range(skip, per_epoch) for m in mine]
+            groups = [order[i * options.batch + m :][:micro] for i in range(skip, self.per_epoch) for m in mine]
             # A generator of its own: a loader draws from the global one, which a resumed run must find as it was.
             generator = torch.Generator().manual_seed(step)
             loader = DataLoader(self.data, batch_sampler=groups, num_workers=options.workers, generator=generator)
@@ -332,6 +410,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.zero_grad(set_to_none=True)
+        self.optimizers[0].param_groups[0]["weight_decay"] = weight_decay(self.step, options)
         stage.before_step(self.step)
         record: dict[str, float] = {}
         for m in range(options.grad_accum):
@@ -339,10 +418,7 @@ class Trainer:
             for name, value in self._microbatch(self._to_device(next(batches)), last).items():
                 record[name] = record.get(name, 0.0) + value.item() / options.grad_accum
         if not math.isfinite(record["loss"]):
-            raise TrainingError(
-                f"the loss is {record['loss']} at step {self.step + 1}; resume from the last checkpoint with a lower "
-                f"lr than {options.lr:g}, a longer warm-up, or another precision than {options.precision}"
-            )
+            raise TrainingError(f"the loss is {record['loss']} at step {self.step + 1}; {self._remedy()}")
         for optimizer in self.optimizers:
             grads = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             if grads:
@@ -352,6 +428,8 @@ class Trainer:
                     record["grad_norm"] = norm.item()
                 self.scaler.step(optimizer)
         self.scaler.update()
+        if self.scaler.get_scale() > LARGEST_SCALE:
+            self.scaler.update(LARGEST_SCALE)
         self.step += 1
         extra = stage.after_step(self.step, options.steps)
         if self.ema is not None:
@@ -410,10 +488,10 @@ class Trainer:
 
 
 def _generator(seed: int, step: int) -> torch.Generator:
-    """For the random numbers of one step that don't depend on how its batch is shared out."""
+    """The generator of one step's random numbers that don't depend on how its batch is shared out."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 2 + 1)
 
 
 def seed_everything(seed: int) -> None:
-    """Before a model is made: its initial weights follow from the seed too."""
+    """Seed PyTorch; called before a model is made, since its initial weights follow from the seed too."""
     torch.manual_seed(seed)

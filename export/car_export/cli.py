@@ -122,7 +122,7 @@ def _check_chosen(args: argparse.Namespace, *allowed: str) -> None:
 
 
 def make_int8(args: argparse.Namespace, log: Log) -> Path:
-    """The int8 form of an existing plan, beside it."""
+    """Write the int8 form of an existing plan next to it."""
     if args.output is None:
         raise ConfigError(f"an int8 plan is another plan; name it, e.g. -o {args.checkpoint.stem}-int8.plan")
     _check_chosen(args, "weights", "calibrate", "name")

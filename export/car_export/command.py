@@ -16,6 +16,7 @@ from car_train.errors import UserError
 from car_train.files import sha256
 from car_train.interop.command import add_official_arguments, load_official
 from car_train.model import Model
+from car_train.streams import after_broken_pipe, open_closed_streams
 
 Log = Callable[[str], None]
 
@@ -58,18 +59,25 @@ def _official_arguments() -> list[str]:
     return list(vars(parser.parse_args([])))
 
 
-def run_command(name: str, command: Callable[[Log], int]) -> int:
+def run_command(name: str, command: Callable[[Log], int], stopped: str = "nothing half-made was left") -> int:
     """Run a command with a log on stderr and return its exit code.
 
-    2: something that the user can put right, 1: a plan that disagrees with its model, 130: interrupted.
+    2: something that the user can put right, 1: a plan that disagrees with its model, or output that nobody reads,
+    130: interrupted.
+    stopped: what an interruption leaves.
     """
+    open_closed_streams()
     began = time.monotonic()
 
     def log(text: str) -> None:
         print(f"[{time.monotonic() - began:6.1f} s] {text}", file=sys.stderr, flush=True)
 
     try:
-        return command(log)
+        code = command(log)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        return after_broken_pipe()
     except VerificationError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1
@@ -77,5 +85,5 @@ def run_command(name: str, command: Callable[[Log], int]) -> int:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; nothing half-made was left", file=sys.stderr)
+        print(f"{name}: interrupted; {stopped}", file=sys.stderr)
         return 130

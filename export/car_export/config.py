@@ -6,12 +6,14 @@ Each option is described once, here: the commands make their flags from these fi
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from car_export.errors import ExportError
 from car_train.flags import option
+from car_train.sampling import CAR, NAMED, Sampling, settings_of
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 
@@ -36,9 +38,10 @@ class ExportOptions:
     batches: tuple[int, ...] = option(
         (1,), "batch sizes that get static steps, e.g. 1,4", flag="--batch", dest="batch", metavar="SIZES"
     )
-    cfg: float = option(4.0, "default guidance of the plan")
-    top_k: int = option(900, "default top-k of the plan, 0 = off")
-    top_p: float = option(0.95, "default top-p of the plan, 0 = off")
+    preset: str = option("car", "default guidance, top-k, top-p of the plan", choices=NAMED)
+    cfg: float | None = option(None, "default guidance of the plan (default: the preset's)")
+    top_k: int | None = option(None, "default top-k of the plan, 0 = off (default: the preset's)")
+    top_p: float | None = option(None, "default top-p of the plan, 0 = off (default: the preset's)")
     more_smooth: bool = option(False, "let requests ask for smoother images: codes mixed by Gumbel noise")
     """The step can mix codes by `smooth_noise` where its input `smooth` says so."""
     class_names: tuple[str, ...] | None = None
@@ -52,11 +55,19 @@ class ExportOptions:
                 raise ExportError(f"{name} is {getattr(self, name)!r}; choose {' or '.join(known)}")
         if not self.batches or min(self.batches) < 1:
             raise ExportError(f"batch is {list(self.batches)}; give positive numbers, e.g. 1,4")
-        if not 0 <= self.cfg < math.inf:
-            raise ExportError(f"cfg is {self.cfg}; give a number from 0")
-        if self.top_k < 0 or not 0 <= self.top_p <= 1:
-            raise ExportError(f"top-k {self.top_k}, top-p {self.top_p}: top-k is at least 0, top-p in 0…1 (0 = off)")
+        if self.preset not in NAMED:
+            raise ExportError(f"preset is {self.preset!r}; choose {' or '.join(NAMED)}")
+        own = self.sampling(sys.maxsize)
+        if not 0 <= own.cfg < math.inf:
+            raise ExportError(f"cfg is {own.cfg}; give a number from 0")
+        if own.top_k < 0 or not 0 <= own.top_p <= 1:
+            raise ExportError(f"top-k {own.top_k}, top-p {own.top_p}; give top-k from 0 and top-p in 0…1 (0 = off)")
         _check_plan_name(self.output)
+
+    def sampling(self, vocab: int) -> Sampling:
+        """What the plan draws with by default; top-k is cut to the vocabulary."""
+        chosen = settings_of(self.preset, self.cfg, self.top_k, self.top_p, vocab)
+        return replace(chosen, top_k=min(chosen.top_k, vocab))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +94,9 @@ class NumericsOptions:
     """How half precision is measured. Raises ExportError."""
 
     precision: str = option("fp16", choices=("fp16", "bf16"))
-    cfg: float = option(4.0, "guidance")
-    top_k: int = option(900, "for the sampled tokens, 0 = off")
-    top_p: float = option(0.95, "for the sampled tokens, 0 = off")
+    cfg: float = option(CAR.cfg, "guidance")
+    top_k: int = option(CAR.top_k, "for the sampled tokens, 0 = off")
+    top_p: float = option(CAR.top_p, "for the sampled tokens, 0 = off")
     factor: float = option(10.0, "scale of the weights in the overflow test")
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Outputs are whole or absent: everything the exporter writes is made beside its place and renamed into it."""
+"""Outputs are whole or absent: everything the exporter writes is made next to its place and renamed into it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from car_train.files import folder_aside, written_aside
 
 @contextlib.contextmanager
 def plan_written_aside(output: Path) -> Iterator[Path]:
-    """A folder beside a plan's place, which goes there when the block is done and is gone if it fails.
+    """A folder next to a plan's place, which goes there when the block is done and is gone if it fails.
 
     Raises ExportError where something else stands in the plan's place, or nothing can be written.
     """
@@ -30,7 +30,7 @@ def plan_written_aside(output: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, data: bytes | memoryview) -> None:
-    """Write a file beside its place and rename it, so that no reader sees half of it. Raises OutputError."""
+    """Write a file next to its place and rename it, so that no reader sees half of it. Raises OutputError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_aside(path) as aside:

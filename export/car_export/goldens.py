@@ -46,7 +46,7 @@ def goldens(reference: Model, *, cfg: float, top_k: int, top_p: float) -> dict[s
     control = pyramid = None
     if car.branch is not None:
         image = Image.fromarray(scene(config.image_size, np.random.default_rng(0)))
-        control = derive(image, "canny", config.image_size)
+        control = derive(image, "canny-grey", config.image_size)
         pyramid = control_pyramid(Image.fromarray(control), [side * config.patch for side in config.sides])
     label = car.base.config.classes // 2
     noise = np.random.default_rng(SEED).random((1, config.tokens), dtype=np.float32)

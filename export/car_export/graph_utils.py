@@ -40,7 +40,7 @@ def plain_shape(graph: ir.Graph, reshape: ir.Node) -> None:
     """Let a Reshape read its shape from a constant, if what is computed there can be written with 0 (as in the input)
     and one −1 (the rest).
 
-    An engine can then tell all shapes of a run before it starts: OpenVINO stops for each that is computed.
+    An engine can then infer all shapes of a run before it starts: OpenVINO stops for each that is computed.
     """
     (source, target), result = reshape.inputs, reshape.outputs[0]
     if source is None or source.shape is None or result.shape is None or numbers(target) is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import platform
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from car_export.files import plan_written_aside
 from car_export.goldens import write_goldens
 from car_export.trace import Names, optimise, specialise, trace
 from car_export.weights import HALVED, WeightStore, external, externalise
+from car_runtime.conventions import ControlConvention
 from car_runtime.format import manifest as schema
 from car_train.model import Model
 
@@ -86,8 +88,7 @@ class PlanBuilder:
         self._steps()
         self._autoencoder()
         self.store.close()
-        o = self.options
-        write_goldens(self.directory, self.reference, cfg=o.cfg, top_k=o.top_k, top_p=o.top_p)
+        write_goldens(self.directory, self.reference, **asdict(self.options.sampling(self.config.vocab)))
         manifest = self._manifest()
         schema.write_manifest(self.directory, manifest)
         return manifest
@@ -205,14 +206,13 @@ class PlanBuilder:
                 class_names=self.options.class_names or self.reference.config.class_names,
                 control_type=car.control_type if car else None,
                 cache_layers=self.car.layers,
+                control_convention=ControlConvention(**asdict(car.control_convention)) if car else None,
             ),
             precision=schema.Precision(
                 compute=self.options.precision,
                 weights=self.options.weights if self.options.precision == "fp32" else self.options.precision,
             ),
-            sampling=schema.SamplingDefaults(
-                cfg=self.options.cfg, top_k=min(self.options.top_k, config.vocab), top_p=self.options.top_p
-            ),
+            sampling=schema.SamplingDefaults(**asdict(self.options.sampling(config.vocab))),
             scales=tuple(self._scale(k) for k in range(len(config.sides))),
             tensors=self.tensors,
             graphs=self.graphs,

@@ -284,8 +284,17 @@ class Verifier:
         self, control: np.ndarray | None, label: int, expected: Tensor, pixels: Tensor, record: Recording
     ) -> None:
         """The plan as users run it: greedy, free-running, through car_runtime."""
+        # Greedily the mixture of the kept codes is the one code that is kept: smooth or not, the tokens are the same.
         with car_runtime.open_plan(self.directory, backend="ort-cpu", verify=False) as plan:
-            result = plan.generate(control, label=label, seed=0, cfg=CFG, top_k=1, top_p=0)
+            for more_smooth in (False, True) if self.more_smooth else (False,):
+                result = plan.generate(
+                    control, label=label, seed=0, cfg=CFG, top_k=1, top_p=0, more_smooth=more_smooth
+                )
+                self._whole_run_agrees(result, expected, pixels, record)
+
+    def _whole_run_agrees(
+        self, result: car_runtime.Result, expected: Tensor, pixels: Tensor, record: Recording
+    ) -> None:
         differs = (torch.from_numpy(result.tokens) != expected)[0].nonzero().flatten()
         if len(differs) == 0:
             self.levels("whole run", result.images, pixels)
@@ -329,10 +338,7 @@ class Verifier:
                 self.condition(rows)
                 self.decoder(record, pixels)
                 self.encoder(image[None])
-                if (
-                    not self.more_smooth
-                ):  # the runtime's loop binds no `smooth` yet; all that it runs is compared above
-                    self.whole_run(image if controls else None, int(label[0]), tokens, pixels, record)
+                self.whole_run(image if controls else None, int(label[0]), tokens, pixels, record)
         if self.problems:
             raise VerificationError(
                 f"{len(self.problems)} differences between the plan and the model:\n  "

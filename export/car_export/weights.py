@@ -22,7 +22,7 @@ FILE = "weights.bin"
 INLINE = 64
 """Initializers of fewer elements stay in the graph: shape arithmetic and scalars, which engines want to see."""
 HALVED = 256
-"""With half-precision storage, float32 weights from this many elements on are stored as float16.
+"""Elements from which float32 weights are stored as float16, with half-precision storage.
 
 Small ones keep their digits.
 """

@@ -11,6 +11,7 @@ CAR: controllable autoregressive modeling, arXiv 2410.04671. VAR: visual autoreg
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from car_runtime.plan import Plan, Result, ScaleResult, default_plan, open_plan
 
 __version__ = "0.1.0"
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime looks at it when it is first imported
 
 __all__ = [
     "BackendError",

@@ -150,7 +150,7 @@ def _log_softmax(logits: Floats) -> NDArray[np.float64]:
 
 
 def _gaps(index_NG: Tokens, value_NG: Floats, chosen_N: Tokens) -> Floats:
-    """By how much the golden logit of each chosen code is below the largest one, [N].
+    """Distance of each chosen code's golden logit from the largest one, [N], at least 0.
 
     Of a code that is not among the kept ones only the least is known: the distance of the last kept.
     """

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from car_runtime.backends.base import Backend, Buffer
 from car_runtime.conditioning import Condition
 from car_runtime.format.manifest import Manifest
-from car_runtime.request import Request, Sampling, uniforms
+from car_runtime.request import Request, Sampling, SmoothNoise, uniforms
 from car_runtime.schedule import Schedule
 
 SLOT = 256
@@ -52,6 +52,10 @@ class LoopBuffers:
         model = manifest.model
         *self._slots, size = accumulate((-(-batch * s.tokens // SLOT) * SLOT for s in manifest.scales), initial=0)
         self._allocate_inputs(size)
+        self._noise: SmoothNoise | None = None
+        self._smooth: Buffer | None = None
+        if manifest.more_smooth:
+            self._allocate_smooth()
         self.inputs = self._step_inputs()
         """What each scale takes of a request, by the step's input names."""
         self._tokens = backend.allocate((size,), "int64")
@@ -110,13 +114,26 @@ class LoopBuffers:
             self._backend.write(self._known, self._scale_major(request.known))
             self._backend.write(self._known_mask, self._scale_major(request.known_mask))
             loaded.edited = edited
-        if (request.sampling, request.schedule) != loaded.sampling:
-            self._write_sampling(request.sampling, request.schedule)
-            loaded.sampling = (request.sampling, request.schedule)
+        sampling = request.sampling if request.guided else replace(request.sampling, cfg=0.0)
+        if (sampling, request.schedule) != loaded.sampling:
+            self._write_sampling(sampling, request.schedule)
+            loaded.sampling = (sampling, request.schedule)
         self.drawn = request.schedule.drawn
         spare = self.row_count > self.batch and not self._backend.guided_only
         self.unguided_from = request.schedule.unguided_from if spare else None
         self._backend.copy(self._zeros, self.f_hat[0])
+        if self._smooth is not None and request.more_smooth is not loaded.smooth:
+            self._backend.write(self._smooth, np.array([request.more_smooth]))
+            loaded.smooth = request.more_smooth
+        self._noise = SmoothNoise(request.seeds) if request.more_smooth else None
+
+    def write_noise(self, k: int) -> None:
+        """Before scale k, and for every scale in turn: the noise that its codes are mixed by, where they are."""
+        if self._noise is None:
+            return
+        values = self._noise.next(self._scales[k].tokens, self._manifest.model.vocab)
+        target = self.inputs[k]["smooth_noise"]
+        self._backend.write(target, values.reshape(target.shape))
 
     def without_guidance(self, k: int) -> RowBuffers:
         """The first B rows alone, with their K/V of the scales before k, to go on with from there.
@@ -151,6 +168,23 @@ class LoopBuffers:
         self._top_k = self._backend.allocate((1,), "int64")
         self._top_p = self._backend.allocate((1,), "float32")
 
+    def _allocate_smooth(self) -> None:
+        """For a plan that can mix codes by noise: room for the noise of one scale, which all take in turn.
+
+        The step reads it even where nothing is mixed; then it is zeros.
+        """
+        self._smooth = self._backend.allocate((1,), "bool")
+        largest = self.batch * max(s.tokens for s in self._scales) * self._manifest.model.vocab
+        self._smooth_noise = self._backend.allocate((largest,), "float32")
+        self._backend.write(self._smooth_noise, np.zeros(largest, np.float32))
+
+    def _smooth_inputs(self, k: int) -> dict[str, Buffer]:
+        if self._smooth is None:
+            return {}
+        s, V = self._scales[k], self._manifest.model.vocab
+        noise = self._smooth_noise[: self.batch * s.tokens * V].reshape((self.batch, s.side, s.side, V))
+        return {"smooth": self._smooth, "smooth_noise": noise}
+
     def _step_inputs(self) -> list[dict[str, Buffer]]:
         """`cfg` has a place for each scale, so that a schedule changes no address."""
         flat = {"uniforms": self._uniforms, "known": self._known, "known_mask": self._known_mask}
@@ -158,6 +192,7 @@ class LoopBuffers:
         return [
             {
                 **{name: per_scale[k] for name, per_scale in views.items()},
+                **self._smooth_inputs(k),
                 "cfg": self._cfg[SLOT * k : SLOT * k + 1],
                 "top_k": self._top_k,
                 "top_p": self._top_p,
@@ -213,3 +248,5 @@ class _Loaded:
     sampling: tuple[Sampling, Schedule] | None = None
     edited: bool | None = None
     """Whether any token is known; None: the buffers were never written."""
+    smooth: bool | None = None
+    """What `smooth` says."""

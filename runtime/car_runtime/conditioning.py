@@ -55,7 +55,7 @@ class Conditioning:
     def control(self, image: Image.Image, schedule: Schedule) -> Buffer:
         """CAR's control features as a schedule wants them, f32 [L, C]: the same for every seed, class and row.
 
-        image: 8-bit RGB of any size.
+        image: 8-bit RGB of the model's size.
         """
         digest = _digest(image)
         features = self.features.get(digest, lambda: self.compute_features(image))

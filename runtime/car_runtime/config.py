@@ -24,9 +24,15 @@ if TYPE_CHECKING:
     from car_runtime.images import Source
     from car_runtime.schedule import Scales
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "plan": {},
+    "car": {"cfg": 4.0, "top_k": 900, "top_p": 0.95},
+    "var-fid": {"cfg": 1.5, "top_k": 900, "top_p": 0.96},
+}
+"""Name → sampling settings where a request gives none itself. plan: the plan's own. car: of the published CAR.
+var-fid: with which VAR's FID is measured."""
 POSITIONAL = ("control", "label", "seed", "n")
 """Settings that a call may give without their names, in this order."""
-_AT_SCALES = "at these scales only; A-, -B or one number will do"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +94,17 @@ class GenerationConfig:
         metadata=_flag("sampling", "--top-p P", float, "draw within this share of probability; 0 = all"),
     )
     """0…1: draw among the most probable codes that hold this share of the probability; 0 turns it off."""
+    preset: str | None = field(
+        default=None,
+        metadata=_flag("sampling", "--preset NAME", str, "guidance, top-k, top-p of: car, var-fid, plan (default)"),
+    )
+    """Where `cfg`, `top_k`, `top_p` come from if they are None, by name (`PRESETS`): "car", "var-fid", or "plan"."""
+    more_smooth: bool = field(
+        default=False,
+        metadata=_flag("sampling", "--more-smooth", bool, "smoother images, of a plan exported with --more-smooth"),
+    )
+    """Whether codes are mixed by Gumbel noise instead of taken one by one: smoother images, for looks and not for
+    evaluation. For plans that were exported with it."""
     cfg_scales: Scales | None = field(
         default=None,
         metadata=_flag(
@@ -112,6 +129,13 @@ class GenerationConfig:
         metadata=_flag("schedule", "--stop-after K", int, "draw no scale after this one: a coarser image"),
     )
     """The last scale to draw, 0…K−1; the image is what the scales so far come to."""
+    fit: str | None = field(
+        default=None,
+        metadata=_flag(
+            "input", "--fit HOW", str, "images that aren't square: crop, pad or stretch (default: the plan's, crop)"
+        ),
+    )
+    """ "crop", "pad" or "stretch": what becomes of a control that isn't square; None for the plan's own, "crop"."""
     known_tokens: ArrayLike | None = None
     """int [L] or [n, L]: tokens to keep where `known_mask` is true (VAR's zero-shot editing; see `Plan.encode`)."""
     known_mask: ArrayLike | None = None

@@ -1,8 +1,9 @@
 """Control images derived from a photo, as training made them; numpy and Pillow alone.
 
 The definitions, with their constants, are those of `car_train.data.controls`, which has OpenCV to do them. Canny is
-equal to `cv2.Canny(grey, 100, 200)` to the bit; the others differ from training by at most one grey level in 255,
-because sums are rounded in another order. `tests/train/test_controls.py` holds the two together.
+equal to `cv2.Canny(image, 100, 200)` to the bit, of RGB and of grey; the others differ from training by at most one
+grey level in 255, because sums are rounded in another order. `tests/train/test_controls.py` holds the two together.
+Polarity, axes, colour and thresholds are the convention's (`conventions`).
 
 Shape legend: H, W an image's sides; uint8 HWC.
 """
@@ -14,12 +15,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
+from car_runtime.conventions import CONTROL_TYPES, PRESETS, ControlConvention
 from car_runtime.errors import ImageError
-from car_runtime.images import load_image
+from car_runtime.images import WHITE, Source, fitted, open_image
 
-CANNY_THRESHOLDS = (100, 200)
 HED_SIGMAS = (1.0, 2.0)  # pixels
 HED_HALF = 0.25  # the step height, in units of white − black, that gives a response of one half
 DEPTH_RELIEF = 0.15  # share of blurred brightness, relative to a dome of height 1
@@ -32,46 +32,48 @@ Floats: TypeAlias = NDArray[np.floating[Any]]  # float32, unless said otherwise
 Mask: TypeAlias = NDArray[np.bool_]
 
 
-def derive(image: Image.Image, control_type: str, size: int) -> Pixels:
+def derive(image: Source, control: str | ControlConvention, size: int, *, fit: str | None = None) -> Pixels:
     """The control image of a photo: uint8 [size, size, 3] in [0, 255].
 
-    image:        any mode; EXIF orientation is applied. Stretched to size × size with LANCZOS (premultiplied, where
-                  there is alpha), then composited on white: what training does to its own.
-    control_type: one of `CONTROL_TYPES`.
-    size:         the model's side in pixels, positive.
+    image:   a path, PIL image or array, as `images.load_image` takes it. Brought to size × size with LANCZOS
+             (premultiplied, where there is alpha), then composited on white: what training does to its own.
+    control: a convention, or the name of a preset: `canny`, `canny-grey`, `hed`, `depth`, `normal`, `sketch` …
+    size:    the model's side in pixels, positive.
+    fit:     what becomes of another aspect: "crop", "pad" or "stretch"; None for the convention's own.
 
-    Raises ImageError: no control type of this name, a damaged image, no transparency where the type needs it.
+    Raises ImageError: no convention of this name or type, a damaged image, no transparency where the type needs it.
     """
-    if control_type not in _MAKERS:
+    known = PRESETS.get(control) if isinstance(control, str) else control
+    if known is None or known.control_type not in _MAKERS:
+        name = control if isinstance(control, str) else control.control_type
         raise ImageError(
-            f"{control_type!r} cannot be derived from a photo (only {', '.join(CONTROL_TYPES)}); "
+            f"{name!r} cannot be derived from a photo (only {', '.join(CONTROL_TYPES)}); "
             "give the control image with --control"
         )
-    rgba = _resized(image, size)
-    if control_type in NEEDS_ALPHA and rgba[..., 3].min() == 255:
+    rgba = np.asarray(fitted(open_image(image), size, fit or known.fit, WHITE).convert("RGBA"), np.uint8)
+    if known.control_type in NEEDS_ALPHA and rgba[..., 3].min() == 255:
         raise ImageError(
-            f"{control_type!r} is derived from an image's transparency, and this one is opaque; "
-            "give the control image with --control, or a cut-out with an alpha channel"
+            f"{known.name!r} is derived from an image's transparency, and this one is opaque; give the control image "
+            "with --control, a network with --annotator, or a cut-out with an alpha channel"
         )
-    return _MAKERS[control_type](rgba)
-
-
-def _resized(image: Image.Image, size: int) -> Pixels:
-    """uint8 [size, size, 4], not premultiplied."""
-    loaded = load_image(image)  # also checks the image: from here on nothing can fail
-    if image.has_transparency_data:
-        loaded = ImageOps.exif_transpose(image)
-    return np.asarray(loaded.convert("RGBA").resize((size, size), Image.Resampling.LANCZOS), np.uint8)
+    return _MAKERS[known.control_type](rgba, known)
 
 
 # --- the types ------------------------------------------------------------------------------------------------------
 
 
-def _canny(rgba: Pixels) -> Pixels:
-    return _grey_to_rgb(canny(_grey(rgba), *CANNY_THRESHOLDS))
+def _canny(rgba: Pixels, convention: ControlConvention) -> Pixels:
+    seen = _grey(rgba) if convention.colour == "grey" else on_white(rgba)
+    low, high = convention.thresholds
+    return _lines(canny(seen, low, high), convention)
 
 
-def _hed(rgba: Pixels) -> Pixels:
+def _lines(x: Pixels, convention: ControlConvention) -> Pixels:
+    """Lines, uint8 [H, W], light on dark as the convention has them: uint8 [H, W, 3]."""
+    return _grey_to_rgb(255 - x if convention.polarity == "dark-on-light" else x)
+
+
+def _hed(rgba: Pixels, convention: ControlConvention) -> Pixels:
     """m²/(m² + HED_HALF²), with m the mean over scales σ of σ·√(2π)·|∇(G_σ ∗ I)| in the strongest channel.
 
     The factor makes m the height of a step edge, whatever σ.
@@ -81,19 +83,21 @@ def _hed(rgba: Pixels) -> Pixels:
     for sigma in HED_SIGMAS:
         gx, gy = _gradient(_blur(rgb, sigma))
         m += sigma * np.sqrt(2 * np.pi) * np.sqrt(gx * gx + gy * gy).max(axis=2) / len(HED_SIGMAS)
-    return _grey_to_rgb(_to_uint8(m * m / (m * m + HED_HALF**2)))
+    return _lines(_to_uint8(m * m / (m * m + HED_HALF**2)), convention)
 
 
-def _depth(rgba: Pixels) -> Pixels:
-    return _grey_to_rgb(_to_uint8(_relief(rgba)[0]))
+def _depth(rgba: Pixels, convention: ControlConvention) -> Pixels:
+    near = _to_uint8(_relief(rgba)[0])
+    return _grey_to_rgb(255 - near if convention.polarity == "far-is-light" else near)
 
 
-def _normal(rgba: Pixels) -> Pixels:
+def _normal(rgba: Pixels, convention: ControlConvention) -> Pixels:
     height, r, mask = _relief(rgba)
     gx, gy = _gradient(_blur(height * (r * (1 + DEPTH_RELIEF)), NORMAL_SIGMA))
     n = np.stack([-gx, -gy, np.ones_like(gx)], axis=2)
     n /= np.linalg.norm(n, axis=2, keepdims=True)
     n[~mask] = (0, 0, 1)
+    n *= [-1 if axis in ("left", "up") else 1 for axis in convention.axes]
     return _to_uint8((n + 1) / 2)
 
 
@@ -110,32 +114,36 @@ def _relief(rgba: Pixels) -> tuple[Floats, float, Mask]:
     return mask * (dome / max(r, 1.0) + DEPTH_RELIEF * luma) / np.float32(1 + DEPTH_RELIEF), r, mask
 
 
-def _sketch(rgba: Pixels) -> Pixels:
-    """1 − SKETCH_GAIN·(1 − dodge), dodge = grey / (1 − blur(1 − grey)) = grey / blur(grey); both within [0, 1]."""
+def _sketch(rgba: Pixels, convention: ControlConvention) -> Pixels:
+    """SKETCH_GAIN·(1 − dodge), dodge = grey / (1 − blur(1 − grey)) = grey / blur(grey); both within [0, 1]."""
     grey = _grey(rgba).astype(np.float32) / 255
     dodge = np.minimum(grey / np.maximum(_blur(grey, BLUR_SHARE * min(grey.shape)), 1 / 255), 1)
-    return _grey_to_rgb(_to_uint8(1 - SKETCH_GAIN * (1 - dodge)))
+    return _lines(255 - _to_uint8(1 - SKETCH_GAIN * (1 - dodge)), convention)
 
 
 # --- Canny, as OpenCV does it ---------------------------------------------------------------------------------------
 
 
-def canny(grey: Pixels, low: int, high: int) -> Pixels:
-    """Edges of a grey image: uint8 [H, W] → uint8 [H, W], 255 on edges. Equal to `cv2.Canny(grey, low, high)`.
+def canny(image: Pixels, low: int, high: int) -> Pixels:
+    """Edges of an image: uint8 [H, W] or [H, W, 3] → uint8 [H, W], 255 on edges. Equal to `cv2.Canny` of the same.
 
+    In colour the channel with the largest slope counts, pixel by pixel, the first one where several have it.
     Canny 1986: slope (3×3 Sobel, |dx| + |dy|), thinning to ridges, then hysteresis: ridges above `high`, and ridges
     above `low` that hang together with them.
     """
-    dx, dy = _sobel_int(grey)
+    dx, dy = _sobel_int(image)
+    if image.ndim == 3:
+        steepest = (np.abs(dx) + np.abs(dy)).argmax(axis=2, keepdims=True)
+        dx, dy = (np.take_along_axis(d, steepest, axis=2)[..., 0] for d in (dx, dy))
     slope = np.abs(dx) + np.abs(dy)
     ridge = _on_ridge(dx, dy, slope) & (slope > low)
     edges: Pixels = np.where(_connected(ridge & (slope > high), ridge), 255, 0).astype(np.uint8)
     return edges
 
 
-def _sobel_int(grey: Pixels) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """3×3 Sobel to the right and down, int32 [H, W]; the border is repeated outwards."""
-    p = np.pad(grey.astype(np.int32), 1, mode="edge")
+def _sobel_int(image: Pixels) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """3×3 Sobel to the right and down, int32 [H, W] or [H, W, C]; the border is repeated outwards."""
+    p = np.pad(image.astype(np.int32), [(1, 1), (1, 1), (0, 0)][: image.ndim], mode="edge")
     across, down = p[:, 2:] - p[:, :-2], p[2:] - p[:-2]
     dx = across[:-2] + 2 * across[1:-1] + across[2:]
     dy = down[:, :-2] + 2 * down[:, 1:-1] + down[:, 2:]
@@ -250,12 +258,11 @@ def _grey_to_rgb(x: Pixels) -> Pixels:
     return np.repeat(x[..., None], 3, axis=2)
 
 
-_MAKERS: dict[str, Callable[[Pixels], Pixels]] = {
+_MAKERS: dict[str, Callable[[Pixels, ControlConvention], Pixels]] = {
     "canny": _canny,
     "hed": _hed,
     "depth": _depth,
     "normal": _normal,
     "sketch": _sketch,
 }
-CONTROL_TYPES = tuple(_MAKERS)
 NEEDS_ALPHA = frozenset({"depth", "normal"})

@@ -7,6 +7,8 @@ with 1.
 
 from __future__ import annotations
 
+import re
+
 
 class CarError(Exception):
     """Base of everything car_runtime raises on purpose."""
@@ -40,6 +42,28 @@ class RunError(CarError):
     """The engine failed while running a graph."""
 
 
-def one_line(error: BaseException) -> str:
-    """An error's message without line breaks, or its type."""
-    return " ".join(str(error).split()) or type(error).__name__
+LINE = 280
+"""Characters of an error's message; with the command's name before it, its line has at most 300."""
+_STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that a terminal obeys, breaks lines at or reorders text by, and halves of characters."""
+
+
+def printable(text: str) -> str:
+    """A text of a file as a terminal may show it: what would steer it is escaped, as in "\\x1b[2J"."""
+    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def printable_lines(text: str) -> str:
+    """`printable` of each line of a text."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def one_line(error: object) -> str:
+    """An error's message on one line, printable, or its type where it has none."""
+    return printable(" ".join(str(error).split())) or type(error).__name__
+
+
+def error_line(error: object) -> str:
+    """`one_line` of at most `LINE` characters: a longer one loses its middle, so that what and what to do stay."""
+    text = one_line(error)
+    return text if len(text) <= LINE else f"{text[: LINE // 2]}…{text[LINE // 2 + 1 - LINE :]}"

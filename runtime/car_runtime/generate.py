@@ -58,6 +58,7 @@ def run_scales(
             inputs["control"] = features_NC.reshape((scale.side, scale.side, features_NC.shape[1]))
         if buffers.logits is not None:
             outputs["logits"] = buffers.logits[k]
+        buffers.write_noise(k)
         backend.run(backend.step_graph(k, buffers.batch), inputs, outputs)
         yield Step(
             index=k,

@@ -1,6 +1,7 @@
 """Images in and out: controls and photos read safely, results written so that nothing half-made is ever left.
 
-Everything read becomes 8-bit RGB here, once, and all else in the package takes that.
+Everything read becomes 8-bit RGB here, once, and all else in the package takes that. `car_train.data.images` reads
+training's files by the same rules; `tests/test_reading.py` holds the two together.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ MAX_PIXELS = 64 * 1024 * 1024
 MIN_EDGE = 8
 """A control image smaller than this says nothing about where things are."""
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
+"""What is tried on a file, by Pillow's names; nothing that hands it to another program, as EPS to Ghostscript."""
+CONTRAST = 8
+"""Grey levels from which on two are distinguished."""
 
 Source: TypeAlias = "str | os.PathLike[str] | IO[bytes] | Image.Image | NDArray[Any]"
 
@@ -34,33 +39,58 @@ Source: TypeAlias = "str | os.PathLike[str] | IO[bytes] | Image.Image | NDArray[
 def load_image(source: Source, *, background: tuple[int, int, int] = BLACK) -> Image.Image:
     """Any image as 8-bit RGB: a path, an open binary file, a PIL image, or a uint8 array [H, W] or [H, W, 1|3|4].
 
-    - EXIF orientation is applied; of an animation the first frame is taken.
+    - EXIF orientation is applied; of an animation the first frame is taken, of a TIFF the first page.
     - Transparent parts show `background`: black by default, which is "nothing here" in edge maps and "far" in depth.
     - 16-bit and 32-bit integer grey (depth maps) is scaled from 0…65535 to 0…255, floating-point grey from 0…1, never
       from the image's own range: two depth maps must stay comparable.
 
     Raises ImageError: not there, not an image, damaged, over 64 Mpixel, an edge under 8 pixels, values out of range.
     """
-    image = open_image(source)
-    with _explained(_name(source)):
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            image = _grey_to_8_bits(image, _name(source))
-        if image.has_transparency_data:
-            flat = Image.new("RGBA", image.size, (*background, 255))
-            image = Image.alpha_composite(flat, image.convert("RGBA"))
-        return image.convert("RGB")
+    return on_ground(open_image(source), background)
 
 
 def open_image(source: Source) -> Image.Image:
-    """An image decoded and upright, in its own mode, alpha and all; sources and errors as for `load_image`."""
+    """An image decoded, upright and in 8 bits: RGBA where anything is transparent, else RGB.
+
+    Sources, rules and errors as for `load_image`.
+    """
     name = _name(source)
     with _explained(name):
         if isinstance(source, Image.Image):
             return _decoded(source, name)
         if isinstance(source, np.ndarray):
             return _decoded(_from_array(source), name)
-        with Image.open(source) as image:
+        with Image.open(source, formats=FORMATS) as image:
             return _decoded(image, name)
+
+
+def on_ground(image: Image.Image, ground: Sequence[int]) -> Image.Image:
+    """An image of `open_image` as RGB, with `ground` where it is transparent."""
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, (*ground, 255)), image).convert("RGB")
+
+
+def drawn_on_ground(image: Image.Image, ground: Sequence[int]) -> tuple[Image.Image, bool]:
+    """The same for a map, and whether its strokes had the ground's colour.
+
+    Black strokes on transparency say all that they say in the alpha channel: where compositing leaves one colour
+    (within `CONTRAST`), alpha is drawn in the ground's opposite instead.
+    """
+    flat = on_ground(image, ground)
+    if image.mode != "RGBA" or not _plain(flat):
+        return flat, False
+    alpha = image.getchannel("A")
+    if _plain(alpha):
+        return flat, False
+    ink = Image.new("RGB", image.size, tuple(255 - level for level in ground))
+    return Image.composite(ink, Image.new("RGB", image.size, tuple(ground)), alpha), True
+
+
+def _plain(image: Image.Image) -> bool:
+    """Whether all pixels have one colour, within `CONTRAST`."""
+    pixels = np.asarray(image).reshape(image.width * image.height, -1)
+    return bool((pixels.max(axis=0).astype(int) - pixels.min(axis=0) < CONTRAST).all())
 
 
 def _name(source: Source) -> str:
@@ -76,7 +106,10 @@ def _name(source: Source) -> str:
 def _decoded(image: Image.Image, name: str) -> Image.Image:
     _check_size(image.size, name)
     image.load()
-    return ImageOps.exif_transpose(image)
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _grey_to_8_bits(image, name)
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
 @contextmanager
@@ -125,7 +158,10 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
 
 
 def _grey_to_8_bits(image: Image.Image, name: str) -> Image.Image:
-    """Pillow's own conversion clips at 255, which turns a 16-bit depth map all white."""
+    """Pillow's own conversion clips at 255, which turns a 16-bit depth map all white.
+
+    A grey level that the file declares transparent becomes alpha.
+    """
     top = 1.0 if image.mode == "F" else 65535.0
     grey = np.asarray(image, np.float64)
     low, high = float(grey.min()), float(grey.max())
@@ -133,23 +169,42 @@ def _grey_to_8_bits(image: Image.Image, name: str) -> Image.Image:
         raise ImageError(
             f"{name} has grey values {low:g}…{high:g}, outside 0…{top:g}; save it as 8-bit or 16-bit grey"
         )
-    return Image.fromarray(np.rint(grey * (255 / top)).astype(np.uint8))
+    small = Image.fromarray(np.rint(grey * (255 / top)).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        small.putalpha(Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8)))
+    return small
 
 
 def control_pyramid(image: Image.Image, scales: Sequence[Scale]) -> list[NDArray[np.uint8]]:
-    """The control image at every scale, uint8 [control_size, control_size, 3] each.
+    """A control image at every scale, uint8 [control_size, control_size, 3] each, by Pillow's default filter.
 
-    Every size is made straight from the full image with Pillow's default filter and stretched to a square, as the
-    published weights saw it in training.
+    image: RGB, square, of the model's size (see `fitted`), which the published weights' scales were made from.
     """
     return [np.asarray(image.resize((scale.control_size, scale.control_size)), np.uint8) for scale in scales]
 
 
-def square(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """The image stretched to uint8 [size, size, 3]; untouched where it already has that size."""
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.LANCZOS)
-    return np.array(image, np.uint8)
+def fitted(image: Image.Image, size: int, fit: str, margin: Sequence[int]) -> Image.Image:
+    """An image RGB or RGBA as a square of `size` pixels, by LANCZOS; untouched where it is one already.
+
+    fit:    "crop", its middle; "pad", all of it, centred; "stretch", all of it, distorted.
+    margin: what "pad" adds, RGB; transparent where the image has alpha.
+    """
+    if image.size == (size, size):
+        return image
+    width, height = image.size
+    if fit == "pad":
+        longer = max(width, height)
+        inner = (max(1, round(width * size / longer)), max(1, round(height * size / longer)))
+        square = Image.new(image.mode, (size, size), (*margin, 0)[: len(image.getbands())])
+        square.paste(image.resize(inner, Image.Resampling.LANCZOS), ((size - inner[0]) // 2, (size - inner[1]) // 2))
+        return square
+    if fit == "crop":
+        edge = min(width, height)
+        left, top = (width - edge) // 2, (height - edge) // 2
+        # Not as `box` of resize, whose filter looks beyond it.
+        image = image.crop((left, top, left + edge, top + edge))
+    return image.resize((size, size), Image.Resampling.LANCZOS)
 
 
 def contact_sheet(images: Sequence[NDArray[np.uint8]], gap: int = 4) -> NDArray[np.uint8]:

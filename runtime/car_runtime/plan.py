@@ -10,6 +10,7 @@ per image; H, W pixels; E side of f̂; Z latent channels; V vocabulary.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,8 @@ from pathlib import Path
 from threading import Lock
 from time import perf_counter
 from types import TracebackType
-from typing import Any, overload
+from typing import Any, Literal, overload
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +35,7 @@ from car_runtime.config import GenerationConfig, config_of
 from car_runtime.errors import PlanError, RequestError
 from car_runtime.format.manifest import WEIGHTS, Manifest, read_manifest, verify_files
 from car_runtime.generate import Step, run_scales
-from car_runtime.request import Request, known_mask_of, resolve
+from car_runtime.request import Request, check_fit, known_mask_of, resolve
 
 DEFAULT_PLAN = Path(__file__).parent / "plans" / "emoji-canny.plan"
 
@@ -50,6 +52,11 @@ class Result:
     """The request with every default filled in: label index, seeds, sampling, schedule."""
     timings: dict[str, float]
     """Seconds: `control`, `condition`, `scale_0` …, `decoder`, `total`. What was cached costs next to nothing."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What about the control is probably not as meant, a line each: inverted, blank, not square …"""
+        return self.request.warnings
 
 
 class ScaleResult:
@@ -91,7 +98,7 @@ class ScaleResult:
 
     @property
     def seconds(self) -> float:
-        """What this scale took."""
+        """Time that this scale took, in seconds."""
         return float(self._fetch("seconds"))
 
     def preview(self) -> NDArray[np.uint8]:
@@ -183,6 +190,8 @@ class Plan:
         self._idle: list[LoopBuffers] = []
         self._lock = Lock()
         self._closed = False
+        self._opened_in = os.getpid()
+        _OPEN.add(self)
 
     @property
     def backend_name(self) -> str:
@@ -191,8 +200,11 @@ class Plan:
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """Names of the classes in the order of their indices, or None where the plan has none."""
-        return self.manifest.model.class_names
+        """Names of the classes in the order of their indices, or None where the plan has none.
+
+        Of 1,000 classes without names: ImageNet's.
+        """
+        return self.manifest.model.names
 
     def backend_report(self) -> dict[str, Any]:
         """What the backend says of itself: engine and version, memory in bytes, precision, captured graphs …"""
@@ -207,7 +219,9 @@ class Plan:
         self.close()
 
     def close(self) -> None:
-        """Free the engine and all buffers. Closing twice does nothing."""
+        """Free the engine and all buffers. Closing twice does nothing, as does closing in a forked process."""
+        if self._is_forked:
+            return
         self._closed = True
         self.forget()
         with self._lock:
@@ -216,7 +230,8 @@ class Plan:
 
     def forget(self) -> None:
         """Drop what is kept of control images and classes: the next call computes them anew, as the first one did."""
-        self._conditioning.forget()
+        if not self._is_forked:
+            self._conditioning.forget()
 
     @overload
     def generate(
@@ -293,32 +308,39 @@ class Plan:
         scales = self._scales(request, _Clock(self._backend), watched=True, logits=logits)
         return (scale for scale, _ in scales)
 
-    def encode(self, images: image_io.Source | Sequence[image_io.Source]) -> NDArray[np.int64]:
+    def encode(self, images: image_io.Source | Sequence[image_io.Source], *, fit: str = "crop") -> NDArray[np.int64]:
         """Multi-scale tokens of images (VAR algorithm 1), int64 [n, L].
 
         images: one, or a sequence, of paths, PIL images or uint8 arrays [H, W, 3]; or one array uint8 [n, H, W, 3].
-        Other sizes are stretched to the model's image_size. Transparent parts count as white.
+        fit: of those that aren't square, the middle ("crop"), all on white margins ("pad"), or distorted ("stretch").
+        Transparent parts count as white.
         """
         self._check_open()
+        check_fit(fit)
         if "encoder" not in self.manifest.graphs:
             raise RequestError(f"the plan {self.manifest.name!r} has no encoder; export it again with one")
         many = isinstance(images, (list, tuple)) or (isinstance(images, np.ndarray) and images.ndim == 4)
         sources: list[Any] = list(images) if many else [images]  # type: ignore[arg-type]
         if not sources:
             raise RequestError("there are no images to encode; give at least one")
-        return np.concatenate([self._encode_one(source) for source in sources])
+        return np.concatenate([self._encode_one(source, fit) for source in sources])
 
-    def known_mask(self, repaint: Any) -> NDArray[np.bool_]:
-        """The tokens to keep, bool [L], when the pixels where `repaint` (bool [H, W]) is true are to be made anew."""
-        return known_mask_of(repaint, self.manifest.scales)
+    def known_mask(self, repaint: Any, rule: Literal["published", "strict"] = "published") -> NDArray[np.bool_]:
+        """The tokens to keep, bool [L], when the pixels where `repaint` (bool [H, W]) is true are to be made anew.
 
-    def _encode_one(self, source: image_io.Source) -> NDArray[np.int64]:
+        rule: "published", as VAR's zero-shot editing does it, or "strict", by the area of every token; see
+        `car_runtime.request.known_mask_of`. Raises RequestError.
+        """
+        return known_mask_of(repaint, self.manifest.scales, rule)
+
+    def _encode_one(self, source: image_io.Source, fit: str) -> NDArray[np.int64]:
         size = self.manifest.model.image_size
-        pixels = image_io.square(image_io.load_image(source, background=image_io.WHITE), size)
-        image = self._backend.allocate((1, size, size, 3), "uint8")
-        self._backend.write(image, pixels[None])
+        image = image_io.load_image(source, background=image_io.WHITE)
+        pixels = np.array(image_io.fitted(image, size, fit, image_io.WHITE), np.uint8)
+        buffer = self._backend.allocate((1, size, size, 3), "uint8")
+        self._backend.write(buffer, pixels[None])
         tokens = self._backend.allocate((1, self.manifest.tokens), "int64")
-        self._backend.run("encoder", {"image": image}, {"tokens": tokens})
+        self._backend.run("encoder", {"image": buffer}, {"tokens": tokens})
         return self._backend.read(tokens)
 
     def _request(self, given: tuple[Any, ...], settings: dict[str, Any]) -> Request:
@@ -363,6 +385,7 @@ class Plan:
                     finally:
                         if watched and not self._closed:
                             scale._keep()
+                    self._check_process()
 
     @contextmanager
     def _buffers(self, B: int, R: int, logits: bool) -> Iterator[LoopBuffers]:
@@ -386,6 +409,7 @@ class Plan:
             self._backend.run("decoder", {"f_hat": f_hat[i : i + 1]}, {"image": image[i : i + 1]})
 
     def _preview(self, f_hat_BZEE: NDArray[np.float32]) -> NDArray[np.uint8]:
+        self._check_open()
         size = self.manifest.model.image_size
         f_hat = self._backend.allocate(f_hat_BZEE.shape, "float32")
         image = self._backend.allocate((len(f_hat_BZEE), size, size, 3), "uint8")
@@ -401,9 +425,40 @@ class Plan:
         buffer: Buffer | None = getattr(step, name)
         return None if buffer is None else self._backend.read(buffer)
 
+    @property
+    def _is_forked(self) -> bool:
+        """Whether this is a copy, made by a fork, of a plan that another process opened."""
+        return self._opened_in != os.getpid()
+
+    def _check_process(self) -> None:
+        if self._is_forked:
+            raise RequestError(
+                f"the plan {self.manifest.name!r} was opened in another process, whose engine does not work here; "
+                "open it again here with open_plan"
+            )
+
     def _check_open(self) -> None:
+        self._check_process()
         if self._closed:
             raise RequestError(f"the plan {self.manifest.name!r} is closed; open it again with open_plan")
+
+
+_OPEN: WeakSet[Plan] = WeakSet()
+
+
+def _abandon_open_plans() -> None:
+    """In a forked child: plans of the parent are marked closed, and kept for good.
+
+    An engine that is freed waits for its threads, or speaks to its GPU, and the child has neither: it would hang,
+    even if it just ended. A reference that nobody gives back keeps all that a plan holds.
+    """
+    for plan in _OPEN:
+        plan._closed, plan._lock = True, Lock()  # which a thread may hold that is not here
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(plan))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_open_plans)
 
 
 def _load_constants(root: Path, manifest: Manifest, backend: Backend) -> list[dict[str, Buffer]]:

@@ -13,16 +13,18 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from car_runtime.config import GenerationConfig
+from car_runtime.config import PRESETS, GenerationConfig
+from car_runtime.control_checks import prepare_control
+from car_runtime.conventions import FITS
 from car_runtime.errors import RequestError
 from car_runtime.format.manifest import Manifest, Scale
-from car_runtime.images import load_image
+from car_runtime.images import open_image
 from car_runtime.schedule import MAX_STRENGTH, Schedule, parse_scales
 
 MAX_IMAGES = 1024
@@ -30,6 +32,8 @@ MAX_IMAGES = 1024
 MAX_CFG = 1000.0
 """Far above any use (4 is usual); beyond it float32 logits lose what distinguishes them."""
 MAX_SEED = 2**63 - 1
+MASK_RULES = ("published", "strict")
+"""How a mask of pixels becomes one of tokens."""
 TOP_P_OFF = 2.0
 """What the step graph is given for "no top-p": no share of the probability ever reaches it."""
 
@@ -58,9 +62,11 @@ class Request:
     """Images for a plan to make: a control, a class, consecutive seeds, and the tokens that are given, not drawn."""
 
     control: Image.Image | None = field(repr=False)
-    """8-bit RGB of any size; None for a plan without control."""
+    """8-bit RGB of the model's size; None for a plan without control."""
     label: int
     """Class index; `classes` itself is "no class"."""
+    classless: bool
+    """Whether the label is "no class"."""
     seeds: tuple[int, ...]
     sampling: Sampling
     schedule: Schedule
@@ -68,11 +74,18 @@ class Request:
     """[n, L], 0 where the mask is false."""
     known_mask: NDArray[np.bool_] = field(repr=False)
     """[n, L]."""
+    more_smooth: bool = False
+    """Whether codes are mixed by `smooth_noise`."""
+    warnings: tuple[str, ...] = ()
+    """What about the control is probably not as meant, a line each."""
 
     @property
     def guided(self) -> bool:
-        """Whether any scale needs the unconditional rows."""
-        return self.sampling.guided and self.schedule.guided
+        """Whether any scale needs the unconditional rows.
+
+        Without a class no scale does: both kinds of rows would be the same, and (1 + t)·x − t·x is x.
+        """
+        return self.sampling.guided and self.schedule.guided and not self.classless
 
     def part(self, images: slice) -> Request:
         """The same request for some of its images."""
@@ -90,15 +103,34 @@ def resolve(manifest: Manifest, config: GenerationConfig) -> Request:
     label, sampling = resolve_label(manifest, config.label), _resolve_sampling(manifest, config)
     schedule = _resolve_schedule(manifest, config)
     check_control(manifest, config.control is not None)
+    control, warnings = _resolve_control(manifest, config)
     return Request(
-        control=None if config.control is None else load_image(config.control),
+        control=control,
         label=label,
+        classless=label == manifest.model.classes,
         seeds=tuple(range(seed, seed + n)),
         sampling=sampling,
         schedule=schedule,
         known=known_nL,
         known_mask=mask_nL,
+        more_smooth=_resolve_smooth(manifest, config.more_smooth),
+        warnings=warnings,
     )
+
+
+def _resolve_control(manifest: Manifest, config: GenerationConfig) -> tuple[Image.Image | None, tuple[str, ...]]:
+    """The control image as the model's square, and what is to be said of it."""
+    check_fit(config.fit)
+    if config.control is None:
+        return None, ()
+    model = manifest.model
+    return prepare_control(open_image(config.control), model.convention, model.image_size, config.fit)
+
+
+def check_fit(fit: object) -> None:
+    """Raise RequestError for what is none of `FITS`, or None."""
+    if fit is not None and fit not in FITS:
+        raise RequestError(f"fit is {fit!r}; choose {', '.join(FITS[:-1])} or {FITS[-1]}")
 
 
 def check_control(manifest: Manifest, given: bool) -> None:
@@ -116,17 +148,31 @@ def check_control(manifest: Manifest, given: bool) -> None:
 
 
 def _resolve_sampling(manifest: Manifest, config: GenerationConfig) -> Sampling:
-    """Fill in defaults and check ranges: cfg 0…1000 (0 = off), top_k 0…vocab (0 = off), top_p 0…1 (0 or 1 = off).
+    """Fill in the preset's values and check ranges.
 
-    A default top_k above the vocabulary is cut to it (the published 900 suits a vocabulary of 4096); an explicit one
-    is an error.
+    cfg 0…1000 (0 = off), top_k 0…vocab (0 = off), top_p 0…1 (0 or 1 = off). A default top_k above the vocabulary is
+    cut to it (the published 900 suits a vocabulary of 4096); an explicit one is an error.
     """
-    defaults, vocab = manifest.sampling, manifest.model.vocab
-    cfg, top_k, top_p = config.cfg, config.top_k, config.top_p
+    vocab, cfg, top_k, top_p = manifest.model.vocab, config.cfg, config.top_k, config.top_p
+    preset = "plan" if config.preset is None else config.preset
+    if preset not in PRESETS:
+        raise RequestError(f"there is no preset {preset!r}; choose {', '.join(PRESETS)}")
+    defaults = replace(manifest.sampling, **PRESETS[preset])
     cfg = _number("cfg", defaults.cfg if cfg is None else cfg, 0.0, MAX_CFG, "4 is usual, 0 turns guidance off")
     top_k = _integer("top_k", min(defaults.top_k, vocab) if top_k is None else top_k, 0, vocab, "0 turns it off")
     top_p = _number("top_p", defaults.top_p if top_p is None else top_p, 0.0, 1.0, "0 turns it off")
     return Sampling(cfg=cfg, top_k=top_k or vocab, top_p=top_p if top_p < 1 else 0.0)
+
+
+def _resolve_smooth(manifest: Manifest, wanted: object) -> bool:
+    if not isinstance(wanted, (bool, np.bool_)):
+        raise RequestError(f"more_smooth is {wanted!r}, but must be True or False; leave it out for False")
+    if wanted and not manifest.more_smooth:
+        raise RequestError(
+            f"more_smooth is asked for, but the plan {manifest.name!r} was exported without; leave it out, or export "
+            "the plan again with --more-smooth"
+        )
+    return bool(wanted)
 
 
 def _resolve_schedule(manifest: Manifest, config: GenerationConfig) -> Schedule:
@@ -158,7 +204,7 @@ def resolve_label(manifest: Manifest, label: int | str | None) -> int:
     if label is None:
         return classes
     if isinstance(label, str):
-        found = _by_name(manifest.model.class_names or (), label)
+        found = _by_name(manifest.model.names or (), label)
         if len(found) > 1:
             raise RequestError(
                 f"class {label!r} means any of {', '.join(map(str, found))}; give one of these indices"
@@ -170,16 +216,20 @@ def resolve_label(manifest: Manifest, label: int | str | None) -> int:
 
 
 def _by_name(names: Sequence[str], wanted: str) -> list[int]:
-    """Indices of the classes of that whole name or, failing that, with that synonym."""
-    key = wanted.strip().casefold()
-    exact = [i for i, name in enumerate(names) if name.casefold() == key]
-    return exact or [
-        i for i, name in enumerate(names) if key in (part.strip() for part in name.casefold().split(","))
-    ]
+    """Indices of the classes of that whole name or, failing that, with that synonym; each time in this case first."""
+    wanted, key = wanted.strip(), wanted.strip().casefold()
+    synonyms = [[part.strip() for part in name.split(",")] for name in names]
+    ways = (
+        [name == wanted for name in names],
+        [name.casefold() == key for name in names],
+        [wanted in parts for parts in synonyms],
+        [key in (part.casefold() for part in parts) for parts in synonyms],
+    )
+    return next(([i for i, match in enumerate(way) if match] for way in ways if any(way)), [])
 
 
 def _near(manifest: Manifest, label: str) -> str:
-    names = manifest.model.class_names
+    names = manifest.model.names
     last = manifest.model.classes - 1
     if names is None:
         return f", since this plan has no class names; give an index, 0…{last}"
@@ -220,20 +270,70 @@ def uniforms(seeds: Sequence[int], L: int) -> NDArray[np.float32]:
     return np.stack([np.random.default_rng(seed).random(L, dtype=np.float32) for seed in seeds])
 
 
-def known_mask_of(repaint_HW: Any, scales: Sequence[Scale]) -> NDArray[np.bool_]:
+class SmoothNoise:
+    """The noise of `more_smooth`: standard Gumbel, f32 [B, L, V] scale after scale, image i from seed i alone.
+
+    −log of the standard exponential float32 numbers of numpy's default generator, seeded with [seed, 1]: a stream
+    apart from that of `uniforms`. The exponential numbers are at least 2⁻¹⁰⁰, so that all noise is finite. It is made
+    as the loop goes: of all scales together it would be 11 MB an image at d16.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self._streams = [np.random.default_rng([seed, 1]) for seed in seeds]
+
+    def next(self, tokens: int, vocab: int) -> NDArray[np.float32]:
+        """That of the next tokens of each image, f32 [B, tokens, vocab]."""
+        drawn = [stream.standard_exponential((tokens, vocab), dtype=np.float32) for stream in self._streams]
+        return np.asarray(-np.log(np.maximum(np.stack(drawn), np.float32(2**-100))), np.float32)
+
+
+def known_mask_of(
+    repaint_HW: Any, scales: Sequence[Scale], rule: Literal["published", "strict"] = "published"
+) -> NDArray[np.bool_]:
     """Which tokens to keep, bool [L], when pixels where `repaint_HW` (bool, any size) is true are made anew.
 
-    A token is kept when less than half of the area it covers is to be repainted. Asking for none at all would redraw
-    every coarse token, and with it the whole image, for the smallest spot (VAR's zero-shot editing forces the
-    tokens outside the mask likewise).
+    rule "published", that of VAR's zero-shot editing: a token of the last scale is kept when less than half of the
+    area it covers is to be repainted, and what is kept (1, else 0), resized bilinearly to the side of each scale, is
+    above 0.5 there; the single token of a 1×1 scale is kept always. A token of a coarser scale so goes by the few
+    finest tokens around its centre.
+    rule "strict": at every scale a token is kept when less than half of the area that it covers is to be repainted,
+    and of an image that is repainted altogether none is.
+
+    Asking for no repainted pixel at all would redraw every coarse token, and with it the whole image, for the
+    smallest spot. Raises RequestError for another mask or rule.
     """
     repaint = np.asarray(repaint_HW)
     if repaint.ndim != 2 or repaint.dtype != np.bool_ or 0 in repaint.shape:
         raise RequestError(
             f"the repaint mask is {repaint.dtype} {list(repaint.shape)}; give booleans of shape [H, W]"
         )
-    keep = [_cover(repaint, scale.side) < 0.5 for scale in scales]
+    if rule not in MASK_RULES:
+        raise RequestError(f"there is no mask rule {rule!r}; choose {' or '.join(MASK_RULES)}")
+    if rule == "strict":
+        keep = [_cover(repaint, scale.side) < 0.5 for scale in scales]
+    else:
+        finest_SS = _cover(repaint, scales[-1].side) < 0.5
+        keep = [_resized(finest_SS, scale.side) > 0.5 for scale in scales]
+        keep = [part | (part.size == 1) for part in keep]
     return np.concatenate([part.reshape(-1) for part in keep])
+
+
+def _resized(mask_NN: NDArray[np.bool_], side: int) -> NDArray[np.float32]:
+    """A mask at another side, f32 [side, side]: bilinear, corners not aligned, no antialiasing.
+
+    To the bit what PyTorch's `interpolate` gives on a CPU with fused multiply-add: at 16 → 13 and others many values
+    are 0.5 up to the last bit, and fall where the published code has them fall.
+    """
+    N, ratio = len(mask_NN), np.float64(np.float32(len(mask_NN)) / np.float32(side))
+    at = np.maximum(ratio * (np.arange(side) + 0.5) - 0.5, 0).astype(np.float32)
+    low = np.minimum(at.astype(np.int64), N - 1)
+    high, far = np.minimum(low + 1, N - 1), at - low.astype(np.float32)
+    values, resized = mask_NN.astype(np.float32), np.zeros((side, side), np.float32)
+    ends = ((low, np.float32(1) - far), (high, far))
+    for rows, down in ends:
+        for columns, across in ends:
+            resized += down[:, None] * across * values[rows][:, columns]
+    return resized
 
 
 def _cover(mask_HW: NDArray[np.bool_], side: int) -> NDArray[np.float64]:

@@ -31,7 +31,7 @@ class Schedule:
     control_scales: range
     """Where the control's features come in; elsewhere zeros do."""
     control_strength: float
-    """By what these features are multiplied."""
+    """Factor of these features."""
     drawn: int
     """Scales that are made, the coarsest ones; the image is what they come to."""
 

@@ -39,8 +39,8 @@ def engines_of(architecture: diffusion.Architecture, method: Method, *how: Any) 
 
 
 def run(file: Path, flags: str) -> dict[str, Any]:
-    """One real run with the toys, as it was written; stdout is beside it."""
-    with contextlib.suppress(FileExistsError):  # the toy's plan for one picture is that for one and two
+    """One real run with the toys, as it was written; stdout is next to it."""
+    with contextlib.suppress(FileExistsError):  # the toy's plan for one image is that for one and two
         (folder() / toy().plan.name.replace("-b1.2-", "-b1-")).symlink_to(toy().plan)
     out, log = io.StringIO(), io.StringIO()
     flags = f"--small --model tiny --cache {folder()} --warmup 1 --threads 1 {flags}"
@@ -64,7 +64,7 @@ def rows(found: dict[str, Any], question: str, **wanted: Any) -> list[dict[str, 
     return [row for row in chosen if all(row[key] == value for key, value in wanted.items())]
 
 
-def test_every_method_is_measured_in_every_tier_beside_ours(found: dict[str, Any]) -> None:
+def test_every_method_is_measured_in_every_tier_alongside_ours(found: dict[str, Any]) -> None:
     works = [("ControlNet", 20), ("ControlNet", 50), ("T2I-Adapter", 20), ("LCM + ControlNet", 4)]
     theirs = rows(found, "end_to_end", whose="theirs")
     assert Counter((r["tier"], r["method"], r["steps"]) for r in theirs) == Counter(
@@ -166,7 +166,7 @@ def pipeline_of(method: Method, workshop: diffusion.NetworkCache) -> Any:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_picture_is_the_one_that_diffusers_pipeline_makes(name: str) -> None:
+def test_an_image_is_the_one_that_diffusers_pipeline_makes(name: str) -> None:
     method = METHODS[name]
     workshop, networks = networks_of(method)
     control, steps = draw_control(2 * SIZE), 5
@@ -317,7 +317,7 @@ def test_arguments_that_make_no_sense_are_refused_with_a_remedy(
     assert remedy in capsys.readouterr().err
 
 
-def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(
+def test_a_file_that_cannot_be_written_is_reported_before_anything_is_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert controlnet.main(["-o", str(tmp_path / "no" / "folder.jsonl")]) == 2
@@ -325,7 +325,7 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(
     assert line.startswith("benchmarks.controlnet: error: ")
 
 
-def test_a_gpu_is_measured_in_half_precision_with_all_steps_unless_told_otherwise() -> None:
+def test_a_gpu_is_by_default_measured_in_half_precision_with_all_steps() -> None:
     args = controlnet.parse_args(["--device", "cuda"])
     assert (args.precisions, args.timed_steps, args.sizes) == (("fp16",), None, (256, 512))
     assert set(args.tiers) == {"eager", "engine", "compiled"}

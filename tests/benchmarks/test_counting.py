@@ -1,4 +1,4 @@
-"""What is counted in a plan's graphs is what the model does, told by other means."""
+"""What is counted in a plan's graphs is what the model does, found by other means."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def test_the_published_loop_draws_our_tokens_with_adaln_in_every_block(tiny: Gol
     published_tokens(models(tiny), True, cfg=4.0)  # type: ignore[operator]
 
 
-def test_the_published_loop_under_autocast_gives_a_picture_close_by() -> None:
+def test_the_published_loop_under_autocast_gives_an_image_close_by() -> None:
     model = small_model()
     config, noise = model.config.vqvae, torch.Generator().manual_seed(3)
     uniforms = torch.rand(1, config.tokens, generator=noise)

@@ -1,4 +1,4 @@
-"""What a picture costs stays where it is: nodes, fused nodes, operations, weights and allocations, all counted.
+"""What an image costs stays where it is: nodes, fused nodes, operations, weights and allocations, all counted.
 
 Nothing is timed, so nothing here depends on the machine. A number that goes up is a loss of speed that no other test
 sees; one that goes down is a gain to be kept. When a change is meant (or the shipped plan is another), renew the
@@ -26,14 +26,15 @@ from benchmarks.harness.workload import draw_control
 from car_runtime.backends.onnxruntime.cpu import OrtCpu
 from car_runtime.format.manifest import read_manifest
 from car_runtime.plan import Plan, default_plan
+from fixtures.counting_backend import Counting
 from fixtures.toy_plan import toy
 
 WATCHED = (*FUSED, "Transpose", "Concat", "Cast")
 
-# Operations and bytes are those of one picture with guidance, bytes in the type computed in (stored_bytes: in
+# Operations and bytes are those of one image with guidance, bytes in the type computed in (stored_bytes: in
 # weights.bin); allocations are buffers, on ort-cpu; "transposes" are the last step's, per attention layer.
 SHIPPED: dict[str, Any] = {
-    "allocations": {"first picture": 44, "next seed": 0, "open": 30, "other class": 3, "other control": 7},
+    "allocations": {"first image": 44, "next seed": 0, "open": 30, "other class": 3, "other control": 7},
     "flops": 4_712_678_912,
     "kv_bytes": 6_801_408,
     "nodes": {"condition": 39, "control": 195, "decoder": 346, "step": 601, "step.00.b1": 542, "step.05.b1": 560},
@@ -57,7 +58,7 @@ SHIPPED: dict[str, Any] = {
 }
 # Nodes of the toy depend on the versions of torch and onnxscript that exported it, those of CI and `make test`.
 TOY: dict[str, Any] = {
-    "allocations": {"first picture": 29, "next seed": 0, "open": 15, "other class": 3, "other control": 4},
+    "allocations": {"first image": 29, "next seed": 0, "open": 15, "other class": 3, "other control": 4},
     "flops": 6_465_088,
     "kv_bytes": 41_472,
     "nodes": {"condition": 15, "control": 58, "decoder": 197, "step": 236, "step.00.b1": 209, "step.02.b1": 216},
@@ -86,23 +87,9 @@ def path_of(name: str) -> Path:
     return default_plan() if name == "shipped" else toy().plan
 
 
-class Counting:
-    """A backend that counts the buffers it is asked for, and does what the real one does."""
-
-    def __init__(self, backend: OrtCpu) -> None:
-        self._backend, self.allocated = backend, 0
-
-    def allocate(self, shape: tuple[int, ...], dtype: str) -> Any:
-        self.allocated += 1
-        return self._backend.allocate(shape, dtype)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-
 @cache
 def allocations(plan: Path) -> dict[str, int]:
-    """Buffers asked for by opening and by pictures one after the other."""
+    """Buffers asked for by opening and by images one after the other."""
     manifest = read_manifest(plan)
     backend = Counting(OrtCpu(plan, manifest, 1))
     found: dict[str, int] = {}
@@ -114,7 +101,7 @@ def allocations(plan: Path) -> dict[str, int]:
     with Plan(plan, manifest, backend, "test") as opened:
         since("open")
         opened.generate(control, 0, seed=0)
-        since("first picture")
+        since("first image")
         opened.generate(control, 0, seed=1)
         since("next seed")
         opened.generate(control, 1, seed=1)
@@ -153,7 +140,7 @@ def measured(plan: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", list(PLANS))
-def test_a_picture_costs_what_it_cost_before(name: str) -> None:
+def test_an_image_costs_what_it_cost_before(name: str) -> None:
     found = measured(path_of(name))
     changed = {key: (value, found[key]) for key, value in PLANS[name].items() if found[key] != value}
     assert not changed, (
@@ -163,7 +150,7 @@ def test_a_picture_costs_what_it_cost_before(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(PLANS))
-def test_a_second_picture_allocates_nothing(name: str) -> None:
+def test_a_second_image_allocates_nothing(name: str) -> None:
     found, scales = allocations(path_of(name)), len(read_manifest(path_of(name)).scales)
     assert found["next seed"] == 0
     assert found["other class"] == 3  # the label, start tokens and modulation

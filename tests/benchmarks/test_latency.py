@@ -29,7 +29,7 @@ STAGES = ["control", "condition", "scale_0", "scale_1", "scale_2", "decoder"]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One real run, as it was written; stdout is beside it."""
+    """One real run, as it was written; stdout is next to it."""
     toy()
     file, out, log = tmp_path_factory.mktemp("latency") / "results.jsonl", io.StringIO(), io.StringIO()
     flags = f"--model tiny --cache {folder()} --backends ort-cpu --batch 1,2 --runs 3 --warmup 1 --threads 1"
@@ -166,7 +166,7 @@ def test_the_limit_of_a_stage_is_the_slower_of_products_and_memory() -> None:
     )
 
 
-def test_an_int8_plan_is_made_once_and_measured_beside_its_float32_one(tmp_path: Path) -> None:
+def test_an_int8_plan_is_made_once_and_measured_alongside_its_float32_one(tmp_path: Path) -> None:
     flags = (
         f"--plan {toy().plan} --cache {tmp_path} --backends ort-cpu --int8 --runs 2 --warmup 0 --threads 1".split()
     )

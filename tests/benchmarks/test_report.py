@@ -201,7 +201,7 @@ def test_other_machines_devices_and_plans_are_sections_of_their_own(tmp_path: Pa
 
 
 def run_of(against: str, steps: Sequence[int], p50: float, day: int) -> Record:
-    """A run of our engine on a GPU beside theirs in PyTorch."""
+    """A run of our engine on a GPU vs. theirs in PyTorch."""
     found = changed(controlnet_record("cuda"), machine_gpu="NVIDIA H100", machine_commit=f"commitof{against}{day}")
     rows = [row for row in found["results"] if row.get("whose") == "ours" or row.get("steps") in steps]
     for row in rows:

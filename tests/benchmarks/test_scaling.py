@@ -40,7 +40,7 @@ def tokenizer_and_data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 @pytest.fixture
 def scale(tokenizer_and_data: tuple[Path, Path], tmp_path: Path) -> Callable[..., int]:
-    """The command on three sizes, three steps of 8 pictures each."""
+    """The command on three sizes, three steps of 8 images each."""
     vqvae, data = tokenizer_and_data
     common = ["--data", data, "--vqvae", vqvae, "--runs", tmp_path / "runs", "--token-root", tmp_path / "tokens"]
     sizes = ["--depths", "1,2,4", "--width-per-depth", "16", "--tokens", 3 * 8 * 21, "--batch", "8"]

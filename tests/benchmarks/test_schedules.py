@@ -19,6 +19,7 @@ from car_runtime import open_plan
 from car_runtime.format.manifest import read_manifest
 from car_runtime.plan import default_plan
 from car_runtime.schedule import parse_scales
+from car_train.conventions import PRESETS
 from car_train.data.controls import make_control
 from car_train.data.dataset import ControlledImages, DataError
 from car_train.evaluation.metrics import edge_f1
@@ -26,7 +27,7 @@ from car_train.evaluation.sets import compare_sets
 from car_train.images import to_pixels
 from fixtures.toy_plan import folder, toy
 
-PICTURES = 6
+IMAGES = 6
 ASKED = {
     "--cfg-scales -2": {"cfg_scales": "-2"},
     "--cfg 0": {"cfg": 0.0},
@@ -39,14 +40,14 @@ class Thumbnail:
 
     about = {"network": "thumbnail"}  # noqa: RUF012
 
-    def __call__(self, pictures_BHW3: np.ndarray) -> np.ndarray:
-        small = [np.asarray(Image.fromarray(p).resize((4, 4), Image.Resampling.BOX)) for p in pictures_BHW3]
+    def __call__(self, images_BHW3: np.ndarray) -> np.ndarray:
+        small = [np.asarray(Image.fromarray(p).resize((4, 4), Image.Resampling.BOX)) for p in images_BHW3]
         return np.stack(small).reshape(len(small), -1).astype(np.float32) / 255
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of the shipped plan's classes, one drawn picture each."""
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the shipped plan's classes, one drawn image each."""
     root = tmp_path_factory.mktemp("data") / "drawn"
     rng = np.random.default_rng(0)
     for name in read_manifest(default_plan()).model.class_names or ():
@@ -60,10 +61,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One run on the shipped plan, as it was written; stdout is beside it."""
+def found(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One run on the shipped plan, as it was written; stdout is next to it."""
     file, out = tmp_path_factory.mktemp("schedules") / "results.jsonl", io.StringIO()
-    flags = [*f"--data {pictures} --split all --limit {PICTURES} --backend ort-cpu --threads 1".split()]
+    flags = [*f"--data {images} --split all --limit {IMAGES} --backend ort-cpu --threads 1".split()]
     flags += [*"--runs 2 --warmup 0 --seed 3 -o".split(), str(file)]
     flags += [part for schedule in ASKED for part in ("--schedule", schedule)]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
@@ -75,10 +76,12 @@ def found(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 @pytest.fixture(scope="module")
-def by_hand(pictures: Path) -> dict[str, list[dict[str, Any]]]:
-    """Tokens, F1 and features of every schedule on every picture, by the runtime alone."""
-    data = ControlledImages(pictures, 64, split="all", control_type="canny", preload=False)
-    order = np.random.default_rng(3).permutation(len(data))[:PICTURES].tolist()
+def by_hand(images: Path) -> dict[str, list[dict[str, Any]]]:
+    """Tokens, F1 and features of every schedule on every image, by the runtime alone."""
+    data = ControlledImages(
+        images, 64, split="all", control_type="canny", convention=PRESETS["canny-grey"], preload=False
+    )
+    order = np.random.default_rng(3).permutation(len(data))[:IMAGES].tolist()
     drawn: dict[str, list[dict[str, Any]]] = {flags: [] for flags in ("", *ASKED, "truth")}
     with open_plan(backend="ort-cpu", threads=1) as plan:
         for i in order:
@@ -87,7 +90,7 @@ def by_hand(pictures: Path) -> dict[str, list[dict[str, Any]]]:
             drawn["truth"].append({"features": Thumbnail()(to_pixels(item["image"][None]))[0]})
             for flags, settings in {"": {}, **ASKED}.items():
                 result = plan.generate(given, item["label"], 3 + i, **settings)
-                edges = make_control(result.images[0], "canny")[..., 0] > 0
+                edges = make_control(result.images[0], "canny-grey")[..., 0] > 0
                 drawn[flags].append(
                     {
                         "tokens": result.tokens[0],
@@ -110,11 +113,11 @@ def test_exact_comes_first_and_every_schedule_is_a_row(found: dict[str, Any]) ->
     for row in table:
         assert 0 < row["min"] <= row["p50"] <= row["p95"]
         assert 0 < row["loop_p50"] < row["p95"]
-        assert (row["runs"], row["images"], row["rows_shrink"]) == (2, PICTURES, True)
+        assert (row["runs"], row["images"], row["rows_shrink"]) == (2, IMAGES, True)
     assert all(row.keys() == table[0].keys() for row in table)
 
 
-def test_tokens_and_controls_are_those_of_single_pictures(found: dict[str, Any], by_hand: Any) -> None:
+def test_tokens_and_controls_are_those_of_single_images(found: dict[str, Any], by_hand: Any) -> None:
     for row in rows(found, "schedule"):
         own, exact = by_hand[row["flags"]], by_hand[""]
         shares = []
@@ -122,12 +125,12 @@ def test_tokens_and_controls_are_those_of_single_pictures(found: dict[str, Any],
             drawn = mine["tokens"] >= 0
             shares.append((mine["tokens"] == other["tokens"])[drawn].mean())
         assert row["tokens_equal"] == pytest.approx(np.mean(shares))
-        f1 = np.array([picture["f1"] for picture in own])
+        f1 = np.array([image["f1"] for image in own])
         assert row["f1"] == pytest.approx(f1.mean())
         if row["flags"]:
-            change = f1 - [picture["f1"] for picture in exact]
+            change = f1 - [image["f1"] for image in exact]
             assert row["f1_change"] == pytest.approx(change.mean())
-            assert row["f1_change_error"] == pytest.approx(change.std(ddof=1) / PICTURES**0.5)
+            assert row["f1_change_error"] == pytest.approx(change.std(ddof=1) / IMAGES**0.5)
     assert min(row["tokens_equal"] for row in rows(found, "schedule")) < 1
 
 
@@ -153,7 +156,7 @@ def test_scales_are_compared_with_and_without_guidance(found: dict[str, Any]) ->
 def test_settings_say_what_was_measured_and_tables_answer_the_questions(found: dict[str, Any]) -> None:
     settings = found["settings"]
     assert settings["backend"]["name"] == "ort-cpu"
-    assert settings["data"] == {"name": "drawn", "split": "all", "images": PICTURES}
+    assert settings["data"] == {"name": "drawn", "split": "all", "images": IMAGES}
     assert settings["features"] == {"network": "thumbnail"}
     assert (settings["cfg"], settings["top_k"], settings["top_p"]) == (1.0, 100, 0.5)
     for heading in ("What does each schedule cost?", "What does it change?", "What does each scale cost?"):
@@ -161,7 +164,7 @@ def test_settings_say_what_was_measured_and_tables_answer_the_questions(found: d
     assert "real images (noise floor)" in found["stdout"]
 
 
-def test_random_weights_are_measured_without_pictures(capsys: pytest.CaptureFixture[str]) -> None:
+def test_random_weights_are_measured_without_images(capsys: pytest.CaptureFixture[str]) -> None:
     toy()
     flags = f"--model tiny --cache {folder()} --backend ort-cpu --threads 1 --runs 1 --warmup 0 --batch 2".split()
     assert schedules.main(flags) == 0
@@ -179,11 +182,11 @@ def test_random_weights_are_measured_without_pictures(capsys: pytest.CaptureFixt
     assert [row["tokens_equal"] for row in stopped] == len(stopped) * [1.0]
 
 
-def test_the_int8_form_is_a_row_beside_the_exact_loop(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_the_int8_form_is_a_row_next_to_the_exact_loop(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(schedules, "features", lambda args: Thumbnail())
-    flags = f"--data {pictures} --split all --limit 4 --backend ort-cpu --threads 1 --runs 2 --warmup 0".split()
+    flags = f"--data {images} --split all --limit 4 --backend ort-cpu --threads 1 --runs 2 --warmup 0".split()
     assert schedules.main([*flags, "--int8", "--cache", str(tmp_path), "--schedule", "--cfg 0"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     names = [row["schedule"] for row in rows(found, "schedule")]
@@ -259,9 +262,9 @@ def test_misuse_is_an_error_with_its_remedy(flags: str, says: str, capsys: pytes
     assert says in capsys.readouterr().err
 
 
-def test_pictures_of_other_classes_are_refused(pictures: Path, tmp_path: Path) -> None:
+def test_images_of_other_classes_are_refused(images: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "cat").symlink_to(next(iter(sorted(pictures.iterdir()))))
+    (tmp_path / "data" / "cat").symlink_to(next(iter(sorted(images.iterdir()))))
     args = schedules.parse_args(["--data", str(tmp_path / "data"), "--split", "all", "--features", "none"])
     with pytest.raises(BenchmarkError, match=r"has 1 classes \(cat, …\), the plan 27; give a folder of the plan's"):
         schedules.measure(args, lambda _: None)

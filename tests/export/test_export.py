@@ -230,7 +230,7 @@ def test_bad_requests_are_one_line_with_a_remedy(
 
 
 def test_the_script_runs_from_a_bare_checkout(saved: Path, built: Callable[[str], Path], tmp_path: Path) -> None:
-    """No installation, another working directory: the three packages are found beside the script."""
+    """No installation, another working directory: the three packages are found next to the script."""
     script = Path(__file__).parents[2] / "export" / "build_engines.py"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
@@ -276,7 +276,7 @@ def test_matrices_are_stored_for_cpus_as_pytorch_has_them_and_for_gpus_transpose
 
 
 def test_reshapes_read_constants(plan: Path) -> None:
-    """All but one, which takes S × S logits apart: an engine can tell the shapes of a run before it starts."""
+    """All but one, which takes S × S logits apart: an engine can infer the shapes of a run before it starts."""
     for graph, computed in (("step", 1), ("condition", 0)):
         model = onnx.load(plan / f"{graph}.onnx", load_external_data=False).graph
         known = {tensor.name for tensor in model.initializer}

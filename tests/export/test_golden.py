@@ -21,7 +21,7 @@ CFG = 4.0
 LOGITS = 2e-4
 """Relative to the largest logit: float32 sums in another order."""
 PIXELS = 2e-3
-"""Of a image in [0, 1], over the 2^-12 to which the golden images are stored.
+"""Tolerance of an image in [0, 1], over the 2^-12 to which the golden images are stored.
 
 For a plan, over half of a level of 255 too.
 """

@@ -280,7 +280,7 @@ def test_on_a_cpu_without_vnni_sums_are_not_cut_off(
     assert {o.get_session_config_entry("session.x64quantprecision") for o in given[known:]} == {"1"}
     np.testing.assert_array_equal(careful.tokens, usual.tokens)
     assert np.abs(careful.images.astype(int) - usual.images).max() <= 1
-    with open_plan(backend="ort-cpu", threads=1) as plan:  # a float32 plan is told nothing of the sort
+    with open_plan(backend="ort-cpu", threads=1) as plan:  # a float32 plan has no such entry
         with pytest.raises(RuntimeError):
             given[-1].get_session_config_entry("session.x64quantprecision")
         assert plan.backend_name == "ort-cpu"

@@ -10,13 +10,20 @@ import onnxruntime as ort
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
+import car_runtime
 from car_export import verify
 from car_export.plan import ExportOptions, build_plan
+from car_runtime.cli.main import main as car_run
 from car_runtime.format import manifest as schema
+from car_runtime.request import SmoothNoise
+from car_train import checkpoint
+from car_train.cli import main as car_train
 from car_train.model import Model
 from car_train.model.sample import TOP_P_OFF, gumbel_noise, keep_top, sample, smooth_codes
 from fixtures.small import small_model
+from fixtures.small_plans import small_plan
 
 CFG, TOP_K, TOP_P = 2.0, 20, 0.95
 SEEDS = (4, 5)
@@ -103,6 +110,75 @@ def test_the_step_draws_what_pytorch_draws_with_the_same_noise(
         smooth_noise_BLV=noise,
     )
     np.testing.assert_array_equal(run_plan(plan, labels, smooth, static), expected.numpy())
+
+
+def expected_of(model: Model, seeds: list[int], smooth: bool) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """What PyTorch's `sample` draws of class 3: tokens [n, L], images [n, H, W, 3]."""
+    assert model.car is not None
+    config = model.config.vqvae
+    rows = [np.random.default_rng(seed).random(config.tokens, dtype=np.float32) for seed in seeds]
+    tokens, pixels = sample(
+        model.vqvae,
+        model.car,
+        torch.full((len(seeds),), 3),
+        torch.from_numpy(np.stack(rows)),
+        cfg=CFG,
+        top_k=TOP_K,
+        top_p=TOP_P,
+        smooth_noise_BLV=gumbel_noise(seeds, config.tokens, config.vocab) if smooth else None,
+    )
+    return tokens.numpy(), ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def test_the_runtime_draws_what_pytorch_draws_smooth_or_not(plan: Path, model: Model) -> None:
+    settings: dict[str, Any] = {"label": 3, "seed": 4, "n": 6, "cfg": CFG, "top_k": TOP_K, "top_p": TOP_P}
+    seeds = list(range(4, 10))
+    with car_runtime.open_plan(plan, "ort-cpu", threads=1) as opened:
+        for smooth in (False, True, False, True):  # what is loaded for one request does not linger in the next
+            found = opened.generate(**settings, more_smooth=smooth)
+            tokens, images = expected_of(model, seeds, smooth)
+            np.testing.assert_array_equal(found.tokens, tokens)
+            # Both decode in float32: a value may fall on the other side of a rounding border.
+            assert np.abs(found.images.astype(int) - images).max() <= 1
+        alone = opened.generate(**settings | {"seed": 8, "n": 1}, more_smooth=True)
+        np.testing.assert_array_equal(alone.tokens[0], found.tokens[4])
+        # Known tokens keep their own codes.
+        again = opened.generate(
+            **settings | {"n": 1}, more_smooth=True, known_tokens=tokens[0], known_mask=np.ones(tokens.shape[1], bool)
+        )
+        plain = opened.generate(
+            **settings | {"n": 1}, known_tokens=tokens[0], known_mask=np.ones(tokens.shape[1], bool)
+        )
+        np.testing.assert_array_equal(again.images, plain.images)
+
+
+def test_both_commands_draw_the_same_smooth_image(plan: Path, model: Model, tmp_path: Path) -> None:
+    checkpoint.save(model, tmp_path / "checkpoint")
+    common = ["--class", "1", "--seed", "3", "--more-smooth", "-o"]
+    assert car_train(["sample", str(tmp_path / "checkpoint"), *common, str(tmp_path / "a.png")]) == 0
+    assert car_run(["-e", str(plan), "--backend", "ort-cpu", *common, str(tmp_path / "b.png")]) == 0
+    with Image.open(tmp_path / "a.png") as a, Image.open(tmp_path / "b.png") as b:
+        assert b.text["more_smooth"] == "True"  # type: ignore[attr-defined]
+        assert np.abs(np.asarray(a).astype(int) - np.asarray(b.convert("RGB"))).max() <= 1
+
+
+def test_the_runtimes_noise_is_pytorchs_scale_after_scale() -> None:
+    noise = SmoothNoise([4, 5])
+    parts = [noise.next(tokens, 33) for tokens in (1, 4, 9)]
+    np.testing.assert_array_equal(np.concatenate(parts, 1), gumbel_noise([4, 5], 14, 33).numpy())
+
+
+def test_a_plan_without_the_option_refuses_the_flag_and_allocates_nothing_for_it(
+    plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = small_plan("fp32")
+    assert car_run(["-e", str(plain), "--more-smooth", "-o", str(tmp_path / "x.png")]) == 2
+    assert (
+        "was exported without; leave it out, or export the plan again with --more-smooth" in capsys.readouterr().err
+    )
+    for path, expected in ((plain, set()), (plan, {"smooth", "smooth_noise"})):
+        with car_runtime.open_plan(path, "ort-cpu", threads=1) as opened, opened._buffers(1, 1, False) as buffers:
+            assert {name for name in buffers.inputs[0] if "smooth" in name} == expected
 
 
 def test_smooth_and_plain_images_differ(plan: Path) -> None:

@@ -25,7 +25,7 @@ def needs(module: str) -> pytest.MarkDecorator:
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A float16 plan with the forms of its graphs beside them, `GRAPH.form.onnx`."""
+    """A float16 plan with the forms of its graphs next to them, `GRAPH.form.onnx`."""
     copy = shutil.copytree(small_plan("fp16"), tmp_path_factory.mktemp("polygraphy") / "small.plan")
     for recipe in engines.recipes(copy, schema.read_manifest(copy)):
         (copy / f"{recipe.graph}.form.onnx").write_bytes(recipe.onnx)

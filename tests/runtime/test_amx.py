@@ -35,7 +35,7 @@ from fixtures.amx_machine import needs_kernels, without_compiler
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "guitar.png"
 SIDES = (1, 3, 10)
-"""Three guided pictures have 600 rows in the last scale: more than the kernel takes at once."""
+"""Three guided images have 600 rows in the last scale: more than the kernel takes at once."""
 Arrays = dict[str, NDArray[Any]]
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -69,7 +69,7 @@ def exact(plan: Path) -> Iterator[Plan]:
 
 
 def step_arrays(plan: Plan, scale: int, images: int, guided: bool) -> tuple[Arrays, Arrays]:
-    """Inputs of a scale, made up but for its constants, and places for its outputs."""
+    """Random inputs of a scale, with its own constants, and places for its outputs."""
     manifest = plan.manifest
     rng = np.random.default_rng(scale)
     side, past = manifest.scales[scale].side, manifest.scales[scale].start
@@ -155,7 +155,7 @@ def test_threads_change_no_bit(exact: Plan, run: Callable[..., Arrays], threads:
 
 @needs_kernels
 @pytest.mark.parametrize("terms", [1, 2])
-def test_a_picture_is_the_same_in_every_batch(exact: Plan, run: Callable[..., Arrays], terms: int) -> None:
+def test_an_image_is_the_same_in_every_batch(exact: Plan, run: Callable[..., Arrays], terms: int) -> None:
     for scale in (1, 2):
         inputs, outputs = step_arrays(exact, scale, 3, True)
         together = run(inputs, outputs, terms=terms)["logits"]
@@ -185,7 +185,7 @@ def test_two_terms_draw_what_ort_cpu_draws() -> None:
 
 
 @needs_kernels
-def test_a_picture_of_the_shipped_plan_is_nearly_that_of_ort_cpu() -> None:
+def test_an_image_of_the_shipped_plan_is_nearly_that_of_ort_cpu() -> None:
     with open_plan(backend="ort-cpu", threads=1) as exact, open_plan(backend="amx", threads=2) as plan:
         wanted, got = (p.generate(EXAMPLE, 2, seed=1, n=12) for p in (exact, plan))
         again = plan.generate(EXAMPLE, 2, seed=2)
@@ -523,7 +523,7 @@ def test_the_library_is_compiled_once_and_again_when_it_is_broken(
 
 
 @pytest.mark.parametrize("flags", [None, ["avx2"], ["amx_tile", "avx512_bf16"]])
-def test_a_cpu_without_tiles_is_told(monkeypatch: pytest.MonkeyPatch, flags: list[str] | None) -> None:
+def test_a_cpu_without_tiles_is_reported(monkeypatch: pytest.MonkeyPatch, flags: list[str] | None) -> None:
     monkeypatch.setattr("car_runtime.system.cpu.cpu_flags", lambda: flags)
     with pytest.raises(BackendError, match="amx_bf16"):
         build.check_cpu()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from car_runtime import BackendError, PlanError, RunError, open_plan
@@ -93,7 +94,9 @@ def test_a_backend_that_cannot_be_imported_is_one_that_does_not_open(
 @pytest.mark.parametrize("name", ["ort-cpu", "auto"])
 def test_a_graph_that_does_not_load_is_a_fault_of_the_plan(tmp_path: Path, name: str) -> None:
     root = build_plan(tmp_path / "x.plan")
-    (root / "step.onnx").write_bytes(b"not a graph")
+    graph = onnx.load(root / "step.onnx", load_external_data=False)
+    graph.graph.node[0].input[0] = "nothing"
+    (root / "step.onnx").write_bytes(graph.SerializeToString())
     relist(root, read_manifest(root), "step.onnx")
     with pytest.raises(PlanError) as caught:
         open_plan(root, name)

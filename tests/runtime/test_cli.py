@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from car_runtime import __version__, open_plan
 from car_runtime import plan as plan_module
@@ -28,14 +28,15 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     build_plan(folder / "car.plan")
     build_plan(folder / "var.plan", control=False)
-    pixels = np.random.default_rng(1).integers(0, 256, (40, 50, 3), np.uint8)
-    Image.fromarray(pixels).save(folder / "edges.png")
+    edges = Image.new("L", (40, 40))
+    ImageDraw.Draw(edges).rectangle((8, 12, 30, 28), outline=255, width=3)
+    edges.save(folder / "edges.png")
     return folder
 
 
 @pytest.fixture
 def here(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory, beside what `built` holds."""
+    """An empty working directory, next to what `built` holds."""
     (tmp_path / "in").symlink_to(built)
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
@@ -51,7 +52,7 @@ def _expected(built: Path, **settings: Any) -> np.ndarray:
         return plan.generate(built / "edges.png", **settings).images
 
 
-def test_one_picture_goes_to_out_png(here: Path, built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_image_goes_to_out_png(here: Path, built: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*GIVEN, "--class", "cat", "--seed", "3"]) == 0
     out, err = capsys.readouterr()
     assert out == "out.png\n"
@@ -62,14 +63,14 @@ def test_one_picture_goes_to_out_png(here: Path, built: Path, capsys: pytest.Cap
 
 
 TILE = 128 // SIZE * SIZE
-"""Side of a picture on a sheet: small ones are enlarged to about 128 pixels, by a whole factor."""
+"""Side of an image on a sheet: small ones are enlarged to about 128 pixels, by a whole factor."""
 
 
-def _tile(picture: np.ndarray) -> np.ndarray:
-    return np.asarray(Image.fromarray(picture).resize((TILE, TILE), Image.Resampling.LANCZOS))
+def _tile(image: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).resize((TILE, TILE), Image.Resampling.LANCZOS))
 
 
-def test_several_pictures_are_numbered_and_share_a_sheet(
+def test_several_images_are_numbered_and_share_a_sheet(
     here: Path, built: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*GIVEN, "-n", "3", "--seed", "5", "--cfg", "2", "--top-k", "4", "--top-p", "0", "--grid"]) == 0
@@ -85,7 +86,7 @@ def test_several_pictures_are_numbered_and_share_a_sheet(
         assert (sheet[:, (i + 1) * (TILE + 4) :][:, :TILE] == _tile(expected[i])).all()
 
 
-def test_a_picture_tells_how_to_make_it_again(here: Path) -> None:
+def test_an_image_records_how_to_make_it_again(here: Path) -> None:
     assert main([*GIVEN, "--class", "goldie", "-n", "2", "--seed", "8", "--top-p", "0.5", "-o", "a.png"]) == 0
     with Image.open("a-1.png") as image:
         image.load()
@@ -132,6 +133,7 @@ def test_json_is_all_of_stdout(here: Path, capsys: pytest.CaptureFixture[str]) -
     assert report == {
         "version": __version__,
         "plan": {"name": "tiny", "path": "../in/car.plan"},
+        "warnings": [],
         "backend": {"name": "ort-cpu", "why": why},
         "class": {"index": 2, "name": "lion"},
         "cfg": 1.5,
@@ -156,7 +158,7 @@ def test_tokens_can_be_read_back(here: Path, built: Path) -> None:
         assert (stored["tokens"] == plan.generate(built / "edges.png", n=2).tokens).all()
 
 
-def test_the_last_preview_is_the_picture(here: Path) -> None:
+def test_the_last_preview_is_the_image(here: Path) -> None:
     assert main([*GIVEN, "--preview", "steps"]) == 0
     assert sorted(path.name for path in Path("steps").iterdir()) == [f"scale-{k:02d}.png" for k in range(3)]
     assert (np.asarray(Image.open("steps/scale-02.png")) == np.asarray(Image.open("out.png"))).all()
@@ -173,7 +175,7 @@ def test_a_control_may_come_from_stdin(here: Path, built: Path, monkeypatch: pyt
 def test_an_input_image_is_decoded_once(here: Path, flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Any] = []
     original = Image.open
-    monkeypatch.setattr(Image, "open", lambda source: opened.append(source) or original(source))
+    monkeypatch.setattr(Image, "open", lambda source, **kw: opened.append(source) or original(source, **kw))
     assert main([*CAR, flag, "../in/edges.png"]) == 0
     assert opened == ["../in/edges.png"]
 
@@ -181,7 +183,7 @@ def test_an_input_image_is_decoded_once(here: Path, flag: str, monkeypatch: pyte
 def test_a_photo_gives_its_control(here: Path, built: Path) -> None:
     controls = pytest.importorskip("car_runtime.controls")
     assert main([*CAR, "--photo", "../in/edges.png", "--grid"]) == 0
-    derived = controls.derive(Image.open(built / "edges.png"), "canny", SIZE)
+    derived = controls.derive(Image.open(built / "edges.png"), "canny-grey", SIZE)
     assert (np.asarray(Image.open("out-grid.png"))[:, :TILE] == _tile(derived)).all()
     with open_plan(built / "car.plan", threads=1) as plan:
         assert (np.asarray(Image.open("out.png")) == plan.generate(derived).images[0]).all()
@@ -236,6 +238,15 @@ def test_version_and_help_succeed(flag: str, says: str, capsys: pytest.CaptureFi
         ([*GIVEN, "--tokens", "t.txt"], "the token file is 't.txt'"),
         ([*GIVEN, "--tokens", "no/t.npz"], "the output's directory 'no' does not exist"),
         ([*GIVEN, "--preview", "../in/edges.png"], "is a file; name a directory"),
+        (
+            [*GIVEN, "--preview", "../in", "-o", "../in/scale-02.png"],
+            "is the file '../in/scale-02.png' of -o; choose",
+        ),
+        ([*GIVEN, "--preview", "a.png", "-o", "a.png"], "'a.png' of --preview is the file 'a.png' of -o"),
+        (
+            ["verify", "../in/car.plan", "-o", "../in/car.plan/manifest.json"],
+            "would replace the input; choose another -o",
+        ),
         ([*GIVEN, "--preview", "no/steps"], "the output's directory 'no' does not exist"),
         ([*GIVEN, "--photo", "../in/edges.png"], "argument --photo: not allowed with argument --control"),
         (CAR, "follows a control image of type 'canny' and none was given; give control=…, on the command line"),
@@ -266,6 +277,29 @@ def test_what_cannot_be_used_is_said_in_one_line(
     assert "; " in err
     assert err.count("\n") == 1
     assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("given", ["--control", "--photo"])
+@pytest.mark.parametrize("how", ["itself", "link", "linked folder"])
+def test_a_preview_never_replaces_the_input(
+    here: Path, built: Path, given: str, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "steps").mkdir()
+    source = here / "steps" / "1-scale-02.png"
+    if how == "link":
+        shutil.copy(built / "edges.png", here / "edges.png")
+        source.symlink_to(here / "edges.png")
+        source = here / "edges.png"
+    else:
+        shutil.copy(built / "edges.png", source)
+    if how == "linked folder":
+        (here / "also").symlink_to(here / "steps")
+    before = source.read_bytes()
+    preview = "also" if how == "linked folder" else "steps"
+    assert main([*CAR, given, str(source), "-n", "2", "--preview", preview]) == 2
+    assert "would replace the input; choose another --preview" in capsys.readouterr().err
+    assert source.read_bytes() == before
+    assert main([*CAR, given, str(source), "-n", "2", "--preview", preview, "--stop-after", "1"]) == 0
 
 
 @pytest.mark.parametrize("damage", ["truncated", "edited", "missing", "newer", "broken json"])

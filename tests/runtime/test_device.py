@@ -1,4 +1,4 @@
-"""The GPU backends on a fake GPU: what they put on it, in which order, where, and that pictures are right.
+"""The GPU backends on a fake GPU: what they put on it, in which order, where, and that images are right.
 
 Nothing here runs on a GPU (test_gpu.py does). The fakes compute with ONNX Runtime what an engine would, as late as
 they may, and answer every misuse with a DeviceFault; see fake_device.py.
@@ -45,6 +45,7 @@ from fixtures.fake_device import GPU, DeviceFault, Enqueued, FakeDevice, FakeOnn
 from fixtures.runtime_plan import LAYERS, SIDES, SIZE, C, D, E, H, L, V, Z, build_plan
 from fixtures.small import small_model
 from fixtures.small_plans import small_plan
+from fixtures.threads import run_in_threads
 
 CONTROL = np.random.default_rng(1).integers(0, 256, (40, 50, 3), np.uint8)
 OTHER_CONTROL = 255 - CONTROL
@@ -98,7 +99,7 @@ def make_root(folder: Path, *, control: bool = True, **options: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A plan with engines of both flavours for one and four pictures."""
+    """A plan with engines of both flavours for one and four images."""
     root = make_root(tmp_path_factory.mktemp("device"), batches=(1, 4))
     write_engines(root, flavour="trt", batches=(1, 4))
     return root
@@ -116,7 +117,7 @@ def cpu(root: Path) -> Any:
         yield opened
 
 
-# Whole pictures.
+# Whole images.
 
 
 @pytest.mark.parametrize("flavour", ["rtx", "trt"])
@@ -125,7 +126,7 @@ def cpu(root: Path) -> Any:
     [{}, {"n": 4}, {"n": 6, "cfg": 0}, {"n": 5, "cfg": 4, "top_k": 3}, {"label": 2, "seed": 7, "top_p": 0.3}],
     ids=str,
 )
-def test_pictures_are_those_of_the_cpu(root: Path, cpu: Plan, flavour: str, settings: dict[str, Any]) -> None:
+def test_images_are_those_of_the_cpu(root: Path, cpu: Plan, flavour: str, settings: dict[str, Any]) -> None:
     expected = cpu.generate(CONTROL, **settings)
     with Fake(root, flavour) as fake:
         for _ in range(3):  # run, recorded and launched, launched
@@ -182,7 +183,7 @@ def test_a_stream_is_read_scale_by_scale(fake: Fake, cpu: Plan) -> None:
         pytest.param("fp16", "by TensorRT for RTX", marks=pytest.mark.slow),
     ],
 )
-def test_the_engine_form_makes_the_cpus_pictures(tmp_path: Path, kind: str, built: str) -> None:
+def test_the_engine_form_makes_the_cpus_images(tmp_path: Path, kind: str, built: str) -> None:
     """Sidecars, profiles, `key_bias`, the dummy past and the form itself, from the exporter; only the GPU is fake."""
     root = shutil.copytree(small_plan(kind), tmp_path / "small.plan")
     forms = write_forms(root)
@@ -211,7 +212,7 @@ def test_the_engine_form_makes_the_cpus_pictures(tmp_path: Path, kind: str, buil
 
 
 def write_forms(root: Path) -> dict[str, Path]:
-    """The graphs of a plan as a compiler gets them, in files beside the plan's own: graph → file."""
+    """The graphs of a plan as a compiler gets them, in files next to the plan's own: graph → file."""
     forms = {recipe.graph: recipe.onnx for recipe in recipes(root, read_manifest(root))}
     files = {graph: root / f"{graph}.form.onnx" for graph in forms}
     for graph, content in forms.items():
@@ -246,7 +247,7 @@ def test_the_acceptance_test_passes_on_the_fake(tmp_path: Path, monkeypatch: pyt
 # What is put on the stream.
 
 
-def test_the_first_picture_runs_the_second_records_and_all_later_ones_replay(fake: Fake) -> None:
+def test_the_first_image_runs_the_second_records_and_all_later_ones_replay(fake: Fake) -> None:
     order = ["control", "condition.b1", *(f"step.{k:02}.b1" for k in range(STEPS)), "decoder.b1"]
     fake.plan.generate(CONTROL, 0, seed=1)
     assert fake.events() == [("run", [profile]) for profile in order]
@@ -277,7 +278,7 @@ def test_another_control_class_and_edit_replay_the_same_recordings(fake: Fake) -
     assert {g.works[-1].detail.profile for g in fake.device.graphs[graphs:]} <= {"control", "condition.b1"}
 
 
-def test_a_new_seed_moves_little_to_the_device_and_the_picture_back(fake: Fake) -> None:
+def test_a_new_seed_moves_little_to_the_device_and_the_image_back(fake: Fake) -> None:
     fake.plan.generate(CONTROL, 0, seed=1)
     fake.device.moved.clear()
     fake.plan.generate(CONTROL, 0, seed=2)
@@ -308,7 +309,7 @@ def test_the_profile_is_that_of_scale_and_batch(fake: Fake) -> None:
 
 
 def test_every_step_reads_the_past_in_place_and_writes_the_slot_behind_it(fake: Fake) -> None:
-    """Four pictures: a token's K/V is 256 bytes, so that every slot is aligned and bound as it is."""
+    """Four images: a token's K/V is 256 bytes, so that every slot is aligned and bound as it is."""
     fake.plan.generate(CONTROL, 0, n=4)
     row = 4 * 8 * H * D
     assert row == 256
@@ -344,7 +345,7 @@ def test_what_the_engines_have_beyond_the_graph(fake: Fake) -> None:
 
 
 def test_unaligned_buffers_go_through_aligned_ones(root: Path, cpu: Plan) -> None:
-    """One picture: a token's K/V is 64 bytes, and TensorRT wants multiples of 256. Recordings have the copies too."""
+    """One image: a token's K/V is 64 bytes, and TensorRT wants multiples of 256. Recordings have the copies too."""
     with Fake(root) as fake:
         for seed in (1, 2, 3):
             found = fake.plan.generate(CONTROL, 0, seed=seed)
@@ -367,7 +368,7 @@ def test_a_recording_belongs_to_its_addresses(fake: Fake, cpu: Plan) -> None:
 
 
 def test_old_recordings_make_room(root: Path, cpu: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    room = STEPS + 4  # four pictures in a batch fill it: their steps, and the decoder for each
+    room = STEPS + 4  # four images in a batch fill it: their steps, and the decoder for each
     monkeypatch.setattr(tensorrt_engines, "GRAPHS", room)
     counts = []
     with Fake(root) as fake:
@@ -469,7 +470,7 @@ def test_closing_frees_everything_and_says_so_to_who_goes_on(root: Path) -> None
             use()
 
 
-def test_memory_does_not_grow_from_picture_to_picture(fake: Fake) -> None:
+def test_memory_does_not_grow_from_image_to_image(fake: Fake) -> None:
     def work(seed: int) -> None:
         fake.plan.generate(CONTROL, seed % 3, seed=seed, n=5)
         [step.preview() for step in fake.plan.stream(CONTROL, 0, seed=seed)]
@@ -486,7 +487,7 @@ def test_memory_does_not_grow_from_picture_to_picture(fake: Fake) -> None:
 
 
 def test_a_set_of_buffers_made_again_replays_what_was_recorded(fake: Fake) -> None:
-    """One picture and four in turn give up one set of buffers for the other each time."""
+    """One image and four in turn give up one set of buffers for the other each time."""
     for n in (1, 4, 1, 4, 1, 4):
         fake.plan.generate(CONTROL, 0, n=n)
     gc.collect()
@@ -610,7 +611,7 @@ def test_a_read_in_another_thread_ends_before_everything_is_freed() -> None:
     assert device.allocated() == 0
 
 
-def test_several_threads_get_their_own_pictures(fake: Fake, cpu: Plan) -> None:
+def test_several_threads_get_their_own_images(fake: Fake, cpu: Plan) -> None:
     jobs = [(control, label) for control in (CONTROL, OTHER_CONTROL) for label in (0, 1)]
     expected = [cpu.generate(*job, n=5).images for job in jobs]
     found: list[list[np.ndarray]] = [[] for _ in jobs]
@@ -623,15 +624,11 @@ def test_several_threads_get_their_own_pictures(fake: Fake, cpu: Plan) -> None:
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(work, len(jobs))
     assert errors == []
-    for wanted, pictures in zip(expected, found, strict=True):
-        assert len(pictures) == 3
-        assert all((picture == wanted).all() for picture in pictures)
+    for wanted, images in zip(expected, found, strict=True):
+        assert len(images) == 3
+        assert all((image == wanted).all() for image in images)
 
 
 # The fake notices what it should.
@@ -843,7 +840,7 @@ def test_a_gpu_that_is_full_says_so(root: Path) -> None:
 # What TensorRT for RTX compiled is kept.
 
 
-def test_the_runtime_cache_is_kept_beside_the_engines(tmp_path: Path) -> None:
+def test_the_runtime_cache_is_kept_next_to_the_engines(tmp_path: Path) -> None:
     root = make_root(tmp_path)
     path = root / "engines" / "runtime.rtx.sm89.fake-rtx-4090.cache"
     with Fake(root) as fake:
@@ -1089,7 +1086,7 @@ class FakeOrt:
 
 @pytest.mark.parametrize("settings", [{}, {"n": 3, "cfg": 0}, {"n": 6, "label": 1, "top_k": 4}], ids=str)
 @pytest.mark.parametrize("records", [True, False])
-def test_ort_cuda_makes_the_cpus_pictures(root: Path, cpu: Plan, settings: dict[str, Any], records: bool) -> None:
+def test_ort_cuda_makes_the_cpus_images(root: Path, cpu: Plan, settings: dict[str, Any], records: bool) -> None:
     fake = FakeOrt(root, records=records)
     expected = cpu.generate(CONTROL, **settings)
     for _ in range(3):

@@ -227,7 +227,7 @@ def _nvidia_smi(folder: Path, script: str) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the stand-in for nvidia-smi is a shell script")
-def test_nvidia_smi_tells_the_gpu_where_cuda_python_is_missing(no_nvidia_smi: Path, gpu: Gpu) -> None:
+def test_nvidia_smi_reports_the_gpu_where_cuda_python_is_missing(no_nvidia_smi: Path, gpu: Gpu) -> None:
     gpu(error=BackendError("the GPU backends need cuda-python; run: pip install"))
     _nvidia_smi(no_nvidia_smi, "echo 'NVIDIA GeForce RTX 4090, 8.9, 24564 MiB, 580.65.06'")
     report = doctor.examine()
@@ -311,7 +311,7 @@ def test_an_engine_is_usable_where_its_backend_and_target_are(plan: Path, tmp_pa
 
 
 @pytest.mark.parametrize("path", ["no.plan", "."])
-def test_a_plan_that_is_none_is_said_and_the_rest_is_still_told(
+def test_a_plan_that_is_none_is_named_and_the_rest_is_still_reported(
     path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,14 +1,13 @@
 """What a machine with an NVIDIA GPU must show: `make test-gpu`. Elsewhere each test says why it is skipped.
 
 The same backends run on a fake GPU in test_device.py. Here engines are built for the GPU that is present and compared
-with ONNX Runtime on the CPU: not by pictures, which one token at a near tie changes, but by logits on the same
+with ONNX Runtime on the CPU: not by images, which one token at a near tie changes, but by logits on the same
 tokens, and by tokens where the best two logits are further apart than the two engines.
 """
 
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -28,6 +27,7 @@ from car_runtime.format.manifest import read_manifest
 from car_runtime.plan import Plan
 from car_runtime.system.gpu import Gpu, probe
 from fixtures.small_plans import small_plan
+from fixtures.threads import run_in_threads
 
 pytestmark = pytest.mark.gpu
 
@@ -97,7 +97,7 @@ def _forced(plan: Plan, tokens: np.ndarray, seed: int = 0) -> np.ndarray:
     return np.concatenate([np.asarray(scale.logits).reshape(-1, plan.manifest.model.vocab) for scale in scales])
 
 
-def test_logits_and_likeliest_tokens_are_the_cpus(plan: Plan, cpu: Plan) -> None:
+def test_logits_and_most_probable_tokens_are_the_cpus(plan: Plan, cpu: Plan) -> None:
     tolerance = TOLERANCE[plan.manifest.precision.compute]
     tokens = cpu.generate(_control(cpu), 1, top_k=1, cfg=3.0).tokens[0]
     expected, found = _forced(cpu, tokens), _forced(plan, tokens)
@@ -110,7 +110,7 @@ def test_logits_and_likeliest_tokens_are_the_cpus(plan: Plan, cpu: Plan) -> None
     assert (found.argmax(1) == expected.argmax(1))[clear].all()
 
 
-def test_pictures_of_the_same_tokens_are_the_cpus(plan: Plan, cpu: Plan) -> None:
+def test_images_of_the_same_tokens_are_the_cpus(plan: Plan, cpu: Plan) -> None:
     tokens = cpu.generate(_control(cpu), 1, n=3).tokens
     given = {"known_tokens": tokens, "known_mask": np.ones(tokens.shape, bool), "n": 3}
     found, expected = plan.generate(_control(plan), 1, **given), cpu.generate(_control(cpu), 1, **given)
@@ -121,7 +121,7 @@ def test_pictures_of_the_same_tokens_are_the_cpus(plan: Plan, cpu: Plan) -> None
     assert agreement > 0.98
 
 
-def test_a_seed_gives_the_same_picture_again(plan: Plan) -> None:
+def test_a_seed_gives_the_same_image_again(plan: Plan) -> None:
     """Run, recorded, launched among others: to the bit, since the same kernels compute it."""
     first = plan.generate(_control(plan), 1, seed=5)
     for _ in range(2):
@@ -140,7 +140,7 @@ def test_an_edit_keeps_its_tokens(plan: Plan) -> None:
     assert (result.tokens[:, keep] == tokens[keep]).all()
 
 
-def test_the_third_picture_launches_what_the_second_recorded(plan: Plan) -> None:
+def test_the_third_image_launches_what_the_second_recorded(plan: Plan) -> None:
     for seed in (0, 1):
         plan.generate(_control(plan), 1, seed=seed)
     before = plan._backend.report()
@@ -159,7 +159,7 @@ def test_the_third_picture_launches_what_the_second_recorded(plan: Plan) -> None
     assert after["memory_bytes"] > 0
 
 
-def test_several_threads_get_their_own_pictures(plan: Plan) -> None:
+def test_several_threads_get_their_own_images(plan: Plan) -> None:
     expected = [plan.generate(_control(plan), label, seed=label).images for label in range(3)]
     found: dict[int, np.ndarray] = {}
 
@@ -167,11 +167,7 @@ def test_several_threads_get_their_own_pictures(plan: Plan) -> None:
         for _ in range(5):
             found[label] = plan.generate(_control(plan), label, seed=label).images
 
-    threads = [threading.Thread(target=work, args=(label,)) for label in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(work, 3)
     assert sorted(found) == [0, 1, 2]
     for label, images in found.items():
         assert (images == expected[label]).all()

@@ -20,9 +20,9 @@ from car_runtime.images import (
     check_writable,
     contact_sheet,
     control_pyramid,
+    fitted,
     load_image,
     png_bytes,
-    square,
     write_files,
 )
 from fixtures.golden import REFERENCE
@@ -47,11 +47,24 @@ def test_control_pyramid_is_what_the_published_model_saw(name: str) -> None:
         assert (ours == theirs).all()
 
 
-def test_other_shapes_are_stretched_from_the_full_picture() -> None:
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8))
-    pyramid = control_pyramid(picture, _scales([16, 32]))
-    assert [level.shape for level in pyramid] == [(16, 16, 3), (32, 32, 3)]
-    assert (pyramid[1] == np.asarray(picture.resize((32, 32)))).all()
+def test_fit_takes_the_middle_adds_margins_or_distorts() -> None:
+    image = Image.new("RGB", (90, 50), "white")
+    image.paste((255, 0, 0), (20, 0, 70, 50))  # the middle square
+    for turned in (image, image.transpose(Image.Transpose.ROTATE_90)):
+        assert np.unique(np.asarray(fitted(turned, 32, "crop", (0, 0, 0))).reshape(-1, 3), axis=0).tolist() == [
+            [255, 0, 0]
+        ]
+        padded = np.asarray(fitted(turned, 90, "pad", (1, 2, 3)))
+        assert padded[0, 0].tolist() == padded[-1, -1].tolist() == [1, 2, 3]
+        assert (padded == (1, 2, 3)).all(axis=2).sum() == 90 * 40
+    stretched = fitted(image, 32, "stretch", (0, 0, 0))
+    assert (np.asarray(stretched) == np.asarray(image.resize((32, 32), Image.Resampling.LANCZOS))).all()
+
+
+def test_padding_is_transparent_where_the_image_has_alpha() -> None:
+    padded = np.asarray(fitted(Image.new("RGBA", (40, 20), (9, 9, 9, 255)), 16, "pad", (255, 255, 255)))
+    assert padded[0, 0, 3] == 0
+    assert padded[8, 8].tolist() == [9, 9, 9, 255]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +130,7 @@ def test_an_animation_gives_its_first_frame(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (16, 16, 1), (16, 16, 3)])
-def test_arrays_are_pictures_too(shape: tuple[int, ...]) -> None:
+def test_arrays_are_images_too(shape: tuple[int, ...]) -> None:
     assert np.asarray(load_image(np.full(shape, 7, np.uint8))).tolist() == np.full((16, 16, 3), 7).tolist()
 
 
@@ -177,12 +190,12 @@ def test_an_unusable_source_is_refused(source: Any, says: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
-def test_any_damage_to_a_file_gives_a_picture_or_an_image_error(tmp_path: Path) -> None:
+def test_any_damage_to_a_file_gives_an_image_or_an_image_error(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8))
+    image = Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8))
     for kind in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"):
         stream = io.BytesIO()
-        picture.save(stream, kind)
+        image.save(stream, kind)
         for _ in range(40):
             content = bytearray(stream.getvalue())
             for at in rng.integers(0, len(content), 3):
@@ -199,26 +212,27 @@ def test_png_text_can_be_read_again() -> None:
         assert (np.asarray(image) == 5).all()
 
 
-def test_square_leaves_the_right_size_untouched() -> None:
-    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
-    assert (square(Image.fromarray(picture), 32) == picture).all()
-    assert square(Image.fromarray(picture), 16).shape == (16, 16, 3)
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+def test_fit_leaves_the_right_size_untouched(fit: str) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    assert (np.asarray(fitted(Image.fromarray(image), 32, fit, (0, 0, 0))) == image).all()
+    assert fitted(Image.fromarray(image), 16, fit, (0, 0, 0)).size == (16, 16)
 
 
 @pytest.mark.parametrize(("count", "shape"), [(1, (128, 128)), (5, (128, 656)), (6, (260, 392)), (10, (392, 524))])
-def test_contact_sheet_holds_every_picture(count: int, shape: tuple[int, int]) -> None:
-    # Pictures of 8 pixels are enlarged to 128, with gaps of 4.
+def test_contact_sheet_holds_every_image(count: int, shape: tuple[int, int]) -> None:
+    # Images of 8 pixels are enlarged to 128, with gaps of 4.
     sheet = contact_sheet([np.full((8, 8, 3), i, np.uint8) for i in range(count)])
     assert sheet.shape == (*shape, 3)
     assert set(np.unique(sheet).tolist()) - {255} == set(range(count))
 
 
-def test_contact_sheet_leaves_large_pictures_as_they_are() -> None:
-    picture = np.random.default_rng(0).integers(0, 255, (130, 140, 3), np.uint8)
-    sheet = contact_sheet([picture, picture])
+def test_contact_sheet_leaves_large_images_as_they_are() -> None:
+    image = np.random.default_rng(0).integers(0, 255, (130, 140, 3), np.uint8)
+    sheet = contact_sheet([image, image])
     assert sheet.shape == (130, 284, 3)
-    assert (sheet[:, :140] == picture).all()
-    assert (sheet[:, 144:] == picture).all()
+    assert (sheet[:, :140] == image).all()
+    assert (sheet[:, 144:] == image).all()
 
 
 def test_files_are_written_together_with_ordinary_permissions(tmp_path: Path) -> None:

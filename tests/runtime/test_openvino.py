@@ -1,4 +1,4 @@
-"""The openvino backend on the plan that ships: float32 gives ort-cpu's pictures, bfloat16 nearly its tokens."""
+"""The openvino backend on the plan that ships: float32 gives ort-cpu's images, bfloat16 nearly its tokens."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def on_openvino(precision: str) -> Plan:
     return Plan(root, manifest, OpenVino(root, manifest, 1, precision), "a test")
 
 
-def test_float32_gives_the_pictures_of_ort_cpu(expected: Plan) -> None:
+def test_float32_gives_the_images_of_ort_cpu(expected: Plan) -> None:
     wanted = expected.generate(EXAMPLE, 2, seed=1, n=5, top_k=0, top_p=0)
     with on_openvino("f32") as plan:
         got = plan.generate(EXAMPLE, 2, seed=1, n=5, top_k=0, top_p=0)
@@ -180,7 +180,7 @@ def test_sorting_is_descending_and_leaves_its_input_alone(tokens: int) -> None:
     assert (values == before).all()
 
 
-def test_several_threads_each_get_their_own_picture() -> None:
+def test_several_threads_each_get_their_own_image() -> None:
     with on_openvino("f32") as plan:
         alone = [plan.generate(EXAMPLE, 2, seed=seed).tokens for seed in range(4)]
         with ThreadPoolExecutor(4) as pool:

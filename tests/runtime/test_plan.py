@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -20,10 +19,11 @@ from car_runtime.backends.registry import open_backend
 from car_runtime.conditioning import CACHED
 from car_runtime.config import GenerationConfig
 from car_runtime.format.manifest import Manifest, read_manifest
-from car_runtime.images import control_pyramid, load_image
+from car_runtime.images import control_pyramid, fitted, load_image
 from car_runtime.plan import Plan
 from car_runtime.request import resolve
-from fixtures.runtime_plan import CLASSES, NAMES, SIDES, SIZE, L, V, Z, build_plan, generate, picture
+from fixtures.runtime_plan import CLASSES, NAMES, SIDES, SIZE, L, V, Z, build_plan, generate, image
+from fixtures.threads import run_in_threads
 
 CONTROL = np.random.default_rng(1).integers(0, 256, (40, 50, 3), np.uint8)
 OTHER_CONTROL = 255 - CONTROL
@@ -62,7 +62,8 @@ def runs(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def _pyramid(plan: Plan, control: np.ndarray) -> list[np.ndarray]:
-    return control_pyramid(load_image(control), plan.manifest.scales)
+    square = fitted(load_image(control), plan.manifest.model.image_size, "crop", (0, 0, 0))
+    return control_pyramid(square, plan.manifest.scales)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def _pyramid(plan: Plan, control: np.ndarray) -> list[np.ndarray]:
     ids=str,
 )
 @pytest.mark.parametrize("label", [None, 0, 2])
-def test_tokens_and_pictures_are_the_models(plan: Plan, settings: dict[str, Any], label: int | None) -> None:
+def test_tokens_and_images_are_the_models(plan: Plan, settings: dict[str, Any], label: int | None) -> None:
     result = plan.generate(CONTROL, label, seed=100, n=6, **settings)
     oracle = {**settings, "top_k": settings.get("top_k") or V, "top_p": settings.get("top_p", 0.95) or 2.0}
     assert result.images.shape == (6, SIZE, SIZE, 3)
@@ -109,7 +110,26 @@ def test_control_class_seed_and_settings_all_matter(plan: Plan) -> None:
         assert (other.tokens != base).any()
 
 
-def test_a_picture_depends_on_its_seed_and_not_on_its_batch(plan: Plan) -> None:
+def test_without_a_class_no_guidance_rows_run(plan: Plan, var: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both kinds would be "no class": half of the work, for the tokens that cfg 0 draws."""
+    for opened, control in ((plan, CONTROL), (var, None)):
+        rows: list[int] = []
+        run = opened._backend.run
+
+        def counting(graph: str, inputs: Any, outputs: Any, run: Any = run, rows: list[int] = rows) -> None:
+            rows.extend([inputs["x"].shape[0]] if graph == "step" else [])
+            run(graph, inputs, outputs)
+
+        monkeypatch.setattr(opened._backend, "run", counting)
+        classless = opened.generate(control, seed=3, n=2, cfg=4)
+        assert rows == [2] * len(SIDES)
+        assert (classless.tokens == opened.generate(control, seed=3, n=2, cfg=0).tokens).all()
+        assert rows == [2] * 2 * len(SIDES)
+        opened.generate(control, 0, seed=3, n=2, cfg=4)
+        assert rows[-len(SIDES) :] == [4] * len(SIDES)
+
+
+def test_an_image_depends_on_its_seed_and_not_on_its_batch(plan: Plan) -> None:
     together = plan.generate(CONTROL, 1, seed=20, n=7)
     assert together.request.seeds == tuple(range(20, 27))
     for i in range(7):
@@ -176,11 +196,11 @@ def test_a_plan_without_encoder_says_so(tmp_path: Path) -> None:
         plan.encode(CONTROL)
 
 
-def test_stream_yields_every_scale_and_ends_with_the_picture(plan: Plan) -> None:
+def test_stream_yields_every_scale_and_ends_with_the_image(plan: Plan) -> None:
     result = plan.generate(CONTROL, "lion", seed=2, n=5)
     steps = list(plan.stream(CONTROL, "lion", seed=2, n=5))
     assert [(s.index, s.last, s.images) for s in steps] == [
-        (k, k == 2, pictures) for pictures in (range(4), range(4, 5)) for k in range(3)
+        (k, k == 2, images) for images in (range(4), range(4, 5)) for k in range(3)
     ]
     for step in steps:
         scale = plan.manifest.scales[step.index]
@@ -188,7 +208,7 @@ def test_stream_yields_every_scale_and_ends_with_the_picture(plan: Plan) -> None
         assert (step.tokens.reshape(len(step.images), -1) == expected).all()
         # The stream is over: results must not be views of buffers that later scales wrote.
         assert step.f_hat.shape == (len(step.images), Z, 4, 4)
-        assert (step.preview() == np.stack([picture(f_hat) for f_hat in step.f_hat])).all()
+        assert (step.preview() == np.stack([image(f_hat) for f_hat in step.f_hat])).all()
     assert (np.concatenate([s.preview() for s in steps if s.last]) == result.images).all()
 
 
@@ -282,7 +302,7 @@ def test_a_second_seed_costs_no_control_and_no_condition(plan: Plan, runs: Count
     assert (runs["control"], runs["condition"]) == (2, 2)
 
 
-def test_the_cache_tells_controls_of_the_same_bytes_apart(plan: Plan, runs: Counter[str]) -> None:
+def test_the_cache_distinguishes_controls_of_the_same_bytes(plan: Plan, runs: Counter[str]) -> None:
     flat = np.arange(32 * 32 * 3, dtype=np.uint32).astype(np.uint8)
     plan.generate(flat.reshape(32, 32, 3))
     plan.generate(flat.reshape(16, 64, 3))
@@ -307,11 +327,7 @@ def test_threads_on_one_plan_get_what_they_would_get_alone(plan: Plan) -> None:
         for _ in range(5):
             together[i] = plan.generate(*jobs[i], n=3).tokens
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(work, len(jobs))
     for expected, found in zip(alone, together, strict=True):
         assert (expected == found).all()
 
@@ -376,7 +392,7 @@ def test_a_missing_default_plan_says_what_to_do(monkeypatch: pytest.MonkeyPatch,
         open_plan()
 
 
-def test_an_edited_plan_does_not_open_unless_told_to(tmp_path: Path) -> None:
+def test_an_edited_plan_does_not_open_unless_asked_to(tmp_path: Path) -> None:
     root = build_plan(tmp_path / "x.plan")
     content = bytearray((root / "weights.bin").read_bytes())
     content[1] ^= 1  # the lowest bits of a weight: nothing but the hash shows it
@@ -449,16 +465,16 @@ class _DeviceBackend:
         self._host.close()
 
 
-@pytest.mark.parametrize("cfg", [0.0, 3.0])
+@pytest.mark.parametrize(("cfg", "label"), [(0.0, 1), (3.0, 1), (3.0, None)])
 @pytest.mark.parametrize("batches", [(1,), (1, 2), (1, 4)], ids=str)
 def test_the_loop_needs_no_more_of_a_backend_than_the_protocol(
-    plan: Plan, root: Path, batches: tuple[int, ...], cfg: float
+    plan: Plan, root: Path, batches: tuple[int, ...], cfg: float, label: int | None
 ) -> None:
-    """Nor does a picture depend on the sizes of batches, or on guidance rows that guide nothing."""
-    expected = plan.generate(CONTROL, 1, seed=3, n=5, cfg=cfg)
+    """Nor does an image depend on the sizes of batches, or on guidance rows that guide nothing."""
+    expected = plan.generate(CONTROL, label, seed=3, n=5, cfg=cfg)
     device = Plan(root, plan.manifest, _DeviceBackend(root, plan.manifest, batches), "a test")
-    result = device.generate(CONTROL, 1, seed=3, n=5, cfg=cfg)
+    result = device.generate(CONTROL, label, seed=3, n=5, cfg=cfg)
     assert (result.tokens == expected.tokens).all()
     assert (result.images == expected.images).all()
-    assert (list(device.stream(CONTROL, 1, seed=3, cfg=cfg))[-1].preview() == expected.images[:1]).all()
+    assert (list(device.stream(CONTROL, label, seed=3, cfg=cfg))[-1].preview() == expected.images[:1]).all()
     device.close()

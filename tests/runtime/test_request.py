@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +19,7 @@ from car_runtime.cli.run import parse_args
 from car_runtime.config import GenerationConfig, config_of, flags
 from car_runtime.errors import RequestError
 from car_runtime.format.manifest import Manifest, read_manifest
-from car_runtime.request import Request, known_mask_of, resolve, resolve_label, uniforms
+from car_runtime.request import MASK_RULES, Request, known_mask_of, resolve, resolve_label, uniforms
 from fixtures.runtime_plan import CLASSES, SIDES, L, V, build_plan
 
 CONTROL = np.zeros((9, 9), np.uint8)
@@ -34,6 +37,19 @@ def ask(manifest: Manifest, **settings: Any) -> Request:
 def test_defaults_come_from_the_plan_and_fit_its_vocabulary(manifest: Manifest) -> None:
     sampling = ask(manifest).sampling
     assert (sampling.cfg, sampling.top_k, sampling.top_p) == (1.5, V, 0.95)
+
+
+def test_a_preset_is_where_what_is_not_given_comes_from(manifest: Manifest) -> None:
+    def drawn(**settings: Any) -> tuple[float, int, float]:
+        sampling = ask(manifest, **settings).sampling
+        return sampling.cfg, sampling.top_k, sampling.top_p
+
+    assert drawn(preset="car") == (4.0, V, 0.95)
+    assert drawn(preset="var-fid") == (1.5, V, 0.96)
+    assert drawn(preset="plan") == drawn() == (1.5, V, 0.95)
+    assert drawn(preset="car", cfg=1, top_k=3, top_p=0) == (1.0, 3, 0.0)
+    with pytest.raises(RequestError, match="there is no preset 'cra'; choose plan, car, var-fid"):
+        drawn(preset="cra")
 
 
 @pytest.mark.parametrize(
@@ -55,6 +71,13 @@ def test_off_is_spelled_as_the_step_graph_takes_it(
 def test_without_guidance_there_are_no_unconditional_rows(manifest: Manifest) -> None:
     assert not ask(manifest, cfg=0).sampling.guided
     assert ask(manifest, cfg=0.1).sampling.guided
+
+
+def test_without_a_class_there_is_nothing_to_guide(manifest: Manifest) -> None:
+    assert not ask(manifest, cfg=4).guided
+    assert ask(manifest, cfg=4, label=0).guided
+    assert not ask(manifest, cfg=0, label=0).guided
+    assert ask(manifest, cfg=4).sampling.cfg == 4  # as asked for: with a class added it is a guided request
 
 
 @pytest.mark.parametrize(
@@ -115,11 +138,44 @@ def test_a_name_that_two_classes_share_asks_for_an_index(manifest: Manifest) -> 
         resolve_label(replace(manifest, model=model), "crane")
 
 
+def test_of_names_that_differ_in_case_the_one_written_so_is_meant(manifest: Manifest) -> None:
+    names = ("Polish, Wax", "polish, wax", "x, WAX")
+    model = replace(manifest, model=replace(manifest.model, class_names=names))
+    found = [resolve_label(model, name) for name in ("Polish, Wax", " polish, wax ", "Wax", "wax", "WAX", "Polish")]
+    assert found == [0, 1, 0, 1, 2, 0]
+    with pytest.raises(RequestError, match="any of 0, 1; give one of these"):
+        resolve_label(model, "POLISH")
+
+
 def test_a_plan_without_names_takes_indices_alone(manifest: Manifest) -> None:
     nameless = replace(manifest, model=replace(manifest.model, class_names=None))
     assert resolve_label(nameless, "2") == 2
     with pytest.raises(RequestError, match="no class names; give an index"):
         resolve_label(nameless, "cat")
+
+
+def test_a_plan_of_1000_classes_without_names_has_those_of_imagenet(manifest: Manifest) -> None:
+    imagenet = replace(manifest, model=replace(manifest.model, classes=1000, class_names=None))
+    names = imagenet.model.names
+    assert names is not None
+    assert len(names) == len(set(names)) == 1000
+    assert all(name == name.strip() and name for name in names)
+    for index, name in {
+        0: "tench",
+        1: "goldfish",
+        207: "golden retriever",
+        281: "tabby",
+        999: "toilet tissue",
+    }.items():
+        assert names[index] == name
+        assert resolve_label(imagenet, name) == index
+    # What a result says of its class means that class again, though some names begin alike.
+    assert [resolve_label(imagenet, name) for name in names] == list(range(1000))
+    with pytest.raises(RequestError, match="did you mean 'golden retriever'"):
+        resolve_label(imagenet, "golden retreiver")
+    own = tuple(f"class {i}" for i in range(1000))
+    assert replace(imagenet.model, class_names=own).names == own
+    assert json.loads(imagenet.to_json())["model"]["class_names"] is None
 
 
 def test_known_tokens_are_read_only_where_the_mask_is_true(manifest: Manifest) -> None:
@@ -131,7 +187,7 @@ def test_known_tokens_are_read_only_where_the_mask_is_true(manifest: Manifest) -
     assert request.known.sum() == 14
 
 
-def test_uniforms_of_a_picture_depend_on_its_seed_alone() -> None:
+def test_uniforms_of_an_image_depend_on_its_seed_alone() -> None:
     together = uniforms([5, 6, 7], L)
     assert together.dtype == np.float32
     assert together.shape == (3, L)
@@ -179,9 +235,9 @@ def test_every_setting_but_arrays_has_a_flag_with_its_default() -> None:
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1))
-def test_kept_tokens_follow_the_area_that_is_repainted(manifest: Manifest, H: int, W: int, seed: int) -> None:
+def test_strictly_kept_tokens_follow_the_repainted_area(manifest: Manifest, H: int, W: int, seed: int) -> None:
     repaint = np.random.default_rng(seed).random((H, W)) < 0.5
-    kept = known_mask_of(repaint, manifest.scales)
+    kept = known_mask_of(repaint, manifest.scales, "strict")
     # The slow way: every pixel split in side × side parts, which divide among the cells evenly.
     for scale in manifest.scales:
         S = scale.side
@@ -191,8 +247,44 @@ def test_kept_tokens_follow_the_area_that_is_repainted(manifest: Manifest, H: in
 
 
 def test_repainting_nothing_keeps_all_and_repainting_all_keeps_nothing(manifest: Manifest) -> None:
-    assert known_mask_of(np.zeros((9, 7), bool), manifest.scales).all()
-    assert not known_mask_of(np.ones((9, 7), bool), manifest.scales).any()
+    for rule in MASK_RULES:
+        assert known_mask_of(np.zeros((9, 7), bool), manifest.scales, rule).all()
+    assert not known_mask_of(np.ones((9, 7), bool), manifest.scales, "strict").any()
+    assert known_mask_of(np.ones((9, 7), bool), manifest.scales).nonzero()[0].tolist() == [0]  # the 1×1
+
+
+@given(
+    st.lists(st.integers(1, 32), min_size=1, max_size=6).map(sorted),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([0.1, 0.5, 0.9]),
+    st.booleans(),
+)
+def test_kept_tokens_are_those_of_the_published_code(
+    manifest: Manifest, sides: list[int], seed: int, share: float, box: bool
+) -> None:
+    N, rng = sides[-1], np.random.default_rng(seed)
+    keep = rng.random((N, N)) < share
+    if box:
+        top, left, bottom, right = (int(edge) for edge in rng.integers(0, N + 1, 4))
+        keep[:] = False
+        keep[top:bottom, left:right] = True
+    scales = [replace(manifest.scales[0], side=side) for side in sides]
+    if "AVX" not in torch.backends.cpu.get_cpu_capability():
+        sides = [side for side in sides if N % side == 0]  # without fused multiply-add ties fall otherwise
+    kept = known_mask_of(~keep.repeat(3, 0).repeat(3, 1), scales)
+    mask = torch.from_numpy(keep.astype(np.float32))[None, None]
+    expected = [
+        np.ones(1, bool)
+        if side == 1
+        else (F.interpolate(mask, size=(side, side), mode="bilinear", align_corners=False) > 0.5).numpy().reshape(-1)
+        for side in sides
+    ]
+    assert kept.tolist() == np.concatenate(expected).tolist()
+
+
+def test_another_mask_rule_is_refused(manifest: Manifest) -> None:
+    with pytest.raises(RequestError, match="no mask rule 'loose'; choose published or strict"):
+        known_mask_of(np.zeros((9, 7), bool), manifest.scales, "loose")  # type: ignore[arg-type]
 
 
 def test_a_small_spot_leaves_the_coarse_tokens_alone(manifest: Manifest) -> None:

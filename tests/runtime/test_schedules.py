@@ -7,7 +7,6 @@ must draw what they draw, at the guidance and on the features that the schedule 
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from car_runtime import RequestError, RunError, open_plan
 from car_runtime.backends.base import Buffer
@@ -30,12 +29,14 @@ from car_runtime.cli.main import main
 from car_runtime.conditioning import CACHED
 from car_runtime.config import GenerationConfig
 from car_runtime.format.manifest import Manifest, read_manifest
-from car_runtime.images import load_image
+from car_runtime.images import fitted, load_image
 from car_runtime.plan import Plan, default_plan
 from car_runtime.request import resolve
 from car_runtime.schedule import parse_scales
+from fixtures.counting_backend import Counting
 from fixtures.fake_device import DeviceFault, FakeDevice, FakeOnnxRuntime, FakeTensorRT, write_engines
 from fixtures.runtime_plan import LAYERS, SIDES, D, H, L, build_plan
+from fixtures.threads import run_in_threads
 from fixtures.toy_plan import toy
 
 K = len(SIDES)
@@ -58,7 +59,7 @@ SCHEDULES: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A plan with engines for one and two pictures."""
+    """A plan with engines for one and two images."""
     root = build_plan(tmp_path_factory.mktemp("schedules") / "tiny.plan")
     write_engines(root)
     return root
@@ -77,7 +78,7 @@ def manifest(root: Path) -> Manifest:
 
 @pytest.fixture(scope="module")
 def transformer() -> Iterator[Plan]:
-    """A real transformer of made-up weights, three scales."""
+    """A real transformer with random weights, three scales."""
     with open_plan(toy().plan, "ort-cpu", threads=1) as opened:
         yield opened
 
@@ -135,10 +136,10 @@ def test_every_scale_is_given_the_guidance_asked_for(plan: Plan, monkeypatch: py
         run(graph, inputs, outputs)
 
     monkeypatch.setattr(plan._backend, "run", watching)
-    plan.generate(CONTROL, cfg=3)
-    plan.generate(CONTROL, cfg=3, cfg_scales=1)
-    plan.generate(CONTROL, cfg=2, cfg_scales="1-")
-    plan.generate(CONTROL, cfg=2)
+    plan.generate(CONTROL, 0, cfg=3)
+    plan.generate(CONTROL, 0, cfg=3, cfg_scales=1)
+    plan.generate(CONTROL, 0, cfg=2, cfg_scales="1-")
+    plan.generate(CONTROL, 0, cfg=2)
     assert given == [3, 3, 3, 0, 3, 0, 0, 2, 2, 2, 2, 2]
 
 
@@ -183,7 +184,7 @@ def test_each_scale_is_drawn_as_with_its_own_guidance_throughout(
 def test_guidance_rows_go_after_the_last_guided_scale(
     plan: Plan, rows: list[int], settings: dict[str, Any], wanted: list[int]
 ) -> None:
-    plan.generate(CONTROL, n=2, **settings)
+    plan.generate(CONTROL, 0, n=2, **settings)
     assert rows == wanted
 
 
@@ -220,27 +221,13 @@ def test_the_past_of_the_first_rows_is_copied_once(plan: Plan, monkeypatch: pyte
         copy(source, target)
 
     monkeypatch.setattr(plan._backend, "copy_rows", counting)
-    plan.generate(CONTROL, n=2, cfg_scales="-0")
+    plan.generate(CONTROL, 0, n=2, cfg_scales="-0")
     assert copied == 2 * LAYERS * [((STARTS[1], 4, H, D), (STARTS[1], 2, H, D))]
-    plan.generate(CONTROL, n=2)
+    plan.generate(CONTROL, 0, n=2)
     assert len(copied) == 2 * LAYERS
 
 
-class Counting:
-    """A backend that keeps what it is asked to allocate, and does what the real one does."""
-
-    def __init__(self, backend: OrtCpu) -> None:
-        self._backend, self.allocated = backend, 0
-
-    def allocate(self, shape: tuple[int, ...], dtype: str) -> Any:
-        self.allocated += 1
-        return self._backend.allocate(shape, dtype)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-
-def test_a_second_picture_on_a_schedule_allocates_nothing(root: Path, manifest: Manifest) -> None:
+def test_a_second_image_on_a_schedule_allocates_nothing(root: Path, manifest: Manifest) -> None:
     backend = Counting(OrtCpu(root, manifest, 1))
     with Plan(root, manifest, backend, "a test") as plan:
         plan.generate(CONTROL, 0, seed=0)
@@ -265,7 +252,7 @@ def test_a_schedule_leaves_nothing_behind(plan: Plan) -> None:
         assert (found.images == expected.images).all()
 
 
-def test_a_picture_on_a_schedule_does_not_depend_on_its_batch(plan: Plan) -> None:
+def test_an_image_on_a_schedule_does_not_depend_on_its_batch(plan: Plan) -> None:
     for settings in SCHEDULES:
         together = plan.generate(CONTROL, 1, seed=20, n=6, **settings)
         for i in (0, 3, 5):
@@ -282,11 +269,7 @@ def test_threads_with_schedules_of_their_own_get_what_they_would_get_alone(plan:
         for _ in range(3):
             together[i] = plan.generate(CONTROL, 0, n=3, **SCHEDULES[i]).images
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(SCHEDULES))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(work, len(SCHEDULES))
     for expected, found in zip(alone, together, strict=True):
         assert (expected == found).all()
 
@@ -324,7 +307,8 @@ def test_the_control_comes_in_as_features_made_by_hand(
 ) -> None:
     plan: Plan = request.getfixturevalue(which)
     found = plan.generate(CONTROL, 0, seed=3, n=2, **settings)
-    by_hand = np.array(plan._conditioning.compute_features(load_image(CONTROL)))
+    square = fitted(load_image(CONTROL), plan.manifest.model.image_size, "crop", (0, 0, 0))
+    by_hand = np.array(plan._conditioning.compute_features(square))
     for scale, factor in zip(plan.manifest.scales, factors, strict=True):
         by_hand[scale.start : scale.stop] *= np.float32(factor)
     plan.forget()
@@ -450,7 +434,7 @@ def test_a_plan_without_control_takes_no_schedule_of_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", SCHEDULES, ids=str)
-def test_the_request_says_how_to_make_the_picture_again(plan: Plan, settings: dict[str, Any]) -> None:
+def test_the_request_says_how_to_make_the_image_again(plan: Plan, settings: dict[str, Any]) -> None:
     first = plan.generate(CONTROL, 0, seed=1, **settings)
     said = first.request.schedule.settings()
     assert set(said) == set(settings)
@@ -475,7 +459,7 @@ def on_tensorrt(root: Path, flavour: str) -> tuple[Plan, FakeDevice]:
 
 
 @pytest.mark.parametrize("records", [True, False])
-def test_ort_cuda_makes_the_cpus_pictures_on_every_schedule(root: Path, plan: Plan, records: bool) -> None:
+def test_ort_cuda_makes_the_cpus_images_on_every_schedule(root: Path, plan: Plan, records: bool) -> None:
     gpu, device, _ = on_ort_cuda(root, records=records)
     for settings, n in product(SCHEDULES, (1, 3)):
         expected = plan.generate(CONTROL, 0, n=n, **settings)
@@ -511,7 +495,7 @@ def test_ort_cuda_copies_the_past_on_the_stream_and_replays_what_follows(root: P
 
 
 @pytest.mark.parametrize("flavour", ["rtx", "trt"])
-def test_engines_of_fixed_rows_make_the_cpus_pictures_and_replay_them(root: Path, plan: Plan, flavour: str) -> None:
+def test_engines_of_fixed_rows_make_the_cpus_images_and_replay_them(root: Path, plan: Plan, flavour: str) -> None:
     if flavour == "trt":
         write_engines(root, flavour="trt")
     gpu, device = on_tensorrt(root, flavour)
@@ -609,7 +593,9 @@ def test_a_gpu_copies_the_first_rows_of_each_entry() -> None:
 
 @pytest.fixture
 def here(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    Image.fromarray(CONTROL).save(tmp_path / "edges.png")
+    edges = Image.new("L", (40, 40))
+    ImageDraw.Draw(edges).rectangle((8, 12, 30, 28), outline=255, width=3)
+    edges.save(tmp_path / "edges.png")
     (tmp_path / "car.plan").symlink_to(root)
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
@@ -619,7 +605,7 @@ def here(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 GIVEN = ["-e", "../car.plan", "--backend", "ort-cpu", "--threads", "1", "--control", "../edges.png"]
 
 
-def test_the_flags_make_the_picture_and_are_reported(
+def test_the_flags_make_the_image_and_are_reported(
     here: Path, plan: Plan, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--cfg-scales", "-1", "--control-scales", "1-", "--control-strength", "0.5", "--stop-after", "1"]

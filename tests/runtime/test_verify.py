@@ -37,7 +37,7 @@ from fixtures.small_plans import small_plan
 
 RUNTIME = Path(__file__).parents[2] / "runtime"
 L = 30
-"""Tokens of a picture of the golden model `tiny`."""
+"""Tokens of an image of the golden model `tiny`."""
 QUICK: dict[str, Any] = {"backend": "ort-cpu", "threads": 1, "warmup": 1, "runs": 2}
 
 

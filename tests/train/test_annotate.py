@@ -1,4 +1,4 @@
-"""Controls made beforehand: what an annotator makes of a picture, with ONNX nets of every kind, and of a folder."""
+"""Controls made beforehand: what an annotator makes of an image, with ONNX nets of every kind, and of a folder."""
 
 import argparse
 import errno
@@ -17,6 +17,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image, ImageDraw
 
+from car_train.conventions import PRESETS
 from car_train.data import annotate as module
 from car_train.data.annotate import hed_work_size, make_annotator
 from car_train.data.annotator import (
@@ -30,9 +31,11 @@ from car_train.data.annotator import (
 from car_train.data.annotator_net import AnnotatorNet, normals_to_pixels
 from car_train.data.control_folder import annotate_folder, read_image
 from car_train.data.controls import CONTROL_TYPES, NEEDS_ALPHA, make_control, on_white
-from car_train.data.dataset import ControlledImages, DataError
+from car_train.data.dataset import ControlledImages
+from car_train.data.folder import DataError
 from car_train.data.pretrained import WeightsError
 from car_train.files import sha256
+from fixtures.random_images import drawing
 
 REAL_HED = Path("~/.cache/car/weights/hed.onnx").expanduser()
 PLAIN = NetSettings(range="0-1", multiple=1)
@@ -90,7 +93,7 @@ def linear(
     return save(path, nodes, {"image": (kind, dims)}, constants=constants)
 
 
-def picture(seed: int = 0, height: int = 24, width: int = 24, channels: int = 3) -> np.ndarray:
+def noise_image(seed: int = 0, height: int = 24, width: int = 24, channels: int = 3) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
 
 
@@ -114,7 +117,7 @@ def test_a_depth_net_of_any_layout_gives_its_map_stretched_to_the_full_range(
     net = linear(tmp_path / "net.onnx", kind=kind, nhwc=nhwc, out=out)
     settings = NetSettings(multiple=1) if kind == TensorProto.UINT8 else replace(PLAIN, range="0-255")
     annotate = make_annotator("depth", onnx=net, settings=settings, threads=1)
-    image = picture(1, 20, 28)
+    image = noise_image(1, 20, 28)
     control = annotate(image)
     assert_near(control, stretched(image @ LUMA))
     assert (control.min(), control.max()) == (0, 255)
@@ -125,12 +128,12 @@ def test_any_type_can_come_from_a_net_and_needs_no_alpha_then(tmp_path: Path, co
     weights = np.eye(3) if control_type == "normal" else LUMA[None]
     annotate = make_annotator(control_type, onnx=linear(tmp_path / "net.onnx", weights), settings=PLAIN)
     assert not annotate.needs_alpha
-    assert annotate(picture()).shape == (24, 24, 3)
+    assert annotate(noise_image()).shape == (24, 24, 3)
 
 
 def test_transparent_parts_are_white_to_a_net(tmp_path: Path) -> None:
     annotate = make_annotator("hed", onnx=linear(tmp_path / "net.onnx"), settings=PLAIN)
-    rgba = picture(2, channels=4)
+    rgba = noise_image(2, channels=4)
     np.testing.assert_array_equal(annotate(rgba), annotate(on_white(rgba)))
 
 
@@ -152,12 +155,12 @@ def test_what_goes_into_the_net_is_normalised_as_asked(
 ) -> None:
     net = linear(tmp_path / "net.onnx", np.eye(3)[[channel]])
     annotate = make_annotator("hed", onnx=net, settings=NetSettings(multiple=1, **settings))
-    image = picture(3)
+    image = noise_image(3)
     assert_near(annotate(image), np.clip(expected(image)[..., channel], 0, 1))
 
 
 @pytest.mark.parametrize("bgr", [False, True])
-def test_depth_and_normal_nets_get_imagenets_normalisation_unless_told_otherwise(bgr: bool) -> None:
+def test_depth_and_normal_nets_get_imagenets_normalisation_by_default(bgr: bool) -> None:
     x = np.array([10, 100, 200], np.float32)
     order = slice(None, None, -1 if bgr else 1)
     for control_type in ("depth", "normal"):
@@ -168,10 +171,10 @@ def test_depth_and_normal_nets_get_imagenets_normalisation_unless_told_otherwise
         np.testing.assert_allclose(x * factor + summand, x / 255, rtol=1e-6)
 
 
-def test_a_net_of_fixed_size_gets_that_size_and_the_map_comes_back_at_the_pictures(tmp_path: Path) -> None:
+def test_a_net_of_fixed_size_gets_that_size_and_the_map_comes_back_at_the_images(tmp_path: Path) -> None:
     net = linear(tmp_path / "net.onnx", dims=[1, 3, 16, 48])
     annotate = make_annotator("depth", onnx=net, settings=PLAIN)
-    image = np.asarray(Image.fromarray(picture(4, 4, 4)).resize((40, 32), Image.Resampling.BICUBIC))
+    image = np.asarray(Image.fromarray(noise_image(4, 4, 4)).resize((40, 32), Image.Resampling.BICUBIC))
     seen = np.asarray(Image.fromarray(image).resize((48, 16), Image.Resampling.BICUBIC)) @ LUMA
     back = Image.fromarray(seen.astype(np.float32)).resize((40, 32), Image.Resampling.HAMMING)
     assert_near(annotate(image), stretched(np.asarray(back)))
@@ -186,9 +189,9 @@ def test_sides_are_rounded_up_to_the_multiple_that_a_net_needs(tmp_path: Path) -
     constants = {"kernel": LUMA[None, :, None, None]}
     net = save(tmp_path / "net.onnx", nodes, {"image": (TensorProto.FLOAT, ["b", 3, "h", "w"])}, constants=constants)
     annotate = make_annotator("depth", onnx=net, settings=replace(PLAIN, multiple=8))
-    assert annotate(picture(5, 20, 30)).shape == (20, 30, 3)
+    assert annotate(noise_image(5, 20, 30)).shape == (20, 30, 3)
     with pytest.raises(AnnotatorError, match=r"'image' float32 \[1, 3, 20, 30\].*--multiple"):
-        make_annotator("depth", onnx=net, settings=PLAIN)(picture(5, 20, 30))
+        make_annotator("depth", onnx=net, settings=PLAIN)(noise_image(5, 20, 30))
 
 
 @pytest.mark.parametrize(
@@ -212,14 +215,14 @@ def test_a_map_of_half_the_size_is_enlarged(tmp_path: Path) -> None:
     nodes = [helper.make_node("Conv", ["image", "kernel"], ["map"], strides=[2, 2])]
     constants = {"kernel": np.broadcast_to(LUMA[None, :, None, None] / 4, (1, 3, 2, 2)).copy()}
     net = save(tmp_path / "net.onnx", nodes, {"image": (TensorProto.FLOAT, ["b", 3, "h", "w"])}, constants=constants)
-    image = np.repeat(np.repeat(picture(6, 8, 8), 4, axis=0), 4, axis=1)
+    image = np.repeat(np.repeat(noise_image(6, 8, 8), 4, axis=0), 4, axis=1)
     control = make_annotator("hed", onnx=net, settings=PLAIN)(image)
     # In the middle of a block of 4×4 pixels the map is what the block is.
     assert_near(control[1::4, 1::4], (image @ LUMA)[1::4, 1::4] / 255)
 
 
 def test_a_margin_keeps_a_nets_zero_padding_out_of_the_control(tmp_path: Path) -> None:
-    """A 5×5 mean over a grey picture is the grey itself; darker along the border, where it reaches zeros."""
+    """A 5×5 mean over a grey image is the grey itself; darker along the border, where it reaches zeros."""
     nodes = [helper.make_node("Conv", ["image", "kernel"], ["map"], pads=[2] * 4)]
     constants = {"kernel": np.full((1, 3, 5, 5), 1 / 75, np.float32)}
     net = save(tmp_path / "net.onnx", nodes, {"image": (TensorProto.FLOAT, ["b", 3, "h", "w"])}, constants=constants)
@@ -231,15 +234,15 @@ def test_a_margin_keeps_a_nets_zero_padding_out_of_the_control(tmp_path: Path) -
 
 def test_margins_lie_within_a_fixed_size(tmp_path: Path) -> None:
     net = linear(tmp_path / "net.onnx", dims=[1, 3, 32, 32])
-    image = picture(7, 24, 24)
+    image = noise_image(7, 24, 24)
     annotate = make_annotator("hed", onnx=net, settings=replace(PLAIN, margin=4))
     assert_near(annotate(image), image @ LUMA / 255)
     with pytest.raises(AnnotatorError, match="margin of 16"):
         make_annotator("hed", onnx=net, settings=replace(PLAIN, margin=16))(image)
 
 
-def test_several_pictures_at_once_give_what_they_give_alone(tmp_path: Path) -> None:
-    images = [picture(i, *size) for i, size in enumerate([(24, 24), (16, 24), (24, 24), (24, 24), (16, 24)])]
+def test_several_images_at_once_give_what_they_give_alone(tmp_path: Path) -> None:
+    images = [noise_image(i, *size) for i, size in enumerate([(24, 24), (16, 24), (24, 24), (24, 24), (16, 24)])]
     for name, dims in (("any", None), ("three", [3, 3, "h", "w"]), ("one", [1, 3, "h", "w"])):
         annotate = make_annotator("depth", onnx=linear(tmp_path / f"{name}.onnx", dims=dims), settings=PLAIN)
         for image, control in zip(images, annotate.batch(images), strict=True):
@@ -248,7 +251,7 @@ def test_several_pictures_at_once_give_what_they_give_alone(tmp_path: Path) -> N
 
 def test_invert_turns_far_and_near_round(tmp_path: Path) -> None:
     net = linear(tmp_path / "net.onnx")
-    image = picture(8)
+    image = noise_image(8)
     assert_near(
         make_annotator("depth", onnx=net, settings=replace(PLAIN, invert=True))(image), 1 - stretched(image @ LUMA)
     )
@@ -261,21 +264,21 @@ def test_depth_of_one_value_is_black(tmp_path: Path) -> None:
 
 def test_sigmoid_makes_edges_of_logits(tmp_path: Path) -> None:
     net = linear(tmp_path / "net.onnx", 8 * LUMA[None])
-    image = picture(9)
+    image = noise_image(9)
     annotate = make_annotator("hed", onnx=net, settings=NetSettings(range="-1-1", multiple=1, sigmoid=True))
     assert_near(annotate(image), 1 / (1 + np.exp(-8 * ((image / 127.5 - 1) @ LUMA))))
 
 
 def test_logits_without_sigmoid_are_cut_off_with_a_warning(tmp_path: Path) -> None:
     annotate = make_annotator("canny", onnx=linear(tmp_path / "net.onnx", 4 * LUMA[None]), settings=PLAIN)
-    image = picture(10)
+    image = noise_image(10)
     with pytest.warns(UserWarning, match="--sigmoid"):
         control = annotate(image)
     assert_near(control, np.minimum(4 * (image @ LUMA) / 255, 1))
 
 
 def test_three_equal_channels_of_edges_are_one(tmp_path: Path) -> None:
-    image = picture(11)
+    image = noise_image(11)
     annotate = make_annotator("sketch", onnx=linear(tmp_path / "net.onnx", np.eye(3)), settings=PLAIN)
     assert_near(annotate(image), image.mean(axis=2) / 255)
 
@@ -283,11 +286,12 @@ def test_three_equal_channels_of_edges_are_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("out", ["nchw", "nhwc"])
 @pytest.mark.parametrize("flip", ["", "y", "xz"])
 def test_normals_are_of_unit_length_and_turned_as_asked(tmp_path: Path, out: str, flip: str) -> None:
-    image = picture(12)
+    image = noise_image(12)
     annotate = make_annotator(
         "normal",
         onnx=linear(tmp_path / "net.onnx", 5 * np.eye(3), out=out),
         settings=NetSettings(range="-1-1", multiple=1, flip=flip),
+        convention=PRESETS["normal-directx"],
     )
     n = image / 127.5 - 1
     n = n / np.linalg.norm(n, axis=2, keepdims=True) * [-1 if axis in flip else 1 for axis in "xyz"]
@@ -302,19 +306,23 @@ def test_unsigned_normals_are_read_as_colours(tmp_path: Path, as_uint8: bool) ->
     net = save(tmp_path / "net.onnx", nodes, {"image": (kind, ["b", "h", "w", 3])})
     settings = NetSettings(multiple=1, **({} if as_uint8 else {"range": "0-1", "unsigned": True}))
     image = normals_to_pixels(np.random.default_rng(0).standard_normal((8, 8, 3)).astype(np.float32))
-    assert np.abs(make_annotator("normal", onnx=net, settings=settings)(image).astype(int) - image).max() <= 1
+    annotate = make_annotator("normal", onnx=net, settings=settings, convention=PRESETS["normal-directx"])
+    assert np.abs(annotate(image).astype(int) - image).max() <= 1
+    published = make_annotator("normal", onnx=net, settings=settings)(image)  # red to the left, green up
+    turned = [255, 255, 0] + image.astype(int) * [-1, -1, 1]
+    assert np.abs(published.astype(int) - turned).max() <= 1
 
 
 def test_a_normal_of_no_length_looks_at_the_viewer() -> None:
     assert normals_to_pixels(np.zeros((1, 1, 3), np.float32), "z").tolist() == [[[128, 128, 255]]]
 
 
-def test_values_that_are_not_finite_are_an_error_of_the_picture(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_an_error_of_the_image(tmp_path: Path) -> None:
     nodes = [helper.make_node("Log", ["image"], ["log"]), helper.make_node("Conv", ["log", "kernel"], ["map"])]
     constants = {"kernel": LUMA[None, :, None, None]}
     net = save(tmp_path / "net.onnx", nodes, {"image": (TensorProto.FLOAT, ["b", 3, "h", "w"])}, constants=constants)
     annotate = make_annotator("depth", onnx=net, settings=PLAIN)
-    image = np.maximum(picture(13), 1)
+    image = np.maximum(noise_image(13), 1)
     assert annotate(image).any()
     image[3, 4] = 0
     with pytest.raises(UnusableImageError, match="not finite"):
@@ -382,13 +390,13 @@ def test_a_map_of_the_wrong_form_is_refused(
 ) -> None:
     annotate = make_annotator(control_type, onnx=make(tmp_path / "net.onnx"), settings=PLAIN)
     with pytest.raises(AnnotatorError, match=message):
-        annotate(picture())
+        annotate(noise_image())
 
 
 def test_an_output_is_chosen_by_name(tmp_path: Path) -> None:
     net = two_outputs(tmp_path / "net.onnx")
     plus, minus = (
-        make_annotator("depth", onnx=net, settings=replace(PLAIN, output=name))(picture())
+        make_annotator("depth", onnx=net, settings=replace(PLAIN, output=name))(noise_image())
         for name in ("map", "minus")
     )
     assert np.abs(plus.astype(int) + minus - 255).max() <= 1
@@ -398,7 +406,7 @@ def test_an_output_is_chosen_by_name(tmp_path: Path) -> None:
 
 def test_the_layout_can_be_given_where_the_net_does_not_say_it(tmp_path: Path) -> None:
     net = linear(tmp_path / "net.onnx", dims=["b", "h", "w", "c"], nhwc=True)
-    image = picture(14)
+    image = noise_image(14)
     annotate = make_annotator("hed", onnx=net, settings=replace(PLAIN, layout="nhwc"))
     assert_near(annotate(image), image @ LUMA / 255)
 
@@ -471,17 +479,6 @@ def test_annotators_that_make_no_sense_are_refused(arguments: dict[str, Any], me
 # --- without a net of one's own -------------------------------------------------------------------------------------
 
 
-def drawing(seed: int = 0, side: int = 48) -> Image.Image:
-    """A lopsided shape on transparent ground."""
-    rng = np.random.default_rng(seed)
-    image = Image.new("RGBA", (side, side))
-    draw = ImageDraw.Draw(image)
-    colours = [(*(int(c) for c in rng.integers(0, 200, 3)), 255) for _ in range(2)]
-    draw.ellipse((4, 8, side - 6, side - 12), fill=colours[0])
-    draw.rectangle((side // 2, 12, side - 8, side // 2), fill=colours[1])
-    return image
-
-
 @pytest.mark.parametrize("control_type", CONTROL_TYPES)
 def test_without_a_net_controls_are_those_made_on_the_fly(control_type: str) -> None:
     image = np.asarray(drawing())
@@ -503,8 +500,8 @@ def test_depth_without_a_net_needs_transparency(channels: int) -> None:
         make_annotator("depth")(image)
 
 
-@pytest.mark.parametrize("image", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3), np.float32), picture(0, 0, 8)])
-def test_what_is_no_picture_is_refused(image: np.ndarray) -> None:
+@pytest.mark.parametrize("image", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3), np.float32), noise_image(0, 0, 8)])
+def test_what_is_no_image_is_refused(image: np.ndarray) -> None:
     with pytest.raises(AnnotatorError, match=r"uint8 \[H, W, 3 or 4\], not"):
         make_annotator("canny")(image)
 
@@ -512,7 +509,7 @@ def test_what_is_no_picture_is_refused(image: np.ndarray) -> None:
 def test_hed_is_the_fetched_network_at_twice_the_side_with_a_margin(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In its place a net with its input and output, whose map is the share of the picture's height."""
+    """In its place a net with its input and output, whose map is the share of the image's height."""
     nodes = [
         helper.make_node("Shape", ["image"], ["h"], start=1, end=2),
         helper.make_node("Cast", ["h"], ["height"], to=1),
@@ -525,12 +522,12 @@ def test_hed_is_the_fetched_network_at_twice_the_side_with_a_margin(
     constants = {"thousand": np.float32([1000]), "zero": np.float32([0])}
     net = save(tmp_path / "hed.onnx", nodes, {"image": (TensorProto.UINT8, ["b", "h", "w", 3])}, constants=constants)
     monkeypatch.setattr(module, "fetch", lambda name: {"hed": net}[name])
-    assert (make_annotator("hed")(picture(0, 64, 64)) == round(255 * (2 * 64 + 16) / 1000)).all()
+    assert (make_annotator("hed")(noise_image(0, 64, 64)) == round(255 * (2 * 64 + 16) / 1000)).all()
     fixed = make_annotator("hed", settings=NetSettings(work_size=100))
-    assert (fixed(picture(0, 64, 64)) == round(255 * (100 + 16) / 1000)).all()
+    assert (fixed(noise_image(0, 64, 64)) == round(255 * (100 + 16) / 1000)).all()
 
 
-def test_hed_looks_at_small_pictures_enlarged() -> None:
+def test_hed_looks_at_small_images_enlarged() -> None:
     assert [hed_work_size(side) for side in (32, 64, 128, 200, 256, 512)] == [64, 128, 256, 256, 256, 512]
 
 
@@ -568,13 +565,13 @@ def test_the_real_hed_draws_outline_and_inner_shape_and_no_frame() -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Three drawings in each of two classes, one in a sub-folder, and a photo as JPEG."""
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     for c, name in enumerate(["ant", "cat"]):
         (root / name / "more").mkdir(parents=True)
         for i in range(2):
             drawing(10 * c + i).save(root / name / f"thing.{i}.png")
         drawing(10 * c + 2).save(root / name / "more" / "thing.2.webp", lossless=True)
-    Image.fromarray(picture(0, 40, 60)).save(root / "cat" / "photo.jpg")
+    Image.fromarray(noise_image(0, 40, 60)).save(root / "cat" / "photo.jpg")
     (root / "dataset.json").write_text("{}")
     return root
 
@@ -635,23 +632,27 @@ def test_a_net_annotates_a_folder_in_batches(folder: Path, tmp_path: Path) -> No
         np.testing.assert_array_equal(shown[0], shown[2])
 
 
-def test_pictures_are_turned_as_their_exif_says(tmp_path: Path) -> None:
-    (tmp_path / "pictures" / "a").mkdir(parents=True)
-    image = Image.fromarray(picture(1, 20, 30))
+def test_images_are_turned_as_their_exif_says(tmp_path: Path) -> None:
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    image = Image.fromarray(noise_image(1, 20, 30))
     exif = image.getexif()
     exif[0x0112] = 6  # a quarter turn clockwise
-    image.save(tmp_path / "pictures" / "a" / "x.png", exif=exif)
+    image.save(tmp_path / "images" / "a" / "x.png", exif=exif)
     turned = image.transpose(Image.Transpose.ROTATE_270).resize((16, 16), Image.Resampling.LANCZOS)
-    np.testing.assert_array_equal(read_image(tmp_path / "pictures" / "a" / "x.png", 16)[..., :3], np.asarray(turned))
+    np.testing.assert_array_equal(
+        read_image(tmp_path / "images" / "a" / "x.png", 16, "stretch")[..., :3], np.asarray(turned)
+    )
 
 
-def test_by_default_controls_are_as_large_as_the_picture_up_to_256(tmp_path: Path) -> None:
-    (tmp_path / "pictures" / "a").mkdir(parents=True)
+def test_by_default_controls_are_as_large_as_the_image_up_to_256(tmp_path: Path) -> None:
+    (tmp_path / "images" / "a").mkdir(parents=True)
     for name, size in (("small", (20, 48)), ("large", (300, 280))):
-        Image.new("RGB", size).save(tmp_path / "pictures" / "a" / f"{name}.png")
-    annotate_folder(tmp_path / "pictures", tmp_path / "controls", make_annotator("canny"))
+        Image.new("RGB", size).save(tmp_path / "images" / "a" / f"{name}.png")
+    annotate_folder(tmp_path / "images", tmp_path / "controls", make_annotator("canny"))
     sizes = {n: Image.open(tmp_path / "controls" / "a" / f"{n}.png").size for n in ("small", "large")}
-    assert sizes == {"small": (48, 48), "large": (256, 256)}
+    assert sizes == {"small": (20, 20), "large": (256, 256)}  # the middle
+    annotate_folder(tmp_path / "images", tmp_path / "padded", make_annotator("canny"), fit="pad")
+    assert Image.open(tmp_path / "padded" / "a" / "small.png").size == (48, 48)
 
 
 def test_limit_takes_the_first_of_each_class(folder: Path, tmp_path: Path) -> None:
@@ -755,8 +756,8 @@ def test_overwrite_with_the_same_settings_makes_again_what_is_asked_for(folder: 
     assert tree(controls) == CONTROLS
 
 
-def test_pictures_that_cannot_be_used_are_skipped_and_listed(folder: Path, tmp_path: Path) -> None:
-    (folder / "ant" / "thing.0.png").write_bytes(b"no picture")
+def test_images_that_cannot_be_used_are_skipped_and_listed(folder: Path, tmp_path: Path) -> None:
+    (folder / "ant" / "thing.0.png").write_bytes(b"no image")
     whole = (folder / "ant" / "thing.1.png").read_bytes()
     (folder / "ant" / "thing.1.png").write_bytes(whole[: len(whole) // 2])
     controls = tmp_path / "controls"
@@ -779,11 +780,11 @@ def test_pictures_that_cannot_be_used_are_skipped_and_listed(folder: Path, tmp_p
     assert not (controls / "skipped.txt").exists()
 
 
-def test_nothing_but_unusable_pictures_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "pictures" / "a").mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "a" / "x.png")
+def test_nothing_but_unusable_images_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a" / "x.png")
     with pytest.raises(AnnotatorError, match=r"none of 1 images could be used \(a/x\.png: normal is made from"):
-        annotate_folder(tmp_path / "pictures", tmp_path / "controls", make_annotator("normal"))
+        annotate_folder(tmp_path / "images", tmp_path / "controls", make_annotator("normal"))
 
 
 def test_a_failing_net_stops_the_run_with_its_reason(folder: Path, tmp_path: Path) -> None:
@@ -794,7 +795,7 @@ def test_a_failing_net_stops_the_run_with_its_reason(folder: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("after", [0, 2])
-def test_a_full_disk_is_told_and_nothing_half_written_stays(
+def test_a_full_disk_is_reported_and_nothing_half_written_stays(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     replace_file, done = os.replace, []
@@ -813,15 +814,15 @@ def test_a_full_disk_is_told_and_nothing_half_written_stays(
     assert annotate_folder(folder, tmp_path / "controls", make_annotator("canny"), size=32).present == after
 
 
-def test_pictures_that_would_share_a_control_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_images_that_would_share_a_control_are_refused(folder: Path, tmp_path: Path) -> None:
     drawing(3).save(folder / "ant" / "thing.0.webp")
     with pytest.raises(AnnotatorError, match=r"thing\.0\.(png|webp) and .*would share one control; rename"):
         annotate_folder(folder, tmp_path / "controls", make_annotator("canny"))
     assert not (tmp_path / "controls").exists()
 
 
-@pytest.mark.parametrize("where", ["pictures", "pictures/controls", "pictures/ant/controls", ".", "link"])
-def test_controls_and_pictures_do_not_mix(folder: Path, tmp_path: Path, where: str) -> None:
+@pytest.mark.parametrize("where", ["images", "images/controls", "images/ant/controls", ".", "link"])
+def test_controls_and_images_do_not_mix(folder: Path, tmp_path: Path, where: str) -> None:
     (tmp_path / "link").symlink_to(folder, target_is_directory=True)
     before = tree(folder)
     with pytest.raises(AnnotatorError, match="lie within each other; give a folder of its own"):
@@ -850,10 +851,10 @@ def test_numbers_below_one_are_refused(folder: Path, tmp_path: Path, numbers: di
         annotate_folder(folder, tmp_path / "controls", make_annotator("canny"), **numbers)
 
 
-def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "pictures").mkdir()
+def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
     with pytest.raises(DataError, match="no class folders"):
-        annotate_folder(tmp_path / "pictures", tmp_path / "controls", make_annotator("canny"))
+        annotate_folder(tmp_path / "images", tmp_path / "controls", make_annotator("canny"))
     assert not (tmp_path / "controls").exists()
 
 
@@ -918,5 +919,6 @@ def test_an_annotator_is_described_by_what_made_it(tmp_path: Path) -> None:
     assert annotate.origin == {
         "annotator": "depth",
         "net": sha256(net),
+        "convention": "depth",
         "settings": {"range": "0-1", "multiple": 1, "invert": True},
     }

@@ -31,7 +31,7 @@ def make_run(folder: Path, stage: str = "var", steps: int = 20, about: bool = Tr
     config = json.loads(small_config(control=stage == "car").to_json())
     if stage == "vqvae":
         config["var"] = config["car"] = None
-    picture = 20
+    image = 20
     if about:
         given = {"data": "/somewhere/pets", "output": str(folder), "steps": 40, "batch": 16, "lr": 1e-4, **options}
         counts = {"pictures": {"train": 160, "val": 10}, "parameters": {"total": 5000, "trainable": 3000}}
@@ -48,7 +48,7 @@ def make_run(folder: Path, stage: str = "var", steps: int = 20, about: bool = Tr
                 record |= {f"val_{k}": 1.1 * v for k, v in record.items() if k in ("loss", "psnr", "accuracy")}
             log.write(json.dumps(record) + "\n")
     for step in (10, 20):
-        sheet = Image.new("RGB", (16 * picture, 2 * picture), (200, step, 0))
+        sheet = Image.new("RGB", (16 * image, 2 * image), (200, step, 0))
         sheet.save(folder / f"samples-{step:07d}.png")
     return folder
 
@@ -85,16 +85,16 @@ def test_the_summary_has_last_and_best_in_each_figures_own_direction(tmp_path: P
     with (run / "log.jsonl").open("a") as log:
         worse = {"val_loss": 3.0, "val_accuracy": 0.01, "val_loss_last": math.nan}
         log.write(json.dumps({"step": 30, "seconds": 20.0, "loss": 1.0, **worse}) + "\n")
-    told = json.loads(json.dumps(summary(run), allow_nan=False))
-    assert told["last"] == {"step": 30, "val_loss": 3.0, "val_accuracy": 0.01, "val_loss_last": None}
-    assert told["best"]["val_loss"] == {"value": pytest.approx(1.1 * 5 / 20), "step": 20}
-    assert told["best"]["val_accuracy"] == {"value": pytest.approx(1.1 * 0.2), "step": 20}
-    assert "val_loss_last" not in told["best"]
-    assert (told["step"], told["steps"], told["seconds"], told["batch"]) == (30, 40, 20.0, 16)
-    assert told["images_per_second"] == pytest.approx(32.0)  # 16 pictures in half a second
+    reported = json.loads(json.dumps(summary(run), allow_nan=False))
+    assert reported["last"] == {"step": 30, "val_loss": 3.0, "val_accuracy": 0.01, "val_loss_last": None}
+    assert reported["best"]["val_loss"] == {"value": pytest.approx(1.1 * 5 / 20), "step": 20}
+    assert reported["best"]["val_accuracy"] == {"value": pytest.approx(1.1 * 0.2), "step": 20}
+    assert "val_loss_last" not in reported["best"]
+    assert (reported["step"], reported["steps"], reported["seconds"], reported["batch"]) == (30, 40, 20.0, 16)
+    assert reported["images_per_second"] == pytest.approx(32.0)  # 16 images in half a second
 
 
-def test_an_older_run_without_run_json_is_told_by_its_checkpoint(tmp_path: Path) -> None:
+def test_an_older_run_without_run_json_is_described_by_its_checkpoint(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", "car", about=False)
     model = small_model()
     checkpoint.save(model, run / "step-0000020")
@@ -141,7 +141,7 @@ def test_a_caption_says_how_far_and_how_well(page: tuple[list[Run], Path]) -> No
     assert "best psnr 22 @ 20" in text
 
 
-def test_runs_are_called_by_as_much_of_their_path_as_tells_them_apart(page: tuple[list[Run], Path]) -> None:
+def test_runs_are_called_by_as_much_of_their_path_as_distinguishes_them(page: tuple[list[Run], Path]) -> None:
     assert run_labels(page[0][2:]) == ["1/car", "2/car"]
     assert run_labels(page[0][:2]) == ["vqvae", "a<b>&$x^$ 猫"]
 
@@ -166,8 +166,8 @@ def test_the_command_writes_a_report_or_prints_summaries(tmp_path: Path, capsys:
     assert main(["report", str(run), "-o", str(output)]) == 0
     assert capsys.readouterr().out.strip() == str(output)
     assert main(["report", str(run), str(run), "--json"]) == 0
-    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert told == [summary(run)] * 2
+    reported = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert reported == [summary(run)] * 2
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Picture folders: labels, splits, augmentation and controls."""
+"""Image folders: labels, splits, augmentation and controls."""
 
 import warnings
 from pathlib import Path
@@ -8,36 +8,28 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from car_runtime.controls import derive
 from car_train.data.controls import make_control
-from car_train.data.dataset import ControlledImages, DataError, random_box, select_classes, split_of
+from car_train.data.dataset import ControlledImages, random_box, random_window, select_classes
+from car_train.data.folder import DataError, split_of
+from car_train.data.images import fitted
+from fixtures.random_images import drawing
 
 NAMES = [f"thing-{i}" for i in range(12)]
-
-
-def drawing(seed: int, side: int = 48) -> Image.Image:
-    """A lopsided shape on transparent ground."""
-    rng = np.random.default_rng(seed)
-    image = Image.new("RGBA", (side, side))
-    draw = ImageDraw.Draw(image)
-    colours = [(*(int(c) for c in rng.integers(0, 200, 3)), 255) for _ in range(2)]
-    draw.ellipse((4, 8, side - 6, side - 12), fill=colours[0])
-    draw.rectangle((side // 2, 12, side - 8, side // 2), fill=colours[1])
-    return image
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Two classes of 12 drawings each, equally named."""
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     for c, name in enumerate(["cat", "ant"]):
         (root / name).mkdir(parents=True)
         for i, stem in enumerate(NAMES):
             drawing(100 * c + i).save(root / name / f"{stem}.png")
-    (root / "dataset.json").write_text("{}")  # files beside the class folders are no class
+    (root / "dataset.json").write_text("{}")  # files next to the class folders are no class
     return root
 
 
@@ -57,7 +49,7 @@ def as_uint8(image: torch.Tensor) -> np.ndarray:
 # --- what is given out ----------------------------------------------------------------------------------------------
 
 
-def test_items_are_pictures_in_minus_one_to_one_with_labels_by_sorted_folder(folder: Path) -> None:
+def test_items_are_images_in_minus_one_to_one_with_labels_by_sorted_folder(folder: Path) -> None:
     data = ControlledImages(folder, 32, split="all")
     assert data.class_names == ["ant", "cat"]
     assert len(data) == 24
@@ -70,7 +62,7 @@ def test_items_are_pictures_in_minus_one_to_one_with_labels_by_sorted_folder(fol
     assert [data[i]["label"] for i in range(24)] == [0] * 12 + [1] * 12
 
 
-def test_pictures_are_resized_premultiplied_and_shown_on_white(folder: Path) -> None:
+def test_images_are_resized_premultiplied_and_shown_on_white(folder: Path) -> None:
     data = ControlledImages(folder, 32, split="all")
     with Image.open(folder / "ant" / "thing-0.png") as image:
         small = image.resize((32, 32), Image.Resampling.LANCZOS)
@@ -79,7 +71,7 @@ def test_pictures_are_resized_premultiplied_and_shown_on_white(folder: Path) -> 
 
 
 @pytest.mark.parametrize("control_type", ["canny", "normal"])
-def test_controls_made_on_the_fly_are_those_of_the_picture_shown(folder: Path, control_type: str) -> None:
+def test_controls_made_on_the_fly_are_those_of_the_image_shown(folder: Path, control_type: str) -> None:
     data = ControlledImages(folder, 32, split="all", control_type=control_type)
     control = data[3]["control"]
     assert control.shape == (32, 32, 3)
@@ -91,12 +83,12 @@ def test_controls_made_on_the_fly_are_those_of_the_picture_shown(folder: Path, c
 
 @pytest.mark.parametrize("extension", ["png", "jpg", "webp"])
 def test_runtime_derives_the_control_that_training_saw(tmp_path: Path, extension: str) -> None:
-    """Photos of any shape: both stretch them to the model's side."""
+    """Photos of any shape, by their middle."""
     root = opaque(tmp_path / "photos", [(64, 64), (90, 64), (40, 120)], extension)
     data = ControlledImages(root, 32, split="all", control_type="canny")
     for i, (path, _) in enumerate(data.files):
         with Image.open(path) as photo:
-            np.testing.assert_array_equal(data[i]["control"].numpy(), derive(photo, "canny", 32))
+            np.testing.assert_array_equal(data[i]["control"].numpy(), derive(fitted(photo, 32), "canny", 32))
 
 
 def test_preloading_changes_nothing(folder: Path) -> None:
@@ -143,7 +135,7 @@ def test_split_never_moves() -> None:
 
 def test_about_one_in_twenty_is_held_out() -> None:
     """5 % of 10,000 names: 500, standard deviation 22; ±4 of them."""
-    held_out = sum(split_of(Path(f"picture-{i}.png")) == "val" for i in range(10_000))
+    held_out = sum(split_of(Path(f"image-{i}.png")) == "val" for i in range(10_000))
     assert abs(held_out - 500) < 88
 
 
@@ -151,28 +143,28 @@ def test_about_one_in_twenty_is_held_out() -> None:
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone(folder: Path) -> None:
-    def pictures(seed: int, epoch: int, order: list[int]) -> dict[int, torch.Tensor]:
+    def images(seed: int, epoch: int, order: list[int]) -> dict[int, torch.Tensor]:
         data = ControlledImages(folder, 32, split="all", augment=True, seed=seed)
         data.set_epoch(epoch)
         return {i: data[i]["image"] for i in order}
 
-    first, again = pictures(1, 4, list(range(24))), pictures(1, 4, list(range(23, -1, -1)))
+    first, again = images(1, 4, list(range(24))), images(1, 4, list(range(23, -1, -1)))
     assert all(torch.equal(first[i], again[i]) for i in range(24))
-    for other in (pictures(1, 5, [0, 1, 2]), pictures(2, 4, [0, 1, 2])):
+    for other in (images(1, 5, [0, 1, 2]), images(2, 4, [0, 1, 2])):
         assert not any(torch.equal(first[i], other[i]) for i in range(3))
 
 
 @pytest.mark.parametrize("control_type", ["canny", "sketch"])
-def test_control_and_picture_are_augmented_alike(folder: Path, control_type: str) -> None:
+def test_control_and_image_are_augmented_alike(folder: Path, control_type: str) -> None:
     data = ControlledImages(folder, 32, split="all", control_type=control_type, augment=True)
     for i in range(0, 24, 5):
         item = data[i]
         np.testing.assert_array_equal(item["control"].numpy(), make_control(as_uint8(item["image"]), control_type))
 
 
-@given(st.integers(0, 2**32), st.booleans())
-def test_drawings_stay_whole_and_photos_show_no_border(seed: int, alpha: bool) -> None:
-    (left, top, right, bottom), _ = random_box(np.random.default_rng(seed), alpha)
+@given(st.integers(0, 2**32))
+def test_drawings_stay_whole(seed: int) -> None:
+    (left, top, right, bottom), _ = random_box(np.random.default_rng(seed))
     side = right - left
     assert bottom - top == pytest.approx(side)
     slack = 1e-9
@@ -183,20 +175,58 @@ def test_drawings_stay_whole_and_photos_show_no_border(seed: int, alpha: bool) -
         else:
             assert low >= -slack
             assert high <= 1 + slack
-    assert side <= 1 + slack or alpha
 
 
-def test_half_of_the_pictures_are_mirrored() -> None:
+@given(st.integers(0, 2**32), st.integers(72, 300))
+def test_photos_show_no_border(seed: int, width: int) -> None:
+    (left, top), _ = random_window(np.random.default_rng(seed), (72, width), 64)
+    assert 0 <= left <= width - 64
+    assert 0 <= top <= 8
+
+
+def test_photos_are_cut_from_anywhere_at_the_published_size(tmp_path: Path) -> None:
+    """The shorter side is 1.125 times the model's, nothing is stretched, and both ends of the longer one are seen."""
+    (tmp_path / "photo").mkdir()
+    ramp = np.broadcast_to(np.linspace(0, 255, 400)[None, :, None], (200, 400, 3))
+    Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / "photo" / "x.png")
+    data = ControlledImages(tmp_path, 64, split="all", augment=True)
+    lefts = []
+    for epoch in range(60):
+        data.set_epoch(epoch)
+        row = np.sort(as_uint8(data[0]["image"])[32, :, 0].astype(int))
+        assert row[-1] - row[0] == pytest.approx(255 * 63 / 144, abs=2)  # 144 = 2 × 72 pixels span the ramp
+        lefts.append(row[0])
+    assert min(lefts) < 255 * 0.1
+    assert max(lefts) > 255 * (1 - 64 / 144) - 255 * 0.1
+
+
+def test_nothing_is_mirrored_where_that_is_not_wanted(tmp_path: Path) -> None:
+    (tmp_path / "photo").mkdir()
+    ramp = np.broadcast_to(np.linspace(0, 255, 80)[None, :, None], (80, 80, 3)).astype(np.uint8)
+    Image.fromarray(ramp).save(tmp_path / "photo" / "x.png")
+    Image.fromarray(np.dstack([ramp, np.full((80, 80), 200, np.uint8)])).save(tmp_path / "photo" / "y.png")
+    rising = {}
+    for flip in (True, False):
+        data = ControlledImages(tmp_path, 32, split="all", augment=True, flip=flip)
+        rising[flip] = set()
+        for epoch in range(12):
+            data.set_epoch(epoch)
+            rows = [as_uint8(data[i]["image"])[16, :, 0].astype(int) for i in range(2)]
+            rising[flip] |= {bool(row[20] > row[12]) for row in rows}
+    assert rising == {True: {True, False}, False: {True}}
+
+
+def test_half_of_the_images_are_mirrored() -> None:
     """Of 1000: 500, standard deviation 16; ±4 of them."""
-    mirrored = sum(random_box(np.random.default_rng(i), True)[1] for i in range(1000))
+    mirrored = sum(random_box(np.random.default_rng(i))[1] for i in range(1000))
     assert abs(mirrored - 500) < 64
 
 
 # --- mirrored control folders ---------------------------------------------------------------------------------------
 
 
-def test_control_files_follow_the_picture_through_augmentation(tmp_path: Path) -> None:
-    """The controls are the pictures themselves in another format: picture and control must come out the same."""
+def test_control_files_follow_the_image_through_augmentation(tmp_path: Path) -> None:
+    """The controls are the images themselves in another format: image and control must come out the same."""
     root = opaque(tmp_path / "photos", [(64, 64), (90, 64), (40, 120)])
     mirror = tmp_path / "controls" / "photo"
     mirror.mkdir(parents=True)
@@ -207,6 +237,28 @@ def test_control_files_follow_the_picture_through_augmentation(tmp_path: Path) -
         data = ControlledImages(root, 32, split="all", control_root=tmp_path / "controls", augment=augment)
         for i in range(3):
             np.testing.assert_array_equal(data[i]["control"].numpy(), as_uint8(data[i]["image"]))
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_a_square_control_of_a_photo_is_paired_with_the_square_that_it_was_made_of(
+    tmp_path: Path, augment: bool
+) -> None:
+    """Image and control differ in nothing: the "control" is the photo's middle itself."""
+    root = opaque(tmp_path / "photos", [(96, 64)])
+    (tmp_path / "controls" / "photo").mkdir(parents=True)
+    with Image.open(root / "photo" / "p0.png") as photo:
+        fitted(photo, 64).save(tmp_path / "controls" / "photo" / "p0.png")
+
+    def pairs() -> ControlledImages:
+        return ControlledImages(root, 32, split="all", control_root=tmp_path / "controls", augment=augment)
+
+    with pytest.warns(match="has 64×64 pixels, the image 96×64: another aspect"), pytest.raises(DataError):
+        pairs()
+    (tmp_path / "controls" / "controls.json").write_text('{"fit": "crop"}')
+    data = pairs()
+    for epoch in range(3):
+        data.set_epoch(epoch)
+        np.testing.assert_array_equal(data[0]["control"].numpy(), as_uint8(data[0]["image"]))
 
 
 def test_a_mirrored_normal_map_has_its_x_turned_round(tmp_path: Path) -> None:
@@ -231,7 +283,7 @@ def test_16_bit_depth_maps_keep_their_range(tmp_path: Path) -> None:
     assert data[0]["control"].unique().tolist() == [128]
 
 
-def test_pictures_that_have_no_control_for_a_stated_reason_are_left_out(folder: Path, tmp_path: Path) -> None:
+def test_images_that_have_no_control_for_a_stated_reason_are_left_out(folder: Path, tmp_path: Path) -> None:
     controls = tmp_path / "controls"
     for path in folder.rglob("*.png"):
         (controls / path.parent.name).mkdir(parents=True, exist_ok=True)
@@ -271,9 +323,9 @@ def test_missing_control_files_are_named(folder: Path, tmp_path: Path) -> None:
 # --- what is wrong with a folder ------------------------------------------------------------------------------------
 
 
-def test_unreadable_pictures_are_left_out_and_named(folder: Path) -> None:
+def test_unreadable_images_are_left_out_and_named(folder: Path) -> None:
     bad = [folder / "ant" / "thing-0.png", folder / "cat" / "thing-5.png"]
-    bad[0].write_bytes(b"this is no picture")
+    bad[0].write_bytes(b"this is no image")
     bad[1].write_bytes(bad[1].read_bytes()[:60])
     with pytest.warns(UserWarning, match=r"2 of 24 images left out:\n.*thing-0.png.*\n.*thing-5.png"):
         data = ControlledImages(folder, 16, split="all")
@@ -283,15 +335,15 @@ def test_unreadable_pictures_are_left_out_and_named(folder: Path) -> None:
         assert [data[i]["label"] for i in (0, 10, 11)] == [0, 0, 1]
 
 
-def test_without_preloading_the_next_picture_takes_an_unreadable_ones_place(folder: Path) -> None:
-    (folder / "ant" / "thing-0.png").write_bytes(b"this is no picture")
+def test_without_preloading_the_next_image_takes_an_unreadable_ones_place(folder: Path) -> None:
+    (folder / "ant" / "thing-0.png").write_bytes(b"this is no image")
     data = ControlledImages(folder, 16, split="all", preload=False)
     with pytest.warns(UserWarning, match=r"left out: .*thing-0.png"):
         item = data[0]
     assert torch.equal(item["image"], data[1]["image"])
 
 
-def test_opaque_pictures_are_left_out_where_the_control_needs_alpha(folder: Path, tmp_path: Path) -> None:
+def test_opaque_images_are_left_out_where_the_control_needs_alpha(folder: Path, tmp_path: Path) -> None:
     drawing(0).convert("RGB").save(folder / "ant" / "flat.png")
     with pytest.warns(UserWarning, match=r"1 of 25 images left out:\n.*flat.png: no alpha channel"):
         assert len(ControlledImages(folder, 16, split="all", control_type="depth")) == 24
@@ -306,7 +358,7 @@ def test_empty_class_folders_are_named(folder: Path) -> None:
         ControlledImages(folder, 16)
 
 
-def test_folders_that_are_no_picture_folders_are_refused(tmp_path: Path) -> None:
+def test_folders_that_are_no_image_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere is not a folder; give"):
         ControlledImages(tmp_path / "nowhere", 16)
     with pytest.raises(DataError, match="has no class folders; put the images"):
@@ -314,7 +366,8 @@ def test_folders_that_are_no_picture_folders_are_refused(tmp_path: Path) -> None
     (tmp_path / "one").mkdir()
     held_out = next(i for i in range(1000) if split_of(Path(f"{i}.png")) == "val")
     drawing(0).save(tmp_path / "one" / f"{held_out}.png")
-    with pytest.raises(DataError, match=r"none of 1 images is in split 'train'.*split='all'"):
+    advice = r"none of 1 images is in split 'train'; add some.* or --val \(eval: --split all\)"
+    with pytest.raises(DataError, match=advice):
         ControlledImages(tmp_path, 16)
 
 

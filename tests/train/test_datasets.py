@@ -1,4 +1,4 @@
-"""Fetching picture sets: the layout from tarballs on disk, and npm's part with a stand-in for npm."""
+"""Fetching image sets: the layout from tarballs on disk, and npm's part with a stand-in for npm."""
 
 import hashlib
 import io
@@ -20,7 +20,7 @@ from car_train.data.datasets import DatasetError, fetch, lay_out
 PUBLISHED = fashion_set.PACKAGES["fashion"]
 
 
-def picture(colour: tuple[int, int, int, int], side: int, kind: str) -> bytes:
+def image(colour: tuple[int, int, int, int], side: int, kind: str) -> bytes:
     stream = io.BytesIO()
     Image.new("RGBA", (side, side), colour).save(stream, kind, **({"lossless": True} if kind == "WEBP" else {}))
     return stream.getvalue()
@@ -57,16 +57,16 @@ def emoji(tmp_path: Path) -> dict[str, Path]:
     fluent = ["1f415", "2764", "23-fe0f-20e3", "0023-fe0f-20e3", "1f44d", "1f44d-1f3fb", "1f3fb", "1f4a9"]
     return {
         "fluent": tarball(
-            tmp_path / "fluent.tgz", {f"package/assets/{c}.webp": picture(red, 256, "WEBP") for c in fluent}
+            tmp_path / "fluent.tgz", {f"package/assets/{c}.webp": image(red, 256, "WEBP") for c in fluent}
         ),
         "noto": tarball(
             tmp_path / "noto.tgz",
-            {f"package/img/google/64/{c}.png": picture(red, 64, "PNG") for c in CODES}
+            {f"package/img/google/64/{c}.png": image(red, 64, "PNG") for c in CODES}
             | {"package/emoji_pretty.json": json.dumps(EMOJI).encode(), "../evil.png": b"", **common},
         ),
         "twemoji": tarball(
             tmp_path / "twemoji.tgz",
-            {f"package/img/twitter/64/{c}.png": picture(red, 64, "PNG") for c in CODES} | common,
+            {f"package/img/twitter/64/{c}.png": image(red, 64, "PNG") for c in CODES} | common,
         ),
     }
 
@@ -94,7 +94,7 @@ def test_emoji_are_laid_out_by_style_and_group(emoji: dict[str, Path], tmp_path:
     assert sides == {"fluent": (128, 128), "noto": (64, 64), "twemoji": (64, 64)}
 
 
-def test_licences_and_attribution_stand_beside_the_pictures(emoji: dict[str, Path], tmp_path: Path) -> None:
+def test_licences_and_attribution_are_next_to_the_images(emoji: dict[str, Path], tmp_path: Path) -> None:
     root = tmp_path / "emoji"
     lay_out("emoji", emoji, root)
     attribution = (root / "ATTRIBUTION.md").read_text()
@@ -128,7 +128,7 @@ def test_fashion_is_laid_out_without_damaged_rows(fashion: dict[str, Path], tmp_
         assert np.unique(np.asarray(image)).tolist() == [3]
 
 
-def test_limit_keeps_the_first_pictures_of_each_class(fashion: dict[str, Path], tmp_path: Path) -> None:
+def test_limit_keeps_the_first_images_of_each_class(fashion: dict[str, Path], tmp_path: Path) -> None:
     about = lay_out("fashion", fashion, tmp_path / "fashion", limit=2)
     assert about["images"] == 20
     assert sorted(p.name for p in (tmp_path / "fashion" / "coat").iterdir()) == ["00000.png", "00001.png"]
@@ -219,7 +219,7 @@ def test_unknown_sets_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_real_emoji_set(tmp_path: Path) -> None:
-    """Downloads 150 MB. Counts as published; on real pictures too, the runtime derives what training made."""
+    """Downloads 150 MB. Counts as published; on real images too, the runtime derives what training made."""
     root = fetch("emoji", tmp_path / "emoji")
     about = json.loads((root / "dataset.json").read_text())
     assert about["images"] == 5664

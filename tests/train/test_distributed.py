@@ -25,8 +25,8 @@ TOKENIZER = "--patch-nums 1,2,4 --vocab 32 --latent-channels 8 --channels 24 --m
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(1)
     for name in ("a", "b"):
         (root / name).mkdir()
@@ -62,8 +62,8 @@ def same(one: Path, two: Path) -> None:
         torch.testing.assert_close(found[name], p, rtol=0, atol=2e-4, msg=name)
 
 
-def test_two_processes_take_the_steps_of_one(pictures: Path, tmp_path: Path) -> None:
-    data = ["--data", str(pictures), *COMMON]
+def test_two_processes_take_the_steps_of_one(images: Path, tmp_path: Path) -> None:
+    data = ["--data", str(images), *COMMON]
     flags = ["vqvae", *data, *TOKENIZER, *"--steps 6 --lr 1e-4 --ema 0.9".split()]
     for processes in (1, 2):
         run(processes, *flags, "-o", str(tmp_path / f"vqvae{processes}"))
@@ -82,16 +82,16 @@ def test_two_processes_take_the_steps_of_one(pictures: Path, tmp_path: Path) -> 
     assert len(state["rng"]) == 2
 
 
-def test_a_critic_trains_on_two_processes(pictures: Path, tmp_path: Path) -> None:
-    flags = ["vqvae", "--data", str(pictures), *COMMON, *TOKENIZER, "--steps", "4", "--grad-accum", "2"]
+def test_a_critic_trains_on_two_processes(images: Path, tmp_path: Path) -> None:
+    flags = ["vqvae", "--data", str(images), *COMMON, *TOKENIZER, "--steps", "4", "--grad-accum", "2"]
     run(2, *flags, *"--adversarial 0.5 --critic-width 8".split(), "-o", str(tmp_path / "run"))
     assert all(np.isfinite(r["discriminator"]) for r in log(tmp_path / "run"))
 
 
 def test_a_batch_that_cannot_be_shared_out_is_an_error(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(World, "join", lambda device: (World(rank=0, size=2), device))
-    flags = ["vqvae", "--data", str(pictures), *COMMON, *TOKENIZER, "--steps", "4", "--batch", "7"]
+    flags = ["vqvae", "--data", str(images), *COMMON, *TOKENIZER, "--steps", "4", "--batch", "7"]
     assert main([*flags, "-o", str(tmp_path / "run")]) == 2
     assert "a multiple of 2" in capsys.readouterr().err

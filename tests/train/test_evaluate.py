@@ -1,4 +1,4 @@
-"""`eval` on a tiny random model and drawn pictures: every number is found again by another way."""
+"""`eval` on a tiny random model and drawn images: every number is found again by another way."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw
 
 from car_train import checkpoint
 from car_train.data.controls import make_control
-from car_train.data.dataset import ControlledImages, DataError
+from car_train.data.dataset import ControlledImages
+from car_train.data.folder import DataError
 from car_train.data.pretrained import DEFAULT_ROOT as WEIGHTS_ROOT
 from car_train.evaluation import evaluate
 from car_train.evaluation.controls import control_maker, silhouette
@@ -35,7 +36,7 @@ from car_train.model.sample import control_pyramid, sample
 from car_train.model.vqvae import join_tokens
 from fixtures.small import small_model
 
-PICTURES = 34  # in 5 classes
+IMAGES = 34  # in 5 classes
 CONTROLS = ("canny", "hed", "depth", "normal", "sketch")
 
 
@@ -45,8 +46,8 @@ class Thumbnail:
     def __init__(self) -> None:
         self.about = {"network": "thumbnail", "input": "as it is"}
 
-    def __call__(self, pictures_BHW3: np.ndarray) -> np.ndarray:
-        small = [np.asarray(Image.fromarray(p).resize((4, 4), Image.Resampling.BOX)) for p in pictures_BHW3]
+    def __call__(self, images_BHW3: np.ndarray) -> np.ndarray:
+        small = [np.asarray(Image.fromarray(p).resize((4, 4), Image.Resampling.BOX)) for p in images_BHW3]
         return np.stack(small).reshape(len(small), -1).astype(np.float32) / 255
 
 
@@ -60,9 +61,9 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Discs and bars of random colours on transparent ground: 4, 6, 7, 8 and 9 of the five classes."""
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("images")
     draw = np.random.default_rng(0)
     for k, name in enumerate(("ant", "bee", "cat", "dog", "eel")):
         (root / name).mkdir()
@@ -101,7 +102,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
 
 def options(checkpoint: Path, data: Path, **changes: Any) -> EvalOptions:
-    return EvalOptions(**{"checkpoint": checkpoint, "data": data, "split": "all", "top_k": 0, "top_p": 0, **changes})
+    return EvalOptions(
+        **{"checkpoint": checkpoint, "data": data, "split": "all", "cfg": 2.5, "top_k": 0, "top_p": 0, **changes}
+    )
 
 
 def numbers(report: Any) -> Any:
@@ -129,14 +132,14 @@ def close(a: Any, b: Any, rel: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def report(checkpoints: Callable[[str], Path], pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def report(checkpoints: Callable[[str], Path], image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     sheet = tmp_path_factory.mktemp("sheet") / "s.png"
-    found = evaluate.evaluate(options(checkpoints("canny"), pictures), features=Thumbnail(), sheet=sheet)
+    found = evaluate.evaluate(options(checkpoints("canny"), image_folder), features=Thumbnail(), sheet=sheet)
     return {**found, "sheet": sheet}
 
 
-def test_a_branch_is_measured_beside_its_yardsticks(report: Any) -> None:
-    assert report["data"]["pictures"] == PICTURES
+def test_a_branch_is_measured_alongside_its_yardsticks(report: Any) -> None:
+    assert report["data"]["pictures"] == IMAGES
     assert set(report["teacher_forced"]) == {"model", "base"}
     control = report["control"]
     assert control["type"] == "canny"
@@ -148,11 +151,11 @@ def test_a_branch_is_measured_beside_its_yardsticks(report: Any) -> None:
     assert {"generated", "base", "reconstruction", "floor"} < set(report["distribution"])
 
 
-def test_each_number_of_the_drawn_pictures_is_that_of_drawing_one_by_one(
-    report: Any, checkpoints: Callable[[str], Path], pictures: Path
+def test_each_number_of_the_drawn_images_is_that_of_drawing_one_by_one(
+    report: Any, checkpoints: Callable[[str], Path], image_folder: Path
 ) -> None:
-    model, wanted = checkpoint.load(checkpoints("canny")), options(checkpoints("canny"), pictures)
-    config, data = model.config.vqvae, ControlledImages(pictures, 20, split="all", control_type="canny")
+    model, wanted = checkpoint.load(checkpoints("canny")), options(checkpoints("canny"), image_folder)
+    config, data = model.config.vqvae, ControlledImages(image_folder, 20, split="all", control_type="canny")
     order = choose(data, wanted)
     errors: dict[str, list[float]] = {"generated": [], "base": [], "shuffled": []}
     before = data[order[-1]]["control"].numpy()
@@ -179,9 +182,9 @@ def test_each_number_of_the_drawn_pictures_is_that_of_drawing_one_by_one(
 
 
 def test_loss_and_accuracy_are_those_of_the_true_tokens(
-    report: Any, checkpoints: Callable[[str], Path], pictures: Path
+    report: Any, checkpoints: Callable[[str], Path], image_folder: Path
 ) -> None:
-    model, data = checkpoint.load(checkpoints("canny")), ControlledImages(pictures, 20, split="all")
+    model, data = checkpoint.load(checkpoints("canny")), ControlledImages(image_folder, 20, split="all")
     assert model.car is not None
     images = torch.stack([data[i]["image"] for i in range(len(data))])
     labels = torch.tensor([data[i]["label"] for i in range(len(data))])
@@ -199,10 +202,10 @@ def test_loss_and_accuracy_are_those_of_the_true_tokens(
     assert report["classes"]["dog"]["base_loss"] == pytest.approx(dogs, rel=1e-5)
 
 
-def test_reconstruction_is_measured_picture_by_picture(
-    report: Any, checkpoints: Callable[[str], Path], pictures: Path
+def test_reconstruction_is_measured_image_by_image(
+    report: Any, checkpoints: Callable[[str], Path], image_folder: Path
 ) -> None:
-    model, data = checkpoint.load(checkpoints("canny")), ControlledImages(pictures, 20, split="all")
+    model, data = checkpoint.load(checkpoints("canny")), ControlledImages(image_folder, 20, split="all")
     images = torch.stack([data[i]["image"] for i in range(len(data))])
     grids = model.vqvae.encode(images)
     error = model.vqvae.decode(grids).double() - images
@@ -220,15 +223,15 @@ def test_reconstruction_is_measured_picture_by_picture(
 
 
 def test_neither_the_batch_nor_a_second_run_changes_the_result(
-    report: Any, checkpoints: Callable[[str], Path], pictures: Path, tmp_path: Path
+    report: Any, checkpoints: Callable[[str], Path], image_folder: Path, tmp_path: Path
 ) -> None:
-    wanted = options(checkpoints("canny"), pictures, batch=5)
+    wanted = options(checkpoints("canny"), image_folder, batch=5)
     parts, again = (
         evaluate.evaluate(wanted, features=Thumbnail(), sheet=tmp_path / f"{name}.png") for name in ("a", "b")
     )
     assert numbers(parts) == numbers(again)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    # Sums in another order may move a value across a rounding border: at most one grey level, in the pictures too.
+    # Sums in another order may move a value across a rounding border: at most one grey level, in the images too.
     close(numbers({k: v for k, v in report.items() if k not in ("sheet", "control", "classes")}),
           numbers({k: v for k, v in parts.items() if k not in ("control", "classes")}), rel=1e-2)  # fmt: skip
     pixels = [np.asarray(Image.open(p), np.int16) for p in (report["sheet"], tmp_path / "a.png")]
@@ -256,8 +259,8 @@ def test_a_report_is_json_and_a_table(report: Any) -> None:
 
 
 @pytest.mark.parametrize("control", ["hed", "depth", "normal", "sketch"])
-def test_every_control_type_is_measured(control: str, checkpoints: Callable[[str], Path], pictures: Path) -> None:
-    found = evaluate.evaluate(options(checkpoints(control), pictures, limit=6))["control"]
+def test_every_control_type_is_measured(control: str, checkpoints: Callable[[str], Path], image_folder: Path) -> None:
+    found = evaluate.evaluate(options(checkpoints(control), image_folder, limit=6))["control"]
     measure = {"hed": "mae", "sketch": "mae", "depth": "rmse", "normal": "degrees"}[control]
     assert 0 <= found["truth"][measure] < found["reconstruction"][measure]
     assert found["truth"][measure] < found["shuffled"][measure]
@@ -270,27 +273,29 @@ def test_every_control_type_is_measured(control: str, checkpoints: Callable[[str
 
 
 def test_without_a_branch_or_a_transformer_there_is_less_to_say(
-    checkpoints: Callable[[str], Path], pictures: Path, tmp_path: Path
+    checkpoints: Callable[[str], Path], image_folder: Path, tmp_path: Path
 ) -> None:
-    var = evaluate.evaluate(options(checkpoints("var"), pictures, limit=8), sheet=tmp_path / "s.png")
+    var = evaluate.evaluate(options(checkpoints("var"), image_folder, limit=8), sheet=tmp_path / "s.png")
     assert set(var["teacher_forced"]) == {"model"}
     assert "control" not in var
     assert "distribution" not in var
-    tokenizer = evaluate.evaluate(options(checkpoints("vqvae"), pictures, limit=8), features=Thumbnail())
+    tokenizer = evaluate.evaluate(options(checkpoints("vqvae"), image_folder, limit=8), features=Thumbnail())
     assert "teacher_forced" not in tokenizer
     assert {k for k, v in tokenizer["distribution"].items() if isinstance(v, dict)} == {"floor", "reconstruction"}
     assert "transformer" in table(var)
     assert "PSNR" in table(tokenizer)
 
 
-def test_the_baseline_can_be_left_out(checkpoints: Callable[[str], Path], pictures: Path) -> None:
-    found = evaluate.evaluate(options(checkpoints("sketch"), pictures, limit=4, baseline=False), features=Thumbnail())
+def test_the_baseline_can_be_left_out(checkpoints: Callable[[str], Path], image_folder: Path) -> None:
+    found = evaluate.evaluate(
+        options(checkpoints("sketch"), image_folder, limit=4, baseline=False), features=Thumbnail()
+    )
     assert set(found["teacher_forced"]) == {"model"}
     assert not {"base", "generated_over_base"} & (set(found["control"]) | set(found["distribution"]))
 
 
-def test_one_picture_is_enough_for_what_needs_no_others(checkpoints: Callable[[str], Path], pictures: Path) -> None:
-    found = evaluate.evaluate(options(checkpoints("sketch"), pictures, limit=1), features=Thumbnail())
+def test_one_image_is_enough_for_what_needs_no_others(checkpoints: Callable[[str], Path], image_folder: Path) -> None:
+    found = evaluate.evaluate(options(checkpoints("sketch"), image_folder, limit=1), features=Thumbnail())
     assert "shuffled" not in found["control"]
     assert found["control"]["generated"]["mae"] > 0
     assert any("can't be halved" in note for note in found["notes"])
@@ -298,13 +303,13 @@ def test_one_picture_is_enough_for_what_needs_no_others(checkpoints: Callable[[s
 
 
 def test_controls_from_files_are_compared_too(
-    checkpoints: Callable[[str], Path], pictures: Path, tmp_path: Path
+    checkpoints: Callable[[str], Path], image_folder: Path, tmp_path: Path
 ) -> None:
-    for file in pictures.rglob("*.png"):
-        target = tmp_path / file.relative_to(pictures)
+    for file in image_folder.rglob("*.png"):
+        target = tmp_path / file.relative_to(image_folder)
         target.parent.mkdir(exist_ok=True)
         Image.new("RGB", (20, 20), "black").save(target)  # nothing but edges is asked for
-    found = evaluate.evaluate(options(checkpoints("canny"), pictures, control_root=tmp_path, limit=5))["control"]
+    found = evaluate.evaluate(options(checkpoints("canny"), image_folder, control_root=tmp_path, limit=5))["control"]
     assert found["truth"]["f1"] == 0
 
 
@@ -312,23 +317,23 @@ def test_controls_from_files_are_compared_too(
 
 
 def test_white_that_is_enclosed_belongs_to_the_object() -> None:
-    picture = np.full((12, 12, 3), 255, np.uint8)
-    picture[3:9, 3:9] = (250, 100, 255)
-    picture[5:7, 5:7] = 255  # an eye
-    picture[0, 0] = 245  # what a decoder leaves on white
+    image = np.full((12, 12, 3), 255, np.uint8)
+    image[3:9, 3:9] = (250, 100, 255)
+    image[5:7, 5:7] = 255  # an eye
+    image[0, 0] = 245  # what a decoder leaves on white
     expected = np.zeros((12, 12), bool)
     expected[3:9, 3:9] = True
-    np.testing.assert_array_equal(silhouette(picture), expected)
-    picture[5:7, :5] = 255  # the eye opens to the ground
+    np.testing.assert_array_equal(silhouette(image), expected)
+    image[5:7, :5] = 255  # the eye opens to the ground
     expected[5:7, :7] = False
-    np.testing.assert_array_equal(silhouette(picture), expected)
+    np.testing.assert_array_equal(silhouette(image), expected)
     assert not silhouette(np.full((5, 5, 3), 255, np.uint8)).any()
     assert silhouette(np.zeros((5, 5, 3), np.uint8)).all()
 
 
 @pytest.mark.parametrize("control", ["depth", "normal"])
-def test_geometry_of_a_drawn_picture_is_that_of_its_silhouette(control: str, pictures: Path) -> None:
-    make, _ = control_maker(control, options(Path(), pictures))
+def test_geometry_of_a_drawn_image_is_that_of_its_silhouette(control: str, image_folder: Path) -> None:
+    make, _ = control_maker(control, options(Path(), image_folder))
     image = Image.new("RGBA", (32, 32), (255, 255, 255, 0))
     ImageDraw.Draw(image).ellipse((4, 6, 25, 28), fill=(200, 40, 90, 255))
     rgba = np.asarray(image)
@@ -339,7 +344,7 @@ def test_geometry_of_a_drawn_picture_is_that_of_its_silhouette(control: str, pic
 # --- sets
 
 
-def test_pictures_like_the_real_ones_are_at_the_noise_floor_and_others_are_not() -> None:
+def test_images_like_the_real_ones_are_at_the_noise_floor_and_others_are_not() -> None:
     draw = np.random.default_rng(1)
     bank = {
         "truth": draw.standard_normal((300, 16)),
@@ -353,7 +358,7 @@ def test_pictures_like_the_real_ones_are_at_the_noise_floor_and_others_are_not()
         low, std = found["floor"][f"{name}_half"], found["floor"][f"{name}_half_std"]
         assert abs(found["generated"][f"{name}_half"] - low) < 4 * std
         assert found["base"][f"{name}_half"] - low > 4 * std
-    assert found["generated"]["fid"] < found["generated"]["fid_half"]  # more pictures, less bias
+    assert found["generated"]["fid"] < found["generated"]["fid_half"]  # more images, less bias
     assert found["generated"]["precision"] > found["base"]["precision"]
     again = compare_sets(bank, 0, [])
     assert found == again
@@ -369,7 +374,7 @@ def _permutations(n: int) -> list[np.ndarray]:
     return [draw.permutation(n) for _ in range(10)]
 
 
-def test_too_few_pictures_for_covariances_give_kid_alone_and_say_so() -> None:
+def test_too_few_images_for_covariances_give_kid_alone_and_say_so() -> None:
     draw = np.random.default_rng(2)
     notes: list[str] = []
     found = compare_sets({"truth": draw.random((20, 8)), "generated": draw.random((20, 8))}, 0, notes)
@@ -380,20 +385,20 @@ def test_too_few_pictures_for_covariances_give_kid_alone_and_say_so() -> None:
     assert "singular" in notes[1]
 
 
-# --- which pictures
+# --- which images
 
 
-def test_limits_take_random_pictures_of_the_classes_asked_for(
-    checkpoints: Callable[[str], Path], pictures: Path
+def test_limits_take_random_images_of_the_classes_asked_for(
+    checkpoints: Callable[[str], Path], image_folder: Path
 ) -> None:
-    wanted = options(checkpoints("var"), pictures, classes="bee,3-4", per_class=3)
+    wanted = options(checkpoints("var"), image_folder, classes="bee,3-4", per_class=3)
     data = open_images(checkpoint.load(checkpoints("var")), wanted)
     order = choose(data, wanted)
     assert sorted(data.files[i][1] for i in order) == [1] * 3 + [3] * 3 + [4] * 3
     assert order != sorted(order)
     assert choose(data, dataclasses.replace(wanted, limit=4)) == order[:4]
     assert set(choose(data, dataclasses.replace(wanted, seed=1))) != set(order)
-    assert sorted(choose(data, options(checkpoints("var"), pictures))) == list(range(PICTURES))
+    assert sorted(choose(data, options(checkpoints("var"), image_folder))) == list(range(IMAGES))
 
 
 # --- the command
@@ -406,9 +411,9 @@ def run(*argv: object) -> None:
 
 
 def test_the_command_writes_the_report_and_prints_a_table_or_json(
-    checkpoints: Callable[[str], Path], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoints: Callable[[str], Path], image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = [checkpoints("canny"), "--data", pictures, "--split", "all", "--features", "none", "--limit", 3]
+    base = [checkpoints("canny"), "--data", image_folder, "--split", "all", "--features", "none", "--limit", 3]
     run(*base, "-o", tmp_path / "r.json", "--sheet", tmp_path / "s.png", "--classes", "ant,2-3")
     assert "with canny" in capsys.readouterr().out
     written = json.loads((tmp_path / "r.json").read_text())
@@ -423,7 +428,7 @@ def test_the_command_writes_the_report_and_prints_a_table_or_json(
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["VAR", "--control-root", "PICTURES"], "no control branch; leave out --control-root"),
+        (["VAR", "--control-root", "IMAGES"], "no control branch; leave out --control-root"),
         (["VAR", "--annotator-onnx", "net.onnx"], "no control branch; leave out --annotator-onnx"),
         (["VAR", "--data", "OTHER"], "the model 5 .* give a folder of the model's classes"),
         (["VAR", "--classes", "fox"], "class 'fox' of 'fox' isn't there"),
@@ -438,16 +443,16 @@ def test_the_command_writes_the_report_and_prints_a_table_or_json(
     ],
 )
 def test_what_cannot_be_done_is_said_with_a_remedy(
-    argv: list[str], words: str, checkpoints: Callable[[str], Path], pictures: Path, tmp_path: Path
+    argv: list[str], words: str, checkpoints: Callable[[str], Path], image_folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "ant").mkdir()
     Image.new("RGB", (20, 20)).save(tmp_path / "ant" / "a.png")
-    names = {"VAR": checkpoints("var"), "PICTURES": pictures, "OTHER": tmp_path}
+    names = {"VAR": checkpoints("var"), "IMAGES": image_folder, "OTHER": tmp_path}
     with pytest.raises((EvaluationError, DataError), match=words):
-        run("--features", "none", "--split", "all", "--data", pictures, *(names.get(a, a) for a in argv))
+        run("--features", "none", "--split", "all", "--data", image_folder, *(names.get(a, a) for a in argv))
 
 
-def test_a_contact_sheet_keeps_large_pictures_readable() -> None:
+def test_a_contact_sheet_keeps_large_images_readable() -> None:
     rows = [[np.zeros((300, 300, 3), np.uint8)] * 2]
     assert contact_sheet(rows, ["a", "b"]).size == (2 * 257 + 4 + 4, 16 + 260 + 4)
 
@@ -461,7 +466,7 @@ fidelity = pytest.mark.skipif(importlib.util.find_spec("torch_fidelity") is None
 
 
 @efficientnet
-def test_features_see_what_a_picture_shows() -> None:
+def test_features_see_what_an_image_shows() -> None:
     weights = WEIGHTS_ROOT.expanduser() / "efficientnet.safetensors"
     if not weights.is_file():
         pytest.skip("weights are not cached: python -m car_train weights efficientnet")
@@ -511,22 +516,22 @@ def test_importing_torch_fidelity_leaves_no_stand_in_behind() -> None:
 
 
 class Tensors(torch.utils.data.Dataset[torch.Tensor]):
-    """Pictures as torch-fidelity takes them: uint8 [3, H, W]."""
+    """Images as torch-fidelity takes them: uint8 [3, H, W]."""
 
-    def __init__(self, pictures_BHW3: np.ndarray):
-        self.pictures = torch.from_numpy(pictures_BHW3).permute(0, 3, 1, 2).contiguous()
+    def __init__(self, images_BHW3: np.ndarray):
+        self.images = torch.from_numpy(images_BHW3).permute(0, 3, 1, 2).contiguous()
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return self.pictures[index]
+        return self.images[index]
 
 
 @fidelity
 @pytest.mark.slow
 def test_inception_scores_are_the_librarys_own(
-    checkpoints: Callable[[str], Path], pictures: Path, tmp_path: Path
+    checkpoints: Callable[[str], Path], image_folder: Path, tmp_path: Path
 ) -> None:
     library = import_torch_fidelity()
     from torch_fidelity import feature_extractor_inceptionv3 as module
@@ -558,7 +563,7 @@ def test_inception_scores_are_the_librarys_own(
     assert found["fid"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-3)
     assert found["inception_score"] == pytest.approx(expected["inception_score_mean"], rel=1e-5)
     assert (found["precision"], found["recall"]) == (expected["precision"], expected["recall"])
-    report = evaluate.evaluate(options(checkpoints("var"), pictures), inception=network)
-    assert report["inception"]["generated"]["fid"] is None  # 34 pictures
+    report = evaluate.evaluate(options(checkpoints("var"), image_folder), inception=network)
+    assert report["inception"]["generated"]["fid"] is None  # 34 images
     assert report["inception"]["generated"]["inception_score"] >= 1
     assert any("no FID of 34" in note for note in report["notes"])

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+import car_train
 from car_train.cli import parse_args
 from car_train.config import CARConfig, VARConfig, VQVAEConfig
 from car_train.flags import add_flags, given, option
@@ -83,7 +88,7 @@ def test_the_import_of_official_files_takes_sides_by_both_names() -> None:
     assert parse_args(command).sides is None
 
 
-def test_what_a_command_is_not_told_is_as_its_options_say() -> None:
+def test_what_a_command_is_not_given_is_as_its_options_say() -> None:
     paths = {"data": Path("x"), "output": Path("y")}
     common = ["--data", "x", "-o", "y"]
     vqvae, var, car = (
@@ -96,3 +101,43 @@ def test_what_a_command_is_not_told_is_as_its_options_say() -> None:
     assert TokenizerLossOptions(**given(vqvae, TokenizerLossOptions)) == TokenizerLossOptions()
     assert VARConfig(**given(var, VARConfig)) == TRANSFORMER
     assert given(car, CARConfig)["encoder_widths"] is None  # the base's tokenizer decides
+
+
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
+NOT_OURS = {"--nproc-per-node", "--hash", "--require-hashes"}
+"""Flags of torchrun and pip."""
+
+
+def parsers() -> list[argparse.ArgumentParser]:
+    """Those of all commands."""
+    found: list[argparse.ArgumentParser] = []
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", lambda self, *_: found.append(self)):
+        parse_args([])
+    (commands,) = (action for action in found[0]._actions if isinstance(action, argparse._SubParsersAction))
+    return list(commands.choices.values())
+
+
+def texts(path: Path) -> Iterator[str]:
+    """The strings in a module, whole sentences where they are put together."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_advice_names_flags_that_exist() -> None:
+    known = {flag for parser in parsers() for action in parser._actions for flag in action.option_strings}
+    root = Path(car_train.__file__).parent
+    sentences = {(path.name, t) for path in root.rglob("*.py") for t in texts(path) if " " in t}
+    named = {(name, flag) for name, t in sentences for flag in FLAG.findall(t)}
+    assert len(named) > 30
+    assert not {(name, flag) for name, flag in named if flag not in known | NOT_OURS}
+
+
+def test_advice_gives_flags_and_no_python() -> None:
+    """What ends a message is to be typed in a shell."""
+    root = Path(car_train.__file__).parent
+    python = re.compile(r"; [^;]*\b(give|use|add|set|with) [a-z]+_[a-z_]+\b(?!\.)|[a-z_]+=\'")
+    found = {(path.name, t) for path in root.rglob("*.py") for t in texts(path) if "\n" not in t and python.search(t)}
+    assert not found

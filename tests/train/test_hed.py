@@ -95,7 +95,7 @@ def reference(weights: dict[str, np.ndarray], rgb_BHWC: np.ndarray) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [(2, 48, 32), (1, 37, 51), (1, 17, 1)])
-def test_the_file_computes_the_network_for_pictures_of_any_size(
+def test_the_file_computes_the_network_for_images_of_any_size(
     weights: dict[str, np.ndarray], network: Path, shape: tuple[int, int, int]
 ) -> None:
     """1e-5: float32 against float64 through 13 convolutions, and the sigmoid is at most a quarter steep."""
@@ -205,5 +205,5 @@ def test_the_published_weights_find_the_border_of_a_disc() -> None:
     assert edges[np.abs(r - radius) < 1].min() > 0.5
     assert edges[np.abs(r - radius) < 1].mean() > 0.9
     assert edges[r < radius - 10].max() < 0.05
-    # Away from the picture's own border, which zero padding makes one.
+    # Away from the image's own border, which zero padding makes one.
     assert edges[(r > radius + 10) & (r < side / 2 - 8)].max() < 0.05

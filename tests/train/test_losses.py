@@ -12,31 +12,25 @@ from car_train.training.losses import (
     generator_loss,
     hinge_discriminator_loss,
 )
-
-
-def pictures(batch: int, height: int, width: int | None = None, seed: int = 0) -> Tensor:
-    """Smooth random pictures in [-1, 1]."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(batch, 3, 5, 5, generator=generator) * 2 - 1
-    return F.interpolate(coarse, (height, width or height), mode="bilinear")
+from fixtures.random_images import smooth_images
 
 
 @pytest.mark.parametrize(
     ("size", "layers", "side"), [(256, 3, 30), (64, 3, 6), (32, 3, 2), (31, 2, 5), (28, 2, 5), (16, 2, 2), (8, 1, 2)]
 )
-def test_small_pictures_get_fewer_layers(size: int, layers: int, side: int) -> None:
+def test_small_images_get_fewer_layers(size: int, layers: int, side: int) -> None:
     discriminator = PatchDiscriminator(size, width=4)
     assert discriminator.layers == layers
-    assert discriminator(pictures(2, size)).shape == (2, 1, side, side)
+    assert discriminator(smooth_images(2, size)).shape == (2, 1, side, side)
 
 
 @pytest.mark.parametrize(("layers", "field"), [(1, 16), (2, 34), (3, 70)])
 def test_a_verdict_sees_its_patch(layers: int, field: int) -> None:
     discriminator = PatchDiscriminator(128, width=4, layers=layers)
     for i, block in enumerate(discriminator.blocks):
-        if isinstance(block, nn.GroupNorm):  # its statistics are the whole picture's
+        if isinstance(block, nn.GroupNorm):  # its statistics are the whole image's
             discriminator.blocks[i] = nn.Identity()
-    image = pictures(1, 128).requires_grad_()
+    image = smooth_images(1, 128).requires_grad_()
     verdict = discriminator(image)
     middle = verdict.shape[-1] // 2
     verdict[0, 0, middle, middle].backward()
@@ -52,13 +46,13 @@ def test_sizes_that_vanish_are_refused() -> None:
         PatchDiscriminator(64, width=0)
     discriminator = PatchDiscriminator(64, width=4)
     with pytest.raises(ConfigError, match=r"\[23, 64\] pixels .* 3 layers; give at least 24"):
-        discriminator(pictures(1, 23, 64))
-    assert discriminator(pictures(1, 24)).shape == (1, 1, 1, 1)
+        discriminator(smooth_images(1, 23, 64))
+    assert discriminator(smooth_images(1, 24)).shape == (1, 1, 1, 1)
 
 
-def test_a_verdict_is_its_own_pictures() -> None:
+def test_a_verdict_is_its_own_images() -> None:
     discriminator = PatchDiscriminator(32, width=8)
-    x = pictures(4, 32)
+    x = smooth_images(4, 32)
     with torch.no_grad():
         together, alone = discriminator(x), torch.cat([discriminator(one[None]) for one in x])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
@@ -68,12 +62,12 @@ def test_a_verdict_is_its_own_pictures() -> None:
 def test_autocast_keeps_verdicts_in_float32() -> None:
     discriminator = PatchDiscriminator(64, width=8)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        found = discriminator(pictures(2, 64))
+        found = discriminator(smooth_images(2, 64))
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, discriminator(pictures(2, 64)).detach(), rtol=0.05, atol=0.02)
+    torch.testing.assert_close(found, discriminator(smooth_images(2, 64)).detach(), rtol=0.05, atol=0.02)
 
 
-def test_it_learns_to_tell_sharp_from_blurred() -> None:
+def test_it_learns_to_distinguish_sharp_from_blurred() -> None:
     torch.manual_seed(0)
     discriminator = PatchDiscriminator(32, width=8)
     optimizer = torch.optim.Adam(discriminator.parameters(), lr=2e-3, betas=(0.5, 0.9))

@@ -36,7 +36,7 @@ def exact_sample(mean: np.ndarray, covariance: np.ndarray, n: int) -> np.ndarray
     return white @ np.linalg.cholesky(covariance).T + mean
 
 
-# --- pictures
+# --- images
 
 
 def test_psnr_of_a_known_error() -> None:
@@ -45,9 +45,9 @@ def test_psnr_of_a_known_error() -> None:
     assert psnr(0.0) == math.inf
 
 
-def test_ssim_of_equal_pictures_is_one_and_of_flat_ones_has_a_closed_form() -> None:
-    picture = rng().random((16, 20, 3))
-    assert ssim(picture, picture) == pytest.approx(1, abs=1e-12)
+def test_ssim_of_equal_images_is_one_and_of_flat_ones_has_a_closed_form() -> None:
+    image = rng().random((16, 20, 3))
+    assert ssim(image, image) == pytest.approx(1, abs=1e-12)
     a, b = np.full((16, 16, 3), 0.2), np.full((16, 16, 3), 0.6)
     assert ssim(a, b) == pytest.approx((2 * 0.2 * 0.6 + 1e-4) / (0.2**2 + 0.6**2 + 1e-4), rel=1e-9)
 
@@ -69,7 +69,7 @@ def test_ssim_equals_its_definition_window_by_window(channels: int) -> None:
     assert ssim(a, b) == pytest.approx(np.mean(values), rel=1e-9)
 
 
-def test_ssim_of_a_picture_smaller_than_its_window_is_defined() -> None:
+def test_ssim_of_an_image_smaller_than_its_window_is_defined() -> None:
     a = rng(2).random((8, 8, 3))
     assert ssim(a, a) == pytest.approx(1)
     assert ssim(a, 1 - a) < 0.5
@@ -96,7 +96,7 @@ def test_frechet_distance_of_gaussians_with_a_common_basis_has_a_closed_form() -
 
 
 @pytest.mark.parametrize(("n", "m"), [(40, 60), (6, 60), (6, 7)])
-def test_frechet_distance_equals_the_formula_with_a_matrix_root_also_with_fewer_pictures_than_features(
+def test_frechet_distance_equals_the_formula_with_a_matrix_root_also_with_fewer_images_than_features(
     n: int, m: int
 ) -> None:
     x, y = rng(4).standard_normal((n, 12)), rng(5).standard_normal((m, 12)) @ rng(6).standard_normal((12, 12))
@@ -108,7 +108,7 @@ def test_frechet_distance_equals_the_formula_with_a_matrix_root_also_with_fewer_
     assert frechet_distance(x.astype(np.float32), y.astype(np.float32)) == pytest.approx(expected, rel=1e-4)
 
 
-def test_frechet_distance_of_a_set_from_itself_is_zero_and_one_picture_has_none() -> None:
+def test_frechet_distance_of_a_set_from_itself_is_zero_and_one_image_has_none() -> None:
     x = rng(7).standard_normal((30, 50))
     assert frechet_distance(x, x[::-1]) == pytest.approx(0, abs=1e-9)
     with pytest.raises(ValueError, match="at least 2"):

@@ -170,7 +170,7 @@ def test_a_folder_that_is_no_checkpoint_is_never_replaced(tmp_path: Path, tiny: 
     with pytest.raises(checkpoint.CheckpointError, match="is not a checkpoint"):
         checkpoint.save(model, tmp_path / "photos")
     assert (tmp_path / "photos" / "cat.jpg").read_bytes() == b"cat"
-    for _ in range(2):  # a checkpoint may be replaced by another, and leaves nothing beside it
+    for _ in range(2):  # a checkpoint may be replaced by another, and leaves nothing next to it
         checkpoint.save(model, tmp_path / "ck")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ck", "photos"]
 

@@ -23,6 +23,7 @@ from car_train.training.losses import (
     hinge_discriminator_loss,
 )
 from car_train.training.perceptual import VGG16, Perceptual, SqueezeNet
+from fixtures.random_images import smooth_images
 
 CACHED = (DEFAULT_ROOT / PACKAGES["squeezenet"].file).expanduser()
 needs_weights = pytest.mark.skipif(
@@ -39,13 +40,6 @@ def random_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
         else torch.randn(shape, generator=generator) * 0.1
         for name, shape in shapes.items()
     }
-
-
-def pictures(batch: int, height: int, width: int | None = None, seed: int = 0) -> Tensor:
-    """Smooth random pictures in [-1, 1]."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(batch, 3, 5, 5, generator=generator) * 2 - 1
-    return F.interpolate(coarse, (height, width or height), mode="bilinear")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +62,7 @@ def perceptual(request: pytest.FixtureRequest) -> Perceptual:
 
 
 def test_distance_is_one_minus_the_cosine_of_features(perceptual: Perceptual) -> None:
-    x, y = pictures(2, 33, 40), pictures(2, 33, 40, seed=1)
+    x, y = smooth_images(2, 33, 40), smooth_images(2, 33, 40, seed=1)
     with torch.no_grad():
         pairs = zip(perceptual.features(x), perceptual.features(y), strict=True)
         each = [2 - 2 * F.cosine_similarity(a.double(), b.double(), dim=1).mean((1, 2)) for a, b in pairs]
@@ -78,8 +72,8 @@ def test_distance_is_one_minus_the_cosine_of_features(perceptual: Perceptual) ->
     assert perceptual(x, y).item() == pytest.approx(found.mean().item(), rel=1e-6)
 
 
-def test_equal_pictures_are_at_zero_and_noise_moves_them_apart(perceptual: Perceptual) -> None:
-    x = pictures(2, 48)
+def test_equal_images_are_at_zero_and_noise_moves_them_apart(perceptual: Perceptual) -> None:
+    x = smooth_images(2, 48)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
     distances = [perceptual(x + scale * noise, x).item() for scale in (0, 0.02, 0.1, 0.5)]
     assert distances[0] == 0
@@ -96,7 +90,7 @@ def test_vgg_is_torchvisions_arithmetic() -> None:
         layers += [nn.Conv2d(inp, width, 3, padding=1), nn.ReLU()] if width else [nn.MaxPool2d(2, 2)]
     reference = nn.Sequential(*layers)
     reference.load_state_dict({k.removeprefix("features."): v for k, v in weights.items()})
-    x = pictures(1, 32)
+    x = smooth_images(1, 32)
     h = ((x + 1) / 2 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(
         3, 1, 1
     )
@@ -111,7 +105,7 @@ def test_vgg_is_torchvisions_arithmetic() -> None:
 
 
 def test_taps_lie_at_different_depths(squeezenet: Perceptual, vgg: Perceptual) -> None:
-    x = pictures(1, 64)
+    x = smooth_images(1, 64)
     with torch.no_grad():
         sizes = {name: [tuple(t.shape[1:]) for t in net.features(x)] for name, net in (("s", squeezenet), ("v", vgg))}
     assert sizes["s"] == [
@@ -129,9 +123,9 @@ def test_taps_lie_at_different_depths(squeezenet: Perceptual, vgg: Perceptual) -
 # --- perceptual: in training ----------------------------------------------------------------------------------------
 
 
-def test_gradients_reach_the_picture_alone_and_lead_to_the_truth(perceptual: Perceptual) -> None:
-    truth = pictures(1, 32).requires_grad_()
-    image = pictures(1, 32, seed=1).requires_grad_()
+def test_gradients_reach_the_image_alone_and_lead_to_the_truth(perceptual: Perceptual) -> None:
+    truth = smooth_images(1, 32).requires_grad_()
+    image = smooth_images(1, 32, seed=1).requires_grad_()
     first = perceptual(image, truth)
     optimizer = torch.optim.Adam([image], lr=0.05)
     for _ in range(15):
@@ -149,8 +143,8 @@ def test_gradients_stay_finite_where_features_die(squeezenet: Perceptual) -> Non
         k: -v.abs() if k.endswith("bias") else v * 1e-6 for k, v in random_weights(squeezenet_shapes()).items()
     }
     dead = Perceptual(weights)
-    image = pictures(1, 32).requires_grad_()
-    loss = dead(image, pictures(1, 32, seed=1))
+    image = smooth_images(1, 32).requires_grad_()
+    loss = dead(image, smooth_images(1, 32, seed=1))
     loss.backward()
     assert loss.item() == 0  # ReLU let nothing through
     assert image.grad is not None
@@ -166,8 +160,8 @@ def test_its_weights_are_in_no_checkpoint_and_no_optimizer(squeezenet: Perceptua
     holder.perceptual, holder.mine = squeezenet, nn.Linear(2, 2)
     assert set(holder.state_dict()) == {"mine.weight", "mine.bias"}
     assert len(list(holder.requires_grad_(True).parameters())) == 2
-    image = pictures(1, 32).requires_grad_()
-    squeezenet(image, pictures(1, 32, seed=1)).backward()
+    image = smooth_images(1, 32).requires_grad_()
+    squeezenet(image, smooth_images(1, 32, seed=1)).backward()
     assert all(b.grad is None and not b.requires_grad for b in squeezenet.buffers())
     # They move with the module all the same.
     moved = Perceptual(random_weights(squeezenet_shapes())).to(torch.device("meta"))
@@ -175,7 +169,7 @@ def test_its_weights_are_in_no_checkpoint_and_no_optimizer(squeezenet: Perceptua
 
 
 def test_channels_last_changes_no_value(perceptual: Perceptual) -> None:
-    x, y = pictures(2, 40), pictures(2, 40, seed=1)
+    x, y = smooth_images(2, 40), smooth_images(2, 40, seed=1)
     expected = perceptual.distance(x, y)
     last = Perceptual(
         random_weights(squeezenet_shapes() if isinstance(perceptual.features, SqueezeNet) else VGG16.shapes()),
@@ -187,7 +181,7 @@ def test_channels_last_changes_no_value(perceptual: Perceptual) -> None:
 
 
 def test_bfloat16_keeps_two_digits(perceptual: Perceptual) -> None:
-    x, y = pictures(4, 64).requires_grad_(), pictures(4, 64, seed=1)
+    x, y = smooth_images(4, 64).requires_grad_(), smooth_images(4, 64, seed=1)
     expected = perceptual.distance(x, y)
     with torch.autocast("cpu", torch.bfloat16):
         found = perceptual.distance(x, y)
@@ -199,20 +193,20 @@ def test_bfloat16_keeps_two_digits(perceptual: Perceptual) -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(17, 17), (28, 28), (32, 32), (64, 17), (256, 256)])
-def test_it_takes_pictures_of_many_sizes(squeezenet: Perceptual, height: int, width: int) -> None:
+def test_it_takes_images_of_many_sizes(squeezenet: Perceptual, height: int, width: int) -> None:
     with torch.no_grad():
-        assert 0 < squeezenet(pictures(1, height, width), pictures(1, height, width, seed=1)).item() < 2
+        assert 0 < squeezenet(smooth_images(1, height, width), smooth_images(1, height, width, seed=1)).item() < 2
 
 
 def test_the_smallest_size_is_named(squeezenet: Perceptual, vgg: Perceptual) -> None:
     with pytest.raises(ConfigError, match=r"\[64, 16\] pixels are too small .* give at least 17"):
-        squeezenet(pictures(1, 64, 16), pictures(1, 64, 16))
+        squeezenet(smooth_images(1, 64, 16), smooth_images(1, 64, 16))
     with pytest.raises(ConfigError, match=r"\[15, 15\] pixels are too small .* give at least 16"):
-        vgg(pictures(1, 15), pictures(1, 15))
+        vgg(smooth_images(1, 15), smooth_images(1, 15))
     with torch.no_grad():
-        assert vgg(pictures(1, 16), pictures(1, 16, seed=1)).isfinite()
+        assert vgg(smooth_images(1, 16), smooth_images(1, 16, seed=1)).isfinite()
     with pytest.raises(ConfigError, match="can't be compared"):
-        squeezenet(pictures(1, 32), pictures(2, 32))
+        squeezenet(smooth_images(1, 32), smooth_images(2, 32))
 
 
 # --- perceptual: weights --------------------------------------------------------------------------------------------
@@ -220,7 +214,7 @@ def test_the_smallest_size_is_named(squeezenet: Perceptual, vgg: Perceptual) -> 
 
 def test_weights_are_read_by_path(squeezenet: Perceptual, tmp_path: Path) -> None:
     save_file(random_weights(squeezenet_shapes()), tmp_path / "w.safetensors")
-    x, y = pictures(1, 32), pictures(1, 32, seed=1)
+    x, y = smooth_images(1, 32), smooth_images(1, 32, seed=1)
     assert Perceptual(tmp_path / "w.safetensors")(x, y) == squeezenet(x, y)
 
 
@@ -269,7 +263,7 @@ def test_the_published_squeezenet_knows_photographs() -> None:
 
 @needs_weights
 def test_the_published_squeezenet_dislikes_blur_more_than_a_shade() -> None:
-    """At the same squared error, softened edges look worse than a little more light: what L2 can't tell."""
+    """At the same squared error, softened edges look worse than a little more light: what L2 does not see."""
     side = 64
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     disc = ((rows - 32) ** 2 + (columns - 30) ** 2 < 400).float()
@@ -288,7 +282,7 @@ def test_all_terms_together_train_a_decoder(squeezenet: Perceptual) -> None:
     config = VQVAEConfig(sides=(1, 2, 4), vocab=16, latent_channels=4, channels=8, multipliers=(1, 1, 1, 2))
     vqvae = Model(ModelConfig(vqvae=config)).vqvae
     discriminator = PatchDiscriminator(32, width=4)
-    images = pictures(2, 32)
+    images = smooth_images(2, 32)
     recon, quantisation, _ = vqvae(images)
     nll = F.mse_loss(recon, images) + squeezenet(recon, images)
     discriminator.requires_grad_(False)

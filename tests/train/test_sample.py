@@ -53,7 +53,7 @@ def test_draw_equals_the_oracle(
     token, kept = oracle(logits.astype(np.float64), uniform, top_k, top_p)
     drawn = torch_draw(logits, uniform, top_k, top_p)
     if drawn != token:
-        # Only rounding may tell them apart: the uniform number or top_p lies on a border of the running sum.
+        # Only rounding may separate them: the uniform number or top_p lies on a border of the running sum.
         p = np.exp(logits.astype(np.float64) - logits.max())
         near_p = any(abs(c - top_p) < 1e-5 for c in np.cumsum(np.sort(np.where(kept, p, 0) / p[kept].sum())[::-1]))
         cdf = np.cumsum(np.where(kept, p, 0)) / p[kept].sum()

@@ -1,4 +1,4 @@
-"""The three stages on a small folder of drawn pictures: they learn, log, save, resume exactly, refuse clearly."""
+"""The three stages on a small folder of drawn images: they learn, log, save, resume exactly, refuse clearly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from car_train import checkpoint
 from car_train.cli import main
-from car_train.data.dataset import split_of
+from car_train.data.folder import split_of
 from car_train.training.ema import EMA
 from car_train.training.optimizer import learning_rate, parameter_groups
 from car_train.training.options import TrainOptions
@@ -49,9 +49,9 @@ QUICK = [
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Discs and bars of random colours on transparent ground: 2 classes, 40 pictures each."""
-    root = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Discs and bars of random colours on transparent ground: 2 classes, 40 images each."""
+    root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for name in ("bar", "disc"):
         (root / name).mkdir()
@@ -71,23 +71,23 @@ class StopTrainingError(Exception):
     """Stands for a machine that went down."""
 
 
-def train(stage: str, pictures: Path, output: Path, *flags: str) -> int:
-    caches = [] if stage == "vqvae" else ["--token-root", str(pictures.parent / "tokens"), "--views", "2"]
-    return main([stage, "--data", str(pictures), "-o", str(output), *QUICK, *caches, *flags])
+def train(stage: str, images: Path, output: Path, *flags: str) -> int:
+    caches = [] if stage == "vqvae" else ["--token-root", str(images.parent / "tokens"), "--views", "2"]
+    return main([stage, "--data", str(images), "-o", str(output), *QUICK, *caches, *flags])
 
 
 @pytest.fixture(scope="module")
-def runs(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All three stages, a few dozen steps each."""
     root = tmp_path_factory.mktemp("runs")
     small = ["--depth", "2", "--width", "32", "--heads", "2"]
-    assert train("vqvae", pictures, root / "vqvae", "--steps", "60", "--lr", "2e-3", *TOKENIZER) == 0
+    assert train("vqvae", images, root / "vqvae", "--steps", "60", "--lr", "2e-3", *TOKENIZER) == 0
     assert (
-        train("var", pictures, root / "var", "--steps", "40", "--lr", "2e-3", "--vqvae", str(root / "vqvae"), *small)
+        train("var", images, root / "var", "--steps", "40", "--lr", "2e-3", "--vqvae", str(root / "vqvae"), *small)
         == 0
     )
     flags = ["--base", str(root / "var"), "--control", "canny", "--encoder-widths", "8,8,16"]
-    assert train("car", pictures, root / "car", "--steps", "60", "--lr", "4e-3", *flags) == 0
+    assert train("car", images, root / "car", "--steps", "60", "--lr", "4e-3", *flags) == 0
     return root
 
 
@@ -118,7 +118,7 @@ def test_a_checkpoint_is_whole_and_a_branch_leaves_its_base_alone(runs: Path) ->
     assert not torch.equal(steered.car.branch.blocks[0].attn.qkv_weight, base.car.base.blocks[0].attn.qkv_weight)
 
 
-def interrupted(stage: str, pictures: Path, output: Path, at: int, *flags: str) -> None:
+def interrupted(stage: str, images: Path, output: Path, at: int, *flags: str) -> None:
     """A run that goes down at step `at`."""
     step = Trainer._train_step
 
@@ -130,7 +130,7 @@ def interrupted(stage: str, pictures: Path, output: Path, at: int, *flags: str) 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_train_step", stop)
         with pytest.raises(StopTrainingError):
-            train(stage, pictures, output, *flags)
+            train(stage, images, output, *flags)
     torch.rand(7)  # whatever else uses the random state in between
 
 
@@ -142,7 +142,7 @@ def same_weights(a: Path, b: Path) -> None:
 
 RESUMED = {
     "vqvae": ("vqvae", TOKENIZER),
-    # All that a run can have beside it: a moving average, a critic, parts of a batch, recomputed activations.
+    # All that a run can have besides: an EMA, a critic, microbatches, activation checkpointing.
     "vqvae with everything": (
         "vqvae",
         [
@@ -159,16 +159,16 @@ RESUMED = {
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(
-    runs: Path, pictures: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    runs: Path, images: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Three epochs of nine batches; the tokenizer's codes are revived between the stop and the end.
     monkeypatch.setattr("car_train.training.stages.REVIVE_EVERY", 6)
     stage, flags = RESUMED[name]
     flags = [flag.replace("RUNS", str(runs)) for flag in flags]
     flags = ["--steps", "20", "--save-every", "10", "--validate-every", "5", *flags]
-    assert train(stage, pictures, tmp_path / "whole", *flags) == 0
-    interrupted(stage, pictures, tmp_path / "parts", 13, *flags)
-    assert train(stage, pictures, tmp_path / "parts", *flags, "--resume") == 0
+    assert train(stage, images, tmp_path / "whole", *flags) == 0
+    interrupted(stage, images, tmp_path / "parts", 13, *flags)
+    assert train(stage, images, tmp_path / "parts", *flags, "--resume") == 0
     same_weights(tmp_path / "whole", tmp_path / "parts")
     last = [records(tmp_path / run)[-1] for run in ("whole", "parts")]
     assert {k: v for k, v in last[0].items() if k != "seconds"} == {
@@ -176,19 +176,19 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(
     }
 
 
-def test_resuming_with_other_options_is_told(runs: Path, pictures: Path, tmp_path: Path) -> None:
+def test_resuming_with_other_options_is_reported(runs: Path, images: Path, tmp_path: Path) -> None:
     flags = ["--steps", "4", "--save-every", "2", *TOKENIZER]
-    interrupted("vqvae", pictures, tmp_path / "run", 3, *flags)
+    interrupted("vqvae", images, tmp_path / "run", 3, *flags)
     with pytest.warns(UserWarning, match=r"lr 0.0006 → 0.0002"):
-        assert train("vqvae", pictures, tmp_path / "run", *flags, "--resume", "--lr", "2e-4") == 0
+        assert train("vqvae", images, tmp_path / "run", *flags, "--resume", "--lr", "2e-4") == 0
 
 
 @pytest.mark.parametrize("flags", [["--ema", "0.9"], ["--adversarial", "1", "--critic-width", "8"]])
-def test_a_resumed_run_cannot_gain_an_average_or_a_critic(
-    runs: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
+def test_a_resumed_run_cannot_gain_an_ema_or_a_critic(
+    runs: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
 ) -> None:
     run = shutil.copytree(runs / "vqvae", tmp_path / "run")
-    assert train("vqvae", pictures, run, "--steps", "70", "--resume", *TOKENIZER, *flags) == 2
+    assert train("vqvae", images, run, "--steps", "70", "--resume", *TOKENIZER, *flags) == 2
     assert "switched on or off" in capsys.readouterr().err
 
 
@@ -196,32 +196,32 @@ def losses(run: Path) -> list[float]:
     return [r["loss"] for r in records(run)]
 
 
-def test_parts_of_a_batch_take_the_same_steps(runs: Path, pictures: Path, tmp_path: Path) -> None:
+def test_parts_of_a_batch_take_the_same_steps(runs: Path, images: Path, tmp_path: Path) -> None:
     flags = ["--vqvae", str(runs / "vqvae"), *"--depth 2 --width 32 --heads 2 --drop-path 0 --steps 6".split()]
-    assert train("var", pictures, tmp_path / "whole", *flags) == 0
-    assert train("var", pictures, tmp_path / "parts", *flags, "--grad-accum", "4") == 0
+    assert train("var", images, tmp_path / "whole", *flags) == 0
+    assert train("var", images, tmp_path / "parts", *flags, "--grad-accum", "4") == 0
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
 
 
-def test_recomputed_activations_change_nothing(runs: Path, pictures: Path, tmp_path: Path) -> None:
+def test_recomputed_activations_change_nothing(runs: Path, images: Path, tmp_path: Path) -> None:
     flags = ["--base", str(runs / "var"), *"--control hed --encoder-widths 8,8,16 --steps 6".split()]
-    assert train("car", pictures, tmp_path / "kept", *flags) == 0
-    assert train("car", pictures, tmp_path / "recomputed", *flags, "--activation-checkpointing") == 0
+    assert train("car", images, tmp_path / "kept", *flags) == 0
+    assert train("car", images, tmp_path / "recomputed", *flags, "--activation-checkpointing") == 0
     assert losses(tmp_path / "recomputed") == pytest.approx(losses(tmp_path / "kept"), rel=1e-6)
 
 
-def test_a_token_cache_changes_no_step(runs: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_token_cache_changes_no_step(runs: Path, images: Path, tmp_path: Path) -> None:
     flags = ["--base", str(runs / "var"), *"--control canny --encoder-widths 8,8,16 --steps 6".split()]
-    assert train("car", pictures, tmp_path / "cached", *flags) == 0
-    assert train("car", pictures, tmp_path / "encoded", *flags, "--no-token-cache") == 0
+    assert train("car", images, tmp_path / "cached", *flags) == 0
+    assert train("car", images, tmp_path / "encoded", *flags, "--no-token-cache") == 0
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "encoded"), rel=1e-6)
 
 
 def test_a_run_starts_from_the_weights_of_another(
-    runs: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--base", str(runs / "var"), *"--encoder-widths 8,8,16 --steps 1 --lr 1e-12 --control sketch".split()]
-    assert train("car", pictures, tmp_path / "run", *flags, "--init", str(runs / "car")) == 0
+    assert train("car", images, tmp_path / "run", *flags, "--init", str(runs / "car")) == 0
     started, source = (checkpoint.load(path) for path in (tmp_path / "run", runs / "car"))
     assert started.config.car is not None
     assert started.config.car.control_type == "sketch"
@@ -231,18 +231,18 @@ def test_a_run_starts_from_the_weights_of_another(
     assert source.car.branch is not None
     for name, p in source.car.branch.named_parameters():
         torch.testing.assert_close(started.car.branch.get_parameter(name), p, atol=1e-6, rtol=0)
-    assert train("car", pictures, tmp_path / "x", *flags, "--init", str(runs / "var")) == 2
+    assert train("car", images, tmp_path / "x", *flags, "--init", str(runs / "var")) == 2
     assert "has no car part" in capsys.readouterr().err
     wide = ["--base", str(runs / "var"), "--encoder-widths", "8,8,32", "--steps", "1", "--init", str(runs / "car")]
-    assert train("car", pictures, tmp_path / "y", *wide) == 2
+    assert train("car", images, tmp_path / "y", *wide) == 2
     assert "other sizes" in capsys.readouterr().err
 
 
-def test_some_classes_train_and_the_others_are_left(runs: Path, pictures: Path, tmp_path: Path) -> None:
+def test_some_classes_train_and_the_others_are_left(runs: Path, images: Path, tmp_path: Path) -> None:
     flags = ["--base", str(runs / "var"), *"--encoder-widths 8,8,16 --steps 2 --classes disc".split()]
-    assert train("car", pictures, tmp_path / "run", *flags) == 0
+    assert train("car", images, tmp_path / "run", *flags) == 0
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert facts["pictures"]["train"] == sum(1 for p in (pictures / "disc").iterdir() if split_of(p) == "train")
+    assert facts["pictures"]["train"] == sum(1 for p in (images / "disc").iterdir() if split_of(p) == "train")
     assert checkpoint.load(tmp_path / "run").config.class_names == ("bar", "disc")
 
 
@@ -258,7 +258,7 @@ def test_codebook_usage_is_logged_for_every_scale(runs: Path) -> None:
     first = records(runs / "vqvae")[0]
     used = [first[f"codes_used_{k}"] for k in range(3)]
     assert all(0 < share <= first["codes_used"] for share in used)
-    assert used[0] <= 8 / 32  # one token a picture, eight pictures
+    assert used[0] <= 8 / 32  # one token an image, eight images
 
 
 @pytest.mark.parametrize(
@@ -272,44 +272,43 @@ def test_learning_rates_warm_up_and_fall(schedule: str, half: float, tmp_path: P
     assert rates[110] == pytest.approx(2.0 if schedule == "constant" else 0.02)
 
 
-def test_the_learning_rate_of_the_papers_grows_with_the_batch(pictures: Path, tmp_path: Path) -> None:
+def test_the_learning_rate_of_the_papers_grows_with_the_batch(images: Path, tmp_path: Path) -> None:
     flags = [*TOKENIZER, "--steps", "3", "--lr-per-256", "0.032", "--schedule", "constant"]
-    assert train("vqvae", pictures, tmp_path / "run", *flags) == 0
+    assert train("vqvae", images, tmp_path / "run", *flags) == 0
     assert records(tmp_path / "run")[-1]["lr"] == pytest.approx(0.001)
 
 
-def test_only_matrices_decay(runs: Path) -> None:
+def test_matrices_and_the_class_embedding_decay(runs: Path) -> None:
     model = checkpoint.load(runs / "car")
     assert model.car is not None
     base = model.car.base.requires_grad_(True)
     decayed, free = (group["params"] for group in parameter_groups(base, 0.1))
     names = {id(p): name for name, p in base.named_parameters()}
-    assert "blocks.0.mlp.fc1.weight" in {names[id(p)] for p in decayed}
-    assert {"pos_LC", "level_KC", "class_embedding.weight", "blocks.1.attn.log_scale_H", "head.bias"} <= {
-        names[id(p)] for p in free
-    }
+    published = {"blocks.0.mlp.fc1.weight", "class_embedding.weight", "word_embedding.weight"}
+    assert published <= {names[id(p)] for p in decayed}
+    assert {"pos_LC", "level_KC", "blocks.1.attn.log_scale_H", "head.bias"} <= {names[id(p)] for p in free}
 
 
-def test_a_moving_average_is_what_its_formula_says() -> None:
+def test_an_ema_is_what_its_formula_says() -> None:
     module = torch.nn.Linear(3, 2)
-    average, expected = EMA(module, 0.5), module.weight.detach().clone()
+    ema, expected = EMA(module, 0.5), module.weight.detach().clone()
     for step in range(1, 5):
         with torch.no_grad():
             module.weight.add_(step)
-        average.update(step)
+        ema.update(step)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * module.weight.detach()
     raw = module.weight.detach().clone()
-    with average.applied():
+    with ema.applied():
         torch.testing.assert_close(module.weight.detach(), expected)
     assert torch.equal(module.weight.detach(), raw)
 
 
-def test_an_average_is_saved_and_validated_but_not_trained(runs: Path, pictures: Path, tmp_path: Path) -> None:
+def test_an_ema_is_saved_and_validated_but_not_trained(runs: Path, images: Path, tmp_path: Path) -> None:
     """With a decay near 1 the saved weights trail far behind what is trained."""
     flags = [*TOKENIZER, "--steps", "10", "--lr", "2e-3"]
-    assert train("vqvae", pictures, tmp_path / "raw", *flags) == 0
-    assert train("vqvae", pictures, tmp_path / "averaged", *flags, "--ema", "0.9999") == 0
+    assert train("vqvae", images, tmp_path / "raw", *flags) == 0
+    assert train("vqvae", images, tmp_path / "averaged", *flags, "--ema", "0.9999") == 0
     assert losses(tmp_path / "averaged") == losses(tmp_path / "raw")
     validated = [records(tmp_path / run)[-1]["val_loss"] for run in ("raw", "averaged")]
     assert validated[0] != validated[1]
@@ -319,9 +318,9 @@ def test_an_average_is_saved_and_validated_but_not_trained(runs: Path, pictures:
         assert torch.equal(p, model.get_parameter(name)), name
 
 
-def test_a_critic_starts_late_and_learns_to_tell(pictures: Path, tmp_path: Path) -> None:
+def test_a_critic_starts_late_and_learns_to_distinguish(images: Path, tmp_path: Path) -> None:
     flags = [*TOKENIZER, *"--steps 30 --adversarial 0.1 --adversarial-start 10 --critic-width 16 --lr 2e-3".split()]
-    assert train("vqvae", pictures, tmp_path / "run", *flags) == 0
+    assert train("vqvae", images, tmp_path / "run", *flags) == 0
     log = records(tmp_path / "run")
     assert not any("discriminator" in r for r in log[:10])
     assert all(np.isfinite(r["adversarial"]) and r["adaptive"] > 0 for r in log[10:])
@@ -329,16 +328,20 @@ def test_a_critic_starts_late_and_learns_to_tell(pictures: Path, tmp_path: Path)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_its_checkpoints(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = [*TOKENIZER, *"--steps 400 --lr 1e9 --warmup 20 --save-every 1 --grad-clip 1e30".split()]
-    assert train("vqvae", pictures, tmp_path / "run", *flags) == 2
-    assert "lower lr" in capsys.readouterr().err
+    assert train("vqvae", images, tmp_path / "run", *TOKENIZER, "--steps", "2") == 0
+    flags = [*TOKENIZER, *"--steps 400 --lr 1e9 --warmup 20 --grad-clip 1e30 --resume".split()]
+    assert train("vqvae", images, tmp_path / "run", *flags) == 2
+    error = capsys.readouterr().err
+    assert "the loss is nan" in error
+    assert "lower lr" in error
+    assert checkpoint.locate(tmp_path / "run").name == "step-0000002"
     assert checkpoint.load(tmp_path / "run").config.vqvae.sides == (1, 2, 4)
 
 
 def test_a_full_disk_loses_no_checkpoint(
-    runs: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    runs: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = shutil.copytree(runs / "vqvae", tmp_path / "run")
     before = sorted(p.name for p in run.glob("step-*"))
@@ -347,23 +350,23 @@ def test_a_full_disk_loses_no_checkpoint(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("car_train.checkpoint.torch.save", full)
-    assert train("vqvae", pictures, run, "--steps", "62", "--resume", *TOKENIZER) == 2
+    assert train("vqvae", images, run, "--steps", "62", "--resume", *TOKENIZER) == 2
     assert "free some space" in capsys.readouterr().err
     assert sorted(p.name for p in run.glob("step-*")) == before
     assert not [p for p in run.iterdir() if p.name.startswith(".")]
 
 
 @pytest.mark.slow
-def test_torch_compile_computes_the_same(runs: Path, pictures: Path, tmp_path: Path) -> None:
+def test_torch_compile_computes_the_same(runs: Path, images: Path, tmp_path: Path) -> None:
     if shutil.which("c++") is None:
         pytest.skip("torch.compile needs a C++ compiler")
     flags = ["--vqvae", str(runs / "vqvae"), *"--depth 1 --width 16 --heads 1 --steps 2".split()]
-    assert train("var", pictures, tmp_path / "eager", *flags) == 0
-    assert train("var", pictures, tmp_path / "compiled", *flags, "--compile") == 0
+    assert train("var", images, tmp_path / "eager", *flags) == 0
+    assert train("var", images, tmp_path / "compiled", *flags, "--compile") == 0
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-3)
 
 
-def test_sample_draws_from_a_checkpoint(runs: Path, tmp_path: Path, pictures: Path) -> None:
+def test_sample_draws_from_a_checkpoint(runs: Path, tmp_path: Path, images: Path) -> None:
     output = tmp_path / "s.png"
     control = tmp_path / "c.png"
     Image.new("L", (40, 30)).save(control)
@@ -371,21 +374,21 @@ def test_sample_draws_from_a_checkpoint(runs: Path, tmp_path: Path, pictures: Pa
     assert Image.open(output).size == (16, 16)
 
 
-def test_bfloat16_trains_too(pictures: Path, tmp_path: Path) -> None:
-    assert train("vqvae", pictures, tmp_path / "run", "--steps", "3", "--bf16", *TOKENIZER) == 0
+def test_bfloat16_trains_too(images: Path, tmp_path: Path) -> None:
+    assert train("vqvae", images, tmp_path / "run", "--steps", "3", "--bf16", *TOKENIZER) == 0
     assert all(np.isfinite(r["loss"]) for r in records(tmp_path / "run"))
 
 
-def test_float16_scales_its_gradients_and_trains(pictures: Path, tmp_path: Path) -> None:
+def test_float16_scales_its_gradients_and_trains(images: Path, tmp_path: Path) -> None:
     flags = [*TOKENIZER, *"--steps 12 --precision fp16 --lr 2e-3".split()]
-    assert train("vqvae", pictures, tmp_path / "run", *flags) == 0
+    assert train("vqvae", images, tmp_path / "run", *flags) == 0
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
     assert checkpoint.load_trainer(tmp_path / "run")["scaler"]["scale"] >= 1
 
 
-def test_tensorboard_gets_every_figure(pictures: Path, tmp_path: Path) -> None:
+def test_tensorboard_gets_every_figure(images: Path, tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    assert train("vqvae", pictures, tmp_path / "run", *TOKENIZER, "--steps", "3", "--tensorboard") == 0
+    assert train("vqvae", images, tmp_path / "run", *TOKENIZER, "--steps", "3", "--tensorboard") == 0
     board = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     board.Reload()
     assert {"loss", "l1", "psnr", "lr", "val/loss", "val/psnr"} <= set(board.Tags()["scalars"])
@@ -397,20 +400,20 @@ def test_tensorboard_gets_every_figure(pictures: Path, tmp_path: Path) -> None:
     ("argv", "words"),
     [
         (["vqvae", "--data", "nowhere", "-o", "x"], "is not a folder"),
-        (["vqvae", "--data", "PICTURES", "-o", "x", "--patch-nums", "2,1"], "start at 1 and grow"),
-        (["vqvae", "--data", "PICTURES", "-o", "x", "--batch", "1000"], "make it smaller"),
-        (["vqvae", "--data", "PICTURES", "-o", "x", "--lr", "0"], "must be positive"),
-        (["vqvae", "--data", "PICTURES", "-o", "RUNS/vqvae"], "add --resume"),
-        (["vqvae", "--data", "PICTURES", "-o", "RUNS/vqvae", "--resume", "--patch-nums", "1,2"], "another config"),
-        (["vqvae", "--data", "PICTURES", "-o", "x", "--resume"], "no checkpoint there"),
-        (["var", "--data", "PICTURES", "-o", "x", "--vqvae", "nowhere"], "no checkpoint there"),
+        (["vqvae", "--data", "IMAGES", "-o", "x", "--patch-nums", "2,1"], "start at 1 and grow"),
+        (["vqvae", "--data", "IMAGES", "-o", "x", "--batch", "1000"], "make it smaller"),
+        (["vqvae", "--data", "IMAGES", "-o", "x", "--lr", "0"], "must be positive"),
+        (["vqvae", "--data", "IMAGES", "-o", "RUNS/vqvae"], "add --resume"),
+        (["vqvae", "--data", "IMAGES", "-o", "RUNS/vqvae", "--resume", "--patch-nums", "1,2"], "another config"),
+        (["vqvae", "--data", "IMAGES", "-o", "x", "--resume"], "no checkpoint there"),
+        (["var", "--data", "IMAGES", "-o", "x", "--vqvae", "nowhere"], "no checkpoint there"),
         (
-            ["var", "--data", "PICTURES", "-o", "x", "--vqvae", "RUNS/vqvae", "--width", "33", "--heads", "2"],
+            ["var", "--data", "IMAGES", "-o", "x", "--vqvae", "RUNS/vqvae", "--width", "33", "--heads", "2"],
             "not a multiple of heads",
         ),
-        (["car", "--data", "PICTURES", "-o", "x", "--base", "RUNS/vqvae"], "tokenizer only"),
+        (["car", "--data", "IMAGES", "-o", "x", "--base", "RUNS/vqvae"], "tokenizer only"),
         (
-            ["car", "--data", "PICTURES", "-o", "x", "--base", "RUNS/var", "--control-root", "nowhere"],
+            ["car", "--data", "IMAGES", "-o", "x", "--base", "RUNS/var", "--control-root", "nowhere"],
             "is not a folder",
         ),
         (["car", "--data", "three", "-o", "x", "--base", "RUNS/var"], "has 3 classes, the model 2"),
@@ -418,37 +421,37 @@ def test_tensorboard_gets_every_figure(pictures: Path, tmp_path: Path) -> None:
         (["sample", "RUNS/car", "--class", "9"], "out of range"),
         (["sample", "RUNS/car", "--class", "1", "--control", "RUNS/car/log.jsonl"], "not a readable image"),
         (["sample", "RUNS/var", "--top-k", "33"], "top-k in 0…32"),
-        (["sample", "RUNS/var", "-o", "picture.xyz"], "a .png in a folder that exists"),
-        (["vqvae", "--data", "PICTURES", "-o", "x", "--device", "abacus"], "can't be used"),
-        (["vqvae", "--data", "PICTURES", "-o", "x", "--workers", "-1"], "at least 0"),
-        (["vqvae", "--data", "PICTURES", "-o", "x", "--grad-accum", "3"], "a multiple of 3"),
-        (["vqvae", "--data", "PICTURES", "-o", "x", "--ema", "1"], "e.g. 0.999"),
-        (["vqvae", "--data", "PICTURES", "-o", "x", "--classes", "disc,cat"], "'cat' of 'disc,cat' isn't there"),
+        (["sample", "RUNS/var", "-o", "image.xyz"], "a .png in a folder that exists"),
+        (["vqvae", "--data", "IMAGES", "-o", "x", "--device", "abacus"], "can't be used"),
+        (["vqvae", "--data", "IMAGES", "-o", "x", "--workers", "-1"], "at least 0"),
+        (["vqvae", "--data", "IMAGES", "-o", "x", "--grad-accum", "3"], "a multiple of 3"),
+        (["vqvae", "--data", "IMAGES", "-o", "x", "--ema", "1"], "e.g. 0.999"),
+        (["vqvae", "--data", "IMAGES", "-o", "x", "--classes", "disc,cat"], "'cat' of 'disc,cat' isn't there"),
         (
-            ["vqvae", "--data", "PICTURES", "-o", "x", "--perceptual", "1", "--perceptual-weights", "no"],
+            ["vqvae", "--data", "IMAGES", "-o", "x", "--perceptual", "1", "--perceptual-weights", "no"],
             "car_train weights",
         ),
         (
-            ["car", "--data", "PICTURES", "-o", "x", "--base", "RUNS/var", "--token-root", "RUNS/car/log.jsonl"],
+            ["car", "--data", "IMAGES", "-o", "x", "--base", "RUNS/var", "--token-root", "RUNS/car/log.jsonl"],
             "--token-root",
         ),
-        (["vqvae", "--data", "PICTURES", "-o", "RUNS/car/log.jsonl"], "log.jsonl"),
-        (["var", "--data", "PICTURES", "-o", "x", "--vqvae", "RUNS/vqvae", "--heads", "0"], "at least 1"),
+        (["vqvae", "--data", "IMAGES", "-o", "RUNS/car/log.jsonl"], "log.jsonl"),
+        (["var", "--data", "IMAGES", "-o", "x", "--vqvae", "RUNS/vqvae", "--heads", "0"], "at least 1"),
     ],
 )
 def test_bad_requests_are_one_line_with_a_remedy(
     argv: list[str],
     words: str,
     runs: Path,
-    pictures: Path,
+    images: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(pictures, "three")
-    shutil.copytree(pictures / "bar", "three/third")
-    argv = [a.replace("PICTURES", str(pictures)).replace("RUNS", str(runs)) for a in argv]
+    shutil.copytree(images, "three")
+    shutil.copytree(images / "bar", "three/third")
+    argv = [a.replace("IMAGES", str(images)).replace("RUNS", str(runs)) for a in argv]
     assert main(argv) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("car_train: error:")]
     assert len(error) == 1
@@ -456,10 +459,10 @@ def test_bad_requests_are_one_line_with_a_remedy(
 
 
 def test_a_damaged_trainer_state_is_an_error_not_a_traceback(
-    runs: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = shutil.copytree(runs / "vqvae", tmp_path / "run")
     newest = sorted(run.glob("step-*"))[-1]
     (newest / "trainer.pt").write_bytes(b"nothing")
-    assert train("vqvae", pictures, run, "--steps", "70", "--resume", *TOKENIZER) == 2
+    assert train("vqvae", images, run, "--steps", "70", "--resume", *TOKENIZER) == 2
     assert "trainer.pt" in capsys.readouterr().err

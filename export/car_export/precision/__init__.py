@@ -1,0 +1,1 @@
+"""What half precision does to a model: the rounding of each graph, and overflow."""

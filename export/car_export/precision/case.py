@@ -49,7 +49,7 @@ def make_case(reference: Model, cfg: float, top_k: int, top_p: float) -> Case:
     image = scene(config.image_size, np.random.default_rng(0))
     control = pyramid = None
     if car.branch is not None:
-        control = derive(Image.fromarray(image), "canny", config.image_size)
+        control = derive(Image.fromarray(image), "canny-grey", config.image_size)
         pyramid = control_pyramid(Image.fromarray(control), [side * config.patch for side in config.sides])
     uniforms = torch.from_numpy(np.random.default_rng(0).random((1, config.tokens), dtype=np.float32))
     label, record = car.base.config.classes // 2, Recording()

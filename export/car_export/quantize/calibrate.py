@@ -29,7 +29,7 @@ class QuantParams:
     """How a product is quantized."""
 
     scale: np.float32
-    """Of x: x ≈ scale · (x_uint8 − zero_point)."""
+    """Quantization of x: x ≈ scale · (x_uint8 − zero_point)."""
     zero_point: np.uint8
     smoothing: Floats | None
     """f32 [K], x is divided by it and the weights are multiplied with it; None: neither."""

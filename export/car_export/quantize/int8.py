@@ -111,7 +111,7 @@ def _controls(manifest: schema.Manifest, given: Sequence[Path]) -> list[Control]
 
 def _synthetic(manifest: schema.Manifest) -> Iterator[Image.Image | None]:
     """Controls derived from images with edges, areas and noise; None for each if the plan takes no control."""
-    kind, size = manifest.model.control_type, manifest.model.image_size
+    kind, size = manifest.model.convention, manifest.model.image_size
     for i in range(IMAGES):
         image = Image.fromarray(scene(size, np.random.default_rng(i)))
         if i % 2:

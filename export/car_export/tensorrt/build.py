@@ -206,8 +206,8 @@ def build_engines(plan: Path, targets: Sequence[Target], log: Log = lambda _: No
                 files.append(plan / found.file)
                 continue
             name = f"{FOLDER}/{recipe.graph}.{target.flavour}.{target.name}.{key[:16]}"
-            beside = plan / manifest.graphs[recipe.graph].file
-            built = compiler.build(recipe.onnx, beside, recipe.profiles, target.name, plan / f"{name}.engine")
+            sibling = plan / manifest.graphs[recipe.graph].file
+            built = compiler.build(recipe.onnx, sibling, recipe.profiles, target.name, plan / f"{name}.engine")
             engine = schema.Engine(
                 file=f"{name}.engine",
                 flavour=target.flavour,
@@ -334,7 +334,7 @@ def keeping_engines(plan: Path, log: Log = lambda _: None) -> Iterator[None]:
 
 
 def _set_aside(plan: Path) -> Path | None:
-    """Links to a plan's engines and its manifest, in a folder beside it; None if there are none."""
+    """Links to a plan's engines and its manifest, in a folder next to it; None if there are none."""
     try:
         manifest = schema.read_manifest(plan)
     except PlanError:

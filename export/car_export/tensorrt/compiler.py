@@ -39,7 +39,7 @@ from car_export.files import write_file
 MODULES = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}
 INSTALL = {"rtx": "pip install 'car-deploy[rtx]'", "trt": "pip install 'car-deploy[trt]'"}
 SETTINGS = {"strongly_typed": True, "tf32": False, "extra_memory_target": 0.0}
-"""What the builder is told, and part of every engine's key.
+"""What the builder is given, and part of every engine's key.
 
 No TF32: what the graph keeps in float32 (norms, softmax, f̂, logits) is there for its digits.
 `extra_memory_target` 0 keeps one copy of the weights for all profiles.
@@ -121,10 +121,10 @@ class Compiler:
                 f"--sm {target.removeprefix('sm')} is no target of TensorRT for RTX {self.version}; choose {have}"
             )
 
-    def build(self, graph: bytes, beside: Path, profiles: Sequence[Profile], target: str, output: Path) -> Built:
+    def build(self, graph: bytes, sibling: Path, profiles: Sequence[Profile], target: str, output: Path) -> Built:
         """Compile ONNX bytes into the file `output`, which is whole or not there.
 
-        `beside`: a file in the folder that the graph's external data lies in. `profiles`: with none of the graph's
+        `sibling`: a file in the folder that the graph's external data lies in. `profiles`: with none of the graph's
         dimensions named, one profile is only a name. Raises an EngineError.
         """
         self.check_target(target)
@@ -135,7 +135,7 @@ class Compiler:
             raise self._failure(logger, target, "no builder could be made")
         network = builder.create_network(1 << int(self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = self.trt.OnnxParser(network, logger)
-        if not parser.parse(graph, path=str(beside)):
+        if not parser.parse(graph, path=str(sibling)):
             raise self._parse_failure(parser, logger, target)
         inputs, outputs = self._ports(network, graph)
         config = self._config(builder, target, logger)

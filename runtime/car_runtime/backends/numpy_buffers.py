@@ -54,7 +54,7 @@ class NumpyBuffers:
         return perf_counter()
 
     def seconds(self, begin: Mark, end: Mark) -> float:
-        """The difference."""
+        """Seconds between two marks."""
         return float(end - begin)
 
 

@@ -24,7 +24,7 @@ from car_runtime.format.manifest import WEIGHTS, Manifest
 BACKENDS: dict[str, BackendSpec] = {
     spec.name: spec for spec in (ORT_CPU, OPENVINO, AMX, AMX_FP32, ORT_CUDA, RTX, TRT)
 }
-"""By name, in the order in which they are listed for people; `by_rank` is that of `auto`."""
+"""Name → spec, in the order in which they are listed for people; `by_rank` is that of `auto`."""
 LARGE = 256 * 1024 * 1024
 """Bytes of weights from which `auto` prefers bfloat16 on a CPU to ONNX Runtime in float32."""
 

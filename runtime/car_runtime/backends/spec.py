@@ -40,7 +40,7 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class BackendSpec:
-    """One backend."""
+    """What is known of one backend: where it runs, what it computes, how it is installed, opened and probed."""
 
     name: str
     """As `--backend` takes it."""
@@ -48,7 +48,7 @@ class BackendSpec:
     rank: int
     """`auto` tries the lowest first."""
     rank_bf16: int | None = None
-    """Its rank instead, for a large float32 plan on a CPU that multiplies bfloat16; None: the same."""
+    """Rank for a large float32 plan on a CPU that multiplies bfloat16; None: `rank`."""
     computes: tuple[str, ...]
     """Compute precisions of the plans that it runs."""
     int8: bool = False
@@ -64,7 +64,7 @@ class BackendSpec:
     probe: str
     """"module:callable" of (spec, facts) → Finding."""
     hardware: str
-    """For README's table."""
+    """What it runs on, for README's table."""
     status: Literal["measured", "built only"]
     """Whether it has run on that hardware, or was compiled and run on a stand-in for it."""
 

@@ -1,0 +1,1 @@
+"""The commands: `car-run`, `car-run doctor`, `car-run verify`."""

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 
 from car_runtime.cli.options import subcommand
+from car_runtime.errors import printable_lines
 
 ABOUT = "What this machine can run, what is missing, and how to install it."
 EXAMPLES = """examples:
@@ -22,5 +23,5 @@ def run(arguments: Sequence[str]) -> int:
     from car_runtime import doctor
 
     report = doctor.examine(args.plan)
-    print(json.dumps(report) if args.json else doctor.table(report), flush=True)
+    print(json.dumps(report) if args.json else printable_lines(doctor.table(report)), flush=True)
     return 0 if report["works"] else 1

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from car_runtime.errors import UserError
+from car_runtime.errors import UserError, error_line, printable_lines
 
 
 def run_command(prog: str, run: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
@@ -17,6 +17,7 @@ def run_command(prog: str, run: Callable[[Sequence[str]], int], arguments: Seque
     What `run` returns; 0 after --help and --version; 2 for a UserError; 1 for what fails inside, which `--debug` lets
     through with its traceback; 130 if it was interrupted.
     """
+    open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path or class name that the terminal cannot show
     try:
@@ -29,11 +30,11 @@ def run_command(prog: str, run: Callable[[Sequence[str]], int], arguments: Seque
     except UserError as error:
         return _fail(prog, error, 2)
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
+        note(f"{prog}: interrupted")
         return 130
     except BrokenPipeError:
         # The reader of stdout went away (| head). Python would complain again when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_RDWR), 1)
         return 1
     except Exception as error:
         if "--debug" in arguments:
@@ -42,5 +43,30 @@ def run_command(prog: str, run: Callable[[Sequence[str]], int], arguments: Seque
 
 
 def _fail(prog: str, error: object, code: int) -> int:
-    print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    note(f"{prog}: error: {error_line(error)}")
     return code
+
+
+def open_closed_streams() -> None:
+    """Put the null device where stdout or stderr was closed before Python started (a daemon, cron, `2>&-`).
+
+    The first files that are opened would get their numbers, and with them what an engine prints; and Python prints
+    on stdout what is meant for a stderr that isn't there. A closed stdin stays None.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is not None:
+            continue
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+        if name != "stdin":
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+
+
+def note(line: str) -> None:
+    """Print lines on stderr, control characters escaped. That nobody reads them any more is no reason to stop."""
+    try:
+        print(printable_lines(line), file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115

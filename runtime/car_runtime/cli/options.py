@@ -55,6 +55,9 @@ def add_setting(parser: argparse._ActionsContainer, name: str) -> None:
     """The flag of one field of `GenerationConfig`; what it is given goes to the attribute of the field's name."""
     flag = flags()[name]
     default = next(field.default for field in fields(GenerationConfig) if field.name == name)
+    if flag.type is bool:
+        parser.add_argument(*flag.names, dest=name, action="store_true", help=flag.help)
+        return
     parser.add_argument(*flag.names, dest=name, type=flag.type, default=default, metavar=flag.metavar, help=flag.help)
 
 

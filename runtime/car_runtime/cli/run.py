@@ -7,11 +7,13 @@ import io
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from car_runtime import __version__
+from car_runtime.cli.errors import note
 from car_runtime.cli.options import (
     GROUPS,
     Parser,
@@ -21,8 +23,9 @@ from car_runtime.cli.options import (
     add_threads_flag,
     settings_of,
 )
+from car_runtime.cli.outputs import check_distinct
 from car_runtime.config import GenerationConfig
-from car_runtime.errors import OutputError, RequestError
+from car_runtime.errors import OutputError, RequestError, printable
 
 if TYPE_CHECKING:
     from car_runtime.format.manifest import Manifest
@@ -40,6 +43,7 @@ EXAMPLES = """examples:
   car-run -e d16.plan --list-classes
 
 other commands, each with its own --help:
+  car-run control IMAGE     the control map of a photo alone
   car-run doctor [PLAN]     what this machine can run, and how to install what is missing
   car-run verify [PLAN]     does a plan do here what it did when it was exported, and how fast
 """
@@ -66,6 +70,8 @@ def _add_input_flags(parser: argparse.ArgumentParser) -> None:
     source = inputs.add_mutually_exclusive_group()
     add_setting(source, "control")
     source.add_argument("--photo", metavar="IMAGE", help="photo to derive the control image from; - reads stdin")
+    inputs.add_argument("--annotator", metavar="ONNX", help="network that makes --photo's control (docs/inputs.md)")
+    add_setting(inputs, "fit")
     add_setting(inputs, "label")
     add_backend_flag(inputs)
     add_threads_flag(inputs)
@@ -120,12 +126,17 @@ def generate(args: argparse.Namespace, root: Path, manifest: Manifest, began: fl
     from car_runtime.plan import open_plan
     from car_runtime.request import resolve
 
-    request = resolve(manifest, GenerationConfig(**settings_of(args) | {"control": _control(args, manifest)}))
-    paths = _output_paths(args)
+    control, said = _control(args, manifest)
+    request = resolve(manifest, GenerationConfig(**settings_of(args) | {"control": control}))
+    request = replace(request, warnings=(*said, *request.warnings))
+    paths = _image_paths(args)
+    _check_outputs(args, root, manifest, paths, request.schedule.drawn)
     timings = {"read": perf_counter() - began}
     with open_plan(root, args.backend, threads=args.threads, verify=not args.no_verify) as plan:
         timings["open"] = perf_counter() - began - timings["read"]
-        print(f"car-run: {manifest.name} on {plan.backend_name} ({plan.why})", file=sys.stderr)
+        note(f"car-run: {printable(manifest.name)} on {plan.backend_name} ({plan.why})")
+        for warning in request.warnings:
+            note(f"car-run: warning: {printable(warning)}")
         progress = _Progress(args, request.schedule.drawn)
         result = plan.generate(request, on_scale=progress if progress.wanted else None)
         backend = {"name": plan.backend_name, "why": plan.why}
@@ -141,35 +152,47 @@ def generate(args: argparse.Namespace, root: Path, manifest: Manifest, began: fl
         "images": [{"path": str(path), "seed": seed} for path, seed in zip(paths, request.seeds, strict=True)],
         "grid": str(_grid_path(args)) if args.grid else None,
         "tokens": str(args.tokens) if args.tokens else None,
+        "warnings": list(request.warnings),
         "previews": [str(path) for path in progress.written],
         "timings": timings,
     }
 
 
-def _control(args: argparse.Namespace, manifest: Manifest) -> Source | None:
-    """The control image as given, or derived from the photo; None where neither is given."""
+def _control(args: argparse.Namespace, manifest: Manifest) -> tuple[Source | None, tuple[str, ...]]:
+    """The control image as given, or derived from the photo, and warnings; None where neither is given."""
     given = args.control if args.photo is None else args.photo
-    source: Source | None = io.BytesIO(sys.stdin.buffer.read()) if given == "-" else given
+    source: Source | None = _stdin() if given == "-" else given
+    if args.annotator is not None and args.photo is None:
+        raise RequestError("--annotator makes a control of a photo, and none is given; add --photo FILE")
     if args.photo is None or source is None or manifest.model.control_type is None:
-        return source
-    from car_runtime.controls import derive
-    from car_runtime.images import open_image
+        return source, ()
+    from car_runtime.photo import control_of_photo
 
-    return derive(open_image(source), manifest.model.control_type, manifest.model.image_size)
+    return control_of_photo(source, manifest, fit=args.fit, annotator=args.annotator, threads=args.threads)
+
+
+def _stdin() -> io.BytesIO:
+    if sys.stdin is None:
+        raise RequestError("the image is to come from stdin, which is closed; pipe it in, or name a file")
+    return io.BytesIO(sys.stdin.buffer.read())
 
 
 def _print_classes(manifest: Manifest, as_json: bool) -> None:
-    names = manifest.model.class_names
+    names = manifest.model.names
     if names is None:
         last = manifest.model.classes - 1
         raise RequestError(f"the plan {manifest.name!r} has no class names; give an index, 0…{last}")
-    print(json.dumps({"classes": list(names)}) if as_json else "\n".join(f"{i}\t{s}" for i, s in enumerate(names)))
+    print(
+        json.dumps({"classes": list(names)})
+        if as_json
+        else "\n".join(f"{i}\t{printable(s)}" for i, s in enumerate(names))
+    )
     sys.stdout.flush()
 
 
 def _settings_report(manifest: Manifest, request: Request) -> dict[str, Any]:
     """Class, sampling settings and what isn't exact, such that giving them again makes the same image."""
-    names, index = manifest.model.class_names, request.label
+    names, index = manifest.model.names, request.label
     known = index < manifest.model.classes
     return {
         "class": {"index": index, "name": names[index] if names else None} if known else None,
@@ -177,33 +200,47 @@ def _settings_report(manifest: Manifest, request: Request) -> dict[str, Any]:
         "top_k": request.sampling.top_k,
         "top_p": request.sampling.top_p,
         "schedule": request.schedule.settings(),
+        **({"more_smooth": True} if request.more_smooth else {}),
     }
 
 
-def _output_paths(args: argparse.Namespace) -> list[Path]:
-    """Where the images go, having seen that everything can be written and that no input would be replaced."""
+def _image_paths(args: argparse.Namespace) -> list[Path]:
+    """Where the images go."""
+    output: Path = args.output
+    return [output] if args.n == 1 else [output.with_name(f"{output.stem}-{i}.png") for i in range(args.n)]
+
+
+def _preview_path(directory: Path, n: int, i: int, scale: int) -> Path:
+    """The file of image i of n after a scale."""
+    return directory / (("" if n == 1 else f"{i}-") + f"scale-{scale:02d}.png")
+
+
+def _check_outputs(
+    args: argparse.Namespace, root: Path, manifest: Manifest, paths: Sequence[Path], scales: int
+) -> None:
+    """See that everything can be written, each to a file of its own, and that no input would be replaced."""
+    from car_runtime.format.manifest import MANIFEST
     from car_runtime.images import check_writable
 
-    output: Path = args.output
-    paths = [output] if args.n == 1 else [output.with_name(f"{output.stem}-{i}.png") for i in range(args.n)]
-    results = [*paths, *([_grid_path(args)] if args.grid else []), *([args.tokens] if args.tokens else [])]
-    source = args.control or args.photo
-    for path in results:
-        if source not in (None, "-") and path.resolve() == Path(source).resolve():
-            raise OutputError(f"the output {str(path)!r} would replace the input; choose another -o")
+    results = [("-o", path) for path in paths]
+    results += [("--grid", _grid_path(args))] if args.grid else []
+    results += [("--tokens", args.tokens)] if args.tokens else []
+    previews: list[tuple[str, Path]] = []
+    if args.preview is not None:
+        if args.preview.exists() and not args.preview.is_dir():
+            raise OutputError(f"--preview {str(args.preview)!r} is a file; name a directory")
+        previews = [("--preview", args.preview)]
+        previews += [
+            ("--preview", _preview_path(args.preview, args.n, i, k)) for i in range(args.n) for k in range(scales)
+        ]
+    given = args.control or args.photo
+    inputs = [root / name for name in (MANIFEST, *manifest.files)]
+    check_distinct([*results, *previews], inputs if given in (None, "-") else [Path(given), *inputs])
+    for _, path in results:
         if path in (paths[0], args.tokens) or path.is_dir():
             check_writable(path)
     if args.preview is not None:
-        _make_preview_directory(args.preview)
-    return paths
-
-
-def _make_preview_directory(directory: Path) -> None:
-    from car_runtime.images import check_writable
-
-    if directory.exists() and not directory.is_dir():
-        raise OutputError(f"--preview {str(directory)!r} is a file; name a directory")
-    check_writable(directory / "preview.png" if directory.exists() else directory)
+        check_writable(args.preview / "preview.png" if args.preview.exists() else args.preview)
 
 
 def _grid_path(args: argparse.Namespace) -> Path:
@@ -227,7 +264,7 @@ class _Progress:
             S, of = result.tokens.shape[-1], result.images
             which = f"image {of.start}" if len(of) == 1 else f"images {of.start}-{of.stop - 1}"
             line = f"{which}: scale {result.index + 1}/{self._scales}, {S}×{S} tokens, {result.seconds:.2f} s"
-            print(f"car-run: {line}", file=sys.stderr)
+            note(f"car-run: {line}")
         if self._directory is not None:
             self._write_previews(self._directory, result)
 
@@ -235,8 +272,7 @@ class _Progress:
         from car_runtime.images import png_bytes, write_files
 
         directory.mkdir(exist_ok=True)
-        names = [("" if self._n == 1 else f"{i}-") + f"scale-{result.index:02d}.png" for i in result.images]
-        paths = [directory / name for name in names]
+        paths = [_preview_path(directory, self._n, i, result.index) for i in result.images]
         write_files({path: png_bytes(image) for path, image in zip(paths, result.preview(), strict=True)})
         self.written += paths
 
@@ -247,7 +283,7 @@ def _contents(
     """Every file to write, as bytes; they are written together or not at all."""
     import numpy as np
 
-    from car_runtime.images import contact_sheet, png_bytes, square
+    from car_runtime.images import contact_sheet, png_bytes
 
     settings = _settings_report(manifest, result.request)
     label, schedule = settings.pop("class"), settings.pop("schedule")
@@ -259,7 +295,7 @@ def _contents(
     }
     if args.grid:
         control = result.request.control
-        first = [] if control is None else [square(control, manifest.model.image_size)]
+        first = [] if control is None else [np.array(control)]
         contents[_grid_path(args)] = png_bytes(contact_sheet([*first, *result.images]), {**about, "seed": args.seed})
     if args.tokens is not None:
         stream = io.BytesIO()

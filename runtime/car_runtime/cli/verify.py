@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from car_runtime.cli.errors import note
 from car_runtime.cli.options import add_backend_flag, add_threads_flag, subcommand
+from car_runtime.cli.outputs import check_distinct
 
 ABOUT = "Compare a plan on this machine with what PyTorch computed when it was exported, and measure it."
 EXAMPLES = """examples:
@@ -45,20 +46,23 @@ def _integers(text: str) -> tuple[int, ...]:
 def run(arguments: Sequence[str]) -> int:
     """Table and progress go to stderr, the report to stdout as JSON. Exit code 1 where something differs."""
     args = parse_args(arguments)
+    from car_runtime.format.manifest import MANIFEST
     from car_runtime.images import check_writable, write_files
     from car_runtime.verify import table, verify
 
     if args.output is not None:
+        if args.plan is not None:
+            check_distinct([("-o", args.output)], [Path(args.plan) / MANIFEST])
         check_writable(args.output)
     settings = {"threads": args.threads, "warmup": args.warmup, "runs": args.runs, "batches": args.batch}
     report = verify(args.plan, args.backend, **settings, log=_log)
-    text = json.dumps(report, allow_nan=False, ensure_ascii=False)
     if args.output is not None:
-        write_files({args.output: f"{text}\n".encode()})
-    print(table(report), file=sys.stderr)
+        write_files({args.output: f"{json.dumps(report, allow_nan=False, ensure_ascii=False)}\n".encode()})
+    note(table(report))
+    text = json.dumps(report, allow_nan=False)
     print(text if args.json else args.output or ("passed" if report["passed"] else "failed"), flush=True)
     return 0 if report["passed"] else 1
 
 
 def _log(line: str) -> None:
-    print(f"car-run: {line}", file=sys.stderr, flush=True)
+    note(f"car-run: {line}")

@@ -1,0 +1,1 @@
+"""The plan's files: the manifest and its schema, typed JSON, hashes, goldens."""

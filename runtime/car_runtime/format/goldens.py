@@ -5,18 +5,24 @@ Shapes: L tokens per image; G logits kept per token, the largest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+import math
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from car_runtime.errors import PlanError
+from car_runtime.errors import PlanError, printable
+from car_runtime.format.folder import PlanFolder
 from car_runtime.format.manifest import Manifest
 
 GOLDENS = "goldens.npz"
+GOLDENS_BYTES = 256 * 1024 * 1024
+"""A larger file isn't read; a d16's has 0.4 MB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,36 +57,79 @@ def read_goldens(root: Path, manifest: Manifest) -> Goldens:
             f"the plan {manifest.name!r} lacks {lacks}, which verifying needs; export it again with this version"
         )
     try:
-        with np.load(root / GOLDENS, allow_pickle=False) as stored:
-            arrays: dict[str, Any] = dict(stored)
-    except (OSError, ValueError) as error:
+        with PlanFolder(root) as folder:
+            arrays = _read_arrays(folder.read(GOLDENS, GOLDENS_BYTES), manifest)
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise PlanError(f"cannot read {GOLDENS} ({error}); export the plan again") from error
-    expected = _expected(manifest, arrays)
-    for name, (dtype, shape) in expected.items():
-        found = arrays.get(name)
-        if found is None or (found.dtype.name, found.shape) != (dtype, shape):
-            have = "missing" if found is None else f"{found.dtype.name} {list(found.shape)}"
-            raise PlanError(f"{GOLDENS}: {name} is {have}, not {dtype} {list(shape)}; export the plan again")
     vocab = manifest.model.vocab
     for name in ("tokens", "logit_index", "sampled_tokens"):
         if arrays[name].size and not 0 <= arrays[name].min() <= arrays[name].max() < vocab:
             raise PlanError(f"{GOLDENS}: {name} leaves 0…{vocab - 1}; export the plan again")
-    values = {name: arrays[name] if expected[name][1] else arrays[name].item() for name in expected}
+    values: dict[str, Any] = {name: array if array.shape else array.item() for name, array in arrays.items()}
     return Goldens(**{"control": None, **values})
 
 
-def _expected(manifest: Manifest, arrays: Mapping[str, NDArray[Any]]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name → dtype and shape of what a plan's goldens hold; the arrays themselves decide on G."""
+def _read_arrays(data: bytes, manifest: Manifest) -> dict[str, NDArray[Any]]:
+    """The arrays that a plan's goldens hold. Each one's header is looked at before memory is taken for it.
+
+    Raises PlanError where one is missing or of another kind.
+    """
+    arrays: dict[str, NDArray[Any]] = {}
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = {one.filename for one in archive.infolist()}
+        unknown = members - {f"{name}.npy" for name in _expected(manifest)}
+        if unknown:
+            raise PlanError(f"{GOLDENS} also has {printable(min(unknown)):.40}; export the plan again")
+        kept = 1
+        for name, (dtype, shape) in _expected(manifest).items():
+            if f"{name}.npy" not in members:
+                raise PlanError(f"{GOLDENS}: {name} is missing, not {dtype} {list(shape)}; export the plan again")
+            with archive.open(f"{name}.npy") as member:
+                have_dtype, have_shape = _read_header(member)
+                if name == "logit_index" and len(have_shape) == 2:
+                    kept = min(have_shape[1], manifest.model.vocab)
+                wanted = tuple(kept if size is None else size for size in shape)
+                if (have_dtype.name, have_shape) != (dtype, wanted):
+                    have = f"{printable(have_dtype.name)} {list(have_shape)}"
+                    raise PlanError(f"{GOLDENS}: {name} is {have}, not {dtype} {list(wanted)}; export the plan again")
+                content = member.read(math.prod(wanted) * have_dtype.itemsize)
+            arrays[name] = np.frombuffer(content, have_dtype).reshape(wanted).copy()
+    return arrays
+
+
+def _read_header(member: IO[bytes]) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    """dtype and shape of a .npy file, in C order. ValueError for another kind."""
+    version = np.lib.format.read_magic(member)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"an array of .npy version {version}")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(member)
+    if dtype.hasobject:
+        raise ValueError("an array of objects, which are pickled")
+    if fortran and len(shape) > 1:
+        raise ValueError("an array in Fortran's order")
+    return dtype, shape
+
+
+def _expected(manifest: Manifest) -> dict[str, tuple[str, tuple[int | None, ...]]]:
+    """Name → dtype and shape of what a plan's goldens hold; `logit_index` itself decides on G, None here."""
     L, size = manifest.tokens, manifest.model.image_size
-    G = arrays["logit_index"].shape[-1] if "logit_index" in arrays and arrays["logit_index"].ndim else 1
-    control: dict[str, tuple[str, tuple[int, ...]]] = {"control": ("uint8", (size, size, 3))}
+    control: dict[str, tuple[str, tuple[int | None, ...]]] = {"control": ("uint8", (size, size, 3))}
     return {
         **(control if manifest.model.control_type is not None else {}),
         "label": ("int64", ()),
         "cfg": ("float32", ()),
         "tokens": ("int64", (L,)),
-        "logit_index": ("int64", (L, G)),
-        "logit_value": ("float32", (L, G)),
+        "logit_index": ("int64", (L, None)),
+        "logit_value": ("float32", (L, None)),
         "logit_range": ("float32", ()),
         "image": ("uint8", (size, size, 3)),
         "sampled_tokens": ("int64", (L,)),

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from car_runtime.errors import PlanError
+from car_runtime.format.folder import PlanFolder
 from car_runtime.format.hashing import describe_files, hash_file, verify_files
 from car_runtime.format.schema import (
     CHUNK_BYTES,
@@ -33,8 +34,12 @@ from car_runtime.format.schema import (
     Scale,
     Tensor,
 )
+from car_runtime.format.sizes import problem_with_sizes
 from car_runtime.format.typed_json import parse_json
 from car_runtime.system.files import write_atomically
+
+MANIFEST_BYTES = 16 * 1024 * 1024
+"""A larger manifest isn't read; a d16's has 0.2 MB."""
 
 __all__ = [
     "CHUNK_BYTES",
@@ -71,14 +76,16 @@ def read_manifest(root: str | os.PathLike[str]) -> Manifest:
     Raises PlanError: no such directory, not a plan, not JSON, a newer format, or a broken rule.
     """
     root = Path(root)
-    path = root / MANIFEST
     try:
-        if path.is_file():
-            return parse_manifest(path.read_bytes())
+        if os.path.lexists(root / MANIFEST):
+            with PlanFolder(root) as folder:
+                return parse_manifest(folder.read(MANIFEST, MANIFEST_BYTES))
         kind = "directory" if root.is_dir() else "file" if root.exists() else "missing"
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise PlanError(f"cannot read {str(path)!r} ({why}); check the path and its permissions") from error
+        raise PlanError(
+            f"cannot read {str(root / MANIFEST)!r} ({why}); check the path and its permissions"
+        ) from error
     raise PlanError(
         {
             "directory": f"{str(root)!r} is not a plan: it has no {MANIFEST}; give the directory that holds it",
@@ -99,7 +106,11 @@ def parse_manifest(text: str | bytes) -> Manifest:
         raise PlanError(
             f"{MANIFEST}: format is {version}, but this car_runtime reads up to {FORMAT}; upgrade car_runtime"
         )
-    return whole.read(Manifest)
+    manifest = whole.read(Manifest)
+    problem = problem_with_sizes(manifest)
+    if problem is not None:
+        raise PlanError(f"{MANIFEST}: {problem}; {REMEDY}")
+    return manifest
 
 
 def write_manifest(root: str | os.PathLike[str], manifest: Manifest) -> None:

@@ -13,7 +13,9 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from car_runtime.conventions import ControlConvention, stated_or_first
 from car_runtime.errors import PlanError
+from car_runtime.format.imagenet import CLASSES, imagenet_names
 from car_runtime.format.typed_json import REST
 
 FORMAT = 1
@@ -28,6 +30,25 @@ STORED = (*PRECISIONS, "int8")
 CONSTANTS = ("pos", "up", "down", "phi", "cfg_ratio")
 REMEDY = "export the plan again"
 
+LIMITS = {
+    "depth": 512,
+    "width": 16_384,
+    "heads": 1024,
+    "vocab": 2**20,
+    "latent_channels": 4096,
+    "latent_size": 512,
+    "patch": 512,
+    "image_size": 4096,
+    "classes": 2**20,
+    "cache_layers": 1024,
+}
+"""The largest values of a model's sizes. Published models stay far below: d30 has a width of 1920 and 512 pixels."""
+SCALES = 64
+DIMENSION = 2**24
+"""No dimension of a port is larger."""
+NAME = 200
+"""Characters of a plan's, a class's or a dimension's name."""
+FILE_BYTES = 2**44
 _FILE_NAME = re.compile(r"(engines/)?[A-Za-z0-9_][A-Za-z0-9_.+-]*", re.ASCII)
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
@@ -54,11 +75,25 @@ class Model:
     """The kind of control image ("canny", "depth", …); None in a VAR plan."""
     cache_layers: int
     """Number of K/V pairs: base blocks first, then the control branch's."""
+    control_convention: ControlConvention | None = None
+    """How the branch's maps are made; None in a VAR plan and in plans of version 0.1.0."""
+
+    @property
+    def convention(self) -> ControlConvention | None:
+        """How control maps are made; None where there is no branch, or one of an unknown type that states nothing."""
+        return stated_or_first(self.control_type, self.control_convention)
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """Names of the classes: `class_names` or, of a plan with 1,000 classes and no names, ImageNet's."""
+        return imagenet_names() if self.class_names is None and self.classes == CLASSES else self.class_names
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if isinstance(value, int):
                 _require(value >= 1, f"model.{name} is {value}, but must be at least 1")
+                most = LIMITS.get(name, DIMENSION)
+                _require(value <= most, f"model.{name} is {value}, but must be at most {most}")
         product = self.latent_size * self.patch
         _require(
             self.image_size == product,
@@ -67,6 +102,8 @@ class Model:
         if self.class_names is not None:
             count = len(self.class_names)
             _require(count == self.classes, f"model.class_names has {count} names for {self.classes} classes")
+            longest = max(map(len, self.class_names))
+            _require(longest <= NAME, f"model.class_names has a name of {longest} characters, not at most {NAME}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +173,7 @@ class Port:
     def __post_init__(self) -> None:
         _require(self.dtype in DTYPES, f"{self.name} has dtype {self.dtype!r}, not one of {', '.join(DTYPES)}")
         for dim in self.shape:
-            good = dim >= 0 if isinstance(dim, int) else bool(dim.strip())
+            good = 0 <= dim <= DIMENSION if isinstance(dim, int) else bool(dim.strip()) and len(dim) <= NAME
             _require(good, f"{self.name} has the dimension {dim!r}, but it must be a size or a name")
 
 
@@ -200,9 +237,15 @@ class Manifest:
         """L, the tokens of one image over all scales."""
         return self.scales[-1].stop
 
+    @property
+    def more_smooth(self) -> bool:
+        """Whether the step can mix codes by noise: it then has the inputs `smooth` and `smooth_noise`."""
+        return any(port.name == "smooth" for port in self.graphs["step"].inputs)
+
     def __post_init__(self) -> None:
         _require(self.format == FORMAT, f"format is {self.format}, but this version writes {FORMAT}")
         _require(bool(self.name.strip()), f"name is {self.name!r}, but must not be empty")
+        _require(len(self.name) <= NAME, f"name has {len(self.name)} characters, but at most {NAME} are read")
         _require(self.chunk_bytes >= 1, f"chunk_bytes is {self.chunk_bytes}, but must be at least 1")
         _check_scales(self.scales, self.model)
         _check_files(self)
@@ -214,6 +257,8 @@ class Manifest:
         whole = asdict(self)
         for engine in whole["engines"]:
             engine.update(engine.pop("details"))
+        if whole["model"]["control_convention"] is None:
+            del whole["model"]["control_convention"]
         order = ("format", "name", "model", "precision", "sampling", "scales", "tensors", "graphs", "files")
         ordered = {key: whole.pop(key) for key in order} | whole
         return json.dumps(ordered, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -226,11 +271,13 @@ def _require(good: bool, problem: str) -> None:
 
 def _check_scales(scales: tuple[Scale, ...], model: Model) -> None:
     _require(bool(scales), "scales is empty")
+    _require(len(scales) <= SCALES, f"scales has {len(scales)} entries, but at most {SCALES} are read")
     following = [*(scale.side for scale in scales[1:]), 1]
     start = 0
     for k, (scale, next_side) in enumerate(zip(scales, following, strict=True)):
         at = f"scales[{k}]"
         _require(scale.side >= 1, f"{at}.side is {scale.side}, but must be at least 1")
+        _require(scale.side <= LIMITS["latent_size"], f"{at}.side is {scale.side}, more than {LIMITS['latent_size']}")
         _require(scale.tokens == scale.side**2, f"{at}.tokens is {scale.tokens}, but side² is {scale.side**2}")
         _require(scale.start == start, f"{at}.start is {scale.start}, but the scales before it end at {start}")
         stop = start + scale.tokens
@@ -238,6 +285,10 @@ def _check_scales(scales: tuple[Scale, ...], model: Model) -> None:
         _require(scale.next_side == next_side, f"{at}.next_side is {scale.next_side}, but must be {next_side}")
         _require(0 <= scale.cfg_ratio <= 1, f"{at}.cfg_ratio is {scale.cfg_ratio}, but must be in 0…1")
         _require(scale.control_size >= 1, f"{at}.control_size is {scale.control_size}, but must be at least 1")
+        _require(
+            scale.control_size <= LIMITS["image_size"],
+            f"{at}.control_size is {scale.control_size}, more than {LIMITS['image_size']}",
+        )
         start = stop
     side = scales[-1].side
     _require(side == model.latent_size, f"the last scale's side is {side}, but latent_size is {model.latent_size}")
@@ -248,6 +299,7 @@ def _check_files(manifest: Manifest) -> None:
         good = _FILE_NAME.fullmatch(name) is not None and name != MANIFEST
         _require(good, f"files names {name!r}, which is not a plain name inside the plan or engines/")
         _require(entry.bytes >= 0, f"files[{name!r}].bytes is {entry.bytes}, but must be at least 0")
+        _require(entry.bytes <= FILE_BYTES, f"files[{name!r}].bytes is {entry.bytes}, more than {FILE_BYTES}")
         chunks = -(-entry.bytes // manifest.chunk_bytes)
         found = len(entry.sha256)
         _require(found == chunks, f"files[{name!r}].sha256 has {found} digests for {chunks} chunks")
@@ -256,6 +308,9 @@ def _check_files(manifest: Manifest) -> None:
     named = [WEIGHTS, *(g.file for g in manifest.graphs.values()), *(e.file for e in manifest.engines)]
     for name in named:
         _require(name in manifest.files, f"the file {name!r} is used but not listed in files")
+    for name, graph in manifest.graphs.items():
+        good = graph.file.endswith(".onnx")
+        _require(good, f"graphs[{name!r}].file is {graph.file!r}, but a graph is stored as ONNX, NAME.onnx")
 
 
 def _check_tensors(manifest: Manifest) -> None:
@@ -263,7 +318,8 @@ def _check_tensors(manifest: Manifest) -> None:
     for name, tensor in manifest.tensors.items():
         at = f"tensors[{name!r}]"
         _require(tensor.dtype in ITEM_BYTES, f"{at}.dtype is {tensor.dtype!r}, not one of {', '.join(ITEM_BYTES)}")
-        _require(all(dim >= 0 for dim in tensor.shape), f"{at}.shape is {list(tensor.shape)}")
+        good = len(tensor.shape) <= 8 and all(0 <= dim <= DIMENSION for dim in tensor.shape)
+        _require(good, f"{at}.shape is {list(tensor.shape)}")
         size = math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
         _require(tensor.bytes == size, f"{at}.bytes is {tensor.bytes}, but its shape and dtype make {size}")
         inside = 0 <= tensor.offset <= limit - tensor.bytes
@@ -305,3 +361,6 @@ def _check_graphs(manifest: Manifest) -> None:
     for k, scale in enumerate(manifest.scales):
         missing = set(CONSTANTS) - set(scale.constants)
         _require(not missing, f"scales[{k}].constants lacks {', '.join(sorted(missing))}")
+    for name, graph in manifest.graphs.items():
+        for ports in (graph.inputs, graph.outputs):
+            _require(len({port.name for port in ports}) == len(ports), f"graphs[{name!r}] has a port twice")

@@ -21,9 +21,11 @@ REST = {"rest": True}
 """Metadata of the one dictionary field that takes the keys which the other fields leave."""
 _EXACT = 2**53
 """Integers below this are exact as floats."""
+_LARGEST = 2**63
 _NAMES: dict[Any, str] = {
     int: "an integer",
     float: "a finite number",
+    bool: "true or false",
     str: "a string",
     list: "a list",
     dict: "an object",
@@ -102,6 +104,10 @@ class Value:
 
     def _typed(self, kind: Any) -> Any:
         value = self.raw
+        if type(value) is int and abs(value) >= _LARGEST:
+            self.refuse(f"{self.path or 'the whole'} is an integer of {value.bit_length()} bits, of at most 63")
+        if type(value) is str and not _is_text(value):
+            self.refuse(f"{self.path or 'the whole'} is {value[:40]!r}, which is half a character and no text")
         if kind is float and type(value) is int and abs(value) < _EXACT:
             value = float(value)
         if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
@@ -109,6 +115,10 @@ class Value:
             shown = shown if len(shown) <= 40 else shown[:37] + "..."
             self.refuse(f"{self.path or 'the whole'} is {shown}, but must be {_NAMES[kind]}")
         return value
+
+
+def _is_text(value: str) -> bool:
+    return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 @cache

@@ -35,7 +35,7 @@ def cpu_name() -> str | None:
 
 
 def cpu_flags() -> list[str] | None:
-    """Of `CPU_FLAGS`, those that the processor has; None where the system doesn't say."""
+    """Those of `CPU_FLAGS` that the processor has; None where the system doesn't say."""
     found = cpu_info()
     listed = found.get("flags") or found.get("Features")
     return None if listed is None else [flag for flag in CPU_FLAGS if flag in listed.split()]

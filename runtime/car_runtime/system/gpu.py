@@ -46,7 +46,7 @@ class GpuFacts:
     """What could be found out about the GPU; what could not is None."""
 
     usable: bool = False
-    """CUDA works here."""
+    """Whether CUDA works here."""
     why: str | None = None
     """What to do, where it doesn't."""
     name: str | None = None

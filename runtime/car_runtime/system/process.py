@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def process_age() -> float | None:
-    """Seconds since this process was started, where the system tells (Linux)."""
+    """Seconds since this process was started, where the system reports it (Linux)."""
     try:
         after_name = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         return time.clock_gettime(time.CLOCK_BOOTTIME) - int(after_name[19]) / os.sysconf("SC_CLK_TCK")
@@ -19,7 +19,7 @@ def process_age() -> float | None:
 
 
 def peak_rss() -> int | None:
-    """Largest resident memory of this process so far, bytes, where the system tells.
+    """Largest resident memory of this process so far, bytes, where the system reports it.
 
     On Linux from the kernel's account of this very process: `getrusage` hands a child its parent's peak.
     """

@@ -64,7 +64,7 @@ class Amx(OpenVino):
             try:
                 with pages_forgotten(self._root / WEIGHTS):
                     compiled = self._convnet(graph)
-            except UnsupportedGraphError:  # OpenVINO takes longer for it, and no more
+            except (UnsupportedGraphError, MemoryError):  # OpenVINO takes longer for it, and no more
                 return super()._compile(graph)
             self._own.append(graph)
             return compiled
@@ -76,9 +76,9 @@ class Amx(OpenVino):
                 step = read_step(file, self._root / WEIGHTS)
                 self._check(step)
                 transformer = Transformer(self._library, step, self._cores)
-        except UnsupportedGraphError as error:
+        except (UnsupportedGraphError, MemoryError) as error:
             raise BackendError(
-                f"{self.name!r} does not know the plan's step ({one_line(error)}); export the plan again, "
+                f"{self.name!r} cannot run the plan's step ({one_line(error)}); export the plan again, "
                 "or use --backend openvino"
             ) from error
         drawing = super()._compile(graph)
@@ -108,7 +108,7 @@ class Amx(OpenVino):
         return Compiled([partial(part, convnet, sizes)], ())
 
     def _rewrite(self, graph: str, model: Any) -> tuple[Sequence[Any], Sequence[Any]]:
-        """Of the step only what draws from the sorted logits; nothing if it isn't cut there."""
+        """Keep of the step only what draws from the sorted logits; nothing if it isn't cut there."""
         if graph != "step":
             return super()._rewrite(graph, model)
         if self.cache_dtype is not None:

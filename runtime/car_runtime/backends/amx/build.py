@@ -114,7 +114,7 @@ def _is_ours(library: Path) -> bool:
 
 
 def _compile(compiler: list[str], output: Path) -> None:
-    """Beside its place, then renamed: nobody loads half a library."""
+    """Write the library next to its place and rename it, so that nobody loads half of one."""
     try:
         with replacing(output) as made:
             sources = [str(source) for source in SOURCES if source.suffix == ".c"]

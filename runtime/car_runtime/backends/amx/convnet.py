@@ -199,31 +199,31 @@ class ConvnetBuffers:
 
     @property
     def sizes(self) -> Sizes:
-        """Of the maps that come out."""
+        """Height and width of each feature map that comes out."""
         return self._sizes[self._steps[-1].target]
 
     def input(self, k: int) -> Floats:
-        """Map `k` of those that go in, f32 [C/32, H, W, 32], to be filled; channels that pad are 0 and stay so."""
+        """Feature map `k` of those that go in, f32 [C/32, H, W, 32], to be filled; padding channels stay 0."""
         sizes, C = self._sizes[0], self._convnet.channels[0]
         (H, W), start = sizes[k], 4 * C * _positions(sizes[:k])
         return self._view(self._input.address + start, (C // _DEPTH, H, W, _DEPTH))
 
     def pixels(self, k: int) -> NDArray[np.uint8]:
-        """Map `k` of those that go in, where pixels do, uint8 [H, W, 3], to be filled."""
+        """Image `k` of those that go in, where pixels do, uint8 [H, W, 3], to be filled."""
         (H, W), start = self._sizes[0][k], 3 * _positions(self._sizes[0][:k])
         memory: Any = (ctypes.c_char * (3 * H * W)).from_address(self._input.address + start)
         values: NDArray[np.uint8] = np.ndarray((H, W, 3), np.uint8, memory)
         return values
 
     def output(self, k: int) -> Floats:
-        """Map `k` of those that came out."""
+        """Feature map `k` of those that came out."""
         last = self._steps[-1].target
         sizes, C = self.sizes, self._convnet.channels[last]
         (H, W), start = sizes[k], 4 * C * _positions(sizes[:k])
         return self._view(self._base + self._at[last] + start, (C // _DEPTH, H, W, _DEPTH))
 
     def run(self, image: NDArray[np.uint8] | None = None) -> None:
-        """From `input` to `output`, or to pixels, uint8 [maps, H, W, 3] of equal maps. ValueError if they aren't."""
+        """Compute `output` from `input`, or fill `image`, uint8 [maps, H, W, 3] of equal maps. ValueError if not."""
         if image is not None:
             expected = [(*size, 3) for size in self.sizes]
             if image.dtype != np.uint8 or not image.flags.c_contiguous or [one.shape for one in image] != expected:
@@ -290,7 +290,7 @@ class ConvnetBuffers:
         )
 
     def _all_sizes(self, sizes: Sizes) -> list[Sizes]:
-        """Of every map of the network."""
+        """Height and width of the feature maps at every place of the network."""
         found = {0: sizes}
         for step in self._steps:
             H_W = found[step.source]
@@ -362,7 +362,7 @@ class ConvnetBuffers:
         return _aligned(_BLOCK_BYTES * blocks) + _aligned(4 * values)
 
     def _count_blocks(self) -> dict[int, int]:
-        """Of how many blocks a map that is normalised has moments; 0 of others."""
+        """Number of blocks that each normalised feature map has moments of; 0 for the others."""
         steps = self._steps
         normalised = {s.source for s in steps if isinstance(s, Convolve) and s.norm is not None}
         if 0 in normalised or any(isinstance(s, Attend) and s.target in normalised for s in steps):

@@ -19,7 +19,7 @@ from car_runtime.backends.amx.onnx_file import Node
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
-    """Of groups of channels."""
+    """The norm of groups of channels that precedes a convolution."""
 
     weight: Floats
     bias: Floats
@@ -84,11 +84,11 @@ class Attend:
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """What to do, one after the other. Convnet are numbered; map 0 is the input, the last target the output."""
+    """Steps, one after the other. Feature maps are numbered: 0 is the input, the last target the output."""
 
     steps: tuple[Convolve | Attend, ...]
     channels: tuple[int, ...]
-    """Of each map."""
+    """Channels of each feature map."""
     pixels: bool = False
     """Map 0 is made of pixels, 0 … 255 spread from −1 to 1, and read by a convolution of 3 × 3 taps alone."""
 
@@ -222,7 +222,7 @@ class _Reader:
         return self._step(source, (convolution,), norm, silu, residual, size, [signature, node.input[1:], stride])
 
     def _convolution(self, node: Node) -> Convolution:
-        """Its constants and its stride."""
+        """A node's kernel, bias and stride. Raises UnsupportedGraphError for another kind of convolution."""
         plain = {"group": 1, "dilations": [1, 1], "auto_pad": b"NOTSET"}
         if len(node.input) != 3 or any(node.attributes.get(key) != value for key, value in plain.items()):
             raise UnsupportedGraphError(f"{node.output[0]}: a convolution of another kind")

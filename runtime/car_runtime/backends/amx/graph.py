@@ -62,7 +62,7 @@ class Graph:
         return found[0]
 
     def follow(self, kind: str, *inputs: str | None, **wanted: Any) -> str:
-        """What that node gives."""
+        """The output of that node."""
         return self.reader(kind, *inputs, **wanted).output[0]
 
     def readers(self, name: str) -> list[Node]:

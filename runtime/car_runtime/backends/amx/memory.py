@@ -56,10 +56,10 @@ def declare(library: Any) -> None:
 
 
 def bf16_terms_of(library: Any) -> int:
-    """How many of bfloat16 stand for a number."""
+    """Number of bf16 values whose sum stands for one float32 value."""
     return c_int.in_dll(library, "car_bf16_terms").value
 
 
 def address(array: NDArray[Any]) -> int:
-    """Of an array's first element."""
+    """The address of an array's first element."""
     return array.ctypes.data

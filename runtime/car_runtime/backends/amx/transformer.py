@@ -102,7 +102,7 @@ class Transformer:
 
     @property
     def cache_dtype(self) -> type[np.generic]:
-        """Of keys and values: float32, or bfloat16 kept as uint16."""
+        """The dtype of keys and values: float32, or uint16 for bf16 values."""
         return np.uint16 if self._bytes == 2 else np.float32
 
     def run(self, inputs: Arrays, outputs: Arrays, workspace: Workspace) -> None:

@@ -1,0 +1,1 @@
+"""What the GPU backends share: the CUDA driver, device memory, streams and recorded graphs."""

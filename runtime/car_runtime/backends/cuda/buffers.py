@@ -318,7 +318,7 @@ def host_dtype(dtype: str) -> np.dtype[Any]:
 
 
 def device_array(buffer: Buffer) -> DeviceArray:
-    """The same object, known to be a DeviceArray."""
+    """The buffer, known to be a DeviceArray."""
     assert isinstance(buffer, DeviceArray), type(buffer)
     return buffer
 

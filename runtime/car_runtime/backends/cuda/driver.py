@@ -114,7 +114,7 @@ class Device(Protocol):
         ...
 
     def begin_capture(self) -> None:
-        """From here on, what is put on the stream is recorded and not done."""
+        """Start recording: from here on, what is put on the stream is not done."""
         ...
 
     def end_capture(self) -> Graph:

@@ -1,0 +1,1 @@
+"""ONNX Runtime: `ort-cpu`, and `ort-cuda` with CUDA graphs."""

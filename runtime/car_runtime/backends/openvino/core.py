@@ -1,4 +1,4 @@
-"""Loading OpenVINO."""
+"""OpenVINO's core, and whether this CPU multiplies bf16 values."""
 
 from __future__ import annotations
 

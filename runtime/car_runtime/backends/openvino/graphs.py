@@ -203,7 +203,10 @@ class GroupNorm(NamedTuple):
 
 
 def _group_norm(mvn: Node) -> GroupNorm | None:
-    """As exports write it: an instance norm of [B, G, …] without weights, then γ and β of each channel."""
+    """The group norm that starts at this node, as exports write it, or None.
+
+    It is an instance norm of [B, G, …] without weights, then γ and β of each channel.
+    """
     into = _producer(mvn, 0) if mvn.get_type_name() == "MVN" else None
     if into is None or into.get_type_name() != "Reshape":
         return None

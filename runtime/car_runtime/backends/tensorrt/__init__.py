@@ -1,0 +1,1 @@
+"""TensorRT's compiled engines: `rtx` for RTX cards, and `trt`."""

@@ -26,7 +26,7 @@ class Profile:
     """One set of static shapes that an engine runs."""
 
     name: str
-    """As the static graphs are named: `step.00.b1`, `decoder.b1`, `control`."""
+    """Name of the graph, as the static ones are named: `step.00.b1`, `decoder.b1`, `control`."""
     inputs: dict[str, tuple[int, ...]]
     outputs: dict[str, tuple[int, ...]]
     activation_bytes: int | None = None
@@ -62,7 +62,7 @@ class _Port:
 
 @dataclass(frozen=True, kw_only=True)
 class _Sidecar:
-    """The JSON file."""
+    """What the JSON file next to an engine holds."""
 
     format: int
     graph: str

@@ -21,7 +21,7 @@ class Flavour:
 
     title: str
     module: str
-    """Of Python."""
+    """Name of its Python module."""
     package: str
 
 

@@ -1,0 +1,37 @@
+"""Standard streams that are closed, or that nobody reads any more; the exporter's commands share it."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def open_closed_streams() -> None:
+    """Put the null device where stdout or stderr was closed before Python started (a daemon, cron, `2>&-`).
+
+    The first files that are opened would get their numbers, and with them what a library prints; and Python prints on
+    stdout what is meant for a stderr that isn't there.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is not None:
+            continue
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+        if name != "stdin":
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+
+
+def after_broken_pipe() -> int:
+    """The exit code when the reader of stdout or stderr went away (`| head`), which is no error to print.
+
+    Python would complain again when it flushes them at the end, so that both go nowhere from here on.
+    """
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # noqa: PERF203
+            os.dup2(nowhere, stream.fileno())
+    return 1

@@ -1,0 +1,123 @@
+"""The directory of a plan, from which nothing but its own regular files is opened."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+
+from car_runtime.errors import PlanError, printable
+
+_RELATIVE = os.open in os.supports_dir_fd
+"""Whether this system opens a file relative to a directory that is open. Windows doesn't: there names are joined."""
+_FLAGS = (
+    os.O_RDONLY
+    | getattr(os, "O_NOFOLLOW", 0)
+    | getattr(os, "O_NONBLOCK", 0)  # a FIFO would wait for a writer
+    | getattr(os, "O_CLOEXEC", 0)
+    | getattr(os, "O_BINARY", 0)
+)
+_DIRECTORY = getattr(os, "O_DIRECTORY", 0)
+
+
+class PlanFolder:
+    """A plan's directory, held open: a file is opened once, relative to it, and stays the one that it was.
+
+    Renaming or replacing the directory or a file in it changes nothing for who has this. Links are refused, within
+    the plan too, and so is what is no regular file. May be used by several threads at once.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        """Raises OSError where `root` is no directory that can be opened."""
+        self.root = Path(root)
+        self._lock = Lock()
+        self._files: dict[str, int] = {}
+        self._directories: dict[str, int] = {}
+        self._closed = False
+        if _RELATIVE:
+            self._directories[""] = os.open(self.root, os.O_RDONLY | _DIRECTORY | getattr(os, "O_CLOEXEC", 0))
+
+    def __enter__(self) -> PlanFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all that was opened. Closing twice does nothing."""
+        with self._lock:
+            self._closed = True
+            for descriptor in (*self._files.values(), *self._directories.values()):
+                os.close(descriptor)
+            self._files, self._directories = {}, {}
+
+    def file(self, name: str) -> int:
+        """The descriptor of a file of the plan, NAME or engines/NAME; the same one each time. It stays this object's.
+
+        Raises PlanError: missing, a link, or no regular file.
+        """
+        with self._lock:
+            if self._closed:
+                raise PlanError(f"{name} is asked for after the plan was closed; open it again")
+            if name not in self._files:
+                self._files[name] = self._open(name)
+            return self._files[name]
+
+    def size(self, name: str) -> int:
+        """Bytes of a file. Raises PlanError."""
+        return os.fstat(self.file(name)).st_size
+
+    def read(self, name: str, limit: int) -> bytes:
+        """All of a file. Raises PlanError where it has more than `limit` bytes."""
+        descriptor = self.file(name)
+        size = os.fstat(descriptor).st_size
+        if size > limit:
+            raise PlanError(f"{name} has {size} bytes, but at most {limit} are read; export the plan again")
+        found = bytearray()
+        while len(found) < size and (part := read_at(descriptor, size - len(found), len(found))):
+            found += part
+        return bytes(found)
+
+    def _open(self, name: str) -> int:
+        folder, _, last = name.rpartition("/")
+        try:
+            descriptor = self._open_relative(folder, last)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENOTDIR):
+                raise PlanError(f"{name} is a link; replace it by the file, a plan holds no links") from error
+            if error.errno in (errno.ENOENT, errno.ENXIO, errno.EISDIR):
+                raise PlanError(f"{name} is missing from {str(self.root)!r}; copy the plan again") from error
+            why = printable(error.strerror or str(error))
+            raise PlanError(f"cannot open {name} ({why}); check its permissions, or copy the plan again") from error
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise PlanError(f"{name} in {str(self.root)!r} is not a file; copy the plan again")
+        return descriptor
+
+    def _open_relative(self, folder: str, last: str) -> int:
+        if not _RELATIVE:
+            path = self.root / folder / last
+            if any(os.path.islink(one) for one in (path, self.root / folder) if one != self.root):
+                raise OSError(errno.ELOOP, "it is a link")
+            return os.open(path, _FLAGS)
+        if folder not in self._directories:
+            flags = os.O_RDONLY | _DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._directories[folder] = os.open(folder, flags, dir_fd=self._directories[""])
+        return os.open(last, _FLAGS, dir_fd=self._directories[folder])
+
+
+def read_at(descriptor: int, count: int, offset: int) -> bytes:
+    """At most `count` bytes from `offset` on, whatever other threads read."""
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, count, offset)
+    with _SEEKING:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.read(descriptor, count)
+
+
+_SEEKING = Lock()

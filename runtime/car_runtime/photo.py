@@ -1,0 +1,90 @@
+"""The control map of a photo, as a plan's convention has it: derived here, or by a network of the user's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from car_runtime.control_checks import CROPPED, aspect_warning, prepare_control
+from car_runtime.controls import derive
+from car_runtime.conventions import ControlConvention
+from car_runtime.errors import ImageError, RequestError
+from car_runtime.format.manifest import Manifest
+from car_runtime.images import Source, open_image
+from car_runtime.request import check_fit
+
+WITHOUT_NETWORK = frozenset({"canny", "soft-hed", "dome", "dodge"})
+"""Annotators that are here, and no network."""
+
+
+def control_of_photo(
+    photo: Source,
+    manifest: Manifest,
+    *,
+    fit: str | None = None,
+    annotator: str | Path | None = None,
+    threads: int | None = None,
+) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    """The map, uint8 [S, S, 3], and warnings about the photo.
+
+    annotator: ONNX file of a network with its description next to it (`annotator.open_annotator`); None derives the
+    map by arithmetic. Raises ImageError, RequestError.
+    """
+    convention, size = manifest.model.convention, manifest.model.image_size
+    if convention is None:
+        raise ImageError(
+            f"{manifest.model.control_type!r} cannot be derived from a photo; give the control image with --control"
+        )
+    return map_of_photo(photo, convention, size, fit=fit, annotator=annotator, threads=threads)
+
+
+def map_of_photo(
+    photo: Source,
+    convention: ControlConvention,
+    size: int,
+    *,
+    fit: str | None = None,
+    annotator: str | Path | None = None,
+    threads: int | None = None,
+) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    """The same for a convention and a side in pixels."""
+    check_fit(fit)
+    image = open_image(photo)
+    fit = fit or convention.fit
+    warnings = [aspect_warning("photo", image.size, size, fit, 1 if fit == "stretch" else CROPPED)]
+    if annotator is not None:
+        from car_runtime.annotator import open_annotator
+
+        made = open_annotator(annotator, convention, threads=threads)(image, size, fit)
+    else:
+        made = derive(image, convention, size, fit=fit)
+        if convention.annotator not in WITHOUT_NETWORK:
+            warnings.append(
+                f"{convention.control_type} maps of this plan are those of the network {convention.annotator!r}, and "
+                "this one is derived without it; give it with --annotator"
+            )
+    return made, tuple(warning for warning in warnings if warning)
+
+
+def converted_map(
+    source: Source, given: ControlConvention, wanted: ControlConvention, size: int, *, fit: str | None = None
+) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    """A map of one convention as one of another of the same type: polarity and axes; uint8 [S, S, 3], and warnings.
+
+    Raises ImageError, RequestError: a map of another type.
+    """
+    check_fit(fit)
+    if given.control_type != wanted.control_type:
+        raise RequestError(
+            f"a map of {given.control_type!r} cannot become one of {wanted.control_type!r}; make it of the photo"
+        )
+    square, warnings = prepare_control(open_image(source), given, size, fit or wanted.fit)
+    pixels = np.array(square, np.uint8)
+    if given.polarity != wanted.polarity:
+        pixels = 255 - pixels
+    for channel, (of, to) in enumerate(zip(given.axes, wanted.axes, strict=True)):
+        if of != to:
+            pixels[..., channel] = 255 - pixels[..., channel]
+    return pixels, warnings
