@@ -25,11 +25,13 @@ PYTEST_SPREAD = $(if $(strip $(PYTEST_ARGS)),,-n $(TEST_PROCESSES) --dist loadfi
 # `make quick`, for while one works: what protects most for a second of a core. The model's arithmetic, the runtime's
 # request, loop, schedules, images and manifest, the tokens of the shipped plan, and one export, byte by byte. Left to
 # `make test`: engines other than ONNX Runtime, training, annotators, the commands, benchmarks, packaging. On two quiet
-# cores lint, types and these tests stay under 90 s; a file belongs here if it takes less than 10 s of a core.
+# cores lint, types and these tests stay under 90 s; a file belongs here if it takes less than 10 s of a core. QUICK_LEFT
+# are those of their tests that take longer: on a model exported for them, and in OpenVINO.
 QUICK_TESTS ?= $(addprefix tests/runtime/test_,request.py plan.py images.py manifest.py schedules.py) \
 	$(addprefix tests/train/test_,kernels.py sample.py losses.py data.py) \
 	$(addprefix tests/test_frozen.py::test_,checkpoints_have_the_same_keys \
 	'the_shipped_plan_draws_the_same_tokens[ort-cpu]' 'an_export_of_tiny_has_the_same_bytes[var]')
+QUICK_LEFT := transformer or openvino
 
 DEMO_ENV := .venv-demo
 DEV_ENV := .venv
@@ -68,7 +70,7 @@ test: $(DEV_ENV)$(INSTALLED)
 	@OMP_NUM_THREADS=1 $(DEV_ENV)/bin/python -m pytest -q --durations=15 $(PYTEST_SPREAD) $(PYTEST_ARGS)
 
 quick: lint types
-	@OMP_NUM_THREADS=1 $(DEV_ENV)/bin/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile $(QUICK_TESTS)
+	@OMP_NUM_THREADS=1 $(DEV_ENV)/bin/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile -k 'not ($(QUICK_LEFT))' $(QUICK_TESTS)
 
 check: lint types test
 

@@ -42,7 +42,7 @@ SLOW = "slow"
 CHECKOUT = ("benchmarks", "car_train", "export", "runtime", "tests", "Makefile", "pyproject.toml")
 NOT_OURS = {"--extra-index-url", "--fix", "--nproc-per-node", "engines/"}
 """Flags of pip, ruff and torchrun that documents name, and a folder inside a plan."""
-OLD_WORDS = r"(?<![a-z])(?:pictures?|beside|tells?|told|made[-_ ]up|likeliest|eight[- ]bits?)(?![a-z])"
+OLD_WORDS = r"(?<![a-z.])(?:pictures?|beside|tells?|told|made[-_ ]up|likeliest|eight[- ]bits?)(?![a-z])"
 """CONTRIBUTING.md, "Words"."""
 
 
@@ -390,7 +390,12 @@ def flags_of(parser: argparse.ArgumentParser) -> set[str]:
 def known_flags() -> set[str]:
     """The flags of all programs that documents name."""
     plan = ["x.plan"]
-    programs = [("car_runtime", []), ("car_runtime", ["doctor"]), ("car_runtime", ["verify"])]
+    programs = [
+        ("car_runtime", []),
+        ("car_runtime", ["control", "x.jpg", "-o", "y.png"]),
+        ("car_runtime", ["doctor"]),
+        ("car_runtime", ["verify"]),
+    ]
     programs += [("car_train", ["data", "emoji"]), ("export/build_engines.py", plan), ("export/numerics.py", plan)]
     for words in (words for block in ALL_BLOCKS if block.language == "sh" for words in commands_of(block)):
         if words[:2] == ["python", "-m"] and words[2].startswith("benchmarks."):

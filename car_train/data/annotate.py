@@ -27,10 +27,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from car_train.conventions import PRESETS, ControlConvention
+from car_train.conventions import FITS, PRESETS, ControlConvention, convention
 from car_train.data.annotator import DEFAULTS, Annotator, AnnotatorError, NetSettings
 from car_train.data.annotator_net import AnnotatorNet
-from car_train.data.control_folder import DEFAULT_SIZE, SKIPPED, annotate_folder
+from car_train.data.control_folder import DEFAULT_SIZE, SKIPPED, annotate_file, annotate_folder
 from car_train.data.controls import CONTROL_TYPES, NEEDS_ALPHA, make_control
 from car_train.data.hed import HedError
 from car_train.data.pretrained import WeightsError, fetch
@@ -70,7 +70,7 @@ def make_annotator(
         raise AnnotatorError(f"no annotator {control_type!r}; choose one of: {', '.join(CONTROL_TYPES)}")
     if soft and (control_type != "hed" or onnx is not None):
         raise AnnotatorError("soft is the HED without a net; use it with hed and without an ONNX file")
-    settings, convention = settings or DEFAULTS, convention or PRESETS[control_type]
+    settings, how = settings or DEFAULTS, convention or PRESETS[control_type]
     known = NetSettings(work_size=settings.work_size if control_type == "hed" and not soft else None)
     if onnx is None and settings != known:
         raise AnnotatorError(
@@ -80,15 +80,15 @@ def make_annotator(
     if threads < 0:
         raise AnnotatorError(f"{threads} threads; give 0 for all, or how many")
     if onnx is not None:
-        return AnnotatorNet(Path(onnx).expanduser(), control_type, settings, threads, convention).annotator()
+        return AnnotatorNet(Path(onnx).expanduser(), control_type, settings, threads, how).annotator()
     if control_type == "hed" and not soft:
         hed = replace(settings, multiple=1, margin=HED_MARGIN)
-        return AnnotatorNet(_hed_file(), "hed", hed, threads, convention, hed_work_size).annotator()
+        return AnnotatorNet(_hed_file(), "hed", hed, threads, how, hed_work_size).annotator()
     return Annotator(
         control_type=control_type,
         needs_alpha=control_type in NEEDS_ALPHA,
-        origin={"annotator": control_type, "net": None, "convention": convention.name},
-        make=lambda images: [make_control(image, convention) for image in images],
+        origin={"annotator": control_type, "net": None, "convention": how.name},
+        make=lambda images: [make_control(image, how) for image in images],
     )
 
 
@@ -108,15 +108,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLES
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="folder of class folders")
+    add("--data", type=Path, required=True, help="folder of class folders, or one image")
     add("--annotator", choices=CONTROL_TYPES, required=True, help="what the controls show")
-    add("-o", "--output", type=Path, required=True, metavar="CONTROLS", help="folder to make, or to continue")
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="CONTROLS",
+        help="folder to make, or to continue; of one image, its map, *.png",
+    )
     add(
         "--size",
         type=int,
         metavar="N",
         help=f"side; best the model's (default: the image's, at most {DEFAULT_SIZE})",
     )
+    add("--fit", choices=FITS, default=FITS[0], help="of images that aren't square (default: crop, their middle)")
+    add("--convention", metavar="NAME", help="how the maps look (default: the published one of the type)")
     add("--limit", type=int, metavar="N", help="images per class (default: all)")
     add("--batch", type=int, default=1, metavar="N", help="images a net takes at once (default: 1, fast on a CPU)")
     add("--threads", type=int, default=0, metavar="N", help="CPU threads of a net (default: 0, all)")
@@ -145,14 +154,20 @@ def _settings(args: argparse.Namespace) -> NetSettings:
 
 def run(args: argparse.Namespace) -> Path:
     """The folder of controls, to be printed; what became of the images goes to stderr."""
+    how = convention(args.convention or args.annotator)
+    if how.control_type != args.annotator:
+        raise AnnotatorError(f"{how.name!r} is a convention of {how.control_type}; choose one of {args.annotator}")
     annotator = make_annotator(
-        args.annotator, onnx=args.onnx, settings=_settings(args), soft=args.soft, threads=args.threads
+        args.annotator, onnx=args.onnx, settings=_settings(args), soft=args.soft, threads=args.threads, convention=how
     )
+    if args.data.is_file():
+        return annotate_file(args.data, args.output, annotator, size=args.size, fit=args.fit)
     report = annotate_folder(
         args.data,
         args.output,
         annotator,
         size=args.size,
+        fit=args.fit,
         limit=args.limit,
         batch=args.batch,
         overwrite=args.overwrite,

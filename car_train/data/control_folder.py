@@ -87,6 +87,24 @@ def annotate_folder(
     return report
 
 
+def annotate_file(
+    image: Path, output: Path, annotator: Annotator, *, size: int | None = None, fit: str = FITS[0]
+) -> Path:
+    """Make the control of one image as the PNG file `output`, and return that.
+
+    Raises AnnotatorError: no .png, the image itself, nothing to be made of it, a folder that can't be written;
+    ImageFileError.
+    """
+    if output.suffix.lower() != ".png" or output.resolve() == image.resolve():
+        raise AnnotatorError(f"{output} can't be the map of {image}; give another file, *.png")
+    control = annotator(read_image(image, size, fit))
+    try:
+        _write_png(output, control)
+    except OSError as error:
+        raise AnnotatorError(_cannot_write(output, error)) from error
+    return output
+
+
 def _images(data: Path, limit: int | None) -> list[Path]:
     """Paths under `data`. Raises AnnotatorError where two differ in their extension alone."""
     taken: dict[int, int] = {}

@@ -5,7 +5,7 @@
       dog/…                       dog/…
 
 What an image becomes, here and in `car_runtime.controls` alike: turned as its EXIF says, brought to the model's
-square (`images.fitted`: its middle, unless told otherwise) with LANCZOS (Pillow, premultiplied), composited on white.
+square (`images.fitted`: its middle, by default) with LANCZOS (Pillow, premultiplied), composited on white.
 Controls made on the fly come from that very square; control files are read as the runtime reads them.
 
 Augmentation of a photo is the published one: resized until its shorter side is 1.125 times the model's, then a random
@@ -63,6 +63,7 @@ class ControlledImages(Dataset[dict[str, Any]]):
     control_root: a folder with a control image for every image, but for those that its `skipped.txt` lists.
     augment:      mirror, shift and scale at random, from (seed, epoch, index) alone: a resumed run sees the same
                   images.
+    flip:         whether augmentation mirrors, every other time.
     preload:      decode everything once and keep it in memory (uint8 RGBA; twice the model's side at most).
     classes:      images of some classes only (`select_classes`); labels and `class_names` stay those of all.
 
@@ -84,6 +85,7 @@ class ControlledImages(Dataset[dict[str, Any]]):
         control_type: str | None = None,
         control_root: str | Path | None = None,
         augment: bool = False,
+        flip: bool = True,
         seed: int = 0,
         preload: bool = True,
         classes: str | None = None,
@@ -102,7 +104,7 @@ class ControlledImages(Dataset[dict[str, Any]]):
         self.fit = fit
         self.convention = convention or (None if control_type is None else PRESETS[control_type])
         self.control_type = control_type
-        self.augment = augment
+        self.augment, self.flip = augment, flip
         self.seed = seed
         self.epoch = 0
         chosen = set(select_classes(classes, self.class_names))
@@ -164,6 +166,7 @@ class ControlledImages(Dataset[dict[str, Any]]):
             box, mirror = random_box(rng)
         elif self.augment:
             window, mirror = random_window(rng, image.shape[:2], size)
+        mirror = mirror and self.flip
         shown = crop(image, box, mirror, size) if window is None else cut(image, window, mirror, size)
         item: dict[str, Any] = {"image": to_float(on_white(shown)), "label": label}
         if control is not None:

@@ -37,7 +37,7 @@ class DataError(UserError, ValueError):
 class ImageFolder:
     """The images of a folder: (path, label) each, sorted by class and path.
 
-    trees: whether train/ and val/ are told by folders; otherwise a hash of the file's name decides (`split_of`).
+    trees: whether train/ and val/ are given by folders; otherwise a hash of the file's name decides (`split_of`).
     left_out: files that no image will be read from, with the reason.
     odd: what looks as if the layout were not meant so, in sentences that end with a remedy.
     """

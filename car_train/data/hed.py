@@ -37,6 +37,9 @@ BLOCKS = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
 MEAN_BGR = (104.00699, 116.66877, 122.67892)
 """What is subtracted from the blue, green and red channel, in grey levels 0…255."""
 
+DESCRIPTION = {"gives": "edges", "enlarge": 2, "enlarge_to": 256, "multiple": 1, "margin": 8}
+"""How an image is brought to the network, for `car-run --annotator` (docs/inputs.md); `annotate` does the same."""
+
 OPSET = 17
 IR_VERSION = 8
 

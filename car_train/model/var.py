@@ -169,7 +169,7 @@ class Block(nn.Module):
         self.ada_offset = nn.Parameter(torch.zeros(6, C)) if config.shared_aln else None
         self.drop_path_rate = drop_path_rate
         """Training only: probability that a row skips the attention, and that it skips the MLP."""
-        self.recompute = False
+        self.activation_checkpointing = False
         """Training only: keep no activations, compute them again in the backward pass."""
 
     def modulation(self, cond_RC: Tensor, shared_R6C: Tensor | None) -> Tensor:
@@ -192,7 +192,7 @@ class Block(nn.Module):
 
         `modulation`: the six f32 of `modulation()`, each [R, 1, C] or, with a cache, [1, R, C].
         """
-        if self.recompute and self.training and torch.is_grad_enabled():
+        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(self._forward, x, modulation, cache, layer, sides, use_reentrant=False)
         return self._forward(x, modulation, cache, layer, sides)
 

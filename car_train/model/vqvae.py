@@ -38,11 +38,11 @@ class ResBlock(nn.Module):
         self.norm1, self.conv1 = Norm(inp), nn.Conv2d(inp, out, 3, padding=1)
         self.norm2, self.conv2 = Norm(out), nn.Conv2d(out, out, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(inp, out, 1) if inp != out else nn.Identity()
-        self.recompute = False
+        self.activation_checkpointing = False
         """Training only: keep no activations, compute them again in the backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.recompute and self.training and torch.is_grad_enabled():
+        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(self._forward, x, use_reentrant=False)
         return self._forward(x)
 

@@ -35,7 +35,7 @@ ALNG_HELP = (
 TOKENS = ("token_cache", "token_root", "views")
 """Options for stages that train on tokens."""
 RUN = tuple("batch grad_accum lr schedule final_lr warmup weight_decay weight_decay_end grad_clip ema seed".split())
-MACHINE = tuple("compile activation_checkpointing device threads workers augment fit preload classes".split())
+MACHINE = tuple("compile activation_checkpointing device threads workers augment flip fit preload classes".split())
 RECORD = tuple("tensorboard keep validate_every save_every".split())
 
 

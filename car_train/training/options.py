@@ -61,6 +61,7 @@ class TrainOptions:
     workers: int = option(1, "data loader processes")
     fit: str = option(FITS[0], "of images that aren't square: their middle, with margins, or distorted", choices=FITS)
     augment: bool = option(True, "no flips, shifts and zooms")
+    flip: bool = option(True, "mirror nothing, as in VAR's training: for scenes with writing, or a right and a left")
     preload: bool = option(
         True, "don't keep all images decoded in memory (64 KB each at 64 pixels, 1 MB at 256): for large sets"
     )

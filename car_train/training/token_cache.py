@@ -101,6 +101,7 @@ def identity(images: ControlledImages, vqvae: VQVAE, views: int, precision: str)
         "sides": list(vqvae.config.sides),
         "vocab": vqvae.config.vocab,
         "augment": images.augment,
+        "flip": images.augment and images.flip,
         "seed": images.seed if images.augment else 0,
         "views": views,
         "precision": precision,

@@ -8,7 +8,7 @@ A run's folder:
     run.json              stage, options, config, sizes, versions
     log.jsonl             one object a step; validation figures now and then, as `val_…`
     samples-0000500.png   a contact sheet: control, drawn or reconstructed, real
-    step-0000500/         a checkpoint; its weights are the moving average, where there is one
+    step-0000500/         a checkpoint; its weights are the EMA, where there is one
     tensorboard/          with `tensorboard`
 
 `batch` is what one optimizer step sees, over all processes and microbatches: the same command on two processes, or
@@ -65,7 +65,7 @@ class TrainingError(UserError, RuntimeError):
 
 
 class Trainer:
-    """The loop around a stage: order, optimizers, precision, average, logs, checkpoints."""
+    """The loop around a stage: order, optimizers, precision, EMA, logs, checkpoints."""
 
     def __init__(self, stage: Stage, options: TrainOptions):
         self.world, device = World.join(options.device)
@@ -129,7 +129,13 @@ class Trainer:
         roots = (options.control_root, options.val_control_root if own else options.control_root)
         return (
             ControlledImages(
-                folder, size, split=train_split, control_root=roots[0], augment=options.augment, **common
+                folder,
+                size,
+                split=train_split,
+                control_root=roots[0],
+                augment=options.augment,
+                flip=options.flip,
+                **common,
             ),
             ControlledImages(val, size, split=val_split, control_root=roots[1], **common),
         )
@@ -150,7 +156,7 @@ class Trainer:
     def _set_up_blocks(self) -> None:
         for module in self.stage.model.modules():
             if isinstance(module, Block | ResBlock):
-                module.recompute = self.options.activation_checkpointing
+                module.activation_checkpointing = self.options.activation_checkpointing
             if self.options.compile and isinstance(module, Block | ConvBlock | Encoder | Decoder):
                 module.compile()
 

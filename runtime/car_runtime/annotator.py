@@ -1,6 +1,6 @@
-"""A network that makes control maps of photos: one ONNX file, and a JSON file beside it that describes it.
+"""A network that makes control maps of photos: one ONNX file, and a JSON file next to it that describes it.
 
-    net = open_annotator("hed.onnx", PRESETS["hed"])     # hed.json lies beside it
+    net = open_annotator("hed.onnx", PRESETS["hed"])     # hed.json lies next to it
     map_SS3 = net(open_image("photo.jpg"), 256, "crop")
 
 `car_train` makes the maps of a data set with the same networks (`car_train.data.annotator_net`), by the same
@@ -104,13 +104,13 @@ def _require(good: bool, problem: str) -> None:
 
 
 def read_description(onnx: Path) -> NetDescription:
-    """The description beside a network, NAME.json for NAME.onnx. Raises RequestError."""
+    """The description next to a network, NAME.json for NAME.onnx. Raises RequestError."""
     path = onnx.with_suffix(".json")
     try:
         return parse_json(path.read_bytes(), path.name, _REMEDY).field("annotator").read(NetDescription)
     except FileNotFoundError as error:
         raise RequestError(
-            f"{str(onnx)!r} has no description {path.name!r} beside it; write one (docs/inputs.md)"
+            f"{str(onnx)!r} has no description {path.name!r} next to it; write one (docs/inputs.md)"
         ) from error
     except (OSError, ValueError) as error:
         raise RequestError(f"cannot read {str(path)!r} ({one_line(error)}); {_REMEDY}") from error
@@ -122,7 +122,7 @@ def open_annotator(onnx: str | Path, convention: ControlConvention, *, threads: 
     """Open a network for maps of a convention. Raises RequestError, BackendError (no ONNX Runtime)."""
     path = Path(onnx)
     if not path.is_file():
-        raise RequestError(f"there is no network {str(path)!r}; give an .onnx file with its description beside it")
+        raise RequestError(f"there is no network {str(path)!r}; give an .onnx file with its description next to it")
     return Annotator(path, read_description(path), convention, threads)
 
 

@@ -58,10 +58,12 @@ def prepare_control(
         )
     if aspect := aspect_warning("control", image.size, size, fit):
         warnings.append(aspect)
-    if found := _content(np.asarray(square), convention, kind):
+    lines = convention is not None and convention.polarity in ("light-on-dark", "dark-on-light")
+    found = _content(np.asarray(square), convention, kind)
+    if found is None and lines:
+        found = _thin_lines(flat, square, kind) or _few_lines(np.asarray(square))
+    if found is not None:
         warnings.append(found)
-    elif convention is not None and convention.polarity.endswith(("on-dark", "on-light")):
-        warnings += _thin_lines(flat, square, kind)
     return square, tuple(warnings)
 
 
@@ -80,7 +82,7 @@ def aspect_warning(what: str, given: tuple[int, int], size: int, fit: str, least
 def _content(rgb: NDArray[np.uint8], convention: ControlConvention | None, kind: str) -> str | None:
     """The first thing that is wrong with the map itself; rgb: uint8 [S, S, 3]."""
     spread = int((rgb.max(axis=(0, 1)).astype(int) - rgb.min(axis=(0, 1))).max())
-    if spread < CONTRAST:
+    if spread < CONTRAST and not (spread and kind == "depth"):
         return f"the control is blank: all of it is {_name(rgb[0, 0])}; there is nothing to follow"
     if convention is None:
         return None
@@ -106,10 +108,16 @@ def _lines(grey: Floats, convention: ControlConvention) -> str | None:
         return f"the control looks inverted: {kind} maps of this plan are {here}; invert it"
     if median > MIDDLE[0]:
         return f"the control looks like a photo, not like lines that are {here} ({kind}); give it with --photo"
-    off = int((grey > grey.min() + LINE).sum())
-    if off < FEW * grey.size:
-        return f"the control is nearly blank: {off} of {grey.size} pixels are on lines; draw more, or stronger lines"
     return None
+
+
+def _few_lines(rgb: NDArray[np.uint8]) -> str | None:
+    """Whether next to nothing is off the ground, the commonest grey level."""
+    grey = rgb.mean(axis=2)
+    off = int((np.abs(grey - np.median(grey)) > LINE).sum())
+    if off >= FEW * grey.size:
+        return None
+    return f"the control is nearly blank: {off} of {grey.size} pixels are on lines; draw more, or stronger lines"
 
 
 def _depth(near: Floats, kind: str) -> str | None:
@@ -118,13 +126,13 @@ def _depth(near: Floats, kind: str) -> str | None:
     if high - low < UNUSED:
         return (
             f"the control uses grey levels {low:.0f}…{high:.0f} of 0…255 alone, so its {kind} is nearly flat; "
-            "stretch it to the whole range"
+            "stretch it to the whole range before it is saved"
         )
     edge = max(1, len(near) // 16)
     border = np.ones(near.shape, bool)
     border[edge:-edge, edge:-edge] = False
     # Ground that is as near as can be, around something that is farther: a map in which far is light.
-    if np.percentile(near[border], 20) >= 240 and near[~border].mean() < 208:
+    if np.percentile(near[border], 20) >= 240 and np.percentile(near[~border], 5) < 160:
         return f"the control looks inverted: its border is nearer than what it surrounds ({kind}); invert it"
     return None
 
@@ -147,8 +155,11 @@ def _normals(rgb: NDArray[np.uint8], convention: ControlConvention, kind: str) -
     ]
     if not turned:
         return None
-    meant = " and ".join(f"{c} large to the {t}" for c, t in zip(("red", "green"), convention.axes, strict=False))
-    return f"the control's {' and '.join(turned)} is turned round: this plan has {meant}; invert that channel"
+    red, green, _ = convention.axes
+    return (
+        f"the control's {' and '.join(turned)} {'are' if len(turned) > 1 else 'is'} turned round: normals of this "
+        f"plan have red {red}, green {green}; invert what is turned, or see car-run control --from"
+    )
 
 
 def _grows(n: Floats, channel: int) -> int:
@@ -169,24 +180,30 @@ def _grows(n: Floats, channel: int) -> int:
     return 0 if abs(together) < 0.5 else int(np.sign(together))
 
 
-def _thin_lines(flat: Image.Image, square: Image.Image, kind: str) -> list[str]:
+def _thin_lines(flat: Image.Image, square: Image.Image, kind: str) -> str | None:
     """Lines of a pixel in a large map are grey haze in a small one."""
     if min(flat.size) < 1.5 * square.width:
-        return []
-    before, after = (_contrast(np.asarray(image.convert("L"), np.float32)) for image in (flat, square))
-    if before < LINE or after >= LOST * before:
-        return []
-    return [
-        f"the control's lines lose {1 - after / before:.0%} of their contrast from {flat.width}×{flat.height} to "
+        return None
+    before = _off_ground(flat)
+    strokes = before[before > LINE]
+    if not strokes.size:
+        return None
+    # A line of one pixel has as many fewer pixels as the map is smaller; half of them, so that breaks don't count.
+    count = max(4, round(strokes.size * square.width / min(flat.size) / 2))
+    after = float(np.sort(_off_ground(square))[-count:].mean())
+    lost = 1 - after / float(strokes.mean())
+    if lost < 1 - LOST:
+        return None
+    return (
+        f"the control's lines lose {lost:.0%} of their contrast from {flat.width}×{flat.height} to "
         f"{square.width}×{square.height} pixels ({kind}); draw them thicker, or at that size"
-    ]
+    )
 
 
-def _contrast(grey: Floats) -> float:
-    """How far the strongest lines are from the ground: the mean of the 1/256 of all pixels that are farthest."""
-    off = np.abs(grey - np.median(grey)).ravel()
-    count = max(1, off.size // 256)
-    return float(np.partition(off, -count)[-count:].mean())
+def _off_ground(image: Image.Image) -> Floats:
+    """How far each pixel is from the commonest grey level, flat."""
+    grey = np.asarray(image.convert("L"), np.float32)
+    return np.abs(grey - np.median(grey)).ravel()
 
 
 def _name(rgb: Any) -> str:

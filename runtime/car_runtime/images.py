@@ -31,7 +31,7 @@ BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
 """What is tried on a file, by Pillow's names; nothing that hands it to another program, as EPS to Ghostscript."""
 CONTRAST = 8
-"""Grey levels from which on two are told apart."""
+"""Grey levels from which on two are distinguished."""
 
 Source: TypeAlias = "str | os.PathLike[str] | IO[bytes] | Image.Image | NDArray[Any]"
 

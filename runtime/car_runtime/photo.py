@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from car_runtime.control_checks import CROPPED, aspect_warning
+from car_runtime.control_checks import CROPPED, aspect_warning, prepare_control
 from car_runtime.controls import derive
 from car_runtime.conventions import ControlConvention
-from car_runtime.errors import ImageError
+from car_runtime.errors import ImageError, RequestError
 from car_runtime.format.manifest import Manifest
 from car_runtime.images import Source, open_image
 from car_runtime.request import check_fit
@@ -29,7 +29,7 @@ def control_of_photo(
 ) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
     """The map, uint8 [S, S, 3], and warnings about the photo.
 
-    annotator: ONNX file of a network with its description beside it (`annotator.open_annotator`); None derives the
+    annotator: ONNX file of a network with its description next to it (`annotator.open_annotator`); None derives the
     map by arithmetic. Raises ImageError, RequestError.
     """
     convention, size = manifest.model.convention, manifest.model.image_size
@@ -66,3 +66,25 @@ def map_of_photo(
                 "this one is derived without it; give it with --annotator"
             )
     return made, tuple(warning for warning in warnings if warning)
+
+
+def converted_map(
+    source: Source, given: ControlConvention, wanted: ControlConvention, size: int, *, fit: str | None = None
+) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    """A map of one convention as one of another of the same type: polarity and axes; uint8 [S, S, 3], and warnings.
+
+    Raises ImageError, RequestError: a map of another type.
+    """
+    check_fit(fit)
+    if given.control_type != wanted.control_type:
+        raise RequestError(
+            f"a map of {given.control_type!r} cannot become one of {wanted.control_type!r}; make it of the photo"
+        )
+    square, warnings = prepare_control(open_image(source), given, size, fit or wanted.fit)
+    pixels = np.array(square, np.uint8)
+    if given.polarity != wanted.polarity:
+        pixels = 255 - pixels
+    for channel, (of, to) in enumerate(zip(given.axes, wanted.axes, strict=True)):
+        if of != to:
+            pixels[..., channel] = 255 - pixels[..., channel]
+    return pixels, warnings

@@ -31,7 +31,7 @@ from car_runtime.format.manifest import read_manifest
 from car_runtime.plan import Plan, default_plan
 from car_train.config import CARConfig, ModelConfig, VARConfig, VQVAEConfig
 from car_train.model import Model
-from fixtures.amx_machine import needs_kernels
+from fixtures.amx_machine import needs_kernels, without_compiler
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "guitar.png"
 SIDES = (1, 3, 10)
@@ -424,6 +424,68 @@ def test_where_nobody_is_at_home_nothing_is_looked_for_in_a_shared_folder(monkey
     folder = build._kept("key").parent
     assert list(folder.iterdir()) == []
     assert folder.stat().st_mode & 0o077 == 0
+
+
+MARKED = """
+#include <stdio.h>
+const int car_bf16_terms = 1;
+__attribute__((constructor)) static void mark(void) { FILE *file = fopen("%s", "w"); if (file) fclose(file); }
+int car_start(void) { return 0; }
+"""
+
+
+def somebody_elses(path: Path) -> None:
+    try:
+        os.chown(path, 65534, 65534)
+    except PermissionError:
+        pytest.skip("files of other users are made by root alone")
+
+
+def linked(library: Path) -> None:
+    """To a place where everybody may write."""
+    elsewhere = library.parents[3] / "other.so"
+    shutil.move(library, elsewhere)
+    elsewhere.chmod(0o666)
+    library.symlink_to(elsewhere)
+
+
+SPOILED: dict[str, Callable[[Path], None]] = {
+    "another user's": somebody_elses,
+    "in another user's folder": lambda library: somebody_elses(library.parent),
+    "below another user's folder": lambda library: somebody_elses(library.parents[2]),
+    "writable by all": lambda library: library.chmod(0o777),
+    "writable by the group": lambda library: library.chmod(0o770),
+    "in a folder writable by all": lambda library: library.parent.chmod(0o777),
+    "in a folder writable by all, sticky": lambda library: library.parent.chmod(0o1777),
+    "in a folder writable by the group": lambda library: library.parent.chmod(0o770),
+    "below a folder writable by all": lambda library: library.parent.parent.chmod(0o777),
+    "a link to a file writable by all": linked,
+    "a second name of a file": lambda library: os.link(library, library.parents[3] / "name.so"),
+}
+
+
+@pytest.mark.skipif(without_compiler() is not None, reason=str(without_compiler()))
+@pytest.mark.parametrize("spoiled", [None, *SPOILED])
+def test_a_library_that_somebody_else_could_have_put_there_is_not_loaded(
+    spoiled: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, marked, mark = tmp_path / "own.c", tmp_path / "marked.c", tmp_path / "loaded"
+    own.write_text(MARKED.replace("__attribute__((constructor))", "__attribute__((unused))") % mark)
+    marked.write_text(MARKED % mark)
+    monkeypatch.setattr(build, "SOURCES", [own])
+    monkeypatch.setattr(build, "ROOT", tmp_path / "elsewhere" / "native")
+    build.load()
+    (name,) = (file.name for file in build.ROOT.iterdir())
+    monkeypatch.setattr(build, "ROOT", tmp_path / "home" / ".cache" / "car" / "native")
+    build._private_folder.cache_clear()
+    library = build.ROOT / name
+    library.parent.mkdir(parents=True, mode=0o700)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, marked], check=True, timeout=60)
+    library.chmod(0o700)
+    if spoiled is not None:
+        SPOILED[spoiled](library)
+    build.load()
+    assert mark.exists() == (spoiled is None)
 
 
 @needs_kernels

@@ -100,11 +100,11 @@ def test_canny_of_colour_equals_opencv_to_the_bit(rgb: np.ndarray, a: int, b: in
 
 
 def test_canny_sees_an_edge_between_colours_of_equal_brightness() -> None:
-    picture = Image.new("RGB", (64, 64), (200, 60, 60))
-    ImageDraw.Draw(picture).ellipse([16, 16, 48, 48], fill=(60, 131, 60))
-    grey, rgb = (runtime.derive(picture, name, 64)[..., 0] for name in ("canny-grey", "canny"))
+    image = Image.new("RGB", (64, 64), (200, 60, 60))
+    ImageDraw.Draw(image).ellipse([16, 16, 48, 48], fill=(60, 131, 60))
+    grey, rgb = (runtime.derive(image, name, 64)[..., 0] for name in ("canny-grey", "canny"))
     assert grey.max() == 0
-    assert (rgb == cv2.Canny(np.array(picture), 100, 200)).all()
+    assert (rgb == cv2.Canny(np.array(image), 100, 200)).all()
     assert 80 < (rgb > 0).sum() < 200  # the outline, π·32 pixels
 
 

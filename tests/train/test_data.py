@@ -200,6 +200,22 @@ def test_photos_are_cut_from_anywhere_at_the_published_size(tmp_path: Path) -> N
     assert max(lefts) > 255 * (1 - 64 / 144) - 255 * 0.1
 
 
+def test_nothing_is_mirrored_where_that_is_not_wanted(tmp_path: Path) -> None:
+    (tmp_path / "photo").mkdir()
+    ramp = np.broadcast_to(np.linspace(0, 255, 80)[None, :, None], (80, 80, 3)).astype(np.uint8)
+    Image.fromarray(ramp).save(tmp_path / "photo" / "x.png")
+    Image.fromarray(np.dstack([ramp, np.full((80, 80), 200, np.uint8)])).save(tmp_path / "photo" / "y.png")
+    rising = {}
+    for flip in (True, False):
+        data = ControlledImages(tmp_path, 32, split="all", augment=True, flip=flip)
+        rising[flip] = set()
+        for epoch in range(12):
+            data.set_epoch(epoch)
+            rows = [as_uint8(data[i]["image"])[16, :, 0].astype(int) for i in range(2)]
+            rising[flip] |= {bool(row[20] > row[12]) for row in rows}
+    assert rising == {True: {True, False}, False: {True}}
+
+
 def test_half_of_the_images_are_mirrored() -> None:
     """Of 1000: 500, standard deviation 16; ±4 of them."""
     mirrored = sum(random_box(np.random.default_rng(i))[1] for i in range(1000))
@@ -227,7 +243,7 @@ def test_control_files_follow_the_image_through_augmentation(tmp_path: Path) -> 
 def test_a_square_control_of_a_photo_is_paired_with_the_square_that_it_was_made_of(
     tmp_path: Path, augment: bool
 ) -> None:
-    """Image and control are told apart by nothing: the "control" is the photo's middle itself."""
+    """Image and control differ in nothing: the "control" is the photo's middle itself."""
     root = opaque(tmp_path / "photos", [(96, 64)])
     (tmp_path / "controls" / "photo").mkdir(parents=True)
     with Image.open(root / "photo" / "p0.png") as photo:

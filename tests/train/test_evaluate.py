@@ -102,7 +102,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
 
 def options(checkpoint: Path, data: Path, **changes: Any) -> EvalOptions:
-    return EvalOptions(**{"checkpoint": checkpoint, "data": data, "split": "all", "top_k": 0, "top_p": 0, **changes})
+    return EvalOptions(
+        **{"checkpoint": checkpoint, "data": data, "split": "all", "cfg": 2.5, "top_k": 0, "top_p": 0, **changes}
+    )
 
 
 def numbers(report: Any) -> Any:

@@ -36,7 +36,7 @@ def steps_of(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
 
 
-def test_checkpoints_are_told_by_number_and_those_put_aside_are_left_alone(images: Path, tmp_path: Path) -> None:
+def test_checkpoints_are_known_by_number_and_those_put_aside_are_left_alone(images: Path, tmp_path: Path) -> None:
     run, every = tmp_path / "run", "--save-every 1 --keep 2"
     assert train(images, run, f"--steps 2 {every}") == 0
     aside = ("step-best", "step-0000001-good", "step-9x", "step-")

@@ -86,7 +86,9 @@ def test_whatever_tokens_follow_from_makes_another_cache(image_folder: Path, tmp
         return len(list(root.iterdir()))
 
     open_cache(images(image_folder), vqvae, views=2, root=root)
-    for count, options in enumerate([{"seed": 6}, {"augment": False}, {"classes": "y"}], start=2):
+    for count, options in enumerate(
+        [{"seed": 6}, {"augment": False}, {"classes": "y"}, {"flip": False}, {"fit": "pad"}], start=2
+    ):
         open_cache(images(image_folder, **options), vqvae, views=2, root=root)
         assert caches() == count
     open_cache(images(image_folder), vqvae, views=2, root=root, precision="bf16")
@@ -95,7 +97,7 @@ def test_whatever_tokens_follow_from_makes_another_cache(image_folder: Path, tmp
     open_cache(images(image_folder), vqvae, views=2, root=root)
     Image.new("RGB", (30, 30)).save(image_folder / "x" / "x0.png")
     open_cache(images(image_folder), vqvae, views=2, root=root)
-    assert caches() == 7
+    assert caches() == 9
 
 
 def test_an_interrupted_encoding_leaves_nothing(image_folder: Path, tmp_path: Path) -> None:
@@ -144,12 +146,12 @@ def test_all_of_a_cached_item_is_of_one_image(tmp_path: Path) -> None:
     for i in range(24):
         image = Image.new("RGBA", (24, 24), (250, 250, 250, 255) if i % 3 == 2 else (0, 0, 0, 0))
         ImageDraw.Draw(image).ellipse([3, 3 + i % 5, 9 + i // 2, 20], fill=(10 * i, 90, 240 - 10 * i, 255))
-        path = tmp_path / "pictures" / "ab"[i // 12] / f"{i:02d}.png"
+        path = tmp_path / "image_folder" / "ab"[i // 12] / f"{i:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
-    (tmp_path / "pictures" / "a" / "04.png").write_bytes(b"no image")
+    (tmp_path / "image_folder" / "a" / "04.png").write_bytes(b"no image")
     vqvae = small_model().vqvae
-    data = images(tmp_path / "pictures", control_type="depth", preload=False)
+    data = images(tmp_path / "image_folder", control_type="depth", preload=False)
     cached = CachedTokens(data, open_cache(data, vqvae, views=2, root=tmp_path / "tokens"))
     cached.set_epoch(1)
     for i in range(24):
@@ -174,7 +176,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_disk_that_is_too_small_is_met_before_anything_is_encoded(pictures: Path, small_disk: Path) -> None:
+def test_a_disk_that_is_too_small_is_met_before_anything_is_encoded(image_folder: Path, small_disk: Path) -> None:
     """In a process of its own: a memory map of a sparse file would end it by SIGBUS."""
     code = f"""
 import torch
@@ -187,7 +189,7 @@ from fixtures.small import small_model
 def never(_):
     raise AssertionError("encoded")
 
-data = ControlledImages({str(pictures)!r}, 20, split="all", augment=True)
+data = ControlledImages({str(image_folder)!r}, 20, split="all", augment=True)
 try:
     open_cache(data, small_model().vqvae, views=500, root=Path({str(small_disk)!r}), encode=never)
 except DataError as error:
@@ -201,13 +203,13 @@ except DataError as error:
 
 
 def test_a_file_system_that_cannot_allocate_is_written_to_all_the_same(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: int) -> None:
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
     vqvae = small_model().vqvae
-    plain = open_cache(images(pictures), vqvae, views=2, root=tmp_path / "plain")
+    plain = open_cache(images(image_folder), vqvae, views=2, root=tmp_path / "plain")
     monkeypatch.setattr(os, "posix_fallocate", refuse, raising=False)
-    other = open_cache(images(pictures), vqvae, views=2, root=tmp_path / "other")
+    other = open_cache(images(image_folder), vqvae, views=2, root=tmp_path / "other")
     np.testing.assert_array_equal(plain.tokens, other.tokens)

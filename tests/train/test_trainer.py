@@ -184,7 +184,7 @@ def test_resuming_with_other_options_is_reported(runs: Path, images: Path, tmp_p
 
 
 @pytest.mark.parametrize("flags", [["--ema", "0.9"], ["--adversarial", "1", "--critic-width", "8"]])
-def test_a_resumed_run_cannot_gain_an_average_or_a_critic(
+def test_a_resumed_run_cannot_gain_an_ema_or_a_critic(
     runs: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
 ) -> None:
     run = shutil.copytree(runs / "vqvae", tmp_path / "run")
@@ -289,22 +289,22 @@ def test_matrices_and_the_class_embedding_decay(runs: Path) -> None:
     assert {"pos_LC", "level_KC", "blocks.1.attn.log_scale_H", "head.bias"} <= {names[id(p)] for p in free}
 
 
-def test_a_moving_average_is_what_its_formula_says() -> None:
+def test_an_ema_is_what_its_formula_says() -> None:
     module = torch.nn.Linear(3, 2)
-    average, expected = EMA(module, 0.5), module.weight.detach().clone()
+    ema, expected = EMA(module, 0.5), module.weight.detach().clone()
     for step in range(1, 5):
         with torch.no_grad():
             module.weight.add_(step)
-        average.update(step)
+        ema.update(step)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * module.weight.detach()
     raw = module.weight.detach().clone()
-    with average.applied():
+    with ema.applied():
         torch.testing.assert_close(module.weight.detach(), expected)
     assert torch.equal(module.weight.detach(), raw)
 
 
-def test_an_average_is_saved_and_validated_but_not_trained(runs: Path, images: Path, tmp_path: Path) -> None:
+def test_an_ema_is_saved_and_validated_but_not_trained(runs: Path, images: Path, tmp_path: Path) -> None:
     """With a decay near 1 the saved weights trail far behind what is trained."""
     flags = [*TOKENIZER, "--steps", "10", "--lr", "2e-3"]
     assert train("vqvae", images, tmp_path / "raw", *flags) == 0
@@ -330,9 +330,13 @@ def test_a_critic_starts_late_and_learns_to_distinguish(images: Path, tmp_path: 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_its_checkpoints(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = [*TOKENIZER, *"--steps 400 --lr 1e9 --warmup 20 --save-every 1 --grad-clip 1e30".split()]
+    assert train("vqvae", images, tmp_path / "run", *TOKENIZER, "--steps", "2") == 0
+    flags = [*TOKENIZER, *"--steps 400 --lr 1e9 --warmup 20 --grad-clip 1e30 --resume".split()]
     assert train("vqvae", images, tmp_path / "run", *flags) == 2
-    assert "lower lr" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "the loss is nan" in error
+    assert "lower lr" in error
+    assert checkpoint.locate(tmp_path / "run").name == "step-0000002"
     assert checkpoint.load(tmp_path / "run").config.vqvae.sides == (1, 2, 4)
 
 

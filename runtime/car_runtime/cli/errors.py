@@ -65,7 +65,7 @@ def open_closed_streams() -> None:
 
 
 def note(line: str) -> None:
-    """A line on stderr, or several. That nobody reads it any more is no reason to stop."""
+    """Print lines on stderr, control characters escaped. That nobody reads them any more is no reason to stop."""
     try:
         print(printable_lines(line), file=sys.stderr, flush=True)
     except OSError:

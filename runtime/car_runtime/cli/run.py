@@ -43,6 +43,7 @@ EXAMPLES = """examples:
   car-run -e d16.plan --list-classes
 
 other commands, each with its own --help:
+  car-run control IMAGE     the control map of a photo alone
   car-run doctor [PLAN]     what this machine can run, and how to install what is missing
   car-run verify [PLAN]     does a plan do here what it did when it was exported, and how fast
 """

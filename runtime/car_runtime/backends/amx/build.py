@@ -1,4 +1,7 @@
-"""The kernels as a library for this machine: compiled once by its C compiler and kept in ~/.cache/car."""
+"""The kernels as a library for this machine: compiled once by its C compiler and kept in ~/.cache/car.
+
+What is loaded is code. A library is taken from there only if nobody but its user (or root) can have put it there.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,11 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +51,7 @@ def load(bf16_terms: int = 1) -> Any:
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     sources = [source.read_bytes() for source in SOURCES]
     kept = _kept(hashlib.sha256(b"\0".join([*sources, *map(str.encode, flags)])).hexdigest()[:16])
-    if not kept.is_file():
+    if not _is_ours(kept):
         if compiler is None:
             raise BackendError(
                 "the backend 'amx' is compiled on this machine, which has no C compiler; "
@@ -64,18 +69,53 @@ def load(bf16_terms: int = 1) -> Any:
 
 
 def _kept(key: str) -> Path:
+    """Where the library is kept: in ROOT, or for this process alone where others could write to that."""
     try:
-        return ROOT.expanduser() / f"kernels-{key}.so"
-    except RuntimeError:  # nobody's home: for this process alone, since others could write where it would be found
-        folder = tempfile.mkdtemp(prefix="car-native-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        return Path(folder) / f"kernels-{key}.so"
+        folder = ROOT.expanduser()
+    except RuntimeError:  # nobody's home
+        return _private_folder() / f"kernels-{key}.so"
+    try:
+        for made in (folder.parent, folder):
+            made.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise BackendError(
+            f"the kernels can't be kept in {folder} ({one_line(error)}); "
+            "set HOME to a folder that can be written to, or use --backend openvino"
+        ) from error
+    return (folder if _is_closed(folder) else _private_folder()) / f"kernels-{key}.so"
+
+
+@cache
+def _private_folder() -> Path:
+    folder = tempfile.mkdtemp(prefix="car-native-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def _is_closed(folder: Path) -> bool:
+    """Whether nobody but this user and root can change what is in a folder, or what its path leads to."""
+    above = [folder.absolute(), *folder.absolute().parents, folder.resolve(), *folder.resolve().parents]
+    for each in dict.fromkeys(above):
+        found = each.stat()
+        others_write = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX
+        if others_write or found.st_uid not in (0, os.geteuid()):
+            return False
+    return not folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _is_ours(library: Path) -> bool:
+    """Whether there is a file of this user's, no link, that nobody else can write to."""
+    try:
+        found = library.lstat()
+    except FileNotFoundError:
+        return False
+    writable = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_nlink == 1 and not writable
 
 
 def _compile(compiler: list[str], output: Path) -> None:
     """Write the library next to its place and rename it, so that nobody loads half of one."""
     try:
-        output.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with replacing(output) as made:
             sources = [str(source) for source in SOURCES if source.suffix == ".c"]
             subprocess.run(
@@ -85,6 +125,7 @@ def _compile(compiler: list[str], output: Path) -> None:
                 text=True,
                 timeout=_SECONDS,
             )
+            made.chmod(0o700)
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         raise BackendError(

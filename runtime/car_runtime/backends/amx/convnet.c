@@ -11,6 +11,8 @@
  * never written. Its right one (see tiles.h) has its inputs in the order
  *   [channels/32/chunk][tap down][chunk][tap across][32], chunks of `blocks_per_chunk` times 32 channels
  *
+ * No array on the stack has a size of the caller's: what depends on one lies in `scratch`, which each thread has so much of.
+ *
  * What is computed is cut into blocks of 32 tiles, the same ones for any number of threads; a channel's mean and
  * squared deviations are taken of each block and joined in their order.
  */
@@ -57,7 +59,10 @@ struct pass {
     bf16 *next_left; /* instead of `out`: y or silu(y) as the `left` of the next convolution */
     int64_t silu_after;
     struct moments after; /* values NULL: not wanted */
-    int64_t first_block;  /* of what this convolution adds to them */
+    int64_t first_block;  /* of what this convolution adds to them, */
+    int64_t blocks_after; /* and how many they have room for */
+    char *scratch;
+    int64_t scratch_bytes; /* of each thread */
 };
 
 struct attention {
@@ -68,6 +73,8 @@ struct attention {
     const float *qkv; /* [3·channels] */
     float *out;
     bf16 *right; /* keys, then values, of all maps */
+    char *scratch;
+    int64_t scratch_bytes; /* of each thread */
 };
 
 struct block {
@@ -88,6 +95,10 @@ static int64_t positions_before(const int64_t *heights, const int64_t *widths, i
         positions += (heights[i] + border) * (widths[i] + border);
     return positions;
 }
+
+static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+static int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static int64_t output_size(int64_t size, int64_t stride) { return (size - 1) / stride + 1; }
 
@@ -126,11 +137,11 @@ static inline __m512 silu(__m512 y)
     return BF16_TERMS == 1 ? _mm512_mul_ps(y, _mm512_rcp14_ps(below)) : _mm512_div_ps(y, below);
 }
 
-/* left = x, or silu(x·a + b), rows shared out among the threads */
-static void normalize_input(const struct pass *p)
+/* left = x, or silu(x·a + b), rows shared out among the threads; scratch: 2 · channels values */
+static void normalize_input(const struct pass *p, float *scratch)
 {
     const int64_t channels = p->convolution->channels, blocks = channels / DEPTH;
-    float a[channels], b[channels];
+    float *a = scratch, *b = scratch + channels;
     int64_t all = 0, at = 0, begin, end, known = -1;
     for (int64_t map = 0; map < p->maps; map++)
         all += blocks * (p->heights[map] + 2);
@@ -169,30 +180,33 @@ static void normalize_input(const struct pass *p)
     }
 }
 
-/* left = the 3 × 3 neighbours of each pixel, from −1 to 1, row after row: 27 values of 32 */
-static void unfold(const struct pass *p)
+/* Three rows of a map with its border, and beyond them what a vector reads */
+static int64_t unfolded_row(int64_t width) { return (width + 2) * 3 + ROWS; }
+
+/* left = the 3 × 3 neighbours of each pixel, from −1 to 1, row after row: 27 values of 32; scratch: three rows */
+static void unfold(const struct pass *p, float *rows)
 {
     int64_t at = 0, all = 0, begin, end;
     for (int64_t map = 0; map < p->maps; map++)
         all += p->heights[map];
     thread_range(all, &begin, &end);
     for (int64_t map = 0; map < p->maps; map++) {
-        const int64_t H = p->heights[map], W = p->widths[map], padded = (W + 2) * 3;
+        const int64_t H = p->heights[map], W = p->widths[map], pitch = unfolded_row(W);
         const uint8_t *pixels = p->pixels + positions_before(p->heights, p->widths, map, 0) * 3;
         bf16 *left = p->left + positions_before(p->heights, p->widths, map, 2) * POSITION;
-        float rows[3][padded + ROWS], neighbours[2 * DEPTH];
+        float neighbours[2 * DEPTH];
         for (int64_t y = 0; y < H; y++, at++) {
             if (at < begin || at >= end)
                 continue;
-            memset(rows, 0, sizeof(rows));
+            memset(rows, 0, 3 * pitch * sizeof(float));
             for (int dy = 0; dy < 3; dy++)
                 if (y + dy - 1 >= 0 && y + dy - 1 < H)
                     for (int64_t i = 0; i < 3 * W; i++)
-                        rows[dy][3 + i] = pixels[(y + dy - 1) * 3 * W + i] * (2 / 255.0f) - 1;
+                        rows[dy * pitch + 3 + i] = pixels[(y + dy - 1) * 3 * W + i] * (2 / 255.0f) - 1;
             bf16 *to = left + ((y + 1) * (W + 2) + 1) * POSITION;
             for (int64_t x = 0; x < W; x++, to += POSITION) {
                 for (int dy = 0; dy < 3; dy++)
-                    _mm512_storeu_ps(neighbours + 9 * dy, _mm512_loadu_ps(rows[dy] + 3 * x));
+                    _mm512_storeu_ps(neighbours + 9 * dy, _mm512_loadu_ps(rows + dy * pitch + 3 * x));
                 store_terms(to, DEPTH, _mm512_loadu_ps(neighbours),
                             _mm512_maskz_loadu_ps((1 << 11) - 1, neighbours + 16));
             }
@@ -400,13 +414,59 @@ static int64_t make_blocks(const struct pass *p, struct block *blocks)
     return found;
 }
 
-/* Prepare the input, unless it is, and convolve it. Returns how many blocks there were. */
+/* Bytes of scratch that a thread needs: the blocks, then what the input is prepared with. */
+static int64_t scratch_of(const struct pass *p, int64_t count)
+{
+    int64_t values = 2 * p->convolution->channels;
+    for (int64_t map = 0; p->pixels && map < p->maps; map++)
+        values = max_i64(values, 3 * unfolded_row(p->widths[map]));
+    return aligned(count * sizeof(struct block)) + aligned(values * sizeof(float));
+}
+
+static int positive_sizes(const int64_t *heights, const int64_t *widths, int64_t maps)
+{
+    for (int64_t map = 0; map < maps; map++)
+        if (heights[map] < 1 || widths[map] < 1)
+            return 0;
+    return maps > 0;
+}
+
+/* Whether a convolution's numbers fit each other. */
+static int fits(const struct pass *p)
+{
+    const struct convolution *c = p->convolution;
+    const struct packed_matrix *m = &c->matrix;
+    const struct norm *norm = p->norm;
+    if (p->threads < 1 || !positive_sizes(p->heights, p->widths, p->maps))
+        return 0;
+    if (c->channels < DEPTH || c->channels % DEPTH || m->outputs < DEPTH || m->outputs % DEPTH)
+        return 0;
+    if (c->down < 1 || c->down > 3 || c->across < 1 || c->across > 3 || c->blocks_per_chunk < 1)
+        return 0;
+    if (m->inputs != c->channels * c->down * c->across || c->stride < 1 || c->stride > 2)
+        return 0;
+    if (c->top < 0 || c->top > 1 || c->left < 0 || c->left > 1 || (p->image && (m->outputs != DEPTH || p->residual)))
+        return 0;
+    if (c->out_stride < 1 || c->row < 0 || c->row >= c->out_stride || c->column < 0 || c->column >= c->out_stride)
+        return 0;
+    return !norm->groups || (norm->groups > 0 && norm->channels > 0 && norm->channels <= c->channels &&
+                             norm->channels % norm->groups == 0 && p->before.values);
+}
+
+/* Prepare the input, unless it is, and convolve it. Returns how many blocks there were; −1, and nothing is written, if
+ * numbers don't fit each other, or the memory. */
 int64_t car_convolve(const struct pass *p)
 {
+    if (!fits(p))
+        return -1;
     const int64_t count = make_blocks(p, NULL), panels = p->convolution->matrix.outputs / DEPTH;
+    if (scratch_of(p, count) > p->scratch_bytes || (p->after.values && p->first_block + count > p->blocks_after))
+        return -1;
 #pragma omp parallel num_threads(p->threads)
     {
-        struct block blocks[count];
+        char *scratch = p->scratch + omp_get_thread_num() * p->scratch_bytes;
+        struct block *blocks = (struct block *)scratch;
+        float *values = (float *)(scratch + aligned(count * sizeof(struct block)));
         const int64_t threads = omp_get_num_threads();
         /* so many shares of a block's outputs, that there is work for all */
         const int64_t wanted = (8 * threads + count - 1) / count, shares = wanted < panels ? wanted : panels;
@@ -415,9 +475,9 @@ int64_t car_convolve(const struct pass *p)
         make_blocks(p, blocks);
         configure_tiles();
         if (p->pixels)
-            unfold(p);
+            unfold(p, values);
         else if (p->x)
-            normalize_input(p);
+            normalize_input(p, values);
         if (p->next_left)
             clear_border(p);
 #pragma omp barrier
@@ -464,16 +524,27 @@ static void pack_tokens(const struct attention *p, const float *qkv, int64_t tok
     }
 }
 
+/* Values of a row of scores, and beyond them what a tile stores */
+static int64_t scores_row(int64_t groups) { return groups * 32 + 16; }
+
+/* Bytes of scratch that a thread needs for a map of so many tokens: queries, weights, scores. */
+static int64_t attention_scratch(const struct attention *p, int64_t tokens)
+{
+    const int64_t groups = (tokens + 31) / 32;
+    const int64_t operands = 2 * (p->channels / DEPTH + groups) * SPAN * sizeof(bf16);
+    return operands + 32 * scores_row(groups) * sizeof(float);
+}
+
 /* out = softmax(scale·q·kᵀ)·v, 32 queries */
 static void attend(const struct attention *p, const float *qkv, const bf16 *k, const bf16 *v, int64_t tokens,
-                   int64_t first, float *out)
+                   int64_t first, float *out, char *scratch)
 {
-    const int64_t blocks = p->channels / DEPTH, groups = (tokens + 31) / 32, stride = groups * 32 + 16;
+    const int64_t blocks = p->channels / DEPTH, groups = (tokens + 31) / 32, stride = scores_row(groups);
     const int64_t queries = tokens - first < 32 ? tokens - first : 32;
     const __m512 scale = _mm512_set1_ps((float)p->scale);
-    bf16 q[2 * blocks * SPAN] __attribute__((aligned(64))), weights[2 * groups * SPAN] __attribute__((aligned(64)));
-    float scores[32 * stride] __attribute__((aligned(64))), sums[2 * TILE] __attribute__((aligned(64))),
-        inverse_sums[32];
+    bf16 *q = (bf16 *)scratch, *weights = q + 2 * blocks * SPAN;
+    float *scores = (float *)(weights + 2 * groups * SPAN), inverse_sums[32];
+    float sums[2 * TILE] __attribute__((aligned(64)));
     for (int64_t i = 0; i < queries; i++)
         for (int64_t block = 0; block < blocks; block++) {
             const float *from = qkv + (block * tokens + first + i) * DEPTH;
@@ -504,10 +575,19 @@ static void attend(const struct attention *p, const float *qkv, const bf16 *k, c
     }
 }
 
-void car_attend(const struct attention *p)
+/* 0; −1, and nothing is written, if numbers don't fit each other, or the memory. */
+int64_t car_attend(const struct attention *p)
 {
+    if (p->threads < 1 || p->channels < DEPTH || p->channels % DEPTH)
+        return -1;
+    if (!positive_sizes(p->heights, p->widths, p->maps))
+        return -1;
+    for (int64_t map = 0; map < p->maps; map++)
+        if (attention_scratch(p, p->heights[map] * p->widths[map]) > p->scratch_bytes)
+            return -1;
 #pragma omp parallel num_threads(p->threads)
     {
+        char *scratch = p->scratch + omp_get_thread_num() * p->scratch_bytes;
         int64_t all = 0, begin, end;
         configure_tiles();
         for (int64_t map = 0; map < p->maps; map++)
@@ -524,7 +604,7 @@ void car_attend(const struct attention *p)
                 for (int64_t group = 0; group < groups; group++, at++)
                     if (at >= begin && at < end) {
                         if (attending)
-                            attend(p, qkv, k, v, tokens, 32 * group, p->out + earlier);
+                            attend(p, qkv, k, v, tokens, 32 * group, p->out + earlier, scratch);
                         else
                             pack_tokens(p, qkv, tokens, group, k + group * 32 * p->channels * BF16_TERMS,
                                         v + group * 32 * p->channels * BF16_TERMS);
@@ -534,4 +614,5 @@ void car_attend(const struct attention *p)
         }
         _tile_release();
     }
+    return 0;
 }

@@ -23,7 +23,9 @@ Sizes = tuple[tuple[int, int], ...]
 _BLOCK, _TILE, _DEPTH = 32, 16, 32
 """Tiles of a block, positions of a tile, channels that lie together."""
 _ATTENDED = 4096
-"""Positions of a map with attention: scores of 32 of them to all others lie on a thread's stack."""
+"""Positions of a map with attention: scores of 32 of them to all others lie in a thread's scratch."""
+_BLOCK_BYTES = 24
+"""Of `struct block`."""
 _BEYOND = 16384
 """Bytes behind what is multiplied: a tile reads 16 positions, however many a row has left."""
 
@@ -61,7 +63,9 @@ class _Pass(Structure):
         *((name, c_void_p) for name in ("residual", "out", "image", "next_left")),
         ("silu_after", c_int64),
         ("after", _Moments),
-        ("first_block", c_int64),
+        *((name, c_int64) for name in ("first_block", "blocks_after")),
+        ("scratch", c_void_p),
+        ("scratch_bytes", c_int64),
     ]
 
 
@@ -71,7 +75,8 @@ class _Attention(Structure):
         *((name, c_void_p) for name in ("heights", "widths")),
         ("channels", c_int64),
         ("scale", c_double),
-        *((name, c_void_p) for name in ("qkv", "out", "right")),
+        *((name, c_void_p) for name in ("qkv", "out", "right", "scratch")),
+        ("scratch_bytes", c_int64),
     ]
 
 
@@ -91,15 +96,11 @@ class Convnet:
         """Pack the weights on `threads` threads. Raises UnsupportedGraphError. `library`: `build.load`."""
         declare(library)
         library.car_convolve.argtypes, library.car_convolve.restype = [POINTER(_Pass)], c_int64
-        library.car_attend.argtypes, library.car_attend.restype = [POINTER(_Attention)], None
+        library.car_attend.argtypes, library.car_attend.restype = [POINTER(_Attention)], c_int64
         self.library, self.network, self.threads = library, network, threads
         self.bf16_terms = bf16_terms_of(library)
         self._keep: list[NDArray[Any]] = []
-        thirds = {step.source for step in network.steps if isinstance(step, Attend)}
-        others = {m for step in network.steps if isinstance(step, Convolve) for m in (step.source, step.residual)}
-        if thirds & others:
-            raise UnsupportedGraphError("queries, keys and values that are read as a map too")
-        self.sections = [3 if m in thirds else 1 for m in range(len(network.channels))]
+        self.sections = _sections(network)
         self.channels = [s * _padded(c // s) for c, s in zip(network.channels, self.sections, strict=True)]
         """Padded, of each map."""
         self.kept_packed = {m for m in range(1, len(network.channels)) if self._is_kept_packed(m)}
@@ -112,7 +113,8 @@ class Convnet:
             if isinstance(step, Convolve)
             for _ in step.convolutions
         ]
-        self._weights = Memory(library, 2 * self.bf16_terms * int(np.dot(sizes, outputs)))
+        products = sum(size * rows for size, rows in zip(sizes, outputs, strict=True))
+        self._weights = Memory(library, 2 * self.bf16_terms * products)
         self._filled = 0
         self.steps = [self._step(step) for step in network.steps]
         self.network = replace(network, steps=tuple(step.what for step in self.steps))
@@ -151,8 +153,9 @@ class Convnet:
         matrix = packing_order(given.kernel, sections, chunk)
         bias = _sectioned(given.bias[:, None], sections)[:, 0]
         packed = self._weights.address + self._filled
-        self.library.car_pack(address(matrix), *matrix.shape, packed, self.threads)
         self._filled += 2 * self.bf16_terms * matrix.size
+        assert self._filled <= self._weights.size, (self._filled, self._weights.size)
+        self.library.car_pack(address(matrix), *matrix.shape, packed, self.threads)
         packed_matrix = PackedMatrix(w=packed, b=self._kept(bias), inputs=matrix.shape[1], outputs=len(matrix))
         places = {name: getattr(given, name) for name in ("top", "left", "stride", "out_stride", "row", "column")}
         return _Convolution(packed_matrix, _padded(inputs), down, across, chunk, **places)
@@ -183,6 +186,8 @@ class ConvnetBuffers:
     def __init__(self, convnet: Convnet, sizes: Sizes) -> None:
         self._convnet, self._library, self._steps = convnet, convnet.library, convnet.network.steps
         self._workspace = Workspace(convnet.library)
+        if not sizes or min(map(min, sizes)) < 1:
+            raise UnsupportedGraphError(f"maps of {sizes} positions")
         bytes_each = 3 if convnet.network.pixels else 4 * convnet.channels[0]
         self._input = Memory(convnet.library, bytes_each * _positions(sizes))
         self._sizes = self._all_sizes(sizes)
@@ -250,28 +255,33 @@ class ConvnetBuffers:
             call.silu_after = any(isinstance(s, Convolve) and s.source == what.target and s.silu for s in self._steps)
         else:
             call.out = self._place(what.target)
+        call.blocks_after = self._blocks[what.target]
+        call.scratch, call.scratch_bytes = self._base + self._scratch, self._scratch_bytes
         for convolution in step.convolutions:
             call.convolution = pointer(convolution)
-            call.first_block += self._library.car_convolve(byref(call))
+            blocks = self._library.car_convolve(byref(call))
+            if blocks < 0:
+                raise ValueError(f"a convolution of map {what.source} has sizes that don't fit its memory")
+            call.first_block += blocks
             call.x = call.pixels = None  # `left` is the same for the next
 
     def _attend(self, what: Attend) -> None:
         heights, widths = self._areas[self._sizes[what.source]]
-        self._library.car_attend(
-            byref(
-                _Attention(
-                    maps=len(heights),
-                    threads=self._convnet.threads,
-                    heights=address(heights),
-                    widths=address(widths),
-                    channels=self._convnet.channels[what.target],
-                    scale=what.scale,
-                    qkv=self._place(what.source),
-                    out=self._place(what.target),
-                    right=self._base + self._left,
-                )
-            )
+        call = _Attention(
+            maps=len(heights),
+            threads=self._convnet.threads,
+            heights=address(heights),
+            widths=address(widths),
+            channels=self._convnet.channels[what.target],
+            scale=what.scale,
+            qkv=self._place(what.source),
+            out=self._place(what.target),
+            right=self._base + self._left,
+            scratch=self._base + self._scratch,
+            scratch_bytes=self._scratch_bytes,
         )
+        if self._library.car_attend(byref(call)):
+            raise ValueError(f"attention over map {what.source} has sizes that don't fit its memory")
 
     def _pass(self, sizes: Sizes) -> _Pass:
         heights, widths = self._areas[sizes]
@@ -318,7 +328,9 @@ class ConvnetBuffers:
         for m, blocks in self._blocks.items():
             self._moments_at[m] = (end, end + _aligned(8 * blocks), end + 2 * _aligned(8 * blocks))
             end += 2 * _aligned(8 * blocks) + _aligned(8 * blocks * channels[m])
-        self._left, self._bytes = end, end + left + _BEYOND
+        self._left, self._scratch = end, end + _aligned(left + _BEYOND)
+        self._scratch_bytes = max(map(self._scratch_of, steps))
+        self._bytes = self._scratch + self._convnet.threads * self._scratch_bytes
         self._base = 0
 
     def _bytes_of(self, m: int) -> int:
@@ -336,6 +348,19 @@ class ConvnetBuffers:
             return 0
         return 2 * terms * _positions(sizes, 2) * self._convnet.channels[step.source]
 
+    def _scratch_of(self, step: Convolve | Attend) -> int:
+        """Bytes of a thread, as `convnet.c` counts them."""
+        sizes, channels = self._sizes[step.source], self._convnet.channels
+        if isinstance(step, Attend):
+            groups = max(-(-h * w // 32) for h, w in sizes)
+            operands = 4 * _DEPTH * _TILE * self._convnet.bf16_terms * (channels[step.target] // _DEPTH + groups)
+            return operands + 4 * 32 * (32 * groups + 16)
+        values = 2 * channels[step.source]
+        if step.source == 0 and self._convnet.network.pixels:
+            values = max(values, *(3 * (3 * (w + 2) + _TILE) for _, w in sizes))
+        blocks = sum(-(-_tiles(size, step.convolutions[0].stride) // _BLOCK) for size in sizes)
+        return _aligned(_BLOCK_BYTES * blocks) + _aligned(4 * values)
+
     def _count_blocks(self) -> dict[int, int]:
         """Number of blocks that each normalised feature map has moments of; 0 for the others."""
         steps = self._steps
@@ -346,9 +371,8 @@ class ConvnetBuffers:
         for step in steps:
             if isinstance(step, Convolve) and step.target in normalised:
                 one = step.convolutions[0]
-                for h, w in self._sizes[step.source]:
-                    tiles = ((h - 1) // one.stride + 1) * -(-((w - 1) // one.stride + 1) // _TILE)
-                    found[step.target] += len(step.convolutions) * -(-tiles // _BLOCK)
+                for size in self._sizes[step.source]:
+                    found[step.target] += len(step.convolutions) * -(-_tiles(size, one.stride) // _BLOCK)
         return found
 
     def _moments(self, m: int) -> _Moments:
@@ -363,6 +387,30 @@ class ConvnetBuffers:
         memory: Any = (ctypes.c_char * (4 * int(np.prod(shape)))).from_address(start)
         values: Floats = np.ndarray(shape, np.float32, memory)
         return values
+
+
+def _sections(network: Network) -> list[int]:
+    """Of each map: 3 if queries, keys and values are padded each by themselves, otherwise 1.
+
+    UnsupportedGraphError if a step reads or makes such a map in another way than a convolution's for attention.
+    """
+    thirds = {step.source for step in network.steps if isinstance(step, Attend)}
+    others = {m for step in network.steps if isinstance(step, Convolve) for m in (step.source, step.residual)}
+    if thirds & others:
+        raise UnsupportedGraphError("queries, keys and values that are read as a map too")
+    apart = {m for m in thirds if network.channels[m] // 3 % _DEPTH}
+    for step in network.steps:
+        if step.target in apart and (isinstance(step, Attend) or step.residual is not None):
+            raise UnsupportedGraphError("queries, keys and values that are no convolution's alone")
+    if 0 in apart or not network.steps or min(network.channels) < 1:
+        raise UnsupportedGraphError("a network of no steps or channels, or with attention to its input")
+    return [3 if m in apart else 1 for m in range(len(network.channels))]
+
+
+def _tiles(size: tuple[int, int], stride: int) -> int:
+    """Of the positions that a convolution gives."""
+    h, w = ((n - 1) // stride + 1 for n in size)
+    return h * -(-w // _TILE)
 
 
 def _positions(sizes: Sequence[tuple[int, int]], border: int = 0) -> int:

@@ -122,7 +122,11 @@ def _decoder(graph: Graph, channels: int, side: int) -> Network:
     reader = _Reader(graph, "f_hat", channels, (side, side))
     if reader.channels[reader.map(most.input[0])] != 3:
         raise UnsupportedGraphError("the image is not of three channels")
-    return reader.network()
+    network = reader.network()
+    last = network.steps[-1] if network.steps else None
+    if not isinstance(last, Convolve) or len(last.convolutions) != 1 or last.residual is not None:
+        raise UnsupportedGraphError("the image is not what one convolution gives")
+    return network
 
 
 def _encoder(graph: Graph, sides: tuple[int, ...]) -> Network:
@@ -176,6 +180,8 @@ class _Reader:
     _made: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if min(self.source_channels, *self.size) < 1:
+            raise UnsupportedGraphError(f"a map of {self.source_channels} channels and {self.size} positions")
         self.channels, self.sizes = [self.source_channels], [self.size]
         self._made[self.source] = 0
 
@@ -222,7 +228,13 @@ class _Reader:
             raise UnsupportedGraphError(f"{node.output[0]}: a convolution of another kind")
         kernel, bias = (floats(self.graph.constant(name)) for name in node.input[1:])
         strides = node.attributes.get("strides")
-        if kernel.ndim != 4 or bias.shape != kernel.shape[:1] or not isinstance(strides, list) or not strides:
+        if (
+            kernel.ndim != 4
+            or 0 in kernel.shape
+            or bias.shape != kernel.shape[:1]
+            or not isinstance(strides, list)
+            or not strides
+        ):
             raise UnsupportedGraphError(f"{node.output[0]}: kernels {kernel.shape}, biases {bias.shape}")
         return Convolution(kernel=kernel, bias=bias, top=0, left=0, stride=strides[0])
 

@@ -22,6 +22,8 @@ class UnsupportedGraphError(Exception):
 
 
 T = TypeVar("T")
+_BROKEN = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError, OSError)
+"""What a broken file raises, or one made to be."""
 
 
 def read_graph(file: Path, weights: Path, understand: Callable[[Graph], T]) -> T:
@@ -31,7 +33,7 @@ def read_graph(file: Path, weights: Path, understand: Callable[[Graph], T]) -> T
     """
     try:
         return understand(Graph(*onnx_file.parse(file.read_bytes()), weights))
-    except (ValueError, IndexError, ZeroDivisionError, RecursionError) as error:  # a broken file, or one made to be
+    except _BROKEN as error:
         raise UnsupportedGraphError(f"{file.name} can't be read: {error}") from error
 
 

@@ -7,6 +7,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+LARGEST = 1 << 46
+"""Bytes at once: more is none that a machine has, and none that overflows in the kernels."""
+
 
 class PackedMatrix(Structure):
     """A packed matrix and its bias."""
@@ -19,9 +22,10 @@ class Memory:
 
     def __init__(self, library: Any, size: int) -> None:
         self.size, self._library = size, library
-        self.address = library.car_allocate(size)
-        if not self.address:
-            raise MemoryError(f"no {size:,} bytes for the step's weights or activations")
+        given = library.car_allocate(size) if 0 < size <= LARGEST else None
+        if not given:
+            raise MemoryError(f"no {size:,} bytes for weights or activations")
+        self.address = int(given)
 
     def __del__(self) -> None:
         if getattr(self, "address", None):

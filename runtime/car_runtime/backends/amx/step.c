@@ -555,37 +555,98 @@ static void run_scale(const struct run *s)
     _tile_release();
 }
 
-static size_t aligned(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
+/* ---- the workspace ----------------------------------------------------------------------------------------------- */
+
+#define LARGEST ((int64_t)1 << 46) /* bytes of a workspace: no sum or product below it overflows */
+
+static int64_t aligned(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
 
 static int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static int64_t round_up(int64_t inputs) { return (inputs + K_CHUNK - 1) / K_CHUNK * K_CHUNK; }
 
-/* Lay out the workspace from `at` on, and say where it ends. */
-static size_t lay_out(struct run *s, char *at)
+/* a · b; −1 if one is negative, or it is more than LARGEST */
+static int64_t product(int64_t a, int64_t b)
+{
+    int64_t c;
+    return a < 0 || b < 0 || __builtin_mul_overflow(a, b, &c) || c > LARGEST ? -1 : c;
+}
+
+/* `bytes` more of a workspace that has *end: where they lie. From one that doesn't fit on, *end is −1. */
+static int64_t take(int64_t *end, int64_t bytes)
+{
+    const int64_t start = *end;
+    *end = start < 0 || bytes < 0 || bytes > LARGEST - start ? -1 : start + aligned(bytes);
+    return start;
+}
+
+/* Lay out the workspace from `at` on. Returns how many bytes it has; −1: more than LARGEST. */
+static int64_t lay_out(struct run *s, char *at)
 {
     const struct model *model = s->model;
-    const int64_t C = model->width, RH = s->call->rows * model->heads, groups = (s->T + 31) / 32;
+    const int64_t C = model->width, groups = (s->T + 31) / 32, hidden = model->base[0].fc1.outputs;
     const int64_t inputs = model->branch_depth ? model->inject.inputs : C; /* the most that a left operand has */
-    char *start = at;
-#define TAKE(field, bytes) (s->field = (void *)at, at += aligned(bytes))
-    TAKE(x, s->M * C * sizeof(float));
-    TAKE(branch, model->branch_depth * s->M * C * sizeof(float));
-    TAKE(row_logits, s->M * model->vocab * sizeof(float));
-    TAKE(left, s->padded * round_up(max_i64(inputs, 2 * C)) * BF16_TERMS * sizeof(bf16));
-    TAKE(hidden, s->padded * round_up(model->base[0].fc1.outputs) * BF16_TERMS * sizeof(bf16));
-    TAKE(q, RH * ((s->N + 15) / 16) * s->head_tiles * SPAN * sizeof(bf16));
-    TAKE(k, RH * groups * 2 * s->head_tiles * SPAN * sizeof(bf16));
-    TAKE(v, RH * groups * 2 * s->head_tiles * SPAN * sizeof(bf16));
-    const int64_t widest = max_i64(max_i64(3 * C, model->base[0].fc1.outputs), model->vocab) / PANEL;
+    const int64_t left = product(s->padded, BF16_TERMS * sizeof(bf16)), heads = product(s->call->rows, model->heads);
+    const int64_t stream = product(s->M, C * sizeof(float)), tiles = s->head_tiles * SPAN * sizeof(bf16);
+    int64_t end = 0;
+#define TAKE(field, bytes) s->field = (void *)((uintptr_t)at + (uintptr_t)take(&end, bytes))
+    TAKE(x, stream);
+    TAKE(branch, product(model->branch_depth, stream));
+    TAKE(row_logits, product(s->M, model->vocab * sizeof(float)));
+    TAKE(left, product(left, round_up(max_i64(inputs, 2 * C))));
+    TAKE(hidden, product(left, round_up(hidden)));
+    TAKE(q, product(product(heads, (s->N + 15) / 16), tiles));
+    TAKE(k, product(product(heads, groups), 2 * tiles));
+    TAKE(v, product(product(heads, groups), 2 * tiles));
+    const int64_t widest = max_i64(max_i64(3 * C, hidden), model->vocab) / PANEL;
     const int64_t rows = s->padded < M_CHUNK ? s->padded : M_CHUNK;
     /* Shared out among fewer threads, each has the more columns. */
-    const size_t sums = (widest + model->threads) * (rows + 16) * PANEL * sizeof(float);
-    const size_t attention = 32 * (groups * 32 + 16 + PANEL) * sizeof(float) + 2 * groups * SPAN * sizeof(bf16);
-    s->scratch_bytes = sums + model->threads * (aligned(attention) + 64);
-    TAKE(scratch, s->scratch_bytes);
+    const int64_t sums = product(widest + model->threads, (rows + 16) * PANEL * sizeof(float));
+    const int64_t attention = 32 * (groups * 32 + 16 + PANEL) * sizeof(float) + 2 * groups * SPAN * sizeof(bf16);
+    const int64_t shares = product(model->threads, aligned(attention) + 64);
+    s->scratch_bytes = sums < 0 || shares < 0 ? 0 : sums + shares;
+    TAKE(scratch, sums < 0 || shares < 0 ? -1 : sums + shares);
 #undef TAKE
-    return at - start;
+    return end;
+}
+
+static int linear_fits(const struct packed_matrix *p, int64_t inputs, int64_t outputs)
+{
+    return p->inputs == inputs && p->outputs == outputs && inputs % DEPTH == 0 && outputs % PANEL == 0;
+}
+
+static int blocks_fit(const struct model *model, const struct block *blocks, int64_t count)
+{
+    const int64_t C = model->width, hidden = model->base[0].fc1.outputs;
+    for (const struct block *b = blocks; b < blocks + count; b++)
+        if (!linear_fits(&b->qkv, C, 3 * C) || !linear_fits(&b->proj, C, C) || !linear_fits(&b->fc1, C, hidden) ||
+            !linear_fits(&b->fc2, hidden, C) || b->modulation < 0 || b->modulation > model->modulation_rows - 6 ||
+            b->layer < 0 || b->layer >= model->depth + model->branch_depth)
+            return 0;
+    return 1;
+}
+
+/* Whether a call's and a model's numbers fit each other, and can be multiplied with each other. */
+static int fits(const struct model *model, const struct call *call)
+{
+    const int64_t C = model->width, branch = model->branch_depth, size = 1 << 24;
+    if (C < PANEL || C % PANEL || C > size || model->heads < 1 || C % model->heads || model->vocab < PANEL)
+        return 0;
+    if ((C != model->heads * DEPTH && C != 2 * model->heads * DEPTH) || model->vocab > size || model->threads < 1)
+        return 0;
+    if (model->threads > size || model->depth < 1 || branch < 0 || branch > model->depth || model->modulation_rows < 2)
+        return 0;
+    if (model->base[0].fc1.outputs < PANEL || model->base[0].fc1.outputs > size)
+        return 0;
+    if (call->rows < 1 || call->rows > size || call->images < 1 || call->images > call->rows)
+        return 0;
+    if (call->side < 1 || call->side > 1 << 15 || call->past < 0 || call->past > (int64_t)1 << 32)
+        return 0;
+    for (int64_t i = 0; i < branch; i++)
+        if (!linear_fits(&model->fusions[i].linear, 2 * C, C))
+            return 0;
+    return (!branch || linear_fits(&model->inject, 9 * C, C)) && linear_fits(&model->head, C, model->vocab) &&
+           blocks_fit(model, model->base, model->depth) && blocks_fit(model, model->branch, branch);
 }
 
 static struct run make_run(const struct model *model, const struct call *call)
@@ -600,13 +661,16 @@ static struct run make_run(const struct model *model, const struct call *call)
                         .head_tiles = model->width / model->heads / DEPTH};
 }
 
-/* Bytes of workspace that a call needs. */
-size_t car_workspace(const struct model *model, const struct call *call)
+/* Bytes of workspace that a call needs; −1 if its numbers don't fit the model's or each other, or are too large. */
+int64_t car_workspace(const struct model *model, const struct call *call)
 {
+    if (!fits(model, call))
+        return -1;
     struct run s = make_run(model, call);
-    return lay_out(&s, (char *)0 + 64);
+    return lay_out(&s, NULL);
 }
 
+/* For a call that `car_workspace` knows the size of. */
 void car_scale(const struct model *model, const struct call *call)
 {
     struct run s = make_run(model, call);

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from ctypes import POINTER, Structure, byref, c_double, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
 from typing import Any
 
 import numpy as np
@@ -75,7 +75,7 @@ class Transformer:
         linears += [step.inject] if step.inject is not None else []
         for linear in linears:
             outputs, inputs = linear.matrix.shape
-            if outputs % _PANEL or inputs % 32:
+            if not outputs or not inputs or outputs % _PANEL or inputs % 32:
                 raise UnsupportedGraphError(
                     f"a matrix of {outputs} × {inputs}: they have to be multiples of 64 and 32"
                 )
@@ -143,7 +143,10 @@ class Transformer:
             new_v=ctypes.cast(_addresses(new_values), c_void_p),
             logits=address(logits),
         )
-        call.workspace = workspace.reserve(self._library.car_workspace(byref(self._model), byref(call)))
+        size = self._library.car_workspace(byref(self._model), byref(call))
+        if size < 0:
+            raise ValueError(f"{R} rows of {S} × {S} tokens after {past}: the kernels don't have such a size")
+        call.workspace = workspace.reserve(size)
         self._library.car_scale(byref(self._model), byref(call))
 
     def _pack(self, linear: Linear) -> PackedMatrix:
@@ -171,7 +174,7 @@ class Transformer:
 
 def _declare(library: Any) -> None:
     declare(library)
-    library.car_workspace.argtypes, library.car_workspace.restype = [POINTER(_Model), POINTER(_Call)], c_size_t
+    library.car_workspace.argtypes, library.car_workspace.restype = [POINTER(_Model), POINTER(_Call)], c_int64
     library.car_scale.argtypes, library.car_scale.restype = [POINTER(_Model), POINTER(_Call)], None
 
 

@@ -1,0 +1,91 @@
+"""The kernels for AMX, tiles emulated, under AddressSanitizer and UBSan; and next to ONNX Runtime on random networks.
+
+A graph is run right, or refused: it never reads or writes a byte that is not its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from car_runtime.backends.amx import build
+from car_runtime.backends.amx.graph import UnsupportedGraphError
+from car_runtime.plan import default_plan
+from fixtures.amx_machine import EMULATED, EMULATED_FLAGS, needs_kernels, without_emulation, without_sanitizers
+from fixtures.kernel_graphs import RandomDecoder, decode
+from fixtures.shared import build_once
+
+ROOT = Path(__file__).parents[2]
+SANITIZED = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+_WITHOUT = without_emulation() or without_sanitizers()
+needs_sanitizers = pytest.mark.skipif(_WITHOUT is not None, reason=str(_WITHOUT))
+
+
+def sanitized_library(terms: int) -> Path:
+    def compile_(folder: Path) -> None:
+        flags = [flag for flag in EMULATED_FLAGS if not flag.startswith("-O")] + SANITIZED + [f"-DBF16_TERMS={terms}"]
+        sources = [str(source) for source in build.SOURCES if source.suffix == ".c"]
+        subprocess.run(["gcc", *flags, *sources, "-o", str(folder / "kernels.so"), "-lm"], check=True, timeout=120)
+
+    return build_once(f"sanitized-kernels-{terms}", compile_) / "kernels.so"
+
+
+def run_sanitized(terms: int, seed: int, count: int) -> str:
+    """What is printed. Fails with a sanitizer's report, or the error of a case."""
+    asan = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": asan.stdout.strip(),
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",  # Python's own leaks aren't ours
+        "OMP_NUM_THREADS": "2",
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "runtime", ROOT / "tests"))),
+    }
+    command = [sys.executable, EMULATED / "run_graphs.py", sanitized_library(terms), default_plan()]
+    command += [str(seed), str(count)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)
+    case = (done.stdout.splitlines() or [""])[-1]
+    assert done.returncode == 0, f"{case}\n{done.stderr[-6000:]}"
+    assert "runtime error" not in done.stderr, f"{case}\n{done.stderr[-6000:]}"
+    return case
+
+
+@needs_sanitizers
+@pytest.mark.parametrize("terms", [1, 2])
+def test_no_graph_makes_the_kernels_leave_their_memory(terms: int) -> None:
+    assert "ran" in run_sanitized(terms, 1000 * terms, 36)
+
+
+@pytest.mark.slow
+@needs_sanitizers
+@pytest.mark.parametrize("terms", [1, 2])
+def test_no_graph_of_many_makes_the_kernels_leave_their_memory(terms: int) -> None:
+    assert "ran" in run_sanitized(terms, 100_000 * terms, 6000)
+
+
+@needs_kernels
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(("terms", "levels"), [(1, 12), (2, 1)])
+def test_decoders_of_random_architectures_are_onnx_runtimes(tmp_path: Path, terms: int, levels: int) -> None:
+    """Within so many of 255 levels: steps that amplify make bf16's 8 bits more than one of them."""
+    ran = 0
+    library = build.load(terms)
+    for seed in range(24):
+        decoder = RandomDecoder(seed)
+        decoder.write(tmp_path)
+        f_hat = decoder.f_hat()
+        image = np.zeros((1, decoder.image_side, decoder.image_side, 3), np.uint8)
+        try:
+            decode(library, tmp_path, f_hat, image)
+        except UnsupportedGraphError:
+            continue
+        session = onnxruntime.InferenceSession(str(tmp_path / "decoder.onnx"), providers=["CPUExecutionProvider"])
+        (wanted,) = session.run(None, {"f_hat": f_hat[None]})
+        assert np.abs(image.astype(int) - wanted).max() <= levels, seed
+        ran += 1
+    assert ran > 12
