@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from car_export.errors import ExportError, VerificationError
-from car_runtime.errors import CarError
+from car_runtime.errors import CarError, printable_lines
 from car_train import checkpoint
 from car_train.config import ConfigError
 from car_train.errors import UserError
@@ -82,7 +82,7 @@ def run_command(name: str, command: Callable[[Log], int], stopped: str = "nothin
         print(f"{name}: {error}", file=sys.stderr)
         return 1
     except (UserError, ExportError, CarError, OSError) as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {printable_lines(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted; {stopped}", file=sys.stderr)

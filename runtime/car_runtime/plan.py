@@ -176,6 +176,8 @@ def _open_checked(
             raise
         try:
             weights.result()
+            if not getattr(opened, "holds_files", False):  # it opened them by name, after they were hashed or before
+                folder.check_unchanged()
         except BaseException:
             opened.close()
             raise

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from car_runtime.backends.onnxruntime import cpu
 from car_runtime.cli.main import main
 from car_runtime.errors import PlanError
 from car_runtime.format.graph_check import Checked, check_graph
@@ -27,12 +28,13 @@ from car_runtime.format.manifest import (
     verify_files,
 )
 from car_runtime.format.sizes import problem_with_sizes
-from car_runtime.plan import DEFAULT_PLAN
+from car_runtime.plan import DEFAULT_PLAN, open_plan
 from fixtures.runtime_plan import build_plan
 
 onnx = pytest.importorskip("onnx")
 DECODER = "decoder.onnx"
 SEED = 1
+CONTROL = np.full((32, 32, 3), 255, np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +169,36 @@ def test_what_is_no_file_of_the_plan_is_refused(
     lines = capsys.readouterr().err.splitlines()
     assert len([line for line in lines if " error: " in line]) == 1
     assert not (plan / "out.png").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="files in use can't be replaced there")
+@pytest.mark.parametrize("limit", [0, 2**30], ids=["by name", "by descriptor"])
+def test_weights_swapped_while_a_plan_is_opened_are_not_used(
+    plan: Path, tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other weights stand at the path while the engine opens, and the hashed ones again afterwards."""
+    monkeypatch.setattr(cpu, "BY_DESCRIPTOR_BYTES", limit)
+    with open_plan(plan, "ort-cpu", threads=1) as opened:
+        wanted = opened.generate(CONTROL, seed=1).images
+    other = tmp_path / "other.bin"
+    values = np.fromfile(plan / WEIGHTS, np.uint8)
+    values[: len(values) // 2] ^= 1
+    values.tofile(other)
+    original = cpu.OrtCpu.__init__
+
+    def swapped(self: Any, *given: Any, **more: Any) -> None:
+        (plan / WEIGHTS).rename(tmp_path / "kept")
+        shutil.copy(other, plan / WEIGHTS)
+        original(self, *given, **more)
+        (tmp_path / "kept").replace(plan / WEIGHTS)
+
+    monkeypatch.setattr(cpu.OrtCpu, "__init__", swapped)
+    if limit == 0:
+        with pytest.raises(PlanError, match=r"weights\.bin was changed while the plan was opened"):
+            open_plan(plan, "ort-cpu", threads=1)
+        return
+    with open_plan(plan, "ort-cpu", threads=1) as opened:
+        assert (opened.generate(CONTROL, seed=1).images == wanted).all()
 
 
 # -- graphs ----------------------------------------------------------------------------------------------------------

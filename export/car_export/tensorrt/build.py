@@ -188,6 +188,8 @@ def build_engines(plan: Path, targets: Sequence[Target], log: Log = lambda _: No
     EngineError, or car_runtime's PlanError.
     """
     manifest = schema.read_manifest(plan)
+    graphs = [graph.file for graph in manifest.graphs.values()]
+    schema.verify_files(plan, manifest, hashes=False, names=[schema.WEIGHTS, *graphs])  # their structure
     if manifest.precision.weights == "int8":
         raise TargetError(
             f"{plan} is an int8 plan, which is for CPUs; compile the engines of one exported with --precision fp16"

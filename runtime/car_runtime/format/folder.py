@@ -36,6 +36,7 @@ class PlanFolder:
         self.root = Path(root)
         self._lock = Lock()
         self._files: dict[str, int] = {}
+        self._found: dict[str, os.stat_result] = {}
         self._directories: dict[str, int] = {}
         self._closed = False
         if _RELATIVE:
@@ -67,6 +68,7 @@ class PlanFolder:
                 raise PlanError(f"{name} is asked for after the plan was closed; open it again")
             if name not in self._files:
                 self._files[name] = self._open(name)
+                self._found[name] = os.fstat(self._files[name])
             return self._files[name]
 
     def size(self, name: str) -> int:
@@ -83,6 +85,20 @@ class PlanFolder:
         while len(found) < size and (part := read_at(descriptor, size - len(found), len(found))):
             found += part
         return bytes(found)
+
+    def check_unchanged(self) -> None:
+        """Raise PlanError where a file that was opened has been written to, or has another one in its place.
+
+        Engines open some files again, by name. Who swaps one meanwhile, and swaps it back, changes its inode's time.
+        """
+        with self._lock:
+            for name, found in self._found.items():
+                try:
+                    now = [os.fstat(self._files[name]), os.stat(self.root / name, follow_symlinks=False)]
+                except OSError:
+                    now = []
+                if not now or any(_identity(one) != _identity(found) for one in now):
+                    raise PlanError(f"{name} was changed while the plan was opened; open it again")
 
     def _open(self, name: str) -> int:
         folder, _, last = name.rpartition("/")
@@ -110,6 +126,10 @@ class PlanFolder:
             flags = os.O_RDONLY | _DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
             self._directories[folder] = os.open(folder, flags, dir_fd=self._directories[""])
         return os.open(last, _FLAGS, dir_fd=self._directories[folder])
+
+
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def open_folder(root: str | os.PathLike[str]) -> PlanFolder:

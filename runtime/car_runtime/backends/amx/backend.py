@@ -64,7 +64,7 @@ class Amx(OpenVino):
             try:
                 with pages_forgotten(self._root / WEIGHTS):
                     compiled = self._convnet(graph)
-            except UnsupportedGraphError:  # OpenVINO takes longer for it, and no more
+            except (UnsupportedGraphError, MemoryError):  # OpenVINO takes longer for it, and no more
                 return super()._compile(graph)
             self._own.append(graph)
             return compiled
@@ -76,9 +76,9 @@ class Amx(OpenVino):
                 step = read_step(file, self._root / WEIGHTS)
                 self._check(step)
                 transformer = Transformer(self._library, step, self._cores)
-        except UnsupportedGraphError as error:
+        except (UnsupportedGraphError, MemoryError) as error:
             raise BackendError(
-                f"{self.name!r} does not know the plan's step ({one_line(error)}); export the plan again, "
+                f"{self.name!r} cannot run the plan's step ({one_line(error)}); export the plan again, "
                 "or use --backend openvino"
             ) from error
         drawing = super()._compile(graph)

@@ -26,6 +26,10 @@ from car_runtime.format.manifest import WEIGHTS, Manifest
 from car_runtime.system.cpu import cpu_flags, engine_threads
 
 # The encoder serves editing only; it is opened when somebody encodes.
+BY_DESCRIPTOR_BYTES = 64 * 1024 * 1024
+"""Of weights up to this size a session is given the bytes that were hashed. It copies some of them while it opens, up
+to 84 MB more at 65 MB of weights; larger plans are opened by name."""
+_GIVES_WEIGHTS = "add_external_initializers"
 _DTYPES: dict[int, Any] = {
     1: np.float32, 2: np.uint8, 3: np.int8, 6: np.int32, 7: np.int64, 9: np.bool_, 10: np.float16
 }  # fmt: skip
@@ -49,7 +53,10 @@ class OrtCpu(NumpyBuffers):
             )
         self._ort = import_onnxruntime(ORT_CPU, "onnxruntime", ("cpu", "gpu"))
         self._root, self._manifest, self._threads = root, manifest, threads or engine_threads()
-        self._folder = folder if hasattr(self._ort.SessionOptions, "add_external_initializers") else None
+        by_descriptor = manifest.files[WEIGHTS].bytes <= BY_DESCRIPTOR_BYTES
+        self._folder = folder if by_descriptor and hasattr(self._ort.SessionOptions, _GIVES_WEIGHTS) else None
+        self.holds_files = self._folder is not None
+        """Whether all that it reads, now and later, is what was hashed, whatever the plan's path holds by then."""
         self._mapped = b"" if self._folder is None else map_file(self._folder, WEIGHTS)
         self._lock = Lock()
         self._closed = False
