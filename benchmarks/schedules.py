@@ -155,7 +155,8 @@ def candidates(manifest: Manifest, named: Mapping[str, str], base: Mapping[str, 
     for name, flags in {"exact": "", **named}.items():
         given = {k: v for k, v in vars(parser.parse_args(shlex.split(flags))).items() if v is not None}
         settings = {**base, **given}
-        request = resolve(manifest, GenerationConfig(control=control, **settings))
+        # Of any class: without one there is no guidance, and images are drawn with theirs.
+        request = resolve(manifest, GenerationConfig(control=control, label=0, **settings))
         if all((request.sampling, request.schedule) != (c.request.sampling, c.request.schedule) for c in found):
             found.append(Candidate(name=name, flags=flags, settings=settings, request=request))
     return found

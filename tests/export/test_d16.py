@@ -12,7 +12,7 @@ from PIL import Image
 
 from car_runtime import BackendError
 from car_runtime.backends.amx import build
-from car_runtime.backends.registry import has_openvino_bfloat16
+from car_runtime.backends.openvino.core import has_bfloat16
 from fixtures.golden import OFFICIAL_D16, OFFICIAL_VAE, REFERENCE, _filled, save_official
 from fixtures.processes import ROOT, run
 
@@ -51,7 +51,7 @@ def test_d16_exports_and_runs_within_its_limits(tmp_path: Path) -> None:
     Image.fromarray(np.load(REFERENCE / "ten.npz")["control_png"]).save(tmp_path / "control.png")
     flags = ["--engine", plan, "--control", tmp_path / "control.png", "--class", 207, "-o", tmp_path / "out.png"]
     # OpenVINO holds one copy in bfloat16, half of the weights, where the CPU multiplies that.
-    compact = 2.2e9 if has_openvino_bfloat16() else weights + 1.0e9
+    compact = 2.2e9 if has_bfloat16() else weights + 1.0e9
     limits = {"ort-cpu": weights + 1.0e9, "openvino": compact}
     with suppress(BackendError):  # no AMX here
         build.check_cpu()

@@ -18,7 +18,8 @@ from car_runtime.plan import Plan
 from fixtures.runtime_plan import build_plan
 
 ROOT = Path(__file__).parents[2]
-CONTROL = np.random.default_rng(1).integers(0, 256, (40, 50, 3), np.uint8)
+CONTROL = np.zeros((40, 40, 3), np.uint8)
+CONTROL[8:33, [8, 32]] = CONTROL[[8, 32], 8:33] = 255
 CAR_RUN = f"{sys.executable} -m car_runtime -e car.plan --threads 1 --control"
 
 
