@@ -229,9 +229,9 @@ def test_what_is_no_setting_is_said_with_the_remedy(
     assert says in str(caught.value)
 
 
-def test_every_setting_but_arrays_has_a_flag_with_its_default() -> None:
+def test_every_setting_but_arrays_and_edits_has_a_flag_with_its_default() -> None:
     names = {f.name for f in fields(GenerationConfig)}
-    assert names - flags().keys() == {"known_tokens", "known_mask"}
+    assert names - flags().keys() == {"known_tokens", "known_mask", "edit"}
     assert settings_of(parse_args([])) == {name: getattr(GenerationConfig(), name) for name in flags()}
 
 
