@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from car_runtime import RequestError, open_plan
+from car_runtime import receipt as receipts
 from car_runtime.cli.main import main
-from car_runtime.editing import receipt as receipts
 from car_runtime.editing.edit import Edit, prepare
 from car_runtime.editing.frame import Frame, Square, softened, square_around
 from car_runtime.format.manifest import read_manifest

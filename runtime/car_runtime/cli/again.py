@@ -15,8 +15,8 @@ from car_runtime.config import flags
 from car_runtime.errors import RequestError
 
 if TYPE_CHECKING:
-    from car_runtime.editing.receipt import Receipt
     from car_runtime.format.manifest import Manifest
+    from car_runtime.receipt import Receipt
 
 ABOUT = "Draw an image that car-run wrote once more, from its receipt; flags change it."
 EXAMPLES = """examples:
@@ -28,9 +28,9 @@ EXAMPLES = """examples:
 
 def run(arguments: Sequence[str]) -> int:
     """Draw again, and say on stderr whether sampling anew agrees with the receipt. Returns the exit code."""
-    from car_runtime.editing.receipt import control_of, read_receipt
     from car_runtime.format.manifest import read_manifest
     from car_runtime.plan import default_plan
+    from car_runtime.receipt import control_of, read_receipt
 
     began = perf_counter()
     parser = _parser()

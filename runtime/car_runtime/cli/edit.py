@@ -167,7 +167,7 @@ def _of_receipt(
     """The image's tokens, if it has a receipt of this plan; to vary it, its class and control, too, where none are
     given. An image without one is encoded."""
     from car_runtime.cli.errors import note
-    from car_runtime.editing.receipt import control_of, read_receipt
+    from car_runtime.receipt import control_of, read_receipt
 
     try:
         found = read_receipt(args.image, manifest)

@@ -302,8 +302,8 @@ def _contents(
     """Every file to write, as bytes; they are written together or not at all."""
     import numpy as np
 
-    from car_runtime.editing.receipt import receipts_of
     from car_runtime.images import contact_sheet, png_bytes
+    from car_runtime.receipt import receipts_of
 
     settings = _settings_report(manifest, result.request)
     label, schedule = settings.pop("class"), settings.pop("schedule")

@@ -55,7 +55,7 @@ class Receipt:
 
 
 def plan_digest(manifest: Manifest) -> str:
-    """What tells plans apart that draw differently: SHA-256 over the names and digests of all files of a plan."""
+    """What distinguishes plans that draw differently: SHA-256 over the names and digests of all files of a plan."""
     lines = "".join(f"{name} {entry.sha256}\n" for name, entry in sorted(manifest.files.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
 
