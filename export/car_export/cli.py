@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from car_export.tensorrt.compiler import Compiler
 from car_export.verify import verify_plan
 from car_runtime.format import manifest as schema
 from car_train.config import ConfigError
+from car_train.files import scratch
 from car_train.flags import add_flags, given, integers
 from car_train.model import Model
 
@@ -207,9 +207,8 @@ def verify_again(model: Model, plan: Path, log: Log) -> Path:
 def export_int8(model: Model, options: ExportOptions, controls: tuple[Path, ...], log: Log) -> Path:
     """Export a float32 plan aside, verified, and make the int8 one of it."""
     output = options.output
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as aside:
-        exact = build_plan(model, dataclasses.replace(options, output=Path(aside) / "fp32.plan"), log)
+    with scratch(output) as aside:
+        exact = build_plan(model, dataclasses.replace(options, output=aside / "fp32.plan"), log)
         return to_int8(Int8Options(source=exact, output=output, controls=controls), log)
 
 

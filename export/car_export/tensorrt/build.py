@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from car_export.tensorrt.compiler import MODULES, SETTINGS, Built, Compiler, Por
 from car_runtime.backends.tensorrt.engine_metadata import engines_of
 from car_runtime.errors import PlanError
 from car_runtime.format import manifest as schema
+from car_train.files import new_folder
 
 Log = Callable[[str], None]
 FORMAT = 1
@@ -344,7 +344,7 @@ def _set_aside(plan: Path) -> Path | None:
     names = [name for engine in manifest.engines for name in _files_of(engine)]
     if not names or not _whole(plan, manifest, names):
         return None
-    aside = Path(tempfile.mkdtemp(prefix=f".{plan.name}.", dir=plan.parent))
+    aside = new_folder(plan)
     (aside / FOLDER).mkdir()
     for name in [schema.MANIFEST, *names]:
         _link(plan / name, aside / name)
