@@ -113,7 +113,7 @@ $(DEMO_ENV)$(INSTALLED): pyproject.toml Makefile
 	$(call install,$(DEMO_ENV),-e '.[cpu]',the runtime and ONNX Runtime$(comma) some 200 MB)
 
 $(DEV_ENV)$(INSTALLED): pyproject.toml Makefile
-	$(call install,$(DEV_ENV),'$(TORCH)' -e '.[cpu$(comma)openvino$(comma)lab$(comma)export$(comma)bench$(comma)rtx$(comma)dev]',everything with PyTorch$(comma) over 1 GB; this takes minutes)
+	$(call install,$(DEV_ENV),'$(TORCH)' -e '.[cpu$(comma)openvino$(comma)lab$(comma)export$(comma)bench$(comma)rtx$(comma)sign$(comma)dev]',everything with PyTorch$(comma) over 1 GB; this takes minutes)
 
 $(GPU_ENV)$(INSTALLED): pyproject.toml Makefile
 	$(call install,$(GPU_ENV),-e '.[gpu$(comma)rtx$(comma)lab$(comma)export$(comma)dev]',everything for NVIDIA GPUs$(comma) several GB; this takes minutes)

@@ -142,19 +142,23 @@ def open_plan(
     *,
     threads: int | None = None,
     verify: bool = True,
+    require_signature: str | os.PathLike[str] | None = None,
 ) -> Plan:
     """Open a plan directory (by default the one in the package) on a backend: "auto", or a name such as "ort-cpu".
 
     `threads` limits the engine's CPU threads (None: one per core that this process may use). `verify` checks the
-    SHA-256 of every file, about a second for 2.5 GB; without it sizes alone are checked.
+    SHA-256 of every file, about a second for 2.5 GB; without it sizes alone are checked. `require_signature`: a
+    public key (Ed25519, PEM file) by which the plan must be signed; needs `verify` and the extra `sign`.
 
-    Raises PlanError (missing, truncated, edited, newer format), BackendError (named backend can't open), RequestError
-    (threads).
+    Raises PlanError (missing, truncated, edited, newer format, not so signed), BackendError (named backend can't
+    open), RequestError (threads, key).
     """
     check_threads(threads)
     check_name(backend)
     root = default_plan() if path is None else Path(path)
-    manifest = read_manifest(root)
+    if require_signature is not None and not verify:
+        raise RequestError("a signature vouches for hashes, and they are not to be checked; leave out verify=False")
+    manifest = read_manifest(root, require_signature)
     folder = open_folder(root)
     try:
         return _open_checked(root, folder, manifest, backend, threads, verify)

@@ -20,6 +20,7 @@ from car_runtime.cli.options import (
     add_backend_flag,
     add_setting,
     add_settings,
+    add_signature_flag,
     add_threads_flag,
     image_source,
     settings_of,
@@ -89,6 +90,7 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     inputs.add_argument(
         "--no-verify", action="store_true", help="check the sizes of the plan's files, not their hashes"
     )
+    add_signature_flag(inputs)
     inputs.add_argument("--list-classes", action="store_true", help="print the plan's classes and stop")
 
 
@@ -125,7 +127,7 @@ def run(arguments: Sequence[str]) -> int:
 
     began = perf_counter()
     root = Path(args.engine) if args.engine is not None else default_plan()
-    manifest = read_manifest(root)
+    manifest = read_manifest(root, args.require_signature)
     if args.list_classes:
         _print_classes(manifest, args.json)
         return 0
@@ -157,7 +159,7 @@ def generate(
     paths = _image_paths(args)
     _check_outputs(args, root, manifest, paths, request.schedule.drawn, inputs)
     timings = {"read": perf_counter() - began}
-    with open_plan(root, args.backend, threads=args.threads, verify=not args.no_verify) as plan:
+    with open_plan(root, args.backend, **opening(args)) as plan:
         timings["open"] = perf_counter() - began - timings["read"]
         note(f"car-run: {printable(manifest.name)} on {plan.backend_name} ({plan.why})")
         for warning in request.warnings:
@@ -181,6 +183,11 @@ def generate(
         "previews": [str(path) for path in progress.written],
         "timings": timings,
     }
+
+
+def opening(args: argparse.Namespace) -> dict[str, Any]:
+    """How a command opens its plan, as `open_plan` takes it."""
+    return {"threads": args.threads, "verify": not args.no_verify, "require_signature": args.require_signature}
 
 
 def _control(args: argparse.Namespace, manifest: Manifest) -> tuple[Source | None, tuple[str, ...]]:
