@@ -62,9 +62,12 @@ def add_threads_flag(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
 
 
-def add_signature_flag(parser: argparse._ActionsContainer) -> None:
+def add_trust_flags(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--require-signature", metavar="PUB", help="refuse a plan that this public key (Ed25519, PEM) didn't sign"
+    )
+    parser.add_argument(
+        "--trust-engines", action="store_true", help="load compiled engines that were not built here; they are code"
     )
 
 

@@ -20,8 +20,8 @@ from car_runtime.cli.options import (
     add_backend_flag,
     add_setting,
     add_settings,
-    add_signature_flag,
     add_threads_flag,
+    add_trust_flags,
     image_source,
     settings_of,
 )
@@ -90,7 +90,7 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     inputs.add_argument(
         "--no-verify", action="store_true", help="check the sizes of the plan's files, not their hashes"
     )
-    add_signature_flag(inputs)
+    add_trust_flags(inputs)
     inputs.add_argument("--list-classes", action="store_true", help="print the plan's classes and stop")
 
 
@@ -187,7 +187,8 @@ def generate(
 
 def opening(args: argparse.Namespace) -> dict[str, Any]:
     """How a command opens its plan, as `open_plan` takes it."""
-    return {"threads": args.threads, "verify": not args.no_verify, "require_signature": args.require_signature}
+    trust = {"require_signature": args.require_signature, "trust_engines": args.trust_engines}
+    return {"threads": args.threads, "verify": not args.no_verify, **trust}
 
 
 def _control(args: argparse.Namespace, manifest: Manifest) -> tuple[Source | None, tuple[str, ...]]:
