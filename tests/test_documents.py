@@ -36,7 +36,7 @@ DOCUMENTS = sorted(
     + [path for path in (ROOT / "docs").rglob("*.md") if path != GENERATED]
 )
 LANGUAGES = {"sh", "python", "text", "mermaid"}
-REASONS = {"GPU", "AMX", "hours", "installs", "published weights"}
+REASONS = {"GPU", "AMX", "hours", "installs", "published weights", "a key pair"}
 """Why a block isn't run: it needs hardware, hours, an environment of its own, or files that we may not include."""
 SLOW = "slow"
 CHECKOUT = ("benchmarks", "car_train", "export", "runtime", "tests", "Makefile", "pyproject.toml")
@@ -336,6 +336,9 @@ def check(words: list[str]) -> None:
             assert names
         case ["make", *rest]:
             check_make(rest)
+        case ["openssl", command, *rest]:
+            usage = subprocess.run(["openssl", command, "-help"], capture_output=True, text=True, check=True)
+            assert {word for word in rest if word.startswith("-")} <= set((usage.stdout + usage.stderr).split())
         case _:
             pytest.fail(f"nothing is known about {words[0]!r}; add to this test how it is checked")
 
