@@ -131,7 +131,8 @@ class Batcher:
             while not self._closed and 0 < self._images() < self._limits.max_batch:
                 if (left := until - monotonic()) <= 0 or not self._wake.wait(left):
                     break
-            batch, images = [], 0
+            batch: list[Job] = []
+            images = 0
             while self._waiting:
                 job = self._waiting[0]
                 if batch and (images + len(job.images) > self._limits.max_batch or not _fit(batch[0], job)):

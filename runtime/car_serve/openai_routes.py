@@ -40,16 +40,18 @@ class GenerationForm(BaseModel):
     """OpenAI's fields, of which those that mean nothing here are taken and left."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
-    prompt: str = Field("", max_length=1000, description="class, by name or index; empty: none")
-    model: str | None = Field(None, max_length=200, description="plan, by name; names of no plan: the first")
-    n: int | None = Field(None, ge=1, le=1024)
-    size: str | None = Field(None, max_length=20, description="auto, the plan's own, or SIDExSIDE to enlarge to")
+    prompt: str = Field(default="", max_length=1000, description="class, by name or index; empty: none")
+    model: str | None = Field(default=None, max_length=200, description="plan, by name; names of no plan: the first")
+    n: int | None = Field(default=None, ge=1, le=1024)
+    size: str | None = Field(
+        default=None, max_length=20, description="auto, the plan's own, or SIDExSIDE to enlarge to"
+    )
     response_format: Literal["b64_json", "url"] | None = None
     stream: bool | None = None
-    partial_images: int | None = Field(None, ge=0, le=16)
-    control: str | None = Field(None, description="control map, base64")
-    photo: str | None = Field(None, description="photo, base64")
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    partial_images: int | None = Field(default=None, ge=0, le=16)
+    control: str | None = Field(default=None, description="control map, base64")
+    photo: str | None = Field(default=None, description="photo, base64")
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
     cfg: float | None = None
     top_k: int | None = None
     top_p: float | None = None

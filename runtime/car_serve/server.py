@@ -1,4 +1,7 @@
-"""`car-run serve`: plans over HTTP in one process, by uvicorn. SIGTERM drains: accepted requests end, new ones get 503."""
+"""`car-run serve`: plans over HTTP in one process, by uvicorn.
+
+SIGTERM drains: accepted requests end, new ones are answered 503.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ def serve(
     allow_hosts: Sequence[str] = (),
     browse: bool = False,
 ) -> None:
-    """Serve plans (the shipped one by default) until a signal ends it. Raises UserError: plan, backend, host, port."""
+    """Serve plans (the shipped one by default) until a signal ends it. Raises UserError."""
     limits = limits or Limits()
     if token is None and not is_loopback(host):
         raise RequestError(f"--host {host!r} is open to other machines; give a token with --token-file")
