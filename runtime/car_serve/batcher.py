@@ -73,6 +73,7 @@ class Batcher:
         self._pace = 0.1
         """Seconds per request, a moving average: what `Retry-After` is made of."""
         metrics.queue_depth.labels(name).set_function(lambda: len(self._waiting))
+        metrics.in_flight.labels(name).set_function(lambda: self.depth)
         self._thread = Thread(target=self._run, name=f"engine {name}", daemon=True)
         self._thread.start()
 

@@ -14,6 +14,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.requests = Counter("car_requests", "HTTP requests", ["route", "status"], registry=self.registry)
         self.queue_depth = Gauge("car_queue_depth", "Requests that wait", ["plan"], registry=self.registry)
+        self.in_flight = Gauge("car_in_flight", "Requests that wait or run", ["plan"], registry=self.registry)
         self.batch_size = Histogram(
             "car_batch_images", "Images of a batch", ["plan"], buckets=(1, 2, 4, 8, 16, 32), registry=self.registry
         )

@@ -15,11 +15,7 @@ import pytest
 from PIL import Image
 
 from car_runtime import open_plan
-from fixtures.serving import ROOT, SHIPPED, body, image64
-
-
-def pixels(png64: str) -> Any:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(png64))))
+from fixtures.serving import ROOT, SHIPPED, body, image64, pixels
 
 
 def events(url: str, request: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
