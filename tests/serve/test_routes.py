@@ -7,6 +7,7 @@ import http.client
 import io
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -81,6 +82,15 @@ def test_a_png_carries_its_receipt_and_control(url: str) -> None:
         **{"class": receipt["class"]["index"]},
     )
     assert np.array_equal(pixels(again["images"][0]["png"]), pixels(image["png"]))
+
+
+def test_the_command_makes_an_image_of_the_server_again(url: str, tmp_path: Path) -> None:
+    from car_runtime.cli.main import main
+
+    served = tmp_path / "served.png"
+    served.write_bytes(base64.b64decode(draw(url)["images"][0]["png"]))
+    assert main(["again", str(served), "-o", str(tmp_path / "again.png"), "--threads", "1"]) == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "again.png")), np.asarray(Image.open(served)))
 
 
 def test_a_result_is_found_by_its_id_and_streams_again(url: str) -> None:
