@@ -6,7 +6,7 @@
 One JSON object goes to stdout, or to a file, with a table on stderr:
 
     generate_p50      `Plan.generate` in this process, with the server's threads; seconds, as all times
-    http_p50          the same request over HTTP, one user; overhead_ms is their difference
+    http_p50          the same request over HTTP, one user; overhead_ms: median of the differences, in turns
     first_preview_p50 from the request to the first scale's preview; first_scale_p50 is the scale alone, in process
     users             for each number of users: images_per_s, p50, p95, failed, and the server's memory after it
     batch_images      how many batches had at most so many images
@@ -74,35 +74,39 @@ def rss(pid: int) -> float:
     return int(found[1]) / 1024 if found else 0.0
 
 
-def in_process(plan_path: Path, control: Path, threads: int, runs: int = 30) -> dict[str, float]:
-    """Seconds of an image and of its first scale, without a server."""
-    totals, firsts = [], []
+def in_turns(plan_path: Path, control: Path, threads: int, client: Any, url: str, runs: int = 40) -> dict[str, float]:
+    """An image in this process, over HTTP, and as a stream, in turns, so that all meet the same machine.
+
+    Both keep the control's features, as they are of the same pixels each time.
+    """
+    names = ("generate", "http", "overhead", "first_scale", "first_preview")
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    encoded = base64.b64encode(control.read_bytes()).decode()
     with open_plan(plan_path, threads=threads) as plan:
         for seed in range(runs):
             began = time.perf_counter()
             result = plan.generate(GenerationConfig(control=control, label=0, seed=seed))
-            totals.append(time.perf_counter() - began)
-            firsts.append(sum(result.timings[name] for name in ("control", "condition", "scale_0")))
-    return {"generate_p50": statistics.median(totals), "first_scale_p50": statistics.median(firsts)}
+            taken["generate"].append(time.perf_counter() - began)
+            taken["first_scale"].append(sum(result.timings[name] for name in ("control", "condition", "scale_0")))
+            body = {"control": encoded, "class": 0, "seed": seed}
+            began = time.perf_counter()
+            client.post(f"{url}/v1/pictures", json=body).raise_for_status()
+            taken["http"].append(time.perf_counter() - began)
+            taken["overhead"].append(taken["http"][-1] - taken["generate"][-1])
+            taken["first_preview"].append(first_preview(client, url, body))
+    medians = {f"{name}_p50": statistics.median(values) for name, values in taken.items()}
+    return {**medians, "overhead_ms": 1000 * medians.pop("overhead_p50")}
 
 
-def one_user(client: Any, url: str, control: str, runs: int = 30) -> dict[str, float]:
-    """Seconds of a request, and of a stream's first preview."""
-    totals, firsts = [], []
-    for seed in range(runs):
-        body = {"control": control, "class": 0, "seed": seed}
-        began = time.perf_counter()
-        client.post(f"{url}/v1/pictures", json=body).raise_for_status()
-        totals.append(time.perf_counter() - began)
-        began, text = time.perf_counter(), ""
-        with client.stream(
-            "POST", f"{url}/v1/pictures", json=body, headers={"Accept": "text/event-stream"}
-        ) as answer:
-            for part in answer.iter_text():
-                text += part
-                if "event: scale" in text and len(firsts) == seed:
-                    firsts.append(time.perf_counter() - began)
-    return {"http_p50": statistics.median(totals), "first_preview_p50": statistics.median(firsts)}
+def first_preview(client: Any, url: str, body: dict[str, Any]) -> float:
+    """Seconds from the request to its first scale."""
+    began, found, text = time.perf_counter(), 0.0, ""
+    with client.stream("POST", f"{url}/v1/pictures", json=body, headers={"Accept": "text/event-stream"}) as answer:
+        for part in answer.iter_text():
+            text += part
+            if "event: scale" in text and not found:
+                found = time.perf_counter() - began
+    return found
 
 
 def wave(client: Any, url: str, control: str, users: int, seconds: float) -> dict[str, float]:
@@ -110,7 +114,7 @@ def wave(client: Any, url: str, control: str, users: int, seconds: float) -> dic
     until = time.perf_counter() + seconds
 
     def user(number: int) -> list[tuple[float, bool]]:
-        taken = []
+        taken: list[tuple[float, bool]] = []
         while (began := time.perf_counter()) < until:
             body = {"control": control, "class": 0, "seed": number * 10_000 + len(taken)}
             status = client.post(f"{url}/v1/pictures", json=body).status_code
@@ -137,12 +141,10 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
     plan = args.plan or default_plan()
     report: dict[str, Any] = {"plan": plan.name, "cores": os.cpu_count(), "threads": args.threads}
-    report |= in_process(plan, args.control, args.threads)
     control = base64.b64encode(args.control.read_bytes()).decode()
     limits = httpx.Limits(max_connections=256)
     with served(plan, args.threads) as (url, pid), httpx.Client(timeout=120, limits=limits) as client:
-        report |= one_user(client, url, control)
-        report["overhead_ms"] = 1000 * (report["http_p50"] - report["generate_p50"])
+        report |= in_turns(plan, args.control, args.threads, client, url)
         report["waves"] = []
         for users in [int(text) for text in args.users.split(",")]:
             found = wave(client, url, control, users, args.seconds)

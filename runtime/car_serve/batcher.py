@@ -177,7 +177,7 @@ class Batcher:
         pixels = drawn.preview() if job.previews or drawn.last else None
         for i, image in enumerate(drawn.images):
             job.tokens[image, scale.start : scale.stop] = drawn.tokens[i].reshape(-1)
-            picture = None if pixels is None else pixels[i]
+            shown = None if pixels is None else pixels[i]
             first = not job.scales
             job.drew(
                 ScaleEvent(
@@ -185,7 +185,7 @@ class Batcher:
                     index=drawn.index,
                     last=drawn.last,
                     side=scale.side,
-                    pixels=picture,
+                    pixels=shown,
                     seconds=drawn.seconds,
                 )
             )
@@ -194,7 +194,7 @@ class Batcher:
         if all(image is not None for image in job.images):
             job.end("done")
             self._metrics.images.labels(self.name).inc(len(job.images))
-            self._metrics.picture.labels(self.name).observe(job.timings["total"])
+            self._metrics.image_seconds.labels(self.name).observe(job.timings["total"])
 
     def _is_over(self, job: Job) -> bool:
         """Whether a job has ended, which a cancelled one does here."""

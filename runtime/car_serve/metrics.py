@@ -19,7 +19,7 @@ class Metrics:
             "car_batch_images", "Images of a batch", ["plan"], buckets=(1, 2, 4, 8, 16, 32), registry=self.registry
         )
         self.first_preview = self._seconds("car_first_preview_seconds", "From arrival to the first scale")
-        self.picture = self._seconds("car_image_seconds", "From arrival to the finished images")
+        self.image_seconds = self._seconds("car_image_seconds", "From arrival to the finished images")
         self.images = Counter("car_images", "Images that were finished", ["plan"], registry=self.registry)
         self.cancelled = Counter("car_cancelled", "Requests that were cancelled", ["plan"], registry=self.registry)
         self.failed = Counter("car_failed", "Requests that the engine failed on", ["plan"], registry=self.registry)

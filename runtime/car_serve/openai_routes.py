@@ -93,8 +93,8 @@ def router(service: Service) -> APIRouter:
 async def _run(service: Service, request: Request, form: GenerationForm, kind: str) -> Response:
     plan = service.batcher(form.model if form.model in service.batchers else None).plan
     side = _side(form.size, plan.manifest.model.image_size)
-    picture = await to_thread.run_sync(_picture_form, plan, service.limits.max_pixels, form)
-    job = await to_thread.run_sync(service.submit, picture)
+    ours = await to_thread.run_sync(_our_form, plan, service.limits.max_pixels, form)
+    job = await to_thread.run_sync(service.submit, ours)
     if form.stream:
         events = _events(plan, job, kind, side, form.partial_images or 0)
         return EventStream(events, job.cancel, service.limits.write_timeout)
@@ -114,7 +114,7 @@ def _side(size: str | None, own: int) -> int:
     return int(found[1])
 
 
-def _picture_form(plan: Plan, max_pixels: int, form: GenerationForm) -> PictureForm:
+def _our_form(plan: Plan, max_pixels: int, form: GenerationForm) -> PictureForm:
     """The same request in our own fields."""
     model = plan.manifest.model
     settings: dict[str, Any] = {
