@@ -16,7 +16,7 @@ export class Form extends EventTarget {
     $("controls").addEventListener("change", () => this.dispatchEvent(new Event("change")));
     $("lock").addEventListener("click", () => this.lock(!this.locked));
     $("dice").addEventListener("click", () => this.roll());
-    $("seed").addEventListener("input", () => { $("seed").value = $("seed").value.replace(/\D/g, "").slice(0, 15); });
+    $("seed").addEventListener("input", () => { $("seed").value = $("seed").value.replace(/\D/g, "").slice(0, 15); this.lock(true); });
     this.#combo();
   }
 

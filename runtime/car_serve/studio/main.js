@@ -34,8 +34,8 @@ async function draw() {
     note("pad-note", "The drawing is blank, so there is nothing to follow.", "warn", ["Start from an example", () => example(...EXAMPLES[0])]);
     return;
   }
-  await run(request(), { kind: "draw" });
   if (!form.locked && !$("live").checked) form.roll();
+  await run(request(), { kind: "draw" });
 }
 
 // Draw a form and show it as it comes. The latest wins: what runs is cancelled. Returns the result, or null.
@@ -47,7 +47,7 @@ async function run(values, { kind, edit = null, image = null, before = null, qui
   const old = stage.current?.png ?? null;
   const result = { key: Date.now(), id: null, form: rest, control, images: [], before: before ?? old, live: kind === "live" };
   for (let i = 0; i < values.n; i++) result.images.push({ seed: values.seed + i, png: null, scales: [], old: values.n === 1 ? old : null });
-  if (!quiet) { setBusy(true); note("message", "Drawing…"); note("image-note"); }
+  if (!quiet) { setBusy(true); note("message", "Drawing", "said"); note("image-note"); }
   try {
     const signal = mine.controller.signal;
     const events = edit ? client.edit(values, edit, image, signal) : client.stream(values, signal);
@@ -202,7 +202,7 @@ async function extend() {
 async function remix() {
   await recall(stage.result, stage.current);
   form.roll();
-  await draw();
+  await run(request(), { kind: "draw" });
 }
 
 // ---- taking results away -------------------------------------------------------------------------------------------

@@ -147,7 +147,8 @@ export class Paper extends EventTarget {
 
   #move(event) {
     if (this.#last?.pointer !== event.pointerId) return;
-    for (const point of event.getCoalescedEvents?.() ?? [event]) this.#to(this.#at(point));
+    const points = event.getCoalescedEvents?.() ?? [];
+    for (const point of points.length ? points : [event]) this.#to(this.#at(point));
     this.#tell("change");
   }
 
