@@ -221,7 +221,7 @@ def test_the_pen_presses_harder_and_the_line_is_wider(studio: Studio) -> None:
 def test_a_photo_becomes_a_map_that_can_be_edited(studio: Studio) -> None:
     page = studio.page
     page.set_input_files("#file", str(ROOT / "examples/photos/mouse.png"))
-    page.wait_for_function("document.querySelector('#pad-note').textContent.includes('edges')")
+    page.wait_for_function("() => document.querySelector('#pad-note').textContent.includes('edges')")
     edges = page.evaluate("document.querySelector('#pad').toDataURL()")
     page.keyboard.press("e")
     studio.stroke([(0.1, 0.5), (0.9, 0.5)])
@@ -369,7 +369,7 @@ def test_a_png_restores_everything_and_draws_the_same_again(
     download.value.save_as(tmp_path / "heart.png")
     other = Studio(chromium, server.address)
     other.page.set_input_files("#file", str(tmp_path / "heart.png"))
-    other.page.wait_for_function("document.querySelector('#pad-note').textContent.includes('Restored')")
+    other.page.wait_for_function("() => document.querySelector('#pad-note').textContent.includes('Restored')")
     assert other.page.input_value("#seed") == "77"
     assert other.page.input_value("#class") == "noto-smileys-emotion"
     other.page.click("#lock")
@@ -395,7 +395,7 @@ def test_copied_commands_say_the_same_request(studio: Studio) -> None:
     studio.done()
     page.click("[aria-label='Copy as a command']")
     page.click("#actions >> text=car-run")
-    page.wait_for_function("document.querySelector('#image-note').textContent.includes('Copied')")
+    page.wait_for_function("() => document.querySelector('#image-note').textContent.includes('Copied')")
     command = page.evaluate("navigator.clipboard.readText()")
     seed = studio.stored()[0]["images"][0]["seed"]
     assert command.startswith("car-run --control control.png")
@@ -410,7 +410,7 @@ def test_a_full_queue_is_said_with_a_way_out(studio: Studio, server: Any) -> Non
     object.__setattr__(limits, "queue", 0)
     try:
         page.click("#draw")
-        page.wait_for_function("document.querySelector('#message').textContent.includes('queue is full')")
+        page.wait_for_function("() => document.querySelector('#message').textContent.includes('queue is full')")
     finally:
         object.__setattr__(limits, "queue", 64)
     page.click("#message >> text=Try again")
