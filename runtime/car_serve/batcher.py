@@ -73,6 +73,7 @@ class Batcher:
         self._pace = 0.1
         """Seconds per request, a moving average: what `Retry-After` is made of."""
         metrics.queue_depth.labels(name).set_function(lambda: len(self._waiting))
+        metrics.in_flight.labels(name).set_function(lambda: self.depth)
         self._thread = Thread(target=self._run, name=f"engine {name}", daemon=True)
         self._thread.start()
 
@@ -131,7 +132,8 @@ class Batcher:
             while not self._closed and 0 < self._images() < self._limits.max_batch:
                 if (left := until - monotonic()) <= 0 or not self._wake.wait(left):
                     break
-            batch, images = [], 0
+            batch: list[Job] = []
+            images = 0
             while self._waiting:
                 job = self._waiting[0]
                 if batch and (images + len(job.images) > self._limits.max_batch or not _fit(batch[0], job)):
@@ -175,7 +177,7 @@ class Batcher:
         pixels = drawn.preview() if job.previews or drawn.last else None
         for i, image in enumerate(drawn.images):
             job.tokens[image, scale.start : scale.stop] = drawn.tokens[i].reshape(-1)
-            picture = None if pixels is None else pixels[i]
+            shown = None if pixels is None else pixels[i]
             first = not job.scales
             job.drew(
                 ScaleEvent(
@@ -183,7 +185,7 @@ class Batcher:
                     index=drawn.index,
                     last=drawn.last,
                     side=scale.side,
-                    pixels=picture,
+                    pixels=shown,
                     seconds=drawn.seconds,
                 )
             )
@@ -192,7 +194,7 @@ class Batcher:
         if all(image is not None for image in job.images):
             job.end("done")
             self._metrics.images.labels(self.name).inc(len(job.images))
-            self._metrics.picture.labels(self.name).observe(job.timings["total"])
+            self._metrics.image_seconds.labels(self.name).observe(job.timings["total"])
 
     def _is_over(self, job: Job) -> bool:
         """Whether a job has ended, which a cancelled one does here."""

@@ -49,7 +49,7 @@ def repaint_of(mask: Image.Image, *, transparent: bool = False) -> NDArray[np.bo
 
 
 def keep(plan: Plan, results: Results, edit: Edit) -> dict[str, Any]:
-    """`known_tokens` and `known_mask` of an edit, as `GenerationConfig` takes them. Raises ServeError, RequestError."""
+    """`known_tokens` and `known_mask` of an edit, as settings. Raises ServeError, RequestError."""
     if sum(part is not None for part in (edit.scale, edit.mask, edit.frame)) != 1:
         raise bad_request("edit is unclear; give exactly one of scale, mask and frame", "edit")
     if (edit.id is None) == (edit.image is None):

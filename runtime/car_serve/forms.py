@@ -20,50 +20,52 @@ class EditForm(BaseModel):
     """What to keep of an earlier image."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-    id: str | None = Field(None, max_length=64, description="an earlier result, by id")
-    index: int = Field(0, ge=0, description="which of its images")
-    image: str | None = Field(None, description="or an image, base64")
-    scale: int | None = Field(None, ge=0, description="branch: the last scale to keep")
-    mask: str | None = Field(None, description="in-paint: an image, base64, light where to draw anew")
+    id: str | None = Field(default=None, max_length=64, description="an earlier result, by id")
+    index: int = Field(default=0, ge=0, description="which of its images")
+    image: str | None = Field(default=None, description="or an image, base64")
+    scale: int | None = Field(default=None, ge=0, description="branch: the last scale to keep")
+    mask: str | None = Field(default=None, description="in-paint: an image, base64, light where to draw anew")
     frame: tuple[Share, Share, Share, Share] | None = Field(
-        None, description="extend: left, top, right, bottom of where the image goes in the new square"
+        default=None, description="extend: left, top, right, bottom of where the image goes in the new square"
     )
-    rule: str = Field("published", max_length=16, description="of a mask: published or strict")
+    rule: str = Field(default="published", max_length=16, description="of a mask: published or strict")
 
 
 class PictureForm(BaseModel):
     """An image to draw. Settings have the names and defaults of `Plan.generate`."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True, allow_inf_nan=False)
-    plan: str | None = Field(None, max_length=200, description="by name; the first plan by default")
-    control: str | dict[str, str] | None = Field(None, description="control map, base64; or {type: base64}")
-    photo: str | None = Field(None, description="a photo to derive the control map from, base64")
-    label: int | str | None = Field(None, alias="class", description="class, by index or name")
-    seed: int | None = Field(None, ge=0, lt=2**63, description="of the first image; drawn by chance where left out")
-    n: int = Field(1, ge=1, le=1024, description="images, with seeds seed, seed + 1, …")
+    plan: str | None = Field(default=None, max_length=200, description="by name; the first plan by default")
+    control: str | dict[str, str] | None = Field(default=None, description="control map, base64; or {type: base64}")
+    photo: str | None = Field(default=None, description="a photo to derive the control map from, base64")
+    label: int | str | None = Field(default=None, alias="class", description="class, by index or name")
+    seed: int | None = Field(
+        default=None, ge=0, lt=2**63, description="of the first image; drawn by chance where left out"
+    )
+    n: int = Field(default=1, ge=1, le=1024, description="images, with seeds seed, seed + 1, …")
     cfg: float | None = None
     top_k: int | None = None
     top_p: float | None = None
-    preset: str | None = Field(None, max_length=40)
+    preset: str | None = Field(default=None, max_length=40)
     more_smooth: bool = False
     cfg_scales: str | int | None = None
     control_scales: str | int | None = None
     control_strength: float | None = None
     stop_after: int | None = None
-    fit: str | None = Field(None, max_length=16)
+    fit: str | None = Field(default=None, max_length=16)
     edit: EditForm | None = None
-    previews: bool = Field(True, description="whether scale events carry previews")
+    previews: bool = Field(default=True, description="whether scale events carry previews")
 
 
 class ControlForm(BaseModel):
     """A photo to make a map of, or a map to look over."""
 
     model_config = ConfigDict(extra="forbid")
-    plan: str | None = Field(None, max_length=200)
-    photo: str | None = Field(None, description="base64")
-    control: str | None = Field(None, description="base64")
-    fit: str | None = Field(None, max_length=16)
-    invert: bool = Field(False, description="swap light and dark")
+    plan: str | None = Field(default=None, max_length=200)
+    photo: str | None = Field(default=None, description="base64")
+    control: str | None = Field(default=None, description="base64")
+    fit: str | None = Field(default=None, max_length=16)
+    invert: bool = Field(default=False, description="swap light and dark")
 
 
 def body_of(form: type[BaseModel]) -> dict[str, Any]:
@@ -73,7 +75,7 @@ def body_of(form: type[BaseModel]) -> dict[str, Any]:
 
 
 async def read_form(request: Request, form: type[Form]) -> Form:
-    """The fields of a body, checked. Raises ServeError: 400 for broken ones, 415 for another kind, 422 for a field."""
+    """The fields of a body, checked. Raises ServeError: 400 broken, 415 of another kind, 422 a field."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
         fields = await _multipart(request)

@@ -14,11 +14,12 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.requests = Counter("car_requests", "HTTP requests", ["route", "status"], registry=self.registry)
         self.queue_depth = Gauge("car_queue_depth", "Requests that wait", ["plan"], registry=self.registry)
+        self.in_flight = Gauge("car_in_flight", "Requests that wait or run", ["plan"], registry=self.registry)
         self.batch_size = Histogram(
             "car_batch_images", "Images of a batch", ["plan"], buckets=(1, 2, 4, 8, 16, 32), registry=self.registry
         )
         self.first_preview = self._seconds("car_first_preview_seconds", "From arrival to the first scale")
-        self.picture = self._seconds("car_image_seconds", "From arrival to the finished images")
+        self.image_seconds = self._seconds("car_image_seconds", "From arrival to the finished images")
         self.images = Counter("car_images", "Images that were finished", ["plan"], registry=self.registry)
         self.cancelled = Counter("car_cancelled", "Requests that were cancelled", ["plan"], registry=self.registry)
         self.failed = Counter("car_failed", "Requests that the engine failed on", ["plan"], registry=self.registry)

@@ -40,16 +40,18 @@ class GenerationForm(BaseModel):
     """OpenAI's fields, of which those that mean nothing here are taken and left."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
-    prompt: str = Field("", max_length=1000, description="class, by name or index; empty: none")
-    model: str | None = Field(None, max_length=200, description="plan, by name; names of no plan: the first")
-    n: int | None = Field(None, ge=1, le=1024)
-    size: str | None = Field(None, max_length=20, description="auto, the plan's own, or SIDExSIDE to enlarge to")
+    prompt: str = Field(default="", max_length=1000, description="class, by name or index; empty: none")
+    model: str | None = Field(default=None, max_length=200, description="plan, by name; names of no plan: the first")
+    n: int | None = Field(default=None, ge=1, le=1024)
+    size: str | None = Field(
+        default=None, max_length=20, description="auto, the plan's own, or SIDExSIDE to enlarge to"
+    )
     response_format: Literal["b64_json", "url"] | None = None
     stream: bool | None = None
-    partial_images: int | None = Field(None, ge=0, le=16)
-    control: str | None = Field(None, description="control map, base64")
-    photo: str | None = Field(None, description="photo, base64")
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    partial_images: int | None = Field(default=None, ge=0, le=16)
+    control: str | None = Field(default=None, description="control map, base64")
+    photo: str | None = Field(default=None, description="photo, base64")
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
     cfg: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -91,8 +93,8 @@ def router(service: Service) -> APIRouter:
 async def _run(service: Service, request: Request, form: GenerationForm, kind: str) -> Response:
     plan = service.batcher(form.model if form.model in service.batchers else None).plan
     side = _side(form.size, plan.manifest.model.image_size)
-    picture = await to_thread.run_sync(_picture_form, plan, service.limits.max_pixels, form)
-    job = await to_thread.run_sync(service.submit, picture)
+    ours = await to_thread.run_sync(_our_form, plan, service.limits.max_pixels, form)
+    job = await to_thread.run_sync(service.submit, ours)
     if form.stream:
         events = _events(plan, job, kind, side, form.partial_images or 0)
         return EventStream(events, job.cancel, service.limits.write_timeout)
@@ -112,7 +114,7 @@ def _side(size: str | None, own: int) -> int:
     return int(found[1])
 
 
-def _picture_form(plan: Plan, max_pixels: int, form: GenerationForm) -> PictureForm:
+def _our_form(plan: Plan, max_pixels: int, form: GenerationForm) -> PictureForm:
     """The same request in our own fields."""
     model = plan.manifest.model
     settings: dict[str, Any] = {

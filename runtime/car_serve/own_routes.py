@@ -103,7 +103,7 @@ async def _events(service: Service, job: Job) -> AsyncIterator[bytes]:
             yield await to_thread.run_sync(_scale, job, scale)
             sent += 1
             if scale.last:
-                yield await to_thread.run_sync(_picture, plan, job, scale.image)
+                yield await to_thread.run_sync(_finished, plan, job, scale.image)
     if job.error is not None:
         yield event("error", {"id": job.id, "status": job.error.status, **job.error.body()["error"]})
     else:
@@ -127,7 +127,7 @@ def _scale(job: Job, scale: ScaleEvent) -> bytes:
     return event("scale", data)
 
 
-def _picture(plan: Any, job: Job, image: int) -> bytes:
+def _finished(plan: Any, job: Job, image: int) -> bytes:
     data = {
         "id": job.id,
         "image": image,

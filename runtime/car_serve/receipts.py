@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from car_runtime import Plan, __version__
+from car_runtime import Plan, Result, __version__
 from car_runtime.images import png_bytes
+from car_runtime.receipt import receipts_of
 from car_serve.jobs import Job
 from car_serve.uploads import to_base64
 
@@ -36,7 +37,10 @@ def receipt(plan: Plan, job: Job, image: int) -> dict[str, Any]:
 
 
 def png(plan: Plan, job: Job, image: int) -> bytes:
-    """A finished image as PNG, with its receipt and its control map as text chunks."""
+    """A finished image as PNG, with its receipt and its control map as text chunks.
+
+    Next to them the runtime's own receipt, for `car-run again`, `vary` and `restyle`.
+    """
     pixels = job.images[image]
     if pixels is None:
         raise ValueError(f"image {image} of {job.id} is not finished")
@@ -46,6 +50,9 @@ def png(plan: Plan, job: Job, image: int) -> bytes:
     }
     if job.request.control is not None:
         about["control"] = to_base64(png_bytes(np.array(job.request.control, np.uint8)))
+    if "edit" not in job.about:  # of tokens that were given, the runtime's receipt does not say whence
+        result = Result(images=pixels[None], tokens=job.tokens, request=job.request, timings={})
+        about |= receipts_of(plan.manifest, result)[image]
     return png_bytes(pixels, about)
 
 

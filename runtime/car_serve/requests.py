@@ -90,8 +90,8 @@ def map_of(plan: Plan, limits: Limits, form: ControlForm) -> dict[str, Any]:
     """The control map that a plan would follow, as base64 PNG, and what is probably wrong with it."""
     if (form.photo is None) == (form.control is None):
         raise bad_request("there is nothing to make a map of; send exactly one of photo and control", "photo")
-    picture = PictureForm(photo=form.photo, control=form.control, fit=form.fit)
-    made, said = _control(plan, limits, picture)
+    asked = PictureForm(photo=form.photo, control=form.control, fit=form.fit)
+    made, said = _control(plan, limits, asked)
     request = resolve(plan.manifest, GenerationConfig(control=made, fit=form.fit))
     if request.control is None:
         raise bad_request("this plan follows no control; draw without one", "plan")

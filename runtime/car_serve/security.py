@@ -73,7 +73,7 @@ class Guard:
             if not started:
                 await _refuse(error, answer)
         finally:
-            route = getattr(scope.get("route"), "path", "other")
+            route = getattr(scope.get("route", self), "path", "other")
             self._metrics.requests.labels(route, str(status)).inc()
 
     def _check(self, scope: Scope) -> None:

@@ -1,4 +1,7 @@
-"""`car-run serve`: plans over HTTP in one process, by uvicorn. SIGTERM drains: accepted requests end, new ones get 503."""
+"""`car-run serve`: plans over HTTP in one process, by uvicorn.
+
+SIGTERM drains: accepted requests end, new ones are answered 503.
+"""
 
 from __future__ import annotations
 
@@ -33,18 +36,18 @@ class DrainingServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal has come."""
         if self._service.draining:
-            super().handle_exit(sig, frame)
+            self.should_exit = self.force_exit = True
             return
         self._service.draining = True
         log.warning("draining: %d requests to finish", len(self._service.results.unfinished()))
-        asyncio.get_event_loop().create_task(self._drain(sig))  # the signal came on this loop's thread
+        loop = asyncio.get_running_loop()  # signals come on its thread
+        loop.call_soon_threadsafe(lambda: setattr(self, "_draining", loop.create_task(self._drain())))
 
-    async def _drain(self, sig: int) -> None:
+    async def _drain(self) -> None:
         until = monotonic() + self._service.limits.drain_seconds
         while self._service.busy and monotonic() < until:
             await asyncio.sleep(0.02)
-        await asyncio.sleep(0.05)  # for answers on their way
-        super().handle_exit(sig, None)
+        self.should_exit = True  # uvicorn then waits for answers on their way
 
 
 def serve(
@@ -59,7 +62,7 @@ def serve(
     allow_hosts: Sequence[str] = (),
     browse: bool = False,
 ) -> None:
-    """Serve plans (the shipped one by default) until a signal ends it. Raises UserError: plan, backend, host, port."""
+    """Serve plans (the shipped one by default) until a signal ends it. Raises UserError."""
     limits = limits or Limits()
     if token is None and not is_loopback(host):
         raise RequestError(f"--host {host!r} is open to other machines; give a token with --token-file")

@@ -37,16 +37,17 @@ def decode(data: bytes, param: str, max_pixels: int) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as header:
             width, height = header.size
+    except Image.DecompressionBombError as error:
+        raise _too_large(param, "far too large", max_pixels) from error
     except Exception:  # of whatever kind: the reader below says what is wrong in words
         width = height = 0
     if width * height > max_pixels:
-        raise ServeError(
-            413,
-            "too_large",
-            f"{param} is {width}×{height}, over {max_pixels} pixels; make it smaller first",
-            param=param,
-        )
+        raise _too_large(param, f"{width}×{height}", max_pixels)
     return open_image(io.BytesIO(data))
+
+
+def _too_large(param: str, size: str, most: int) -> ServeError:
+    return ServeError(413, "too_large", f"{param} is {size}, over {most} pixels; make it smaller first", param=param)
 
 
 def webp(pixels: NDArray[np.uint8]) -> bytes:
