@@ -207,7 +207,7 @@ def test_weights_swapped_while_a_plan_is_opened_are_not_used(
 def test_a_directory_swapped_while_a_plan_is_opened_is_not_used(
     plan: Path, tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another plan stands at the path while the engine opens: what was hashed is used, also by engines that take names."""
+    """Another plan stands at the path while the engine opens: what was hashed is used, by all engines."""
     pytest.importorskip("openvino" if backend == "openvino" else "onnxruntime")
     monkeypatch.setattr(cpu, "BY_DESCRIPTOR_BYTES", 0)
     with open_plan(plan, backend, threads=1) as opened:
