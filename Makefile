@@ -34,15 +34,17 @@ QUICK_TESTS ?= $(addprefix tests/runtime/test_,request.py plan.py images.py mani
 QUICK_LEFT := transformer or openvino
 
 DEMO_ENV := .venv-demo
+STUDIO_ENV := .venv-studio
 DEV_ENV := .venv
 GPU_ENV := .venv-gpu
 OLDEST_ENV := .venv-oldest
 INSTALLED := /.installed
 
-.PHONY: help demo test quick check lint types test-slow test-gpu test-oldest clean
+.PHONY: help demo studio test quick check lint types test-slow test-gpu test-oldest clean
 
 help:
 	@echo 'make demo       images from the control images in examples/, into out/ (installs no PyTorch)'
+	@echo 'make studio     draw in your browser, with the shipped plan (installs no PyTorch); STUDIO_ARGS goes to car-run serve'
 	@echo 'make test       all tests that take seconds, on the CPU'
 	@echo 'make quick      lint, types and the tests of the core: for while one works'
 	@echo 'make check      lint (ruff, imports, clang-format), types (mypy), all tests: what a change must pass'
@@ -67,6 +69,9 @@ demo: $(DEMO_ENV)$(INSTALLED)
 	  if [ $$# -gt 1 ]; then shift; fi; \
 	done; \
 	echo 'The images are in out/:'; printf '  %s\n' $$made
+
+studio: $(STUDIO_ENV)$(INSTALLED)
+	@$(STUDIO_ENV)/bin/python -m car_runtime serve --open $(STUDIO_ARGS)
 
 test: $(DEV_ENV)$(INSTALLED)
 	@OMP_NUM_THREADS=1 $(DEV_ENV)/bin/python -m pytest -q --durations=15 $(PYTEST_SPREAD) $(PYTEST_ARGS)
@@ -104,7 +109,7 @@ test-oldest: $(OLDEST_ENV)$(INSTALLED)
 	@OMP_NUM_THREADS=1 $(OLDEST_ENV)/bin/python -m pytest -q --noconftest -k 'not ($(OLDEST_LEFT))' $(OLDEST_TESTS) $(PYTEST_ARGS)
 
 clean:
-	rm -rf $(DEMO_ENV) $(DEV_ENV) $(GPU_ENV) $(OLDEST_ENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(DEMO_ENV) $(STUDIO_ENV) $(DEV_ENV) $(GPU_ENV) $(OLDEST_ENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find car_train export runtime benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call install,ENVIRONMENT,WHAT PIP INSTALLS,WHAT IT IS, AND ITS SIZE)
@@ -125,8 +130,11 @@ endef
 $(DEMO_ENV)$(INSTALLED): pyproject.toml Makefile
 	$(call install,$(DEMO_ENV),-e '.[cpu]',the runtime and ONNX Runtime$(comma) some 200 MB)
 
+$(STUDIO_ENV)$(INSTALLED): pyproject.toml Makefile
+	$(call install,$(STUDIO_ENV),-e '.[cpu$(comma)serve]',the runtime$(comma) ONNX Runtime and the server$(comma) some 250 MB)
+
 $(DEV_ENV)$(INSTALLED): pyproject.toml Makefile
-	$(call install,$(DEV_ENV),'$(TORCH)' -e '.[cpu$(comma)openvino$(comma)lab$(comma)export$(comma)bench$(comma)rtx$(comma)sign$(comma)dev]',everything with PyTorch$(comma) over 1 GB; this takes minutes)
+	$(call install,$(DEV_ENV),'$(TORCH)' -e '.[cpu$(comma)openvino$(comma)lab$(comma)export$(comma)bench$(comma)rtx$(comma)serve$(comma)sign$(comma)dev]',everything with PyTorch$(comma) over 1 GB; this takes minutes)
 
 $(GPU_ENV)$(INSTALLED): pyproject.toml Makefile
 	$(call install,$(GPU_ENV),-e '.[gpu$(comma)rtx$(comma)lab$(comma)export$(comma)dev]',everything for NVIDIA GPUs$(comma) several GB; this takes minutes)

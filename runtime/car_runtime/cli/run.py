@@ -52,6 +52,7 @@ other commands, each with its own --help:
   car-run again PNG         the same image from what its file says, or a variation of it
   car-run control IMAGE     the control map of a photo alone
   car-run doctor [PLAN]     what this machine can run, and how to install what is missing
+  car-run serve [PLAN ...]  the studio in a browser, and an HTTP API
   car-run verify [PLAN]     does a plan do here what it did when it was exported, and how fast
 """
 
