@@ -71,6 +71,8 @@ def open_image(source: Source) -> Image.Image:
             return _decoded(source, name)
         if isinstance(source, np.ndarray):
             return _decoded(_from_array(source), name)
+        if source == "":  # Pillow before 11 takes it for a file object
+            raise FileNotFoundError
         _check_file(source, name)
         with Image.open(source, formats=FORMATS) as image:
             return _decoded(image, name, ours=True)
