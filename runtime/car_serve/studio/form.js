@@ -1,0 +1,130 @@
+// The column of settings: what it says, what it is set to, and the class search.
+
+import { $, make } from "./page.js";
+
+const SLIDERS = ["control_strength", "cfg", "top_k", "top_p"];
+const TEXTS = ["cfg_scales", "control_scales"];
+
+export class Form extends EventTarget {
+  locked = false;
+  #classes = [];
+  #active = -1;
+
+  constructor() {
+    super();
+    for (const id of [...SLIDERS, "size"]) $(id).addEventListener("input", () => this.#fill(id));
+    $("controls").addEventListener("change", () => this.dispatchEvent(new Event("change")));
+    $("lock").addEventListener("click", () => this.lock(!this.locked));
+    $("dice").addEventListener("click", () => this.roll());
+    $("seed").addEventListener("input", () => { $("seed").value = $("seed").value.replace(/\D/g, "").slice(0, 15); this.lock(true); });
+    this.#combo();
+  }
+
+  // Ranges, defaults and classes of a plan.
+  build(plan) {
+    this.plan = plan;
+    this.#classes = plan.classes;
+    const { defaults, ranges } = plan;
+    $("top_k").max = ranges.top_k[1];
+    this.set({ ...defaults, top_k: Math.min(defaults.top_k, ranges.top_k[1]) });
+  }
+
+  // As POST /v1/pictures takes them.
+  values() {
+    const name = $("class").value.trim();
+    const values = { plan: this.plan.name, seed: Number($("seed").value || 0), n: Number(document.querySelector("[name=n]:checked").value) };
+    if (name) values.class = /^\d+$/.test(name) && !this.#classes.includes(name) ? Number(name) : name;
+    for (const id of SLIDERS) values[id] = Number($(id).value);
+    if (!this.plan.controls.length) delete values.control_strength;
+    for (const id of TEXTS) if ($(id).value.trim()) values[id] = $(id).value.trim();
+    return values;
+  }
+
+  set(values) {
+    for (const id of SLIDERS) if (values[id] !== undefined) { $(id).value = values[id]; }
+    for (const id of SLIDERS) this.#fill(id);
+    for (const id of TEXTS) if (id in values) $(id).value = values[id] ?? "";
+    if (values.seed !== undefined) $("seed").value = values.seed;
+    if ("class" in values) $("class").value = values.class?.name ?? values.class?.index ?? values.class ?? "";
+    const n = document.querySelector(`[name=n][value="${values.n}"]`);
+    if (n) n.checked = true;
+  }
+
+  lock(on) {
+    this.locked = on;
+    $("lock").setAttribute("aria-pressed", on);
+    $("lock").querySelector("use").setAttribute("href", `studio/icons.svg#${on ? "lock" : "unlock"}`);
+  }
+
+  roll() {
+    $("seed").value = crypto.getRandomValues(new Uint32Array(1))[0] >>> 1;
+    this.dispatchEvent(new Event("change"));
+  }
+
+  refresh() { for (const id of [...SLIDERS, "size"]) this.#fill(id); }
+
+  #fill(id) {
+    const input = $(id);
+    input.style.setProperty("--at", `${(100 * (input.value - input.min)) / (input.max - input.min)}%`);
+    const out = document.querySelector(`output[for="${id}"]`);
+    if (out) out.value = Number(input.value) === 0 && id !== "control_strength" ? "off" : input.value;
+  }
+
+  #combo() {
+    const input = $("class");
+    input.addEventListener("input", () => this.#show(input.value));
+    input.addEventListener("click", () => this.#show(""));
+    input.addEventListener("blur", () => this.#hide());
+    input.addEventListener("keydown", (event) => {
+      const items = [...$("classes").children];
+      if (event.key === "ArrowDown" || event.key === "ArrowUp") {
+        event.preventDefault();
+        if ($("classes").hidden) this.#show("");
+        else this.#point((this.#active + (event.key === "ArrowDown" ? 1 : -1) + items.length) % items.length);
+      } else if (event.key === "Enter" && !$("classes").hidden && items[this.#active]) {
+        event.preventDefault();
+        event.stopPropagation();
+        this.#choose(items[this.#active].dataset.name);
+      } else if (event.key === "Escape" && !$("classes").hidden) {
+        event.stopPropagation();
+        this.#hide();
+      }
+    });
+    $("classes").addEventListener("pointerdown", (event) => {
+      event.preventDefault();
+      const item = event.target.closest("li[data-name]");
+      if (item) this.#choose(item.dataset.name);
+    });
+  }
+
+  #show(text) {
+    const words = text.toLowerCase().split(/[\s-]+/).filter(Boolean);
+    const found = this.#classes.filter((name) => words.every((word) => name.toLowerCase().includes(word)));
+    const items = [["", "Any class"], ...found.slice(0, 100).map((name) => [name, name])];
+    $("classes").replaceChildren(...(words.length ? items.slice(1) : items).map(([name, label], i) => make("li", { role: "option", id: `class-${i}`, "aria-selected": "false", "data-name": name }, label)));
+    if (!$("classes").children.length) $("classes").append(make("li", { role: "option", "aria-disabled": "true", "aria-selected": "false" }, "No such class"));
+    $("classes").hidden = false;
+    $("class").setAttribute("aria-expanded", "true");
+    this.#point(words.length ? 0 : -1);
+  }
+
+  #point(index) {
+    this.#active = index;
+    [...$("classes").children].forEach((item, i) => item.setAttribute("aria-selected", i === index));
+    const item = $("classes").children[index];
+    if (item) { $("class").setAttribute("aria-activedescendant", item.id); item.scrollIntoView({ block: "nearest" }); }
+    else $("class").removeAttribute("aria-activedescendant");
+  }
+
+  #choose(name) {
+    $("class").value = name;
+    this.#hide();
+    this.dispatchEvent(new Event("change"));
+  }
+
+  #hide() {
+    $("classes").hidden = true;
+    $("class").setAttribute("aria-expanded", "false");
+    $("class").removeAttribute("aria-activedescendant");
+  }
+}

@@ -1,0 +1,455 @@
+// The studio: wires the pad, the form, the stage and the history to a client.
+
+import { HttpClient } from "./client.js";
+import { commandOf } from "./commands.js";
+import { Form } from "./form.js";
+import { $, button, fromBase64, make, note, save, sentence, toBase64, url } from "./page.js";
+import { Paper } from "./paper.js";
+import { textOf } from "./png.js";
+import { Stage } from "./stage.js";
+import * as store from "./store.js";
+
+const EXAMPLES = [["umbrella", "fluent-travel-places"], ["heart", "fluent-smileys-emotion"], ["guitar", "fluent-objects"]];
+const DRAFT_MS = 0; // of rest between two drafts: a turn of the event loop, in which the pen is heard
+
+const client = new HttpClient();
+const form = new Form();
+const pad = new Paper($("pad"), { ink: "#fff", ground: "#000" });
+const stage = new Stage({ branch, restyle, stop, paint, extend, remix, download, copy });
+let plan = null;
+let running = null; // {controller, id, kind}
+let results = [];
+let restored = false;
+
+// ---- drawing -------------------------------------------------------------------------------------------------------
+
+function request() {
+  const values = form.values();
+  if (plan.controls.length) values.control = pad.map(plan.image_size);
+  return values;
+}
+
+async function draw() {
+  if (plan.controls.length && pad.blank) {
+    note("pad-note", "The drawing is blank, so there is nothing to follow.", "warn", ["Start from an example", () => example(...EXAMPLES[0])]);
+    return;
+  }
+  if (!form.locked && !$("live").checked) form.roll();
+  await run(request(), { kind: "draw" });
+}
+
+// Draw a form and show it as it comes. The latest wins: what runs is cancelled. Returns the result, or null.
+async function run(values, { kind, edit = null, image = null, before = null, quiet = false }) {
+  cancel();
+  const mine = { controller: new AbortController(), id: null, kind };
+  running = mine;
+  const { control, ...rest } = values;
+  const old = stage.current?.png ?? null;
+  const result = { key: Date.now(), id: null, form: rest, control, images: [], before: before ?? old, live: kind === "live" };
+  for (let i = 0; i < values.n; i++) result.images.push({ seed: values.seed + i, png: null, scales: [], old: values.n === 1 ? old : null });
+  if (!quiet) { setBusy(true); note("message", "Drawing", "said"); note("image-note"); }
+  try {
+    const signal = mine.controller.signal;
+    const events = edit ? client.edit(values, edit, image, signal) : client.stream(values, signal);
+    for await (const event of events) {
+      if (running !== mine) return null;
+      take(event, result, mine, quiet);
+    }
+    for (const image of result.images) delete image.old;
+    if (!result.images.every((image) => image.png)) throw new Error("the stream ended before its images; draw again");
+    if (!quiet) { note("message"); await remember(result); }
+    return result;
+  } catch (error) {
+    if (running === mine) fail(error, result, values, { kind, edit, image, before, quiet });
+    return null;
+  } finally {
+    if (running === mine) { running = null; setBusy(false); }
+  }
+}
+
+function take(event, result, mine, quiet) {
+  if (event.type === "queued") {
+    mine.id = result.id = event.id;
+    if (!quiet && event.place > 0) note("message", `${event.place} ahead in the queue.`);
+    if (!quiet || event.warnings.length) warn(event.warnings);
+  } else if (event.type === "scale") {
+    if (!event.preview) return;
+    result.images[event.image].scales[event.index] = fromBase64(event.preview, "image/webp");
+    const drawn = result.images.reduce((sum, image) => sum + image.scales.length, 0);
+    if (!quiet) stage.busy(drawn / (result.images.length * ((result.form.stop_after ?? plan.scales.length - 1) + 1)));
+    stage.show(result);
+  } else if (event.type === "picture") {
+    const image = result.images[event.image];
+    Object.assign(image, { png: fromBase64(event.png, "image/png"), receipt: event.receipt, seed: event.seed });
+    stage.show(result);
+  }
+}
+
+function cancel() {
+  if (!running) return;
+  const { controller, id } = running;
+  running = null;
+  controller.abort();
+  if (id) client.cancel(id).catch(() => {});
+  setBusy(false);
+}
+
+function stopped() {
+  if (!running) return;
+  cancel();
+  note("message", "Cancelled.");
+  stage.show(results.find((result) => result.key === stage.result?.key) ?? results[0] ?? null);
+}
+
+// Errors appear where their cause is, with a way out.
+function fail(error, result, values, again) {
+  if (error.name === "AbortError") return;
+  const retry = ["Try again", () => run(values, again)];
+  const words = sentence(error.message);
+  if (result.images.every((image) => !image.png)) stage.show(results[0] ?? null);
+  if (error.status === 429) note("message", `The queue is full. A place should be free in ${error.retryAfter ?? 1} s.`, "warn", retry);
+  else if (again.edit && error.status >= 400 && error.status < 500) note("image-note", words, "bad");
+  else note("message", words, "bad", error.status === 400 || error.status === 422 ? null : retry);
+}
+
+function warn(warnings) {
+  const inverted = warnings.find((line) => line.includes("inverted"));
+  if (inverted) note("pad-note", "This map looks inverted: its lines should be light on dark.", "warn", ["Invert it", mend]);
+  else if (warnings.length) note("pad-note", sentence(warnings[0]), "warn");
+  else note("pad-note");
+}
+
+function mend() {
+  pad.invert();
+  note("pad-note", "Inverted.", "", ["Undo", () => pad.undo()]);
+}
+
+function setBusy(on) {
+  $("draw").classList.toggle("busy", on);
+  $("draw").firstElementChild.textContent = on ? "Cancel" : "Draw";
+  $("draw").lastElementChild.textContent = on ? "Esc" : "Enter";
+  stage.busy(on ? 0 : null);
+}
+
+// ---- live: drafts without guidance while the pen moves, a full one when it rests -----------------------------------
+
+let dirty = false;
+let drafting = false;
+
+async function live() {
+  dirty = true;
+  if (drafting || !$("live").checked || !plan) return;
+  drafting = true;
+  while (dirty && $("live").checked) {
+    dirty = false;
+    await run({ ...request(), n: 1, cfg: 0, previews: false }, { kind: "draft", quiet: true });
+    await new Promise((resolve) => setTimeout(resolve, DRAFT_MS));
+  }
+  drafting = false;
+}
+
+async function rest() {
+  if (!$("live").checked || !plan || pad.blank) return;
+  dirty = false;
+  await run(request(), { kind: "live" });
+}
+
+// ---- edits ---------------------------------------------------------------------------------------------------------
+
+const source = () => ({ id: stage.result.id, index: stage.image });
+
+async function edited(kind, how, changes = {}) {
+  const { current } = stage;
+  const image = current.png ? await toBase64(current.png) : null;
+  const values = { ...request(), ...changes };
+  if (kind !== "extend") values.control = stage.result.control ?? values.control;
+  return run(values, { kind, edit: { ...source(), ...how }, image, before: current.png });
+}
+
+async function branch(scale) {
+  form.roll();
+  await edited("branch", { scale });
+}
+
+// Another class on the same coarse scales and the same seed.
+async function restyle(scale) {
+  if ((stage.current.receipt?.class?.name ?? "") === $("class").value) {
+    note("image-note", "Choose another class first, then restyle.", "warn", ["Choose", () => { $("class").focus(); $("class").click(); }]);
+    return;
+  }
+  await edited("restyle", { scale }, { seed: stage.current.seed, n: 1 });
+}
+
+async function stop(scale) {
+  const { form: made, control } = stage.result;
+  const values = { ...made, control, seed: stage.current.seed, n: 1, stop_after: scale };
+  await run(values, { kind: "stop", before: stage.current.png });
+}
+
+async function paint() {
+  if (stage.mask.blank) { note("image-note", "Paint over what is to be drawn anew.", "warn"); return; }
+  const mask = stage.mask.map(plan.image_size);
+  form.roll();
+  await edited("paint", { mask }, { n: 1 });
+}
+
+async function extend() {
+  pad.place(stage.frame);
+  form.roll();
+  await edited("extend", { frame: stage.frame }, { n: 1 });
+}
+
+async function remix() {
+  await recall(stage.result, stage.current);
+  form.roll();
+  await run(request(), { kind: "draw" });
+}
+
+// ---- taking results away -------------------------------------------------------------------------------------------
+
+function download() {
+  if (stage.current?.png) save(stage.current.png, `image-${stage.current.seed}.png`);
+}
+
+async function copy(kind) {
+  const words = commandOf(kind, stage.result, stage.current, location.origin);
+  try {
+    await navigator.clipboard.writeText(words);
+    note("image-note", `Copied as ${kind}. It reads control.png.`, "", stage.result.control ? ["Save control.png", () => save(fromBase64(stage.result.control, "image/png"), "control.png")] : null);
+  } catch {
+    note("image-note", words);
+  }
+  stage.setMode("view");
+}
+
+// ---- history -------------------------------------------------------------------------------------------------------
+
+async function remember(result) {
+  const last = results[0];
+  if (result.live && last?.live) { results.shift(); await store.remove(last.key); }
+  results.unshift(result);
+  history();
+  await store.save(result).catch(() => note("image-note", "The browser has no room left; this image is not kept in the history.", "warn"));
+}
+
+function history() {
+  const items = results.map((result) => {
+    const image = result.images[result.selected ?? 0];
+    const label = image.receipt?.class?.name ?? "any class";
+    const open = make("button", { type: "button", "aria-label": `Show ${label}, seed ${image.seed}`, title: label, onclick: () => recall(result, image) }, make("img", { src: url(image.png), alt: "" }));
+    if (result === stage.result) open.setAttribute("aria-current", "true");
+    const gone = make("button", { type: "button", class: "remove", "aria-label": `Remove ${label}, seed ${image.seed}`, onclick: () => forget(result) });
+    gone.append(button("close", "").firstChild);
+    return make("li", {}, open, gone);
+  });
+  $("history").replaceChildren(...(items.length ? items : [make("li", { class: "none" }, "Your images stay here.")]));
+}
+
+async function forget(result) {
+  results = results.filter((other) => other !== result);
+  await store.remove(result.key);
+  if (stage.result === result) stage.show(results[0] ?? null);
+  history();
+}
+
+// Everything as it was: the drawing, the settings, the image.
+async function recall(result, image = result.images[0]) {
+  if (running) cancel();
+  stage.show(result);
+  history();
+  form.set({ cfg_scales: "", control_scales: "", ...result.form, class: image.receipt?.class ?? result.form.class ?? "", seed: image.seed });
+  if (result.control) pad.put(await createImageBitmap(fromBase64(result.control, "image/png")));
+  note("message");
+}
+
+// ---- bringing images -----------------------------------------------------------------------------------------------
+
+async function bring(blob) {
+  if (!blob?.type.startsWith("image/")) { note("pad-note", "That is no image; bring a PNG, JPEG or WebP.", "bad"); return; }
+  try {
+    const texts = blob.type === "image/png" ? await textOf(blob) : {};
+    if (texts.receipt) await restore(blob, texts);
+    else await convert(blob);
+  } catch (error) {
+    note("pad-note", sentence(error.message), "bad");
+  }
+}
+
+// A PNG of the studio's holds its settings and its control.
+async function restore(blob, { receipt, control }) {
+  const about = JSON.parse(receipt);
+  const given = {};
+  for (const name of ["cfg", "top_k", "top_p", "control_strength", "cfg_scales", "control_scales", "stop_after"]) if (about[name] != null) given[name] = about[name];
+  const values = { ...given, plan: about.plan, seed: about.seed, n: 1, class: about.class?.name ?? about.class?.index };
+  const result = { key: Date.now(), id: about.id, form: values, control: control ?? null, images: [{ seed: about.seed, png: blob, receipt: about, scales: [] }], before: null };
+  await remember(result);
+  await recall(result);
+  note("pad-note", "Restored: the drawing, the settings and the image.");
+}
+
+// A photo becomes a map, which can be edited; a map is taken as it is.
+async function convert(blob) {
+  const data = await toBase64(blob);
+  note("pad-note", "Reading…");
+  const as = { plan: plan.name };
+  const map = await client.controls({ ...as, control: data });
+  const isPhoto = map.warnings.some((line) => /coloured|looks like a photo/.test(line));
+  const made = isPhoto ? await client.controls({ ...as, photo: data }) : map;
+  pad.put(await createImageBitmap(fromBase64(made.control, "image/png")));
+  warn(made.warnings);
+  if (isPhoto && !$("pad-note").textContent) {
+    note("pad-note", "These are the photo's edges; draw and erase as you like.", "", ["Use the image as it is", async () => { pad.put(await createImageBitmap(fromBase64(map.control, "image/png"))); warn([]); }]);
+  }
+}
+
+async function example(name, label) {
+  const blob = await (await fetch(`studio/${name}.png`)).blob();
+  pad.put(await createImageBitmap(blob));
+  if (plan.classes.includes(label)) form.set({ class: label });
+  await draw();
+}
+
+// ---- the page ------------------------------------------------------------------------------------------------------
+
+function padChanged() {
+  const blank = !pad.canUndo && !restored;
+  $("empty").hidden = !blank;
+  $("undo").disabled = !pad.canUndo;
+  $("redo").disabled = !pad.canRedo;
+  $("clear").disabled = blank;
+}
+
+const pick = (tool) => {
+  pad.tool = tool;
+  for (const id of ["brush", "eraser"]) $(id).setAttribute("aria-pressed", id === tool);
+};
+
+function resize(by) {
+  $("size").value = Number($("size").value) + by;
+  $("size").dispatchEvent(new Event("input"));
+}
+
+const undo = () => (stage.mode === "mask" ? stage.mask.undo() : pad.undo());
+const redo = () => (stage.mode === "mask" ? stage.mask.redo() : pad.redo());
+const mode = (name) => { if (stage.current?.png && (name !== "compare" || stage.result.before)) stage.setMode(stage.mode === name ? "view" : name); };
+
+// By the letter on the key, whatever the layout; [help, keys, action].
+const KEYS = [
+  ["Draw", ["Enter"], () => (running ? null : draw())],
+  ["Cancel, back", ["Escape"], () => (running ? stopped() : stage.mode !== "view" ? stage.setMode("view") : stage.pin(null))],
+  ["Brush, eraser", ["b", "e"], (key) => pick(key === "b" ? "brush" : "eraser")],
+  ["Brush size", ["[", "]", "-", "+"], (key) => resize("[-".includes(key) ? -3 : 3)],
+  ["Undo, redo", ["Ctrl+Z", "Ctrl+Shift+Z"], null],
+  ["Clear", ["Delete"], () => pad.clear()],
+  ["Bring an image", ["o"], () => $("file").click()],
+  ["Another seed", ["r"], () => form.roll()],
+  ["Live", ["l"], () => $("live").click()],
+  ["In-paint, extend, compare", ["m", "x", "c"], (key) => mode({ m: "mask", x: "extend", c: "compare" }[key])],
+  ["Download", ["d"], download],
+  ["Draw by keyboard, on the pad", ["Shift+Arrows"], null],
+  ["This sheet", ["?"], () => $("sheet").showModal()],
+];
+
+function keydown(event) {
+  if ($("sheet").open) return;
+  // On a layout without Latin letters the key's place stands for the letter.
+  const key = /^[ -~]$/.test(event.key) ? event.key.toLowerCase() : /^Key/.test(event.code) ? event.code[3].toLowerCase() : event.key;
+  if ((event.ctrlKey || event.metaKey) && !event.altKey) {
+    if (key === "z" && !isText(event.target)) { event.preventDefault(); event.shiftKey ? redo() : undo(); }
+    else if (key === "y" && !isText(event.target)) { event.preventDefault(); redo(); }
+    else if (key === "Enter") draw();
+    return;
+  }
+  if (event.metaKey || (event.altKey && !event.ctrlKey && /^[a-z]$/.test(key))) return;
+  if (key !== "Escape" && isText(event.target)) return;
+  if (key === "Enter" && event.target.closest?.("button, summary, select, input, a")) return;
+  const found = KEYS.find(([, keys]) => keys.includes(key));
+  if (!found?.[2]) return;
+  event.preventDefault();
+  found[2](key);
+}
+
+const isText = (node) => node.matches?.("input[type=text], textarea, select");
+
+function theme() {
+  const dark = getComputedStyle(document.documentElement).colorScheme === "dark" || (!document.documentElement.dataset.theme && matchMedia("(prefers-color-scheme: dark)").matches);
+  document.documentElement.dataset.theme = localStorage.theme = dark ? "light" : "dark";
+}
+
+function listen() {
+  let saving;
+  pad.addEventListener("change", () => { padChanged(); live(); });
+  pad.addEventListener("stroke", () => {
+    rest();
+    clearTimeout(saving);
+    saving = setTimeout(() => $("pad").toBlob((blob) => store.keep("pad", blob).catch(() => {})), 200);
+  });
+  form.addEventListener("change", () => { store.keep("form", form.values()).catch(() => {}); rest(); });
+  $("controls").addEventListener("submit", (event) => { event.preventDefault(); running && running.kind !== "draft" ? stopped() : draw(); });
+  $("brush").addEventListener("click", () => pick("brush"));
+  $("eraser").addEventListener("click", () => pick("eraser"));
+  $("size").addEventListener("input", () => { pad.size = Number($("size").value); });
+  $("undo").addEventListener("click", () => pad.undo());
+  $("redo").addEventListener("click", () => pad.redo());
+  $("clear").addEventListener("click", () => { pad.clear(); note("pad-note"); });
+  $("upload").addEventListener("click", () => $("file").click());
+  $("file").addEventListener("change", () => { if ($("file").files[0]) bring($("file").files[0]); $("file").value = ""; });
+  $("theme").addEventListener("click", theme);
+  $("help").addEventListener("click", () => $("sheet").showModal());
+  document.addEventListener("keydown", keydown);
+  document.addEventListener("paste", (event) => { const file = event.clipboardData?.files[0]; if (file) bring(file); });
+  document.addEventListener("dragover", (event) => { event.preventDefault(); $("pad-frame").classList.add("dragging"); });
+  document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) $("pad-frame").classList.remove("dragging"); });
+  document.addEventListener("drop", (event) => {
+    event.preventDefault();
+    $("pad-frame").classList.remove("dragging");
+    if (event.dataTransfer.files[0]) bring(event.dataTransfer.files[0]);
+  });
+  $("plans").addEventListener("change", () => use(capabilities.plans.find((one) => one.name === $("plans").value)));
+}
+
+let capabilities = null;
+
+function use(chosen) {
+  plan = chosen;
+  form.build(plan);
+  const size = plan.image_size;
+  const convention = plan.controls[0]?.convention;
+  const ground = convention ? `rgb(${convention.ground})` : "#000";
+  pad.reset({ side: size * Math.max(1, Math.round(512 / size)), ink: convention?.polarity === "dark-on-light" ? "#000" : "#fff", ground });
+  stage.build(plan);
+  $("plan").textContent = `${plan.name} · ${plan.image_size} px · ${plan.backend.name}`;
+  $("plan").title = plan.backend.why;
+}
+
+async function start() {
+  if (localStorage.theme) document.documentElement.dataset.theme = localStorage.theme;
+  $("keys").append(...KEYS.flatMap(([what, keys]) => [make("dt", {}, ...keys.flatMap((key, i) => [i ? "  " : "", make("kbd", {}, key.length === 1 ? key.toUpperCase() : key)])), make("dd", {}, what)]));
+  try {
+    capabilities = await client.capabilities();
+  } catch (error) {
+    note("message", sentence(error.message), "bad", ["Try again", () => location.reload()]);
+    return;
+  }
+  $("plans").replaceChildren(...capabilities.plans.map((one) => make("option", { value: one.name }, one.name)));
+  $("plans-field").hidden = capabilities.plans.length < 2;
+  use(capabilities.plans.find((one) => one.name === capabilities.default_plan));
+  $("examples").append(...EXAMPLES.map(([name, label]) => make("button", { type: "button", "aria-label": `Draw the example ${name}`, onclick: () => example(name, label) }, make("img", { src: `studio/${name}.png`, alt: "" }))));
+  listen();
+  await store.open();
+  results = await store.list();
+  const [drawing, settings] = [await store.kept("pad"), await store.kept("form")];
+  if (settings) form.set({ cfg_scales: "", control_scales: "", class: "", ...settings });
+  if (drawing) {
+    const image = await createImageBitmap(drawing);
+    pad.context.drawImage(image, 0, 0, $("pad").width, $("pad").height);
+    restored = !pad.blank;
+  }
+  if (results[0]) stage.show(results[0]);
+  history();
+  padChanged();
+  form.refresh();
+  document.documentElement.dataset.ready = "";
+}
+
+start();

@@ -1,0 +1,61 @@
+// Small helpers for the page.
+
+export const $ = (id) => document.getElementById(id);
+
+export function make(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (value === true) node.setAttribute(name, "");
+    else if (value !== false && value != null) node.setAttribute(name, value);
+  }
+  node.append(...children.filter((child) => child != null));
+  return node;
+}
+
+export function icon(name) {
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  svg.setAttribute("aria-hidden", "true");
+  const use = document.createElementNS("http://www.w3.org/2000/svg", "use");
+  use.setAttribute("href", `studio/icons.svg#${name}`);
+  svg.append(use);
+  return svg;
+}
+
+export const button = (name, label, onclick, extra = {}) =>
+  make("button", { type: "button", class: "icon", "aria-label": label, title: label, onclick, ...extra }, icon(name));
+
+export const text = (label, onclick, strong = false) => make("button", { type: "button", class: strong ? "quiet strong" : "quiet", onclick }, label);
+
+// A line under what it is about; `way` is [label, action], the way out.
+export function note(id, words = "", kind = "", way = null) {
+  const node = $(id);
+  node.className = `note ${id === "message" ? "" : "line"} ${kind}`.trim();
+  node.replaceChildren(words, ...(way ? [make("button", { type: "button", onclick: way[1] }, way[0])] : []));
+}
+
+export const fromBase64 = (data, type) => new Blob([Uint8Array.from(atob(data), (c) => c.charCodeAt(0))], { type });
+
+export async function toBase64(blob) {
+  const url = await new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = () => reject(reader.error);
+    reader.readAsDataURL(blob);
+  });
+  return url.slice(url.indexOf(",") + 1);
+}
+
+// One object URL for each blob; those that are no longer shown go with their blob.
+const urls = new WeakMap();
+export function url(blob) {
+  if (!urls.has(blob)) urls.set(blob, URL.createObjectURL(blob));
+  return urls.get(blob);
+}
+
+export function save(blob, name) {
+  const link = make("a", { href: url(blob), download: name });
+  link.click();
+}
+
+export const sentence = (words) => words.charAt(0).toUpperCase() + words.slice(1).replace(/([^.!?])$/, "$1.");

@@ -1,0 +1,125 @@
+"""Emoji drawn from vectors: layout, exact masks, splits, controls and refusals, on a set of few shapes."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from car_train.conventions import DERIVED
+from car_train.data import emoji_vectors
+from car_train.data.controls import make_control
+from car_train.data.datasets import DatasetError, fetch, lay_out, sized_name
+from car_train.data.folder import scan
+
+pytest.importorskip("resvg_py")
+SIDE = 64
+SQUARE = '<path fill="#e02020" d="M8 8h16v16H8z"/>'
+HALF = '<path fill="#2020e0" d="M0 0h8v16H0z"/>'
+
+
+def package(path: Path, icons: dict[str, dict[str, Any]], categories: dict[str, list[str]], **sizes: int) -> Path:
+    """An Iconify package as npm packs it."""
+    files = {"icons": {"icons": icons, **sizes}, "metadata": {"categories": categories} if categories else {}}
+    with tarfile.open(path, "w:gz") as tar:
+        for name, value in files.items():
+            data = json.dumps(value).encode()
+            member = tarfile.TarInfo(f"package/{name}.json")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture
+def tarballs(tmp_path: Path) -> dict[str, Path]:
+    icons = {name: {"body": SQUARE} for name in ("dog", "waving-hand", "waving-hand-medium-light", "swatch")}
+    icons["waving-hand-light-skin-tone"] = {"body": SQUARE}
+    groups = {
+        "Animals & Nature": ["dog"],
+        "People & Body": [n for n in icons if "hand" in n],
+        "Component": ["swatch"],
+    }
+    made = {}
+    for style in emoji_vectors.PACKAGES:
+        # Fluent's own package has no groups: they are those of the flat set.
+        made[style] = package(
+            tmp_path / f"{style}.tgz", icons, {} if style == "fluent" else groups, width=32, height=32
+        )
+    return made
+
+
+def test_classes_are_style_and_group_without_skin_tones(tarballs: dict[str, Path], tmp_path: Path) -> None:
+    about = lay_out("emoji-64", tarballs, tmp_path / "set")
+    expected = {f"{s}-{g}": 1 for s in emoji_vectors.PACKAGES for g in ("animals-nature", "people-body")}
+    assert about["counts"] == expected
+    assert {p.name for p in (tmp_path / "set").rglob("*.png")} == {"dog.png", "waving-hand.png"}
+    assert about["licences"] == {"noto": "Apache-2.0", "twemoji": "CC-BY-4.0", "fluent": "MIT", "flat": "MIT"}
+    attribution = (tmp_path / "set/ATTRIBUTION.md").read_text(encoding="utf-8")
+    assert all(package.title in attribution for package in emoji_vectors.PACKAGES.values())
+
+
+def test_a_name_is_on_one_side_of_the_split_in_all_styles(tmp_path: Path) -> None:
+    icons = {f"thing-{i}": {"body": SQUARE} for i in range(60)}
+    tarballs = {
+        style: package(tmp_path / f"{style}.tgz", icons, {"Objects": list(icons)}, width=32, height=32)
+        for style in emoji_vectors.PACKAGES
+    }
+    lay_out("emoji-32", tarballs, tmp_path / "set")
+    found = scan(tmp_path / "set")
+    train, val = ({path.name for path, _ in found.split(name)} for name in ("train", "val"))
+    assert val
+    assert not train & val
+
+
+def test_alpha_is_the_exact_mask() -> None:
+    image = emoji_vectors.rendered({"icons": {"dog": {"body": SQUARE}}, "width": 32, "height": 32}, "dog", SIDE)
+    rgba = np.asarray(image)
+    expected = np.zeros((SIDE, SIDE), np.uint8)
+    expected[16:48, 16:48] = 255
+    np.testing.assert_array_equal(rgba[..., 3], expected)
+    np.testing.assert_array_equal(rgba[32, 32], [0xE0, 0x20, 0x20, 255])
+
+
+def test_an_icon_that_is_not_square_is_centred() -> None:
+    icons = {"icons": {"flag": {"body": HALF, "width": 8}}, "width": 16, "height": 16}
+    alpha = np.asarray(emoji_vectors.rendered(icons, "flag", SIDE))[..., 3]
+    np.testing.assert_array_equal(np.flatnonzero(alpha.any(0)), np.arange(16, 48))
+
+
+@pytest.mark.parametrize("control", ["canny", "hed", "depth", "normal", "sketch"])
+def test_every_kind_of_control_is_made(control: str) -> None:
+    image = emoji_vectors.rendered({"icons": {"dog": {"body": SQUARE}}, "width": 32, "height": 32}, "dog", SIDE)
+    map_ = make_control(np.asarray(image), DERIVED[control]).astype(int)
+    ground, middle, edge = map_[2, 2], map_[32, 32], map_[30:34, 12:20].reshape(-1, 3)
+    if control == "depth":  # nothing of the ground; the middle is nearest
+        assert ground.max() == 0
+        assert middle.min() > edge.max()
+    elif control == "normal":  # the middle looks at the viewer
+        assert abs(middle[:2] - 128).max() < 12
+        assert middle[2] > 240
+    else:  # a line at the outline alone
+        assert np.abs(edge - ground).max() > 60
+        assert np.abs(middle - ground).max() < 20
+
+
+def test_sizes_and_other_sets_are_refused(tmp_path: Path) -> None:
+    assert sized_name("emoji", 128) == "emoji-128"
+    for name, size in (("emoji", 8), ("emoji", 4096), ("fashion", 128)):
+        with pytest.raises(DatasetError, match="size"):
+            fetch(name, tmp_path / "set", size=size)
+
+
+def test_a_package_of_other_contents_is_refused(tarballs: dict[str, Path], tmp_path: Path) -> None:
+    with tarfile.open(tarballs["noto"], "w:gz"):
+        pass
+    with pytest.raises(DatasetError, match=r"icons\.json"):
+        lay_out("emoji-64", tarballs, tmp_path / "set")
+
+
+def test_missing_resvg_is_an_error_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "resvg_py", None)
+    with pytest.raises(DatasetError, match="pip install"):
+        emoji_vectors.rendered({"icons": {"dog": {"body": SQUARE}}}, "dog", SIDE)
