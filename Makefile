@@ -33,6 +33,9 @@ QUICK_TESTS ?= $(addprefix tests/runtime/test_,request.py plan.py images.py mani
 	'the_shipped_plan_draws_the_same_tokens[ort-cpu]' 'an_export_of_tiny_has_the_same_bytes[var]')
 QUICK_LEFT := transformer or openvino
 
+# Seconds of `make fuzz` for each reader.
+FUZZ_SECONDS ?= 60
+
 DEMO_ENV := .venv-demo
 STUDIO_ENV := .venv-studio
 DEV_ENV := .venv
@@ -40,7 +43,7 @@ GPU_ENV := .venv-gpu
 OLDEST_ENV := .venv-oldest
 INSTALLED := /.installed
 
-.PHONY: help demo studio test quick check lint types test-slow test-gpu test-oldest clean
+.PHONY: help demo studio test quick check lint types fuzz test-slow test-gpu test-oldest clean
 
 help:
 	@echo 'make demo       images from the control images in examples/, into out/ (installs no PyTorch)'
@@ -52,6 +55,7 @@ help:
 	@echo 'make types      mypy'
 	@echo 'make test-slow  tests that take minutes or gigabytes of memory'
 	@echo 'make test-gpu   tests that need an NVIDIA GPU (an environment of its own)'
+	@echo 'make fuzz       changed manifests, configs and graphs, guided by coverage, FUZZ_SECONDS each'
 	@echo 'make test-oldest  the runtime with the oldest packages that pyproject.toml allows (an environment of its own)'
 	@echo 'make clean      remove environments, caches and builds; runs/ and out/ stay'
 	@echo 'Each command does its own set-up. Variables: PYTHON, TORCH, PYTEST_ARGS, TEST_PROCESSES, DEMO_CONTROL, DEMO_CLASS, DEMO_ARGS.'
@@ -75,6 +79,10 @@ studio: $(STUDIO_ENV)$(INSTALLED)
 
 test: $(DEV_ENV)$(INSTALLED)
 	@OMP_NUM_THREADS=1 $(DEV_ENV)/bin/python -m pytest -q --durations=15 $(PYTEST_SPREAD) $(PYTEST_ARGS)
+
+fuzz: $(DEV_ENV)$(INSTALLED)
+	@$(DEV_ENV)/bin/python -m pip install -q 'atheris>=3,<4'
+	@set -e; for target in manifest config graph; do $(DEV_ENV)/bin/python tests/fuzz/fuzz.py $$target --seconds $(FUZZ_SECONDS); done
 
 quick: lint types
 	@OMP_NUM_THREADS=1 $(DEV_ENV)/bin/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile -k 'not ($(QUICK_LEFT))' $(QUICK_TESTS)

@@ -113,7 +113,11 @@ def parse_manifest(text: str | bytes) -> Manifest:
         raise PlanError(
             f"{MANIFEST}: format is {version}, but this car_runtime reads up to {FORMAT}; upgrade car_runtime"
         )
-    manifest = whole.read(Manifest)
+    try:
+        manifest = whole.read(Manifest)
+    except PlanError as error:  # its values are a stranger's, of any length
+        text = str(error)
+        raise PlanError(text if len(text) <= 600 else f"{text[:400]}…{text[-100:]}") from error
     problem = problem_with_sizes(manifest)
     if problem is not None:
         raise PlanError(f"{MANIFEST}: {problem}; {REMEDY}")
