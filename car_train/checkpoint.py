@@ -9,7 +9,9 @@ aside and renamed, so it is whole or not there, and it holds finite numbers alon
 
 from __future__ import annotations
 
+import json
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,11 @@ from car_train.errors import UserError
 from car_train.files import folder_aside, sha256
 from car_train.model import Model
 
+CONFIG_BYTES = 4 * 1024 * 1024
+HEADER_BYTES = 16 * 1024 * 1024
+"""Of a safetensors file; d36's has 0.2 MB."""
+METADATA = "__metadata__"
+FLOATS = ("F64", "F32", "F16", "BF16")
 STEP = re.compile(r"step-([0-9]+)")
 
 
@@ -114,8 +121,8 @@ def load(path: str | Path) -> Model:
     """
     path = locate(path)
     try:
-        config = ModelConfig.from_json((path / "config.json").read_text(encoding="utf-8"))
-    except (ConfigError, UnicodeDecodeError) as error:
+        config = ModelConfig.from_json(_regular(path / "config.json", CONFIG_BYTES).read_text(encoding="utf-8"))
+    except (ConfigError, UnicodeDecodeError, OSError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     with torch.device("meta"):
         model = Model(config)
@@ -125,6 +132,7 @@ def load(path: str | Path) -> Model:
             raise CheckpointError(
                 f"{file}: missing, though config.json names this part; copy the whole checkpoint folder"
             )
+        _check_header(file, module)
         try:
             module.load_state_dict(load_file(file), assign=True)
         except (SafetensorError, RuntimeError) as error:
@@ -136,6 +144,43 @@ def load(path: str | Path) -> Model:
             raise CheckpointError(f"{file}: {broken} is not finite, the model is broken; give an earlier checkpoint")
     model.vqvae.quantizer.reset_buffers()
     return model.requires_grad_(False).eval()
+
+
+def _regular(file: Path, most: int | None = None) -> Path:
+    """The path of a file; CheckpointError where it is none, as a FIFO would be waited for, or over `most` bytes."""
+    found = file.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{file}: not a file; copy the whole checkpoint folder")
+    if most is not None and found.st_size > most:
+        raise CheckpointError(f"{file}: {found.st_size} bytes, over {most}; use one that car_train wrote")
+    return file
+
+
+def _check_header(file: Path, module: nn.Module) -> None:
+    """Compare a safetensors header with the module before anything is allocated: names, types, shapes, bytes."""
+    size = _regular(file).stat().st_size
+    damaged = f"{file}: doesn't fit its config.json or is damaged"
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if not 2 <= length <= min(size - 8, HEADER_BYTES):
+            raise CheckpointError(f"{damaged} (a header of {length} bytes in {size}); copy it again")
+        try:
+            header = json.loads(opened.read(length))
+            found = {name: (one["dtype"], tuple(one["shape"])) for name, one in header.items() if name != METADATA}
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{damaged} ({repr(error)[:80]}); copy it again") from error
+    wanted = {name: value for name, value in module.state_dict().items()}
+    odd = sorted(wanted.keys() ^ found.keys())
+    if odd:
+        kind = "is missing" if odd[0] in wanted else "is not of this model"
+        raise CheckpointError(f"{damaged} ({odd[0][:80]!r} {kind}); copy it again")
+    for name, (dtype, shape) in found.items():
+        if shape != tuple(wanted[name].shape):
+            raise CheckpointError(
+                f"{damaged} ({name}: {repr(shape)[:60]}, not {tuple(wanted[name].shape)}); copy it again"
+            )
+        if wanted[name].is_floating_point() and dtype not in FLOATS:
+            raise CheckpointError(f"{damaged} ({name}: {dtype!r:.20}, not a float); copy it again")
 
 
 def load_trainer(path: str | Path) -> dict[str, Any]:

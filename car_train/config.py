@@ -256,16 +256,56 @@ class ModelConfig:
         """Parse `config.json`; ConfigError for anything that is not a config."""
         try:
             data = json.loads(text)
+            _check_numbers(data)
             return ModelConfig(
                 vqvae=_build(VQVAEConfig, data["vqvae"]),
                 var=_build(VARConfig, data["var"]) if data.get("var") else None,
                 car=_build(CARConfig, _with_convention(data["car"])) if data.get("car") else None,
                 class_names=tuple(data["class_names"]) if data.get("class_names") else None,
             )
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ConfigError(
-                f"config.json is not a model config ({error!r}); use one that car_train wrote"
-            ) from error
+        except ConfigError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
+            why = repr(error)[:120]
+            raise ConfigError(f"config.json is not a model config ({why}); use one that car_train wrote") from error
+
+
+_LARGEST = {
+    "sides": 1024,
+    "vocab": 2**20,
+    "latent_channels": 4096,
+    "channels": 8192,
+    "multipliers": 64,
+    "res_blocks": 64,
+    "phis": 64,
+    "depth": 256,
+    "width": 2**16,
+    "heads": 1024,
+    "classes": 2**20,
+    "mlp_ratio": 64,
+    "encoder_widths": 2**16,
+    "encoder_strides": 64,
+}
+"""The most that each whole number of a config.json may be: far above every published model."""
+_LONGEST = 64
+"""Numbers in one of its lists."""
+
+
+def _check_numbers(data: dict[str, Any]) -> None:
+    """Refuse a config.json whose sizes are no whole numbers or beyond `_LARGEST`, before anything is made of them."""
+    for part in ("vqvae", "var", "car"):
+        for name, value in (data.get(part) or {}).items():
+            if name not in _LARGEST or value is None:
+                continue
+            values = value if isinstance(value, list) else [value]
+            _require(len(values) <= _LONGEST, f"{part}.{name} has {len(values)} numbers, over {_LONGEST}; give fewer")
+            for one in values:
+                whole = isinstance(one, int) and not isinstance(one, bool)
+                _require(whole, f"{part}.{name} is {repr(one)[:40]}; it must be a whole number")
+                # Not printed: it may have thousands of digits.
+                _require(one <= _LARGEST[name], f"{part}.{name} is over {_LARGEST[name]}; give a smaller one")
+    names = data.get("class_names") or []
+    _require(all(isinstance(name, str) for name in names), "class_names are not all texts; use a config of car_train")
 
 
 def _with_convention(car: dict[str, Any]) -> dict[str, Any]:

@@ -12,11 +12,14 @@ The rules are those of `car_runtime.images`, so that a file means in training wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import stat
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from car_train.conventions import FITS
@@ -26,6 +29,12 @@ _AVIF = ("AVIF",) if find_spec("PIL.AvifImagePlugin") else ()  # from Pillow 11.
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", *_AVIF)
 """What is tried on a file, by Pillow's names; nothing that hands it to another program, as EPS to Ghostscript."""
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
+MAX_PIXELS, MAX_PIXELS_DENSE = 64 * 1024 * 1024, 32 * 1024 * 1024
+"""Of an image; of one with transparency, which is composited, or of a format whose decoder holds whole canvases."""
+DENSE_FORMATS = ("WEBP", "TIFF", "AVIF")
+MAX_BYTES = 256 * 1024 * 1024
+"""Of a file: some decoders read all of it first. With these limits, reading takes at most 1 GB."""
+STRIP_PIXELS = 1024 * 1024
 CONTRAST = 8
 """Grey levels from which on two are distinguished."""
 
@@ -44,11 +53,15 @@ def open_image(path: str | Path) -> Image.Image:
     Raises ImageFileError.
     """
     try:
+        _check_file(path)
         with Image.open(path, formats=FORMATS) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-                image = _grey_to_8_bits(image, path)
-            return image.convert("RGBA" if image.has_transparency_data else "RGB")
+            _check_pixels(opened, path)
+            opened.load()
+            ImageOps.exif_transpose(opened, in_place=True)
+            grey = opened.mode in ("I", "F") or opened.mode.startswith("I;16")
+            image = _grey_to_8_bits(opened, path) if grey else opened
+            mode = "RGBA" if image.has_transparency_data else "RGB"
+            return image if image.mode == mode else image.convert(mode)
     except ImageFileError:
         raise
     except MemoryError:
@@ -58,23 +71,55 @@ def open_image(path: str | Path) -> Image.Image:
         raise ImageFileError(f"{path}: not a readable image ({reason}); give an image such as a PNG") from error
 
 
+def _check_file(path: str | Path) -> None:
+    """A regular file, as a FIFO would be waited for, and not too long. Raises ImageFileError and OSError."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise ImageFileError(f"{path}: not a file; give an image such as a PNG")
+    if found.st_size > MAX_BYTES:
+        raise ImageFileError(f"{path}: {found.st_size} bytes, over {MAX_BYTES}; make it smaller first")
+
+
+def _check_pixels(image: Image.Image, path: str | Path) -> None:
+    dense = image.has_transparency_data or image.format in DENSE_FORMATS
+    limit = MAX_PIXELS_DENSE if dense else MAX_PIXELS
+    if image.width * image.height > limit:
+        raise ImageFileError(
+            f"{path}: {image.width}×{image.height} ({image.format} {image.mode}), over {limit} pixels; "
+            "make it smaller first"
+        )
+
+
 def _grey_to_8_bits(image: Image.Image, path: str | Path) -> Image.Image:
     """16-bit and 32-bit grey from 0…65535, float grey from 0…1; Pillow's own conversion clips at 255.
 
     A grey level that the file declares transparent becomes alpha.
     """
     top = 1.0 if image.mode == "F" else 65535.0
-    grey = np.asarray(image, np.float64)
-    low, high = float(grey.min()), float(grey.max())
+    ends = np.array([(grey.min(), grey.max()) for _, grey in _strips(image)])
+    low, high = float(ends[:, 0].min()), float(ends[:, 1].max())
     if not (low >= 0 and high <= top):
         raise ImageFileError(
             f"{path}: grey values {low:g}…{high:g}, outside 0…{top:g}; save it as 8-bit or 16-bit grey"
         )
-    small = Image.fromarray(np.rint(grey * (255 / top)).astype(np.uint8))
     clear = image.info.get("transparency")
-    if isinstance(clear, int):
-        small.putalpha(Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8)))
+    small = Image.new("L", image.size)
+    alpha = Image.new("L", image.size) if isinstance(clear, int) else None
+    for at, grey in _strips(image):
+        small.paste(Image.fromarray(np.rint(grey * (255 / top)).astype(np.uint8)), at)
+        if alpha is not None:
+            alpha.paste(Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8)), at)
+    if alpha is not None:
+        small.putalpha(alpha)
     return small
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[tuple[int, int], NDArray[np.float64]]]:
+    """Rows of a grey image from above, about a million pixels at a time, and where each strip starts."""
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(image.height, top + rows)))
+        yield (0, top), np.asarray(strip, np.float64)
 
 
 def on_ground(image: Image.Image, ground: Sequence[int]) -> Image.Image:

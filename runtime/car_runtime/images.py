@@ -6,9 +6,11 @@ training's files by the same rules; `tests/test_reading.py` holds the two togeth
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import os
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +27,13 @@ from car_runtime.format.manifest import Scale
 from car_runtime.system.files import write_atomically
 
 MAX_PIXELS = 64 * 1024 * 1024
-"""Checked on the header, before anything is decoded: RGB of this size is 192 MB."""
+"""Checked on the header, before anything is decoded: RGB of this size is 256 MB, as Pillow stores it."""
+MAX_PIXELS_DENSE = 32 * 1024 * 1024
+"""Of images with transparency, which are composited, and of formats whose decoders hold whole canvases."""
+DENSE_FORMATS = ("WEBP", "TIFF", "AVIF")
+MAX_BYTES = 256 * 1024 * 1024
+"""Of a file: some decoders read all of it first. With these limits, reading takes at most 1 GB."""
+STRIP_PIXELS = 1024 * 1024
 MIN_EDGE = 8
 """A control image smaller than this says nothing about where things are."""
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
@@ -46,7 +54,8 @@ def load_image(source: Source, *, background: tuple[int, int, int] = BLACK) -> I
     - 16-bit and 32-bit integer grey (depth maps) is scaled from 0…65535 to 0…255, floating-point grey from 0…1, never
       from the image's own range: two depth maps must stay comparable.
 
-    Raises ImageError: not there, not an image, damaged, over 64 Mpixel, an edge under 8 pixels, values out of range.
+    Raises ImageError: not there, not an image, damaged, over 64 Mpixel (32 with transparency, or of WebP, TIFF and
+    AVIF) or 256 MiB, an edge under 8 pixels, values out of range.
     """
     return on_ground(open_image(source), background)
 
@@ -64,8 +73,9 @@ def open_image(source: Source) -> Image.Image:
             return _decoded(_from_array(source), name)
         if source == "":  # Pillow before 11 takes it for a file object
             raise FileNotFoundError
+        _check_file(source, name)
         with Image.open(source, formats=FORMATS) as image:
-            return _decoded(image, name)
+            return _decoded(image, name, ours=True)
 
 
 def on_ground(image: Image.Image, ground: Sequence[int]) -> Image.Image:
@@ -107,13 +117,32 @@ def _name(source: Source) -> str:
     raise ImageError(f"{type(source).__name__} is not an image; give a path, a PIL image or a uint8 array")
 
 
-def _decoded(image: Image.Image, name: str) -> Image.Image:
-    _check_size(image.size, name)
+def _decoded(image: Image.Image, name: str, *, ours: bool = False) -> Image.Image:
+    """`ours`: nobody else has the image, which need not be copied then."""
+    _check_size(image, name)
     image.load()
-    image = ImageOps.exif_transpose(image)
+    if ours:
+        ImageOps.exif_transpose(image, in_place=True)
+    else:
+        image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _grey_to_8_bits(image, name)
-    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _check_file(source: Any, name: str) -> None:
+    """A file by its path: a regular one, or the shell's pipe, as others would be waited for; and not too long."""
+    if not isinstance(source, (str, os.PathLike)):
+        return
+    found = os.stat(source)
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a directory", os.fspath(source))
+    piped = stat.S_ISFIFO(found.st_mode) and os.fspath(source).startswith(("/dev/", "/proc/"))  # a shell's <(…)
+    if not (stat.S_ISREG(found.st_mode) or piped):
+        raise ImageError(f"{name} is not a file; give an image file")
+    if found.st_size > MAX_BYTES:
+        raise ImageError(f"{name} has {found.st_size} bytes, over {MAX_BYTES}; make it smaller first")
 
 
 @contextmanager
@@ -142,10 +171,13 @@ def _explained(name: str) -> Iterator[None]:
         raise ImageError(f"{name} is truncated, damaged or of a rare kind ({cause}); save it as 8-bit PNG") from error
 
 
-def _check_size(size: tuple[int, int], name: str) -> None:
-    width, height = size
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"{name} is {width}×{height}, over {MAX_PIXELS} pixels; make it smaller first")
+def _check_size(image: Image.Image, name: str) -> None:
+    width, height = image.size
+    dense = image.has_transparency_data or image.format in DENSE_FORMATS
+    limit = MAX_PIXELS_DENSE if dense else MAX_PIXELS
+    if width * height > limit:
+        kind = f" ({image.format} {image.mode})" if dense and image.format else ""
+        raise ImageError(f"{name} is {width}×{height}, over {limit} pixels{kind}; make it smaller first")
     if min(width, height) < MIN_EDGE:
         raise ImageError(f"{name} is {width}×{height} pixels, under {MIN_EDGE} on an edge; give a larger image")
 
@@ -167,17 +199,35 @@ def _grey_to_8_bits(image: Image.Image, name: str) -> Image.Image:
     A grey level that the file declares transparent becomes alpha.
     """
     top = 1.0 if image.mode == "F" else 65535.0
-    grey = np.asarray(image, np.float64)
-    low, high = float(grey.min()), float(grey.max())
+    low, high = _grey_range(image)
     if not (low >= 0 and high <= top):
         raise ImageError(
             f"{name} has grey values {low:g}…{high:g}, outside 0…{top:g}; save it as 8-bit or 16-bit grey"
         )
-    small = Image.fromarray(np.rint(grey * (255 / top)).astype(np.uint8))
     clear = image.info.get("transparency")
-    if isinstance(clear, int):
-        small.putalpha(Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8)))
+    small = Image.new("L", image.size)
+    alpha = Image.new("L", image.size) if isinstance(clear, int) else None
+    for at, grey in _strips(image):
+        small.paste(Image.fromarray(np.rint(grey * (255 / top)).astype(np.uint8)), at)
+        if alpha is not None:
+            alpha.paste(Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8)), at)
+    if alpha is not None:
+        small.putalpha(alpha)
     return small
+
+
+def _grey_range(image: Image.Image) -> tuple[float, float]:
+    """The smallest and the largest level; NaN where there is one."""
+    ends = np.array([(grey.min(), grey.max()) for _, grey in _strips(image)])
+    return float(ends[:, 0].min()), float(ends[:, 1].max())
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[tuple[int, int], NDArray[np.float64]]]:
+    """Rows of a grey image from above, about a million pixels at a time, and where each strip starts."""
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(image.height, top + rows)))
+        yield (0, top), np.asarray(strip, np.float64)
 
 
 def control_pyramid(image: Image.Image, scales: Sequence[Scale]) -> list[NDArray[np.uint8]]:

@@ -34,7 +34,7 @@ from car_runtime.conditioning import Conditioning
 from car_runtime.config import GenerationConfig, config_of
 from car_runtime.editing.edit import composite
 from car_runtime.editing.masks import known_mask_of
-from car_runtime.errors import PlanError, RequestError
+from car_runtime.errors import CarError, PlanError, RequestError
 from car_runtime.format.folder import PlanFolder, map_file, open_folder
 from car_runtime.format.hashing import verify_folder
 from car_runtime.format.manifest import WEIGHTS, Manifest, read_manifest
@@ -186,9 +186,11 @@ def _open_checked(
         # at once. What is wrong with the weights comes before what the engine says of them.
         weights = aside.submit(verify_folder, folder, manifest, hashes=verify, names=[WEIGHTS])
         try:
-            opened, why = open_backend(backend, root, manifest, threads, folder, trust_engines)
-        except Exception:
+            opened, why = open_backend(backend, folder.held, manifest, threads, folder, trust_engines)
+        except Exception as error:
             weights.result()
+            if isinstance(error, CarError) and str(folder.held) in str(error):  # it means the plan's own path
+                raise type(error)(str(error).replace(str(folder.held), str(root))) from error
             raise
         try:
             weights.result()
@@ -219,6 +221,7 @@ class Plan:
         self._backend = backend
         self._constants = _load_constants(self._folder, manifest, backend)
         self._conditioning = Conditioning(backend, manifest)
+        self._encoder_checked = False
         self._idle: list[LoopBuffers] = []
         self._lock = Lock()
         self._closed = False
@@ -408,6 +411,10 @@ class Plan:
         self._backend.write(buffer, pixels[None])
         tokens = self._backend.allocate((1, self.manifest.tokens), "int64")
         self._backend.run("encoder", {"image": buffer}, {"tokens": tokens})
+        if not self._encoder_checked:  # engines may open it only now, by name
+            if not getattr(self._backend, "holds_files", False):
+                self._folder.check_unchanged()
+            self._encoder_checked = True
         return self._backend.read(tokens)
 
     def _request(self, given: tuple[Any, ...], settings: dict[str, Any]) -> Request:

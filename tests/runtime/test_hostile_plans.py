@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from car_runtime import plan as car_plan
 from car_runtime.backends.onnxruntime import cpu
 from car_runtime.cli.main import main
 from car_runtime.errors import PlanError
@@ -199,6 +200,47 @@ def test_weights_swapped_while_a_plan_is_opened_are_not_used(
         return
     with open_plan(plan, "ort-cpu", threads=1) as opened:
         assert (opened.generate(CONTROL, seed=1).images == wanted).all()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="directories are held by descriptor on Linux alone")
+@pytest.mark.parametrize("backend", ["ort-cpu", "openvino"])
+def test_a_directory_swapped_while_a_plan_is_opened_is_not_used(
+    plan: Path, tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another plan stands at the path while the engine opens: what was hashed is used, by all engines."""
+    pytest.importorskip("openvino" if backend == "openvino" else "onnxruntime")
+    monkeypatch.setattr(cpu, "BY_DESCRIPTOR_BYTES", 0)
+    with open_plan(plan, backend, threads=1) as opened:
+        wanted = opened.generate(CONTROL, seed=1).images
+    other = tmp_path / "other.plan"
+    shutil.copytree(plan, other)
+    values = np.fromfile(other / WEIGHTS, np.uint8)
+    values[: len(values) // 2] ^= 1
+    values.tofile(other / WEIGHTS)
+    original = car_plan.open_backend
+
+    def swapped(*given: Any) -> Any:
+        plan.rename(tmp_path / "kept")
+        other.rename(plan)
+        try:
+            return original(*given)
+        finally:
+            plan.rename(other)
+            (tmp_path / "kept").rename(plan)
+
+    monkeypatch.setattr(car_plan, "open_backend", swapped)
+    with open_plan(plan, backend, threads=1) as opened:
+        assert (opened.generate(CONTROL, seed=1).images == wanted).all()
+
+
+def test_an_encoder_that_is_opened_after_a_change_is_refused(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "BY_DESCRIPTOR_BYTES", 0)
+    with open_plan(plan, "ort-cpu", threads=1) as opened:
+        shutil.copy(plan / WEIGHTS, plan / "aside")
+        (plan / "aside").replace(plan / WEIGHTS)
+        with pytest.raises(PlanError, match="was changed while"):
+            opened.encode(CONTROL)
+        assert opened.generate(CONTROL, seed=1).images.any()  # what was open before stays
 
 
 # -- graphs ----------------------------------------------------------------------------------------------------------

@@ -483,7 +483,8 @@ CONTRASTS = """() => {
   };
   const probe = document.body.appendChild(document.createElement('i'));
   const of = name => { probe.style.color = `var(--${name})`; return light(getComputedStyle(probe).color); };
-  const on = { text: ['page', 'panel', 'well', 'accent-soft'], quiet: ['page', 'panel', 'well'], warn: ['page', 'panel'],
+  const on = { text: ['page', 'panel', 'well', 'accent-soft'], quiet: ['page', 'panel', 'well'],
+    warn: ['page', 'panel'],
     'on-accent': ['accent', 'accent-hover'], 'on-soft': ['accent-soft'], bad: ['page', 'panel'], accent: ['page'] };
   const found = {};
   for (const [name, grounds] of Object.entries(on)) for (const ground of grounds) {

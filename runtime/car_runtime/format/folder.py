@@ -86,19 +86,36 @@ class PlanFolder:
             found += part
         return bytes(found)
 
+    @property
+    def held(self) -> Path:
+        """A path that leads to the directory that is open here, whatever has its name by now, for engines.
+
+        It is good in this process, until `close`. Where the system has none: the directory's own path.
+        """
+        path = Path(f"/proc/self/fd/{self._directories.get('', -1)}")
+        return path if path.is_dir() else self.root
+
     def check_unchanged(self) -> None:
         """Raise PlanError where a file that was opened has been written to, or has another one in its place.
 
-        Engines open some files again, by name. Who swaps one meanwhile, and swaps it back, changes its inode's time.
+        Engines open some files again, by name in `held`. Who swaps one meanwhile, and swaps it back, changes its
+        inode's time; who swaps a directory above changes nothing in `held`.
         """
         with self._lock:
             for name, found in self._found.items():
                 try:
-                    now = [os.fstat(self._files[name]), os.stat(self.root / name, follow_symlinks=False)]
+                    now = [os.fstat(self._files[name]), self._named(name)]
                 except OSError:
                     now = []
                 if not now or any(_identity(one) != _identity(found) for one in now):
                     raise PlanError(f"{name} was changed while the plan was opened; open it again")
+
+    def _named(self, name: str) -> os.stat_result:
+        """What has a file's name by now."""
+        folder, _, last = name.rpartition("/")
+        if not _RELATIVE or folder not in self._directories:
+            return os.stat(self.root / name, follow_symlinks=False)
+        return os.stat(last, dir_fd=self._directories[folder], follow_symlinks=False)
 
     def _open(self, name: str) -> int:
         folder, _, last = name.rpartition("/")

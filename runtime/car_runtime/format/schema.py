@@ -115,7 +115,7 @@ class Precision:
 
     def __post_init__(self) -> None:
         for name, value, known in (("compute", self.compute, PRECISIONS), ("weights", self.weights, STORED)):
-            _require(value in known, f"precision.{name} is {value!r}, not one of {', '.join(known)}")
+            _require(value in known, f"precision.{name} is {value[:40]!r}, not one of {', '.join(known)}")
 
 
 @dataclass(frozen=True, kw_only=True)

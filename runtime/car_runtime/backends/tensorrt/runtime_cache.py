@@ -2,8 +2,8 @@
 
 Engines for RTX hold no machine code for one GPU: that is made when a context is, in seconds to minutes, and can be
 saved. One file serves all engines of a plan. It lies next to them or, where that folder can't be written, in
-~/.cache/car. It is code: only one that was saved here, or came with a trusted plan, is loaded. TensorRT refuses
-a file that doesn't fit the GPU, the driver or its version, and compiles again.
+~/.cache/car. It is code: only one that was saved here, or came with a trusted plan, is loaded. TensorRT refuses a
+file that doesn't fit the GPU, the driver or its version, and compiles again.
 """
 
 from __future__ import annotations

@@ -1,0 +1,126 @@
+"""A checkpoint is data: what config and headers claim is checked before memory is taken, and refused in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from car_train import checkpoint
+from car_train.checkpoint import CheckpointError
+from car_train.config import CARConfig, ModelConfig, VARConfig, VQVAEConfig
+from car_train.interop.official import OfficialCheckpointError, load_pth
+from car_train.model import Model
+
+WEIGHTS = "var.safetensors"
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = ModelConfig(
+        vqvae=VQVAEConfig(sides=(1, 2, 3, 4), vocab=64, latent_channels=8, channels=8, multipliers=(1, 2, 2)),
+        var=VARConfig(depth=2, width=64, heads=2, classes=2),
+        car=CARConfig(control_type="canny", encoder_widths=(8, 16, 16), encoder_strides=(2, 2)),
+    )
+    return checkpoint.save(Model(config), tmp_path_factory.mktemp("hostile") / "good")
+
+
+def _config(part: str, **values: object) -> Callable[[Path], object]:
+    def change(root: Path) -> None:
+        whole = json.loads((root / "config.json").read_text())
+        (whole[part] if part else whole).update(values)
+        (root / "config.json").write_text(json.dumps(whole))
+
+    return change
+
+
+def _text(content: bytes) -> Callable[[Path], object]:
+    return lambda root: (root / "config.json").write_bytes(content)
+
+
+def _weights(content: bytes) -> Callable[[Path], object]:
+    return lambda root: (root / WEIGHTS).write_bytes(content)
+
+
+def _each(change: Callable[[Any], Any]) -> Callable[[Path], object]:
+    return lambda root: save_file(
+        {name: change(value).contiguous() for name, value in load_file(root / WEIGHTS).items()}, root / WEIGHTS
+    )
+
+
+def _fifo(name: str) -> Callable[[Path], object]:
+    def change(root: Path) -> None:
+        (root / name).unlink()
+        os.mkfifo(root / name)
+
+    return change
+
+
+CASES: dict[str, Callable[[Path], object]] = {
+    "depth 10^6": _config("var", depth=10**6, width=64, heads=2),
+    "depth 2.5": _config("var", depth=2.5),
+    "width 2^62": _config("var", width=2**62, heads=2),
+    "vocab 10^12": _config("vqvae", vocab=10**12),
+    "vocab of 5000 digits": _config("vqvae", vocab=10**4000),
+    "res_blocks 10^7": _config("vqvae", res_blocks=10**7),
+    "sides 30,000": _config("vqvae", sides=[1, 2, 3, 30_000]),
+    "sides of texts": _config("vqvae", sides=["1", "2"]),
+    "sides of lists": _config("vqvae", sides=[[1], [2]]),
+    "5000 multipliers": _config("vqvae", multipliers=[1] * 5000),
+    "an unknown key": _config("vqvae", unknown=1),
+    "class names of numbers": _config("", class_names=[1, 2]),
+    "deep lists": _text(b"[" * 10**6),
+    "NaN": _text(b'{"vqvae":NaN}'),
+    "not UTF-8": _text(b"\xff\xfe\0"),
+    "5 MB of config": _text(b" " * 5 * 2**20),
+    "a header of 2^63 bytes": _weights(struct.pack("<Q", 2**63) + b"{}"),
+    "a header of 99 MB": _weights(struct.pack("<Q", 99_000_000) + b" " * 99_000_000),
+    "no weights": _weights(b""),
+    "a list as header": _weights(struct.pack("<Q", 4) + b"[1] "),
+    "integers": _each(lambda value: value.long()),
+    "ranks": _each(lambda value: value[None]),
+    "not finite": _each(lambda value: value * float("nan")),
+}
+if os.name != "nt":
+    CASES |= {"a FIFO as weights": _fifo(WEIGHTS), "a FIFO as config": _fifo("config.json")}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_hostile_checkpoint_is_refused_in_one_line(name: str, good: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    shutil.copytree(good, bad)
+    CASES[name](bad)
+    with pytest.raises(CheckpointError) as found:
+        checkpoint.load(bad)
+    assert "\n" not in str(found.value)
+    assert len(str(found.value)) < 600
+
+
+def test_weights_in_float64_load(good: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "double"
+    shutil.copytree(good, bad)
+    _each(lambda value: value.double() if value.is_floating_point() else value)(bad)
+    assert checkpoint.load(bad).car is not None
+
+
+class _Executed:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (open, (str(self.mark), "w"))
+
+
+def test_a_published_file_never_runs_code(tmp_path: Path) -> None:
+    torch.save({"a": _Executed(tmp_path / "ran")}, tmp_path / "code.pth")
+    with pytest.raises(OfficialCheckpointError, match="not a readable weights-only"):
+        load_pth(tmp_path / "code.pth")
+    assert not (tmp_path / "ran").exists()
