@@ -762,7 +762,7 @@ def test_an_engine_must_be_what_its_sidecar_says(
     build_plan(spoiled)
     write_engines(spoiled, change=spoil)
     with pytest.raises(PlanError, match=f"is not what its sidecar says: .*{what}.*; build the engines again"):
-        TensorRT(spoiled, read_manifest(spoiled), "rtx", device, module)
+        TensorRT(spoiled, read_manifest(spoiled), "rtx", device, module, trust_engines=True)
 
 
 @pytest.mark.parametrize(
@@ -1036,7 +1036,7 @@ def test_the_real_tensorrt_for_rtx_refuses_what_is_no_engine(root: Path) -> None
     write_engines(copy, version=trt.__version__)
     device = FakeDevice()
     with pytest.raises(BackendError) as caught:
-        TensorRT(copy, read_manifest(copy), "rtx", device, trt)
+        TensorRT(copy, read_manifest(copy), "rtx", device, trt, trust_engines=True)
     message = str(caught.value)
     assert message.startswith("TensorRT for RTX cannot load step.rtx.sm89.")
     assert "Error Code" in message
