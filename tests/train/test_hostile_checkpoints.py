@@ -30,7 +30,10 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
         var=VARConfig(depth=2, width=64, heads=2, classes=2),
         car=CARConfig(control_type="canny", encoder_widths=(8, 16, 16), encoder_strides=(2, 2)),
     )
-    return checkpoint.save(Model(config), tmp_path_factory.mktemp("hostile") / "good")
+    model = Model(config)
+    for weights in model.parameters():
+        torch.nn.init.normal_(weights.requires_grad_(False), std=0.02)
+    return checkpoint.save(model, tmp_path_factory.mktemp("hostile") / "good")
 
 
 def _config(part: str, **values: object) -> Callable[[Path], object]:
