@@ -116,12 +116,16 @@ def parse_manifest(text: str | bytes) -> Manifest:
     try:
         manifest = whole.read(Manifest)
     except PlanError as error:  # its values are a stranger's, of any length
-        text = str(error)
-        raise PlanError(text if len(text) <= 600 else f"{text[:400]}…{text[-100:]}") from error
+        raise PlanError(_bounded(str(error))) from error
     problem = problem_with_sizes(manifest)
     if problem is not None:
-        raise PlanError(f"{MANIFEST}: {problem}; {REMEDY}")
+        raise PlanError(_bounded(f"{MANIFEST}: {problem}; {REMEDY}"))
     return manifest
+
+
+def _bounded(message: str) -> str:
+    """A message whose values may have any length, cut in the middle."""
+    return message if len(message) <= 600 else f"{message[:400]}…{message[-100:]}"
 
 
 def write_manifest(root: str | os.PathLike[str], manifest: Manifest) -> None:
