@@ -71,11 +71,20 @@ def open_image(source: Source) -> Image.Image:
             return _decoded(source, name)
         if isinstance(source, np.ndarray):
             return _decoded(_from_array(source), name)
-        if source == "":  # Pillow before 11 takes it for a file object
-            raise FileNotFoundError
         _check_file(source, name)
         with Image.open(source, formats=FORMATS) as image:
             return _decoded(image, name, ours=True)
+
+
+def text_chunks(source: Source) -> dict[str, str]:
+    """The text of a PNG file by keyword; {} for other kinds of file. Limits and errors as for `load_image`."""
+    name = _name(source)
+    with _explained(name):
+        _check_file(source, name)
+        with Image.open(source, formats=FORMATS) as image:  # type: ignore[arg-type]
+            _check_size(image, name)
+            image.load()  # chunks may stand after the pixels
+            return {str(keyword): str(text) for keyword, text in getattr(image, "text", {}).items()}
 
 
 def on_ground(image: Image.Image, ground: Sequence[int]) -> Image.Image:
@@ -135,6 +144,8 @@ def _check_file(source: Any, name: str) -> None:
     """A file by its path: a regular one, or the shell's pipe, as others would be waited for; and not too long."""
     if not isinstance(source, (str, os.PathLike)):
         return
+    if source == "":  # Pillow before 11 takes it for a file object
+        raise FileNotFoundError
     found = os.stat(source)
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(errno.EISDIR, "it is a directory", os.fspath(source))

@@ -14,7 +14,7 @@ import binascii
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,10 @@ from PIL import Image
 
 from car_runtime.errors import RequestError
 from car_runtime.format.manifest import Manifest
-from car_runtime.images import FORMATS, Source, load_image, open_image
+from car_runtime.images import load_image
 
 if TYPE_CHECKING:
-    from car_runtime.plan import Result
+    from car_runtime.request import Request
 
 KEY = "car-receipt"
 CONTROL_KEY = "car-control"
@@ -36,6 +36,11 @@ MAX_RECEIPT = 64 * 1024
 """Characters of a receipt that are read; one of a d16's image has about 2,000."""
 MAX_CONTROL = 4 * 1024 * 1024
 """Characters of an enclosed control image."""
+SETTINGS = (
+    *("label", "seed", "cfg", "top_k", "top_p", "more_smooth"),
+    *("cfg_scales", "control_scales", "control_strength", "stop_after"),
+)
+"""Settings that a receipt has; nothing else of `GenerationConfig` is taken from a file, no path above all."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,12 +106,12 @@ def text_of(receipt: Receipt, vocab: int) -> str:
     return json.dumps({"receipt": body, "sha256": hashlib.sha256(plain.encode()).hexdigest()}, separators=(",", ":"))
 
 
-def receipt_of(image: Image.Image, manifest: Manifest) -> Receipt | None:
-    """The receipt in a PNG opened by Pillow, checked against a plan; None where there is none.
+def receipt_of(chunks: Mapping[str, str], manifest: Manifest) -> Receipt | None:
+    """The receipt among the text chunks of a PNG, checked against a plan; None where there is none.
 
     Raises RequestError: altered, of another plan, or of a newer version.
     """
-    text = getattr(image, "text", {}).get(KEY)
+    text = chunks.get(KEY)
     if text is None:
         return None
     body = _body(text)
@@ -128,18 +133,6 @@ def receipt_of(image: Image.Image, manifest: Manifest) -> Receipt | None:
         tokens=tokens,
         control=control if isinstance(control, str) and len(control) == 64 else None,
     )
-
-
-def read_receipt(source: Source, manifest: Manifest) -> tuple[Image.Image, Receipt] | None:
-    """A PNG file and its receipt; None where it has none, or is no PNG.
-
-    Raises ImageError for what can't be read, RequestError as `receipt_of`.
-    """
-    open_image(source)  # which explains what can't be read, and keeps to its limits
-    with Image.open(source, formats=FORMATS) as image:  # type: ignore[arg-type]
-        image.load()
-        receipt = receipt_of(image, manifest)
-        return None if receipt is None else (image, receipt)
 
 
 def _body(text: str) -> dict[str, Any]:
@@ -164,17 +157,21 @@ def _body(text: str) -> dict[str, Any]:
 
 
 def _settings(found: object) -> dict[str, Any]:
-    """Settings of plain types alone; what they may be is `resolve`'s to check."""
+    """The settings that a receipt may have, and facts of an edit, of plain types; their ranges are `resolve`'s."""
     if not isinstance(found, dict):
         return {}
     plain = (str, int, float, bool, type(None))
-    return {str(k): v for k, v in found.items() if isinstance(v, plain)}
+    return {k: v for k, v in found.items() if (k in SETTINGS or k.startswith("edit")) and isinstance(v, plain)}
 
 
-def receipts_of(manifest: Manifest, result: Result) -> list[dict[str, str]]:
-    """The text chunks of each image of a result: its receipt and, where there is one, its control image."""
-    request, digest = result.request, plan_digest(manifest)
-    control = request.control
+def receipts_of(
+    manifest: Manifest, request: Request, tokens_nL: NDArray[np.int64], images: Iterable[int]
+) -> list[dict[str, str]]:
+    """The text chunks of some images of a request: the receipt and, where there is one, the control image.
+
+    tokens: int64 [n, L] of all its images.
+    """
+    digest, control = plan_digest(manifest), request.control
     settings: dict[str, Any] = {
         "label": None if request.classless else request.label,
         "cfg": request.sampling.cfg,
@@ -185,22 +182,13 @@ def receipts_of(manifest: Manifest, result: Result) -> list[dict[str, str]]:
         **({} if request.edit is None else request.edit.facts()),
     }
     enclosed = {} if control is None else {CONTROL_KEY: control_text(control)}
-    return [
-        {
-            KEY: text_of(
-                Receipt(
-                    plan=digest,
-                    name=manifest.name,
-                    settings={**settings, "seed": seed},
-                    tokens=tokens,
-                    control=None if control is None else image_digest(control),
-                ),
-                manifest.model.vocab,
-            ),
-            **enclosed,
-        }
-        for seed, tokens in zip(request.seeds, result.tokens, strict=True)
-    ]
+    control_digest = None if control is None else image_digest(control)
+    found = []
+    for i in images:
+        own = settings | {"seed": request.seeds[i]}
+        receipt = Receipt(plan=digest, name=manifest.name, settings=own, tokens=tokens_nL[i], control=control_digest)
+        found.append({KEY: text_of(receipt, manifest.model.vocab), **enclosed})
+    return found
 
 
 def control_text(control: Image.Image) -> str:
@@ -210,9 +198,9 @@ def control_text(control: Image.Image) -> str:
     return base64.b64encode(stream.getvalue()).decode()
 
 
-def control_of(image: Image.Image, receipt: Receipt, size: int) -> Image.Image | None:
+def control_of(chunks: Mapping[str, str], receipt: Receipt, size: int) -> Image.Image | None:
     """The control image that a PNG encloses, RGB of the model's size, if it is the one of its receipt; else None."""
-    text = getattr(image, "text", {}).get(CONTROL_KEY)
+    text = chunks.get(CONTROL_KEY)
     if text is None or receipt.control is None or len(text) > MAX_CONTROL:
         return None
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from car_runtime import Plan, Result, __version__
+from car_runtime import Plan, __version__
 from car_runtime.images import png_bytes
 from car_runtime.receipt import receipts_of
 from car_serve.jobs import Job
@@ -51,8 +51,7 @@ def png(plan: Plan, job: Job, image: int) -> bytes:
     if job.request.control is not None:
         about["control"] = to_base64(png_bytes(np.array(job.request.control, np.uint8)))
     if "edit" not in job.about:  # of tokens that were given, the runtime's receipt does not say whence
-        result = Result(images=pixels[None], tokens=job.tokens, request=job.request, timings={})
-        about |= receipts_of(plan.manifest, result)[image]
+        about |= receipts_of(plan.manifest, job.request, job.tokens, [image])[0]
     return png_bytes(pixels, about)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Iterator
@@ -13,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from car_runtime import RequestError, open_plan
+from car_runtime import ImageError, RequestError, open_plan
 from car_runtime import receipt as receipts
 from car_runtime.cli.main import main
 from car_runtime.editing.edit import Edit, prepare
 from car_runtime.editing.frame import Frame, Square, softened, square_around
 from car_runtime.format.manifest import read_manifest
+from car_runtime.images import text_chunks
 from car_runtime.plan import Plan, default_plan
 
 CONTROL = Path(__file__).parents[2] / "examples" / "umbrella.png"
@@ -222,12 +224,14 @@ def _with_chunk(path: Path, change: object) -> io.BytesIO:
     return stream
 
 
-def _of_another_plan(text: str) -> str:
-    import hashlib
-
-    body = json.loads(text)["receipt"] | {"plan": "1" * 64, "name": "other\x1b[2J"}
+def _signed(body: dict[str, object]) -> str:
+    """A chunk whose digest fits, as a stranger can make one."""
     plain = json.dumps(body, sort_keys=True, separators=(",", ":"))
     return json.dumps({"receipt": body, "sha256": hashlib.sha256(plain.encode()).hexdigest()})
+
+
+def _of_another_plan(text: str) -> str:
+    return _signed(json.loads(text)["receipt"] | {"plan": "1" * 64, "name": "other\x1b[2J"})
 
 
 @pytest.mark.parametrize(
@@ -242,7 +246,25 @@ def _of_another_plan(text: str) -> str:
 )
 def test_a_foreign_receipt_is_refused(drawn: Path, change: object, said: str) -> None:
     with pytest.raises(RequestError, match=said):
-        receipts.read_receipt(_with_chunk(drawn, change), read_manifest(default_plan()))
+        receipts.receipt_of(text_chunks(_with_chunk(drawn, change)), read_manifest(default_plan()))
+
+
+def test_a_receipt_names_no_files_and_asks_for_no_more_images(drawn: Path) -> None:
+    def planted(text: str) -> str:
+        body = json.loads(text)["receipt"]
+        body["settings"] |= {"control": str(CONTROL), "n": 1024, "fit": "pad", "known_tokens": "x", "edit": "whole"}
+        return _signed(body)
+
+    receipt = receipts.receipt_of(text_chunks(_with_chunk(drawn, planted)), read_manifest(default_plan()))
+    assert receipt is not None
+    assert receipt.settings.keys() == {"label", "seed", "cfg", "top_k", "top_p", "edit"}
+
+
+def test_a_file_without_text_chunks_has_none(tmp_path: Path) -> None:
+    photo(20, 20).save(tmp_path / "x.jpg")
+    assert text_chunks(tmp_path / "x.jpg") == {}
+    with pytest.raises(ImageError, match="no image"):
+        text_chunks(tmp_path / "gone.png")
 
 
 def test_again_draws_the_same_file(drawn: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,13 +9,15 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from car_runtime.cli.errors import note
-from car_runtime.cli.options import Parser, add_settings, settings_of
-from car_runtime.cli.run import add_input_flags, add_output_flags, check_names, generate, opening, print_report
+from car_runtime.cli.options import Parser, settings_of
+from car_runtime.cli.run import add_flags, check_names, generate, print_report
 from car_runtime.config import flags
 from car_runtime.errors import RequestError
 
 if TYPE_CHECKING:
-    from car_runtime.format.manifest import Manifest
+    from numpy.typing import NDArray
+
+    from car_runtime.plan import Plan
     from car_runtime.receipt import Receipt
 
 ABOUT = "Draw an image that car-run wrote once more, from its receipt; flags change it."
@@ -29,50 +31,50 @@ EXAMPLES = """examples:
 def run(arguments: Sequence[str]) -> int:
     """Draw again, and say on stderr whether sampling anew agrees with the receipt. Returns the exit code."""
     from car_runtime.format.manifest import read_manifest
+    from car_runtime.images import text_chunks
     from car_runtime.plan import default_plan
-    from car_runtime.receipt import control_of, read_receipt
+    from car_runtime.receipt import control_of, receipt_of
 
     began = perf_counter()
-    parser = _parser()
+    parser = Parser("car-run again", ABOUT, EXAMPLES)
+    parser.add_argument("image", metavar="PNG", help="an image that car-run wrote")
+    add_flags(parser)
     args = parser.parse_args(arguments)
     check_names(parser, args)
     root = Path(args.engine) if args.engine is not None else default_plan()
     manifest = read_manifest(root, args.require_signature)
-    found = read_receipt(args.image, manifest)
-    if found is None:
+    chunks = text_chunks(args.image)
+    receipt = receipt_of(chunks, manifest)
+    if receipt is None:
         raise RequestError(
             f"{args.image!r} has no receipt; only PNG files that car-run wrote have one, and saving them anew in "
             "another program may lose it"
         )
-    image, receipt = found
-    if receipt.settings.get("edit") == "part":
+    edit = receipt.settings.get("edit")
+    if edit == "part":
         raise RequestError(
             f"{args.image!r} is an edit of a photo, which its receipt does not hold; run the edit again on the photo"
         )
     asked = _with_receipt(parser, receipt, arguments)
     changes: dict[str, Any] = {}
     if asked.control is None and asked.photo is None and receipt.control is not None:
-        changes["control"] = control_of(image, receipt, manifest.model.image_size)
+        changes["control"] = control_of(chunks, receipt, manifest.model.image_size)
         if changes["control"] is None:
             raise RequestError(f"{args.image!r} encloses no control image, or another; give it with --control")
-    changed = _changed(parser, receipt, asked)
-    if not changed and receipt.tokens is not None:
-        _note_agreement(asked, root, manifest, receipt, changes)
-        changes |= _given_tokens(receipt)
-    elif receipt.settings.get("edit") is not None:
-        raise RequestError(f"{args.image!r} was made from another image; change it with car-run vary or restyle")
-    print_report(asked, generate(asked, root, manifest, began, changes, [args.image]))
+    if _changed(parser, asked) or receipt.tokens is None:
+        if edit is not None:
+            raise RequestError(f"{args.image!r} was made from another image; change it with car-run vary or restyle")
+        print_report(asked, generate(asked, root, manifest, began, changes, [args.image]))
+        return 0
+    anew = settings_of(asked) | changes
+
+    def compare(plan: Plan) -> None:
+        if edit is None:  # else the seed alone doesn't make it
+            _note_agreement(plan, receipt.tokens, anew)
+
+    given = {"known_tokens": receipt.tokens.clip(0), "known_mask": receipt.tokens >= 0}
+    print_report(asked, generate(asked, root, manifest, began, changes | given, [args.image], compare))
     return 0
-
-
-def _parser() -> Parser:
-    parser = Parser("car-run again", ABOUT, EXAMPLES)
-    parser.add_argument("image", metavar="PNG", help="an image that car-run wrote")
-    add_input_flags(parser)
-    add_settings(parser, "sampling")
-    add_settings(parser, "schedule")
-    add_output_flags(parser)
-    return parser
 
 
 def _with_receipt(parser: Parser, receipt: Receipt, arguments: Sequence[str]) -> argparse.Namespace:
@@ -81,33 +83,17 @@ def _with_receipt(parser: Parser, receipt: Receipt, arguments: Sequence[str]) ->
     return parser.parse_args(arguments)
 
 
-def _changed(parser: Parser, receipt: Receipt, asked: argparse.Namespace) -> bool:
-    """Whether a flag asks for another image than the receipt's."""
+def _changed(parser: Parser, asked: argparse.Namespace) -> bool:
+    """Whether a flag asks for another image than the receipt's, whose settings are the parser's defaults by now."""
     plain = settings_of(parser.parse_args([asked.image]))
     return settings_of(asked) != plain or asked.photo is not None
 
 
-def _given_tokens(receipt: Receipt) -> dict[str, Any]:
-    """All tokens as known ones."""
-    import numpy as np
-
-    assert receipt.tokens is not None
-    drawn = receipt.tokens >= 0
-    return {"known_tokens": np.where(drawn, receipt.tokens, 0), "known_mask": drawn}
-
-
-def _note_agreement(
-    args: argparse.Namespace, root: Path, manifest: Manifest, receipt: Receipt, changes: dict[str, Any]
-) -> None:
+def _note_agreement(plan: Plan, tokens_L: NDArray[Any] | None, settings: dict[str, Any]) -> None:
     """Draw by the seed, without the receipt's tokens, and say how many tokens are the same."""
     from car_runtime.config import GenerationConfig
-    from car_runtime.plan import open_plan
 
-    if receipt.settings.get("edit") is not None:
-        return
-    settings = settings_of(args) | changes
-    with open_plan(root, args.backend, **opening(args)) as plan:
-        tokens = plan.generate(GenerationConfig(**settings)).tokens[0]
-        same, of = int((tokens == receipt.tokens).sum()), len(tokens)
-        what = "agrees" if same == of else "differs, so the image is made of the receipt's tokens"
-        note(f"car-run: sampling anew on {plan.backend_name} {what}: {same} of {of} tokens")
+    anew = plan.generate(GenerationConfig(**settings)).tokens[0]
+    same, of = int((anew == tokens_L).sum()), len(anew)
+    what = "agrees" if same == of else "differs, so the image is made of the receipt's tokens"
+    note(f"car-run: sampling anew on {plan.backend_name} {what}: {same} of {of} tokens")

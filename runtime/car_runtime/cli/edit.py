@@ -9,8 +9,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from car_runtime.cli.options import Parser, add_settings
-from car_runtime.cli.run import add_input_flags, add_output_flags, check_names, generate, print_report
+from car_runtime.cli.options import Parser
+from car_runtime.cli.run import add_flags, check_names, generate, print_report
 from car_runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -89,10 +89,7 @@ def vary(arguments: Sequence[str]) -> int:
 def _parser(name: str, about: str, examples: str, what: str) -> Parser:
     parser = Parser(f"car-run {name}", about, examples)
     parser.add_argument("image", metavar="IMAGE", help=what)
-    add_input_flags(parser)
-    add_settings(parser, "sampling")
-    add_settings(parser, "schedule")
-    add_output_flags(parser)
+    add_flags(parser)
     return parser
 
 
@@ -167,21 +164,22 @@ def _of_receipt(
     """The image's tokens, if it has a receipt of this plan; to vary it, its class and control, too, where none are
     given. An image without one is encoded."""
     from car_runtime.cli.errors import note
-    from car_runtime.receipt import control_of, read_receipt
+    from car_runtime.images import text_chunks
+    from car_runtime.receipt import control_of, receipt_of
 
+    chunks = text_chunks(args.image)
     try:
-        found = read_receipt(args.image, manifest)
+        receipt = receipt_of(chunks, manifest)
     except RequestError as error:
         note(f"car-run: warning: {error}; the image is encoded instead")
         return None, {}
-    if found is None:
+    if receipt is None:
         return None, {}
-    image, receipt = found
     changes: dict[str, Any] = {}
     if varied and args.label is None:
         changes["label"] = receipt.settings.get("label")
     if args.control is None and args.photo is None:
-        control = control_of(image, receipt, manifest.model.image_size)
+        control = control_of(chunks, receipt, manifest.model.image_size)
         changes |= {} if control is None else {"control": control}
     part = receipt.settings.get("edit") == "part"
     return None if part else receipt.tokens, changes

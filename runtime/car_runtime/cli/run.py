@@ -6,7 +6,7 @@ import argparse
 import io
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -32,7 +32,7 @@ from car_runtime.errors import OutputError, RequestError, printable
 if TYPE_CHECKING:
     from car_runtime.format.manifest import Manifest
     from car_runtime.images import Source
-    from car_runtime.plan import Result, ScaleResult
+    from car_runtime.plan import Plan, Result, ScaleResult
     from car_runtime.request import Request
 
 ABOUT = "Generate images that follow a control image, from an exported plan."
@@ -60,13 +60,19 @@ other commands, each with its own --help:
 def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line. Raises RequestError on misuse."""
     parser = Parser("car-run", ABOUT, EXAMPLES)
-    add_input_flags(parser)
-    add_settings(parser, "sampling")
-    add_settings(parser, "schedule")
-    add_output_flags(parser)
+    add_flags(parser)
+    parser.add_argument("--list-classes", action="store_true", help="print the plan's classes and stop")
     args = parser.parse_args(arguments)
     check_names(parser, args)
     return args
+
+
+def add_flags(parser: Parser) -> None:
+    """The flags of everything that draws: this command, the edits and `again`."""
+    _add_input_flags(parser)
+    add_settings(parser, "sampling")
+    add_settings(parser, "schedule")
+    _add_output_flags(parser)
 
 
 def check_names(parser: Parser, args: argparse.Namespace) -> None:
@@ -77,7 +83,7 @@ def check_names(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"the token file is {str(args.tokens)!r}, but tokens are written as npz; name it *.npz")
 
 
-def add_input_flags(parser: argparse.ArgumentParser) -> None:
+def _add_input_flags(parser: argparse.ArgumentParser) -> None:
     inputs = parser.add_argument_group(GROUPS["input"])
     inputs.add_argument("-e", "--engine", metavar="PLAN", help="plan directory (default: the plan in the package)")
     source = inputs.add_mutually_exclusive_group()
@@ -92,10 +98,9 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
         "--no-verify", action="store_true", help="check the sizes of the plan's files, not their hashes"
     )
     add_trust_flags(inputs)
-    inputs.add_argument("--list-classes", action="store_true", help="print the plan's classes and stop")
 
 
-def add_output_flags(parser: argparse.ArgumentParser) -> None:
+def _add_output_flags(parser: argparse.ArgumentParser) -> None:
     outputs = parser.add_argument_group("what to write")
     outputs.add_argument(
         "-o",
@@ -143,11 +148,13 @@ def generate(
     began: float,
     changes: Mapping[str, Any] | None = None,
     inputs: Sequence[str] = (),
+    first: Callable[[Plan], None] = lambda plan: None,
 ) -> dict[str, Any]:
     """Draw and write; returns the report that `--json` prints. All checks come before the engine opens.
 
     began: by `perf_counter`, from where on the time is counted. changes: settings that are no flags, or instead of
-    what the flags say. inputs: files that are read besides control and photo.
+    what the flags say. inputs: files that are read besides control and photo. first: what is done with the opened
+    plan before it draws.
     """
     from car_runtime.images import write_files
     from car_runtime.plan import open_plan
@@ -160,11 +167,13 @@ def generate(
     paths = _image_paths(args)
     _check_outputs(args, root, manifest, paths, request.schedule.drawn, inputs)
     timings = {"read": perf_counter() - began}
-    with open_plan(root, args.backend, **opening(args)) as plan:
+    trust = {"require_signature": args.require_signature, "trust_engines": args.trust_engines}
+    with open_plan(root, args.backend, threads=args.threads, verify=not args.no_verify, **trust) as plan:
         timings["open"] = perf_counter() - began - timings["read"]
         note(f"car-run: {printable(manifest.name)} on {plan.backend_name} ({plan.why})")
         for warning in request.warnings:
             note(f"car-run: warning: {printable(warning)}")
+        first(plan)
         progress = _Progress(args, request.schedule.drawn)
         result = plan.generate(request, on_scale=progress if progress.wanted else None)
         backend = {"name": plan.backend_name, "why": plan.why}
@@ -184,12 +193,6 @@ def generate(
         "previews": [str(path) for path in progress.written],
         "timings": timings,
     }
-
-
-def opening(args: argparse.Namespace) -> dict[str, Any]:
-    """How a command opens its plan, as `open_plan` takes it."""
-    trust = {"require_signature": args.require_signature, "trust_engines": args.trust_engines}
-    return {"threads": args.threads, "verify": not args.no_verify, **trust}
 
 
 def _control(args: argparse.Namespace, manifest: Manifest) -> tuple[Source | None, tuple[str, ...]]:
@@ -318,7 +321,9 @@ def _contents(
     label, schedule = settings.pop("class"), settings.pop("schedule")
     about = {"Software": f"car_runtime {__version__}", "version": __version__, "plan": manifest.name}
     about |= {"class": "none" if label is None else label["name"] or label["index"], **settings, **schedule}
-    receipts = [{}] * len(paths) if args.no_receipt else receipts_of(manifest, result)
+    receipts: list[dict[str, str]] = [{}] * len(paths)
+    if not args.no_receipt:
+        receipts = receipts_of(manifest, result.request, result.tokens, range(len(paths)))
     finished = result.images if result.edited is None else result.edited
     contents = {
         path: png_bytes(image, {**about, "seed": seed, **receipt})
