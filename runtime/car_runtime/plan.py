@@ -55,7 +55,7 @@ class Result:
     request: Request
     """The request with every default filled in: label index, seeds, sampling, schedule."""
     edited: tuple[NDArray[np.uint8], ...] | None = None
-    """With an edit of a part: the edited images at the size of the edited frame, uint8 [H, W, 3 or 4] each."""
+    """With an edit: the edited images, of a part at the size of the photo's frame, uint8 [H, W, 3 or 4] each."""
     timings: dict[str, float]
     """Seconds: `control`, `condition`, `scale_0` …, `decoder`, `total`. What was cached costs next to nothing."""
 
@@ -302,7 +302,7 @@ class Plan:
         """
         began = perf_counter()
         request = self._request(given, settings)
-        if request.edit is not None and request.edit.edit.harmonise:
+        if request.edit is not None and request.edit.harmonise:
             request = self._harmonised(request)
         clock, images, tokens = _Clock(self._backend), [], []
         for scale, buffers in self._scales(request, clock, watched=on_scale is not None):
@@ -327,11 +327,11 @@ class Plan:
         """The second request of an edit: coarse scales from the images with their first results put in."""
         edit = request.edit
         assert edit is not None
-        plain = replace(request, edit=edit.without_harmonise())
+        plain = replace(request, edit=replace(edit, harmonise=0))
         first, size = self.generate(plain), self.manifest.model.image_size
         known = np.concatenate([self.encode(composite(edit, drawn, size)) for drawn in first.images])
         mask = np.broadcast_to(edit.known_mask, known.shape).copy()
-        mask[:, : self.manifest.scales[edit.edit.harmonise - 1].stop] = True
+        mask[:, : self.manifest.scales[edit.harmonise - 1].stop] = True
         return replace(plain, known=np.where(mask, known, 0), known_mask=mask)
 
     def _edited(self, request: Request) -> Request:
@@ -343,9 +343,8 @@ class Plan:
         if tokens_L is None:
             tokens_L = self.encode(edit.frame.view(self.manifest.model.image_size))[0]
         mask_L = edit.known_mask & (tokens_L >= 0)
-        known, mask = (
-            np.broadcast_to(a, request.known.shape).copy() for a in (np.where(mask_L, tokens_L, 0), mask_L)
-        )
+        known_L, shape = np.where(mask_L, tokens_L, 0), request.known.shape
+        known, mask = np.broadcast_to(known_L, shape).copy(), np.broadcast_to(mask_L, shape).copy()
         return replace(request, known=known, known_mask=mask, encoded=True)
 
     @overload

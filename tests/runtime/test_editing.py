@@ -103,6 +103,16 @@ def test_beyond_the_seam_every_byte_is_the_photos(mode: str, feather: int | None
     assert ys.max() < 60 + width
 
 
+def test_a_seam_does_not_depend_on_how_much_of_the_photo_it_is_made_of() -> None:
+    image, mask = photo(120, 100), marked(120, 100, (60, 30, 90, 60))
+    mask[20:25, 95] = True
+    white, square = np.full((40, 40, 3), 255, np.uint8), Square(left=58, top=22, side=40)
+    pasted = Frame(image=image, repaint=mask, square=square).paste(white, 9)
+    alpha = softened(mask, 9)[22:62, 58:98, None]
+    kept = np.asarray(image)[22:62, 58:98]
+    assert (pasted[22:62, 58:98] == np.rint(alpha * 255 + (1 - alpha) * kept)).all()
+
+
 def test_a_square_beyond_the_frame_goes_on_with_its_edge() -> None:
     image = photo(30, 80)
     frame = Frame(image=image, repaint=marked(30, 80, (0, 5, 30, 75)), square=Square(left=-20, top=5, side=70))
@@ -159,6 +169,8 @@ def test_harmonising_takes_the_coarse_scales_of_the_first_result(plan: Plan) -> 
     assert first.edited is not None
     stop = plan.manifest.scales[2].stop
     assert (made.tokens[0, :stop] == plan.encode(first.edited[0])[0, :stop]).all()
+    assert made.request.edit is not None
+    assert made.request.edit.facts()["edit_harmonise"] == 3
 
 
 def test_an_extended_frame_keeps_the_photo(plan: Plan) -> None:

@@ -13,7 +13,7 @@ Shapes: H, W pixels of the edited frame; L tokens of an image.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -52,7 +52,7 @@ class Edit:
     """How a mask of pixels becomes one of tokens (`Plan.known_mask`)."""
     harmonise: int = 0
     """0…K: that many coarse scales are encoded once more, from the image with its first result put in, and all others
-    drawn again: seams and colours come closer to the photo's. 0: off."""
+    drawn again: seams and colours come closer to the photo's. By `generate` alone. 0: off."""
     tokens: NDArray[np.int64] | None = None
     """[L]: the image's tokens where they are known, from its receipt; None: it is encoded."""
 
@@ -67,6 +67,8 @@ class PreparedEdit:
     """[L], true where tokens are kept."""
     whole: bool
     """Whether the whole image is drawn, so that no pixel is put back."""
+    harmonise: int
+    """What is still to be done of the edit's `harmonise`: 0 in the second pass."""
 
     def finished(self, drawn_NN3: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The image to hand out for one that the model drew: put into the frame, unless it is all new."""
@@ -81,10 +83,6 @@ class PreparedEdit:
             facts |= {"edit_rule": edit.rule, "edit_harmonise": edit.harmonise, "edit_feather": edit.feather}
             facts |= {"edit_square": f"{square.left},{square.top},{square.side}"}
         return facts
-
-    def without_harmonise(self) -> PreparedEdit:
-        """The same edit in one pass."""
-        return replace(self, edit=replace(self.edit, harmonise=0))
 
 
 def prepare(manifest: Manifest, edit: Edit) -> PreparedEdit:
@@ -108,7 +106,7 @@ def prepare(manifest: Manifest, edit: Edit) -> PreparedEdit:
     )
     coarse = manifest.scales[edit.from_scale - 1].stop if edit.from_scale else 0
     keep[:coarse] = True
-    return PreparedEdit(edit=edit, frame=frame, known_mask=keep, whole=whole)
+    return PreparedEdit(edit=edit, frame=frame, known_mask=keep, whole=whole, harmonise=edit.harmonise)
 
 
 def _frame(edit: Edit, size: int) -> tuple[Frame, bool]:

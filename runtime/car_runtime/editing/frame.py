@@ -74,8 +74,11 @@ class Frame:
         top, left = max(square.top, 0), max(square.left, 0)
         bottom, right = min(square.top + square.side, H), min(square.left + square.side, W)
         inner = (slice(top, bottom), slice(left, right))
+        # The seam is made of the mask within its width of the square: of a large photo that is little.
+        above, before = max(top - width, 0), max(left - width, 0)
+        near = self.repaint[above : bottom + width, before : right + width]
+        alpha = softened(near, width)[top - above : bottom - above, left - before : right - before, None]
         patch = np.asarray(big)[top - square.top : bottom - square.top, left - square.left : right - square.left]
-        alpha = softened(self.repaint, width)[inner][..., None]
         if frame.shape[2] == 4:
             patch = np.concatenate([patch, np.full((*patch.shape[:2], 1), 255, np.uint8)], -1)
         kept = frame[inner]
