@@ -169,7 +169,7 @@ def _check_header(file: Path, module: nn.Module) -> None:
             found = {name: (one["dtype"], tuple(one["shape"])) for name, one in header.items() if name != METADATA}
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{damaged} ({repr(error)[:80]}); copy it again") from error
-    wanted = {name: value for name, value in module.state_dict().items()}
+    wanted = module.state_dict()
     odd = sorted(wanted.keys() ^ found.keys())
     if odd:
         kind = "is missing" if odd[0] in wanted else "is not of this model"

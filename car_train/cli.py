@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -22,6 +21,7 @@ from car_train.streams import (
     terminated_politely,
 )
 from car_train.training import command as training
+from car_train.training.distributed import World
 
 EXAMPLES = """examples:
   python -m car_train data emoji
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with terminated_politely():
             made = run(args)
-        if made is not None and os.environ.get("RANK", "0") == "0":
+        if made is not None and World.is_first():
             print(made, flush=True)
     except BrokenPipeError:
         return after_broken_pipe()

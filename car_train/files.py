@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from car_train.errors import UserError
@@ -45,7 +46,7 @@ def written_aside(target: Path) -> Iterator[Path]:
 
     The folder must exist. Raises OSError.
     """
-    sweep(target.absolute().parent)
+    _sweep_once(target.absolute().parent)
     aside = _aside(target, "part")
     os.close(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
     try:
@@ -80,7 +81,7 @@ def folder_aside(target: Path) -> Iterator[Path]:
 def new_folder(target: Path) -> Path:
     """An empty hidden folder next to `target`, which the caller removes. Raises OSError."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    sweep(target.absolute().parent)
+    _sweep_once(target.absolute().parent)
     folder = _aside(target, "new")
     folder.mkdir(mode=0o755)
     return folder
@@ -134,6 +135,12 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+@cache
+def _sweep_once(folder: Path) -> None:
+    """`sweep`, the first time that this process writes there."""
+    sweep(folder)
+
+
 def sweep(folder: Path) -> None:
     """Remove what processes that are gone left in a folder, or put back what they had set aside.
 
@@ -179,7 +186,7 @@ def one_writer(target: Path) -> Iterator[None]:
     place = target.absolute().parent / f".{target.name}.car-lock"
     descriptor = _locked(place, target)
     try:
-        sweep(place.parent)
+        _sweep_once(place.parent)
         yield
     finally:
         place.unlink(missing_ok=True)  # before it is let go of: who opened it meanwhile sees that it is gone

@@ -32,7 +32,7 @@ from car_runtime.backends.tensorrt import trust
 from car_runtime.backends.tensorrt.engine_metadata import engines_of
 from car_runtime.errors import PlanError
 from car_runtime.format import manifest as schema
-from car_train.files import new_folder
+from car_train.files import new_folder, sha256
 
 Log = Callable[[str], None]
 FORMAT = 1
@@ -204,14 +204,14 @@ def build_engines(plan: Path, targets: Sequence[Target], log: Log = lambda _: No
         for recipe in recipes(plan, manifest, target.name):
             key = recipe.key(target.flavour, compiler.version, target.name)
             found = _existing(plan, manifest, key)
-            if found is not None and trust.is_built_here(trust.digest_of(plan / found.file)):
+            if found is not None and trust.is_built_here(sha256(plan / found.file)):
                 log(f"{found.file}: up to date")
                 files.append(plan / found.file)
                 continue
             name = f"{FOLDER}/{recipe.graph}.{target.flavour}.{target.name}.{key[:16]}"
             sibling = plan / manifest.graphs[recipe.graph].file
             built = compiler.build(recipe.onnx, sibling, recipe.profiles, target.name, plan / f"{name}.engine")
-            trust.remember(trust.digest_of(plan / f"{name}.engine"))
+            trust.remember(sha256(plan / f"{name}.engine"))
             engine = schema.Engine(
                 file=f"{name}.engine",
                 flavour=target.flavour,

@@ -1,7 +1,7 @@
 """Files that are whole or not there: written under another name in the same directory, then renamed.
 
 The other name says whose it is, `.NAME.car-PID-part…`; the next writer in that directory removes those of processes
-that are gone (`car_train.files` has the same names, and folders).
+that are gone (`car_train.files` has the same names, and folders; `tests/test_twins.py` holds the two together).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 _LEFT = re.compile(r"\..+\.car-(\d+)-part[0-9a-f]{8}")
@@ -19,7 +20,7 @@ _LEFT = re.compile(r"\..+\.car-(\d+)-part[0-9a-f]{8}")
 def write_atomically(contents: Mapping[Path, bytes]) -> None:
     """Write all of the files or none, replacing what is there. Raises OSError with the file's path as `filename`."""
     for folder in {path.absolute().parent for path in contents}:
-        sweep(folder)
+        _sweep_once(folder)
     asides = {path: aside_of(path) for path in contents}
     try:
         for path, content in contents.items():
@@ -50,6 +51,12 @@ def aside_of(path: Path) -> Path:
     Not one of tempfile's, whose files are private: a result should have the permissions that new files get.
     """
     return path.with_name(f".{path.name[:40]}.car-{os.getpid()}-part{secrets.token_hex(4)}")
+
+
+@cache
+def _sweep_once(folder: Path) -> None:
+    """`sweep`, the first time that this process writes there: a folder of many images is not listed for each."""
+    sweep(folder)
 
 
 def sweep(folder: Path) -> None:

@@ -21,15 +21,6 @@ def digest(content: bytes | memoryview) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def digest_of(file: Path) -> str:
-    """`digest` of a file of any size. Raises OSError."""
-    found = hashlib.sha256()
-    with file.open("rb") as stream:
-        while part := stream.read(1 << 20):
-            found.update(part)
-    return found.hexdigest()
-
-
 def remember(known: str) -> None:
     """Note a digest as of something that was compiled here. Where it can't be noted it isn't trusted, no more."""
     with suppress(OSError, RuntimeError):  # RuntimeError: nobody's home

@@ -1,0 +1,53 @@
+"""What training and the runtime both need, and can't share since neither imports the other, says the same in both."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import car_runtime.cli.errors
+import car_runtime.images
+import car_runtime.system.files
+import car_train.data.images
+import car_train.files
+import car_train.streams
+
+
+def code_of(module: ModuleType, name: str) -> str:
+    """A function or class without docstrings and comments."""
+    tree = ast.parse(inspect.getsource(getattr(module, name)))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "name"),
+    [
+        (car_train.streams, car_runtime.cli.errors, "Terminated"),
+        (car_train.streams, car_runtime.cli.errors, "terminated_politely"),
+        (car_train.streams, car_runtime.cli.errors, "open_closed_streams"),
+        (car_train.files, car_runtime.system.files, "_runs"),
+        (car_train.files, car_runtime.system.files, "_sweep_once"),
+        (car_train.data.images, car_runtime.images, "_strips"),
+    ],
+)
+def test_twins_are_the_same_code(one: ModuleType, other: ModuleType, name: str) -> None:
+    assert code_of(one, name) == code_of(other, name)
+
+
+def test_limits_of_images_are_the_same() -> None:
+    for name in ("MAX_PIXELS", "MAX_PIXELS_DENSE", "DENSE_FORMATS", "MAX_BYTES", "STRIP_PIXELS", "FORMATS"):
+        assert getattr(car_train.data.images, name) == getattr(car_runtime.images, name)
+
+
+def test_what_one_leaves_the_other_knows() -> None:
+    target, training, runtime = Path("x.png"), car_train.files, car_runtime.system.files
+    assert training._LEFT.fullmatch(runtime.aside_of(target).name)
+    assert runtime._LEFT.fullmatch(training._aside(target, "part").name)
+    assert not runtime._LEFT.fullmatch(training._aside(target, "new").name), "a folder"
