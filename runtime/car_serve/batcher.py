@@ -184,7 +184,6 @@ class Batcher:
                     image=image,
                     index=drawn.index,
                     last=drawn.last,
-                    side=scale.side,
                     pixels=shown,
                     seconds=drawn.seconds,
                 )

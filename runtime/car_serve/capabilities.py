@@ -6,6 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from car_runtime import Plan, __version__
+from car_runtime.request import MAX_CFG
+from car_runtime.schedule import MAX_STRENGTH
 from car_serve.service import Service
 
 
@@ -49,10 +51,10 @@ def plan_report(plan: Plan) -> dict[str, Any]:
         "has_encoder": "encoder" in manifest.graphs,
         "defaults": {**asdict(manifest.sampling), "control_strength": 1.0, "n": 1, "stop_after": K - 1},
         "ranges": {
-            "cfg": [0, 1000],
+            "cfg": [0, MAX_CFG],
             "top_k": [0, model.vocab],
             "top_p": [0, 1],
-            "control_strength": [0, 2],
+            "control_strength": [0, MAX_STRENGTH],
             "stop_after": [0, K - 1],
             "seed": [0, 2**53 - 1],
         },

@@ -18,7 +18,7 @@ from PIL import Image
 from car_runtime import Plan
 from car_runtime.images import WHITE, fitted, on_ground
 from car_serve.errors import bad_request
-from car_serve.jobs import Results
+from car_serve.jobs import Job, Results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +77,17 @@ def _tokens(plan: Plan, results: Results, edit: Edit) -> NDArray[np.int64]:
     """int64 [L]: a result's own tokens, which are exact, or those of the encoder."""
     if edit.id is None:
         return np.asarray(plan.encode(edit.image)[0])  # type: ignore[arg-type]  # one of the two is there
-    job = results.find(edit.id)
+    return _earlier(plan, results, edit, edit.id).tokens[edit.index].copy()
+
+
+def _earlier(plan: Plan, results: Results, edit: Edit, id: str) -> Job:
+    """An earlier result of this plan that has the image. Raises ServeError."""
+    job = results.find(id)
     if job.plan != plan.manifest.name:
         raise bad_request(f"the result is of the plan {job.plan!r}; edit it with that one", "edit.id")
     if not 0 <= edit.index < len(job.images):
         raise bad_request(f"edit.index is {edit.index}; the result has images 0…{len(job.images) - 1}", "edit.index")
-    return job.tokens[edit.index].copy()
+    return job
 
 
 def _extended(plan: Plan, results: Results, edit: Edit, frame: tuple[float, float, float, float]) -> dict[str, Any]:
@@ -94,7 +99,7 @@ def _extended(plan: Plan, results: Results, edit: Edit, frame: tuple[float, floa
         raise bad_request("edit.frame covers the whole square; leave room to draw in", "edit.frame")
     image = edit.image
     if image is None:
-        pixels = results.find(edit.id or "").images[edit.index if edit.index >= 0 else 0]
+        pixels = _earlier(plan, results, edit, edit.id or "").images[edit.index]
         if pixels is None:
             raise bad_request("the result has no finished image; extend one that was drawn to the end", "edit.id")
         image = Image.fromarray(pixels)

@@ -28,7 +28,6 @@ class ScaleEvent:
     image: int
     index: int
     last: bool
-    side: int
     pixels: NDArray[np.uint8] | None
     """uint8 [H, W, 3]; None where nobody asked for previews."""
     seconds: float

@@ -9,6 +9,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from car_runtime import Plan
 from car_serve import receipts
 from car_serve.capabilities import capabilities
 from car_serve.errors import ServeError
@@ -100,7 +101,7 @@ async def _events(service: Service, job: Job) -> AsyncIterator[bytes]:
     async for _ in job.changes():
         while sent < len(job.scales):
             scale = job.scales[sent]
-            yield await to_thread.run_sync(_scale, job, scale)
+            yield await to_thread.run_sync(_scale, plan, job, scale)
             sent += 1
             if scale.last:
                 yield await to_thread.run_sync(_finished, plan, job, scale.image)
@@ -111,15 +112,15 @@ async def _events(service: Service, job: Job) -> AsyncIterator[bytes]:
         yield event("done", {"id": job.id, "timings": timings, "warnings": job.about["warnings"]})
 
 
-def _scale(job: Job, scale: ScaleEvent) -> bytes:
-    start = sum(s.side**2 for s in job.scales if s.image == scale.image and s.index < scale.index)
+def _scale(plan: Plan, job: Job, scale: ScaleEvent) -> bytes:
+    place = plan.manifest.scales[scale.index]
     data: dict[str, Any] = {
         "id": job.id,
         "image": scale.image,
         "index": scale.index,
-        "side": scale.side,
+        "side": place.side,
         "last": scale.last,
-        "tokens": job.tokens[scale.image, start : start + scale.side**2].tolist(),
+        "tokens": job.tokens[scale.image, place.start : place.stop].tolist(),
         "seconds": round(scale.seconds, 6),
     }
     if scale.pixels is not None and job.previews:
@@ -127,7 +128,7 @@ def _scale(job: Job, scale: ScaleEvent) -> bytes:
     return event("scale", data)
 
 
-def _finished(plan: Any, job: Job, image: int) -> bytes:
+def _finished(plan: Plan, job: Job, image: int) -> bytes:
     data = {
         "id": job.id,
         "image": image,

@@ -127,6 +127,14 @@ def test_in_painting_keeps_the_tokens_outside_the_mask(url: str) -> None:
     assert nothing.status_code == 400
 
 
+@pytest.mark.parametrize("how", [{"scale": 1}, {"frame": [0.25, 0.25, 0.75, 0.75]}])
+def test_an_edit_of_an_image_that_a_result_has_not_is_refused(url: str, how: dict[str, Any]) -> None:
+    edit = {"id": draw(url)["id"], "index": 7, **how}
+    answer = httpx.post(f"{url}/v1/pictures", json=body(edit=edit), timeout=60)
+    assert answer.status_code == 400
+    assert "edit.index is 7; the result has images 0…0" in answer.json()["error"]["message"]
+
+
 def test_extending_puts_the_image_into_the_frame(url: str) -> None:
     first = draw(url)
     edit = {"image": first["images"][0]["png"], "frame": [0.25, 0.25, 0.75, 0.75]}
