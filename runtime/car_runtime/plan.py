@@ -192,6 +192,7 @@ def _open_checked(
             if isinstance(error, CarError) and str(folder.held) in str(error):  # it means the plan's own path
                 raise type(error)(str(error).replace(str(folder.held), str(root))) from error
             raise
+        why = why.replace(str(folder.held), str(root))  # so do the reasons why others were passed over
         try:
             weights.result()
             if not getattr(opened, "holds_files", False):  # it opened them by name, after they were hashed or before

@@ -478,3 +478,14 @@ def test_the_loop_needs_no_more_of_a_backend_than_the_protocol(
     assert (result.images == expected.images).all()
     assert (list(device.stream(CONTROL, label, seed=3, cfg=cfg))[-1].preview() == expected.images[:1]).all()
     device.close()
+
+
+def test_reasons_name_the_plan_and_not_the_directory_that_is_held(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def passing_over(name: str, path: Path, *rest: Any) -> tuple[Any, str]:
+        return open_backend(name, path, *rest)[0], f"not rtx: build it: build_engines.py {path} --target rtx"
+
+    monkeypatch.setattr(plan_module, "open_backend", passing_over)
+    with open_plan(root, "ort-cpu", threads=1) as opened:
+        assert opened.why == f"not rtx: build it: build_engines.py {root} --target rtx"

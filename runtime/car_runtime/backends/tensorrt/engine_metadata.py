@@ -7,6 +7,7 @@ library is imported here.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,7 +119,8 @@ def engines_for(root: Path, manifest: Manifest, flavour: str, target: str, versi
 def build_command(root: Path, flavour: str, target: str) -> str:
     """The command line that builds the engines of a plan for a flavour and a target."""
     capability = f" --sm {target.removeprefix('sm')}" if flavour == "rtx" else ""
-    return f"python export/build_engines.py {root} --target {flavour}{capability}"
+    plan = os.path.realpath(root)  # a directory that is held open has a path of this process alone
+    return f"python export/build_engines.py {plan} --target {flavour}{capability}"
 
 
 def _read(root: Path, engine: Engine) -> EngineMetadata:
