@@ -18,7 +18,7 @@ class Limits:
     queue: int = 64
     """Requests that wait; one more is answered 429."""
     max_batch: int = 4
-    """Images drawn in one batch."""
+    """Images taken as one batch."""
     batch_wait_ms: float = 5.0
     """How long the first request of a batch waits for company."""
     max_images: int = 16

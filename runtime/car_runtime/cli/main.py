@@ -1,9 +1,9 @@
 """`car-run`: generates, or runs the command of `COMMANDS` that its first argument names.
 
 Results (paths, or one JSON object) go to stdout, everything else to stderr. Exit codes: 0 done; 2 something given
-cannot be used, one line says what and how to repair it, nothing is written; 1 failure inside; 130 interrupted, 143 by SIGTERM. numpy
-and the engine are imported only once the arguments are known to be good, so that `--help` and mistakes answer at
-once.
+cannot be used, one line says what and how to repair it, nothing is written; 1 failure inside; 130 interrupted, 143 by
+SIGTERM. numpy and the engine are imported only once the arguments are known to be good, so that `--help` and mistakes
+answer at once.
 """
 
 from __future__ import annotations
