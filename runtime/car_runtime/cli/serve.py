@@ -27,7 +27,7 @@ def parse_args(arguments: Sequence[str]) -> Any:
     parser.add_argument("--port", type=int, default=8080, metavar="N", help="0 takes a free one (default: 8080)")
     add_backend_flag(parser)
     add_threads_flag(parser)
-    parser.add_argument("--max-batch", type=int, default=4, metavar="N", help="images taken as one batch (default: 4)")
+    parser.add_argument("--max-batch", type=int, default=4, metavar="N", help="images of one batch (default: 4)")
     parser.add_argument(
         "--batch-wait-ms", type=float, default=5.0, metavar="MS", help="wait that long for company (default: 5)"
     )
