@@ -37,10 +37,12 @@ from car_runtime.editing.masks import known_mask_of
 from car_runtime.errors import CarError, PlanError, RequestError
 from car_runtime.format.folder import PlanFolder, map_file, open_folder
 from car_runtime.format.hashing import verify_folder
-from car_runtime.format.manifest import WEIGHTS, Manifest, read_manifest
+from car_runtime.format.manifest import WEIGHTS, Manifest, manifest_in, open_plan_folder
 from car_runtime.generate import Step, run_scales
 from car_runtime.request import Request, check_fit, check_threads, resolve
 
+OPENINGS = 5
+"""A plan that is replaced while it is opened loses its files; its successor is opened then, so many times in all."""
 DEFAULT_PLAN = Path(__file__).parent / "plans" / "emoji-canny.plan"
 
 
@@ -160,13 +162,17 @@ def open_plan(
     root = default_plan() if path is None else Path(path)
     if require_signature is not None and not verify:
         raise RequestError("a signature vouches for hashes, and they are not to be checked; leave out verify=False")
-    manifest = read_manifest(root, require_signature)
-    folder = open_folder(root)
-    try:
-        return _open_checked(root, folder, manifest, backend, threads, verify, trust_engines)
-    except BaseException:
-        folder.close()
-        raise
+    for left in reversed(range(OPENINGS)):
+        folder = open_plan_folder(root)
+        try:
+            manifest = manifest_in(folder, require_signature)
+            return _open_checked(root, folder, manifest, backend, threads, verify, trust_engines)
+        except BaseException as error:
+            replaced = isinstance(error, CarError) and folder.is_replaced
+            folder.close()
+            if not (left and replaced):
+                raise
+    raise AssertionError("the last opening returns or raises")
 
 
 def _open_checked(

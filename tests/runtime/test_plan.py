@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -489,3 +490,39 @@ def test_reasons_name_the_plan_and_not_the_directory_that_is_held(
     monkeypatch.setattr(plan_module, "open_backend", passing_over)
     with open_plan(root, "ort-cpu", threads=1) as opened:
         assert opened.why == f"not rtx: build it: build_engines.py {root} --target rtx"
+
+
+def test_a_plan_that_is_replaced_while_it_is_opened_is_its_successor(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an export does it: the new folder takes the place, the files of the old one go."""
+    plan, new, gone = tmp_path / "a.plan", tmp_path / "new.plan", tmp_path / "old.plan"
+    shutil.copytree(root, plan)
+    shutil.copytree(root, new)
+    real, replaced = plan_module.manifest_in, []
+
+    def replacing(folder: Any, key: Any) -> Manifest:
+        manifest = real(folder, key)
+        if not replaced:
+            replaced.append(plan.rename(gone))
+            new.rename(plan)
+            shutil.rmtree(gone)
+        return manifest
+
+    monkeypatch.setattr(plan_module, "manifest_in", replacing)
+    with open_plan(plan, "ort-cpu", threads=1) as opened:
+        assert opened.generate(CONTROL, 0).tokens.shape == (1, L)
+    assert replaced
+
+
+def test_a_plan_that_lacks_a_file_is_not_opened_again(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(root, tmp_path / "a.plan")
+    (tmp_path / "a.plan" / "weights.bin").unlink()
+    asked: list[Path] = []
+    real = plan_module.open_plan_folder
+    monkeypatch.setattr(plan_module, "open_plan_folder", lambda path: asked.append(path) or real(path))
+    with pytest.raises(PlanError, match=r"weights\.bin is missing"):
+        open_plan(tmp_path / "a.plan", "ort-cpu")
+    assert len(asked) == 1

@@ -95,6 +95,18 @@ class PlanFolder:
         path = Path(f"/proc/self/fd/{self._directories.get('', -1)}")
         return path if path.is_dir() else self.root
 
+    @property
+    def is_replaced(self) -> bool:
+        """Whether another directory has the place by now, or none."""
+        held = self._directories.get("")
+        if held is None:
+            return False
+        try:
+            now = os.stat(self.root)
+        except OSError:
+            return True
+        return not os.path.samestat(now, os.fstat(held))
+
     def check_unchanged(self) -> None:
         """Raise PlanError where a file that was opened has been written to, or has another one in its place.
 

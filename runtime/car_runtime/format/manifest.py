@@ -64,6 +64,8 @@ __all__ = [
     "Tensor",
     "describe_files",
     "hash_file",
+    "manifest_in",
+    "open_plan_folder",
     "parse_manifest",
     "read_manifest",
     "verify_files",
@@ -74,25 +76,21 @@ __all__ = [
 def read_manifest(root: str | os.PathLike[str], signed_by: str | os.PathLike[str] | None = None) -> Manifest:
     """Read and check `root/manifest.json`; no other file is touched but, if asked for, the signature.
 
-    signed_by: a public key (PEM file) whose owner must have signed the very bytes that are read.
-
-    Raises PlanError: no such directory, not a plan, not JSON, a newer format, a broken rule, or not so signed;
-    RequestError for a key that can't be used.
+    Raises PlanError: as `open_plan_folder` and `manifest_in`; RequestError for a key that can't be used.
     """
+    with open_plan_folder(root) as folder:
+        return manifest_in(folder, signed_by)
+
+
+def open_plan_folder(root: str | os.PathLike[str]) -> PlanFolder:
+    """The directory of a plan, held open. Raises PlanError: there is none, or it has no manifest."""
     root = Path(root)
     try:
         if os.path.lexists(root / MANIFEST):
-            with PlanFolder(root) as folder:
-                text = folder.read(MANIFEST, MANIFEST_BYTES)
-                if signed_by is not None:
-                    check_signature(folder, text, signed_by)
-                return parse_manifest(text)
+            return PlanFolder(root)
         kind = "directory" if root.is_dir() else "file" if root.exists() else "missing"
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise PlanError(
-            f"cannot read {str(root / MANIFEST)!r} ({why}); check the path and its permissions"
-        ) from error
+        raise _unreadable(root, error) from error
     raise PlanError(
         {
             "directory": f"{str(root)!r} is not a plan: it has no {MANIFEST}; give the directory that holds it",
@@ -100,6 +98,28 @@ def read_manifest(root: str | os.PathLike[str], signed_by: str | os.PathLike[str
             "missing": f"no plan at {str(root)!r}; check the path, or make one with export/build_engines.py",
         }[kind]
     )
+
+
+def manifest_in(folder: PlanFolder, signed_by: str | os.PathLike[str] | None = None) -> Manifest:
+    """Read and check the manifest of a directory that is held open.
+
+    signed_by: a public key (PEM file) whose owner must have signed the very bytes that are read.
+
+    Raises PlanError: not JSON, a newer format, a broken rule, or not so signed; RequestError for a key that can't be
+    used.
+    """
+    try:
+        text = folder.read(MANIFEST, MANIFEST_BYTES)
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder.root, error) from error
+    if signed_by is not None:
+        check_signature(folder, text, signed_by)
+    return parse_manifest(text)
+
+
+def _unreadable(root: Path, error: OSError | ValueError) -> PlanError:
+    why = getattr(error, "strerror", None) or error
+    return PlanError(f"cannot read {str(root / MANIFEST)!r} ({why}); check the path and its permissions")
 
 
 def parse_manifest(text: str | bytes) -> Manifest:
