@@ -165,6 +165,7 @@ def open_plan(
     for left in reversed(range(OPENINGS)):
         folder = open_plan_folder(root)
         try:
+            folder.hold()
             manifest = manifest_in(folder, require_signature)
             return _open_checked(root, folder, manifest, backend, threads, verify, trust_engines)
         except BaseException as error:

@@ -6,6 +6,8 @@ import errno
 import mmap
 import os
 import stat
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -22,6 +24,8 @@ _FLAGS = (
     | getattr(os, "O_BINARY", 0)
 )
 _DIRECTORY = getattr(os, "O_DIRECTORY", 0)
+MOST_HELD = 128
+"""Files that are opened before they are asked for; a plan without engines has about 20 at one batch size."""
 
 
 class PlanFolder:
@@ -94,6 +98,17 @@ class PlanFolder:
         """
         path = Path(f"/proc/self/fd/{self._directories.get('', -1)}")
         return path if path.is_dir() else self.root
+
+    def hold(self) -> None:
+        """Open the files that are there now, so that one who replaces the directory and removes it takes none away.
+
+        What can't be opened, or isn't regular, is refused when it is asked for.
+        """
+        if "" in self._directories:
+            with os.scandir(self._directories[""]) as entries:
+                for entry in islice(entries, MOST_HELD):
+                    with suppress(PlanError):
+                        self.file(entry.name)
 
     @property
     def is_replaced(self) -> bool:
