@@ -134,7 +134,9 @@ def load(path: str | Path) -> Model:
             )
         _check_header(file, module)
         try:
-            module.load_state_dict(load_file(file), assign=True)
+            # Other floats than float32 are taken for what they say: a layer can't multiply two types.
+            values = {key: x.float() if x.is_floating_point() else x for key, x in load_file(file).items()}
+            module.load_state_dict(values, assign=True)
         except (SafetensorError, RuntimeError) as error:
             raise CheckpointError(
                 f"{file}: doesn't fit its config.json or is damaged ({str(error).splitlines()[0]}); copy it again"
@@ -189,12 +191,17 @@ def load_trainer(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f"{file}: missing; a run can be resumed only from a checkpoint that training wrote")
     try:
-        return torch.load(file, weights_only=True, map_location="cpu")
+        state = torch.load(file, weights_only=True, map_location="cpu")
+        if not isinstance(state, dict):
+            raise TypeError(f"it holds a {type(state).__name__}")
+        return state
     except Exception as error:  # unpickling fails in many ways
         reason = str(error).splitlines()[0][:160]
         raise CheckpointError(f"{file}: can't be read ({reason}); resume from an older step-… folder") from error
 
 
 def fingerprint(path: str | Path) -> dict[str, str]:
-    """sha256 of every file of a checkpoint that defines the model."""
-    return {p.name: sha256(p) for p in sorted(locate(path).iterdir()) if p.suffix in (".json", ".safetensors")}
+    """sha256 of every file of a checkpoint that defines the model. CheckpointError for what is no file."""
+    return {
+        p.name: sha256(_regular(p)) for p in sorted(locate(path).iterdir()) if p.suffix in (".json", ".safetensors")
+    }

@@ -2,6 +2,22 @@
 
 from __future__ import annotations
 
+import re
+
 
 class UserError(Exception):
     """Something that the user can put right. The message names the value and ends with the remedy."""
+
+
+_STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that a terminal obeys, breaks lines at or reorders text by, and halves of characters."""
+
+
+def printable(text: str) -> str:
+    """A text of a file as a terminal may show it: what would steer it is escaped, as in "\\x1b[2J"."""
+    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def printable_lines(text: str) -> str:
+    """`printable` of each line of a text."""
+    return "\n".join(map(printable, text.split("\n")))

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from car_train.errors import printable_lines
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM: the process is to end, and may clear up first."""
@@ -53,7 +55,7 @@ def one_line_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """A warning for stderr as errors are printed there, without Python's file, line and source."""
-    return f"car_train: warning: {message}\n"
+    return f"car_train: warning: {printable_lines(str(message))}\n"
 
 
 def after_broken_pipe() -> int:

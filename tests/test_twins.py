@@ -10,9 +10,11 @@ from types import ModuleType
 import pytest
 
 import car_runtime.cli.errors
+import car_runtime.errors
 import car_runtime.images
 import car_runtime.system.files
 import car_train.data.images
+import car_train.errors
 import car_train.files
 import car_train.streams
 
@@ -32,6 +34,8 @@ def code_of(module: ModuleType, name: str) -> str:
         (car_train.streams, car_runtime.cli.errors, "Terminated"),
         (car_train.streams, car_runtime.cli.errors, "terminated_politely"),
         (car_train.streams, car_runtime.cli.errors, "open_closed_streams"),
+        (car_train.errors, car_runtime.errors, "printable"),
+        (car_train.errors, car_runtime.errors, "printable_lines"),
         (car_train.files, car_runtime.system.files, "_runs"),
         (car_train.files, car_runtime.system.files, "_sweep_once"),
         (car_train.data.images, car_runtime.images, "_strips"),
@@ -44,6 +48,10 @@ def test_twins_are_the_same_code(one: ModuleType, other: ModuleType, name: str) 
 def test_limits_of_images_are_the_same() -> None:
     for name in ("MAX_PIXELS", "MAX_PIXELS_DENSE", "DENSE_FORMATS", "MAX_BYTES", "STRIP_PIXELS", "FORMATS"):
         assert getattr(car_train.data.images, name) == getattr(car_runtime.images, name)
+
+
+def test_what_steers_a_terminal_is_the_same() -> None:
+    assert car_train.errors._STEERING.pattern == car_runtime.errors._STEERING.pattern
 
 
 def test_what_one_leaves_the_other_knows() -> None:

@@ -96,12 +96,15 @@ _RENAMES = [
 ]
 
 
-def _shape(tensors: Mapping[str, Tensor], name: str, file: str) -> tuple[int, ...]:
+def _shape(tensors: Mapping[str, Tensor], name: str, file: str, rank: int) -> tuple[int, ...]:
+    """The sizes of a tensor, of which there must be `rank`, none of them 0."""
+    question = f"is it an official {file.split()[0]} checkpoint?"
     if name not in tensors:
-        raise OfficialCheckpointError(
-            f"{file} has no tensor {name!r}; is it an official {file.split()[0]} checkpoint?"
-        )
-    return tuple(tensors[name].shape)
+        raise OfficialCheckpointError(f"{file} has no tensor {name!r}; {question}")
+    shape = tuple(tensors[name].shape)
+    if len(shape) != rank or 0 in shape:
+        raise OfficialCheckpointError(f"{file}: {name!r} is {list(shape)}, expected {rank} sizes from 1; {question}")
+    return shape
 
 
 def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
@@ -115,16 +118,17 @@ def infer_vqvae(vae: Mapping[str, Tensor], sides: tuple[int, ...] | None) -> VQV
     A tokenizer doesn't show its sides, but it counted its codes for each scale: a number other than ten is refused.
     """
     file = "vae checkpoint"
-    scales = len(vae.get("quantize.ema_vocab_hit_SV", SIDES_256))
+    counted = "quantize.ema_vocab_hit_SV"
+    scales = _shape(vae, counted, file, 2)[0] if counted in vae else len(SIDES_256)
     if sides is None and scales != len(SIDES_256):
         raise OfficialCheckpointError(
             f"{file}: it has {scales} scales, the official ones have {len(SIDES_256)}; "
             "name the sides, e.g. --patch-nums 1,2,3,4"
         )
-    vocab, Z = _shape(vae, "quantize.embedding.weight", file)
-    channels = _shape(vae, "encoder.conv_in.weight", file)[0]
+    vocab, Z = _shape(vae, "quantize.embedding.weight", file, 2)
+    channels = _shape(vae, "encoder.conv_in.weight", file, 4)[0]
     levels = _count(vae, r"encoder\.down\.(\d+)\.")
-    widths = [_shape(vae, f"encoder.down.{i}.block.0.conv1.weight", file)[0] for i in range(levels)]
+    widths = [_shape(vae, f"encoder.down.{i}.block.0.conv1.weight", file, 4)[0] for i in range(levels)]
     if any(w % channels for w in widths):
         raise OfficialCheckpointError(
             f"{file}: level widths {widths} are no multiples of {channels}; this is not a VQGAN tokenizer"
@@ -145,34 +149,35 @@ def infer_sides(var: Mapping[str, Tensor]) -> tuple[int, ...]:
 
     OfficialCheckpointError when it is neither list.
     """
-    tokens, scales = _shape(var, "pos_1LC", "var checkpoint")[1], _shape(var, "lvl_embed.weight", "var checkpoint")[0]
+    file = "var checkpoint"
+    tokens, scales = _shape(var, "pos_1LC", file, 3)[1], _shape(var, "lvl_embed.weight", file, 2)[0]
     for sides in (SIDES_256, SIDES_512):
         if len(sides) == scales and sum(s * s for s in sides) == tokens:
             return sides
     raise OfficialCheckpointError(
-        f"var checkpoint: {scales} scales with {tokens} tokens are neither the official 256 nor 512 pixel sides; "
+        f"{file}: {scales} scales with {tokens} tokens are neither the official 256 nor 512 pixel sides; "
         "name the sides, e.g. --patch-nums 1,2,3,4"
     )
 
 
 def infer_var(var: Mapping[str, Tensor]) -> VARConfig:
     file = "var checkpoint"
-    classes, width = _shape(var, "class_emb.weight", file)
+    classes, width = _shape(var, "class_emb.weight", file, 2)
     return VARConfig(
         depth=_count(var, r"blocks\.(\d+)\."),
         width=width,
-        heads=_shape(var, "blocks.0.attn.scale_mul_1H11", file)[1],
+        heads=_shape(var, "blocks.0.attn.scale_mul_1H11", file, 4)[1],
         classes=classes - 1,
         shared_aln="shared_ada_lin.1.weight" in var,
-        mlp_ratio=_shape(var, "blocks.0.ffn.fc1.weight", file)[0] // width,
+        mlp_ratio=_shape(var, "blocks.0.ffn.fc1.weight", file, 2)[0] // width,
     )
 
 
 def infer_car(car: Mapping[str, Tensor], control_type: str, patch: int) -> CARConfig:
     file = "car checkpoint"
     steps = _count(car, r"car_control_convs\.blocks\.(\d+)\.")
-    widths = [_shape(car, "car_control_convs.conv_in.weight", file)[0]]
-    widths += [_shape(car, f"car_control_convs.blocks.{i}.weight", file)[0] for i in range(1, steps, 2)]
+    widths = [_shape(car, "car_control_convs.conv_in.weight", file, 4)[0]]
+    widths += [_shape(car, f"car_control_convs.blocks.{i}.weight", file, 4)[0] for i in range(1, steps, 2)]
     halvings = patch.bit_length() - 1
     if len(widths) - 1 < halvings:
         raise OfficialCheckpointError(

@@ -219,7 +219,7 @@ class Trainer:
             mine[name].load_state_dict(module.state_dict())
         try:
             self._take_up(state)
-        except (KeyError, ValueError, IndexError, RuntimeError) as error:
+        except (KeyError, ValueError, IndexError, TypeError, AttributeError, RuntimeError) as error:
             raise checkpoint.CheckpointError(
                 f"{path}: its training state doesn't fit these options ({error}); resume with those it had before"
             ) from error

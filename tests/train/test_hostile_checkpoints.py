@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from car_train import checkpoint
 from car_train.checkpoint import CheckpointError
+from car_train.cli import main as train_main
 from car_train.config import CARConfig, ModelConfig, VARConfig, VQVAEConfig
-from car_train.interop.official import OfficialCheckpointError, load_pth
+from car_train.interop.official import OfficialCheckpointError, build_model, load_pth
 from car_train.model import Model
 
 WEIGHTS = "var.safetensors"
@@ -111,7 +112,43 @@ def test_weights_in_float64_load(good: Path, tmp_path: Path) -> None:
     bad = tmp_path / "double"
     shutil.copytree(good, bad)
     _each(lambda value: value.double() if value.is_floating_point() else value)(bad)
-    assert checkpoint.load(bad).car is not None
+    loaded = checkpoint.load(bad)
+    assert loaded.car is not None
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no FIFOs")
+def test_a_fifo_is_not_hashed(good: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    shutil.copytree(good, bad)
+    os.mkfifo(bad / "more.safetensors")
+    with pytest.raises(CheckpointError, match=r"more\.safetensors: not a file"):
+        checkpoint.fingerprint(bad)
+
+
+def test_a_training_state_of_another_kind_is_refused(good: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    shutil.copytree(good, bad)
+    torch.save([1, 2], bad / "trainer.pt")
+    with pytest.raises(CheckpointError, match="it holds a list"):
+        checkpoint.load_trainer(bad)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4), (0, 3)])
+def test_a_published_file_of_wrong_ranks_is_refused_in_one_line(shape: tuple[int, ...]) -> None:
+    with pytest.raises(
+        OfficialCheckpointError, match=r"'quantize\.embedding\.weight' is .*, expected 2 sizes"
+    ) as found:
+        build_model({"quantize.embedding.weight": torch.zeros(shape)})
+    assert "\n" not in str(found.value)
+    with pytest.raises(OfficialCheckpointError, match="'pos_1LC' is"):
+        build_model({}, {"pos_1LC": torch.zeros(shape)})
+
+
+def test_what_a_file_says_steers_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"a": _Executed(tmp_path / "ran")}, tmp_path / "code.pth")
+    assert train_main(["import", "--vae", str(tmp_path / "code.pth"), "-o", str(tmp_path / "out")]) == 2
+    assert "\x1b" not in capsys.readouterr().err
 
 
 class _Executed:
