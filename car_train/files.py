@@ -203,13 +203,17 @@ def _locked(place: Path, target: Path) -> int:
             owner = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
             os.close(descriptor)
             raise BusyError(
-                f"{target} is being written by process {owner or '(starting)'}; wait for it, or choose another name"
+                f"{target} is being written by process {owner or '(unknown)'}; wait for it, or choose another name"
             ) from error
-        with suppress(OSError):
-            if os.fstat(descriptor).st_ino == os.stat(place).st_ino:
+        try:
+            current = os.stat(place).st_ino
+        except FileNotFoundError:
+            current = None
+        if os.fstat(descriptor).st_ino == current:
+            with suppress(OSError):  # a full disk: the lock holds all the same, but names no process
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-                return descriptor
+            return descriptor
         os.close(descriptor)  # it was removed between opening and locking
 
 

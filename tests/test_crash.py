@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -170,6 +171,22 @@ def test_a_second_writer_is_refused_and_the_first_named(tmp_path: Path) -> None:
     with train_files.one_writer(target):
         pass
     assert hidden(tmp_path) == []
+
+
+def test_a_lock_holds_on_a_full_disk_and_names_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/dev/full does not do here: the lock is a file of its own. What writing to it raises does."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(train_files.os, "pwrite", full)
+    target = tmp_path / "a.plan"
+    with (
+        train_files.one_writer(target),
+        pytest.raises(train_files.BusyError, match=r"by process \(unknown\)"),
+        train_files.one_writer(target),
+    ):
+        pass
 
 
 HOLD = """

@@ -136,13 +136,15 @@ def test_a_training_state_of_another_kind_is_refused(good: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4), (0, 3)])
 def test_a_published_file_of_wrong_ranks_is_refused_in_one_line(shape: tuple[int, ...]) -> None:
-    with pytest.raises(
-        OfficialCheckpointError, match=r"'quantize\.embedding\.weight' is .*, expected 2 sizes"
-    ) as found:
+    said = r"'quantize\.embedding\.weight' is .*, expected 2 sizes"
+    with pytest.raises(OfficialCheckpointError, match=said) as found:
         build_model({"quantize.embedding.weight": torch.zeros(shape)})
     assert "\n" not in str(found.value)
-    with pytest.raises(OfficialCheckpointError, match="'pos_1LC' is"):
-        build_model({}, {"pos_1LC": torch.zeros(shape)})
+
+
+def test_a_published_transformer_of_wrong_ranks_is_refused() -> None:
+    with pytest.raises(OfficialCheckpointError, match=r"'pos_1LC' is \[680\], expected 3 sizes"):
+        build_model({}, {"pos_1LC": torch.zeros(680)})
 
 
 def test_what_a_file_says_steers_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
