@@ -10,7 +10,10 @@ from pathlib import Path
 _CHECKOUT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(_CHECKOUT), str(_CHECKOUT / "export"), str(_CHECKOUT / "runtime")]
 
-from car_export.cli import main  # noqa: E402
+try:
+    from car_export.cli import main
+except KeyboardInterrupt:  # PyTorch takes seconds to import, in which nothing is there to clear up
+    sys.exit(130)
 
 if __name__ == "__main__":
     sys.exit(main())
