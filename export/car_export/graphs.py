@@ -19,7 +19,7 @@ from car_runtime.format.schema import FUSIONS
 from car_train.model import Model
 from car_train.model.car import CAR, cross_normalise, tokens_first
 from car_train.model.sample import draw_kept, keep_top, mix, smooth_codes
-from car_train.model.var import EPS
+from car_train.model.var import EPS, module_list
 from car_train.model.vqvae import VQVAE, Up, join_tokens
 
 
@@ -230,7 +230,7 @@ class BranchConditionGraph(nn.Module):
     def __init__(self, model: Model):
         super().__init__()
         assert model.car is not None
-        self.base, self.blocks = model.car.base, nn.ModuleList(model.car.branch_blocks)
+        self.base, self.blocks = model.car.base, module_list(model.car.branch_blocks)
 
     def forward(self, label: Tensor) -> Tensor:
         cond = F.silu(self.base.class_embedding(label))
