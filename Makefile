@@ -34,14 +34,17 @@ QUICK_TESTS ?= $(addprefix tests/runtime/test_,request.py plan.py images.py mani
 QUICK_LEFT := transformer or openvino
 
 DEMO_ENV := .venv-demo
+STUDIO_ENV := .venv-studio
 DEV_ENV := .venv
 GPU_ENV := .venv-gpu
+OLDEST_ENV := .venv-oldest
 INSTALLED := /.installed
 
-.PHONY: help demo test quick check lint types test-slow test-gpu clean
+.PHONY: help demo studio test quick check lint types test-slow test-gpu test-oldest clean
 
 help:
 	@echo 'make demo       images from the control images in examples/, into out/ (installs no PyTorch)'
+	@echo 'make studio     draw in your browser, with the shipped plan (installs no PyTorch); STUDIO_ARGS goes to car-run serve'
 	@echo 'make test       all tests that take seconds, on the CPU'
 	@echo 'make quick      lint, types and the tests of the core: for while one works'
 	@echo 'make check      lint (ruff, imports, clang-format), types (mypy), all tests: what a change must pass'
@@ -49,6 +52,7 @@ help:
 	@echo 'make types      mypy'
 	@echo 'make test-slow  tests that take minutes or gigabytes of memory'
 	@echo 'make test-gpu   tests that need an NVIDIA GPU (an environment of its own)'
+	@echo 'make test-oldest  the runtime with the oldest packages that pyproject.toml allows (an environment of its own)'
 	@echo 'make clean      remove environments, caches and builds; runs/ and out/ stay'
 	@echo 'Each command does its own set-up. Variables: PYTHON, TORCH, PYTEST_ARGS, TEST_PROCESSES, DEMO_CONTROL, DEMO_CLASS, DEMO_ARGS.'
 
@@ -65,6 +69,9 @@ demo: $(DEMO_ENV)$(INSTALLED)
 	  if [ $$# -gt 1 ]; then shift; fi; \
 	done; \
 	echo 'The images are in out/:'; printf '  %s\n' $$made
+
+studio: $(STUDIO_ENV)$(INSTALLED)
+	@$(STUDIO_ENV)/bin/python -m car_runtime serve --open $(STUDIO_ARGS)
 
 test: $(DEV_ENV)$(INSTALLED)
 	@OMP_NUM_THREADS=1 $(DEV_ENV)/bin/python -m pytest -q --durations=15 $(PYTEST_SPREAD) $(PYTEST_ARGS)
@@ -90,8 +97,19 @@ test-slow: $(DEV_ENV)$(INSTALLED)
 test-gpu: $(GPU_ENV)$(INSTALLED)
 	@$(GPU_ENV)/bin/python -m pytest -q --durations=15 -m gpu $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
+# The lower bounds of pyproject.toml: what the runtime needs, and its tests' own. No PyTorch: without the conftest that
+# imports it, and without the few tests of other packages' commands and modules. Python 3.12 or older: these have no
+# wheels for newer ones.
+OLDEST = 'numpy==1.26.*' 'pillow==10.1.*' 'onnxruntime==1.20.*' 'onnx==1.17.*' 'cryptography==42.*' 'pytest>=8' 'hypothesis>=6.100'
+OLDEST_TESTS = $(patsubst %,tests/runtime/test_%.py,backends cli control_checks doctor editing errors files hostile_plans \
+	manifest plan process typed_json)
+OLDEST_LEFT = training_and_export or telemetry or an_engine_is_usable
+
+test-oldest: $(OLDEST_ENV)$(INSTALLED)
+	@OMP_NUM_THREADS=1 $(OLDEST_ENV)/bin/python -m pytest -q --noconftest -k 'not ($(OLDEST_LEFT))' $(OLDEST_TESTS) $(PYTEST_ARGS)
+
 clean:
-	rm -rf $(DEMO_ENV) $(DEV_ENV) $(GPU_ENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(DEMO_ENV) $(STUDIO_ENV) $(DEV_ENV) $(GPU_ENV) $(OLDEST_ENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find car_train export runtime benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call install,ENVIRONMENT,WHAT PIP INSTALLS,WHAT IT IS, AND ITS SIZE)
@@ -112,10 +130,16 @@ endef
 $(DEMO_ENV)$(INSTALLED): pyproject.toml Makefile
 	$(call install,$(DEMO_ENV),-e '.[cpu]',the runtime and ONNX Runtime$(comma) some 200 MB)
 
+$(STUDIO_ENV)$(INSTALLED): pyproject.toml Makefile
+	$(call install,$(STUDIO_ENV),-e '.[cpu$(comma)serve]',the runtime$(comma) ONNX Runtime and the server$(comma) some 250 MB)
+
 $(DEV_ENV)$(INSTALLED): pyproject.toml Makefile
-	$(call install,$(DEV_ENV),'$(TORCH)' -e '.[cpu$(comma)openvino$(comma)lab$(comma)export$(comma)bench$(comma)rtx$(comma)dev]',everything with PyTorch$(comma) over 1 GB; this takes minutes)
+	$(call install,$(DEV_ENV),'$(TORCH)' -e '.[cpu$(comma)openvino$(comma)lab$(comma)export$(comma)bench$(comma)rtx$(comma)serve$(comma)sign$(comma)dev]',everything with PyTorch$(comma) over 1 GB; this takes minutes)
 
 $(GPU_ENV)$(INSTALLED): pyproject.toml Makefile
 	$(call install,$(GPU_ENV),-e '.[gpu$(comma)rtx$(comma)lab$(comma)export$(comma)dev]',everything for NVIDIA GPUs$(comma) several GB; this takes minutes)
+
+$(OLDEST_ENV)$(INSTALLED): pyproject.toml Makefile
+	$(call install,$(OLDEST_ENV),$(OLDEST),the oldest numpy$(comma) Pillow and ONNX Runtime that are supported)
 
 comma := ,

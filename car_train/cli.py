@@ -14,7 +14,13 @@ from car_train.data import annotate, datasets, pretrained
 from car_train.errors import UserError
 from car_train.evaluation import curves, evaluate, generate
 from car_train.interop import command as interop
-from car_train.streams import after_broken_pipe, one_line_warning, open_closed_streams
+from car_train.streams import (
+    Terminated,
+    after_broken_pipe,
+    one_line_warning,
+    open_closed_streams,
+    terminated_politely,
+)
 from car_train.training import command as training
 
 EXAMPLES = """examples:
@@ -69,14 +75,15 @@ def run(args: argparse.Namespace) -> Path | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0, 1 when nobody reads the output, 2 for what the user can put right, 130 after Ctrl-C."""
+    """The exit code: 0; 1 when nobody reads the output; 2 for what the user can put right; 130, 143 when stopped."""
     open_closed_streams()
     warnings.formatwarning = one_line_warning
     args = parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # a path is printed as the bytes that it is
     try:
-        made = run(args)
+        with terminated_politely():
+            made = run(args)
         if made is not None and os.environ.get("RANK", "0") == "0":
             print(made, flush=True)
     except BrokenPipeError:
@@ -84,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, OSError) as error:
         print(f"car_train: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("car_train: interrupted; a training run continues with --resume, `controls` by itself", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stop, Terminated) else 130
     return 0

@@ -1,30 +1,58 @@
-"""Files and folders that are whole or not there, and their digests."""
+"""Files and folders that are whole or not there, whatever stops the process, and their digests.
+
+What is being written has a hidden name next to its place, `.NAME.car-PID-…`, and takes its place by one rename. A
+folder that replaces another is exchanged with it where the system can (Linux); elsewhere the old one is set aside
+first, and put back by the next start if the process died in between. `sweep` removes what dead processes left.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
+import re
+import secrets
 import shutil
-import tempfile
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from car_train.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: no locks, and nothing is swept
+    fcntl = None  # type: ignore[assignment]
+
+_LEFT = re.compile(r"\.(?P<name>.+)\.car-(?P<process>\d+)-(?P<kind>new|old|gone|part)[0-9a-f]{8}")
+_EXCHANGE = 2
+"""RENAME_EXCHANGE of Linux's renameat2."""
+
+
+class BusyError(UserError):
+    """Another process writes to the same place. The message names it."""
+
+
+def _aside(target: Path, kind: str) -> Path:
+    """A hidden name in the folder of `target` that says who made it and what it is."""
+    return target.absolute().parent / f".{target.name}.car-{os.getpid()}-{kind}{secrets.token_hex(4)}"
 
 
 @contextmanager
 def written_aside(target: Path) -> Iterator[Path]:
     """A file next to `target`, to be written within, that takes its name at the end; on any error it goes.
 
-    The folder must exist. A process that is killed leaves a hidden `.NAME.….part`. Raises OSError.
+    The folder must exist. Raises OSError.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.absolute().parent)
-    os.close(handle)
+    sweep(target.absolute().parent)
+    aside = _aside(target, "part")
+    os.close(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
     try:
-        yield Path(name)
-        os.chmod(name, 0o644)  # mkstemp makes it private
-        os.replace(name, target)
+        yield aside
+        os.replace(aside, target)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
         raise
 
 
@@ -40,8 +68,7 @@ def folder_aside(target: Path) -> Iterator[Path]:
 
     A folder of that name is replaced only when the new one is whole. Parents are made. Raises OSError.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
+    aside = new_folder(target)
     try:
         yield aside
         put_in_place(aside, target)
@@ -50,28 +77,133 @@ def folder_aside(target: Path) -> Iterator[Path]:
         raise
 
 
+def new_folder(target: Path) -> Path:
+    """An empty hidden folder next to `target`, which the caller removes. Raises OSError."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    sweep(target.absolute().parent)
+    folder = _aside(target, "new")
+    folder.mkdir(mode=0o755)
+    return folder
+
+
+@contextmanager
+def scratch(target: Path) -> Iterator[Path]:
+    """A hidden folder next to `target` to work in, on the same file system; it goes at the end. Raises OSError."""
+    folder = new_folder(target)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def put_in_place(aside: Path, target: Path) -> None:
     """Rename a finished folder to its name; what was there goes once the new one is in place, or comes back."""
-    os.chmod(aside, 0o755)  # mkdtemp makes it private
     if not target.exists():
         os.replace(aside, target)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    os.replace(target, old / target.name)
+    if exchange(aside, target):
+        shutil.rmtree(aside, ignore_errors=True)
+        return
+    old = _aside(target, "old")
+    os.replace(target, old)
     try:
         os.replace(aside, target)
     except BaseException:
-        os.replace(old / target.name, target)
-        old.rmdir()
+        os.replace(old, target)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
 
+def exchange(one: Path, other: Path) -> bool:
+    """Let two names change places at once; False where the system or the file system has no such thing."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):  # a C library before 2.28, or another
+        return False
+    here = -100  # AT_FDCWD
+    done = renameat2(here, os.fsencode(one), here, os.fsencode(other), ctypes.c_uint(_EXCHANGE))
+    return int(done) == 0
+
+
 def remove_folder(path: Path) -> None:
     """Delete a folder: renamed first, so that an interrupted deletion leaves nothing that looks whole."""
-    aside = path.with_name(f".{path.name}.removed")
+    aside = _aside(path, "gone")
     os.replace(path, aside)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes that are gone left in a folder, or put back what they had set aside.
+
+    Only names that `_aside` makes are touched. A process is gone if none of its number runs here; one of another
+    machine on the same file system could be taken for gone, so that a run's folder belongs on one machine at a time.
+    """
+    if fcntl is None or not folder.is_dir():
+        return
+    for left in list(folder.iterdir()):
+        found = _LEFT.fullmatch(left.name)
+        if found is None or _runs(int(found["process"])):
+            continue
+        target = folder / found["name"]
+        with suppress(OSError):  # another start sweeps, too
+            if found["kind"] == "old" and not target.exists():
+                os.replace(left, target)
+            elif left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
+def one_writer(target: Path) -> Iterator[None]:
+    """Hold `target` for this process: a second one that wants it gets BusyError, with the first one's number.
+
+    The lock is on a hidden file next to it, which goes at the end. What died lets go of it by itself.
+    """
+    if fcntl is None:
+        yield
+        return
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    place = target.absolute().parent / f".{target.name}.car-lock"
+    descriptor = _locked(place, target)
+    try:
+        sweep(place.parent)
+        yield
+    finally:
+        place.unlink(missing_ok=True)  # before it is let go of: who opened it meanwhile sees that it is gone
+        os.close(descriptor)
+
+
+def _locked(place: Path, target: Path) -> int:
+    """The open lock file, locked, with this process's number in it."""
+    while True:
+        descriptor = os.open(place, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise BusyError(
+                f"{target} is being written by process {owner or '(starting)'}; wait for it, or choose another name"
+            ) from error
+        with suppress(OSError):
+            if os.fstat(descriptor).st_ino == os.stat(place).st_ino:
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+                return descriptor
+        os.close(descriptor)  # it was removed between opening and locking
 
 
 def sha256(path: Path) -> str:

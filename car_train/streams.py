@@ -1,9 +1,35 @@
-"""Standard streams that are closed, or that nobody reads any more, and warnings; the exporter's commands share it."""
+"""Standard streams that are closed, or that nobody reads any more, warnings, and SIGTERM; the exporter shares it."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: the process is to end, and may clear up first."""
+
+
+@contextmanager
+def terminated_politely() -> Iterator[None]:
+    """Within, SIGTERM raises Terminated instead of ending the process where it stands."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def open_closed_streams() -> None:

@@ -36,7 +36,7 @@ DOCUMENTS = sorted(
     + [path for path in (ROOT / "docs").rglob("*.md") if path != GENERATED]
 )
 LANGUAGES = {"sh", "python", "text", "mermaid"}
-REASONS = {"GPU", "AMX", "hours", "installs", "published weights"}
+REASONS = {"GPU", "AMX", "hours", "installs", "published weights", "a key pair"}
 """Why a block isn't run: it needs hardware, hours, an environment of its own, or files that we may not include."""
 SLOW = "slow"
 CHECKOUT = ("benchmarks", "car_train", "export", "runtime", "tests", "Makefile", "pyproject.toml")
@@ -144,7 +144,11 @@ def test_code_uses_the_glossarys_words() -> None:
     folders = [ROOT / name for name in ("benchmarks", "car_train", "examples", "export", "runtime", "tests")]
     found = []
     for path in [ROOT / "Makefile", ROOT / "pyproject.toml", *(p for f in folders for p in f.rglob("*.py"))]:
-        text = re.sub(r"['\"](pictures?|made_up_weights)['\"]", "", path.read_text(encoding="utf-8"))
+        text = re.sub(
+            r"['\"](pictures?|made_up_weights)['\"]|/pictures\b|event: picture\b",  # and a route and its event
+            "",
+            path.read_text(encoding="utf-8"),
+        )
         if path != Path(__file__) and (words := re.findall(OLD_WORDS, text, re.IGNORECASE)):
             found.append(f"{name_of(path)}: {', '.join(words)}")
     assert not found, "the glossary is in CONTRIBUTING.md"
@@ -336,6 +340,12 @@ def check(words: list[str]) -> None:
             assert names
         case ["make", *rest]:
             check_make(rest)
+        case ["openssl", command, *rest]:
+            usage = subprocess.run(["openssl", command, "-help"], capture_output=True, text=True, check=True)
+            assert {word for word in rest if word.startswith("-")} <= set((usage.stdout + usage.stderr).split())
+        case ["serve", "run", target]:  # Ray's
+            module, _, name = target.partition(":")
+            assert re.search(rf"^{name} = ", (ROOT / "runtime" / f"{module.replace('.', '/')}.py").read_text(), re.M)
         case _:
             pytest.fail(f"nothing is known about {words[0]!r}; add to this test how it is checked")
 
@@ -406,6 +416,7 @@ def known_flags() -> set[str]:
         *[("car_runtime", [word, "x.png", *more]) for word, more in EDITS.items()],
         ("car_runtime", ["doctor"]),
         ("car_runtime", ["verify"]),
+        ("car_runtime", ["serve"]),
     ]
     programs += [("car_train", ["data", "emoji"]), ("export/build_engines.py", plan), ("export/numerics.py", plan)]
     for words in (words for block in ALL_BLOCKS if block.language == "sh" for words in commands_of(block)):

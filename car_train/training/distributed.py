@@ -36,6 +36,11 @@ class World:
             dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
         return World(dist.get_rank(), size), device
 
+    @staticmethod
+    def is_first() -> bool:
+        """Whether this process is rank 0, also before it has joined."""
+        return os.environ.get("RANK", "0") == "0"
+
     def wrap(self, module: nn.Module, device: torch.device) -> nn.Module:
         """The module itself, or what averages its gradients over the processes."""
         if self.size == 1:

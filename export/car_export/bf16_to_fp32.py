@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from onnx import TensorProto
 
 from car_export.weights import WeightCopier, place, refer
 from car_runtime.format import manifest as schema
+from car_train.files import scratch
 
 _BFLOAT16 = ir.DataType.BFLOAT16.numpy()  # numpy has none of its own
 _TYPES = {TensorProto.BFLOAT16: TensorProto.FLOAT}
@@ -28,12 +27,9 @@ _TYPES = {TensorProto.BFLOAT16: TensorProto.FLOAT}
 @contextlib.contextmanager
 def float32_copy(plan: Path) -> Iterator[Path]:
     """A float32 copy of a plan, in a folder next to it that is removed afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{plan.name}.widened-", dir=plan.parent))
-    try:
+    with scratch(plan) as folder:
         _copy(plan, folder)
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _copy(plan: Path, folder: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from car_export.command import add_model_arguments, flags_of, load_model, run_command
 from car_export.config import ExportOptions, Int8Options
+from car_export.files import write_file
 from car_export.plan import build_plan, reference_model
 from car_export.plan2 import build_plan_of_2
 from car_export.quantize.int8 import to_int8
@@ -19,8 +19,10 @@ from car_export.tensorrt.compiler import Compiler
 from car_export.verify import verify_plan
 from car_export.verify2 import verify_plan_of_2
 from car_runtime.format import manifest as schema
+from car_runtime.format import signature
 from car_train import checkpoint
 from car_train.config import ConfigError
+from car_train.files import scratch
 from car_train.flags import add_flags, given, integers
 from car_train.model import Model
 
@@ -34,6 +36,7 @@ EXAMPLES = """examples:
   python export/build_engines.py runs/car -o emoji.plan --target rtx --sm 89  # and engines (no GPU is needed)
   python export/build_engines.py emoji.plan --target rtx --sm 89,120  # engines of an existing plan
   python export/build_engines.py d16.plan --weights int8 -o d16-int8.plan --calibrate depths/  # INT8, for CPUs
+  python export/build_engines.py d16.plan --sign key.pem  # say that the plan is yours
 """
 
 
@@ -89,6 +92,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=integers,
         help="compute capabilities to compile for: 75, 80, 86, 89 (RTX 40), 120 (RTX 50) (default: the GPU here)",
     )
+    parser.add_argument(
+        "--sign", type=Path, metavar="KEY", help="sign the plan with this private key (Ed25519, PEM); extra `sign`"
+    )
     args = parser.parse_args(argv)
     if args.output is None and not is_plan(args.checkpoint):
         parser.error("the following arguments are required: -o/--output")
@@ -121,7 +127,7 @@ def build_engines_only(args: argparse.Namespace, log: Log) -> Path:
         )
     if args.output is not None and args.output.resolve() != plan.resolve():
         raise ConfigError(f"engines are built inside their plan; leave out -o {args.output}, or copy the plan first")
-    _check_chosen(args, "target", "sm")
+    _check_chosen(args, "target", "sm", "sign")
     engines.build_engines(plan, engines.choose_targets(args.target, args.sm), log)
     return plan
 
@@ -145,7 +151,7 @@ def make_int8(args: argparse.Namespace, log: Log) -> Path:
     """Write the int8 form of an existing plan next to it."""
     if args.output is None:
         raise ConfigError(f"an int8 plan is another plan; name it, e.g. -o {args.checkpoint.stem}-int8.plan")
-    _check_chosen(args, "weights", "calibrate", "name")
+    _check_chosen(args, "weights", "calibrate", "name", "sign")
     return to_int8(
         Int8Options(source=args.checkpoint, output=args.output, name=args.name, controls=tuple(args.calibrate or ())),
         log,
@@ -174,14 +180,39 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ConfigError(f"--sm {','.join(map(str, args.sm))} needs a compiler; add --target rtx")
     if args.verify and args.target is not None:
         raise ConfigError("--verify builds nothing; leave out --target, or leave out --verify")
+    if args.verify and args.sign is not None:
+        raise ConfigError("--verify changes nothing; leave out --sign, or leave out --verify")
     check_int8(args)
     if not is_plan(args.checkpoint):
         _check_format_2(args)
 
 
 def run(args: argparse.Namespace, log: Log) -> Path:
-    """Do what the arguments say; returns the plan."""
+    """Do what the arguments say, and sign; returns the plan."""
     check_flags(args)
+    if args.sign is not None:
+        signature.private_key(args.sign)  # whether there is one shows before the work
+        if is_plan(args.checkpoint) and args.target is None and args.weights != "int8":
+            _check_chosen(args, "sign")
+            return sign(args.checkpoint, args.sign, log)
+    plan = build(args, log)
+    if args.sign is not None:
+        return sign(plan, args.sign, log)
+    if not args.verify and (plan / signature.SIGNATURE).exists():
+        (plan / signature.SIGNATURE).unlink()
+        log(f"{signature.SIGNATURE} was of the manifest before, and is removed; sign again with --sign")
+    return plan
+
+
+def sign(plan: Path, key: Path, log: Log) -> Path:
+    """Put a plan's signature next to its manifest."""
+    write_file(plan / signature.SIGNATURE, signature.sign(plan, key))
+    log(f"signed: {signature.SIGNATURE}")
+    return plan
+
+
+def build(args: argparse.Namespace, log: Log) -> Path:
+    """An export, an int8 plan, engines, or a comparison; returns the plan."""
     if is_plan(args.checkpoint):
         _refuse_format_2(args)
         return make_int8(args, log) if args.weights == "int8" else build_engines_only(args, log)
@@ -302,9 +333,8 @@ def verify_again(args: argparse.Namespace, model: Model, plan: Path, log: Log) -
 def export_int8(model: Model, options: ExportOptions, controls: tuple[Path, ...], log: Log) -> Path:
     """Export a float32 plan aside, verified, and make the int8 one of it."""
     output = options.output
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as aside:
-        exact = build_plan(model, dataclasses.replace(options, output=Path(aside) / "fp32.plan"), log)
+    with scratch(output) as aside:
+        exact = build_plan(model, dataclasses.replace(options, output=aside / "fp32.plan"), log)
         return to_int8(Int8Options(source=exact, output=output, controls=controls), log)
 
 

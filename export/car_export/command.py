@@ -16,7 +16,7 @@ from car_train.errors import UserError
 from car_train.files import sha256
 from car_train.interop.command import add_official_arguments, load_official
 from car_train.model import Model
-from car_train.streams import after_broken_pipe, open_closed_streams
+from car_train.streams import Terminated, after_broken_pipe, open_closed_streams, terminated_politely
 
 Log = Callable[[str], None]
 
@@ -63,7 +63,7 @@ def run_command(name: str, command: Callable[[Log], int], stopped: str = "nothin
     """Run a command with a log on stderr and return its exit code.
 
     2: something that the user can put right, 1: a plan that disagrees with its model, or output that nobody reads,
-    130: interrupted.
+    130: interrupted; 143: by SIGTERM.
     stopped: what an interruption leaves.
     """
     open_closed_streams()
@@ -73,7 +73,8 @@ def run_command(name: str, command: Callable[[Log], int], stopped: str = "nothin
         print(f"[{time.monotonic() - began:6.1f} s] {text}", file=sys.stderr, flush=True)
 
     try:
-        code = command(log)
+        with terminated_politely():
+            code = command(log)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -84,6 +85,6 @@ def run_command(name: str, command: Callable[[Log], int], stopped: str = "nothin
     except (UserError, ExportError, CarError, OSError) as error:
         print(f"{name}: error: {printable_lines(str(error))}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"{name}: interrupted; {stopped}", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stop, Terminated) else 130

@@ -9,19 +9,20 @@ from pathlib import Path
 
 from car_export.errors import ExportError, OutputError
 from car_runtime.format.manifest import MANIFEST
-from car_train.files import folder_aside, written_aside
+from car_train.files import folder_aside, one_writer, written_aside
 
 
 @contextlib.contextmanager
 def plan_written_aside(output: Path) -> Iterator[Path]:
     """A folder next to a plan's place, which goes there when the block is done and is gone if it fails.
 
-    Raises ExportError where something else stands in the plan's place, or nothing can be written.
+    Raises ExportError where something else stands in the plan's place, or nothing can be written; BusyError where
+    another process writes it.
     """
     if output.exists() and not (output / MANIFEST).is_file():
         raise ExportError(f"{output} exists and is not a plan; remove it or choose another name")
     try:
-        with folder_aside(output) as aside:
+        with one_writer(output), folder_aside(output) as aside:
             yield aside
     except OSError as error:
         raise ExportError(

@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -28,7 +29,8 @@ MAX_PIXELS = 64 * 1024 * 1024
 MIN_EDGE = 8
 """A control image smaller than this says nothing about where things are."""
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
-FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
+_AVIF = ("AVIF",) if find_spec("PIL.AvifImagePlugin") else ()  # from Pillow 11.3 on
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", *_AVIF)
 """What is tried on a file, by Pillow's names; nothing that hands it to another program, as EPS to Ghostscript."""
 CONTRAST = 8
 """Grey levels from which on two are distinguished."""

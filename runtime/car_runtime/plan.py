@@ -142,29 +142,41 @@ def open_plan(
     *,
     threads: int | None = None,
     verify: bool = True,
+    require_signature: str | os.PathLike[str] | None = None,
+    trust_engines: bool = False,
 ) -> Plan:
     """Open a plan directory (by default the one in the package) on a backend: "auto", or a name such as "ort-cpu".
 
     `threads` limits the engine's CPU threads (None: one per core that this process may use). `verify` checks the
-    SHA-256 of every file, about a second for 2.5 GB; without it sizes alone are checked.
+    SHA-256 of every file, about a second for 2.5 GB; without it sizes alone are checked. `require_signature`: a
+    public key (Ed25519, PEM file) by which the plan must be signed; needs `verify` and the extra `sign`.
+    `trust_engines`: load compiled engines and runtime caches that were not built on this machine; they are code.
 
-    Raises PlanError (missing, truncated, edited, newer format), BackendError (named backend can't open), RequestError
-    (threads).
+    Raises PlanError (missing, truncated, edited, newer format, not so signed), BackendError (named backend can't
+    open), RequestError (threads, key).
     """
     check_threads(threads)
     check_name(backend)
     root = default_plan() if path is None else Path(path)
-    manifest = read_manifest(root)
+    if require_signature is not None and not verify:
+        raise RequestError("a signature vouches for hashes, and they are not to be checked; leave out verify=False")
+    manifest = read_manifest(root, require_signature)
     folder = open_folder(root)
     try:
-        return _open_checked(root, folder, manifest, backend, threads, verify)
+        return _open_checked(root, folder, manifest, backend, threads, verify, trust_engines)
     except BaseException:
         folder.close()
         raise
 
 
 def _open_checked(
-    root: Path, folder: PlanFolder, manifest: Manifest, backend: str, threads: int | None, verify: bool
+    root: Path,
+    folder: PlanFolder,
+    manifest: Manifest,
+    backend: str,
+    threads: int | None,
+    verify: bool,
+    trust_engines: bool,
 ) -> Plan:
     # All but the content of the weights, so that engines read no graph that was changed.
     verify_folder(folder, manifest, hashes=False, names=[WEIGHTS])
@@ -174,7 +186,7 @@ def _open_checked(
         # at once. What is wrong with the weights comes before what the engine says of them.
         weights = aside.submit(verify_folder, folder, manifest, hashes=verify, names=[WEIGHTS])
         try:
-            opened, why = open_backend(backend, root, manifest, threads, folder)
+            opened, why = open_backend(backend, root, manifest, threads, folder, trust_engines)
         except Exception:
             weights.result()
             raise

@@ -45,21 +45,25 @@ def verify(
     warmup: int | None = None,
     runs: int | None = None,
     batches: Sequence[int] = (1,),
+    require_signature: str | os.PathLike[str] | None = None,
+    trust_engines: bool = False,
     log: Log = lambda _: None,
 ) -> dict[str, Any]:
     """Open a plan on a backend, compare it with its goldens, and measure it. Returns the report; `passed` sums it up.
 
     warmup, runs: images before measuring, and measured ones (None: 3 and 10 on a CPU, 10 and 100 on a GPU).
-    batches: numbers of images at once to measure. log: is called with what goes on, a line each.
+    batches: numbers of images at once to measure. require_signature, trust_engines: as `open_plan` has them.
+    log: is called with what goes on, a line each.
 
     Raises PlanError, BackendError, RequestError and RunError, as `open_plan` and `Plan.generate` do.
     """
     _check_counts(warmup, runs, batches)
     root = default_plan() if path is None else Path(path)
-    manifest = read_manifest(root)
+    manifest = read_manifest(root, require_signature)
     goldens = read_goldens(root, manifest)
     age, began = process_age(), perf_counter()
-    with open_plan(root, backend, threads=threads) as plan:
+    signed = require_signature
+    with open_plan(root, backend, threads=threads, require_signature=signed, trust_engines=trust_engines) as plan:
         opened = perf_counter() - began
         log(f"{manifest.name} on {plan.backend_name} ({plan.why}), opened in {opened:.2f} s")
         cold_start = _cold_start(plan, goldens, age, opened)

@@ -34,7 +34,7 @@ from car_runtime.backends.cuda.driver import CudaError
 from car_runtime.backends.onnxruntime import cuda as ort_cuda
 from car_runtime.backends.onnxruntime.cuda import OrtCuda, open_ort_cuda
 from car_runtime.backends.tensorrt import backend as tensorrt_engines
-from car_runtime.backends.tensorrt import runtime_cache
+from car_runtime.backends.tensorrt import runtime_cache, trust
 from car_runtime.backends.tensorrt.backend import TensorRT, open_rtx, open_trt
 from car_runtime.format.goldens import GOLDENS
 from car_runtime.format.manifest import Manifest, describe_files, read_manifest, write_manifest
@@ -58,11 +58,11 @@ class Fake:
     """A plan opened on a fake GPU."""
 
     def __init__(self, root: Path, flavour: str = "rtx", device: FakeDevice | None = None, **options: Any) -> None:
-        manifest = read_manifest(root)
+        manifest, trust = read_manifest(root), options.pop("trust", True)
         files = {name: root / graph.file for name, graph in manifest.graphs.items() if "." not in name}
         self.device = device or FakeDevice()
         self.trt = FakeTensorRT(self.device, root, options.pop("computed_by", files), rtx=flavour == "rtx", **options)
-        self.backend = TensorRT(root, manifest, flavour, self.device, self.trt)
+        self.backend = TensorRT(root, manifest, flavour, self.device, self.trt, trust_engines=trust)
         self.plan = Plan(root, manifest, self.backend, "a test")
 
     def __enter__(self) -> Fake:
@@ -232,7 +232,7 @@ def test_the_acceptance_test_passes_on_the_fake(tmp_path: Path, monkeypatch: pyt
     device = FakeDevice()
 
     def open_fake(root: Path, manifest: Manifest, threads: int | None) -> TensorRT:
-        return TensorRT(root, manifest, "rtx", device, FakeTensorRT(device, root, forms))
+        return TensorRT(root, manifest, "rtx", device, FakeTensorRT(device, root, forms), trust_engines=True)
 
     monkeypatch.setattr(tensorrt_engines, "open_rtx", open_fake)
     report = acceptance.verify(root, "rtx", warmup=1, runs=3)
@@ -730,7 +730,7 @@ def test_an_engine_that_does_not_load_says_why(tmp_path: Path) -> None:
         BackendError,
         match=r"cannot load step\..*\.engine: Error Code 2: the magic tag does not match; build .*--sm 89",
     ):
-        TensorRT(root, read_manifest(root), "rtx", device, module)
+        TensorRT(root, read_manifest(root), "rtx", device, module, trust_engines=True)
     assert device.allocated() == 0
     assert device.closed
 
@@ -798,7 +798,7 @@ def test_a_sidecar_that_is_no_json_is_a_fault_of_the_plan(tmp_path: Path) -> Non
     module = FakeTensorRT.__new__(FakeTensorRT)
     module.__version__ = "1.2.3"
     with pytest.raises(PlanError, match=r"cannot read the sidecar engines/.*; build the engines again"):
-        TensorRT(root, read_manifest(root), "rtx", device, module)
+        TensorRT(root, read_manifest(root), "rtx", device, module, trust_engines=True)
 
 
 def test_a_failing_run_carries_the_engines_own_words(fake: Fake) -> None:
@@ -1242,3 +1242,56 @@ def test_ort_cuda_does_without_options_that_are_refused(
 def test_buffers_of_the_backends_are_device_arrays(fake: Fake) -> None:
     assert isinstance(fake.backend.allocate((1,), "bfloat16"), DeviceArray)
     assert json.dumps(fake.backend.report())
+
+
+# Engines are code: what was not built here is loaded for a plan that the person trusts.
+
+
+def test_engines_that_were_not_built_here_are_not_loaded(root: Path) -> None:
+    with pytest.raises(BackendError, match=r"was not built on this machine, .*--trust-engines"):
+        Fake(root, trust=False)
+
+
+def remember_engines(root: Path) -> None:
+    for engine in (root / "engines").glob("*.engine"):
+        trust.remember(trust.digest_of(engine))
+
+
+def test_engines_that_were_built_here_are_loaded(root: Path) -> None:
+    remember_engines(root)
+    Fake(root, trust=False).plan.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="modes")
+@pytest.mark.parametrize("spoil", ["mode", "folder", "link"])
+def test_a_record_that_others_can_write_counts_for_nothing(root: Path, tmp_path: Path, spoil: str) -> None:
+    remember_engines(root)
+    record = trust.RECORD.expanduser()
+    if spoil == "folder":
+        record.chmod(0o777)
+    for entry in list(record.iterdir()):
+        if spoil == "mode":
+            entry.chmod(0o666)
+        elif spoil == "link":
+            (tmp_path / entry.name).write_bytes(b"")
+            entry.unlink()
+            entry.symlink_to(tmp_path / entry.name)
+    with pytest.raises(BackendError, match="was not built on this machine"):
+        Fake(root, trust=False)
+
+
+def test_a_runtime_cache_that_came_with_a_plan_is_not_loaded(tmp_path: Path) -> None:
+    root = make_root(tmp_path)
+    with Fake(root) as fake:
+        for _ in range(2):
+            fake.plan.generate(CONTROL, 0)
+    remember_engines(root)
+    with Fake(root, trust=False) as fake:
+        fake.plan.generate(CONTROL, 0)
+        assert fake.backend.report()["runtime_cache"]["loaded"] is not None, "it was saved here"
+    for entry in trust.RECORD.expanduser().iterdir():
+        entry.unlink()
+    remember_engines(root)
+    with Fake(root, trust=False) as fake:
+        fake.plan.generate(CONTROL, 0)
+        assert fake.backend.report()["runtime_cache"]["loaded"] is None

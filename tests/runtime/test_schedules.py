@@ -455,7 +455,7 @@ def on_tensorrt(root: Path, flavour: str) -> tuple[Plan, FakeDevice]:
     device, manifest = FakeDevice(), read_manifest(root)
     files = {name: root / graph.file for name, graph in manifest.graphs.items() if "." not in name}
     trt = FakeTensorRT(device, root, files, rtx=flavour == "rtx")
-    return Plan(root, manifest, TensorRT(root, manifest, flavour, device, trt), "a test"), device
+    return Plan(root, manifest, TensorRT(root, manifest, flavour, device, trt, trust_engines=True), "a test"), device
 
 
 @pytest.mark.parametrize("records", [True, False])

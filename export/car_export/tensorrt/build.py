@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +28,11 @@ from car_export.errors import EngineError, NoGpuError, TargetError
 from car_export.files import write_file
 from car_export.tensorrt import rewrites
 from car_export.tensorrt.compiler import MODULES, SETTINGS, Built, Compiler, Port, Profile, gpu_here
+from car_runtime.backends.tensorrt import trust
 from car_runtime.backends.tensorrt.engine_metadata import engines_of
 from car_runtime.errors import PlanError
 from car_runtime.format import manifest as schema
+from car_train.files import new_folder
 
 Log = Callable[[str], None]
 FORMAT = 1
@@ -203,13 +204,14 @@ def build_engines(plan: Path, targets: Sequence[Target], log: Log = lambda _: No
         for recipe in recipes(plan, manifest, target.name):
             key = recipe.key(target.flavour, compiler.version, target.name)
             found = _existing(plan, manifest, key)
-            if found is not None:
+            if found is not None and trust.is_built_here(trust.digest_of(plan / found.file)):
                 log(f"{found.file}: up to date")
                 files.append(plan / found.file)
                 continue
             name = f"{FOLDER}/{recipe.graph}.{target.flavour}.{target.name}.{key[:16]}"
             sibling = plan / manifest.graphs[recipe.graph].file
             built = compiler.build(recipe.onnx, sibling, recipe.profiles, target.name, plan / f"{name}.engine")
+            trust.remember(trust.digest_of(plan / f"{name}.engine"))
             engine = schema.Engine(
                 file=f"{name}.engine",
                 flavour=target.flavour,
@@ -344,7 +346,7 @@ def _set_aside(plan: Path) -> Path | None:
     names = [name for engine in manifest.engines for name in _files_of(engine)]
     if not names or not _whole(plan, manifest, names):
         return None
-    aside = Path(tempfile.mkdtemp(prefix=f".{plan.name}.", dir=plan.parent))
+    aside = new_folder(plan)
     (aside / FOLDER).mkdir()
     for name in [schema.MANIFEST, *names]:
         _link(plan / name, aside / name)

@@ -50,7 +50,12 @@ def check_name(name: str) -> None:
 
 
 def open_backend(
-    name: str, root: Path, manifest: Manifest, threads: int | None = None, folder: PlanFolder | None = None
+    name: str,
+    root: Path,
+    manifest: Manifest,
+    threads: int | None = None,
+    folder: PlanFolder | None = None,
+    trust_engines: bool = False,
 ) -> tuple[Backend, str]:
     """Open a plan and say why on this backend.
 
@@ -59,11 +64,11 @@ def open_backend(
     """
     check_name(name)
     if name != "auto":
-        return BACKENDS[name].open(root, manifest, threads, folder), "asked for"
+        return BACKENDS[name].open(root, manifest, threads, folder, trust_engines), "asked for"
     passed_over: dict[str, list[str]] = {}  # reason → backends: several wait for the same thing
     for candidate in best_first(manifest):
         try:
-            backend = BACKENDS[candidate].open(root, manifest, threads, folder)
+            backend = BACKENDS[candidate].open(root, manifest, threads, folder, trust_engines)
         except BackendError as error:
             passed_over.setdefault(str(error), []).append(candidate)
             continue

@@ -71,10 +71,18 @@ class BackendSpec:
     status: Literal["measured", "built only"]
     """Whether it has run on that hardware, or was compiled and run on a stand-in for it."""
 
-    def open(self, root: Path, manifest: Manifest, threads: int | None, folder: PlanFolder | None = None) -> Backend:
+    def open(
+        self,
+        root: Path,
+        manifest: Manifest,
+        threads: int | None,
+        folder: PlanFolder | None = None,
+        trust_engines: bool = False,
+    ) -> Backend:
         """Open a plan. Raises BackendError with the remedy, and PlanError.
 
         folder: the files as they were checked, for backends that read no others (`reads_folder`).
+        trust_engines: whether compiled engines may be loaded that were not built here (`needs_engines`).
         """
         try:
             opener = _look_up(self.opener)
@@ -82,7 +90,9 @@ class BackendSpec:
             raise BackendError(
                 f"the backend {self.name!r} can't be loaded here ({error}); use another backend"
             ) from error
-        more = {"folder": folder} if self.reads_folder and folder is not None else {}
+        more: dict[str, Any] = {"folder": folder} if self.reads_folder and folder is not None else {}
+        if self.needs_engines and trust_engines:
+            more["trust_engines"] = True
         backend: Backend = opener(root, manifest, threads, **more)
         return backend
 

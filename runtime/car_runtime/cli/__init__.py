@@ -1,1 +1,1 @@
-"""The commands: `car-run`, `car-run doctor`, `car-run verify`."""
+"""The commands: `car-run`, `car-run doctor`, `car-run serve`, `car-run verify`."""

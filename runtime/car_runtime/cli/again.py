@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from car_runtime.cli.errors import note
 from car_runtime.cli.options import Parser, add_settings, settings_of
-from car_runtime.cli.run import add_input_flags, add_output_flags, check_names, generate, print_report
+from car_runtime.cli.run import add_input_flags, add_output_flags, check_names, generate, opening, print_report
 from car_runtime.config import flags
 from car_runtime.errors import RequestError
 
@@ -37,7 +37,7 @@ def run(arguments: Sequence[str]) -> int:
     args = parser.parse_args(arguments)
     check_names(parser, args)
     root = Path(args.engine) if args.engine is not None else default_plan()
-    manifest = read_manifest(root)
+    manifest = read_manifest(root, args.require_signature)
     found = read_receipt(args.image, manifest)
     if found is None:
         raise RequestError(
@@ -106,7 +106,7 @@ def _note_agreement(
     if receipt.settings.get("edit") is not None:
         return
     settings = settings_of(args) | changes
-    with open_plan(root, args.backend, threads=args.threads, verify=not args.no_verify) as plan:
+    with open_plan(root, args.backend, **opening(args)) as plan:
         tokens = plan.generate(GenerationConfig(**settings)).tokens[0]
         same, of = int((tokens == receipt.tokens).sum()), len(tokens)
         what = "agrees" if same == of else "differs, so the image is made of the receipt's tokens"

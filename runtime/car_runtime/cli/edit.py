@@ -146,7 +146,7 @@ def _run(args: argparse.Namespace, edit: Mapping[str, Any], varied: bool = False
 
     began = perf_counter()
     root = Path(args.engine) if args.engine is not None else default_plan()
-    manifest = read_manifest(root)
+    manifest = read_manifest(root, args.require_signature)
     changes: dict[str, Any] = {}
     edit = dict(edit)
     if "from_scale" in edit:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from car_runtime.errors import UserError, error_line, printable_lines
 
@@ -15,7 +19,7 @@ def run_command(prog: str, run: Callable[[Sequence[str]], int], arguments: Seque
     """Run a command with its arguments. Returns the exit code.
 
     What `run` returns; 0 after --help and --version; 2 for a UserError; 1 for what fails inside, which `--debug` lets
-    through with its traceback; 130 if it was interrupted.
+    through with its traceback; 130 if it was interrupted, 143 by SIGTERM.
     """
     open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -24,14 +28,15 @@ def run_command(prog: str, run: Callable[[Sequence[str]], int], arguments: Seque
         with warnings.catch_warnings():
             # Decoders warn about damaged metadata; what matters arrives as an error, and stderr is for one line.
             warnings.simplefilter("ignore")
-            return run(arguments)
+            with terminated_politely():
+                return run(arguments)
     except SystemExit as stop:  # --help and --version
         return int(stop.code or 0)
     except UserError as error:
         return _fail(prog, error, 2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         note(f"{prog}: interrupted")
-        return 130
+        return 143 if isinstance(stop, Terminated) else 130
     except BrokenPipeError:
         # The reader of stdout went away (| head). Python would complain again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_RDWR), 1)
@@ -40,6 +45,27 @@ def run_command(prog: str, run: Callable[[Sequence[str]], int], arguments: Seque
         if "--debug" in arguments:
             raise
         return _fail(prog, f"{type(error).__name__}: {error}; --debug shows where", 1)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: the process is to end, and may clear up first."""
+
+
+@contextmanager
+def terminated_politely() -> Iterator[None]:
+    """Within, SIGTERM raises Terminated instead of ending the process where it stands."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(prog: str, error: object, code: int) -> int:

@@ -62,6 +62,15 @@ def add_threads_flag(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
 
 
+def add_trust_flags(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--require-signature", metavar="PUB", help="refuse a plan that this public key (Ed25519, PEM) didn't sign"
+    )
+    parser.add_argument(
+        "--trust-engines", action="store_true", help="load compiled engines that were not built here; they are code"
+    )
+
+
 def add_setting(parser: argparse._ActionsContainer, name: str) -> None:
     """The flag of one field of `GenerationConfig`; what it is given goes to the attribute of the field's name."""
     flag = flags()[name]

@@ -21,6 +21,7 @@ from car_runtime.cli.options import (
     add_setting,
     add_settings,
     add_threads_flag,
+    add_trust_flags,
     image_source,
     settings_of,
 )
@@ -51,6 +52,7 @@ other commands, each with its own --help:
   car-run again PNG         the same image from what its file says, or a variation of it
   car-run control IMAGE     the control map of a photo alone
   car-run doctor [PLAN]     what this machine can run, and how to install what is missing
+  car-run serve [PLAN ...]  the studio in a browser, and an HTTP API
   car-run verify [PLAN]     does a plan do here what it did when it was exported, and how fast
 """
 
@@ -89,6 +91,7 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     inputs.add_argument(
         "--no-verify", action="store_true", help="check the sizes of the plan's files, not their hashes"
     )
+    add_trust_flags(inputs)
     inputs.add_argument("--list-classes", action="store_true", help="print the plan's classes and stop")
 
 
@@ -125,7 +128,7 @@ def run(arguments: Sequence[str]) -> int:
 
     began = perf_counter()
     root = Path(args.engine) if args.engine is not None else default_plan()
-    manifest = read_manifest(root)
+    manifest = read_manifest(root, args.require_signature)
     if args.list_classes:
         _print_classes(manifest, args.json)
         return 0
@@ -157,7 +160,7 @@ def generate(
     paths = _image_paths(args)
     _check_outputs(args, root, manifest, paths, request.schedule.drawn, inputs)
     timings = {"read": perf_counter() - began}
-    with open_plan(root, args.backend, threads=args.threads, verify=not args.no_verify) as plan:
+    with open_plan(root, args.backend, **opening(args)) as plan:
         timings["open"] = perf_counter() - began - timings["read"]
         note(f"car-run: {printable(manifest.name)} on {plan.backend_name} ({plan.why})")
         for warning in request.warnings:
@@ -181,6 +184,12 @@ def generate(
         "previews": [str(path) for path in progress.written],
         "timings": timings,
     }
+
+
+def opening(args: argparse.Namespace) -> dict[str, Any]:
+    """How a command opens its plan, as `open_plan` takes it."""
+    trust = {"require_signature": args.require_signature, "trust_engines": args.trust_engines}
+    return {"threads": args.threads, "verify": not args.no_verify, **trust}
 
 
 def _control(args: argparse.Namespace, manifest: Manifest) -> tuple[Source | None, tuple[str, ...]]:

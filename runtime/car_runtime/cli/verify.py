@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from car_runtime.cli.errors import note
-from car_runtime.cli.options import add_backend_flag, add_threads_flag, subcommand
+from car_runtime.cli.options import add_backend_flag, add_threads_flag, add_trust_flags, subcommand
 from car_runtime.cli.outputs import check_distinct
 
 ABOUT = "Compare a plan on this machine with what PyTorch computed when it was exported, and measure it."
@@ -31,6 +31,7 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
         "--batch", type=_integers, default=(1,), metavar="N,…", help="images at once to measure (default: 1)"
     )
     add_threads_flag(parser)
+    add_trust_flags(parser)
     parser.add_argument("-o", "--output", type=Path, metavar="JSON", help="write the report there")
     args = parser.parse_args(arguments)
     if args.output is not None and args.output.suffix.lower() != ".json":
@@ -55,6 +56,7 @@ def run(arguments: Sequence[str]) -> int:
             check_distinct([("-o", args.output)], [Path(args.plan) / MANIFEST])
         check_writable(args.output)
     settings = {"threads": args.threads, "warmup": args.warmup, "runs": args.runs, "batches": args.batch}
+    settings |= {"require_signature": args.require_signature, "trust_engines": args.trust_engines}
     report = verify(args.plan, args.backend, **settings, log=_log)
     if args.output is not None:
         write_files({args.output: f"{json.dumps(report, allow_nan=False, ensure_ascii=False)}\n".encode()})

@@ -37,6 +37,7 @@ from car_runtime.format.schema import (
     Tensor,
     graphs_digest,
 )
+from car_runtime.format.signature import check_signature
 from car_runtime.format.sizes import problem_with_sizes
 from car_runtime.format.typed_json import parse_json
 from car_runtime.system.files import write_atomically
@@ -76,16 +77,22 @@ __all__ = [
 ]
 
 
-def read_manifest(root: str | os.PathLike[str]) -> Manifest:
-    """Read and check `root/manifest.json`; no other file is touched.
+def read_manifest(root: str | os.PathLike[str], signed_by: str | os.PathLike[str] | None = None) -> Manifest:
+    """Read and check `root/manifest.json`; no other file is touched but, if asked for, the signature.
 
-    Raises PlanError: no such directory, not a plan, not JSON, a newer format, or a broken rule.
+    signed_by: a public key (PEM file) whose owner must have signed the very bytes that are read.
+
+    Raises PlanError: no such directory, not a plan, not JSON, a newer format, a broken rule, or not so signed;
+    RequestError for a key that can't be used.
     """
     root = Path(root)
     try:
         if os.path.lexists(root / MANIFEST):
             with PlanFolder(root) as folder:
-                return parse_manifest(folder.read(MANIFEST, MANIFEST_BYTES))
+                text = folder.read(MANIFEST, MANIFEST_BYTES)
+                if signed_by is not None:
+                    check_signature(folder, text, signed_by)
+                return parse_manifest(text)
         kind = "directory" if root.is_dir() else "file" if root.exists() else "missing"
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error

@@ -1,16 +1,25 @@
-"""Files that are whole or not there: written under another name in the same directory, then renamed."""
+"""Files that are whole or not there: written under another name in the same directory, then renamed.
+
+The other name says whose it is, `.NAME.car-PID-part…`; the next writer in that directory removes those of processes
+that are gone (`car_train.files` has the same names, and folders).
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+_LEFT = re.compile(r"\..+\.car-(\d+)-part[0-9a-f]{8}")
 
 
 def write_atomically(contents: Mapping[Path, bytes]) -> None:
     """Write all of the files or none, replacing what is there. Raises OSError with the file's path as `filename`."""
+    for folder in {path.absolute().parent for path in contents}:
+        sweep(folder)
     asides = {path: aside_of(path) for path in contents}
     try:
         for path, content in contents.items():
@@ -40,7 +49,29 @@ def aside_of(path: Path) -> Path:
 
     Not one of tempfile's, whose files are private: a result should have the permissions that new files get.
     """
-    return path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}")
+    return path.with_name(f".{path.name[:40]}.car-{os.getpid()}-part{secrets.token_hex(4)}")
+
+
+def sweep(folder: Path) -> None:
+    """Remove the files that writers which are gone left in a folder; not on Windows, where asking would end them."""
+    if os.name != "posix":
+        return
+    with suppress(OSError):
+        for left in list(folder.iterdir()):
+            found = _LEFT.fullmatch(left.name)
+            if found is not None and not _runs(int(found[1])) and not left.is_dir():
+                with suppress(OSError):  # another start sweeps, too
+                    left.unlink()
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 @contextmanager

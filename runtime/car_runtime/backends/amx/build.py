@@ -12,7 +12,6 @@ import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 from car_runtime.errors import BackendError, one_line
 from car_runtime.system import cpu
 from car_runtime.system.files import replacing
+from car_runtime.system.ownership import is_closed, is_ours
 
 SOURCES = [Path(__file__).with_name(name) for name in ("tiles.h", "tiles.c", "step.c", "convnet.c")]
 ROOT = Path("~/.cache/car/native")
@@ -51,7 +51,7 @@ def load(bf16_terms: int = 1) -> Any:
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     sources = [source.read_bytes() for source in SOURCES]
     kept = _kept(hashlib.sha256(b"\0".join([*sources, *map(str.encode, flags)])).hexdigest()[:16])
-    if not _is_ours(kept):
+    if not is_ours(kept):
         if compiler is None:
             raise BackendError(
                 "the backend 'amx' is compiled on this machine, which has no C compiler; "
@@ -82,7 +82,7 @@ def _kept(key: str) -> Path:
             f"the kernels can't be kept in {folder} ({one_line(error)}); "
             "set HOME to a folder that can be written to, or use --backend openvino"
         ) from error
-    return (folder if _is_closed(folder) else _private_folder()) / f"kernels-{key}.so"
+    return (folder if is_closed(folder) else _private_folder()) / f"kernels-{key}.so"
 
 
 @cache
@@ -90,27 +90,6 @@ def _private_folder() -> Path:
     folder = tempfile.mkdtemp(prefix="car-native-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
-
-
-def _is_closed(folder: Path) -> bool:
-    """Whether nobody but this user and root can change what is in a folder, or what its path leads to."""
-    above = [folder.absolute(), *folder.absolute().parents, folder.resolve(), *folder.resolve().parents]
-    for each in dict.fromkeys(above):
-        found = each.stat()
-        others_write = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX
-        if others_write or found.st_uid not in (0, os.geteuid()):
-            return False
-    return not folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-
-
-def _is_ours(library: Path) -> bool:
-    """Whether there is a file of this user's, no link, that nobody else can write to."""
-    try:
-        found = library.lstat()
-    except FileNotFoundError:
-        return False
-    writable = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_nlink == 1 and not writable
 
 
 def _compile(compiler: list[str], output: Path) -> None:

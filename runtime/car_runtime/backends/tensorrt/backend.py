@@ -28,6 +28,7 @@ from car_runtime.backends.cuda.driver import CudaDevice, Device, Graph, opening
 from car_runtime.backends.tensorrt.engine_metadata import EngineMetadata, Profile, build_command, engines_for
 from car_runtime.backends.tensorrt.runtime_cache import RuntimeCache
 from car_runtime.backends.tensorrt.spec import FLAVOURS, RTX, TRT
+from car_runtime.backends.tensorrt.trust import digest, is_built_here
 from car_runtime.errors import BackendError, CarError, PlanError, RunError, one_line
 from car_runtime.format.manifest import Manifest
 from car_runtime.system.gpu import probe
@@ -54,9 +55,11 @@ class TensorRT(CudaBuffers):
         flavour: str,
         device: Device | None = None,
         module: Any = None,
+        trust_engines: bool = False,
     ) -> None:
         self.name = flavour
         self._root = root
+        self._trusted = trust_engines
         # The driver first: without one TensorRT does not say what is the matter.
         gpu = device.gpu if device is not None else probe()
         self._trt = module if module is not None else _import_tensorrt(flavour)
@@ -72,7 +75,7 @@ class TensorRT(CudaBuffers):
         self._uncaptured: dict[str, str] = {}
         self._launches = 0
         self._own: dict[tuple[str, str], DeviceArray] = {}
-        self._cache = RuntimeCache(root, flavour, gpu) if flavour == "rtx" else None
+        self._cache = RuntimeCache(root, flavour, gpu, trust_engines) if flavour == "rtx" else None
         self._runtime: Any = None
         self._engines: dict[str, _Engine] = {}
         try:
@@ -172,6 +175,7 @@ class TensorRT(CudaBuffers):
         """Bring an engine onto the GPU."""
         metadata = self._metadata[graph]
         with metadata.engine.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            self._check_trusted(metadata, content)
             loaded = self._runtime.deserialize_cuda_engine(content)
         if loaded is None:
             raise BackendError(
@@ -182,6 +186,16 @@ class TensorRT(CudaBuffers):
         engine = _Engine(loaded, metadata)
         self._engines[graph] = engine
         return engine
+
+    def _check_trusted(self, metadata: EngineMetadata, content: mmap.mmap) -> None:
+        """Raise BackendError where an engine was not built here, and the person doesn't trust the plan."""
+        with memoryview(content) as view:
+            if self._trusted or is_built_here(digest(view)):
+                return
+        raise BackendError(
+            f"{metadata.engine.name} was not built on this machine, and an engine is code; build it here: "
+            f"{self._remedy}, or if you trust who made it add --trust-engines"
+        )
 
     def _find(self, graph: str, inputs: Mapping[str, Buffer]) -> tuple[_Engine, int]:
         """The engine of a graph, and the profile of that name or, where the graph has none, of these shapes."""
@@ -436,16 +450,16 @@ class _Activations:
         return piece.address, piece.nbytes
 
 
-def open_rtx(root: Path, manifest: Manifest, threads: int | None) -> TensorRT:
+def open_rtx(root: Path, manifest: Manifest, threads: int | None, trust_engines: bool = False) -> TensorRT:
     """TensorRT for RTX on the first GPU. Raises BackendError with the remedy where it can't run here."""
     with opening():
-        return TensorRT(root, manifest, "rtx")
+        return TensorRT(root, manifest, "rtx", trust_engines=trust_engines)
 
 
-def open_trt(root: Path, manifest: Manifest, threads: int | None) -> TensorRT:
+def open_trt(root: Path, manifest: Manifest, threads: int | None, trust_engines: bool = False) -> TensorRT:
     """Classic TensorRT on the first GPU. Raises BackendError with the remedy where it can't run here."""
     with opening():
-        return TensorRT(root, manifest, "trt")
+        return TensorRT(root, manifest, "trt", trust_engines=trust_engines)
 
 
 def _import_tensorrt(flavour: str) -> Any:

@@ -2,7 +2,8 @@
 
 Engines for RTX hold no machine code for one GPU: that is made when a context is, in seconds to minutes, and can be
 saved. One file serves all engines of a plan. It lies next to them or, where that folder can't be written, in
-~/.cache/car. TensorRT refuses a file that doesn't fit the GPU, the driver or its version, and compiles again.
+~/.cache/car. It is code: only one that was saved here, or came with a trusted plan, is loaded. TensorRT refuses a file
+that doesn't fit the GPU, the driver or its version, and compiles again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from car_runtime.backends.tensorrt.trust import digest, is_built_here, remember
 from car_runtime.system.files import write_atomically
 from car_runtime.system.gpu import Gpu
 
@@ -22,7 +24,8 @@ DEFAULT_ROOT = Path("~/.cache/car/runtime")
 class RuntimeCache:
     """The file, and the runtime cache that all contexts share. Nothing here is ever an error."""
 
-    def __init__(self, root: Path, flavour: str, gpu: Gpu) -> None:
+    def __init__(self, root: Path, flavour: str, gpu: Gpu, trusted: bool = False) -> None:
+        self._trusted = trusted
         slug = re.sub(r"[^a-z0-9]+", "-", gpu.name.lower()).strip("-")
         name = f"runtime.{flavour}.{gpu.target}.{slug}.cache"
         plan = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
@@ -40,7 +43,8 @@ class RuntimeCache:
             self._cache = config.create_runtime_cache()
             for path in self._paths:
                 with suppress(OSError):
-                    if self._cache.deserialize(path.read_bytes()):
+                    content = path.read_bytes()
+                    if (self._trusted or is_built_here(digest(content))) and self._cache.deserialize(content):
                         self._loaded = path
                         break
         config.set_runtime_cache(self._cache)
@@ -61,6 +65,7 @@ class RuntimeCache:
                     return
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically({path: content})
+                remember(digest(content))
                 self._saved = path
                 return
 

@@ -1,0 +1,211 @@
+"""One engine thread, a bounded queue, batches of requests that fit; one for each plan.
+
+An image depends on its own request, never on what shares its batch. Whether a job was cancelled is looked at between
+scales. When a batch fails, its jobs are drawn once more one by one, so that only the one at fault ends in an error.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from threading import Condition, Thread
+from time import monotonic
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from car_runtime import Plan
+from car_runtime.request import Request
+from car_serve.errors import ServeError, served
+from car_serve.jobs import Job, ScaleEvent
+from car_serve.limits import Limits
+from car_serve.metrics import Metrics
+
+log = logging.getLogger("car_serve")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One scale of some images of one request."""
+
+    request: int
+    images: range
+    """Which of the request's images."""
+    index: int
+    last: bool
+    tokens: NDArray[np.int64]
+    """int64 [B, S, S]."""
+    seconds: float
+    preview: Callable[[], NDArray[np.uint8]]
+    """The images so far, uint8 [B, H, W, 3]."""
+
+
+def draw(plan: Plan, requests: Sequence[Request], cancelled: Callable[[int], bool]) -> Iterator[Drawn]:
+    """All scales of several requests, one request after another. One that is cancelled ends at its next scale."""
+    for number, request in enumerate(requests):
+        stream: Any = plan.stream(request)
+        try:
+            if cancelled(number):
+                continue
+            for scale in stream:
+                yield Drawn(number, scale.images, scale.index, scale.last, scale.tokens, scale.seconds, scale.preview)
+                if cancelled(number):
+                    break
+        finally:
+            stream.close()
+
+
+class Batcher:
+    """Draws the jobs of one plan in the order in which they came."""
+
+    def __init__(self, name: str, plan: Plan, limits: Limits, metrics: Metrics) -> None:
+        self.name = name
+        self.plan = plan
+        self._limits = limits
+        self._metrics = metrics
+        self._waiting: deque[Job] = deque()
+        self._running: list[Job] = []
+        self._wake = Condition()
+        self._closed = False
+        self._pace = 0.1
+        """Seconds per request, a moving average: what `Retry-After` is made of."""
+        metrics.queue_depth.labels(name).set_function(lambda: len(self._waiting))
+        metrics.in_flight.labels(name).set_function(lambda: self.depth)
+        self._thread = Thread(target=self._run, name=f"engine {name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def depth(self) -> int:
+        """Requests that wait or run."""
+        return len(self._waiting) + len(self._running)
+
+    def submit(self, job: Job) -> None:
+        """Queue a job. Raises ServeError: 429 where the queue is full, 503 where the server is about to end."""
+        with self._wake:
+            if self._closed or not self.alive:
+                raise ServeError(503, "closing", "the server is about to end; send it to another one", retry_after=5)
+            waiting = sum(not job.cancelled for job in self._waiting)
+            if waiting >= self._limits.queue:
+                self._metrics.rejected.labels("queue_full").inc()
+                raise ServeError(
+                    429,
+                    "queue_full",
+                    f"{waiting} requests are waiting already; send it again later",
+                    retry_after=self._pace * waiting,
+                )
+            job.place = waiting + len(self._running)
+            self._waiting.append(job)
+            self._wake.notify_all()
+
+    def close(self) -> None:
+        """End the thread; jobs that wait or run end as errors. Blocks until the scale that runs is done."""
+        with self._wake:
+            self._closed = True
+            for job in (*self._waiting, *self._running):
+                job.cancel()
+            self._wake.notify_all()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while batch := self._next_batch():
+            began = monotonic()
+            try:
+                self._draw(batch)
+            finally:
+                self._running = []
+            self._pace += 0.2 * ((monotonic() - began) / len(batch) - self._pace)
+
+    def _next_batch(self) -> list[Job]:
+        """The next jobs to draw together; empty once the batcher is closed and nothing waits."""
+        with self._wake:
+            while not self._closed and not self._waiting:
+                self._wake.wait()
+            until = monotonic() + self._limits.batch_wait_ms / 1000
+            while not self._closed and 0 < self._images() < self._limits.max_batch:
+                if (left := until - monotonic()) <= 0 or not self._wake.wait(left):
+                    break
+            batch: list[Job] = []
+            images = 0
+            while self._waiting:
+                job = self._waiting[0]
+                if batch and (images + len(job.images) > self._limits.max_batch or not _fit(batch[0], job)):
+                    break
+                batch.append(self._waiting.popleft())
+                images += 0 if job.cancelled else len(job.images)
+            self._running = batch  # in the same breath, so that a server that drains sees them
+            return batch
+
+    def _images(self) -> int:
+        return sum(len(job.images) for job in self._waiting if not job.cancelled)
+
+    def _draw(self, jobs: Sequence[Job]) -> None:
+        wanted = [job for job in jobs if not self._is_over(job)]
+        if not wanted:
+            return
+        self._metrics.batch_size.labels(self.name).observe(sum(len(job.images) for job in wanted))
+        for job in wanted:
+            job.began()
+        try:
+            for drawn in draw(self.plan, [job.request for job in wanted], lambda i: wanted[i].cancelled):
+                self._take(wanted[drawn.request], drawn)
+        except Exception as error:
+            log.exception("plan %s: a batch of %d failed", self.name, len(wanted))
+            left = [job for job in wanted if not job.finished]
+            for job in left:
+                if len(wanted) == 1:
+                    self._metrics.failed.labels(self.name).inc()
+                    job.end("failed", served(error))
+                else:
+                    self._draw([job])
+            return
+        for job in wanted:
+            if not self._is_over(job):  # every image has come by now
+                raise AssertionError(f"job {job.id} was left behind")
+
+    def _take(self, job: Job, drawn: Drawn) -> None:
+        if job.cancelled or job.finished:
+            return
+        scale = self.plan.manifest.scales[drawn.index]
+        pixels = drawn.preview() if job.previews or drawn.last else None
+        for i, image in enumerate(drawn.images):
+            job.tokens[image, scale.start : scale.stop] = drawn.tokens[i].reshape(-1)
+            shown = None if pixels is None else pixels[i]
+            first = not job.scales
+            job.drew(
+                ScaleEvent(
+                    image=image,
+                    index=drawn.index,
+                    last=drawn.last,
+                    side=scale.side,
+                    pixels=shown,
+                    seconds=drawn.seconds,
+                )
+            )
+            if first:
+                self._metrics.first_preview.labels(self.name).observe(job.timings["first_preview"])
+        if all(image is not None for image in job.images):
+            job.end("done")
+            self._metrics.images.labels(self.name).inc(len(job.images))
+            self._metrics.image_seconds.labels(self.name).observe(job.timings["total"])
+
+    def _is_over(self, job: Job) -> bool:
+        """Whether a job has ended, which a cancelled one does here."""
+        if not job.finished and job.cancelled:
+            self._metrics.cancelled.labels(self.name).inc()
+            why = "the server ended" if self._closed else "the request was cancelled"
+            job.end("cancelled", ServeError(503 if self._closed else 499, "cancelled", f"{why}; send it again"))
+        return job.finished
+
+
+def _fit(first: Job, other: Job) -> bool:
+    """Whether two jobs may share steps: the same scales, guided or not."""
+    a, b = first.request, other.request
+    return (a.schedule, a.guided, a.more_smooth) == (b.schedule, b.guided, b.more_smooth)

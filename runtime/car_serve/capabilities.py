@@ -1,0 +1,61 @@
+"""What can be asked of a server: the studio builds its form from it, and a program its checks."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from car_runtime import Plan, __version__
+from car_serve.service import Service
+
+
+def capabilities(service: Service) -> dict[str, Any]:
+    """Plans with classes, controls, defaults and ranges; limits; versions."""
+    limits = service.limits
+    return {
+        "version": __version__,
+        "default_plan": service.plans[0].manifest.name,
+        "plans": [plan_report(plan) for plan in service.plans],
+        "limits": {
+            "queue": limits.queue,
+            "max_batch": limits.max_batch,
+            "n": limits.max_images,
+            "body_bytes": limits.max_body,
+            "pixels": limits.max_pixels,
+            "keep_seconds": limits.keep_seconds,
+            "rate_per_minute": limits.rate_per_minute,
+        },
+        "edits": ["branch", "paint", "extend", "restyle"],
+        "formats": {"preview": "image/webp", "image": "image/png"},
+    }
+
+
+def plan_report(plan: Plan) -> dict[str, Any]:
+    """One plan's part."""
+    manifest, model = plan.manifest, plan.manifest.model
+    convention, K = model.convention, len(manifest.scales)
+    kind = model.control_type
+    controls = (
+        [] if kind is None else [{"type": kind, "convention": None if convention is None else asdict(convention)}]
+    )
+    return {
+        "name": manifest.name,
+        "image_size": model.image_size,
+        "classes": list(model.names) if model.names else [str(i) for i in range(model.classes)],
+        "controls": controls,
+        "scales": [scale.side for scale in manifest.scales],
+        "tokens": manifest.tokens,
+        "vocab": model.vocab,
+        "has_encoder": "encoder" in manifest.graphs,
+        "defaults": {**asdict(manifest.sampling), "control_strength": 1.0, "n": 1, "stop_after": K - 1},
+        "ranges": {
+            "cfg": [0, 1000],
+            "top_k": [0, model.vocab],
+            "top_p": [0, 1],
+            "control_strength": [0, 2],
+            "stop_after": [0, K - 1],
+            "seed": [0, 2**53 - 1],
+        },
+        "more_smooth": bool(manifest.more_smooth),
+        "backend": {"name": plan.backend_name, "why": plan.why},
+    }

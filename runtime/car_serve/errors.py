@@ -1,0 +1,58 @@
+"""What a client is answered when something goes wrong: a status, what it is about, and what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from car_runtime import CarError, UserError
+
+
+class ServeError(Exception):
+    """A request that is not served. `code` is one word for programs; the message ends with the remedy after "; "."""
+
+    def __init__(
+        self, status: int, code: str, message: str, *, param: str | None = None, retry_after: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.param = param
+        self.retry_after = retry_after
+
+    def body(self) -> dict[str, Any]:
+        """The JSON answer; the fields of OpenAI's errors are among ours."""
+        message = str(self)
+        what, _, remedy = message.rpartition("; ")
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {
+            "error": {
+                "message": message,
+                "what": what or message,
+                "remedy": remedy if what else "",
+                "param": self.param,
+                "code": self.code,
+                "type": kind,
+            }
+        }
+
+    def headers(self) -> dict[str, str]:
+        """`Retry-After` in whole seconds, where waiting helps."""
+        return {} if self.retry_after is None else {"Retry-After": str(max(1, round(self.retry_after)))}
+
+
+def bad_request(message: str, param: str | None = None) -> ServeError:
+    """400: a field that cannot be used."""
+    return ServeError(400, "bad_request", message, param=param)
+
+
+def served(error: BaseException) -> ServeError:
+    """An error of the runtime as an answer; of what is not meant for a client nothing but its kind is said."""
+    if isinstance(error, ServeError):
+        return error
+    if isinstance(error, UserError):
+        return bad_request(str(error))
+    if isinstance(error, CarError):
+        return ServeError(
+            500, "engine_error", "the engine failed while it drew; try again, the server's log says more"
+        )
+    return ServeError(500, "internal_error", f"{type(error).__name__} inside the server; its log says where")

@@ -1,0 +1,165 @@
+"""One accepted request from the queue to its images, and the results that are kept for a while."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from threading import Lock
+from time import monotonic
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from car_runtime.request import Request
+from car_serve.errors import ServeError
+
+State = Literal["queued", "running", "done", "failed", "cancelled"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleEvent:
+    """One image of a job after one more scale."""
+
+    image: int
+    index: int
+    last: bool
+    side: int
+    pixels: NDArray[np.uint8] | None
+    """uint8 [H, W, 3]; None where nobody asked for previews."""
+    seconds: float
+
+
+@dataclass(eq=False)
+class Job:
+    """A request that was accepted. The engine's thread writes it, coroutines read it.
+
+    Events stay in it: a reader that is slow, or comes back, holds up nobody and misses nothing.
+    """
+
+    request: Request
+    plan: str
+    previews: bool = True
+    about: dict[str, Any] = field(default_factory=dict)
+    """What a receipt says beyond the request: edits."""
+    id: str = field(default_factory=lambda: secrets.token_urlsafe(12))
+    arrived: float = field(default_factory=monotonic)
+    state: State = "queued"
+    place: int = 0
+    """Requests that were ahead of it when it was accepted."""
+    error: ServeError | None = None
+    images: list[NDArray[np.uint8] | None] = field(init=False)
+    tokens: NDArray[np.int64] = field(init=False)
+    """int64 [n, L], −1 where nothing was drawn."""
+    timings: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.images = [None] * len(self.request.seeds)
+        self.tokens = np.full(self.request.known.shape, -1, np.int64)
+        self.scales: list[ScaleEvent] = []
+        self.ended: float | None = None
+        self._cancelled = False
+        self._lock = Lock()
+        self._watchers: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more will come."""
+        return self.ended is not None
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody wants it any more; the engine looks at this between scales."""
+        return self._cancelled
+
+    def cancel(self) -> None:
+        """Ask for the end; a job that has ended stays as it is."""
+        self._cancelled = True
+
+    def began(self) -> None:
+        """The engine takes it up."""
+        self.state = "running"
+        self.timings["queue"] = monotonic() - self.arrived
+        self._wake()
+
+    def drew(self, event: ScaleEvent) -> None:
+        """One more scale of one image."""
+        if not self.scales:
+            self.timings["first_preview"] = monotonic() - self.arrived
+        self.scales.append(event)
+        if event.last:
+            self.images[event.image] = event.pixels
+        self._wake()
+
+    def end(self, state: State, error: ServeError | None = None) -> None:
+        """The last thing that happens to a job."""
+        self.error, self.state, self.ended = error, state, monotonic()
+        self.timings["total"] = self.ended - self.arrived
+        self._wake()
+
+    def _wake(self) -> None:
+        with self._lock:
+            watchers = list(self._watchers)
+        for loop, event in watchers:
+            with suppress(RuntimeError):  # a loop that was closed has no reader any more
+                loop.call_soon_threadsafe(event.set)
+
+    async def changes(self) -> AsyncIterator[None]:
+        """Yields whenever something happened, at least once, until the job has ended."""
+        watcher = (asyncio.get_running_loop(), asyncio.Event())
+        with self._lock:
+            self._watchers.add(watcher)
+        try:
+            while True:
+                finished = self.finished
+                yield
+                if finished:
+                    return
+                await watcher[1].wait()
+                watcher[1].clear()
+        finally:
+            with self._lock:
+                self._watchers.discard(watcher)
+
+    async def wait(self) -> None:
+        """Until it has ended."""
+        async for _ in self.changes():
+            pass
+
+
+class Results:
+    """Jobs by id, of the last hour and so many at most; one that has not ended is never dropped."""
+
+    def __init__(self, keep: int, seconds: float) -> None:
+        self._keep, self._seconds = keep, seconds
+        self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._lock = Lock()
+
+    def add(self, job: Job) -> None:
+        """Keep a job, and drop those whose time is over."""
+        with self._lock:
+            self._jobs[job.id] = job
+            now = monotonic()
+            ended = [j for j in self._jobs.values() if j.ended is not None]
+            for old in ended:
+                if len(self._jobs) > self._keep or now - (old.ended or now) > self._seconds:
+                    del self._jobs[old.id]
+
+    def find(self, id: str) -> Job:
+        """The job of an id. Raises ServeError (404)."""
+        with self._lock:
+            job = self._jobs.get(id)
+        if job is None:
+            raise ServeError(
+                404, "not_found", f"there is no result {id[:40]!r}, or no longer; draw it again", param="id"
+            )
+        return job
+
+    def unfinished(self) -> list[Job]:
+        """Those that the engine still owes something."""
+        with self._lock:
+            return [job for job in self._jobs.values() if not job.finished]

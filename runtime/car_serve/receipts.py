@@ -1,0 +1,73 @@
+"""What an image was made with: in the answer, and inside the PNG, so that the file alone restores everything."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from car_runtime import Plan, Result, __version__
+from car_runtime.images import png_bytes
+from car_runtime.receipt import receipts_of
+from car_serve.jobs import Job
+from car_serve.uploads import to_base64
+
+
+def receipt(plan: Plan, job: Job, image: int) -> dict[str, Any]:
+    """All settings of one image by the names of `generate`; sent again they make the same image."""
+    request, model = job.request, plan.manifest.model
+    known = not request.classless
+    name = model.names[request.label] if known and model.names else None
+    return {
+        "id": job.id,
+        "index": image,
+        "version": __version__,
+        "plan": plan.manifest.name,
+        "backend": plan.backend_name,
+        "class": {"index": request.label, "name": name} if known else None,
+        "seed": request.seeds[image],
+        "cfg": request.sampling.cfg,
+        "top_k": request.sampling.top_k,
+        "top_p": request.sampling.top_p,
+        **request.schedule.settings(),
+        **({"more_smooth": True} if request.more_smooth else {}),
+        **({"edit": job.about["edit"]} if "edit" in job.about else {}),
+    }
+
+
+def png(plan: Plan, job: Job, image: int) -> bytes:
+    """A finished image as PNG, with its receipt and its control map as text chunks.
+
+    Next to them the runtime's own receipt, for `car-run again`, `vary` and `restyle`.
+    """
+    pixels = job.images[image]
+    if pixels is None:
+        raise ValueError(f"image {image} of {job.id} is not finished")
+    about: dict[str, object] = {
+        "Software": f"car_runtime {__version__}",
+        "receipt": json.dumps(receipt(plan, job, image)),
+    }
+    if job.request.control is not None:
+        about["control"] = to_base64(png_bytes(np.array(job.request.control, np.uint8)))
+    if "edit" not in job.about:  # of tokens that were given, the runtime's receipt does not say whence
+        result = Result(images=pixels[None], tokens=job.tokens, request=job.request, timings={})
+        about |= receipts_of(plan.manifest, result)[image]
+    return png_bytes(pixels, about)
+
+
+def answer(plan: Plan, job: Job) -> dict[str, Any]:
+    """A job as JSON: its state, and what there is of its images."""
+    images = [
+        {"index": i, "seed": seed, "png": to_base64(png(plan, job, i)), "receipt": receipt(plan, job, i)}
+        for i, seed in enumerate(job.request.seeds)
+        if job.images[i] is not None
+    ]
+    return {
+        "id": job.id,
+        "state": job.state,
+        "images": images,
+        "warnings": job.about.get("warnings", []),
+        "timings": {name: round(seconds, 6) for name, seconds in job.timings.items()},
+        **({} if job.error is None else job.error.body()),
+    }

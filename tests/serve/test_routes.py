@@ -1,0 +1,294 @@
+"""What the routes answer: images equal to `Plan.generate`'s, events, edits, OpenAI's client, errors, security."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from car_runtime import open_plan
+from fixtures.serving import ROOT, SHIPPED, body, image64, pixels
+
+
+def events(url: str, request: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """All events of a stream."""
+    with httpx.stream(
+        "POST", f"{url}/v1/pictures", json=request, headers={"Accept": "text/event-stream"}, timeout=60
+    ) as answer:
+        assert answer.status_code == 200
+        return parse(answer.read().decode())
+
+
+def parse(text: str) -> list[tuple[str, dict[str, Any]]]:
+    blocks = [block.split("\n") for block in text.strip().split("\n\n")]
+    return [(lines[0].removeprefix("event: "), json.loads(lines[1].removeprefix("data: "))) for lines in blocks]
+
+
+def draw(url: str, **changes: Any) -> dict[str, Any]:
+    answer = httpx.post(f"{url}/v1/pictures", json=body(**changes), timeout=60)
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+@pytest.fixture(scope="module")
+def expected() -> Any:
+    """The images of `body()` with seeds 5 and 6, by the runtime itself."""
+    with open_plan(SHIPPED, threads=1) as plan:
+        return plan.generate(ROOT / "examples/umbrella.png", 8, 5, 2)
+
+
+def test_an_image_is_the_one_that_generate_makes(url: str, expected: Any) -> None:
+    answer = draw(url, n=2)
+    assert [image["seed"] for image in answer["images"]] == [5, 6]
+    for image, wanted in zip(answer["images"], expected.images, strict=True):
+        assert np.array_equal(pixels(image["png"]), wanted)
+    assert answer["state"] == "done"
+    assert answer["images"][0]["receipt"]["class"] == {"index": 8, "name": "fluent-travel-places"}
+
+
+def test_events_are_the_scales_in_order_and_then_the_image(url: str, expected: Any) -> None:
+    got = events(url, body())
+    assert [name for name, _ in got] == ["queued", *["scale"] * 6, "picture", "done"]
+    scales = [data for name, data in got if name == "scale"]
+    assert [scale["index"] for scale in scales] == list(range(6))
+    assert [token for scale in scales for token in scale["tokens"]] == expected.tokens[0].tolist()
+    previews = [Image.open(io.BytesIO(base64.b64decode(scale["preview"]))) for scale in scales]
+    assert {(preview.format, preview.size) for preview in previews} == {("WEBP", (64, 64))}
+    assert len({preview.tobytes() for preview in previews}) == 6
+    assert np.array_equal(pixels(got[-2][1]["png"]), expected.images[0])
+
+
+def test_a_png_carries_its_receipt_and_control(url: str) -> None:
+    image = draw(url)["images"][0]
+    text = Image.open(io.BytesIO(base64.b64decode(image["png"]))).text  # type: ignore[attr-defined]
+    receipt = json.loads(text["receipt"])
+    assert receipt == image["receipt"]
+    again = draw(
+        url,
+        control=text["control"],
+        seed=receipt["seed"],
+        cfg=receipt["cfg"],
+        top_k=receipt["top_k"],
+        top_p=receipt["top_p"],
+        **{"class": receipt["class"]["index"]},
+    )
+    assert np.array_equal(pixels(again["images"][0]["png"]), pixels(image["png"]))
+
+
+def test_the_command_makes_an_image_of_the_server_again(url: str, tmp_path: Path) -> None:
+    from car_runtime.cli.main import main
+
+    served = tmp_path / "served.png"
+    served.write_bytes(base64.b64decode(draw(url)["images"][0]["png"]))
+    assert main(["again", str(served), "-o", str(tmp_path / "again.png"), "--threads", "1"]) == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "again.png")), np.asarray(Image.open(served)))
+
+
+def test_a_result_is_found_by_its_id_and_streams_again(url: str) -> None:
+    answer = draw(url)
+    found = httpx.get(f"{url}/v1/pictures/{answer['id']}").json()
+    assert found["images"] == answer["images"]
+    again = httpx.get(f"{url}/v1/pictures/{answer['id']}", headers={"Accept": "text/event-stream"})
+    assert [name for name, _ in parse(again.text)][-2:] == ["picture", "done"]
+    assert httpx.get(f"{url}/v1/pictures/nothing").status_code == 404
+
+
+def test_a_branch_keeps_the_coarse_scales_and_draws_the_others(url: str) -> None:
+    first = events(url, body())
+    branch = events(url, body(seed=99, edit={"id": first[0][1]["id"], "scale": 2}))
+    of = [[data["tokens"] for name, data in got if name == "scale"] for got in (first, branch)]
+    assert of[0][:3] == of[1][:3]
+    assert of[0][3:] != of[1][3:]
+
+
+def test_in_painting_keeps_the_tokens_outside_the_mask(url: str) -> None:
+    first = draw(url)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:32, :32] = 255
+    stream = io.BytesIO()
+    Image.fromarray(mask).save(stream, "PNG")
+    edit = {"id": first["id"], "mask": base64.b64encode(stream.getvalue()).decode()}
+    second = draw(url, seed=77, edit=edit)
+    before, after = (pixels(answer["images"][0]["png"]).astype(int) for answer in (first, second))
+    assert np.abs(before - after)[:24, :24].mean() > 0
+    assert np.abs(before - after)[48:, 48:].mean() < np.abs(before - after)[:32, :32].mean()
+    nothing = httpx.post(
+        f"{url}/v1/pictures", json=body(edit={"id": first["id"], "mask": image64("heart.png"), "scale": 1})
+    )
+    assert nothing.status_code == 400
+
+
+def test_extending_puts_the_image_into_the_frame(url: str) -> None:
+    first = draw(url)
+    edit = {"image": first["images"][0]["png"], "frame": [0.25, 0.25, 0.75, 0.75]}
+    assert draw(url, edit=edit)["state"] == "done"
+
+
+def test_a_photo_becomes_the_control_that_the_command_makes(url: str) -> None:
+    photo = next((ROOT / "examples/photos").glob("*.jpg"), None) or next((ROOT / "examples/photos").iterdir())
+    answer = httpx.post(f"{url}/v1/controls", files={"photo": photo.read_bytes()})
+    assert answer.status_code == 200, answer.text
+    from car_runtime.format.manifest import read_manifest
+    from car_runtime.photo import control_of_photo
+
+    made, warnings = control_of_photo(photo, read_manifest(SHIPPED))
+    assert np.array_equal(pixels(answer.json()["control"]), made)
+    assert set(warnings) <= set(answer.json()["warnings"])
+
+
+def test_an_inverted_map_is_noticed_and_mended(url: str) -> None:
+    light = 255 - np.asarray(Image.open(ROOT / "examples/umbrella.png").convert("L"))
+    stream = io.BytesIO()
+    Image.fromarray(light).save(stream, "PNG")
+    control = base64.b64encode(stream.getvalue()).decode()
+    noticed = httpx.post(f"{url}/v1/controls", json={"control": control}).json()
+    assert noticed["warnings"]
+    assert not httpx.post(f"{url}/v1/controls", json={"control": control, "invert": True}).json()["warnings"]
+
+
+def test_the_openai_client_generates_edits_and_streams(url: str, expected: Any) -> None:
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["emoji-canny"]
+    control = (ROOT / "examples/umbrella.png").read_bytes()
+    edited = client.images.edit(
+        image=("umbrella.png", control), prompt="fluent-travel-places", n=2, extra_body={"seed": 5}
+    )
+    assert [
+        np.array_equal(pixels(d.b64_json), wanted) for d, wanted in zip(edited.data, expected.images, strict=True)
+    ]
+    assert np.array_equal(pixels(edited.data[0].b64_json), expected.images[0])
+    larger = client.images.generate(prompt="4", size="256x256", extra_body={"seed": 5, "control": image64()})
+    assert pixels(larger.data[0].b64_json).shape == (256, 256, 3)
+    assert client.images.generate(prompt="4").data[0].b64_json
+    stream = client.images.generate(
+        prompt="8", stream=True, partial_images=3, extra_body={"seed": 5, "control": image64()}
+    )
+    got = list(stream)
+    assert [event.type for event in got] == ["image_generation.partial_image"] * 3 + ["image_generation.completed"]
+    assert [event.partial_image_index for event in got[:3]] == [0, 1, 2]
+    assert len({event.b64_json for event in got}) == 4
+    assert np.array_equal(pixels(got[-1].b64_json), expected.images[0])
+    with pytest.raises(openai.BadRequestError, match="no class"):
+        client.images.generate(prompt="no such class")
+
+
+def test_an_openai_mask_is_transparent_where_the_image_is_drawn_anew(url: str) -> None:
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    image = base64.b64decode(draw(url)["images"][0]["png"])
+    alpha = np.full((64, 64, 4), 255, np.uint8)
+    alpha[:32, :32, 3] = 0
+    stream = io.BytesIO()
+    Image.fromarray(alpha).save(stream, "PNG")
+    made = client.images.edit(
+        image=("a.png", image), mask=("m.png", stream.getvalue()), prompt="8", extra_body={"seed": 9}
+    )
+    assert pixels(made.data[0].b64_json).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "code"),
+    [
+        ({"class": "no such class"}, 400, "bad_request"),
+        ({"control": "!"}, 400, "bad_request"),
+        ({"control": base64.b64encode(b"no image").decode()}, 400, "bad_request"),
+        ({"control": None}, 400, "bad_request"),
+        ({"n": 17}, 400, "bad_request"),
+        ({"cfg": -1}, 400, "bad_request"),
+        ({"colour": "red"}, 422, "bad_field"),
+        ({"plan": "/etc/passwd"}, 404, "no_plan"),
+        ({"edit": {"id": "gone", "scale": 1}}, 404, "not_found"),
+        ({"edit": {"image": image64(), "scale": 9}}, 400, "bad_request"),
+    ],
+)
+def test_what_cannot_be_used_is_named_with_a_remedy(
+    url: str, changes: dict[str, Any], status: int, code: str
+) -> None:
+    answer = httpx.post(f"{url}/v1/pictures", json=body(**changes), timeout=30)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (status, code)
+    assert error["what"]
+    assert error["remedy"]
+    assert str(ROOT) not in answer.text
+
+
+def test_a_body_or_an_image_too_large_is_refused_before_it_is_decoded(url: str) -> None:
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=10)
+    connection.putrequest("POST", "/v1/pictures")
+    connection.putheader("Content-Type", "application/json")
+    connection.putheader("Content-Length", str(10**9))
+    connection.endheaders()
+    assert connection.getresponse().status == 413  # on the header alone: nothing was sent
+    stream = io.BytesIO()
+    Image.new("1", (30_000, 30_000)).save(stream, "PNG")  # 112 kB as a file, 2.7 GB decoded
+    began = time.perf_counter()
+    answer = httpx.post(f"{url}/v1/pictures", json=body(control=base64.b64encode(stream.getvalue()).decode()))
+    assert answer.status_code == 413
+    assert time.perf_counter() - began < 1
+
+
+def test_other_hosts_and_other_sites_are_refused(url: str) -> None:
+    assert httpx.get(f"{url}/v1/capabilities", headers={"Host": "evil.example"}).status_code == 403
+    for origin in ("http://evil.example", "null", "http://127.0.0.1:1"):
+        assert httpx.post(f"{url}/v1/pictures", json=body(), headers={"Origin": origin}).status_code == 403
+    assert httpx.get(f"{url}/v1/capabilities", headers={"Origin": url}).status_code == 200
+
+
+def test_every_answer_carries_the_policy(url: str) -> None:
+    for path in ("/v1/capabilities", "/health/live", "/nothing"):
+        headers = httpx.get(f"{url}{path}").headers
+        assert "default-src 'self'; img-src 'self' blob: data:" in headers["content-security-policy"]
+        assert headers["x-content-type-options"] == "nosniff"
+        assert "access-control-allow-origin" not in headers
+
+
+def test_metrics_count_what_was_drawn(url: str) -> None:
+    draw(url)
+    text = httpx.get(f"{url}/metrics").text
+    for name in ("car_images_total", "car_queue_depth", "car_batch_images_bucket", "car_first_preview_seconds_sum"):
+        assert name in text
+
+
+def test_capabilities_name_what_requests_take(url: str) -> None:
+    found = httpx.get(f"{url}/v1/capabilities").json()
+    plan = found["plans"][0]
+    assert (plan["name"], plan["image_size"], plan["scales"]) == ("emoji-canny", 64, [1, 2, 3, 4, 6, 8])
+    assert plan["controls"][0]["convention"]["polarity"] == "light-on-dark"
+    assert draw(url, **{k: plan["defaults"][k] for k in ("cfg", "top_k", "top_p")})["state"] == "done"
+
+
+def test_requests_made_of_the_openapi_document_never_break_the_server(url: str) -> None:
+    schemathesis = pytest.importorskip("schemathesis")
+    from hypothesis import HealthCheck, Phase, given, settings
+
+    document = httpx.get(f"{url}/openapi.json").json()
+    schema = schemathesis.openapi.from_dict(document)
+    checked = 0
+    for result in schema.get_all_operations():
+        operation = result.ok()
+
+        @given(case=operation.as_strategy())
+        @settings(
+            max_examples=8,
+            deadline=None,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        def call(case: Any) -> None:
+            answer = case.call(base_url=url, timeout=30)
+            assert answer.status_code < 500 or answer.status_code == 503, (case.method, case.path, answer.text)
+
+        call()
+        checked += 1
+    assert checked >= 8

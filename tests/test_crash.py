@@ -1,0 +1,220 @@
+"""A process that dies at any change of a file leaves the old result or the new one, and the next start clears up."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from car_runtime.system import files as runtime_files
+from car_train import files as train_files
+from fixtures.small import small_model
+
+ROOT = Path(__file__).parents[1]
+COMPILER = shutil.which("cc")
+pytestmark = pytest.mark.skipif(sys.platform != "linux" or COMPILER is None, reason="needs Linux and a C compiler")
+
+FOLDER = """
+import sys
+from pathlib import Path
+from car_train import files
+if sys.argv[2] == "set aside":
+    files.exchange = lambda one, other: False
+target = Path(sys.argv[1])
+with files.one_writer(target), files.folder_aside(target) as aside:
+    for name in "ab":
+        (aside / name).write_text("new" + name)
+"""
+FILE = """
+import sys
+from pathlib import Path
+from car_train import files
+target = Path(sys.argv[1])
+files.write_text(target, "new")
+"""
+IMAGES = """
+import sys
+from pathlib import Path
+from car_runtime.system.files import write_atomically
+target = Path(sys.argv[1])
+write_atomically({target: b"new"})
+"""
+
+
+@pytest.fixture(scope="module")
+def killer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library that kills the process which it is loaded into."""
+    library = tmp_path_factory.mktemp("killer") / "kill_at.so"
+    assert COMPILER is not None
+    source = Path(__file__).parent / "fixtures" / "kill_at.c"
+    subprocess.run([COMPILER, "-shared", "-fPIC", "-w", "-o", library, source, "-ldl"], check=True)
+    return library
+
+
+def run_killed(killer: Path, command: list[str], under: Path, at: int) -> tuple[int, int]:
+    """Exit code, and with `at` 0 the number of changes that the process made under a folder."""
+    count = under.parent / "count"
+    env = {**os.environ, "LD_PRELOAD": str(killer), "KILL_UNDER": str(under), "KILL_AT": str(at)}
+    env |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'runtime'}:{ROOT / 'export'}", "KILL_COUNT": str(count)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.returncode, int(count.read_text()) if done.returncode == 0 else 0
+
+
+def hidden(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob(".*"))
+
+
+def campaign(
+    killer: Path,
+    command: list[str],
+    under: Path,
+    set_up: Callable[[], None],
+    whole: Callable[[], bool],
+    kills: int | None = None,
+) -> int:
+    """Kill at every change, or at so many of them, look, run again and look again; returns the number of kills."""
+    set_up()
+    code, changes = run_killed(killer, command, under, 0)
+    assert code == 0
+    assert changes >= 2
+    step, killed = 1 if kills is None else max(1, changes // kills), 0
+    for at in range(1, changes + 1, step):
+        set_up()
+        code, _ = run_killed(killer, command, under, at)
+        killed += code != 0
+        assert whole(), f"neither the old nor the new result after change {at} of {changes}"
+        assert run_killed(killer, command, under, 0)[0] == 0
+        assert whole()
+        assert hidden(under) == [], f"the start after change {at} left something"
+    assert killed >= changes // step - 1, "runs differ in their changes"
+    return killed
+
+
+@pytest.mark.parametrize("how", ["exchange", "set aside"])
+def test_a_folder_is_replaced_whole_wherever_the_process_dies(killer: Path, tmp_path: Path, how: str) -> None:
+    under = tmp_path / "under"
+    target = under / "a.plan"
+
+    def set_up() -> None:
+        shutil.rmtree(under, ignore_errors=True)
+        target.mkdir(parents=True)
+        for name in "abc":
+            (target / name).write_text("old" + name)
+
+    def whole() -> bool:
+        place = target
+        if (
+            how == "set aside" and not target.exists()
+        ):  # put back by the next start, as a system without exchange has it
+            (place,) = under.glob(".a.plan.car-*-old*")
+        found = {path.name: path.read_text() for path in place.iterdir()}
+        return found in ({n: "old" + n for n in "abc"}, {n: "new" + n for n in "ab"})
+
+    assert campaign(killer, [sys.executable, "-c", FOLDER, str(target), how], under, set_up, whole) > 10
+
+
+@pytest.mark.parametrize("program", [FILE, IMAGES], ids=["training", "runtime"])
+def test_a_file_is_replaced_whole_wherever_the_process_dies(killer: Path, tmp_path: Path, program: str) -> None:
+    under = tmp_path / "under"
+    target = under / "out.png"
+
+    def set_up() -> None:
+        shutil.rmtree(under, ignore_errors=True)
+        under.mkdir()
+        target.write_text("old")
+
+    campaign(
+        killer,
+        [sys.executable, "-c", program, str(target)],
+        under,
+        set_up,
+        lambda: target.read_text() in ("old", "new"),
+    )
+
+
+def test_what_was_set_aside_comes_back(tmp_path: Path) -> None:
+    left = tmp_path / ".a.plan.car-999999999-old0123abcd"
+    left.mkdir()
+    (left / "manifest.json").write_text("{}")
+    train_files.sweep(tmp_path)
+    assert (tmp_path / "a.plan" / "manifest.json").read_text() == "{}"
+    assert hidden(tmp_path) == []
+
+
+def test_only_leftovers_of_dead_processes_are_swept(tmp_path: Path) -> None:
+    mine = [f".x.car-{os.getpid()}-part0123abcd", ".x.part", ".x.car-1-other0123abcd", ".git", ".x.car-lock"]
+    for name in [*mine, ".x.car-999999999-part0123abcd", ".y.car-999999999-part89abcdef"]:
+        (tmp_path / name).write_text("")
+    runtime_files.sweep(tmp_path)
+    assert hidden(tmp_path) == sorted(mine)
+    (tmp_path / ".x.car-999999999-part0123abcd").write_text("")
+    train_files.sweep(tmp_path)
+    assert hidden(tmp_path) == sorted(mine)
+
+
+def test_a_second_writer_is_refused_and_the_first_named(tmp_path: Path) -> None:
+    target = tmp_path / "a.plan"
+    with (
+        train_files.one_writer(target),
+        pytest.raises(train_files.BusyError, match=rf"a\.plan is being written by process {os.getpid()}; wait"),
+        train_files.one_writer(target),
+    ):
+        pass
+    with train_files.one_writer(target):
+        pass
+    assert hidden(tmp_path) == []
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from car_train import cli, files
+def run(args):
+    with files.one_writer(Path(args.output)), files.folder_aside(Path(args.output)) as aside:
+        print(aside, flush=True)
+        time.sleep(60)
+cli.COMMANDS["data"][1].run = run
+sys.exit(cli.main(["data", "emoji", "-o", sys.argv[1]]))
+"""
+
+
+def test_sigterm_clears_up(tmp_path: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "set")]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert Path(process.stdout.readline().strip()).is_dir()
+        assert len(hidden(tmp_path)) == 2, "the folder and the lock"
+        process.send_signal(signal.SIGTERM)
+        error = process.communicate(timeout=30)[1]
+    assert process.returncode == 143
+    assert "interrupted" in error
+    assert len(error.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_an_export_is_whole_wherever_it_dies(killer: Path, tmp_path: Path) -> None:
+    from car_runtime.format.hashing import verify_files
+    from car_runtime.format.manifest import read_manifest
+    from car_train import checkpoint
+
+    under = tmp_path / "under"
+    under.mkdir()
+    target = under / "a.plan"
+    saved = checkpoint.save(small_model(), tmp_path / "run" / "step-0000001")
+    command = [sys.executable, str(ROOT / "export/build_engines.py"), str(saved), "-o", str(target)]
+    assert run_killed(killer, command, under, 0)[0] == 0, "one is there from the start"
+
+    def whole() -> bool:
+        verify_files(target, read_manifest(target))
+        return True
+
+    campaign(killer, command, under, lambda: None, whole, kills=12)
