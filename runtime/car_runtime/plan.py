@@ -157,12 +157,22 @@ def open_plan(
     check_name(backend)
     root = default_plan() if path is None else Path(path)
     manifest = read_manifest(root)
+    _check_runs(manifest)
     folder = open_folder(root)
     try:
         return _open_checked(root, folder, manifest, backend, threads, verify)
     except BaseException:
         folder.close()
         raise
+
+
+def _check_runs(manifest: Manifest) -> None:
+    """Raise PlanError for a plan whose graphs the scale loop doesn't bind: format 2 is read, but not run."""
+    if manifest.format > 1:
+        raise PlanError(
+            f"the plan {manifest.name!r} is of format {manifest.format}, which this version reads but doesn't run; "
+            "use a plan of format 1"
+        )
 
 
 def _open_checked(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -317,6 +318,21 @@ def test_a_bad_one_of_many_requests_is_named_before_anything_runs(plan: Plan, ru
             with pytest.raises(kind, match=message):
                 call([MANY[0], config])
     assert not runs
+
+
+def test_a_plan_of_format_2_is_refused_before_an_engine_opens(tmp_path: Path) -> None:
+    root = build_plan(tmp_path / "two.plan", control=False)
+    path = root / "manifest.json"
+    whole = json.loads(path.read_text())
+    step = whole["graphs"]["step"]
+    step["inputs"] += [{"name": name, "dtype": "int64", "shape": [name]} for name in ("rows", "twin")]
+    step["inputs"].append({"name": "bias", "dtype": "float32", "shape": ["B", V]})
+    if all(port["name"] != "logits" for port in step["outputs"]):
+        step["outputs"].append({"name": "logits", "dtype": "float32", "shape": ["B", "S", "S", V]})
+    path.write_text(json.dumps(whole | {"format": 2, "parameters": {}, "parameters_digest": ""}))
+    assert read_manifest(root).format == 2
+    with pytest.raises(PlanError, match="is of format 2, which this version reads but doesn't run; use a plan of"):
+        open_plan(root, "ort-cpu")
 
 
 def test_a_request_for_another_plan_is_refused(plan: Plan) -> None:
