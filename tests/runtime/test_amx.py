@@ -23,7 +23,7 @@ from car_runtime import verify as acceptance
 from car_runtime.backends.amx import backend as amx
 from car_runtime.backends.amx import build
 from car_runtime.backends.amx.convolutions import read_decoder, read_encoder
-from car_runtime.backends.amx.graph import UnsupportedGraphError
+from car_runtime.backends.amx.description import UnsupportedGraphError
 from car_runtime.backends.amx.match_transformer import read_step
 from car_runtime.backends.amx.memory import Workspace
 from car_runtime.backends.amx.transformer import Transformer

@@ -12,8 +12,7 @@ from torch.nn import functional
 
 from car_runtime.backends.amx import build
 from car_runtime.backends.amx.convnet import Convnet, ConvnetBuffers, packing_order
-from car_runtime.backends.amx.convolutions import Attend, Convolution, Convolve, Network, Norm
-from car_runtime.backends.amx.graph import UnsupportedGraphError
+from car_runtime.backends.amx.description import Attend, Convolution, Convolve, Network, Norm, UnsupportedGraphError
 from fixtures.amx_machine import needs_kernels
 
 Floats = NDArray[np.float32]

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from car_runtime.backends.amx import build
 from car_runtime.backends.amx.convnet import Convnet, ConvnetBuffers, Sizes
 from car_runtime.backends.amx.convolutions import read_decoder, read_encoder
-from car_runtime.backends.amx.graph import UnsupportedGraphError
-from car_runtime.backends.amx.match_transformer import Transformer as TransformerGraph
+from car_runtime.backends.amx.description import Transformer as TransformerGraph
+from car_runtime.backends.amx.description import UnsupportedGraphError
 from car_runtime.backends.amx.match_transformer import read_step
 from car_runtime.backends.amx.memory import Workspace
 from car_runtime.backends.amx.spec import BF16_TERMS
