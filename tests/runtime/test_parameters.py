@@ -11,12 +11,23 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from car_export.config import ExportOptions
+from car_export.plan2 import build_plan_of_2
 from car_runtime.backends.amx.description import Network, UnsupportedGraphError
-from car_runtime.backends.amx.parameters import Parameters, named_decoder, named_encoder, named_transformer
+from car_runtime.backends.amx.parameters import (
+    Parameters,
+    named_decoder,
+    named_encoder,
+    named_transformer,
+    plan_parameters,
+)
+from car_runtime.format.manifest import read_manifest
+from car_runtime.plan import default_plan
 from car_train.config import CARConfig, ModelConfig, VARConfig, VQVAEConfig
 from car_train.model import Model
 from fixtures.convolutions import reference
 from fixtures.parameter_table import Entry, parameter_table
+from fixtures.shared import build_once
 
 SIZES = {"depth": 3, "width": 64, "heads": 2}
 
@@ -182,3 +193,50 @@ def test_strides_have_to_be_the_encoders(model: Model, tmp_path: Path, strides: 
     table = parameter_table(model, weights)
     with pytest.raises(UnsupportedGraphError, match="strides"):
         named_encoder(Parameters(table, weights, "branches.a."), 64, strides)
+
+
+@pytest.fixture(scope="module")
+def plan() -> Path:
+    """A plan of format 2 of `make_model`, with one branch."""
+
+    def export(folder: Path) -> None:
+        build_plan_of_2({"sketch": make_model()}, ExportOptions(output=folder / "two.plan", name="two"))
+
+    return build_once("named-two", export) / "two.plan"
+
+
+def test_an_exported_table_gives_the_models_weights(model: Model, plan: Path) -> None:
+    """What the exporter writes is what is read here: names, places and layouts, without a graph."""
+    assert model.car is not None
+    assert model.car.branch is not None
+    manifest = read_manifest(plan)
+    whole = plan_parameters(manifest, plan)
+    made = named_transformer(whole.under("base."), whole.under("branches.sketch."), **SIZES)
+    blocks = [*model.car.base.blocks, *model.car.branch.attention_blocks]
+    for ours, theirs in zip([*made.base, *made.branch], blocks, strict=True):
+        assert np.array_equal(ours.qkv.matrix, theirs.attn.qkv_weight.numpy())
+        assert np.array_equal(ours.fc2.matrix, theirs.mlp.fc2.weight.numpy())
+    assert np.array_equal(made.head.matrix, model.car.base.head.weight.numpy())
+    fusion = model.car.branch.fusions[0]
+    assert np.array_equal(made.fusions[0].linear.matrix, fusion.get_parameter("linear.weight").numpy())
+    assert made.inject is not None
+    assert close(made.inject.matrix, model.car.branch.input_conv.weight.permute(0, 2, 3, 1).flatten(1))
+    x = torch.randn(6, 3, 3)
+    wanted = model.vqvae.decoder(model.vqvae.post_quant_conv(x[None]))[0]
+    computes(named_decoder(whole.under("vqvae."), 6), x, wanted)
+    x = torch.rand(3, 12, 12) * 2 - 1
+    wanted = model.car.branch.encoder(x[None])[0]
+    computes(named_encoder(whole.under("branches.sketch."), 64, (2, 2)), x, wanted)
+
+
+def test_a_table_of_other_graphs_is_refused(plan: Path) -> None:
+    manifest = read_manifest(plan)
+    entry = manifest.files["step.onnx"]
+    edited = replace(manifest, files={**manifest.files, "step.onnx": replace(entry, sha256=("0" * 64,))})
+    with pytest.raises(UnsupportedGraphError, match="other graphs than the plan's; "):
+        plan_parameters(edited, plan)
+
+
+def test_without_a_table_the_remedy_is_said() -> None:
+    with pytest.raises(UnsupportedGraphError, match=r"no table of parameters; export the plan again"):
+        plan_parameters(read_manifest(default_plan()), default_plan())

@@ -30,6 +30,7 @@ from car_runtime.backends.amx.description import (
     UnsupportedGraphError,
     floats,
 )
+from car_runtime.format.manifest import WEIGHTS, Manifest
 
 EPS = 1e-6
 """Of every norm of the model."""
@@ -133,6 +134,17 @@ class Parameters:
         """`name`.weight and `name`.bias."""
         matrix = self.view(f"{name}.weight", outputs, inputs)
         return Linear(matrix=matrix, bias=floats(self.view(f"{name}.bias", len(matrix))))
+
+
+def plan_parameters(manifest: Manifest, root: Path) -> Parameters:
+    """All parameters of a plan of format 2 in the folder `root`.
+
+    UnsupportedGraphError with the remedy if it has no table, or one that was written with other graphs.
+    """
+    problem = manifest.table_problem
+    if problem is not None:
+        raise UnsupportedGraphError(problem)
+    return Parameters(manifest.parameters, root / WEIGHTS)
 
 
 def named_transformer(
