@@ -386,6 +386,16 @@ def flags_of(parser: argparse.ArgumentParser) -> set[str]:
     return found
 
 
+EDITS = {
+    "paint": ["--box", "0,0,1,1"],
+    "extend": ["--left", "1"],
+    "restyle": ["--class", "1"],
+    "vary": [],
+    "again": [],
+}
+"""Editing command → what it asks for besides the image."""
+
+
 @cache
 def known_flags() -> set[str]:
     """The flags of all programs that documents name."""
@@ -393,6 +403,7 @@ def known_flags() -> set[str]:
     programs = [
         ("car_runtime", []),
         ("car_runtime", ["control", "x.jpg", "-o", "y.png"]),
+        *[("car_runtime", [word, "x.png", *more]) for word, more in EDITS.items()],
         ("car_runtime", ["doctor"]),
         ("car_runtime", ["verify"]),
     ]

@@ -37,7 +37,10 @@ TOOLS = ("torch", "onnx", "onnxscript")
 """What else decides the bytes of a graph."""
 BACKENDS = ("ort-cpu", "openvino", "amx", "amx-fp32")
 COMMANDS: dict[str, tuple[str, list[list[str]]]] = {
-    "car-run": ("car_runtime.cli.main", [[], ["control"], ["doctor"], ["verify"]]),
+    "car-run": (
+        "car_runtime.cli.main",
+        [[], *([c] for c in "paint extend restyle vary again control doctor verify".split())],
+    ),
     "python -m car_train": (
         "car_train.cli",
         [

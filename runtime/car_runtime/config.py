@@ -21,6 +21,7 @@ from car_runtime.errors import RequestError
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
+    from car_runtime.editing.edit import Edit
     from car_runtime.images import Source
     from car_runtime.schedule import Scales
 
@@ -140,6 +141,8 @@ class GenerationConfig:
     """int [L] or [n, L]: tokens to keep where `known_mask` is true (VAR's zero-shot editing; see `Plan.encode`)."""
     known_mask: ArrayLike | None = None
     """bool [L] or [n, L], given together with `known_tokens` (see `Plan.known_mask`)."""
+    edit: Edit | None = None
+    """An image to change instead of `known_tokens`: in-painting, out-painting, another class (`Edit`)."""
 
 
 def flags(group: str | None = None) -> dict[str, Flag]:

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from time import perf_counter
@@ -32,12 +32,14 @@ from car_runtime.backends.registry import check_name, open_backend
 from car_runtime.buffers import LoopBuffers
 from car_runtime.conditioning import Conditioning
 from car_runtime.config import GenerationConfig, config_of
+from car_runtime.editing.edit import composite
+from car_runtime.editing.masks import known_mask_of
 from car_runtime.errors import PlanError, RequestError
 from car_runtime.format.folder import PlanFolder, map_file, open_folder
 from car_runtime.format.hashing import verify_folder
 from car_runtime.format.manifest import WEIGHTS, Manifest, read_manifest
 from car_runtime.generate import Step, run_scales
-from car_runtime.request import Request, check_fit, check_threads, known_mask_of, resolve
+from car_runtime.request import Request, check_fit, check_threads, resolve
 
 DEFAULT_PLAN = Path(__file__).parent / "plans" / "emoji-canny.plan"
 
@@ -52,6 +54,8 @@ class Result:
     """int64 [n, L], coarse scales first, row by row; −1 at scales that were not drawn."""
     request: Request
     """The request with every default filled in: label index, seeds, sampling, schedule."""
+    edited: tuple[NDArray[np.uint8], ...] | None = None
+    """With an edit of a part: the edited images at the size of the edited frame, uint8 [H, W, 3 or 4] each."""
     timings: dict[str, float]
     """Seconds: `control`, `condition`, `scale_0` …, `decoder`, `total`. What was cached costs next to nothing."""
 
@@ -283,6 +287,8 @@ class Plan:
         """
         began = perf_counter()
         request = self._request(given, settings)
+        if request.edit is not None and request.edit.edit.harmonise:
+            request = self._harmonised(request)
         clock, images, tokens = _Clock(self._backend), [], []
         for scale, buffers in self._scales(request, clock, watched=on_scale is not None):
             if on_scale is not None:
@@ -293,7 +299,39 @@ class Plan:
                 tokens.append(buffers.all_tokens())
                 images.append(self._backend.read(buffers.image))
         timings = clock.timings() | {"total": perf_counter() - began}
-        return Result(images=np.concatenate(images), tokens=np.concatenate(tokens), request=request, timings=timings)
+        drawn = np.concatenate(images)
+        return Result(
+            images=drawn,
+            tokens=np.concatenate(tokens),
+            request=request,
+            timings=timings,
+            edited=None if request.edit is None else tuple(map(request.edit.finished, drawn)),
+        )
+
+    def _harmonised(self, request: Request) -> Request:
+        """The second request of an edit: coarse scales from the images with their first results put in."""
+        edit = request.edit
+        assert edit is not None
+        plain = replace(request, edit=edit.without_harmonise())
+        first, size = self.generate(plain), self.manifest.model.image_size
+        known = np.concatenate([self.encode(composite(edit, drawn, size)) for drawn in first.images])
+        mask = np.broadcast_to(edit.known_mask, known.shape).copy()
+        mask[:, : self.manifest.scales[edit.edit.harmonise - 1].stop] = True
+        return replace(plain, known=np.where(mask, known, 0), known_mask=mask)
+
+    def _edited(self, request: Request) -> Request:
+        """The request with the tokens of the image that it changes, if it changes one."""
+        edit = request.edit
+        if edit is None or request.encoded:
+            return request
+        tokens_L = edit.edit.tokens
+        if tokens_L is None:
+            tokens_L = self.encode(edit.frame.view(self.manifest.model.image_size))[0]
+        mask_L = edit.known_mask & (tokens_L >= 0)
+        known, mask = (
+            np.broadcast_to(a, request.known.shape).copy() for a in (np.where(mask_L, tokens_L, 0), mask_L)
+        )
+        return replace(request, known=known, known_mask=mask, encoded=True)
 
     @overload
     def stream(
@@ -346,7 +384,7 @@ class Plan:
         """The tokens to keep, bool [L], when the pixels where `repaint` (bool [H, W]) is true are to be made anew.
 
         rule: "published", as VAR's zero-shot editing does it, or "strict", by the area of every token; see
-        `car_runtime.request.known_mask_of`. Raises RequestError.
+        `car_runtime.editing.masks.known_mask_of`. Raises RequestError.
         """
         return known_mask_of(repaint, self.manifest.scales, rule)
 
@@ -366,15 +404,15 @@ class Plan:
         if "config" in settings:
             given = (settings.pop("config"), *given)
         if not (given and isinstance(given[0], Request)):
-            return resolve(self.manifest, config_of(*given, **settings))
-        request: Request = given[0]
+            return self._edited(resolve(self.manifest, config_of(*given, **settings)))
+        request = given[0]
         if given[1:] or settings:
             raise RequestError("a request stands alone; give a GenerationConfig to change settings of it")
         if (request.schedule.scales, request.known.shape[1]) != (len(self.manifest.scales), self.manifest.tokens):
             raise RequestError(
                 f"the request is not for the plan {self.manifest.name!r}; resolve it against this plan"
             )
-        return request
+        return self._edited(request)
 
     def _scales(
         self, request: Request, clock: _Clock, *, watched: bool, logits: bool = False

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,9 @@ from PIL import Image
 from car_runtime.config import PRESETS, GenerationConfig
 from car_runtime.control_checks import prepare_control
 from car_runtime.conventions import FITS
+from car_runtime.editing.edit import PreparedEdit, prepare
 from car_runtime.errors import RequestError
-from car_runtime.format.manifest import Manifest, Scale
+from car_runtime.format.manifest import Manifest
 from car_runtime.images import open_image
 from car_runtime.schedule import MAX_STRENGTH, Schedule, parse_scales
 
@@ -32,8 +33,6 @@ MAX_IMAGES = 1024
 MAX_CFG = 1000.0
 """Far above any use (4 is usual); beyond it float32 logits lose what distinguishes them."""
 MAX_SEED = 2**63 - 1
-MASK_RULES = ("published", "strict")
-"""How a mask of pixels becomes one of tokens."""
 TOP_P_OFF = 2.0
 """What the step graph is given for "no top-p": no share of the probability ever reaches it."""
 
@@ -78,6 +77,10 @@ class Request:
     """Whether codes are mixed by `smooth_noise`."""
     warnings: tuple[str, ...] = ()
     """What about the control is probably not as meant, a line each."""
+    edit: PreparedEdit | None = field(default=None, repr=False)
+    """What is changed of an image."""
+    encoded: bool = False
+    """Whether the tokens of that image are in `known`; a plan puts them there."""
 
     @property
     def guided(self) -> bool:
@@ -103,7 +106,8 @@ def resolve(manifest: Manifest, config: GenerationConfig) -> Request:
     label, sampling = resolve_label(manifest, config.label), _resolve_sampling(manifest, config)
     schedule = _resolve_schedule(manifest, config)
     check_control(manifest, config.control is not None)
-    control, warnings = _resolve_control(manifest, config)
+    edit = _resolve_edit(manifest, config)
+    control, warnings = _resolve_control(manifest, config, edit)
     return Request(
         control=control,
         label=label,
@@ -115,16 +119,29 @@ def resolve(manifest: Manifest, config: GenerationConfig) -> Request:
         known_mask=mask_nL,
         more_smooth=_resolve_smooth(manifest, config.more_smooth),
         warnings=warnings,
+        edit=edit,
     )
 
 
-def _resolve_control(manifest: Manifest, config: GenerationConfig) -> tuple[Image.Image | None, tuple[str, ...]]:
-    """The control image as the model's square, and what is to be said of it."""
+def _resolve_edit(manifest: Manifest, config: GenerationConfig) -> PreparedEdit | None:
+    if config.edit is None:
+        return None
+    if config.known_tokens is not None:
+        raise RequestError("edit and known_tokens are both given, and each says which tokens are kept; give one")
+    return prepare(manifest, config.edit)
+
+
+def _resolve_control(
+    manifest: Manifest, config: GenerationConfig, edit: PreparedEdit | None
+) -> tuple[Image.Image | None, tuple[str, ...]]:
+    """The control image as the model's square, and what is to be said of it. That of an edit covers its frame."""
     check_fit(config.fit)
     if config.control is None:
         return None, ()
-    model = manifest.model
-    return prepare_control(open_image(config.control), model.convention, model.image_size, config.fit)
+    model, image = manifest.model, open_image(config.control)
+    if edit is not None and not edit.whole:
+        image = edit.frame.cut_alike(image)
+    return prepare_control(image, model.convention, model.image_size, config.fit)
 
 
 def check_fit(fit: object) -> None:
@@ -293,68 +310,6 @@ class SmoothNoise:
         """That of the next tokens of each image, f32 [B, tokens, vocab]."""
         drawn = [stream.standard_exponential((tokens, vocab), dtype=np.float32) for stream in self._streams]
         return np.asarray(-np.log(np.maximum(np.stack(drawn), np.float32(2**-100))), np.float32)
-
-
-def known_mask_of(
-    repaint_HW: Any, scales: Sequence[Scale], rule: Literal["published", "strict"] = "published"
-) -> NDArray[np.bool_]:
-    """Which tokens to keep, bool [L], when pixels where `repaint_HW` (bool, any size) is true are made anew.
-
-    rule "published", that of VAR's zero-shot editing: a token of the last scale is kept when less than half of the
-    area it covers is to be repainted, and what is kept (1, else 0), resized bilinearly to the side of each scale, is
-    above 0.5 there; the single token of a 1×1 scale is kept always. A token of a coarser scale so goes by the few
-    finest tokens around its centre.
-    rule "strict": at every scale a token is kept when less than half of the area that it covers is to be repainted,
-    and of an image that is repainted altogether none is.
-
-    Asking for no repainted pixel at all would redraw every coarse token, and with it the whole image, for the
-    smallest spot. Raises RequestError for another mask or rule.
-    """
-    repaint = np.asarray(repaint_HW)
-    if repaint.ndim != 2 or repaint.dtype != np.bool_ or 0 in repaint.shape:
-        raise RequestError(
-            f"the repaint mask is {repaint.dtype} {list(repaint.shape)}; give booleans of shape [H, W]"
-        )
-    if rule not in MASK_RULES:
-        raise RequestError(f"there is no mask rule {rule!r}; choose {' or '.join(MASK_RULES)}")
-    if rule == "strict":
-        keep = [_cover(repaint, scale.side) < 0.5 for scale in scales]
-    else:
-        finest_SS = _cover(repaint, scales[-1].side) < 0.5
-        keep = [_resized(finest_SS, scale.side) > 0.5 for scale in scales]
-        keep = [part | (part.size == 1) for part in keep]
-    return np.concatenate([part.reshape(-1) for part in keep])
-
-
-def _resized(mask_NN: NDArray[np.bool_], side: int) -> NDArray[np.float32]:
-    """A mask at another side, f32 [side, side]: bilinear, corners not aligned, no antialiasing.
-
-    To the bit what PyTorch's `interpolate` gives on a CPU with fused multiply-add: at 16 → 13 and others many values
-    are 0.5 up to the last bit, and fall where the published code has them fall.
-    """
-    N, ratio = len(mask_NN), np.float64(np.float32(len(mask_NN)) / np.float32(side))
-    at = np.maximum(ratio * (np.arange(side) + 0.5) - 0.5, 0).astype(np.float32)
-    low = np.minimum(at.astype(np.int64), N - 1)
-    high, far = np.minimum(low + 1, N - 1), at - low.astype(np.float32)
-    values, resized = mask_NN.astype(np.float32), np.zeros((side, side), np.float32)
-    ends = ((low, np.float32(1) - far), (high, far))
-    for rows, down in ends:
-        for columns, across in ends:
-            resized += down[:, None] * across * values[rows][:, columns]
-    return resized
-
-
-def _cover(mask_HW: NDArray[np.bool_], side: int) -> NDArray[np.float64]:
-    """Share of each cell of a side × side grid that the mask covers, exact when the grid cuts through pixels."""
-    rows, columns = (_overlap(side, length) for length in mask_HW.shape)
-    return np.asarray(rows @ mask_HW.astype(np.float64) @ columns.T)
-
-
-def _overlap(cells: int, pixels: int) -> NDArray[np.float64]:
-    """[cells, pixels]: the share of each cell's length that each pixel takes; rows sum to 1."""
-    edges, grid = np.arange(cells + 1) * (pixels / cells), np.arange(pixels + 1)
-    shared = np.minimum(edges[1:, None], grid[None, 1:]) - np.maximum(edges[:-1, None], grid[None, :-1])
-    return np.asarray(np.maximum(shared, 0) * (cells / pixels))
 
 
 def _integer(name: str, value: object, low: int, high: int, remedy: str) -> int:

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from car_runtime.cli.options import settings_of
 from car_runtime.cli.run import parse_args
 from car_runtime.config import GenerationConfig, config_of, flags
+from car_runtime.editing.masks import MASK_RULES, known_mask_of
 from car_runtime.errors import RequestError
 from car_runtime.format.manifest import Manifest, read_manifest
-from car_runtime.request import MASK_RULES, Request, known_mask_of, resolve, resolve_label, uniforms
+from car_runtime.request import Request, resolve, resolve_label, uniforms
 from fixtures.runtime_plan import CLASSES, SIDES, L, V, build_plan
 
 CONTROL = np.zeros((9, 9), np.uint8)
@@ -228,9 +229,9 @@ def test_what_is_no_setting_is_said_with_the_remedy(
     assert says in str(caught.value)
 
 
-def test_every_setting_but_arrays_has_a_flag_with_its_default() -> None:
+def test_every_setting_but_arrays_and_edits_has_a_flag_with_its_default() -> None:
     names = {f.name for f in fields(GenerationConfig)}
-    assert names - flags().keys() == {"known_tokens", "known_mask"}
+    assert names - flags().keys() == {"known_tokens", "known_mask", "edit"}
     assert settings_of(parse_args([])) == {name: getattr(GenerationConfig(), name) for name in flags()}
 
 

@@ -1,4 +1,4 @@
-"""`car-run`: generates; `car-run control`, `doctor` and `verify` are commands of their own.
+"""`car-run`: generates; `COMMANDS` have words of their own.
 
 Results (paths, or one JSON object) go to stdout, everything else to stderr. Exit codes: 0 done; 2 something given
 cannot be used, one line says what and how to repair it, nothing is written; 1 failure inside; 130 interrupted. numpy
@@ -11,10 +11,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from car_runtime.cli import control, doctor, run, verify
+from car_runtime.cli import again, control, doctor, edit, run, verify
 from car_runtime.cli.errors import run_command
 
-COMMANDS = {"control": control.run, "doctor": doctor.run, "verify": verify.run}
+COMMANDS = {
+    "paint": edit.paint,
+    "extend": edit.extend,
+    "restyle": edit.restyle,
+    "vary": edit.vary,
+    "again": again.run,
+    "control": control.run,
+    "doctor": doctor.run,
+    "verify": verify.run,
+}
 """First argument → what runs with the others; without one of these, all arguments are `run`'s."""
 
 

@@ -6,7 +6,7 @@ import argparse
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -44,6 +44,11 @@ EXAMPLES = """examples:
   car-run -e d16.plan --list-classes
 
 other commands, each with its own --help:
+  car-run paint PHOTO       draw a part of a photo anew
+  car-run extend PHOTO      draw what lies beyond its edges
+  car-run restyle IMAGE     the same coarse scales, another class
+  car-run vary IMAGE        the same composition, new detail
+  car-run again PNG         the same image from what its file says, or a variation of it
   car-run control IMAGE     the control map of a photo alone
   car-run doctor [PLAN]     what this machine can run, and how to install what is missing
   car-run verify [PLAN]     does a plan do here what it did when it was exported, and how fast
@@ -53,19 +58,24 @@ other commands, each with its own --help:
 def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line. Raises RequestError on misuse."""
     parser = Parser("car-run", ABOUT, EXAMPLES)
-    _add_input_flags(parser)
+    add_input_flags(parser)
     add_settings(parser, "sampling")
     add_settings(parser, "schedule")
-    _add_output_flags(parser)
+    add_output_flags(parser)
     args = parser.parse_args(arguments)
+    check_names(parser, args)
+    return args
+
+
+def check_names(parser: Parser, args: argparse.Namespace) -> None:
+    """Raise RequestError for outputs whose names say another kind of file than is written."""
     if args.output.suffix.lower() != ".png":
         parser.error(f"the output is {str(args.output)!r}, but images are written as PNG; name it *.png")
     if args.tokens is not None and args.tokens.suffix.lower() != ".npz":
         parser.error(f"the token file is {str(args.tokens)!r}, but tokens are written as npz; name it *.npz")
-    return args
 
 
-def _add_input_flags(parser: argparse.ArgumentParser) -> None:
+def add_input_flags(parser: argparse.ArgumentParser) -> None:
     inputs = parser.add_argument_group(GROUPS["input"])
     inputs.add_argument("-e", "--engine", metavar="PLAN", help="plan directory (default: the plan in the package)")
     source = inputs.add_mutually_exclusive_group()
@@ -82,7 +92,7 @@ def _add_input_flags(parser: argparse.ArgumentParser) -> None:
     inputs.add_argument("--list-classes", action="store_true", help="print the plan's classes and stop")
 
 
-def _add_output_flags(parser: argparse.ArgumentParser) -> None:
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
     outputs = parser.add_argument_group("what to write")
     outputs.add_argument(
         "-o",
@@ -96,6 +106,11 @@ def _add_output_flags(parser: argparse.ArgumentParser) -> None:
     outputs.add_argument("--preview", type=Path, metavar="DIR", help="also the image after each scale, as PNG files")
     outputs.add_argument(
         "--tokens", type=Path, metavar="NPZ", help="also the tokens [N, L] (-1: not drawn) and the scales' sides"
+    )
+    outputs.add_argument(
+        "--no-receipt",
+        action="store_true",
+        help="leave settings and tokens out of the PNG, which `car-run again` reads",
     )
     outputs.add_argument("--json", action="store_true", help="print one JSON object instead of paths")
     outputs.add_argument("--debug", action="store_true", help="show a traceback when the program itself fails")
@@ -114,24 +129,33 @@ def run(arguments: Sequence[str]) -> int:
     if args.list_classes:
         _print_classes(manifest, args.json)
         return 0
-    _print_report(args, generate(args, root, manifest, began))
+    print_report(args, generate(args, root, manifest, began))
     return 0
 
 
-def generate(args: argparse.Namespace, root: Path, manifest: Manifest, began: float) -> dict[str, Any]:
+def generate(
+    args: argparse.Namespace,
+    root: Path,
+    manifest: Manifest,
+    began: float,
+    changes: Mapping[str, Any] | None = None,
+    inputs: Sequence[str] = (),
+) -> dict[str, Any]:
     """Draw and write; returns the report that `--json` prints. All checks come before the engine opens.
 
-    began: by `perf_counter`, from where on the time is counted.
+    began: by `perf_counter`, from where on the time is counted. changes: settings that are no flags, or instead of
+    what the flags say. inputs: files that are read besides control and photo.
     """
     from car_runtime.images import write_files
     from car_runtime.plan import open_plan
     from car_runtime.request import resolve
 
     control, said = _control(args, manifest)
-    request = resolve(manifest, GenerationConfig(**settings_of(args) | {"control": control}))
+    settings = settings_of(args) | {"control": control} | dict(changes or {})
+    request = resolve(manifest, GenerationConfig(**settings))
     request = replace(request, warnings=(*said, *request.warnings))
     paths = _image_paths(args)
-    _check_outputs(args, root, manifest, paths, request.schedule.drawn)
+    _check_outputs(args, root, manifest, paths, request.schedule.drawn, inputs)
     timings = {"read": perf_counter() - began}
     with open_plan(root, args.backend, threads=args.threads, verify=not args.no_verify) as plan:
         timings["open"] = perf_counter() - began - timings["read"]
@@ -211,7 +235,7 @@ def _preview_path(directory: Path, n: int, i: int, scale: int) -> Path:
 
 
 def _check_outputs(
-    args: argparse.Namespace, root: Path, manifest: Manifest, paths: Sequence[Path], scales: int
+    args: argparse.Namespace, root: Path, manifest: Manifest, paths: Sequence[Path], scales: int, read: Sequence[str]
 ) -> None:
     """See that everything can be written, each to a file of its own, and that no input would be replaced."""
     from car_runtime.format.manifest import MANIFEST
@@ -228,9 +252,9 @@ def _check_outputs(
         previews += [
             ("--preview", _preview_path(args.preview, args.n, i, k)) for i in range(args.n) for k in range(scales)
         ]
-    given = args.control or args.photo
     inputs = [root / name for name in (MANIFEST, *manifest.files)]
-    check_distinct([*results, *previews], inputs if given in (None, "-") else [Path(given), *inputs])
+    inputs += [Path(given) for given in (args.control, args.photo, *read) if given not in (None, "-")]
+    check_distinct([*results, *previews], inputs)
     for _, path in results:
         if path in (paths[0], args.tokens) or path.is_dir():
             check_writable(path)
@@ -279,19 +303,23 @@ def _contents(
     import numpy as np
 
     from car_runtime.images import contact_sheet, png_bytes
+    from car_runtime.receipt import receipts_of
 
     settings = _settings_report(manifest, result.request)
     label, schedule = settings.pop("class"), settings.pop("schedule")
     about = {"Software": f"car_runtime {__version__}", "version": __version__, "plan": manifest.name}
     about |= {"class": "none" if label is None else label["name"] or label["index"], **settings, **schedule}
+    receipts = [{}] * len(paths) if args.no_receipt else receipts_of(manifest, result)
+    finished = result.images if result.edited is None else result.edited
     contents = {
-        path: png_bytes(image, {**about, "seed": seed})
-        for path, image, seed in zip(paths, result.images, result.request.seeds, strict=True)
+        path: png_bytes(image, {**about, "seed": seed, **receipt})
+        for path, image, seed, receipt in zip(paths, finished, result.request.seeds, receipts, strict=True)
     }
     if args.grid:
         control = result.request.control
-        first = [] if control is None else [np.array(control)]
-        contents[_grid_path(args)] = png_bytes(contact_sheet([*first, *result.images]), {**about, "seed": args.seed})
+        first = [] if control is None or result.edited is not None else [np.array(control)]
+        sheet = contact_sheet([*first, *(np.ascontiguousarray(image[..., :3]) for image in finished)])
+        contents[_grid_path(args)] = png_bytes(sheet, {**about, "seed": args.seed})
     if args.tokens is not None:
         stream = io.BytesIO()
         np.savez_compressed(
@@ -301,7 +329,7 @@ def _contents(
     return contents
 
 
-def _print_report(args: argparse.Namespace, report: dict[str, Any]) -> None:
+def print_report(args: argparse.Namespace, report: dict[str, Any]) -> None:
     if args.json:
         print(json.dumps(report))
     else:

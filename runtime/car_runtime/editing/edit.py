@@ -1,0 +1,161 @@
+"""Edits of an image (VAR section 6): in-painting, out-painting, another class, new detail. No training is needed.
+
+    plan.generate(label="cat", edit=Edit(image="photo.jpg", mask="mask.png"))        # draw the masked part anew
+    plan.generate(label="cat", edit=Edit(image="photo.jpg", extend=(0, 0, 128, 0)))  # 128 pixels more on the right
+    plan.generate(label="dog", edit=Edit(image="cat.png", from_scale=4))             # its coarse scales, a dog
+
+The image is encoded to tokens; those that are kept are given, the others drawn (`known_tokens`). What is kept of the
+image itself is put back afterwards, pixel for pixel.
+
+Shapes: H, W pixels of the edited frame; L tokens of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from car_runtime.editing.frame import Frame, Square, box_mask, extended, square_around
+from car_runtime.editing.masks import MASK_RULES, known_mask_of
+from car_runtime.errors import RequestError
+from car_runtime.format.manifest import Manifest
+from car_runtime.images import WHITE, Source, load_image, open_image
+
+MASK_LEVEL = 128
+"""Grey level from which on a mask says "draw anew"."""
+MAX_EXTEND = 1.0
+"""Of the photo's side, the most that an edge may be moved."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Edit:
+    """What is to be changed of an image. Without mask, box and extend it is all of it."""
+
+    image: Source
+    """The photo: path, open binary file, PIL image or uint8 array."""
+    mask: Source | None = None
+    """Grey image of the photo's size, white where the model draws."""
+    box: tuple[int, int, int, int] | None = None
+    """x0, y0, x1, y1 in pixels of the photo instead of a mask; x1 and y1 excluded."""
+    extend: tuple[int, int, int, int] | None = None
+    """Pixels that the frame grows by: left, top, right, bottom, each at most the photo's own side."""
+    from_scale: int = 0
+    """0…K: the tokens of coarser scales are kept everywhere; finer ones where the image is."""
+    feather: float | None = None
+    """Pixels of the seam, 0 = none; None: 2 % of the edited square's side."""
+    rule: Literal["published", "strict"] = "published"
+    """How a mask of pixels becomes one of tokens (`Plan.known_mask`)."""
+    harmonise: int = 0
+    """0…K: that many coarse scales are encoded once more, from the image with its first result put in, and all others
+    drawn again: seams and colours come closer to the photo's. 0: off."""
+    tokens: NDArray[np.int64] | None = None
+    """[L]: the image's tokens where they are known, from its receipt; None: it is encoded."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PreparedEdit:
+    """An edit checked against a plan: all but the tokens, which need the plan's encoder."""
+
+    edit: Edit
+    frame: Frame
+    known_mask: NDArray[np.bool_]
+    """[L], true where tokens are kept."""
+    whole: bool
+    """Whether the whole image is drawn, so that no pixel is put back."""
+
+    def finished(self, drawn_NN3: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The image to hand out for one that the model drew: put into the frame, unless it is all new."""
+        return drawn_NN3 if self.whole else self.frame.paste(drawn_NN3, self.edit.feather)
+
+    def facts(self) -> dict[str, Any]:
+        """What a receipt says of the edit, as JSON has it. `part` is what keeps an image from being drawn again
+        without the photo."""
+        edit, square = self.edit, self.frame.square
+        facts: dict[str, Any] = {"edit": "whole" if self.whole else "part", "edit_from_scale": edit.from_scale}
+        if not self.whole:
+            facts |= {"edit_rule": edit.rule, "edit_harmonise": edit.harmonise, "edit_feather": edit.feather}
+            facts |= {"edit_square": f"{square.left},{square.top},{square.side}"}
+        return facts
+
+    def without_harmonise(self) -> PreparedEdit:
+        """The same edit in one pass."""
+        return replace(self, edit=replace(self.edit, harmonise=0))
+
+
+def prepare(manifest: Manifest, edit: Edit) -> PreparedEdit:
+    """Read and check an edit. Raises RequestError, which names the value and its range, and ImageError."""
+    K, size = len(manifest.scales), manifest.model.image_size
+    if "encoder" not in manifest.graphs:
+        raise RequestError(f"the plan {manifest.name!r} has no encoder, so it can't edit; export it again with one")
+    for name in ("from_scale", "harmonise"):
+        value = getattr(edit, name)
+        if type(value) is not int or not 0 <= value <= K:
+            raise RequestError(f"{name} is {value!r}, but must be a whole number in 0…{K}, the plan's scales")
+    if edit.rule not in MASK_RULES:
+        raise RequestError(f"there is no mask rule {edit.rule!r}; choose {' or '.join(MASK_RULES)}")
+    if edit.feather is not None and not 0 <= edit.feather <= 512:
+        raise RequestError(f"feather is {edit.feather!r}, but must be in 0…512 pixels; 0 is a hard edge")
+    frame, whole = _frame(edit, size)
+    keep = (
+        np.zeros(manifest.tokens, np.bool_)
+        if whole
+        else known_mask_of(frame.repaint_view(), manifest.scales, edit.rule)
+    )
+    coarse = manifest.scales[edit.from_scale - 1].stop if edit.from_scale else 0
+    keep[:coarse] = True
+    return PreparedEdit(edit=edit, frame=frame, known_mask=keep, whole=whole)
+
+
+def _frame(edit: Edit, size: int) -> tuple[Frame, bool]:
+    """The frame of an edit, and whether all of it is drawn anew."""
+    given = [name for name in ("mask", "box", "extend") if getattr(edit, name) is not None]
+    if len(given) > 1:
+        raise RequestError(f"{' and '.join(given)} are given; give one of mask, box and extend")
+    image = open_image(edit.image)
+    if not given:
+        image = load_image(image, background=WHITE)
+        side = min(image.size)
+        square = Square(left=(image.width - side) // 2, top=(image.height - side) // 2, side=side)
+        return Frame(image=image, repaint=np.ones((image.height, image.width), np.bool_), square=square), True
+    if edit.extend is not None:
+        image, repaint = extended(image, _margins(edit.extend, image.size))
+    elif edit.box is not None:
+        repaint = box_mask(image.size, edit.box)
+    else:
+        repaint = _mask(edit.mask, image.size)
+    return Frame(image=image, repaint=repaint, square=square_around(repaint, size)), False
+
+
+def _mask(source: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
+    mask = load_image(source).convert("L")
+    if mask.size != size:
+        raise RequestError(
+            f"the mask is {mask.width}×{mask.height} pixels and the image {size[0]}×{size[1]}; give one of its size, "
+            "white where it is to be drawn anew"
+        )
+    return np.asarray(mask) >= MASK_LEVEL
+
+
+def _margins(margins: Sequence[int], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    left, top, right, bottom = margins
+    sides = {"left": (left, size[0]), "top": (top, size[1]), "right": (right, size[0]), "bottom": (bottom, size[1])}
+    for name, (value, side) in sides.items():
+        if not 0 <= value <= MAX_EXTEND * side:
+            raise RequestError(
+                f"{name} is {value} pixels, but must be in 0…{side}: at most 100% of the image's side; extend twice "
+                "for more"
+            )
+    if not any(margins):
+        raise RequestError("all four edges are to be extended by 0; give one of left, top, right and bottom")
+    return left, top, right, bottom
+
+
+def composite(prepared: PreparedEdit, drawn_NN3: NDArray[np.uint8], size: int) -> Image.Image:
+    """The model's square of the frame with a first result put in, RGB of the model's size, to be encoded anew."""
+    pasted = Image.fromarray(prepared.frame.paste(drawn_NN3, prepared.edit.feather))
+    return Frame(image=pasted, repaint=prepared.frame.repaint, square=prepared.frame.square).view(size)

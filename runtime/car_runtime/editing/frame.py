@@ -1,0 +1,184 @@
+"""Where an edit takes place: the part of a photo that is drawn anew, the square the model sees, and the way back.
+
+Shapes: H, W pixels of the frame; N pixels of the model's square; h, w those of the photo before it is extended.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from car_runtime.errors import RequestError
+from car_runtime.images import WHITE, on_ground
+
+FEATHER = 0.02
+"""Default width of the seam, as a share of the edited square's side."""
+CONTEXT = 4
+"""The edited square is that many times as wide as what is drawn anew, where the frame has the room."""
+MAX_SIDE = 8192
+"""Pixels on an edge of an extended frame."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Square:
+    """A square of the frame in pixels. It may reach beyond the frame, which then goes on with its edge pixels."""
+
+    left: int
+    top: int
+    side: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Frame:
+    """A photo with the pixels that are to be drawn anew."""
+
+    image: Image.Image
+    """8-bit RGB or RGBA, [H, W]."""
+    repaint: NDArray[np.bool_]
+    """[H, W], true where the model draws."""
+    square: Square
+
+    def view(self, size: int) -> Image.Image:
+        """What the model sees: the square as RGB of `size` pixels, transparent parts white."""
+        flat = Image.fromarray(self._cut(np.asarray(on_ground(self.image, WHITE))))
+        return flat if flat.width == size else flat.resize((size, size), Image.Resampling.LANCZOS)
+
+    def cut_alike(self, image: Image.Image) -> Image.Image:
+        """The square of another image of this frame, such as its control, brought to the frame's size first."""
+        size = (self.image.width, self.image.height)
+        whole = image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+        return Image.fromarray(self._cut(np.asarray(whole)))
+
+    def repaint_view(self) -> NDArray[np.bool_]:
+        """The part of `repaint` that is in the square, bool [side, side]; beyond the frame it is all drawn anew."""
+        cut, (rows, columns) = self._cut(self.repaint), self._places()
+        inside = np.zeros_like(cut)
+        inside[np.ix_((rows >= 0) & (rows < self.image.height), (columns >= 0) & (columns < self.image.width))] = True
+        return np.asarray(cut | ~inside, np.bool_)
+
+    def paste(self, drawn_NN3: NDArray[np.uint8], feather: float | None = None) -> NDArray[np.uint8]:
+        """The frame with the drawn square put back, uint8 [H, W, 3], or [H, W, 4] for a photo with transparency.
+
+        feather: width of the seam in pixels of the frame, outside of what is drawn anew; None: 2 % of the square's
+        side; 0: none. Beyond it every pixel is the photo's own, to the byte.
+        """
+        square, (H, W) = self.square, self.repaint.shape
+        width = round(FEATHER * square.side) if feather is None else round(feather)
+        big = Image.fromarray(drawn_NN3)
+        if big.width != square.side:
+            big = big.resize((square.side, square.side), Image.Resampling.LANCZOS)
+        frame = np.array(self.image)
+        top, left = max(square.top, 0), max(square.left, 0)
+        bottom, right = min(square.top + square.side, H), min(square.left + square.side, W)
+        inner = (slice(top, bottom), slice(left, right))
+        patch = np.asarray(big)[top - square.top : bottom - square.top, left - square.left : right - square.left]
+        alpha = softened(self.repaint, width)[inner][..., None]
+        if frame.shape[2] == 4:
+            patch = np.concatenate([patch, np.full((*patch.shape[:2], 1), 255, np.uint8)], -1)
+        kept = frame[inner]
+        frame[inner] = np.where(alpha > 0, np.rint(alpha * patch + (1 - alpha) * kept), kept).astype(np.uint8)
+        return frame
+
+    def _places(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rows and columns of the frame that the square's are, also beyond its edges."""
+        along = np.arange(self.square.side)
+        return self.square.top + along, self.square.left + along
+
+    def _cut(self, values: NDArray[np.generic]) -> NDArray[np.generic]:
+        """The square of an array [H, W, …], the edge repeated beyond it."""
+        rows, columns = self._places()
+        H, W = values.shape[:2]
+        return values[np.clip(rows, 0, H - 1)][:, np.clip(columns, 0, W - 1)]
+
+
+def softened(mask_HW: NDArray[np.bool_], width: int) -> NDArray[np.float64]:
+    """1 where the mask is, falling to 0 over `width` pixels around it, f64 [H, W] in 0…1: exactly 0 from there on."""
+    values = mask_HW.astype(np.float64)
+    # Grown by the larger half of the width, then averaged over the other: the mask itself stays at 1.
+    reach = width // 2
+    for axis in (0, 1):
+        values = (_window_mean(values, width - reach, axis) > 0).astype(np.float64)
+    for axis in (0, 1):
+        values = _window_mean(values, reach, axis)
+    return values
+
+
+def _window_mean(values: NDArray[np.float64], reach: int, axis: int) -> NDArray[np.float64]:
+    """Mean of the `2 · reach + 1` neighbours along an axis, f64 of the same shape; the edge goes on beyond the array.
+
+    Exact for zeros and ones: sums of whole numbers.
+    """
+    padding, size, width = [(0, 0), (0, 0)], values.shape[axis], 2 * reach + 1
+    padding[axis] = (reach + 1, reach)
+    total = np.cumsum(np.pad(values, padding, mode="edge"), axis=axis)
+    return np.asarray(
+        (np.take(total, np.arange(width, width + size), axis) - np.take(total, np.arange(size), axis)) / width
+    )
+
+
+def square_around(repaint_HW: NDArray[np.bool_], size: int) -> Square:
+    """The square that the model sees, around what is drawn anew.
+
+    As large as the frame where that is square; else up to `CONTEXT` times the part's longer side, not below the
+    model's own `size`, within the frame where it fits. Raises RequestError for an empty mask.
+    """
+    rows, columns = np.flatnonzero(repaint_HW.any(1)), np.flatnonzero(repaint_HW.any(0))
+    if not rows.size:
+        raise RequestError("the mask is empty, so there is nothing to draw; mark what is to be drawn anew in white")
+    H, W = repaint_HW.shape
+    longer = max(rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1)
+    side = int(max(min(max(CONTEXT * longer, size), H, W), longer))
+    if H == W:
+        side = H
+    centre = ((rows[0] + rows[-1] + 1) / 2, (columns[0] + columns[-1] + 1) / 2)
+    top, left = (_placed(c, side, length) for c, length in zip(centre, (H, W), strict=True))
+    return Square(left=left, top=top, side=side)
+
+
+def _placed(centre: float, side: int, length: int) -> int:
+    """Where a stretch of `side` around a centre begins: inside 0…length where it fits, else around the middle."""
+    if side > length:
+        return (length - side) // 2
+    return int(min(max(round(centre - side / 2), 0), length - side))
+
+
+def box_mask(size: tuple[int, int], box: tuple[int, int, int, int]) -> NDArray[np.bool_]:
+    """A box as a mask, bool [H, W]. size: (W, H). box: x0, y0, x1, y1 in pixels, x1 and y1 excluded."""
+    x0, y0, x1, y1 = box
+    W, H = size
+    if not (0 <= x0 < x1 <= W and 0 <= y0 < y1 <= H):
+        raise RequestError(
+            f"the box {x0},{y0},{x1},{y1} is not inside the image of {W}×{H} pixels; give x0,y0,x1,y1 with "
+            f"0 ≤ x0 < x1 ≤ {W} and 0 ≤ y0 < y1 ≤ {H}"
+        )
+    mask = np.zeros((H, W), np.bool_)
+    mask[y0:y1, x0:x1] = True
+    return mask
+
+
+def extended(image: Image.Image, margins: tuple[int, int, int, int]) -> tuple[Image.Image, NDArray[np.bool_]]:
+    """A photo in a larger frame, and what is new of it, bool [H, W]. margins: left, top, right, bottom, in pixels.
+
+    The new part shows the photo mirrored at its edge: something to encode that goes on as the photo does.
+    """
+    left, top, right, bottom = margins
+    w, h = image.size
+    if max(w + left + right, h + top + bottom) > MAX_SIDE:
+        raise RequestError(
+            f"the extended image is {w + left + right}×{h + top + bottom} pixels, over {MAX_SIDE} on an edge; "
+            "extend it by less, or make it smaller first"
+        )
+    photo = np.asarray(image)
+    rows, columns = (_mirrored(np.arange(-a, n + b), n) for a, n, b in ((top, h, bottom), (left, w, right)))
+    new = np.ones((len(rows), len(columns)), np.bool_)
+    new[top : top + h, left : left + w] = False
+    return Image.fromarray(photo[rows][:, columns]), new
+
+
+def _mirrored(at: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+    """Indices before 0 and from n on, mirrored into 0 … n − 1."""
+    folded = np.mod(at, 2 * n)
+    return np.asarray(np.minimum(folded, 2 * n - 1 - folded), np.int64)

@@ -1,0 +1,223 @@
+"""Receipts: what an image was made of, in the PNG itself, so that it can be made again.
+
+A receipt is a text chunk of JSON: the plan's digest, the settings, the control's digest, and the tokens, packed.
+Nothing of it is believed unseen: it is read with bounds, its own digest must fit, and tokens are taken for the plan
+of that digest alone.
+
+Shapes: L tokens of an image, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from car_runtime.errors import RequestError
+from car_runtime.format.manifest import Manifest
+from car_runtime.images import FORMATS, Source, load_image, open_image
+
+if TYPE_CHECKING:
+    from car_runtime.plan import Result
+
+KEY = "car-receipt"
+CONTROL_KEY = "car-control"
+VERSION = 1
+MAX_RECEIPT = 64 * 1024
+"""Characters of a receipt that are read; one of a d16's image has about 2,000."""
+MAX_CONTROL = 4 * 1024 * 1024
+"""Characters of an enclosed control image."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Receipt:
+    """What is known of an image that a plan made."""
+
+    plan: str
+    """`plan_digest` of the plan."""
+    name: str
+    """The plan's name, for people."""
+    settings: Mapping[str, Any]
+    """Fields of `GenerationConfig` by name, as JSON has them: label, seed, cfg, top_k, top_p, schedule …"""
+    tokens: NDArray[np.int64] | None = field(default=None, repr=False)
+    """[L], −1 where a scale was not drawn; None where they were left out."""
+    control: str | None = None
+    """SHA-256 of the control image's pixels at the model's size."""
+
+
+def plan_digest(manifest: Manifest) -> str:
+    """What distinguishes plans that draw differently: SHA-256 over the names and digests of all files of a plan."""
+    lines = "".join(f"{name} {entry.sha256}\n" for name, entry in sorted(manifest.files.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def image_digest(image: Image.Image) -> str:
+    """SHA-256 of an image's size and pixels."""
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
+
+
+def pack(tokens_L: NDArray[np.int64], vocab: int) -> str:
+    """Tokens in as few bits as the vocabulary (and −1) needs, as base64; 1.4 KB for 680 tokens of 4096."""
+    bits = max(1, int(vocab).bit_length())  # vocab itself stands for −1
+    values = np.where(tokens_L < 0, vocab, tokens_L).astype(np.uint32)
+    spread = (values[:, None] >> np.arange(bits, dtype=np.uint32)) & 1
+    return base64.b64encode(np.packbits(spread.astype(np.uint8).reshape(-1)).tobytes()).decode()
+
+
+def unpack(text: str, L: int, vocab: int) -> NDArray[np.int64]:
+    """The tokens of `pack`, [L]. Raises ValueError for what it did not write."""
+    bits = max(1, int(vocab).bit_length())
+    raw = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
+    if raw.size != -(-L * bits // 8):
+        raise ValueError(f"{raw.size} bytes of tokens, not {-(-L * bits // 8)}")
+    spread = np.unpackbits(raw)[: L * bits].reshape(L, bits).astype(np.int64)
+    values = (spread << np.arange(bits)).sum(1)
+    if (values > vocab).any():
+        raise ValueError("a token beyond the vocabulary")
+    return np.asarray(np.where(values == vocab, -1, values), np.int64)
+
+
+def text_of(receipt: Receipt, vocab: int) -> str:
+    """A receipt as the text of its chunk."""
+    body: dict[str, Any] = {
+        "version": VERSION,
+        "plan": receipt.plan,
+        "name": receipt.name,
+        "settings": dict(receipt.settings),
+        "control": receipt.control,
+    }
+    if receipt.tokens is not None:
+        body["tokens"] = pack(receipt.tokens, vocab)
+    plain = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return json.dumps({"receipt": body, "sha256": hashlib.sha256(plain.encode()).hexdigest()}, separators=(",", ":"))
+
+
+def receipt_of(image: Image.Image, manifest: Manifest) -> Receipt | None:
+    """The receipt in a PNG opened by Pillow, checked against a plan; None where there is none.
+
+    Raises RequestError: altered, of another plan, or of a newer version.
+    """
+    text = getattr(image, "text", {}).get(KEY)
+    if text is None:
+        return None
+    body = _body(text)
+    if body.get("plan") != plan_digest(manifest):
+        raise RequestError(
+            f"the image was made by another plan, {str(body.get('name'))[:60]!r}, and this one is {manifest.name!r}; "
+            "name that plan with -e"
+        )
+    try:
+        packed = body.get("tokens")
+        tokens = None if packed is None else unpack(str(packed), manifest.tokens, manifest.model.vocab)
+    except (ValueError, binascii.Error) as error:
+        raise RequestError(f"the image's receipt is damaged ({error}); draw from the image itself instead") from error
+    control = body.get("control")
+    return Receipt(
+        plan=str(body["plan"]),
+        name=manifest.name,
+        settings=_settings(body.get("settings")),
+        tokens=tokens,
+        control=control if isinstance(control, str) and len(control) == 64 else None,
+    )
+
+
+def read_receipt(source: Source, manifest: Manifest) -> tuple[Image.Image, Receipt] | None:
+    """A PNG file and its receipt; None where it has none, or is no PNG.
+
+    Raises ImageError for what can't be read, RequestError as `receipt_of`.
+    """
+    open_image(source)  # which explains what can't be read, and keeps to its limits
+    with Image.open(source, formats=FORMATS) as image:  # type: ignore[arg-type]
+        image.load()
+        receipt = receipt_of(image, manifest)
+        return None if receipt is None else (image, receipt)
+
+
+def _body(text: str) -> dict[str, Any]:
+    """The checked JSON of a chunk."""
+    altered = RequestError("the image's receipt was altered or is damaged; draw from the image itself instead")
+    if len(text) > MAX_RECEIPT:
+        raise altered
+    try:
+        outer = json.loads(text)
+        body, digest = outer["receipt"], outer["sha256"]
+        plain = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise altered from error
+    if not isinstance(body, dict) or hashlib.sha256(plain.encode()).hexdigest() != digest:
+        raise altered
+    if body.get("version") != VERSION:
+        raise RequestError(
+            f"the image's receipt is of version {str(body.get('version'))[:20]}, and this program reads {VERSION}; "
+            "update the program"
+        )
+    return body
+
+
+def _settings(found: object) -> dict[str, Any]:
+    """Settings of plain types alone; what they may be is `resolve`'s to check."""
+    if not isinstance(found, dict):
+        return {}
+    plain = (str, int, float, bool, type(None))
+    return {str(k): v for k, v in found.items() if isinstance(v, plain)}
+
+
+def receipts_of(manifest: Manifest, result: Result) -> list[dict[str, str]]:
+    """The text chunks of each image of a result: its receipt and, where there is one, its control image."""
+    request, digest = result.request, plan_digest(manifest)
+    control = request.control
+    settings: dict[str, Any] = {
+        "label": None if request.classless else request.label,
+        "cfg": request.sampling.cfg,
+        "top_k": request.sampling.top_k % manifest.model.vocab,
+        "top_p": request.sampling.top_p,
+        **request.schedule.settings(),
+        **({"more_smooth": True} if request.more_smooth else {}),
+        **({} if request.edit is None else request.edit.facts()),
+    }
+    enclosed = {} if control is None else {CONTROL_KEY: control_text(control)}
+    return [
+        {
+            KEY: text_of(
+                Receipt(
+                    plan=digest,
+                    name=manifest.name,
+                    settings={**settings, "seed": seed},
+                    tokens=tokens,
+                    control=None if control is None else image_digest(control),
+                ),
+                manifest.model.vocab,
+            ),
+            **enclosed,
+        }
+        for seed, tokens in zip(request.seeds, result.tokens, strict=True)
+    ]
+
+
+def control_text(control: Image.Image) -> str:
+    """A control image as the text of its chunk: PNG in base64."""
+    stream = io.BytesIO()
+    control.save(stream, "PNG", optimize=True)
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+def control_of(image: Image.Image, receipt: Receipt, size: int) -> Image.Image | None:
+    """The control image that a PNG encloses, RGB of the model's size, if it is the one of its receipt; else None."""
+    text = getattr(image, "text", {}).get(CONTROL_KEY)
+    if text is None or receipt.control is None or len(text) > MAX_CONTROL:
+        return None
+    try:
+        stream = io.BytesIO(base64.b64decode(text, validate=True))
+    except (ValueError, binascii.Error):
+        return None
+    control = load_image(stream)
+    return control if control.size == (size, size) and image_digest(control) == receipt.control else None

@@ -1,0 +1,322 @@
+"""Editing on the shipped plan: what is kept is kept, to the token and to the byte; receipts say what they may."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from car_runtime import RequestError, open_plan
+from car_runtime import receipt as receipts
+from car_runtime.cli.main import main
+from car_runtime.editing.edit import Edit, prepare
+from car_runtime.editing.frame import Frame, Square, softened, square_around
+from car_runtime.format.manifest import read_manifest
+from car_runtime.plan import Plan, default_plan
+
+CONTROL = Path(__file__).parents[2] / "examples" / "umbrella.png"
+LABEL = "fluent-objects"
+
+
+@pytest.fixture(scope="module")
+def plan() -> Iterator[Plan]:
+    with open_plan(None, "ort-cpu", threads=1) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image that the command wrote, with its receipt."""
+    path = tmp_path_factory.mktemp("drawn") / "a.png"
+    assert main(["--control", str(CONTROL), "--class", LABEL, "--seed", "5", "-o", str(path)]) == 0
+    return path
+
+
+def photo(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    """Noise, in which any pixel that changes is seen."""
+    shape = (height, width, len(mode))
+    return Image.fromarray(np.random.default_rng(width).integers(0, 256, shape, np.uint8))
+
+
+def marked(width: int, height: int, box: tuple[int, int, int, int]) -> np.ndarray:
+    mask = np.zeros((height, width), np.bool_)
+    mask[box[1] : box[3], box[0] : box[2]] = True
+    return mask
+
+
+# -- the frame ------------------------------------------------------------------
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 12))
+def test_a_seam_is_one_on_the_mask_and_nothing_beyond_its_width(x: int, y: int, width: int) -> None:
+    mask = marked(48, 44, (x, y, x + 5, y + 3))
+    alpha = softened(mask, width)
+    rows, columns = np.indices(mask.shape)
+    ys, xs = np.nonzero(mask)
+    away = np.maximum(  # in the larger of both directions
+        np.maximum(ys.min() - rows, rows - ys.max()), np.maximum(xs.min() - columns, columns - xs.max())
+    )
+    assert (alpha[mask] == 1).all()
+    assert (alpha[away > width] == 0).all()
+    assert ((alpha >= 0) & (alpha <= 1)).all()
+
+
+@given(st.integers(20, 90), st.integers(20, 90), st.data())
+def test_the_square_covers_what_is_drawn_and_stays_in_the_frame_where_it_fits(
+    width: int, height: int, data: st.DataObject
+) -> None:
+    x, y = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
+    box = (x, y, data.draw(st.integers(x + 1, width)), data.draw(st.integers(y + 1, height)))
+    square = square_around(marked(width, height, box), 16)
+    assert square.left <= box[0]
+    assert box[2] <= square.left + square.side
+    assert square.top <= box[1]
+    assert box[3] <= square.top + square.side
+    if square.side <= min(width, height):
+        assert 0 <= square.left <= width - square.side
+        assert 0 <= square.top <= height - square.side
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+@pytest.mark.parametrize("feather", [0, 3, None])
+def test_beyond_the_seam_every_byte_is_the_photos(mode: str, feather: int | None) -> None:
+    image, mask = photo(200, 90, mode), marked(200, 90, (120, 30, 150, 60))
+    square = square_around(mask, 64)
+    pasted = Frame(image=image, repaint=mask, square=square).paste(np.full((64, 64, 3), 7, np.uint8), feather)
+    width = round(0.02 * square.side) if feather is None else feather
+    changed = (pasted != np.asarray(image)).any(-1)
+    ys, xs = np.nonzero(changed)
+    assert pasted.shape == (90, 200, len(mode))
+    assert (pasted[mask][:, :3] == 7).all()
+    assert 120 - width <= xs.min()
+    assert xs.max() < 150 + width
+    assert 30 - width <= ys.min()
+    assert ys.max() < 60 + width
+
+
+def test_a_square_beyond_the_frame_goes_on_with_its_edge() -> None:
+    image = photo(30, 80)
+    frame = Frame(image=image, repaint=marked(30, 80, (0, 5, 30, 75)), square=Square(left=-20, top=5, side=70))
+    seen = np.asarray(frame.view(70))
+    assert (seen[:, :20] == seen[:, 20:21]).all()
+    assert frame.repaint_view().all()
+    assert frame.paste(np.zeros((70, 70, 3), np.uint8), 0).shape == (80, 30, 3)
+
+
+# -- tokens ---------------------------------------------------------------------
+
+
+def test_an_edit_is_known_tokens_of_the_encoded_image(plan: Plan) -> None:
+    """The same as the sketch that it replaces; that one is held to PyTorch elsewhere."""
+    size = plan.manifest.model.image_size
+    image, mask = photo(size, size), marked(size, size, (0, 0, 40, 24))
+    edit = Edit(image=image, mask=Image.fromarray(mask))
+    made = plan.generate(CONTROL, LABEL, 3, 2, edit=edit)
+    known, keep = plan.encode(image)[0], plan.known_mask(mask)
+    by_hand = plan.generate(CONTROL, LABEL, 3, 2, known_tokens=known, known_mask=keep)
+    assert (made.tokens == by_hand.tokens).all()
+    assert (made.tokens[:, keep] == known[keep]).all()
+    assert (made.tokens[0] != made.tokens[1]).any()
+    assert made.edited is not None
+    outside = softened(mask, round(0.02 * size)) == 0
+    for edited in made.edited:
+        assert (edited[outside] == np.asarray(image)[outside]).all()
+
+
+@pytest.mark.parametrize("rule", ["published", "strict"])
+def test_coarse_scales_are_kept_up_to_the_one_that_is_named(plan: Plan, rule: str) -> None:
+    size, scales = plan.manifest.model.image_size, plan.manifest.scales
+    image = photo(size, size)
+    made = plan.generate(CONTROL, 3, edit=Edit(image=image, from_scale=4, rule=rule))  # type: ignore[arg-type]
+    stop = scales[3].stop
+    assert (made.tokens[0, :stop] == plan.encode(image)[0, :stop]).all()
+    assert made.tokens.shape == (1, plan.manifest.tokens)
+    assert made.edited is not None
+    assert (made.edited[0] == made.images[0]).all(), "no pixel of it is put back"
+
+
+def test_everything_kept_is_the_encoded_image_again(plan: Plan) -> None:
+    size, K = plan.manifest.model.image_size, len(plan.manifest.scales)
+    image = photo(size, size)
+    made = plan.generate(CONTROL, 0, edit=Edit(image=image, from_scale=K))
+    assert (made.tokens[0] == plan.encode(image)[0]).all()
+
+
+def test_harmonising_takes_the_coarse_scales_of_the_first_result(plan: Plan) -> None:
+    size = plan.manifest.model.image_size
+    edit = Edit(image=photo(size, size), box=(0, 0, size, size // 2), harmonise=3, feather=0)
+    made = plan.generate(CONTROL, 0, edit=edit)
+    first = plan.generate(CONTROL, 0, edit=Edit(image=photo(size, size), box=edit.box, feather=0))
+    assert first.edited is not None
+    stop = plan.manifest.scales[2].stop
+    assert (made.tokens[0, :stop] == plan.encode(first.edited[0])[0, :stop]).all()
+
+
+def test_an_extended_frame_keeps_the_photo(plan: Plan) -> None:
+    image = photo(90, 60)
+    made = plan.generate(CONTROL, 0, edit=Edit(image=image, extend=(10, 0, 30, 5), feather=0))
+    assert made.edited is not None
+    assert made.edited[0].shape == (65, 130, 3)
+    assert (made.edited[0][:60, 10:100] == np.asarray(image)).all()
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        ({"box": (0, 0, 65, 3)}, "not inside the image of 64×64"),
+        ({"box": (5, 5, 5, 9)}, "not inside"),
+        ({"extend": (0, 0, 0, 0)}, "extended by 0"),
+        ({"extend": (65, 0, 0, 0)}, "at most 100%"),
+        ({"from_scale": 7}, "from_scale is 7, but must be a whole number in 0…6"),
+        ({"harmonise": -1, "box": (0, 0, 9, 9)}, "harmonise is -1"),
+        ({"rule": "loose"}, "no mask rule 'loose'"),
+        ({"feather": -1.0}, "feather is -1.0"),
+        ({"mask": np.zeros((64, 64), np.uint8)}, "the mask is empty"),
+        ({"mask": np.zeros((64, 63), np.uint8)}, "63×64 pixels and the image 64×64"),
+        ({"mask": np.zeros((64, 64), np.uint8), "box": (0, 0, 9, 9)}, "give one of mask, box and extend"),
+    ],
+)
+def test_a_bad_edit_is_refused_with_its_range(edit: dict[str, object], said: str) -> None:
+    with pytest.raises(RequestError, match=said.replace("(", r"\(")):
+        prepare(read_manifest(default_plan()), Edit(image=photo(64, 64), **edit))  # type: ignore[arg-type]
+
+
+def test_an_edit_and_known_tokens_exclude_each_other(plan: Plan) -> None:
+    known = np.zeros(plan.manifest.tokens, int)
+    with pytest.raises(RequestError, match="give one"):
+        plan.generate(CONTROL, edit=Edit(image=photo(64, 64)), known_tokens=known, known_mask=known == 0)
+
+
+# -- receipts -------------------------------------------------------------------
+
+
+@given(st.integers(1, 5000), st.integers(1, 60), st.randoms(use_true_random=False))
+def test_packed_tokens_come_back(vocab: int, L: int, random: object) -> None:
+    tokens = np.array([random.randint(-1, vocab - 1) for _ in range(L)], np.int64)  # type: ignore[attr-defined]
+    assert (receipts.unpack(receipts.pack(tokens, vocab), L, vocab) == tokens).all()
+
+
+def test_a_d16s_receipt_is_under_2_kb() -> None:
+    tokens = np.random.default_rng(0).integers(0, 4096, 680)
+    receipt = receipts.Receipt(plan="0" * 64, name="d16", settings={"seed": 1}, tokens=tokens, control="0" * 64)
+    assert len(receipts.text_of(receipt, 4096)) <= 2048
+
+
+def _with_chunk(path: Path, change: object) -> io.BytesIO:
+    """The image with its receipt's text changed."""
+    from PIL import PngImagePlugin
+
+    with Image.open(path) as image:
+        image.load()
+        info, stream = PngImagePlugin.PngInfo(), io.BytesIO()
+        info.add_text(receipts.KEY, change(image.text[receipts.KEY]))  # type: ignore[attr-defined, operator]
+        image.save(stream, "PNG", pnginfo=info)
+    stream.seek(0)
+    return stream
+
+
+def _of_another_plan(text: str) -> str:
+    import hashlib
+
+    body = json.loads(text)["receipt"] | {"plan": "1" * 64, "name": "other\x1b[2J"}
+    plain = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return json.dumps({"receipt": body, "sha256": hashlib.sha256(plain.encode()).hexdigest()})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda text: text.replace('"seed":5', '"seed":6'), "altered or is damaged"),
+        (lambda text: "[" * 60_000, "altered or is damaged"),
+        (lambda text: text + " " * 70_000, "altered or is damaged"),
+        (lambda text: "{}", "altered or is damaged"),
+        (_of_another_plan, "made by another plan"),
+    ],
+)
+def test_a_foreign_receipt_is_refused(drawn: Path, change: object, said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        receipts.read_receipt(_with_chunk(drawn, change), read_manifest(default_plan()))
+
+
+def test_again_draws_the_same_file(drawn: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    same = drawn.with_name("same.png")
+    assert main(["again", str(drawn), "-o", str(same)]) == 0
+    assert same.read_bytes() == drawn.read_bytes()
+    assert "agrees: 130 of 130 tokens" in capsys.readouterr().err
+
+
+def test_again_with_a_flag_is_the_same_but_for_it(drawn: Path) -> None:
+    other, direct = drawn.with_name("other.png"), drawn.with_name("direct.png")
+    assert main(["again", str(drawn), "--seed", "9", "-o", str(other)]) == 0
+    assert main(["--control", str(CONTROL), "--class", LABEL, "--seed", "9", "-o", str(direct)]) == 0
+    assert other.read_bytes() == direct.read_bytes()
+
+
+def test_variations_share_the_composition(plan: Plan, drawn: Path) -> None:
+    """Those of a receipt: the tokens are the image's own, where encoding it would give others."""
+    grid = drawn.with_name("v.png")
+    tokens = drawn.with_name("v.npz")
+    args = ["vary", str(drawn), "--from-scale", "3", "-n", "2", "--seed", "7"]
+    assert main([*args, "-o", str(grid), "--tokens", str(tokens)]) == 0
+    first = plan.generate(CONTROL, LABEL, 5).tokens[0]
+    varied, stop = np.load(tokens)["tokens"], plan.manifest.scales[2].stop
+    assert (varied[:, :stop] == first[:stop]).all()
+    assert (varied[0] != varied[1]).any()
+
+
+def test_no_receipt_leaves_it_out(drawn: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bare = drawn.with_name("bare.png")
+    assert main(["again", str(drawn), "-o", str(bare), "--no-receipt"]) == 0
+    with Image.open(bare) as image:
+        assert receipts.KEY not in image.text  # type: ignore[attr-defined]
+        assert receipts.CONTROL_KEY not in image.text  # type: ignore[attr-defined]
+    assert main(["again", str(bare), "-o", str(bare.with_name("x.png"))]) == 2
+    assert "has no receipt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["paint", "PHOTO", "--box", "1,2,3"], "give four numbers"),
+        (["paint", "PHOTO"], "one of the arguments --mask --box is required"),
+        (["extend", "PHOTO", "--left", "half"], "give pixels, 64, or a share, 25%"),
+        (["extend", "PHOTO", "--control", str(CONTROL)], "extended by 0"),
+        (["extend", "PHOTO", "--left", "120%", "--control", str(CONTROL)], "at most 100%"),
+        (["restyle", "PHOTO"], "add --class"),
+        (["vary", "PHOTO", "--control", str(CONTROL), "--from-scale", "99"], "from_scale is 99"),
+        (["paint", "PHOTO", "--box", "0,0,9,9", "--control", str(CONTROL), "-o", "PHOTO"], "would replace the input"),
+        (["again", "PHOTO"], "has no receipt"),
+        (["again", "gone.png"], "there is no image"),
+    ],
+)
+def test_misuse_is_one_line_and_writes_nothing(
+    args: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    photo(64, 64).save("photo.png")
+    assert main([arg.replace("PHOTO", "photo.png") for arg in args]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
+
+
+def test_painting_a_part_keeps_a_large_photo(tmp_path: Path) -> None:
+    image = photo(150, 100)
+    image.save(tmp_path / "photo.png")
+    args = ["paint", str(tmp_path / "photo.png"), "--box", "60,20,90,50", "--control", str(CONTROL)]
+    assert main([*args, "--feather", "0", "-o", str(tmp_path / "out.png")]) == 0
+    with Image.open(tmp_path / "out.png") as out:
+        changed = (np.asarray(out) != np.asarray(image)).any(-1)
+    assert out.size == (150, 100)
+    assert changed[20:50, 60:90].any()
+    changed[20:50, 60:90] = False
+    assert not changed.any()
+    assert main(["again", str(tmp_path / "out.png"), "-o", str(tmp_path / "x.png")]) == 2, "the photo isn't in it"
