@@ -65,11 +65,8 @@ def base_digest(model: Model) -> str:
     return total.hexdigest()
 
 
-def check_branches(models: Mapping[str, Model], default: str | None) -> None:
-    """Raise ExportError unless the models are branches on one base, and `default` is one of them."""
-    names = list(models)
-    if default is not None and default not in names:
-        raise ExportError(f"--default-branch {default} is not one of the plan's branches: {', '.join(names)}")
+def check_branches(models: Mapping[str, Model]) -> None:
+    """Raise ExportError unless the models are branches on one base."""
     for name, model in models.items():
         if not BRANCH_NAME.fullmatch(name):
             raise ExportError(f"a branch is called {name!r}; a name is 1 to 32 of a-z, 0-9, _ and -")
@@ -109,6 +106,9 @@ class PlanBuilder2(PlanBuilder):
             made = self.model if model is first else compute_model(reference, options.precision)
             assert made.car is not None
             made.car.base, made.vqvae = self.car.base, self.model.vqvae
+            assert reference.car is not None
+            assert self.reference.car is not None
+            reference.car.base, reference.vqvae = self.reference.car.base, self.reference.vqvae
             self.branches[name], self.references[name] = made, reference
 
     def build(self) -> schema.Manifest:
@@ -294,7 +294,9 @@ def build_plan_of_2(models: Mapping[str, Model], options: ExportOptions, log: Lo
     {"": model} makes a plan without branches. Raises ExportError or verify.VerificationError.
     """
     if "" not in models:
-        check_branches(models, None)
+        check_branches(models)
+    if options.precision == "bf16":
+        raise ExportError("bf16 plans are of format 1; choose --precision fp16 or fp32, or --format 1")
     with plan_written_aside(options.output) as aside:
         builder = PlanBuilder2(models, options, aside, log)
         builder.build()
