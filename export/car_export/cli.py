@@ -76,9 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="plan format: 2 has the control branch in graphs of its own, so that a plan can hold several "
         "(default: 1, or 2 with several checkpoints)",
     )
-    parser.add_argument(
-        "--default-branch", metavar="NAME", help="the branch of a control that names none (first)"
-    )
+    parser.add_argument("--default-branch", metavar="NAME", help="the branch of a control that names none (first)")
     parser.add_argument("--class-names", type=Path, help="text file with one class name per line")
     parser.add_argument("--verify", action="store_true", help="don't build: compare the existing plan with the model")
     parser.add_argument(

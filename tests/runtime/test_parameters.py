@@ -205,6 +205,7 @@ def plan() -> Path:
     return build_once("named-two", export) / "two.plan"
 
 
+@pytest.mark.slow
 def test_an_exported_table_gives_the_models_weights(model: Model, plan: Path) -> None:
     """What the exporter writes is what is read here: names, places and layouts, without a graph."""
     assert model.car is not None
@@ -229,6 +230,7 @@ def test_an_exported_table_gives_the_models_weights(model: Model, plan: Path) ->
     computes(named_encoder(whole.under("branches.sketch."), 64, (2, 2)), x, wanted)
 
 
+@pytest.mark.slow
 def test_a_table_of_other_graphs_is_refused(plan: Path) -> None:
     manifest = read_manifest(plan)
     entry = manifest.files["step.onnx"]
