@@ -125,8 +125,11 @@ def test_other_fusions_agree_with_pytorch(kind: dict[str, str], tmp_path: Path) 
     car = CARConfig(control_type="sketch", encoder_widths=(8, 16), encoder_strides=(4,), **kind)  # type: ignore[arg-type]
     torch.manual_seed(5)
     model = Model(replace(config, car=car)).requires_grad_(False).eval()
-    for parameter in model.parameters():
-        parameter.add_(0.05 * torch.randn(parameter.shape))
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2:
+            parameter.normal_(std=parameter[0].numel() ** -0.5)
+        elif "norm" not in name:
+            parameter.add_(0.05 * torch.randn(parameter.shape))
     build_plan_of_2({"sketch": model}, ExportOptions(output=tmp_path / "one.plan", name="one"))
 
 
