@@ -153,6 +153,7 @@ class Verifier2(Verifier):
         side, C, h = self.manifest.scales[k].side, self.manifest.model.width, self.fused.blocks
         weight = 1.0 if self.branch else 0.0
         name = self.branch or next(iter(self.manifest.model.branches))
+        dtypes = {port.name: port.dtype for port in self.manifest.graphs["step"].inputs}
         feed: Arrays = {
             "mix": np.full((1, R), weight, np.float32),
             "keep": np.full(R, 1 - weight, np.float32),
@@ -161,9 +162,10 @@ class Verifier2(Verifier):
             "c": self.outputs[k][None] if self.branch else np.zeros((1, h, side, side, R, C), np.float32),
         }
         for i in range(h):
-            for port in FUSIONS[self.fused.fusion]:
-                key = port.replace("_", ".", 1)
-                feed[f"fusion_{port}_{i}"] = self.parameter(f"branches.{name}.fusions.{i}.{key}")[None]
+            for kind in FUSIONS[self.fused.fusion]:
+                port = f"fusion_{kind}_{i}"
+                value = self.parameter(f"branches.{name}.fusions.{i}.{kind.replace('_', '.', 1)}")
+                feed[port] = value.astype(dtypes[port])[None]
         return feed
 
 
