@@ -172,13 +172,19 @@ class OldGraph:
         return self.array(name)
 
 
+def graphs_of(root: Path, manifest: schema.Manifest, names: Iterable[str]) -> dict[str, OldGraph]:
+    """Graphs of a plan by their names in its manifest."""
+    weights = np.memmap(root / schema.WEIGHTS, np.uint8, "r")
+    return {name: OldGraph(root / manifest.graphs[name].file, weights) for name in names}
+
+
 @dataclass(frozen=True)
 class OldPlan:
     """A plan of format 1, checked, and the graphs that hold its model."""
 
     root: Path
     manifest: schema.Manifest
-    graphs: Mapping[str, OldGraph]
+    graphs: dict[str, OldGraph]
 
     @staticmethod
     def read(root: Path) -> OldPlan:
@@ -193,13 +199,12 @@ class OldPlan:
         if "encoder" not in manifest.graphs:
             raise ExportError(f"{root} has no encoder, which is part of its model; {REMEDY}")
         schema.verify_files(root, manifest)
-        wanted = [name for name in ("control", "condition", "step", "decoder", "encoder") if name in manifest.graphs]
+        parts: list[str] = ["control", "condition", "step", "decoder", "encoder"]
+        wanted = [name for name in parts if name in manifest.graphs]
         checked, size = Checked(), manifest.files[schema.WEIGHTS].bytes
         for name in wanted:
             check_graph((root / manifest.graphs[name].file).read_bytes(), manifest.graphs[name], size, checked)
-        weights = np.memmap(root / schema.WEIGHTS, np.uint8, "r")
-        found = {name: OldGraph(root / manifest.graphs[name].file, weights) for name in wanted}
-        return OldPlan(root, manifest, found)
+        return OldPlan(root, manifest, graphs_of(root, manifest, wanted))
 
     def constant(self, name: str, k: int) -> np.ndarray:
         """A constant of scale k."""
@@ -482,12 +487,12 @@ def upgrade(source: Path, output: Path, name: str | None = None, log: Log = lamb
 def _check_temperatures(old: OldPlan, directory: Path, builder: Upgrade) -> None:
     """Raise ExportError unless the new graphs hold the old temperatures, which are folded, to the bit."""
     manifest = schema.read_manifest(directory)
-    weights = np.memmap(directory / schema.WEIGHTS, np.uint8, "r")
     parts = [("step", "car.base.", builder.car.base.blocks)]
     if builder.branch:
         parts.append((f"branch.{builder.branch}", "branch.", builder.car.branch_blocks))
-    for kind, prefix, blocks in parts:
-        graph = OldGraph(directory / manifest.graphs[kind].file, weights)
+    for (_, prefix, blocks), graph in zip(
+        parts, graphs_of(directory, manifest, [part[0] for part in parts]).values(), strict=True
+    ):
         for i in range(len(blocks)):
             was = temperature(old, f"car.{prefix.removeprefix('car.')}blocks.{i}.attn")
             now = graph.temperature(f"{prefix}blocks.{i}.attn.qkv_weight", manifest.model.heads)
