@@ -75,7 +75,7 @@ class PlanBuilder:
         self.options, self.directory, self.log = options, directory, log
         self.config, self.C = model.config.vqvae, model.car.base.config.C
         single = options.precision == "fp32"  # what CPUs compute in; half precision is for GPUs
-        self.store = WeightStore(directory, half=options.weights == "fp16" and single, transposed=not single)
+        self.store = self._open_store(directory, half=options.weights == "fp16" and single, transposed=not single)
         self.graphs: dict[str, schema.Graph] = {}
         self.tensors: dict[str, schema.Tensor] = {}
         self.constants: list[dict[str, ir.ExternalTensor]] = []
@@ -94,6 +94,9 @@ class PlanBuilder:
         manifest = self._manifest()
         schema.write_manifest(self.directory, manifest)
         return manifest
+
+    def _open_store(self, directory: Path, *, half: bool, transposed: bool) -> WeightStore:
+        return WeightStore(directory, half=half, transposed=transposed)
 
     def _reference(self, model: Model, options: ExportOptions) -> Model:
         """What the plan must agree with."""

@@ -127,24 +127,35 @@ class PlanBuilder2(PlanBuilder):
             self._write(f"control.{name}", model)
 
     def _condition(self) -> None:
-        inputs, dims = {"label": torch.zeros(4, dtype=torch.int64)}, {"label": ("R",)}
-        model = self._trace(graphs.BaseConditionGraph(self.model), inputs, ["start", "modulation"], dims)
-        optimise(model)
-        self._write("condition", model)
+        self._labelled("condition", graphs.BaseConditionGraph(self.model), ["start", "modulation"])
+        self._branch_conditions()
+
+    def _branch_conditions(self) -> None:
         for name, made in self.branches.items():
             assert made.car is not None
             if made.car.branch_blocks:
-                model = self._trace(graphs.BranchConditionGraph(made), inputs, ["modulation"], dims)
-                optimise(model)
-                self._write(f"condition.{name}", model)
+                self._labelled(f"condition.{name}", graphs.BranchConditionGraph(made), ["modulation"])
+
+    def _labelled(self, name: str, module: nn.Module, outputs: list[str]) -> None:
+        """A graph of the classes of rows."""
+        model = self._trace(module, {"label": torch.zeros(4, dtype=torch.int64)}, outputs, {"label": ("R",)})
+        optimise(model)
+        self._write(name, model)
 
     def _steps(self) -> None:
         module = graphs.BaseStepGraph(self.model, more_smooth=self.options.more_smooth)
-        every = example_step_inputs(self.model, rows=4, images=2, side=3, past=6, next_side=7)
+        every = self._example_inputs()
         every |= example_inputs_of_2(self.model, module, every)
         dims = DIMS | dict.fromkeys(module.fusion_names, ("m", None, None))
         dims |= {name: ("m", None) for name in module.fusion_names if "linear_weight" not in name}
         self._step_forms("step", module, every, dims)
+        self._branch_steps()
+
+    def _example_inputs(self) -> dict[str, Tensor]:
+        return example_step_inputs(self.model, rows=4, images=2, side=3, past=6, next_side=7)
+
+    def _branch_steps(self) -> None:
+        every = self._example_inputs() | {"rows": torch.zeros(4, dtype=torch.int64)}
         for name, made in self.branches.items():
             self._step_forms(
                 f"branch.{name}", graphs.BranchGraph(made), every | _branch_inputs(made, every), BRANCH_DIMS

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from car_runtime.cli import again, control, doctor, edit, run, serve, verify
+from car_runtime.cli import again, control, doctor, edit, plan, run, serve, verify
 from car_runtime.cli.errors import run_command
 
 COMMANDS = {
@@ -22,6 +22,7 @@ COMMANDS = {
     "again": again.run,
     "control": control.run,
     "doctor": doctor.run,
+    "plan": plan.run,
     "serve": serve.run,
     "verify": verify.run,
 }
