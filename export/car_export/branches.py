@@ -141,7 +141,7 @@ def add_branch(
     name = name or (model.config.car.control_type if model.config.car is not None else "")
     check_branches({name: model})
     _check_room(old, name, model, path, plan)
-    _check_base(old, plan, reference_model(model, old.precision.compute, old.precision.weights), path)
+    check_base(old, plan, reference_model(model, old.precision.compute, old.precision.weights), path)
     options = ExportOptions(
         output=output or plan,
         name=old.name,
@@ -186,7 +186,7 @@ def _check_room(old: schema.Manifest, name: str, model: Model, path: Path, plan:
             )
 
 
-def _check_base(old: schema.Manifest, plan: Path, model: Model, path: Path) -> None:
+def check_base(old: schema.Manifest, plan: Path, model: Model, path: Path) -> None:
     """Raise ExportError unless a model's base, stored as the plan's is, is the plan's to the bit.
 
     Of the tokenizer the codes and φ count, which a branch sees the work of. Positions count as the sum that is stored

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,37 +21,16 @@ from car_runtime.format.graph_check import Checked, check_graph
 from car_train import checkpoint
 from car_train.config import CARConfig
 from car_train.model import Model
-from fixtures.shared import build_once
-from fixtures.small import small_config, small_model
+from fixtures.small import small_config
+from fixtures.two_branches import sibling, small, two_branches
 
 Logits = Callable[[list[float], float], np.ndarray]
 
 
-def sibling(model: Model) -> Model:
-    """Another branch on the same base."""
-    other = copy.deepcopy(model)
-    assert other.car is not None
-    assert other.car.branch is not None
-    torch.manual_seed(3)
-    for parameter in other.car.branch.parameters():
-        parameter.data.add_(0.02 * torch.randn(parameter.shape))
-    return other
-
-
-def small() -> Model:
-    return small_model(depth=2, sides=(1, 2))
-
-
 @pytest.fixture(scope="module")
 def two() -> Path:
-    """A plan with two branches; building it compares each of them, and none, with PyTorch."""
-
-    def export(folder: Path) -> None:
-        model = small()
-        options = ExportOptions(output=folder / "two.plan", name="two")
-        build_plan_of_2({"sketch": model, "other": sibling(model)}, options)
-
-    return build_once("format2-two", export) / "two.plan"
+    """A plan of two checkpoints; building it compares each branch, and none, with PyTorch."""
+    return two_branches()
 
 
 def test_a_plan_has_its_base_once_and_every_parameter_by_name(two: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from car_export import upgrade as upgrading
+from car_export.branches import check_base
 from car_export.cli import main as build_engines
 from car_export.config import ExportOptions
 from car_export.errors import ExportError
@@ -184,3 +185,13 @@ def test_the_command_writes_the_plan(tmp_path: Path) -> None:
     manifest = schema.read_manifest(wanted)
     assert (manifest.format, manifest.name, dict(manifest.model.branches)) == (2, "other", {})
     assert manifest.model.control_type is None
+
+
+def test_a_branch_on_the_old_base_can_be_added_to_an_upgraded_plan() -> None:
+    plan = new_plan("concat")
+    manifest, model = schema.read_manifest(plan), model_of_kind("concat")
+    check_base(manifest, plan, model, Path("again"))
+    assert model.car is not None
+    model.car.base.blocks[0].attn.log_scale_H[0] += 1e-3
+    with pytest.raises(ExportError, match=r"base\.blocks\.0\.attn\.log_scale_H differs"):
+        check_base(manifest, plan, model, Path("other"))

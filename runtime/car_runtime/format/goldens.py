@@ -48,6 +48,13 @@ class Goldens:
     seed: int
     top_k: int
     top_p: float
+    branch: str = ""
+    """Which the control is for; empty in format 1, and without control."""
+
+    @property
+    def source(self) -> NDArray[np.uint8] | dict[str, NDArray[np.uint8]] | None:
+        """What a request takes as its control."""
+        return {self.branch: self.control} if self.branch and self.control is not None else self.control
 
 
 def golden_file(branch: str = "") -> str:
@@ -86,7 +93,14 @@ def read_goldens(root: Path, manifest: Manifest, branch: str = "") -> Goldens:
         if arrays[name].size and not 0 <= arrays[name].min() <= arrays[name].max() < vocab:
             raise PlanError(f"{file}: {name} leaves 0…{vocab - 1}; export the plan again")
     values: dict[str, Any] = {name: array if array.shape else array.item() for name, array in arrays.items()}
-    return Goldens(**{"control": None, **values})
+    return Goldens(**{"control": None, "branch": branch, **values})
+
+
+def read_all_goldens(root: Path, manifest: Manifest) -> list[Goldens]:
+    """Those of the default branch first, then of the others, then those without control. Raises PlanError."""
+    default = manifest.model.default_branch
+    branches = sorted(manifest.model.branches, key=lambda name: name != default)
+    return [read_goldens(root, manifest, branch) for branch in (*branches, "")]
 
 
 def _read_arrays(
