@@ -21,6 +21,7 @@ from car_runtime.format.graph_check import Checked, check_graph
 from car_train import checkpoint
 from car_train.config import CARConfig
 from car_train.model import Model
+from fixtures.golden import Golden
 from fixtures.small import small_config
 from fixtures.two_branches import sibling, small, two_branches
 
@@ -146,3 +147,23 @@ def test_a_branch_out_of_its_base_is_refused_by_the_reader(two: Path) -> None:
     wrong = replace(manifest.model.branches["other"], fusion="zero")
     with pytest.raises(PlanError, match="differ in fusion"):
         replace(manifest.model, branches={**manifest.model.branches, "other": wrong})
+
+
+def test_published_files_of_several_branches_are_one_plan(
+    official_files: Callable[[Golden], dict[str, Path]],
+    tiny: Golden,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    files, other, plan = official_files(tiny), tmp_path / "car_depth.pth", tmp_path / "both.plan"
+    torch.save({name: 0.97 * x if x.is_floating_point() else x for name, x in tiny.state_dicts["car"].items()}, other)
+    common = ["--vae", files["vae"], "--var", files["var"], "--patch-nums", "1,2,3,4", "-o", plan]
+    same = [*common, "--control-type", "canny", "--car", files["car"], "--car", other]
+    assert build_engines([str(a) for a in same]) == 2
+    assert "two branches are called 'canny'; name one, e.g. canny-2=" in capsys.readouterr().err
+    named = [*common, "--car", f"canny={files['car']}", "--car", f"depth={other}", "--default-branch", "depth"]
+    assert build_engines([str(a) for a in named]) == 0
+    model = schema.read_manifest(plan).model
+    assert list(model.branches) == ["depth", "canny"]
+    assert model.default_branch == model.control_type == "depth"
+    assert model.branches["canny"].control_type == "canny"
