@@ -43,6 +43,8 @@ def read_plan(plan: Path) -> schema.Manifest:
             f"{plan} is of format 1, which holds one branch; make one of format 2 of it: "
             f"python export/build_engines.py {plan} --upgrade -o {plan.name.removesuffix('.plan')}-2.plan"
         )
+    if manifest.precision.weights == "int8":
+        raise ExportError(f"{plan} stores int8; change the float32 plan that it was made of, and make it again")
     if manifest.table_problem is not None:
         raise ExportError(manifest.table_problem)
     schema.verify_files(plan, manifest)

@@ -33,7 +33,7 @@ EXAMPLES = """examples:
   python export/build_engines.py runs/car -o emoji.plan --weights fp16
   python export/build_engines.py --vae vae_ch160v4096z32.pth --var var_d16.pth --car car_depth_d16.pth \\
       --control-type depth -o d16.plan
-  python export/build_engines.py runs/canny runs/depth -o both.plan  # one base, two control branches (format 2)
+  python export/build_engines.py runs/canny runs/depth -o both.plan  # one base, two control branches
   python export/build_engines.py old.plan --upgrade -o new.plan  # format 1 to format 2, without a checkpoint
   python export/build_engines.py runs/car -o emoji.plan --verify  # compare an existing plan with its checkpoint again
   python export/build_engines.py runs/car -o emoji.plan --target rtx --sm 89  # and engines (no GPU is needed)
@@ -80,8 +80,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--format",
         type=int,
         choices=(1, 2),
-        help="plan format: 2 has the control branch in graphs of its own, so that a plan can hold several "
-        "(default: 1, or 2 with several checkpoints)",
+        help="plan format: 2 has control branches in graphs of their own, 1 is for older readers and for engines "
+        "(default: 2, or 1 with --target and --precision bf16)",
     )
     parser.add_argument(
         "--upgrade", action="store_true", help="write a plan of format 1 as one of format 2; no checkpoint is needed"
@@ -201,7 +201,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if not is_plan(args.checkpoint):
         if args.upgrade:
             raise ConfigError(f"--upgrade is for a plan, but {args.checkpoint} is none; leave it out")
-        _check_format_2(args)
+        _format_of(args)
 
 
 def run(args: argparse.Namespace, log: Log) -> Path:
@@ -233,7 +233,7 @@ def build(args: argparse.Namespace, log: Log) -> Path:
     if is_plan(args.checkpoint):
         if args.upgrade:
             return make_upgrade(args, log)
-        _refuse_format_2(args)
+        _check_plan(args)
         return make_int8(args, log) if args.weights == "int8" else build_engines_only(args, log)
     # Whatever can be wrong with the targets shows before the export, which takes minutes.
     targets = engines.choose_targets(args.target, args.sm) if args.target else []
@@ -250,10 +250,11 @@ def build(args: argparse.Namespace, log: Log) -> Path:
         )
     if args.verify:
         return verify_again(models, args.output, log)
-    if args.format == 2 or len(models) > 1:
-        return build_plan_of_2(models, options, log)
+    of_2 = _format_of(args) == 2
     if args.weights == "int8":
-        return export_int8(model, options, tuple(args.calibrate), log)
+        return export_int8(models, of_2, options, tuple(args.calibrate), log)
+    if of_2:
+        return build_plan_of_2(models, options, log)
     with engines.keeping_engines(args.output, log):
         build_plan(model, options, log)
     if targets:
@@ -329,28 +330,28 @@ def _named(given_path: Path) -> tuple[str | None, Path]:
     return (name, Path(path)) if equals and not given_path.exists() else (None, given_path)
 
 
-def _refuse_format_2(args: argparse.Namespace) -> None:
-    """Raise ConfigError for a plan that neither an int8 form nor engines can be made of."""
+def _check_plan(args: argparse.Namespace) -> None:
+    """Raise ConfigError for a plan that engines can't be made of, or a second input."""
     if args.others:
         raise ConfigError(f"{args.checkpoint} is a plan, and {args.others[0]} a second input; give one plan")
-    if schema.read_manifest(args.checkpoint).format == 2:
-        wanted = "an int8 plan" if args.weights == "int8" else "engines"
+    if args.target is not None and schema.read_manifest(args.checkpoint).format == 2:
         raise ConfigError(
-            f"{args.checkpoint} is of format 2; {wanted} can be made of format 1: export with --format 1"
+            f"{args.checkpoint} is of format 2; engines are made of format 1: export its checkpoint with --format 1"
         )
 
 
-def _check_format_2(args: argparse.Namespace) -> None:
-    """Raise ConfigError for what isn't exported in format 2, or belongs to it alone."""
-    if args.format != 2 and not args.others and len(args.car or ()) < 2:
-        if args.default_branch is not None and not args.verify:
-            raise ConfigError(f"--default-branch {args.default_branch} belongs to format 2; add --format 2")
-        return
-    if args.format == 1:
+def _format_of(args: argparse.Namespace) -> int:
+    """The format to write. Raises ConfigError for what isn't exported in it, or belongs to the other alone."""
+    several = bool(args.others) or len(args.car or ()) > 1
+    of_1 = "--target" if args.target else "--precision bf16" if args.precision == "bf16" else None
+    if of_1 is not None and (several or args.format == 2):
+        raise ConfigError(f"{of_1} needs a plan of format 1; leave it out, or export one checkpoint with --format 1")
+    if args.format == 1 and several:
         raise ConfigError("--format 1 holds one control branch; leave it out, or give one checkpoint")
-    if args.target is not None or args.weights == "int8" or args.precision == "bf16":
-        wrong = "--target" if args.target else "--weights int8" if args.weights == "int8" else "--precision bf16"
-        raise ConfigError(f"{wrong} needs a plan of format 1; leave it out, or export one checkpoint with --format 1")
+    chosen: int = args.format or (1 if of_1 else 2)
+    if chosen == 1 and args.default_branch is not None and not args.verify:
+        raise ConfigError(f"--default-branch {args.default_branch} belongs to format 2; leave out --format 1")
+    return chosen
 
 
 def verify_again(models: dict[str, Model], plan: Path, log: Log) -> Path:
@@ -374,11 +375,16 @@ def verify_again(models: dict[str, Model], plan: Path, log: Log) -> Path:
     return plan
 
 
-def export_int8(model: Model, options: ExportOptions, controls: tuple[Path, ...], log: Log) -> Path:
+def export_int8(
+    models: dict[str, Model], of_2: bool, options: ExportOptions, controls: tuple[Path, ...], log: Log
+) -> Path:
     """Export a float32 plan aside, verified, and make the int8 one of it."""
     output = options.output
     with scratch(output) as aside:
-        exact = build_plan(model, dataclasses.replace(options, output=aside / "fp32.plan"), log)
+        float32 = dataclasses.replace(options, output=aside / "fp32.plan")
+        exact = (
+            build_plan_of_2(models, float32, log) if of_2 else build_plan(next(iter(models.values())), float32, log)
+        )
         return to_int8(Int8Options(source=exact, output=output, controls=controls), log)
 
 

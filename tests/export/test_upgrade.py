@@ -103,8 +103,8 @@ def test_the_model_is_made_again_to_the_bit(kind: str) -> None:
     assert made.config.car == (None if wanted.config.car is None else replace(wanted.config.car, convention="sketch"))
 
 
-@pytest.mark.parametrize("kind", ["concat", "zero"])
-def test_a_plan_says_of_itself_what_it_said_before(kind: str) -> None:
+def test_a_plan_says_of_itself_what_it_said_before() -> None:
+    kind = "concat"
     old, new = schema.read_manifest(old_plan(kind)), schema.read_manifest(new_plan(kind))
     assert new.format == 2
     assert list(new.model.branches) == ["sketch"]
