@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from threading import Lock
 from typing import Generic, TypeVar
@@ -38,7 +38,7 @@ class Condition:
 
 
 class Conditioning:
-    """Runs the plan's graphs `control` and `condition`, and keeps the latest results. For any number of threads."""
+    """Runs the plan's graphs of controls and classes, and keeps the latest results. For any number of threads."""
 
     def __init__(self, backend: Backend, manifest: Manifest) -> None:
         self._backend = backend
@@ -46,37 +46,45 @@ class Conditioning:
         self.features: Recent[Buffer] = Recent(CACHED)
         self.scheduled: Recent[Buffer] = Recent(CACHED)
         self.conditions: Recent[Condition] = Recent(CACHED)
+        self.modulations: Recent[Buffer] = Recent(CACHED)
 
     def forget(self) -> None:
         """Drop all that is kept."""
-        for kept in (self.features, self.scheduled, self.conditions):
+        for kept in (self.features, self.scheduled, self.conditions, self.modulations):
             kept.clear()
 
-    def control(self, image: Image.Image, schedule: Schedule) -> Buffer:
-        """CAR's control features as a schedule wants them, f32 [L, C]: the same for every seed, class and row.
+    def control(self, branch: str, image: Image.Image, schedule: Schedule) -> Buffer:
+        """A branch's control features as a schedule wants them, f32 [L, C]: the same for every seed, class and row.
 
         image: 8-bit RGB of the model's size.
         """
-        digest = _digest(image)
-        features = self.features.get(digest, lambda: self.compute_features(image))
+        digest = (branch, _digest(image))
+        features = self.features.get(digest, lambda: self.compute_features(image, branch))
         if schedule.plain_control:
             return features
-        key = (digest, schedule.control_scales, schedule.control_strength)
+        key = (*digest, schedule.control_scales, schedule.control_strength)
         return self.scheduled.get(key, lambda: self.compute_scheduled(features, schedule))
 
-    def condition(self, label: int, B: int, R: int) -> Condition:
-        """Start tokens and modulation: B rows of the class, then "no class" rows for guidance."""
-        labels = [label] * B + [self._manifest.model.classes] * (R - B)
-        return self.conditions.get(tuple(labels), lambda: self.compute_condition(labels))
+    def condition(self, labels: tuple[int, ...]) -> Condition:
+        """Start tokens and the base's modulation, a row per label."""
+        return self.conditions.get(labels, lambda: self.compute_condition(labels))
 
-    def compute_features(self, image: Image.Image) -> Buffer:
-        """The control image at every scale's size → features, f32 [L, C] (CAR section 3)."""
+    def modulation(self, branch: str, labels: tuple[int, ...]) -> Buffer | None:
+        """A branch's modulation, f32 [R, M, C], in a plan of format 2; None where its blocks have none."""
+        graph = f"condition.{branch}"
+        if graph not in self._manifest.graphs:
+            return None
+        return self.modulations.get((branch, labels), lambda: self._modulation(graph, labels))
+
+    def compute_features(self, image: Image.Image, branch: str) -> Buffer:
+        """The control image at every scale's size → the branch's features, f32 [L, C] (CAR section 3)."""
         inputs = {}
         for k, pixels in enumerate(control_pyramid(image, self._manifest.scales)):
             inputs[f"control_{k}"] = self._backend.allocate(pixels.shape, "uint8")
             self._backend.write(inputs[f"control_{k}"], pixels)
         features = self._backend.allocate((self._manifest.tokens, self._manifest.model.width), "float32")
-        self._backend.run("control", inputs, {"features": features})
+        graph = "control" if self._manifest.format == 1 else f"control.{branch}"
+        self._backend.run(graph, inputs, {"features": features})
         return features
 
     def compute_scheduled(self, features: Buffer, schedule: Schedule) -> Buffer:
@@ -90,19 +98,19 @@ class Conditioning:
         self._backend.write(changed, changed_LC)
         return changed
 
-    def compute_condition(self, labels: list[int]) -> Condition:
+    def compute_condition(self, labels: tuple[int, ...]) -> Condition:
         """Class index of every row → its start token and modulation (VAR section 3.2)."""
-        R, C = len(labels), self._manifest.model.width
-        M = int(self._manifest.graphs["condition"].output("modulation").shape[1])
-        label = self._backend.allocate((R,), "int64")
+        start = self._backend.allocate((len(labels), 1, 1, self._manifest.model.width), "float32")
+        return Condition(start=start, modulation=self._modulation("condition", labels, {"start": start}))
+
+    def _modulation(self, graph: str, labels: tuple[int, ...], others: Mapping[str, Buffer] | None = None) -> Buffer:
+        """Run a graph of the class; `others` are its outputs besides the modulation."""
+        M = int(self._manifest.graphs[graph].output("modulation").shape[1])
+        label = self._backend.allocate((len(labels),), "int64")
         self._backend.write(label, np.array(labels, np.int64))
-        condition = Condition(
-            start=self._backend.allocate((R, 1, 1, C), "float32"),
-            modulation=self._backend.allocate((R, M, C), "float32"),
-        )
-        outputs = {"start": condition.start, "modulation": condition.modulation}
-        self._backend.run("condition", {"label": label}, outputs)
-        return condition
+        modulation = self._backend.allocate((len(labels), M, self._manifest.model.width), "float32")
+        self._backend.run(graph, {"label": label}, {"modulation": modulation, **(others or {})})
+        return modulation
 
 
 def _digest(image: Image.Image) -> bytes:

@@ -293,7 +293,7 @@ class _Progress:
     def __call__(self, result: ScaleResult) -> None:
         if self._watched:
             S, of = result.tokens.shape[-1], result.images
-            which = f"image {of.start}" if len(of) == 1 else f"images {of.start}-{of.stop - 1}"
+            which = f"image {of[0]}" if len(of) == 1 else f"images {of[0]}-{of[-1]}"
             line = f"{which}: scale {result.index + 1}/{self._scales}, {S}×{S} tokens, {result.seconds:.2f} s"
             note(f"car-run: {line}")
         if self._directory is not None:
