@@ -15,7 +15,9 @@ from PIL import Image, ImageDraw
 from car_export.config import ExportOptions
 from car_export.plan2 import build_plan_of_2
 from car_runtime import GenerationConfig, Plan, open_plan
+from car_runtime.backends.openvino.backend import OpenVino
 from car_runtime.errors import RequestError
+from car_runtime.format.manifest import read_manifest
 from car_runtime.request import uniforms
 from car_train.model import Model
 from car_train.model.sample import control_pyramid, sample
@@ -49,10 +51,14 @@ def root(models: dict[str, Model]) -> Path:
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def plan(root: Path, request: pytest.FixtureRequest) -> Iterator[Plan]:
-    if request.param == "openvino":
+    if request.param == "ort-cpu":
+        with open_plan(root, request.param, threads=1) as opened:
+            yield opened
+    else:
         pytest.importorskip("openvino")
-    with open_plan(root, request.param, threads=1) as opened:
-        yield opened
+        manifest = read_manifest(root)
+        with Plan(root, manifest, OpenVino(root, manifest, 1, "f32"), "a test") as opened:  # as PyTorch computes
+            yield opened
 
 
 def by_pytorch(model: Model, control: Image.Image | None, label: int, seed: int, **settings: Any) -> np.ndarray:
