@@ -62,7 +62,7 @@ def server() -> Iterator[Any]:
 def chromium() -> Iterator[Any]:
     assert CHROMIUM is not None, "no chromium on this machine; apt install chromium"
     with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         yield opened
         opened.close()
 

@@ -133,8 +133,10 @@ function setBusy(on) {
 
 // ---- live: drafts without guidance while the pen moves, a full one when it rests -----------------------------------
 
+const DRAFT_FRAMES = [70, 115]; // ms; a draft that takes longer leaves out its finest scale next time, a faster one gets it back
 let dirty = false;
 let drafting = false;
+let finest = Infinity; // scale of a draft
 
 async function live() {
   dirty = true;
@@ -142,7 +144,12 @@ async function live() {
   drafting = true;
   while (dirty && $("live").checked) {
     dirty = false;
-    await run({ ...request(), n: 1, cfg: 0, previews: false }, { kind: "draft", quiet: true });
+    const began = performance.now();
+    const last = plan.scales.length - 1;
+    finest = Math.min(last, Math.max(last >> 1, finest));
+    const drawn = await run({ ...request(), n: 1, cfg: 0, previews: false, stop_after: finest }, { kind: "draft", quiet: true });
+    const took = performance.now() - began;
+    if (drawn) finest += took > DRAFT_FRAMES[1] ? -1 : took < DRAFT_FRAMES[0] ? 1 : 0;
     await new Promise((resolve) => setTimeout(resolve, DRAFT_MS));
   }
   drafting = false;
