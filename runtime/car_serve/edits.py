@@ -7,13 +7,16 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from car_runtime import Plan
+from car_runtime import CarError, Plan
 from car_runtime.editing.edit import MASK_LEVEL, Edit
-from car_runtime.images import on_ground
+from car_runtime.images import on_ground, text_chunks
+from car_runtime.receipt import receipt_of
 from car_serve.errors import bad_request
 from car_serve.forms import EditForm
 from car_serve.jobs import Job, Results
@@ -49,18 +52,34 @@ def repaint_of(mask: Image.Image, *, transparent: bool = False) -> NDArray[np.bo
 
 
 def _branch(plan: Plan, results: Results, limits: Limits, form: EditForm, scale: int) -> Edit:
-    """Of an earlier result its own tokens are kept, which are exact; of an image those of the encoder."""
+    """Tokens that are kept are exact where they are known, of an earlier result or from a PNG's receipt.
+
+    Else, and of an image that was put back into a photo, they are the encoder's. With the last scale nothing is drawn
+    anew: that shows the scales of a PNG again.
+    """
     scales, size = plan.manifest.scales, plan.manifest.model.image_size
-    if not 0 <= scale < len(scales) - 1:
-        raise bad_request(f"edit.scale is {scale}; give 0…{len(scales) - 2}, the last scale to keep", "edit.scale")
-    job = None if form.id is None else _earlier(plan, results, form, form.id)
-    if job is None or (job.request.edit is not None and not job.request.edit.whole):
+    if not 0 <= scale < len(scales):
+        raise bad_request(f"edit.scale is {scale}; give 0…{len(scales) - 1}, the last scale to keep", "edit.scale")
+    if form.id is None:
+        tokens_L, part = _receipt_tokens(plan, from_base64(form.image or "", "edit.image"))
+    else:
+        job = _earlier(plan, results, form, form.id)
+        tokens_L, part = job.tokens[form.index].copy(), job.request.edit is not None and not job.request.edit.whole
+        if (tokens_L[: scales[scale].stop] < 0).any():
+            raise bad_request("the result was not drawn as far as that; choose a coarser scale", "edit.scale")
+    if tokens_L is None or (part and scale < len(scales) - 1):
         return Edit(image=_image(plan, results, limits, form), from_scale=scale + 1)
-    tokens_L = job.tokens[form.index].copy()
-    if (tokens_L[: scales[scale].stop] < 0).any():
-        raise bad_request("the result was not drawn as far as that; choose a coarser scale", "edit.scale")
-    # Its tokens say it all: it may be branched before it is finished.
+    # The tokens say it all: a result may be branched before it is finished.
     return Edit(image=Image.new("RGB", (size, size)), from_scale=scale + 1, tokens=tokens_L)
+
+
+def _receipt_tokens(plan: Plan, data: bytes) -> tuple[NDArray[np.int64] | None, bool]:
+    """Tokens [L] of a PNG of this very plan, if it has them, and whether it was put back into a photo."""
+    try:
+        receipt = receipt_of(text_chunks(io.BytesIO(data)), plan.manifest)
+    except CarError:
+        return None, False
+    return (None, False) if receipt is None else (receipt.tokens, receipt.settings.get("edit") == "part")
 
 
 def _image(plan: Plan, results: Results, limits: Limits, form: EditForm) -> Image.Image:

@@ -43,8 +43,11 @@ def job_of(plan: Plan, results: Results, limits: Limits, form: PictureForm) -> J
     settings |= {"label": form.label, "seed": secrets.randbelow(2**31) if form.seed is None else form.seed}
     about: dict[str, Any] = {}
     if form.edit is not None:
-        settings["edit"] = edit_of(plan, results, limits, form.edit)
+        edit = edit_of(plan, results, limits, form.edit)
+        settings["edit"] = edit
         about["edit"] = form.edit.model_dump(exclude={"image", "mask"}, exclude_none=True, exclude_defaults=True)
+        if edit.extend is not None:
+            about["edit"]["extend"] = list(edit.extend)
     request = resolve(plan.manifest, GenerationConfig(control=control, **settings))
     about["warnings"] = [*warnings, *request.warnings]
     return Job(request=request, plan=plan.manifest.name, previews=form.previews, about=about)
