@@ -12,55 +12,19 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from itertools import accumulate
 from threading import Condition, Thread
 from time import monotonic
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from car_runtime import Plan
-from car_runtime.request import Request
+from car_runtime import Plan, ScaleResult
 from car_serve.errors import ServeError, served
 from car_serve.jobs import Job, ScaleEvent
 from car_serve.limits import Limits
 from car_serve.metrics import Metrics
 
 log = logging.getLogger("car_serve")
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """One scale of some images of one request."""
-
-    request: int
-    images: range
-    """Which of the request's images."""
-    index: int
-    last: bool
-    tokens: NDArray[np.int64]
-    """int64 [B, S, S]."""
-    seconds: float
-    preview: Callable[[], NDArray[np.uint8]]
-    """The images so far, uint8 [B, H, W, 3]."""
-
-
-def draw(plan: Plan, requests: Sequence[Request], cancelled: Callable[[int], bool]) -> Iterator[Drawn]:
-    """All scales of several requests, one request after another. One that is cancelled ends at its next scale."""
-    for number, request in enumerate(requests):
-        stream: Any = plan.stream(request)
-        try:
-            if cancelled(number):
-                continue
-            for scale in stream:
-                yield Drawn(number, scale.images, scale.index, scale.last, scale.tokens, scale.seconds, scale.preview)
-                if cancelled(number):
-                    break
-        finally:
-            stream.close()
 
 
 class Batcher:
@@ -170,9 +134,10 @@ class Batcher:
         shown: list[Future[None]] = []
         try:
             try:
-                for drawn in draw(self.plan, [job.request for job in wanted], lambda i: wanted[i].cancelled):
-                    shown.append(self._decoder.submit(self._take, wanted[drawn.request], drawn))
-                    if drawn.index == 0:
+                requests = [job.request for job in wanted]
+                for scale in self.plan.stream_many(requests, cancelled=lambda i: wanted[i].cancelled):
+                    shown.append(self._decoder.submit(self._take, wanted, scale))
+                    if scale.index == 0:
                         shown[-1].result()
             finally:
                 wait(shown)
@@ -192,33 +157,30 @@ class Batcher:
             if not self._is_over(job):  # every image has come by now
                 raise AssertionError(f"job {job.id} was left behind")
 
-    def _take(self, job: Job, drawn: Drawn) -> None:
-        """Decode a scale and hand it to its job, on the decoder's thread."""
-        if job.cancelled or job.finished:
+    def _take(self, jobs: Sequence[Job], scale: ScaleResult) -> None:
+        """Decode a scale and hand it to its jobs, on the decoder's thread."""
+        taking = [jobs[request] for request in scale.requests]
+        if not any(job.awaits for job in taking):
             return
-        scale = self.plan.manifest.scales[drawn.index]
-        pixels = drawn.preview() if job.previews or drawn.last else None
-        for i, image in enumerate(drawn.images):
-            job.tokens[image, scale.start : scale.stop] = drawn.tokens[i].reshape(-1)
-            shown = None if pixels is None else pixels[i]
-            if drawn.last and shown is not None and job.request.edit is not None:
+        pixels = scale.preview() if scale.last or any(job.previews for job in taking) else None
+        place = self.plan.manifest.scales[scale.index]
+        firsts = list(accumulate((len(job.images) for job in jobs), initial=0))
+        for row, (image, request) in enumerate(zip(scale.images, scale.requests, strict=True)):
+            job, own = jobs[request], image - firsts[request]
+            if not job.awaits:
+                continue
+            job.tokens[own, place.start : place.stop] = scale.tokens[row].reshape(-1)
+            shown = None if pixels is None else pixels[row]
+            if scale.last and shown is not None and job.request.edit is not None:
                 shown = job.request.edit.finished(shown)
             first = not job.scales
-            job.drew(
-                ScaleEvent(
-                    image=image,
-                    index=drawn.index,
-                    last=drawn.last,
-                    pixels=shown,
-                    seconds=drawn.seconds,
-                )
-            )
+            job.drew(ScaleEvent(image=own, index=scale.index, last=scale.last, pixels=shown, seconds=scale.seconds))
             if first:
                 self._metrics.first_preview.labels(self.name).observe(job.timings["first_preview"])
-        if all(image is not None for image in job.images):
-            job.end("done")
-            self._metrics.images.labels(self.name).inc(len(job.images))
-            self._metrics.image_seconds.labels(self.name).observe(job.timings["total"])
+            if all(done is not None for done in job.images):
+                job.end("done")
+                self._metrics.images.labels(self.name).inc(len(job.images))
+                self._metrics.image_seconds.labels(self.name).observe(job.timings["total"])
 
     def _is_over(self, job: Job) -> bool:
         """Whether a job has ended, which a cancelled one does here."""
@@ -230,6 +192,6 @@ class Batcher:
 
 
 def _fit(first: Job, other: Job) -> bool:
-    """Whether two jobs may share steps: the same scales, guided or not."""
+    """Whether two jobs may share steps: the same scales are drawn, with a control or without."""
     a, b = first.request, other.request
-    return (a.schedule, a.guided, a.more_smooth) == (b.schedule, b.guided, b.more_smooth)
+    return (a.schedule.drawn, a.control is None) == (b.schedule.drawn, b.control is None)

@@ -71,6 +71,11 @@ class Job:
         return self.ended is not None
 
     @property
+    def awaits(self) -> bool:
+        """Whether somebody still wants what comes."""
+        return not self._cancelled and not self.finished
+
+    @property
     def cancelled(self) -> bool:
         """Whether nobody wants it any more; the engine looks at this between scales."""
         return self._cancelled

@@ -213,15 +213,15 @@ def test_an_engine_error_in_mid_batch_ends_one_job_alone(batcher: Any, monkeypat
     configs = [GenerationConfig(control=ROOT / "examples/heart.png", label=3, seed=i) for i in range(4)]
     expected = [plan.generate(config).images[0] for config in configs]
     jobs = [Job(request=resolve(plan.manifest, config), plan="p") for config in configs]
-    stream = plan.stream
+    stream = plan.stream_many
 
     def failing(given: Any, **settings: Any) -> Iterator[Any]:
         for scale in stream(given, **settings):
-            if given is jobs[1].request and scale.index == 3:
+            if scale.index == 3 and any(given[position] is jobs[1].request for position in scale.requests):
                 raise RunError("the engine failed on purpose")
             yield scale
 
-    monkeypatch.setattr(plan, "stream", failing)
+    monkeypatch.setattr(plan, "stream_many", failing)
     for job in jobs:
         batcher.submit(job)
     until = time.monotonic() + 30
