@@ -202,10 +202,12 @@ def live(url: str) -> dict[str, list[float]]:
             while (passed := time.perf_counter() - began) < 2:
                 page.mouse.move(middle[0] + radius * math.cos(3 * passed), middle[1] + radius * math.sin(3 * passed))
                 time.sleep(0.02)
+            count = page.evaluate("shown.length")
+            page.wait_for_function("shown.length > 0")
             shown, down = page.evaluate("[shown, down]")
             page.mouse.up()
             found["first_ms"].append(shown[0] - down)
-            found["images_per_s"].append(1000 * (len(shown) - 1) / (shown[-1] - shown[0]))
+            found["images_per_s"].append(count / passed)
             page.wait_for_timeout(1500)
         browser.close()
     return found
