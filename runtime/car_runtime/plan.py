@@ -530,7 +530,11 @@ class Plan:
             part, B = request.part(slice(images.start, images.stop)), len(images)
             R = B * (2 if request.guided or self._backend.guided_only else 1)
             with clock.stage("condition"):
-                condition = self._conditioning.condition(part.label, B, R)
+                if part.blend is None or part.blend.label == part.label:
+                    condition = self._conditioning.condition(part.label, B, R)
+                else:
+                    towards = (part.blend.label, part.blend.share)
+                    condition = self._conditioning.blended(part.label, towards, B, R)
             with self._buffers(B, R, logits) as buffers:
                 buffers.load(part, condition, features)
                 for step in run_scales(self._backend, self.manifest.scales, self._constants, buffers):

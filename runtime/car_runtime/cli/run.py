@@ -51,6 +51,7 @@ other commands, each with its own --help:
   car-run restyle IMAGE     the same coarse scales, another class
   car-run vary IMAGE        the same composition, new detail
   car-run again PNG         the same image from what its file says, or a variation of it
+  car-run blend             images between two classes or two seeds
   car-run batch JOBS        many images in one process, from a table or a folder
   car-run sheet             a labelled sheet: classes × seeds × any setting
   car-run control IMAGE     the control map of a photo alone
@@ -263,6 +264,7 @@ def settings_report(manifest: Manifest, request: Request) -> dict[str, Any]:
         "top_p": request.sampling.top_p,
         "schedule": request.schedule.settings(),
         **({"more_smooth": True} if request.more_smooth else {}),
+        **({} if request.blend is None else {"blend_share": request.blend.share, "blend_class": request.blend.label}),
     }
 
 
