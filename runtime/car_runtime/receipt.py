@@ -42,8 +42,8 @@ SETTINGS = (
     *("cfg_scales", "control_scales", "control_strength", "stop_after"),
     *("blend_share", "blend_label", "blend_seed"),
 )
-"""Settings that a receipt has, those of `Blend` with its name before them; nothing else of `GenerationConfig` is taken
-from a file, no path above all."""
+"""Settings that a receipt has, those of `Blend` with its name before them; nothing else of `GenerationConfig` is
+taken from a file, no path above all."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
