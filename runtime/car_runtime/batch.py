@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from car_runtime.conditioning import Between, Label
 from car_runtime.request import Request
 
 
@@ -63,10 +64,17 @@ class Rows:
             plain=tuple(row_of[self.plain[i]] for i in images),
         )
 
-    def labels(self, batch: Sequence[Drawing], no_class: int) -> tuple[int, ...]:
-        """The class of each row."""
+    def labels(self, batch: Sequence[Drawing], no_class: int) -> tuple[Label, ...]:
+        """What each row is conditioned on."""
         rows = zip(self.image, self.unconditional, strict=True)
-        return tuple(no_class if free else batch[i].request.label for i, free in rows)
+        return tuple(no_class if free else _label(batch[i].request) for i, free in rows)
+
+
+def _label(request: Request) -> Label:
+    blend = request.blend
+    if blend is None or blend.label == request.label:
+        return request.label
+    return Between(one=request.label, other=blend.label, share=blend.share)
 
 
 def rows_of(batch: Sequence[Drawing], scale: int, guided_only: bool) -> Rows:

@@ -22,7 +22,7 @@ from car_runtime.backends.base import Backend, Buffer
 from car_runtime.batch import Drawing, Rows
 from car_runtime.conditioning import Condition
 from car_runtime.format.manifest import Graph, Manifest
-from car_runtime.request import SmoothNoise, uniforms
+from car_runtime.request import SmoothNoise, noise_of
 
 SLOT = 256
 """TensorRT wants addresses that are multiples of 256 bytes."""
@@ -148,8 +148,8 @@ class LoopBuffers:
                     self._load_features(branch, i, one)
                     loaded.features[branch, i] = one
         self.fusions = steering.fusions
-        seeds = [drawing.seed for drawing in batch]
-        backend.write(self._uniforms, self._scale_major(uniforms(seeds, self._manifest.tokens)))
+        noise = np.concatenate([noise_of(drawing.request, [drawing.index]) for drawing in batch])
+        backend.write(self._uniforms, self._scale_major(noise))
         edited = any(bool(drawing.request.known_mask[drawing.index].any()) for drawing in batch)
         if edited or loaded.edited is not False:
             known = np.stack([drawing.request.known[drawing.index] for drawing in batch])

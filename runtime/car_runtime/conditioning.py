@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock
 from typing import Generic, TypeVar
@@ -25,6 +25,21 @@ CACHED = 8
 many of each; 3 MB and, for a class, 1 to 5 MB each at d16."""
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Between:
+    """A class on its way to another one."""
+
+    one: int
+    """Class index."""
+    other: int
+    share: float
+    """0…1: of the other one."""
+
+
+Label = int | Between
+"""What a row is conditioned on: a class index (`classes` itself is "no class"), or two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +80,16 @@ class Conditioning:
         key = (*digest, schedule.control_scales, schedule.control_strength)
         return self.scheduled.get(key, lambda: self.compute_scheduled(features, schedule))
 
-    def condition(self, labels: tuple[int, ...]) -> Condition:
+    def condition(self, labels: tuple[Label, ...]) -> Condition:
         """Start tokens and the base's modulation, a row per label."""
         return self.conditions.get(labels, lambda: self.compute_condition(labels))
 
-    def modulation(self, branch: str, labels: tuple[int, ...]) -> Buffer | None:
+    def modulation(self, branch: str, labels: tuple[Label, ...]) -> Buffer | None:
         """A branch's modulation, f32 [R, M, C], in a plan of format 2; None where its blocks have none."""
         graph = f"condition.{branch}"
         if graph not in self._manifest.graphs:
             return None
-        return self.modulations.get((branch, labels), lambda: self._modulation(graph, labels))
+        return self.modulations.get((branch, labels), lambda: self._run(graph, labels)["modulation"])
 
     def compute_features(self, image: Image.Image, branch: str) -> Buffer:
         """The control image at every scale's size → the branch's features, f32 [L, C] (CAR section 3)."""
@@ -98,19 +113,36 @@ class Conditioning:
         self._backend.write(changed, changed_LC)
         return changed
 
-    def compute_condition(self, labels: tuple[int, ...]) -> Condition:
-        """Class index of every row → its start token and modulation (VAR section 3.2)."""
-        start = self._backend.allocate((len(labels), 1, 1, self._manifest.model.width), "float32")
-        return Condition(start=start, modulation=self._modulation("condition", labels, {"start": start}))
+    def compute_condition(self, labels: tuple[Label, ...]) -> Condition:
+        """Class of every row → its start token and modulation (VAR section 3.2)."""
+        return Condition(**self._run("condition", labels))
 
-    def _modulation(self, graph: str, labels: tuple[int, ...], others: Mapping[str, Buffer] | None = None) -> Buffer:
-        """Run a graph of the class; `others` are its outputs besides the modulation."""
+    def _run(self, graph: str, labels: tuple[Label, ...]) -> dict[str, Buffer]:
+        """A graph of the class for these rows; rows between two classes are mixed linearly of both."""
+        between = [row for row, label in enumerate(labels) if isinstance(label, Between)]
+        made = self._run_plain(graph, tuple(label.one if isinstance(label, Between) else label for label in labels))
+        if not between:
+            return made
+        ends = tuple(label.other if isinstance(label, Between) else label for label in labels)
+        shares = np.array([label.share if isinstance(label, Between) else 0 for label in labels], np.float32)
+        for name, towards in self._run_plain(graph, ends).items():
+            values, others = self._backend.read(made[name]), self._backend.read(towards)
+            share = shares[between].reshape(-1, *[1] * (values.ndim - 1))
+            values[between] = (1 - share) * values[between] + share * others[between]
+            self._backend.write(made[name], values)
+        return made
+
+    def _run_plain(self, graph: str, labels: tuple[int, ...]) -> dict[str, Buffer]:
+        """The outputs of a graph of the class, by name, a row per class index."""
+        R, C = len(labels), self._manifest.model.width
         M = int(self._manifest.graphs[graph].output("modulation").shape[1])
-        label = self._backend.allocate((len(labels),), "int64")
+        label = self._backend.allocate((R,), "int64")
         self._backend.write(label, np.array(labels, np.int64))
-        modulation = self._backend.allocate((len(labels), M, self._manifest.model.width), "float32")
-        self._backend.run(graph, {"label": label}, {"modulation": modulation, **(others or {})})
-        return modulation
+        outputs = {"modulation": self._backend.allocate((R, M, C), "float32")}
+        if graph == "condition":
+            outputs["start"] = self._backend.allocate((R, 1, 1, C), "float32")
+        self._backend.run(graph, {"label": label}, outputs)
+        return outputs
 
 
 def _digest(image: Image.Image) -> bytes:

@@ -249,6 +249,11 @@ class Plan:
         return self._backend.name
 
     @property
+    def shared_batch(self) -> int:
+        """How many images of different requests a step makes at once: 1 where `generate_many` takes them in turn."""
+        return max(self._backend.batches) if self.manifest.format > 1 else 1
+
+    @property
     def class_names(self) -> tuple[str, ...] | None:
         """Names of the classes in the order of their indices, or None where the plan has none.
 

@@ -58,6 +58,17 @@ class Sampling:
         return self.top_p if self.top_p > 0 else TOP_P_OFF
 
 
+@dataclass(frozen=True, kw_only=True)
+class ResolvedBlend:
+    """`Blend`, checked against a plan."""
+
+    share: float
+    label: int
+    """Class index; the request's own where no other class was named."""
+    seeds: tuple[int, ...]
+    """One per image; the request's own where no other seed was named."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BranchControl:
     """A control image for one of a plan's branches."""
@@ -91,6 +102,8 @@ class Request:
     """Whether codes are mixed by `smooth_noise`."""
     control_cfg: float = 0.0
     """Strength of guidance by the control."""
+    blend: ResolvedBlend | None = None
+    """Towards which other class and seeds the images go."""
     warnings: tuple[str, ...] = ()
     """What about the control is probably not as meant, a line each."""
     edit: PreparedEdit | None = field(default=None, repr=False)
@@ -117,29 +130,60 @@ def resolve(manifest: Manifest, config: GenerationConfig) -> Request:
 
     Raises RequestError, which names the value and its range, and ImageError for a control that cannot be read.
     """
+    request = resolve_settings(manifest, config)
+    named = _named_controls(manifest, config.control)
+    check_control(manifest, bool(named))
+    if request.control_cfg and not named:
+        raise RequestError(
+            f"control_cfg is {request.control_cfg}, but there is no control; give one, or leave it out"
+        )
+    edit = _resolve_edit(manifest, config)
+    controls, warnings = _resolve_controls(manifest, config, named, edit)
+    return replace(request, controls=controls, warnings=warnings, edit=edit)
+
+
+def resolve_settings(manifest: Manifest, config: GenerationConfig) -> Request:
+    """All of `resolve` that needs no image: a request without control and edit. Raises RequestError."""
     n = _integer("n", config.n, 1, MAX_IMAGES, "ask for fewer and go on with another seed")
     seed = _integer("seed", config.seed, 0, MAX_SEED + 1 - n, "choose a seed in that range")
     known_nL, mask_nL = _resolve_known(manifest, n, config.known_tokens, config.known_mask)
     label, sampling = resolve_label(manifest, config.label), _resolve_sampling(manifest, config)
-    schedule = _resolve_schedule(manifest, config)
-    named = _named_controls(manifest, config.control)
-    check_control(manifest, bool(named))
-    edit = _resolve_edit(manifest, config)
-    controls, warnings = _resolve_controls(manifest, config, named, edit)
+    schedule, seeds = _resolve_schedule(manifest, config), tuple(range(seed, seed + n))
+    check_fit(config.fit)
+    blend = _resolve_blend(manifest, config, label, seeds)
+    classless = label == manifest.model.classes and (blend is None or blend.label == label)
     return Request(
-        controls=controls,
+        controls=(),
         label=label,
-        classless=label == manifest.model.classes,
-        seeds=tuple(range(seed, seed + n)),
+        classless=classless,
+        seeds=seeds,
         sampling=sampling,
         schedule=schedule,
         known=known_nL,
         known_mask=mask_nL,
         more_smooth=_resolve_smooth(manifest, config.more_smooth),
-        control_cfg=_resolve_control_cfg(manifest, config.control_cfg, bool(controls)),
-        warnings=warnings,
-        edit=edit,
+        control_cfg=_resolve_control_cfg(manifest, config.control_cfg),
+        blend=blend,
     )
+
+
+def _resolve_blend(
+    manifest: Manifest, config: GenerationConfig, label: int, seeds: tuple[int, ...]
+) -> ResolvedBlend | None:
+    blend = config.blend
+    if blend is None:
+        return None
+    if blend.label is None and blend.seed is None:
+        raise RequestError("blend names neither another class nor another seed; give one of them, or both")
+    share = _number("share", blend.share, 0.0, 1.0, "0 is the image itself, 1 the other one")
+    other = seeds
+    if blend.seed is not None:
+        if config.more_smooth:
+            raise RequestError("more_smooth has noise that seeds can't be blended by; leave one of the two out")
+        first = _integer("seed", blend.seed, 0, MAX_SEED + 1 - len(seeds), "choose a seed in that range")
+        other = tuple(range(first, first + len(seeds)))
+    towards = label if blend.label is None else resolve_label(manifest, blend.label)
+    return ResolvedBlend(share=share, label=towards, seeds=other)
 
 
 def _resolve_edit(manifest: Manifest, config: GenerationConfig) -> PreparedEdit | None:
@@ -184,7 +228,6 @@ def _resolve_controls(
     edit: PreparedEdit | None,
 ) -> tuple[tuple[BranchControl, ...], tuple[str, ...]]:
     """The control images as the model's square, and what is to be said of them. Those of an edit cover its frame."""
-    check_fit(config.fit)
     model, controls, said = manifest.model, [], []
     for branch, (source, weight) in named.items():
         image = open_image(source)
@@ -196,7 +239,7 @@ def _resolve_controls(
     return tuple(controls), tuple(said)
 
 
-def _resolve_control_cfg(manifest: Manifest, given: object, controlled: bool) -> float:
+def _resolve_control_cfg(manifest: Manifest, given: object) -> float:
     """Check the strength of guidance by the control, 0…1000."""
     strength = _number("control_cfg", given, 0.0, MAX_CFG, "0 turns guidance by the control off")
     if strength and manifest.format == 1:
@@ -204,8 +247,6 @@ def _resolve_control_cfg(manifest: Manifest, given: object, controlled: bool) ->
             f"control_cfg is {strength}, but the plan {manifest.name!r} is of format 1, which has no such guidance; "
             "leave it out, or upgrade the plan with export/build_engines.py --upgrade"
         )
-    if strength and not controlled:
-        raise RequestError(f"control_cfg is {strength}, but there is no control; give one, or leave it out")
     return strength
 
 
@@ -358,6 +399,27 @@ def _resolve_known(manifest: Manifest, n: int, tokens: Any, mask: Any) -> tuple[
 def uniforms(seeds: Sequence[int], L: int) -> NDArray[np.float32]:
     """All the randomness: float32 [n, L] in [0, 1), row i from seed i alone, scale after scale, row by row."""
     return np.stack([np.random.default_rng(seed).random(L, dtype=np.float32) for seed in seeds])
+
+
+def noise_of(request: Request, images: Sequence[int]) -> NDArray[np.float32]:
+    """`uniforms` of some of a request's images, float32 [B, L], blended where it asks for that."""
+    L, blend = request.known.shape[1], request.blend
+    own = uniforms([request.seeds[i] for i in images], L)
+    if blend is None:
+        return own
+    return blended_uniforms(own, uniforms([blend.seeds[i] for i in images], L), blend.share)
+
+
+def blended_uniforms(one: NDArray[np.float32], other: NDArray[np.float32], share: float) -> NDArray[np.float32]:
+    """Numbers [n, L] between two arrays of uniform ones: `one` at share 0, `other` at 1.
+
+    Each token goes from one number to the other at a share of its own, drawn once for all images and independently of
+    them. So each number stays uniform, and every image on the way is a fair sample. Mixing the numbers along a sphere
+    (as normal ones) keeps that too, but moves all tokens at each step: the shipped plan's way is then 4.7 times as
+    long as from end to end, instead of 3.2.
+    """
+    turns_L = np.random.default_rng([0, 0, 2]).random(one.shape[1])  # no seed's own stream, nor `SmoothNoise`'s
+    return np.where(turns_L < share, other, one)
 
 
 class SmoothNoise:
