@@ -37,6 +37,18 @@ POSITIONAL = ("control", "label", "seed", "n")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Blend:
+    """An image between two: from the config's own class and seed towards those named here."""
+
+    share: float
+    """0…1: 0 is the config's own image, 1 that of the class and seed named here."""
+    label: int | str | None = None
+    """Class index or name; None: the config's own class. Start tokens and AdaLN modulation are mixed linearly."""
+    seed: int | None = None
+    """Seed of the first image; None: the config's own. Random numbers are mixed as `blended_uniforms` says."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Flag:
     """How a setting is given on the command line."""
 
@@ -65,11 +77,18 @@ class GenerationConfig:
     `car_runtime.request.resolve`, since their ranges are the plan's.
     """
 
-    control: Source | None = field(
+    control: Source | Mapping[str, Source | tuple[Source, float]] | None = field(
         default=None,
-        metadata=_flag("input", "--control IMAGE", str, "control image (edges, depth, …); - reads stdin"),
+        metadata=_flag(
+            "input",
+            "--control IMAGE",
+            str,
+            "control image (edges, depth, …), or BRANCH=IMAGE[:WEIGHT]; - reads stdin",
+        ),
     )
-    """Path, open binary file, PIL image or uint8 array [H, W] or [H, W, 3]; None for a plan without control (VAR)."""
+    """Path, open binary file, PIL image or uint8 array [H, W] or [H, W, 3] for the plan's default branch; or a
+    mapping from branches to such images, with or without a weight, 0…2: {"canny": "e.png", "depth": ("d.png", 0.6)}.
+    None for plain VAR."""
     label: int | str | None = field(
         default=None, metadata=_flag("input", "--class CLASS", str, "class index or name (default: no class)")
     )
@@ -106,6 +125,12 @@ class GenerationConfig:
     )
     """Whether codes are mixed by Gumbel noise instead of taken one by one: smoother images, for looks and not for
     evaluation. For plans that were exported with it."""
+    control_cfg: float = field(
+        default=0.0,
+        metadata=_flag("sampling", "--control-cfg G", float, "guidance by the control; 0 = off (default)"),
+    )
+    """Strength of guidance by the control, 0…1000: what the control changes is exaggerated; takes a row more per
+    image. For plans of format 2."""
     cfg_scales: Scales | None = field(
         default=None,
         metadata=_flag(
@@ -141,6 +166,8 @@ class GenerationConfig:
     """int [L] or [n, L]: tokens to keep where `known_mask` is true (VAR's zero-shot editing; see `Plan.encode`)."""
     known_mask: ArrayLike | None = None
     """bool [L] or [n, L], given together with `known_tokens` (see `Plan.known_mask`)."""
+    blend: Blend | None = None
+    """Another class, seed, or both, towards which the images go (`Blend`)."""
     edit: Edit | None = None
     """An image to change instead of `known_tokens`: in-painting, out-painting, another class (`Edit`)."""
 

@@ -21,6 +21,7 @@ import numpy as np
 from car_runtime import __version__
 from car_runtime.agreement import LIMITS, compare, judge
 from car_runtime.backends.registry import on_cpu
+from car_runtime.config import GenerationConfig
 from car_runtime.errors import RequestError
 from car_runtime.format.goldens import Goldens, read_all_goldens
 from car_runtime.format.manifest import MANIFEST, WEIGHTS, Manifest, read_manifest
@@ -138,7 +139,8 @@ def measure(plan: Plan, goldens: Goldens, batch: int, warmup: int, runs: int) ->
 def _one(plan: Plan, goldens: Goldens, batch: int, seed: int) -> dict[str, float]:
     """The timings of one call that finds nothing computed before."""
     plan.forget()
-    return plan.generate(goldens.source, goldens.label, seed, batch, cfg=goldens.cfg).timings
+    config = GenerationConfig(control=goldens.source, label=goldens.label, seed=seed, n=batch, cfg=goldens.cfg)
+    return plan.generate(config).timings
 
 
 def _percentile(values: Sequence[float], share: float) -> float:

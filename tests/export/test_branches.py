@@ -19,9 +19,9 @@ from car_runtime.format.goldens import read_goldens
 from car_runtime.format.graph_check import Checked, check_graph
 from car_train import checkpoint
 from fixtures.shared import build_once
-from fixtures.small import small_model
+from fixtures.small import sibling, small_model
 from fixtures.small_plans import small_plan
-from fixtures.two_branches import sibling, small, two_branches
+from fixtures.two_branches import small, two_branches
 
 
 @pytest.fixture

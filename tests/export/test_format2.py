@@ -22,8 +22,8 @@ from car_train import checkpoint
 from car_train.config import CARConfig
 from car_train.model import Model
 from fixtures.golden import Golden
-from fixtures.small import small_config
-from fixtures.two_branches import sibling, small, two_branches
+from fixtures.small import sibling, small_config
+from fixtures.two_branches import small, two_branches
 
 Logits = Callable[[list[float], float], np.ndarray]
 

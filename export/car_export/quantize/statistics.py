@@ -22,6 +22,7 @@ from car_export.observe import ObservedOrtCpu, load_graph
 from car_export.quantize.sites import GRAPHS, kind_of, observed_values
 from car_runtime.backends.base import Buffer
 from car_runtime.backends.numpy_buffers import array_of
+from car_runtime.config import GenerationConfig
 from car_runtime.format import manifest as schema
 from car_runtime.plan import Plan
 
@@ -86,7 +87,8 @@ def collect(source: Path, manifest: schema.Manifest, controls: Sequence[Control]
         for i, control in enumerate(controls):
             label = int(rng.integers(classes))
             for branch in manifest.model.branches or ("",):
-                plan.generate({branch: control} if branch else control, label=label, seed=i)  # type: ignore[arg-type]
+                given = {branch: control} if branch and control is not None else control
+                plan.generate(GenerationConfig(control=given, label=label, seed=i))
             log(f"calibration: {i + 1} of {len(controls)} images")
     return backend.stats
 
