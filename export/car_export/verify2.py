@@ -37,7 +37,9 @@ class Verifier2(Verifier):
             label = torch.from_numpy(rng.integers(0, classes, batch))
             rows = torch.cat([label, torch.full_like(label, classes)])
             uniforms, record = torch.from_numpy(rng.random((batch, config.tokens), dtype=np.float32)), Recording()
-            _, pixels = sample(self.reference.vqvae, self.car, label, uniforms, pyramid, CFG, top_k=1, record=record)
+            tokens, pixels = sample(
+                self.reference.vqvae, self.car, label, uniforms, pyramid, CFG, top_k=1, record=record
+            )
             if self.branch and batch == 1:
                 images = [np.asarray(Image.fromarray(image).resize((s, s))) for s in sizes]
                 self.control_of_branch(images, record)
@@ -45,6 +47,9 @@ class Verifier2(Verifier):
             if self.branch:
                 self.run_branch(batch, record, rows)
             self.steps(batch, record, rows, uniforms)
+            if batch == 1:
+                control = {self.branch: image} if self.branch else None
+                self.whole_run(control, int(label[0]), tokens, pixels, record)
             if whole and batch == 1:
                 self.decoder(record, pixels)
                 self.encoder(image[None])
