@@ -117,6 +117,11 @@ class Request:
         return self.controls[0].image if self.controls else None
 
     @property
+    def control_setting(self) -> dict[str, tuple[Image.Image, float]] | None:
+        """The controls as `GenerationConfig.control` takes them."""
+        return {c.branch: (c.image, c.weight) for c in self.controls} or None
+
+    @property
     def guided(self) -> bool:
         """Whether any scale needs the unconditional rows.
 

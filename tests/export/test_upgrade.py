@@ -46,7 +46,9 @@ def model_of_kind(kind: str) -> Model:
     if branch is not None:
         car = CARConfig(control_type="sketch", encoder_widths=(8, 64, 16), encoder_strides=(2, 2), **branch)
     torch.manual_seed(11)
-    config = replace(config, vqvae=vqvae, var=replace(config.var, shared_aln=shared), car=car)
+    # In half precision a gain of fewer than 64 channels is folded; no published width is as small.
+    size = {"width": 64, "heads": 4} if kind == "conv" else {}
+    config = replace(config, vqvae=vqvae, var=replace(config.var, shared_aln=shared, **size), car=car)
     model = Model(config).requires_grad_(False).eval()
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2 and "embedding" not in name:

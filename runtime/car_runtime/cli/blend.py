@@ -21,6 +21,7 @@ from car_runtime.cli.run import (
     add_source_flags,
     control_of_flags,
     image_files,
+    input_files,
     opened,
     plan_of,
 )
@@ -103,13 +104,13 @@ def run(arguments: Sequence[str]) -> int:
     other = {"label": args.classes[1] if len(args.classes) == 2 else None}
     other["seed"] = args.seeds[1] if len(args.seeds) == 2 else None
     request = resolve(manifest, GenerationConfig(**common))
-    common["control"] = request.control
+    common["control"] = request.control_setting
     shares = [step / (args.steps - 1) for step in range(args.steps)]
     requests = [resolve(manifest, GenerationConfig(**common, blend=Blend(share=share, **other))) for share in shares]
     paths = [args.output.with_name(f"{args.output.stem}-{i}.png") for i in range(args.steps)]
     grid = args.output.with_name(f"{args.output.stem}-grid.png")
     inputs = [root / name for name in (MANIFEST, *manifest.files)]
-    inputs += [Path(given) for given in (args.control, args.photo) if given not in (None, "-")]
+    inputs += input_files(args)
     check_distinct([*(("-o", path) for path in paths), *([("--grid", grid)] if args.grid else [])], inputs)
     check_writable(paths[0])
     for warning in (*said, *request.warnings):
