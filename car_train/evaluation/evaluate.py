@@ -17,6 +17,12 @@ Real images alone give the noise floor of the distances between sets: random hal
 
 Image i of the split is drawn with the uniform numbers of seed `seed + i`, as `car-run --seed` draws them, so
 neither the batch nor the choice of images changes it (up to rounding: a sum may be taken in another order).
+
+A plan, or `--samples`, is evaluated as the papers do it: so many images of every class, written as the .npz that the
+usual FID suites take (`car_train.evaluation.sample_set`).
+
+    python -m car_train eval emoji.plan --data ~/.cache/car/data/emoji --processes 2 -o report.json
+    python -m car_train eval d16.plan --preset var-fid --reference VIRTUAL_imagenet256_labeled.npz --inception W.pth
 """
 
 from __future__ import annotations
@@ -43,7 +49,9 @@ from car_train.data.pretrained import fetch
 from car_train.evaluation.features import EfficientNetLite0, FeatureNetwork, Inception
 from car_train.evaluation.measure import Measurements
 from car_train.evaluation.options import EvalOptions, require
+from car_train.evaluation.sample_set import evaluate_samples
 from car_train.evaluation.table import table
+from car_train.evaluation.targets import is_plan, open_target
 from car_train.files import write_text
 from car_train.flags import add_flags, given
 from car_train.images import contact_sheet, save_png
@@ -62,6 +70,8 @@ def open_images(model: Model, options: EvalOptions) -> ControlledImages:
             getattr(options, name) is None or config.car is not None,
             f"{options.checkpoint} has no control branch; leave out --{name.replace('_', '-')}",
         )
+    require(options.data is not None, f"{options.checkpoint} is measured on images; give --data")
+    assert options.data is not None
     data = ControlledImages(
         options.data,
         config.vqvae.image_size,
@@ -119,6 +129,7 @@ def evaluate(
     path = checkpoint.locate(options.checkpoint)
     model = checkpoint.load(path)
     data = open_images(model, options)
+    assert options.data is not None
     order = choose(data, options)
     networks: dict[str, FeatureNetwork] = {"features": features} if features is not None else {}
     if inception is not None:
@@ -175,7 +186,7 @@ def _finite(value: Any) -> Any:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help="checkpoint, or folder of a run (its newest one)")
+    parser.add_argument("checkpoint", type=Path, help="plan, checkpoint, or folder of a run (its newest one)")
     add_flags(parser, EvalOptions)
     parser.add_argument(
         "--features",
@@ -183,7 +194,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="EfficientNet-Lite0 as .safetensors (default: fetched once); none leaves the comparison of sets out",
     )
     parser.add_argument(
-        "--inception", type=Path, metavar="FILE", help="torch-fidelity's Inception weights: FID and Inception Score"
+        "--inception",
+        type=Path,
+        metavar="FILE",
+        help="torch-fidelity's Inception weights: FID, IS; of samples also sFID",
     )
     parser.add_argument(
         "--baseline",
@@ -191,7 +205,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="also draw without the control, to compare (default: yes)",
     )
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: 0, all)")
     parser.add_argument("-o", "--output", type=Path, metavar="JSON", help="where to write the report")
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="where to write 64 random images")
     parser.add_argument("--json", action="store_true", help="the report as JSON on stdout, the table on stderr")
@@ -199,26 +212,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate, write what was asked for, print the result."""
-    for file, suffix in ((args.output, ".json"), (args.sheet, ".png")):
+    for file, suffix in ((args.output, ".json"), (args.sheet, ".png"), (args.samples, ".npz")):
         require(
             file is None or (file.suffix.lower() == suffix and file.absolute().parent.is_dir()),
             f"can't write {file}; give a {suffix} in a folder that exists",
         )
-    require(args.threads >= 0, f"threads is {args.threads}; it must be at least 0")
     options = EvalOptions(checkpoint=args.checkpoint, baseline=args.baseline, **given(args, EvalOptions))
-    if args.threads:
-        torch.set_num_threads(args.threads)
-        cv2.setNumThreads(args.threads)
+    drawn = options.samples is not None or is_plan(options.checkpoint)
+    _check(args, options, drawn)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+        cv2.setNumThreads(options.threads)
+    target = open_target(options) if drawn else None
     features = None
     if args.features != "none":
         features = EfficientNetLite0(
             Path(args.features).expanduser() if args.features else fetch("efficientnet"), args.device
         )
-    inception = Inception(args.inception, args.device) if args.inception else None
-    report = evaluate(options, features=features, inception=inception, sheet=args.sheet)
+    inception = Inception(args.inception, args.device, spatial=drawn) if args.inception else None
+    if target is not None:
+        samples = options.samples or Path("samples.npz")
+        report = _finite(evaluate_samples(target, options, samples, features=features, inception=inception))
+    else:
+        report = evaluate(options, features=features, inception=inception, sheet=args.sheet)
     text = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     if args.output is not None:
         write_text(args.output, text)
     print(table(report), file=sys.stderr if args.json else sys.stdout)
     if args.json:
         print(text, end="")
+
+
+def _check(args: argparse.Namespace, options: EvalOptions, drawn: bool) -> None:
+    """Raise EvaluationError for flags of the one kind of evaluation with the other."""
+    if drawn:
+        require(
+            args.sheet is None, f"--sheet {args.sheet} shows held-out images; leave it out with --samples or a plan"
+        )
+        require(options.limit == 0, f"--limit {options.limit} is of held-out images; give --per-class N")
+        return
+    for name in ("reference", "reject", "resume"):
+        require(
+            not getattr(options, name), f"--{name} is of images that are drawn by class; give --samples FILE.npz too"
+        )

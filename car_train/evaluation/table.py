@@ -10,20 +10,25 @@ Report = dict[str, Any]
 
 def table(report: Report) -> str:
     """The report for people, as lines of text."""
-    data, steered = report["data"], report["checkpoint"]["control"]
-    lines = [
-        f"{report['checkpoint']['name']}{f' ({steered})' if steered else ''} on {data['pictures']} images of "
-        f"{data['name']}, split {data['split']}, {len(report['classes'])} classes",
-        "",
-        *_reconstruction_lines(report["reconstruction"]),
-    ]
+    data, model = report["data"], report.get("plan") or report["checkpoint"]
+    steered = model["control"]
+    real = f"{data['pictures'] or 0} images of {data['name']}, split {data['split']}"
+    if data.get("reference"):
+        real = f"the reference {data['reference']}"
+    name = f"{model['name']}{f' ({steered})' if steered else ''}"
+    if "samples" in report:
+        drawn = report["samples"]
+        lines = [f"{name}: {drawn['images']} images in {drawn['file']} ({drawn['drawn']} drawn) and {real}"]
+    else:
+        lines = [f"{name} on {real}, {len(report['classes'])} classes", ""]
+        lines += _reconstruction_lines(report["reconstruction"])
     if "teacher_forced" in report:
         rows = {_title(k, steered): v for k, v in report["teacher_forced"].items()}
         names: tuple[str, ...] = ("loss", "accuracy", "loss_last", "accuracy_last")
         lines += _block("teacher forced (nats, share; last scale)", names, rows)
     for part, names in (
-        ("distribution", ("kid", "kid_std", "fid", "precision", "recall")),
-        ("inception", ("fid", "inception_score", "inception_score_std", "precision", "recall")),
+        ("distribution", ("kid", "kid_std", "fid", "precision", "recall", "inception_score")),
+        ("inception", ("fid", "sfid", "inception_score", "inception_score_std", "precision", "recall")),
     ):
         if part in report:
             about = report[part]
