@@ -2,10 +2,12 @@
 
     python -m car_train eval runs/car --data ~/.cache/car/data/emoji -o report.json --sheet sheet.png
 
-From a tokenizer on: reconstruction (PSNR, SSIM, L1, codes in use). From a transformer on: the loss with the teacher's
-tokens, and images drawn by the reference loop, one for each real one, of its class and with its control, as a set
-against the set of real images: KID, Fréchet distance, precision and recall on features of a network that is fetched
-(EfficientNet-Lite0), and with `--inception` FID and Inception Score as the literature has them, by torch-fidelity.
+From a tokenizer on: reconstruction (PSNR, SSIM, L1, codes in use); of the tokenizer alone, with `--tokenizer`, also a
+perceptual distance (`car_train.training.perceptual`) and what is still read of rendered text. From a transformer on:
+the loss with the teacher's tokens, and images drawn by the reference loop, one for each real one, of its class and
+with its control, as a set against the set of real images: KID, Fréchet distance, precision and recall on features of
+a network that is fetched (EfficientNet-Lite0), and with `--inception` FID and Inception Score as the literature has
+them, by torch-fidelity.
 With a control branch: how well an image follows its control (CAR section 4), alongside four yardsticks.
 
     base             the same classes and uniform numbers without the control: what the control adds
@@ -33,13 +35,15 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from car_train import checkpoint
@@ -47,6 +51,7 @@ from car_train.data.dataset import ControlledImages, select_classes
 from car_train.data.folder import text_of
 from car_train.data.pretrained import fetch
 from car_train.evaluation.features import EfficientNetLite0, FeatureNetwork, Inception
+from car_train.evaluation.legibility import legibility
 from car_train.evaluation.measure import Measurements
 from car_train.evaluation.options import EvalOptions, require
 from car_train.evaluation.sample_set import evaluate_samples
@@ -54,11 +59,13 @@ from car_train.evaluation.table import table
 from car_train.evaluation.targets import is_plan, open_target
 from car_train.files import write_text
 from car_train.flags import add_flags, given
-from car_train.images import contact_sheet, save_png
+from car_train.images import contact_sheet, save_png, to_pixels
 from car_train.model import Model
+from car_train.training.perceptual import Perceptual
 
 FORMAT = 1
 
+Pixels = NDArray[np.uint8]
 Report = dict[str, Any]
 
 
@@ -116,25 +123,28 @@ def evaluate(
     *,
     features: FeatureNetwork | None = None,
     inception: Inception | None = None,
+    perceptual: Perceptual | None = None,
     sheet: Path | None = None,
 ) -> Report:
     """Evaluate a checkpoint; the report is made of what JSON knows (numbers that don't exist are None).
 
     features: compares sets of images; without it that part is left out. inception: adds FID, Inception Score,
-    precision and recall. sheet: PNG to write, 64 random images: control, drawn, real.
+    precision and recall. perceptual: adds the distance of images from their reconstructions. sheet: PNG to write, 64
+    random images: control, drawn, real.
 
     Raises EvaluationError, CheckpointError, DataError, and what annotators raise.
     """
     began = time.monotonic()
     path = checkpoint.locate(options.checkpoint)
     model = checkpoint.load(path)
+    model = tokenizer_alone(model) if options.tokenizer else model
     data = open_images(model, options)
     assert options.data is not None
     order = choose(data, options)
     networks: dict[str, FeatureNetwork] = {"features": features} if features is not None else {}
     if inception is not None:
         networks["inception"] = inception
-    run = Measurements(model, options, networks)
+    run = Measurements(model, options, networks, perceptual)
     if model.config.car is not None and len(order) > 1:
         run.previous = data[order[-1]]["control"].numpy()
     bar = tqdm(total=len(order), desc="evaluating", unit="img", file=sys.stderr, disable=None)
@@ -164,6 +174,9 @@ def evaluate(
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
         **run.report(data.class_names),
     }
+    if options.tokenizer:
+        through = partial(_reconstructed, model, options.device)
+        report["text"] = legibility(through, run.config.image_size, options.seed)
     report["seconds"] = {
         **{k: round(v, 1) for k, v in run.seconds.items()},
         "all": round(time.monotonic() - began, 1),
@@ -172,6 +185,18 @@ def evaluate(
         save_png(contact_sheet(run.tiles, run.heads), sheet)
     finite: Report = _finite(report)
     return finite
+
+
+def tokenizer_alone(model: Model) -> Model:
+    """The same model without its transformer and branch."""
+    alone = Model(replace(model.config, var=None, car=None, class_names=None))
+    alone.vqvae = model.vqvae
+    return alone
+
+
+def _reconstructed(model: Model, device: str, images_BHW3: Pixels) -> Pixels:
+    x = torch.from_numpy(images_BHW3).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return to_pixels(model.vqvae.decode(model.vqvae.encode(x)))
 
 
 def _finite(value: Any) -> Any:
@@ -234,7 +259,10 @@ def run(args: argparse.Namespace) -> None:
         samples = options.samples or Path("samples.npz")
         report = _finite(evaluate_samples(target, options, samples, features=features, inception=inception))
     else:
-        report = evaluate(options, features=features, inception=inception, sheet=args.sheet)
+        perceptual = None
+        if options.tokenizer:
+            perceptual = Perceptual(fetch("squeezenet"))
+        report = evaluate(options, features=features, inception=inception, perceptual=perceptual, sheet=args.sheet)
     text = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     if args.output is not None:
         write_text(args.output, text)
@@ -246,6 +274,10 @@ def run(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace, options: EvalOptions, drawn: bool) -> None:
     """Raise EvaluationError for flags of the one kind of evaluation with the other."""
     if drawn:
+        require(
+            not options.tokenizer,
+            "--tokenizer measures a checkpoint's tokenizer on images; leave out --samples, and give no plan",
+        )
         require(
             args.sheet is None, f"--sheet {args.sheet} shows held-out images; leave it out with --samples or a plan"
         )

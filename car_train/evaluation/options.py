@@ -60,6 +60,7 @@ class EvalOptions:
     reject: float = option(
         0.0, "draw 1/(1 - P) times as many and drop the share P that a classifier trusts least", metavar="P"
     )
+    tokenizer: bool = option(False, "the tokenizer alone, with a perceptual distance and the legibility of text")
     processes: int = option(1, "processes that draw")
     resume: bool = option(False, "go on with the images that a stopped evaluation has drawn")
     backend: str = option("auto", "engine of a plan, such as ort-cpu")

@@ -39,6 +39,10 @@ def table(report: Report) -> str:
         rows = {_title(k, steered): v for k, v in about.items() if isinstance(v, dict)}
         names = ("kid_half", "kid_half_std", "fid_half", "fid_half_std", "precision_half", "recall_half")
         lines += _block(f"one half against the other, {about['halvings']} random halvings", names, rows)
+    if "text" in report:
+        names = ("read_letters", "read_words", "drawn_letters", "drawn_words")
+        rows = {f"{size} pixels": row for size, row in report["text"].items()}
+        lines += _block("text read after the tokenizer, and as it was drawn; by height of a letter", names, rows)
     if "control" in report:
         control = report["control"]
         rows = {_title(k, steered): v for k, v in control.items() if isinstance(v, dict)}
@@ -65,6 +69,7 @@ def _title(source: str, steered: str | None) -> str:
 def _reconstruction_lines(part: Report) -> list[str]:
     one = f"PSNR {_number(part['psnr'])} dB (of the pooled error {_number(part['psnr_pooled'])}), "
     one += f"SSIM {_number(part['ssim'])}, L1 {_number(part['l1'])}"
+    one += f", perceptual {_number(part['perceptual'])}" if "perceptual" in part else ""
     codes = f"{part['codes_used']:.1%} of the codes used, perplexity {part['perplexity']:.0f}; per scale "
     per_scale = zip(part["codes_used_per_scale"], part["perplexity_per_scale"], strict=True)
     codes += ", ".join(f"{used:.1%} {size:.0f}" for used, size in per_scale)
