@@ -1,10 +1,9 @@
-"""Images of a checkpoint, one for each line of files of requests: what `car-run batch` is for a plan.
+"""Images of a checkpoint, one for each line of a file of requests: what `car-run batch` is for a plan.
 
-    python -m car_train.evaluation.requests runs/car part-*.jsonl -o images/ --cfg 4 --top-k 900 --top-p 0.95
+    python -m car_train.evaluation.requests runs/car wanted.jsonl -o images/ --cfg 4 --top-k 900 --top-p 0.95
 
-`car_train.evaluation.draw` starts it, once for each process. A line is {"control": path or null, "class": index,
-"seed": number}; DIR/FILE.npz has the images of FILE.jsonl, `arr_0`, uint8 [N, H, W, 3]. Files whose npz is there are
-passed over.
+`car_train.evaluation.draw` starts it, once for each process. A line is {"name": …, "control": path or null, "class":
+index, "seed": number}; its image is DIR/NAME.png.
 """
 
 from __future__ import annotations
@@ -24,20 +23,13 @@ from PIL import Image
 from car_train import checkpoint
 from car_train.errors import UserError, printable_lines
 from car_train.evaluation.generate import uniform_numbers
-from car_train.files import written_aside
-from car_train.images import to_pixels
+from car_train.images import save_png, to_pixels
 from car_train.model import Model
 from car_train.model.sample import sample
 from car_train.streams import Terminated, terminated_politely
 from car_train.training.stages import control_pyramids
 
 Pixels = NDArray[np.uint8]
-
-
-def write_npz(target: Path, images_NHW3: Pixels) -> None:
-    """A whole .npz with the images as `arr_0`, or none. Raises OSError."""
-    with written_aside(target) as file, file.open("wb") as stream:
-        np.savez(stream, arr_0=images_NHW3)
 
 
 @torch.no_grad()
@@ -60,7 +52,7 @@ def draw(model: Model, requests: Sequence[dict[str, Any]], sampling: dict[str, A
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m car_train.evaluation.requests", description=__doc__)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("file", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
     for name, kind in (("cfg", float), ("top-k", int), ("top-p", float), ("batch", int), ("threads", int)):
         parser.add_argument(f"--{name}", type=kind, required=True)
@@ -81,13 +73,12 @@ def _run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     model = checkpoint.load(args.checkpoint).to(args.device)
     sampling = {"cfg": args.cfg, "top_k": args.top_k, "top_p": args.top_p}
-    for file in args.files:
-        target = args.output / f"{file.stem}.npz"
-        if not target.exists():
-            requests = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-            parts = [requests[i : i + args.batch] for i in range(0, len(requests), args.batch)]
-            write_npz(target, np.concatenate([draw(model, part, sampling, args.device) for part in parts]))
-        print(target, flush=True)
+    args.output.mkdir(exist_ok=True)
+    requests = [json.loads(line) for line in args.file.read_text(encoding="utf-8").splitlines()]
+    for start in range(0, len(requests), args.batch):
+        part = requests[start : start + args.batch]
+        for request, image in zip(part, draw(model, part, sampling, args.device), strict=True):
+            save_png(Image.fromarray(image), args.output / f"{request['name']}.png")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from car_train.data.dataset import ControlledImages, select_classes
 from car_train.data.folder import text_of
 from car_train.evaluation.controls import control_maker
-from car_train.evaluation.draw import Parts, Request
+from car_train.evaluation.draw import Drawing, Request
 from car_train.evaluation.features import EfficientNetLite0, FeatureNetwork, Inception
 from car_train.evaluation.metrics import IS_PARTS, control_errors, inception_score
 from car_train.evaluation.options import EvalOptions, EvaluationError, require
@@ -164,7 +164,7 @@ def evaluate_samples(
     )
     folder = samples.parent / f".{samples.name}.parts"
     plan = choose(target, real.labels, options, folder.absolute(), notes)
-    parts = Parts(samples, _settings(target, options, real), plan.requests, options.resume)
+    parts = Drawing(samples, _settings(target, options, real), plan.requests, options.resume)
     networks: dict[str, FeatureNetwork] = {} if features is None else {"features": features}
     networks |= {} if inception is None else {"inception": inception}
 
@@ -327,7 +327,7 @@ def _distributions(
 
 
 def _followed(
-    plan: Plan, keep: list[int], parts: Parts, target: Target, options: EvalOptions
+    plan: Plan, keep: list[int], parts: Drawing, target: Target, options: EvalOptions
 ) -> tuple[Report, dict[int, Report]]:
     """How well the kept images follow their controls, of all and of each class; and another's, which is chance."""
     assert target.convention is not None

@@ -1,12 +1,12 @@
 """What images are drawn from: a checkpoint, by the reference loop, or a plan, by the runtime.
 
-The runtime is another program here: `car-run batch`, started in processes of its own, says what a plan is and draws.
+The runtime is another program here: `car-run batch`, started in processes of its own, checks a plan and draws. What
+an evaluation needs to know of a plan is read from its manifest (docs/reference/plan-format.md).
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from car_train import checkpoint
-from car_train.conventions import ControlConvention
+from car_train.conventions import FIRST, ControlConvention, convention
+from car_train.errors import UserError
 from car_train.evaluation.options import EvalOptions, EvaluationError, require
 from car_train.sampling import NAMED, Sampling
 
@@ -41,7 +42,7 @@ class Target:
     sampling: Sampling
     """What the options come to for it."""
     command: tuple[str, ...]
-    """Takes files of requests, `-o DIR` and `--threads N` (`car_train.evaluation.requests`)."""
+    """Takes a file of requests, `-o DIR` and `--threads N` (`car_train.evaluation.requests`)."""
 
     @property
     def control_type(self) -> str | None:
@@ -85,59 +86,58 @@ def _checkpoint(options: EvalOptions) -> Target:
 def _plan(options: EvalOptions) -> Target:
     path = options.checkpoint
     require(options.device == "cpu", f"device {options.device} is a checkpoint's; choose a plan's with --backend")
-    about = _about(path)
     try:
-        own = Sampling(**about["sampling"]) if options.preset not in NAMED else None
-        how = about["control_convention"]
-        found = Target(
+        about = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        model, own = about["model"], Sampling(**about["sampling"])
+        vocab, names = int(model["vocab"]), model["class_names"]
+        sampling = options.sampling(vocab) if options.preset in NAMED else _sampling(options, own, vocab)
+        flags = ["-e", str(path), "--backend", options.backend, "--no-receipt", *_flags(sampling)]
+        return Target(
             kind="plan",
             path=path,
             name=str(about["name"]),
-            digests=about["files"],
-            image_size=int(about["image_size"]),
-            vocab=int(about["vocab"]),
-            classes=int(about["classes"]),
-            class_names=None if about["class_names"] is None else tuple(about["class_names"]),
-            convention=None if how is None else ControlConvention(**{k: _frozen(v) for k, v in how.items()}),
-            sampling=_sampling(options, own, int(about["vocab"])),
-            command=(),
+            digests={name: file["sha256"] for name, file in sorted(about["files"].items())},
+            image_size=int(model["image_size"]),
+            vocab=vocab,
+            classes=int(model["classes"]),
+            class_names=None if names is None else tuple(names),
+            convention=_convention(model),
+            sampling=sampling,
+            command=(sys.executable, "-m", "car_runtime", "batch", *flags),
         )
-    except (KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
         raise EvaluationError(
-            f"{path}: car-run describes it in another way ({error!r}); install runtime and training of one version"
+            f"{path}: its {MANIFEST} can't be read ({error!r:.120}); export the plan again"
         ) from error
-    command = [sys.executable, "-m", "car_runtime", "batch", "-e", str(path), "--backend", options.backend]
-    return replace(found, command=(*command, *_flags(found.sampling)))
 
 
-def _sampling(options: EvalOptions, own: Sampling | None, vocab: int) -> Sampling:
-    """The options' settings; where they leave the choice to the plan, its own."""
-    if own is None:
-        return options.sampling(vocab)
+def _convention(model: Mapping[str, Any]) -> ControlConvention | None:
+    """How the maps of a plan are made; of format 2, of its default branch; None without control."""
+    branch = model["branches"][model["default_branch"]] if model.get("branches") else model
+    control_type, stated = branch.get("control_type"), branch.get("control_convention")
+    if control_type is None:
+        return None
+    if stated is None or stated["control_type"] != control_type:
+        return convention(FIRST[control_type])
+    settings: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in stated.items()}
+    return ControlConvention(**settings)
+
+
+def _sampling(options: EvalOptions, own: Sampling, vocab: int) -> Sampling:
+    """The options' settings, and where they leave the choice to the plan, its own."""
     given = {k: v for k in asdict(own) if (v := getattr(options, k)) is not None}
     chosen = replace(own, **given)
     return replace(chosen, top_k=chosen.top_k if chosen.top_k < vocab else 0)
 
 
-def _about(path: Path) -> dict[str, Any]:
-    """What `car-run batch --json` says of a plan. Raises EvaluationError with its error."""
-    command = [sys.executable, "-m", "car_runtime", "batch", "-e", str(path), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise EvaluationError(last_error(done.stderr))
-    about: dict[str, Any] = json.loads(done.stdout)["plan"]
-    return about
-
-
-def last_error(stderr: str) -> str:
-    """The message of a program's last line, without its name."""
-    line = (stderr.strip().splitlines() or ["it said nothing; run it by hand"])[-1]
+def first_error(stderr: str) -> str:
+    """The message of the first line in which a program says that something failed."""
+    lines = stderr.strip().splitlines() or ["it said nothing; run it by hand"]
+    line = next((line for line in lines if ": error: " in line or " failed: " in line), lines[-1])
     return line.partition(": error: ")[2] or line
 
 
 def _flags(sampling: Sampling) -> list[str]:
     return ["--cfg", repr(sampling.cfg), "--top-k", str(sampling.top_k), "--top-p", repr(sampling.top_p)]
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

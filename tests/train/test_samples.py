@@ -19,7 +19,7 @@ from car_train import checkpoint
 from car_train.data.controls import make_control
 from car_train.data.dataset import ControlledImages
 from car_train.evaluation import evaluate, sample_set
-from car_train.evaluation.draw import Parts
+from car_train.evaluation.draw import Drawing
 from car_train.evaluation.features import import_torch_fidelity
 from car_train.evaluation.metrics import control_errors, inception_score, precision_recall
 from car_train.evaluation.options import EvalOptions, EvaluationError
@@ -150,18 +150,21 @@ def test_processes_and_a_stop_in_between_change_nothing(
         with pytest.raises(ZeroDivisionError):
             evaluate_samples(target, wanted, tmp_path / "s.npz", features=Thumbnail())
     parts = tmp_path / ".s.npz.parts"
-    assert sorted(p.name for p in parts.glob("*.npz")) == ["00000.npz", "00001.npz", "00002.npz"]
-    (parts / "00001.npz").unlink()
-    with np.load(parts / "00000.npz") as arrays:
-        marked = np.zeros_like(arrays["arr_0"])
-    np.savez(parts / "00000.npz", arr_0=marked)
+    assert len(list((parts / "images").iterdir())) == 65
+    for k in range(32, 65):
+        (parts / "images" / f"{k:07d}.png").unlink()
+    # What a process had drawn when it was killed.
+    (parts / "process-1").mkdir()
+    for folder, k in (("images", 0), ("process-1", 33)):
+        Image.new("RGB", (16, 16)).save(parts / folder / f"{k:07d}.png")
 
     other = dataclasses.replace(wanted, resume=True, seed=1)
     with pytest.raises(EvaluationError, match="with other settings; give these, or leave out --resume"):
         evaluate_samples(target, other, tmp_path / "s.npz", features=Thumbnail())
     _, resumed = drawn(checkpoints["var"], None, tmp_path, per_class=13, processes=2, resume=True)
-    assert not resumed[:32].any()  # what was there is kept
-    np.testing.assert_array_equal(resumed[32:], whole[32:])
+    kept = [0, 33]
+    assert not resumed[kept].any()  # what was there is not drawn again
+    np.testing.assert_array_equal(np.delete(resumed, kept, 0), np.delete(whole, kept, 0))
     assert not parts.exists()
 
 
@@ -171,13 +174,13 @@ def test_rejection_keeps_of_each_class_what_the_classifier_is_surest_of(
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
     drawn_parts: list[np.ndarray] = []
-    write = Parts.write
+    write = Drawing.write
 
-    def spy(self: Parts, samples: Path, keep: Any) -> None:
+    def spy(self: Drawing, samples: Path, keep: Any) -> None:
         drawn_parts.extend(self.images())
         write(self, samples, keep)
 
-    monkeypatch.setattr(Parts, "write", spy)
+    monkeypatch.setattr(Drawing, "write", spy)
     report, kept = drawn(checkpoints["car"], images, tmp_path, per_class=4, reject=0.5)
     assert report["samples"] == {"file": "s.npz", "images": 20, "drawn": 40}
     everything = np.concatenate(drawn_parts)

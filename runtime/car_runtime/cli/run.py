@@ -51,11 +51,7 @@ other commands, each with its own --help:
   car-run restyle IMAGE     the same coarse scales, another class
   car-run vary IMAGE        the same composition, new detail
   car-run again PNG         the same image from what its file says, or a variation of it
-<<<<<<< HEAD
-  car-run batch FILE ...    many images, one for each line of a file
-=======
   car-run batch JOBS        many images in one process, from a table or a folder
->>>>>>> main
   car-run control IMAGE     the control map of a photo alone
   car-run doctor [PLAN]     what this machine can run, and how to install what is missing
   car-run serve [PLAN ...]  the studio in a browser, and an HTTP API
