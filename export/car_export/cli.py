@@ -81,7 +81,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=int,
         choices=(1, 2),
         help="plan format: 2 has control branches in graphs of their own, 1 is for older readers and for engines "
-        "(default: 2, or 1 with --target and --precision bf16)",
+        "(default: 1, or 2 with several branches)",
     )
     parser.add_argument(
         "--upgrade", action="store_true", help="write a plan of format 1 as one of format 2; no checkpoint is needed"
@@ -343,14 +343,14 @@ def _check_plan(args: argparse.Namespace) -> None:
 def _format_of(args: argparse.Namespace) -> int:
     """The format to write. Raises ConfigError for what isn't exported in it, or belongs to the other alone."""
     several = bool(args.others) or len(args.car or ()) > 1
-    of_1 = "--target" if args.target else "--precision bf16" if args.precision == "bf16" else None
-    if of_1 is not None and (several or args.format == 2):
-        raise ConfigError(f"{of_1} needs a plan of format 1; leave it out, or export one checkpoint with --format 1")
     if args.format == 1 and several:
         raise ConfigError("--format 1 holds one control branch; leave it out, or give one checkpoint")
-    chosen: int = args.format or (1 if of_1 else 2)
+    chosen: int = args.format or (2 if several else 1)
+    of_1 = "--target" if args.target else "--precision bf16" if args.precision == "bf16" else None
+    if of_1 is not None and chosen == 2:
+        raise ConfigError(f"{of_1} needs a plan of format 1; leave it out, or export one checkpoint with --format 1")
     if chosen == 1 and args.default_branch is not None and not args.verify:
-        raise ConfigError(f"--default-branch {args.default_branch} belongs to format 2; leave out --format 1")
+        raise ConfigError(f"--default-branch {args.default_branch} belongs to format 2; add --format 2")
     return chosen
 
 

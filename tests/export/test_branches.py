@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from car_runtime.cli.main import main as car_run
 from car_runtime.format import manifest as schema
 from car_runtime.format.goldens import read_goldens
 from car_runtime.format.graph_check import Checked, check_graph
+from car_runtime.verify import verify
 from car_train import checkpoint
 from fixtures.shared import build_once
 from fixtures.small import sibling, small_model
@@ -165,3 +167,17 @@ def test_without_the_exporter_it_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "car_export.branches", None)
     assert "pip install 'car-deploy[cpu,export]'" in run(["remove-branch", two, "other"], capsys, 2)
+
+
+def test_verify_compares_every_branch_and_none(two: Path, tmp_path: Path) -> None:
+    report = verify(two, "ort-cpu", threads=1, warmup=0, runs=1)
+    assert report["passed"], report["checks"]
+    assert list(report["others"]) == ["other", ""]
+    plan = tmp_path / "swapped.plan"
+    shutil.copytree(two, plan)
+    shutil.copy(plan / "goldens.sketch.npz", plan / "goldens.other.npz")
+    files = schema.describe_files(plan, list(schema.read_manifest(two).files))
+    schema.write_manifest(plan, replace(schema.read_manifest(two), files=files))
+    failed = [c["name"] for c in verify(plan, "ort-cpu", threads=1, warmup=0, runs=1)["checks"] if not c["passed"]]
+    assert failed
+    assert all(name.startswith("branch other, ") for name in failed)

@@ -129,7 +129,7 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
     for arguments, says in (
         ([str(one), str(other), *out], "two branches are called 'sketch'"),
         ([str(one), f"b={other}", "--default-branch", "c", *out], "--default-branch c is not one of"),
-        ([str(one), f"b={other}", "--weights", "int8", *out], "needs a plan of format 1"),
+        ([str(one), f"b={other}", "--precision", "bf16", *out], "needs a plan of format 1"),
         ([str(one), "--default-branch", "sketch", *out], "add --format 2"),
         ([str(two), "--target", "rtx", "--sm", "89"], "is of format 2"),
     ):
