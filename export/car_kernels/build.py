@@ -3,8 +3,8 @@
     python -m car_kernels.build                      writes runtime/car_runtime/backends/cuda/cubins/
     python -m car_kernels.build --check              compiles again and compares, byte for byte
 
-For each target `smNN.xz` holds its cubins one after the other, compressed; `kernels.json` says where each lies, what it
-is launched with, and what it uses.
+For each target `smNN.xz` holds its cubins one after the other, compressed; `kernels.json` says where each lies, what
+it is launched with, and what it uses.
 """
 
 from __future__ import annotations
@@ -64,14 +64,11 @@ def compile_variant(name: str, target: int) -> tuple[str, bytes, dict[str, Any]]
 
 def uses(cubin: bytes) -> dict[str, int]:
     """Registers a thread, bytes spilled, and counts of instructions, by the tools that Triton brings."""
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        resources = _output(tools / "cuobjdump", "--dump-resource-usage", file.name)
-        assembly = _output(tools / "nvdisasm", "-c", file.name)
+        resources = _output(tools() / "cuobjdump", "--dump-resource-usage", file.name)
+        assembly = _output(tools() / "nvdisasm", "-c", file.name)
     found = _RESOURCES.search(resources)
     assert found is not None, resources
     operations = Counter(m[1] for m in map(_OPERATION.match, assembly.splitlines()) if m)
@@ -87,6 +84,13 @@ def uses(cubin: bytes) -> dict[str, int]:
         "loads_16": count(r"LDG(STS)?\b.*\b128\b"),
         "loads": count(r"LDG(STS)?\b"),
     }
+
+
+def tools() -> Path:
+    """The folder of NVIDIA's programs that Triton brings."""
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def _output(*command: object) -> str:

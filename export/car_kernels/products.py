@@ -146,7 +146,10 @@ def gelu(a, w, bias, out, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.co
 
 @triton.jit
 def gate(a, w, bias, gamma, x, out, M, C, K, R, mod_stride, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """out f32 [M, C] = x + gamma · (a · w + bias); out may be x. a: fp16 [M, K]; gamma: f32, `mod_stride` apart per r."""
+    """out f32 [M, C] = x + gamma · (a · w + bias); out may be x.
+
+    a: fp16 [M, K]; gamma: f32, `mod_stride` apart per r.
+    """
     outs = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
     acc = product(tl.zeros([BM, BN], tl.float32), a, w, rows, outs, M, C, K, BK)

@@ -24,14 +24,15 @@ def from_ordered_bits(key):
 
 @triton.jit
 def draw(
-    logits, cfg, control_cfg, cfg_ratio, twin, plain, extra, top_k, top_p, uniforms, known, known_mask, tokens, guided,
-    cells, R, V, N, steered, store, VP: tl.constexpr,
+    logits, cfg, control_cfg, cfg_ratio, twin, plain, extra, top_k, top_p, uniforms, known, known_mask, tokens,
+    guided, cells, R, V, N, steered, store, VP: tl.constexpr,
 ):  # fmt: skip
     """Guidance, top-k, top-p and the inverse CDF: one token a program. Grid: cells × B.
 
-    logits: f32 [cells, R, N], of which V count. cfg, control_cfg, top_p: f32 [B]; top_k, twin, plain: int64 [B]; cfg_ratio: f32 [1];
-    extra: f32 [B, V], added before top-k. uniforms: f32 [B, cells]; known, tokens: int64 [B, cells]; known_mask: bool.
-    guided: f32 [B, cells, V], written if `store`. `steered`: whether a control guides too.
+    logits: f32 [cells, R, N], of which V count. cfg, control_cfg, top_p: f32 [B]; top_k, twin, plain: int64 [B];
+    cfg_ratio: f32 [1]; extra: f32 [B, V], added before top-k. uniforms: f32 [B, cells]; known, tokens: int64
+    [B, cells]; known_mask: bool. guided: f32 [B, cells, V], written if `store`. `steered`: whether a control guides
+    too.
 
     The k-th largest logit and the border of top-p are found by bisection on integers in the order of the floats, so
     ties at a border stay together, as in the plan's graph.
