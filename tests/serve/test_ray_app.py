@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -35,32 +37,38 @@ serve.shutdown()
 """
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of two replicas."""
+@contextmanager
+def started(folder: Path, least: int, most: int) -> Iterator[str]:
+    """The address of a cluster with so many replicas."""
     pytest.importorskip("ray")
     pytest.importorskip("fastapi")
     port = 20_000 + os.getpid() % 10_000
+    copy = folder / "copy.plan"
+    shutil.copytree(SHIPPED, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"name": "copy"}))
     environment = os.environ | {
         "PYTHONPATH": str(ROOT / "runtime"),
         "RAY_USAGE_STATS_ENABLED": "0",
         "OMP_NUM_THREADS": "1",
         "CAR_THREADS": "1",
-        "CAR_MIN_REPLICAS": "2",
-        "CAR_MAX_REPLICAS": "2",
+        "CAR_PLANS": f"{SHIPPED}{os.pathsep}{copy}",
+        "CAR_PLANS_PER_REPLICA": "1",
+        "CAR_MIN_REPLICAS": str(least),
+        "CAR_MAX_REPLICAS": str(most),
         "CAR_REPLICA_CPUS": "0.5",
         "CAR_TEST_CLUSTER": MARK,
     }
-    log = (tmp_path_factory.mktemp("ray") / "log.txt").open("w")
-    process = subprocess.Popen(
-        [sys.executable, "-c", CLUSTER, str(port)],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=log,
-        text=True,
-        start_new_session=True,
-    )
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", CLUSTER, str(port)],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,
+        )
     assert process.stdin is not None
     assert process.stdout is not None
     try:
@@ -75,6 +83,28 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             process.wait(60)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of two replicas."""
+    with started(tmp_path_factory.mktemp("ray"), 2, 2) as address:
+        yield address
+
+
+def test_two_plans_share_the_replicas(cluster: str) -> None:
+    answer = httpx.get(f"{cluster}/v1/models").json()
+    assert [model["id"] for model in answer["data"]] == ["emoji-canny", "copy"]
+    images = {}
+    for name in ("copy", "emoji-canny", "copy"):
+        named = httpx.post(f"{cluster}/v1/pictures", json=body(plan=name), timeout=120).json()["images"][0]
+        header = {"serve_multiplexed_model_id": name}
+        routed = httpx.post(f"{cluster}/v1/pictures", json=body(), headers=header, timeout=120).json()["images"][0]
+        assert named["receipt"]["plan"] == routed["receipt"]["plan"] == name
+        images[name] = named["png"]
+    assert np.array_equal(pixels(images["copy"]), pixels(images["emoji-canny"]))
+    backends = [plan["backend"] for plan in httpx.get(f"{cluster}/v1/capabilities").json()["plans"]]
+    assert sum(backend is not None for backend in backends) == 1  # one place for a plan in each replica
 
 
 def replicas() -> set[int]:
@@ -126,3 +156,20 @@ def test_a_replica_killed_under_load_costs_only_its_own_requests(cluster: str) -
         time.sleep(0.5)
     assert len(replicas()) == 2  # it is replaced
     assert all(one(i) == "ok" for i in range(8))
+
+
+def test_replicas_are_added_by_the_requests_that_wait(tmp_path: Path) -> None:
+    """Last: its cluster takes the place of the others'."""
+    with started(tmp_path, 1, 2) as address:
+        assert len(replicas()) == 1
+        until, codes = time.monotonic() + 120, []
+
+        def user(number: int) -> None:
+            while len(replicas()) < 2 and time.monotonic() < until:
+                answer = httpx.post(f"{address}/v1/pictures", json=body(seed=number, n=4), timeout=120)
+                codes.append(answer.status_code)
+
+        with ThreadPoolExecutor(12) as users:
+            list(users.map(user, range(12)))
+        assert len(replicas()) == 2
+        assert set(codes) == {200}

@@ -453,8 +453,8 @@ function use(chosen) {
   const ground = convention ? `rgb(${convention.ground})` : "#000";
   pad.reset({ side: size * Math.max(1, Math.round(512 / size)), ink: convention?.polarity === "dark-on-light" ? "#000" : "#fff", ground });
   stage.build(plan);
-  $("plan").textContent = `${plan.name} · ${plan.image_size} px · ${plan.backend.name}`;
-  $("plan").title = plan.backend.why;
+  $("plan").textContent = [plan.name, `${plan.image_size} px`, plan.backend?.name].filter(Boolean).join(" · ");
+  $("plan").title = plan.backend?.why ?? "";
 }
 
 async function start() {
