@@ -414,6 +414,7 @@ def known_flags() -> set[str]:
         ("car_runtime", []),
         ("car_runtime", ["control", "x.jpg", "-o", "y.png"]),
         *[("car_runtime", [word, "x.png", *more]) for word, more in EDITS.items()],
+        ("car_runtime", ["batch", "x.csv", "-o", "out"]),
         ("car_runtime", ["doctor"]),
         ("car_runtime", ["verify"]),
         ("car_runtime", ["serve"]),

@@ -100,16 +100,23 @@ def resolve(manifest: Manifest, config: GenerationConfig) -> Request:
 
     Raises RequestError, which names the value and its range, and ImageError for a control that cannot be read.
     """
+    request = resolve_settings(manifest, config)
+    check_control(manifest, config.control is not None)
+    edit = _resolve_edit(manifest, config)
+    control, warnings = _resolve_control(manifest, config, edit)
+    return replace(request, control=control, warnings=warnings, edit=edit)
+
+
+def resolve_settings(manifest: Manifest, config: GenerationConfig) -> Request:
+    """All of `resolve` that needs no image: a request without control and edit. Raises RequestError."""
     n = _integer("n", config.n, 1, MAX_IMAGES, "ask for fewer and go on with another seed")
     seed = _integer("seed", config.seed, 0, MAX_SEED + 1 - n, "choose a seed in that range")
     known_nL, mask_nL = _resolve_known(manifest, n, config.known_tokens, config.known_mask)
     label, sampling = resolve_label(manifest, config.label), _resolve_sampling(manifest, config)
     schedule = _resolve_schedule(manifest, config)
-    check_control(manifest, config.control is not None)
-    edit = _resolve_edit(manifest, config)
-    control, warnings = _resolve_control(manifest, config, edit)
+    check_fit(config.fit)
     return Request(
-        control=control,
+        control=None,
         label=label,
         classless=label == manifest.model.classes,
         seeds=tuple(range(seed, seed + n)),
@@ -118,8 +125,6 @@ def resolve(manifest: Manifest, config: GenerationConfig) -> Request:
         known=known_nL,
         known_mask=mask_nL,
         more_smooth=_resolve_smooth(manifest, config.more_smooth),
-        warnings=warnings,
-        edit=edit,
     )
 
 
@@ -135,7 +140,6 @@ def _resolve_control(
     manifest: Manifest, config: GenerationConfig, edit: PreparedEdit | None
 ) -> tuple[Image.Image | None, tuple[str, ...]]:
     """The control image as the model's square, and what is to be said of it. That of an edit covers its frame."""
-    check_fit(config.fit)
     if config.control is None:
         return None, ()
     model, image = manifest.model, open_image(config.control)
