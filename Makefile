@@ -53,7 +53,7 @@ help:
 	@echo 'make check      lint (ruff, imports, clang-format), types (mypy), all tests: what a change must pass'
 	@echo 'make lint       ruff, the arrows between packages (import-linter), clang-format'
 	@echo 'make types      mypy'
-	@echo 'make fuzz       changed manifests, configs, graphs and tables of parameters, guided by coverage, FUZZ_SECONDS each'
+	@echo 'make fuzz       changed manifests, configs, graphs, goldens and tables, guided by coverage, FUZZ_SECONDS each'
 	@echo 'make test-slow  tests that take minutes or gigabytes of memory'
 	@echo 'make test-gpu   tests that need an NVIDIA GPU (an environment of its own)'
 	@echo 'make test-oldest  the runtime with the oldest packages that pyproject.toml allows (an environment of its own)'
@@ -82,7 +82,7 @@ test: $(DEV_ENV)$(INSTALLED)
 
 fuzz: $(DEV_ENV)$(INSTALLED)
 	@$(DEV_ENV)/bin/python -m pip install -q 'atheris>=3,<4'
-	@set -e; for target in manifest config graph step parameters; do $(DEV_ENV)/bin/python tests/fuzz/fuzz.py $$target --seconds $(FUZZ_SECONDS); done
+	@set -e; for target in manifest config graph goldens step parameters; do $(DEV_ENV)/bin/python tests/fuzz/fuzz.py $$target --seconds $(FUZZ_SECONDS); done
 
 quick: lint types
 	@OMP_NUM_THREADS=1 $(DEV_ENV)/bin/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile -k 'not ($(QUICK_LEFT))' $(QUICK_TESTS)

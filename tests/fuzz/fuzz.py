@@ -35,6 +35,7 @@ with _instrumented:
     from car_runtime.backends.amx.match_transformer import read_step
     from car_runtime.backends.amx.parameters import Parameters, named_decoder, named_encoder, named_transformer
     from car_runtime.errors import PlanError
+    from car_runtime.format.goldens import GOLDENS, read_goldens
     from car_runtime.format.graph_check import Checked, check_graph
     from car_runtime.format.manifest import MANIFEST, REMEDY, WEIGHTS, parse_manifest, read_manifest
     from car_runtime.format.schema import Parameter
@@ -90,6 +91,14 @@ def _scratch() -> Path:
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     return Path(folder.name)
+
+
+def _goldens(data: bytes) -> None:
+    (_scratch() / GOLDENS).write_bytes(data)
+    try:
+        read_goldens(_scratch(), _PLAN)
+    except PlanError as error:
+        _refused(error)
 
 
 def _step(data: bytes) -> None:
@@ -154,6 +163,7 @@ TARGETS = {
     "manifest": Target(lambda: [(DEFAULT_PLAN / MANIFEST).read_bytes()], _manifest),
     "config": Target(_configs, _config),
     "graph": Target(lambda: [(DEFAULT_PLAN / _PLAN.graphs["condition"].file).read_bytes()], _graph),
+    "goldens": Target(lambda: [(DEFAULT_PLAN / GOLDENS).read_bytes()], _goldens),
     "step": Target(lambda: [(DEFAULT_PLAN / _PLAN.graphs["step"].file).read_bytes()], _step),
     "parameters": Target(lambda: [_weights()[1]], _parameters),
 }
