@@ -363,9 +363,7 @@ def test_a_header_is_read_as_numpy_writes_it_and_never_evaluated(
         for name, content in members.items():
             archive.writestr(name, content)
     relist(plan, GOLDENS)
-    with pytest.raises(
-        PlanError, match=r"cannot read goldens\.npz \(an array whose header is not as"
-    ):
+    with pytest.raises(PlanError, match=r"cannot read goldens\.npz \(an array whose header is not as"):
         read_goldens(plan, read_manifest(plan))
 
 
