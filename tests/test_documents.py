@@ -415,6 +415,8 @@ def known_flags() -> set[str]:
         ("car_runtime", ["control", "x.jpg", "-o", "y.png"]),
         *[("car_runtime", [word, "x.png", *more]) for word, more in EDITS.items()],
         ("car_runtime", ["batch", "x.csv", "-o", "out"]),
+        ("car_runtime", ["sheet"]),
+        ("car_runtime", ["blend", "--seed", "0", "--seed", "1"]),
         ("car_runtime", ["doctor"]),
         ("car_runtime", ["verify"]),
         ("car_runtime", ["serve"]),

@@ -254,6 +254,11 @@ class Plan:
         return self._backend.name
 
     @property
+    def shared_batch(self) -> int:
+        """How many images of different requests a step makes at once: 1 where `generate_many` takes them in turn."""
+        return max(self._backend.batches) if self.manifest.format > 1 else 1
+
+    @property
     def class_names(self) -> tuple[str, ...] | None:
         """Names of the classes in the order of their indices, or None where the plan has none.
 
@@ -525,7 +530,11 @@ class Plan:
             part, B = request.part(slice(images.start, images.stop)), len(images)
             R = B * (2 if request.guided or self._backend.guided_only else 1)
             with clock.stage("condition"):
-                condition = self._conditioning.condition(part.label, B, R)
+                if part.blend is None or part.blend.label == part.label:
+                    condition = self._conditioning.condition(part.label, B, R)
+                else:
+                    towards = (part.blend.label, part.blend.share)
+                    condition = self._conditioning.blended(part.label, towards, B, R)
             with self._buffers(B, R, logits) as buffers:
                 buffers.load(part, condition, features)
                 for step in run_scales(self._backend, self.manifest.scales, self._constants, buffers):

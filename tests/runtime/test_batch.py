@@ -18,6 +18,7 @@ from car_runtime import RunError
 from car_runtime import plan as plan_module
 from car_runtime.cli.main import main
 from car_runtime.cli.progress import Bar, duration
+from car_runtime.request import Request
 from fixtures.runtime_plan import build_plan
 
 RUNTIME = Path(__file__).parents[2] / "runtime"
@@ -123,13 +124,13 @@ def test_going_on_does_what_failed_is_missing_or_has_changed(
     results = Path("out/results.jsonl")
     results.write_text(results.read_text() + '{"name": "torn')  # the machine went down
     drawn: list[int] = []
-    real = plan_module.Plan.generate
+    real = plan_module.Plan.generate_many
 
-    def counted(self: plan_module.Plan, *given: object, **settings: object) -> object:
-        drawn.append(given[0].seeds[0])  # type: ignore[attr-defined]
-        return real(self, *given, **settings)  # type: ignore[call-overload]
+    def counted(self: plan_module.Plan, requests: list[Request]) -> list[plan_module.Result]:
+        drawn.extend(request.seeds[0] for request in requests)
+        return real(self, requests)
 
-    monkeypatch.setattr(plan_module.Plan, "generate", counted)
+    monkeypatch.setattr(plan_module.Plan, "generate_many", counted)
     assert main(["batch", "jobs.csv", *PLAN, "-o", "out", "--resume"]) == 0
     assert drawn == [1, 1, 2]
     assert Path("out/a.png").stat().st_mtime_ns == before
@@ -142,21 +143,24 @@ def test_going_on_does_what_failed_is_missing_or_has_changed(
     assert "4 done, 0 skipped" in capsys.readouterr().err, "other settings are other images"
 
 
+@pytest.mark.parametrize("shared", [1, 2])
 def test_an_engine_that_fails_costs_its_job_alone(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    shared: int, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("jobs.csv").write_text("control,seed\nedges0.png,1\nedges0.png,2\nedges0.png,3\n")
-    real = plan_module.Plan.generate
+    real = plan_module.Plan.generate_many
 
-    def failing(self: plan_module.Plan, *given: object, **settings: object) -> object:
-        if given[0].seeds[0] == 2:  # type: ignore[attr-defined]
+    def failing(self: plan_module.Plan, requests: list[Request]) -> list[plan_module.Result]:
+        if any(2 in request.seeds for request in requests):
             raise RunError("the engine is on fire; put it out")
-        return real(self, *given, **settings)  # type: ignore[call-overload]
+        return real(self, requests)
 
-    monkeypatch.setattr(plan_module.Plan, "generate", failing)
+    monkeypatch.setattr(plan_module.Plan, "generate_many", failing)
+    monkeypatch.setattr(plan_module.Plan, "shared_batch", shared)
     assert main(["batch", "jobs.csv", *PLAN, "-o", "out"]) == 1
     assert "job 0003 (row 3) failed: the engine is on fire" in capsys.readouterr().err
     assert sorted(path.name for path in Path("out").glob("*.png")) == ["0002.png", "0004.png"]
+    assert [line["status"] for line in lines()] == ["done", "failed", "done"]
 
 
 def _started(jobs: int) -> subprocess.Popen[str]:

@@ -30,7 +30,7 @@ EXAMPLES = """examples:
 def run(arguments: Sequence[str]) -> int:
     """Draw again, and say on stderr whether sampling anew agrees with the receipt. Returns the exit code."""
     from car_runtime.images import text_chunks
-    from car_runtime.receipt import control_of, receipt_of
+    from car_runtime.receipt import blend_of, control_of, receipt_of
 
     began = perf_counter()
     parser = Parser("car-run again", ABOUT, EXAMPLES)
@@ -52,7 +52,7 @@ def run(arguments: Sequence[str]) -> int:
             f"{args.image!r} is an edit of a photo, which its receipt does not hold; run the edit again on the photo"
         )
     asked = _with_receipt(parser, receipt, arguments)
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"blend": blend_of(receipt, manifest.model.classes)}
     if asked.control is None and asked.photo is None and receipt.control is not None:
         changes["control"] = control_of(chunks, receipt, manifest.model.image_size)
         if changes["control"] is None:

@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -214,26 +214,56 @@ class Batch:
         failed: list[Failure] = []
         bar = Bar(len(jobs), "jobs")
         try:
-            for job in jobs:
-                failure = self._do(job)
-                failed += [] if failure is None else [failure]
-                bar.advance(failed=failure is not None)
+            for together in self._shared(jobs):
+                for failure in self._do(together):
+                    failed += [] if failure is None else [failure]
+                    bar.advance(failed=failure is not None)
         finally:
             bar.end()
         return failed
 
-    def _do(self, job: Job) -> Failure | None:
-        """One job: its images and its line. Returns why it failed, if it did."""
-        began = perf_counter()
-        line: dict[str, Any] = {"name": job.name, "row": job.row, "digest": job.digest(self._common, self._digest)}
+    def _shared(self, jobs: Sequence[Job]) -> Iterator[Sequence[Job]]:
+        """The jobs in groups that share steps. Where they can't, one by one: what is finished is written at once."""
+        size = max(self._plan.shared_batch // self._common["n"], 1)
+        for first in range(0, len(jobs), size):
+            yield jobs[first : first + size]
+
+    def _do(self, jobs: Sequence[Job]) -> Iterator[Failure | None]:
+        """Do some jobs together: their images and lines. Gives for each why it failed, if it did."""
+        began, good = perf_counter(), []
+        for job, prepared in [(job, self._prepared(job)) for job in jobs]:
+            if isinstance(prepared, Failure):
+                yield prepared
+            else:
+                good.append((job, prepared))
+        if not good:
+            return
         try:
-            request = self._request(job)
-            result = self._plan.generate(request)
+            results = self._plan.generate_many([request for _, request in good])
         except CarError as error:
-            self._results.add(line | {"status": "failed", "error": error_line(error)})
-            return Failure(job, error_line(error), isinstance(error, UserError))
-        self._write(job, result, line, perf_counter() - began)
-        return None
+            if len(good) == 1:
+                yield self._failed(good[0][0], error)
+                return
+            for job, _ in good:  # one of them is to blame
+                yield from self._do([job])
+            return
+        seconds = (perf_counter() - began) / len(good)
+        for (job, _), result in zip(good, results, strict=True):
+            self._write(job, result, seconds)
+            yield None
+
+    def _failed(self, job: Job, error: CarError) -> Failure:
+        self._results.add(self._line(job) | {"status": "failed", "error": error_line(error)})
+        return Failure(job, error_line(error), isinstance(error, UserError))
+
+    def _line(self, job: Job) -> dict[str, Any]:
+        return {"name": job.name, "row": job.row, "digest": job.digest(self._common, self._digest)}
+
+    def _prepared(self, job: Job) -> Request | Failure:
+        try:
+            return self._request(job)
+        except CarError as error:
+            return self._failed(job, error)
 
     def _request(self, job: Job) -> Request:
         from dataclasses import replace
@@ -249,7 +279,7 @@ class Batch:
         request = resolve(manifest, GenerationConfig(**settings))
         return replace(request, warnings=(*said, *request.warnings))
 
-    def _write(self, job: Job, result: Result, line: dict[str, Any], seconds: float) -> None:
+    def _write(self, job: Job, result: Result, seconds: float) -> None:
         from car_runtime.images import write_files
 
         manifest, request, out = self._plan.manifest, result.request, self._args.output
@@ -257,4 +287,4 @@ class Batch:
         write_files(image_files(manifest, paths, result, receipt=not self._args.no_receipt))
         images = [{"path": p.name, "seed": seed} for p, seed in zip(paths, request.seeds, strict=True)]
         about = {**settings_report(manifest, request), "warnings": list(request.warnings), "seconds": seconds}
-        self._results.add(line | {"status": "done", "images": images, **about})
+        self._results.add(self._line(job) | {"status": "done", "images": images, **about})

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from car_runtime.cli.options import parse_setting, spelled, spellings
 from car_runtime.config import GenerationConfig, flags
 from car_runtime.errors import RequestError, printable
 from car_runtime.format.manifest import Manifest
@@ -27,7 +28,6 @@ MAX_CELL = 4096
 MAX_NAME = 100
 """Characters of a job's name."""
 SUFFIXES = frozenset(f".{suffix}" for suffix in ("jpg", "tif", *map(str.lower, FORMATS)))
-TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,15 +159,8 @@ def _rows_of_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, {column: value for column, value in row.items() if value is not None}
 
 
-def _columns() -> dict[str, str]:
-    """Column, lower case and with hyphens → field of the config, or "name" or "photo"."""
-    found = {"name": "name", "photo": "photo"}
-    for field, flag in flags().items():
-        found |= {spelling.lstrip("-").lower(): field for spelling in (*flag.names, field.replace("_", "-"))}
-    return found
-
-
-COLUMNS = _columns()
+COLUMNS = {"name": "name", "photo": "photo", **spellings()}
+"""Column, lower case and with hyphens → field of the config, or "name" or "photo"."""
 
 
 def _check_header(header: Sequence[str]) -> None:
@@ -179,7 +172,7 @@ def _check_header(header: Sequence[str]) -> None:
 
 
 def _field(row: int, column: str) -> str:
-    field = COLUMNS.get(column.strip().lower().replace("_", "-"))
+    field = COLUMNS.get(spelled(column))
     if field is None:
         wanted = ", ".join(dict.fromkeys(["name", "photo", *(f.names[-1][2:] for f in flags().values())]))
         raise RequestError(f"row {row}: there is no column {column[:40]!r}; the columns are {wanted}")
@@ -218,18 +211,7 @@ def _value(row: int, column: str, field: str, value: Any) -> Any:
         return value
     if not isinstance(value, (str, int, float)):
         raise RequestError(f"{place}: {str(value)[:60]!r} is no single value; give text or a number")
-    kind = flags()[field].type
-    if not isinstance(value, str) or kind is str:
-        return value
-    if kind is bool:
-        if value.lower() not in TRUTH:
-            raise RequestError(f"{place}: {value[:60]!r} is neither true nor false; give one of these")
-        return TRUTH[value.lower()]
-    try:
-        return kind(value)
-    except ValueError as error:
-        what = "whole number" if kind is int else "number"
-        raise RequestError(f"{place}: {value[:60]!r} is no {what}; give one, or leave the cell empty") from error
+    return parse_setting(place, field, value) if isinstance(value, str) else value
 
 
 def _check_name(place: str, name: str) -> None:

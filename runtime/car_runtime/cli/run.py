@@ -51,7 +51,9 @@ other commands, each with its own --help:
   car-run restyle IMAGE     the same coarse scales, another class
   car-run vary IMAGE        the same composition, new detail
   car-run again PNG         the same image from what its file says, or a variation of it
+  car-run blend             images between two classes or two seeds
   car-run batch JOBS        many images in one process, from a table or a folder
+  car-run sheet             a labelled sheet: classes × seeds × any setting
   car-run control IMAGE     the control map of a photo alone
   car-run doctor [PLAN]     what this machine can run, and how to install what is missing
   car-run serve [PLAN ...]  the studio in a browser, and an HTTP API
@@ -88,13 +90,18 @@ def check_names(parser: Parser, args: argparse.Namespace) -> None:
 def _add_input_flags(parser: argparse.ArgumentParser) -> None:
     inputs = parser.add_argument_group(GROUPS["input"])
     add_plan_flag(inputs)
+    add_source_flags(inputs)
+    add_setting(inputs, "label")
+    add_engine_flags(inputs)
+
+
+def add_source_flags(inputs: argparse._ArgumentGroup) -> None:
+    """The control image, or what it is made of; `control_of_flags` takes what they were given."""
     source = inputs.add_mutually_exclusive_group()
     add_setting(source, "control")
     source.add_argument("--photo", metavar="IMAGE", help="photo to derive the control image from; - reads stdin")
     inputs.add_argument("--annotator", metavar="ONNX", help="network that makes --photo's control (docs/inputs.md)")
     add_setting(inputs, "fit")
-    add_setting(inputs, "label")
-    add_engine_flags(inputs)
 
 
 def add_plan_flag(inputs: argparse._ActionsContainer) -> None:
@@ -167,7 +174,7 @@ def generate(
     from car_runtime.images import write_files
     from car_runtime.request import resolve
 
-    control, said = _control(args, manifest)
+    control, said = control_of_flags(args, manifest)
     settings = settings_of(args) | {"control": control} | dict(changes or {})
     request = resolve(manifest, GenerationConfig(**settings))
     request = replace(request, warnings=(*said, *request.warnings))
@@ -220,7 +227,7 @@ def opened(args: argparse.Namespace, root: Path) -> Iterator[Plan]:
         yield plan
 
 
-def _control(args: argparse.Namespace, manifest: Manifest) -> tuple[Source | None, tuple[str, ...]]:
+def control_of_flags(args: argparse.Namespace, manifest: Manifest) -> tuple[Source | None, tuple[str, ...]]:
     """The control image as given, or derived from the photo, and warnings; None where neither is given."""
     given = args.control if args.photo is None else args.photo
     source: Source | None = None if given is None else image_source(given)
@@ -257,6 +264,7 @@ def settings_report(manifest: Manifest, request: Request) -> dict[str, Any]:
         "top_p": request.sampling.top_p,
         "schedule": request.schedule.settings(),
         **({"more_smooth": True} if request.more_smooth else {}),
+        **({} if request.blend is None else {"blend_share": request.blend.share, "blend_class": request.blend.label}),
     }
 
 
