@@ -6,9 +6,9 @@ What is changed: values and bytes of the manifest, bytes of graphs, weights and 
 to date, and what lies in the place of a file. What runs: an image, `--list-classes`, `doctor`, `verify`, and
 `build_engines.py` on a plan. Sources are the shipped plan and two small ones of random weights, of formats 1 and 2.
 
-A command is the very function that the program calls, in a child forked from a process that has imported it: that
-takes milliseconds, not seconds. Every 50th is a process of its own. Time is the CPU's, memory what a child takes
-beyond what the same command takes on the unchanged plan.
+A command is the very function that the program calls, one after the other in a child of this process, which goes on
+behind a case that ends it: that takes milliseconds, not seconds. Every 50th is a process of its own. Time is the
+CPU's; memory is what a command takes at its peak beyond what it takes on the unchanged plan.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PATHS = [str(ROOT / folder) for folder in ("", "export", "runtime", "tests")]
@@ -42,6 +44,8 @@ CPU_SECONDS = 10
 MEGABYTES = 1000
 LINE = 300
 CONTROL = ROOT / "examples" / "umbrella.png"
+COMPILING = "build_engines --target rtx"
+"""It takes its time for what is a plan, and has no limit of seconds."""
 WHOLE = 50
 """One in so many is a process of its own."""
 
@@ -59,11 +63,11 @@ def commands(plan: Path, folder: Path, key: Path) -> dict[str, list[str]]:
         "doctor": ["car_runtime", "doctor", str(plan)],
         "verify": ["car_runtime", "verify", str(plan), "--runs", "1", "--warmup", "0", "--threads", "1"],
         "build_engines --sign": ["car_export", str(plan), "--sign", str(key)],
-        "build_engines --target rtx": ["car_export", str(plan), "--target", "rtx", "--sm", "89"],
+        COMPILING: ["car_export", str(plan), "--target", "rtx", "--sm", "89"],
     }
 
 
-WEIGHTS_OF_COMMANDS = (30, 5, 20, 12, 22, 9, 2)
+WEIGHTS_OF_COMMANDS = (30, 5, 20, 12, 22, 10, 0.3)
 
 
 def run_here(command: Sequence[str]) -> int:
@@ -81,7 +85,7 @@ def program(command: Sequence[str]) -> list[str]:
     return [sys.executable, *script, *command[1:]]
 
 
-# How a child ends.
+# How a command ends.
 
 
 @dataclass(frozen=True)
@@ -89,31 +93,36 @@ class Outcome:
     """Exit code, or minus the number of a signal; CPU seconds; megabytes at its peak; what it wrote to stderr."""
 
     code: int
-    hung: bool
     seconds: float
     megabytes: int
     stderr: str
 
 
-def forked(command: Sequence[str], stderr: Path) -> Outcome:
-    """A command in a copy of this process."""
-    pid = os.fork()
-    if pid == 0:
-        code = 99
-        try:
-            os.dup2(os.open(os.devnull, os.O_RDWR), 1)
-            os.dup2(os.open(stderr, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", errors="backslashreplace")
-            limit()
-            code = run_here(command)
-        except SystemExit as error:
-            code = error.code if isinstance(error.code, int) else 1
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    return ended(pid, stderr)
+def called(command: Sequence[str], stderr: Path) -> Outcome:
+    """A command in this process, whose file descriptors 1 and 2 are taken."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(stderr, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), 2)
+    sys.stdout, sys.stderr = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(2), "w", errors="backslashreplace")
+    Path("/proc/self/clear_refs").write_text("5")  # its peak begins anew
+    began, before, code = time.process_time(), resident("VmRSS"), 99
+    signal.setitimer(signal.ITIMER_PROF, 4 * CPU_SECONDS)
+    try:
+        code = run_here(command)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    seconds, megabytes = time.process_time() - began, resident("VmHWM") - before
+    for stream in (sys.stdout, sys.stderr):
+        stream.close()
+    return Outcome(code, seconds, megabytes, stderr.read_text(errors="replace"))
+
+
+def resident(what: str) -> int:
+    """Megabytes of this process: VmRSS, now; VmHWM, at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(what)).split()[1]) // 1024
 
 
 def spawned(command: Sequence[str], stderr: Path) -> Outcome:
@@ -124,38 +133,13 @@ def spawned(command: Sequence[str], stderr: Path) -> Outcome:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=file,
-            preexec_fn=limit,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (4 * CPU_SECONDS, 4 * CPU_SECONDS)),
             env={**os.environ, "PYTHONPATH": os.pathsep.join(PATHS)},
         )
-        outcome = ended(process.pid, stderr)
-        process.returncode = outcome.code
-    return outcome
-
-
-def limit() -> None:
-    """No core files, and an end to what takes more CPU than may be."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (4 * CPU_SECONDS, 4 * CPU_SECONDS))
-
-
-def ended(pid: int, stderr: Path) -> Outcome:
-    """Wait for a child; one that neither ends nor computes for two minutes hangs."""
-    began, hung = time.monotonic(), False
-    while True:
-        found, status, usage = os.wait4(pid, os.WNOHANG)
-        if found:
-            break
-        if time.monotonic() - began > 120 and not hung:
-            hung = True
-            os.kill(pid, signal.SIGKILL)
-        time.sleep(0.005)
-    return Outcome(
-        code=os.waitstatus_to_exitcode(status),
-        hung=hung,
-        seconds=usage.ru_utime + usage.ru_stime,
-        megabytes=usage.ru_maxrss // 1024,
-        stderr=stderr.read_text(errors="replace"),
-    )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    seconds, megabytes = usage.ru_utime + usage.ru_stime, usage.ru_maxrss // 1024
+    return Outcome(process.returncode, seconds, megabytes, stderr.read_text(errors="replace"))
 
 
 def problem(name: str, outcome: Outcome, usual: int) -> str | None:
@@ -163,7 +147,7 @@ def problem(name: str, outcome: Outcome, usual: int) -> str | None:
     errors = [line for line in outcome.stderr.splitlines() if " error: " in line]
     own_failure = outcome.code == 1 and len(errors) == 1 and "RunError" in errors[0]
     report = outcome.code == 1 and not errors and name in ("verify", "doctor")  # what they found is their answer
-    if outcome.hung or outcome.code == -signal.SIGXCPU:
+    if outcome.code in (-signal.SIGXCPU, -signal.SIGPROF):
         return "hangs"
     if outcome.code < 0:
         return f"ended by {signal.Signals(-outcome.code).name}"
@@ -305,56 +289,98 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="a folder for the plans that were answered wrong")
     arguments = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    began, answers, wrong, slowest, most = time.monotonic(), Counter[str](), Counter[str](), 0.0, 0
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
         os.environ["HOME"] = name
-        key, root, stderr = folder / "key.pem", folder / "a.plan", folder / "stderr"
-        write_key(key)
-        made = list(arguments.plan)
-        if not made:  # in a child: a process that has run an engine does not fork well
-            subprocess.run([sys.executable, "-c", EXPORT.format(paths=PATHS, folder=name)], check=True)
-            made = [folder / "one.plan", folder / "two.plan"]
-        warm_up()
-        sources = [DEFAULT_PLAN, *made]
-        local = []
-        for i, source in enumerate(sources):  # on one file system, for hard links
-            local.append(folder / f"source-{i}.plan")
-            shutil.copytree(source, local[-1])
-        usual: dict[tuple[Path, str, bool], int] = {}
-        for i in range(arguments.count):
-            rng = random.Random(f"{arguments.seed} {i}")
-            source = rng.choices(local, [1] + [4] * len(made))[0]
-            wanted = commands(root, folder, key)
-            name = rng.choices(list(wanted), WEIGHTS_OF_COMMANDS)[0]
-            run = spawned if i % WHOLE == 0 else forked
-            copied(source, root)
-            place = (source, name, run is spawned)
-            if place not in usual:
-                plain = run(wanted[name], stderr)
-                usual[place] = plain.megabytes
-                print(f"unchanged {source.name}, {name}: {plain.code}, {plain.megabytes} MB, {plain.seconds:.1f} s")
-                copied(source, root)
-            what = spoil(root, rng)
-            outcome = run(wanted[name], stderr)
-            bad = problem(name, outcome, usual[place])
-            answers[str(outcome.code)] += 1
-            slowest = max(slowest, outcome.seconds if name != "build_engines --target rtx" else 0)
-            most = max(most, outcome.megabytes - usual[place])
-            if bad is not None:
-                wrong[bad] += 1
-                said = (outcome.stderr.strip().splitlines() or [""])[-1][:240]
-                print(f"WRONG {i} {source.name} {name}: {what}: {bad} | {said!r}", flush=True)
-                if arguments.keep is not None:
-                    shutil.copytree(root, arguments.keep / f"{arguments.seed}-{i}.plan", symlinks=True)
-            if (i + 1) % 500 == 0:
-                print(f"{i + 1}: {dict(answers)}, {sum(wrong.values())} wrong", flush=True)
+        return campaign(arguments, Path(name))
+
+
+def campaign(arguments: argparse.Namespace, folder: Path) -> int:
+    """Try all cases, print what was answered wrong and the sum; returns the exit code."""
+    write_key(folder / "key.pem")
+    made = list(arguments.plan)
+    if not made:  # elsewhere: a process that has run an engine does not fork well
+        subprocess.run([sys.executable, "-c", EXPORT.format(paths=PATHS, folder=str(folder))], check=True)
+        made = [folder / "one.plan", folder / "two.plan"]
+    warm_up()
+    sources = []
+    for i, source in enumerate([DEFAULT_PLAN, *made]):  # on one file system, for hard links
+        sources.append(shutil.copytree(source, folder / f"source-{i}.plan"))
+    began, tried = time.monotonic(), 0
+    answers, wrong = Counter[str](), Counter[str]()
+    slowest, most = 0.0, 0
+    while tried < arguments.count:
+        for line in batch(arguments, tried, sources, folder):
+            tried += 1
+            answers[str(line["code"])] += 1
+            slowest, most = max(slowest, line["seconds"]), max(most, line["more"])
+            if line["problem"] is not None:
+                wrong[line["problem"]] += 1
+                print(f"WRONG {tried - 1} {line['what']}: {line['problem']} | {line['said']!r}", flush=True)
+            if tried % 100 == 0:
+                print(f"{tried}: {dict(answers)}, {sum(wrong.values())} wrong", flush=True)
     codes = ", ".join(f"{count} ended with {code}" for code, count in sorted(answers.items()))
     print(
-        f"{arguments.count} plans: {codes}; {sum(wrong.values())} answered wrong; at most {slowest:.1f} s of CPU and "
+        f"{tried} plans: {codes}; {sum(wrong.values())} answered wrong; at most {slowest:.1f} s of CPU and "
         f"{most} MB more than unchanged; {time.monotonic() - began:.0f} s"
     )
     return 1 if wrong else 0
+
+
+def batch(
+    arguments: argparse.Namespace, first: int, sources: Sequence[Path], folder: Path
+) -> Iterator[dict[str, Any]]:
+    """Cases `first` and up to 99 more, in one child; fewer where one of them ends it, which then is the last."""
+    lines = folder / "lines"
+    lines.write_text("")
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with lines.open("w") as file:
+                for i in range(first, min(first + 100, arguments.count)):
+                    case(arguments, i, sources, folder, file)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    answers = [json.loads(line) for line in lines.read_text().splitlines()]
+    for begun, ended in zip_longest(answers[::2], answers[1::2]):
+        if ended is None:
+            code = os.waitstatus_to_exitcode(status)
+            outcome = Outcome(code, 0, 0, (folder / "stderr").read_text(errors="replace"))
+            ended = answer(begun["what"], begun["command"], outcome, 0)
+        yield ended
+
+
+def case(arguments: argparse.Namespace, i: int, sources: Sequence[Path], folder: Path, file: IO[str]) -> None:
+    """Try case `i`: a line of what is tried, and one of how it ended."""
+    rng = random.Random(f"{arguments.seed} {i}")
+    root, stderr = folder / "a.plan", folder / "stderr"
+    source = rng.choices(sources, [1] + [4] * (len(sources) - 1))[0]
+    wanted = commands(root, folder, folder / "key.pem")
+    name = rng.choices(list(wanted), WEIGHTS_OF_COMMANDS)[0]
+    run = spawned if i % WHOLE == 0 else called
+    usual = folder / f"usual {source.stem} {name} {run.__name__}".replace("/", " ")
+    if not usual.exists():
+        copied(source, root)
+        usual.write_text(str(run(wanted[name], stderr).megabytes))
+    copied(source, root)
+    what = f"{source.stem} {name}: {spoil(root, rng)}"
+    print(json.dumps({"what": what, "command": name}), file=file, flush=True)
+    ended = answer(what, name, run(wanted[name], stderr), int(usual.read_text()))
+    print(json.dumps(ended), file=file, flush=True)
+    if ended["problem"] is not None and arguments.keep is not None:
+        shutil.copytree(root, arguments.keep / f"{arguments.seed}-{i}.plan", symlinks=True)
+
+
+def answer(what: str, command: str, outcome: Outcome, usual: int) -> dict[str, Any]:
+    """How a case ended, as JSON."""
+    return {
+        "what": what,
+        "code": outcome.code,
+        "seconds": 0 if command == COMPILING else outcome.seconds,
+        "more": outcome.megabytes - usual,
+        "problem": problem(command, outcome, usual),
+        "said": (outcome.stderr.strip().splitlines() or [""])[-1][:240],
+    }
 
 
 EXPORT = """
