@@ -53,12 +53,8 @@ help:
 	@echo 'make check      lint (ruff, imports, clang-format), types (mypy), all tests: what a change must pass'
 	@echo 'make lint       ruff, the arrows between packages (import-linter), clang-format'
 	@echo 'make types      mypy'
-<<<<<<< HEAD
-	@echo 'make fuzz       changed manifests, configs, graphs, goldens and tables, guided by coverage, FUZZ_SECONDS each'
-=======
 	@echo 'make kernels    compile the cuda kernels again, byte for byte the ones in the tree (minutes, no GPU)'
-	@echo 'make fuzz       changed manifests, configs and graphs, guided by coverage, FUZZ_SECONDS each'
->>>>>>> main
+	@echo 'make fuzz       changed manifests, configs, graphs, goldens and tables, guided by coverage, FUZZ_SECONDS each'
 	@echo 'make test-slow  tests that take minutes or gigabytes of memory'
 	@echo 'make test-gpu   tests that need an NVIDIA GPU (an environment of its own)'
 	@echo 'make test-oldest  the runtime with the oldest packages that pyproject.toml allows (an environment of its own)'
