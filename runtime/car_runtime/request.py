@@ -25,7 +25,7 @@ from car_runtime.conventions import FITS
 from car_runtime.editing.edit import PreparedEdit, prepare
 from car_runtime.errors import RequestError
 from car_runtime.format.manifest import Manifest
-from car_runtime.images import open_image
+from car_runtime.images import BLACK, open_image
 from car_runtime.schedule import MAX_STRENGTH, Schedule, parse_scales
 
 MAX_IMAGES = 1024
@@ -181,7 +181,7 @@ def _resolve_control(
         return None, ()
     model, image = manifest.model, open_image(config.control)
     if edit is not None and not edit.whole:
-        image = edit.frame.cut_alike(image)
+        image = edit.frame.cut_alike(image, model.convention.ground if model.convention else BLACK)
     return prepare_control(image, model.convention, model.image_size, config.fit)
 
 
