@@ -103,6 +103,22 @@ def test_beyond_the_seam_every_byte_is_the_photos(mode: str, feather: int | None
     assert ys.max() < 60 + width
 
 
+def test_a_seam_over_transparency_has_no_other_colour_than_what_is_drawn() -> None:
+    """Transparent pixels are black ones mostly; mixed in, they would draw a grey line along the seam."""
+    clear = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    frame = Frame(image=clear, repaint=marked(64, 64, (0, 0, 32, 64)), square=Square(left=0, top=0, side=64))
+    pasted = frame.paste(np.full((64, 64, 3), 240, np.uint8), 6)
+    seen = pasted[..., 3] > 0
+    assert (pasted[seen][:, :3] == 240).all()
+    assert len(np.unique(pasted[..., 3])) > 3, "the cover itself fades"
+    half = Image.new("RGBA", (64, 64), (100, 100, 100, 255))
+    opaque = Frame(image=half, repaint=frame.repaint, square=frame.square).paste(
+        np.full((64, 64, 3), 240, np.uint8), 6
+    )
+    assert (opaque[..., 3] == 255).all()
+    assert (np.diff(opaque[0, 31:40, 0].astype(int)) <= 0).all()
+
+
 def test_a_seam_does_not_depend_on_how_much_of_the_photo_it_is_made_of() -> None:
     image, mask = photo(120, 100), marked(120, 100, (60, 30, 90, 60))
     mask[20:25, 95] = True

@@ -97,10 +97,14 @@ class Frame:
         near = self.repaint[above : bottom + width, before : right + width]
         alpha = softened(near, width)[top - above : bottom - above, left - before : right - before, None]
         patch = np.asarray(big)[top - square.top : bottom - square.top, left - square.left : right - square.left]
-        if frame.shape[2] == 4:
+        kept, share = frame[inner], alpha
+        if frame.shape[2] == 4:  # what is transparent has no colour to mix in
             patch = np.concatenate([patch, np.full((*patch.shape[:2], 1), 255, np.uint8)], -1)
-        kept = frame[inner]
-        frame[inner] = np.where(alpha > 0, np.rint(alpha * patch + (1 - alpha) * kept), kept).astype(np.uint8)
+            cover = alpha + (1 - alpha) * kept[..., 3:] / 255
+            share = np.broadcast_to(alpha / np.maximum(cover, 1e-9), kept.shape).copy()
+            share[..., 3:] = alpha
+        mixed = np.rint(share * patch + (1 - share) * kept)
+        frame[inner] = np.where(alpha > 0, mixed, kept).astype(np.uint8)
         return frame
 
     def matched(self, drawn_NN3: NDArray[np.uint8]) -> NDArray[np.uint8]:
