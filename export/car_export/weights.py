@@ -86,7 +86,7 @@ class WeightStore:
 
 
 def _key(tensor: Tensor, transposed: bool) -> tuple[object, ...]:
-    """What tells a tensor from all others that are alive, and its forms apart."""
+    """What is the same for one tensor in one form, and for no other that is alive."""
     return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, transposed)
 
 
