@@ -203,7 +203,7 @@ def live(url: str) -> dict[str, list[float]]:
                 page.mouse.move(middle[0] + radius * math.cos(3 * passed), middle[1] + radius * math.sin(3 * passed))
                 time.sleep(0.02)
             count = page.evaluate("shown.length")
-            page.wait_for_function("shown.length > 0")
+            page.wait_for_function("() => shown.length > 0")
             shown, down = page.evaluate("[shown, down]")
             page.mouse.up()
             found["first_ms"].append(shown[0] - down)
