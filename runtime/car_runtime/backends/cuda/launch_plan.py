@@ -102,7 +102,7 @@ class Sizes:
 
 
 def sizes_of(manifest: Manifest) -> Sizes:
-    """A plan's sizes. UnsupportedGraphError if its table lacks the parameters that tell them."""
+    """A plan's sizes. UnsupportedGraphError if its table lacks the parameters that have them."""
     model = manifest.model
     hidden, phis = (
         manifest.parameters[name].shape[:1] if name in manifest.parameters else ()
