@@ -41,6 +41,7 @@ TOKENS = ("token_cache", "token_root", "views")
 """Options for stages that train on tokens."""
 CCA = {"steps": None, "lr": 2e-5, "warmup": 0, "schedule": "constant"}
 """What an alignment begins with in the place of the stages' defaults; without --steps it takes --epochs 1."""
+CONTROLS = ("control_root", "val_control_root", "drop_strokes")
 RUN = tuple("batch grad_accum lr schedule final_lr warmup weight_decay weight_decay_end grad_clip ema seed".split())
 MACHINE = tuple("compile activation_checkpointing device threads workers augment flip fit preload classes".split())
 RECORD = tuple("tensorboard keep validate_every save_every".split())
@@ -62,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser, stage: str) -> None:
         model = parser.add_argument_group("alignment")
         model.add_argument("--model", type=Path, required=True, help="checkpoint or run of `var` or `car`")
         add_flags(model, CCAOptions)
-        add_flags(model, TrainOptions, "control_root", "val_control_root")
+        add_flags(model, TrainOptions, *CONTROLS)
     else:
         model = parser.add_argument_group("control branch")
         model.add_argument("--base", type=Path, required=True, help="checkpoint or run of the transformer")
@@ -70,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser, stage: str) -> None:
         model.add_argument(
             "--drop-path", type=float, help="largest drop-path rate in base and branch (default: that of the base)"
         )
-        add_flags(model, TrainOptions, "control_root", "val_control_root")
+        add_flags(model, TrainOptions, *CONTROLS)
     run = parser.add_argument_group("training")
     instead = CCA if stage == "cca" else {}
     add_flags(run.add_mutually_exclusive_group(), TrainOptions, "steps", "epochs", **instead)

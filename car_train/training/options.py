@@ -71,6 +71,12 @@ class TrainOptions:
     )
     control_root: Path | None = option(None, "folder of control images that mirrors --data")
     val_control_root: Path | None = option(None, "folder of control images that mirrors --val")
+    drop_strokes: float = option(
+        0.0,
+        "share of the training images whose control lines lose some strokes, so that a branch follows unfinished "
+        "sketches (default: 0)",
+        metavar="SHARE",
+    )
     token_cache: bool = option(True, "encode images anew at every step, not once")
     token_root: Path | None = option(None, "folder of token caches (default: ~/.cache/car/tokens)")
     views: int = option(8, "augmentations of each image in the token cache; without augmentation it is 1")
@@ -98,6 +104,8 @@ class TrainOptions:
         for field in ("lr", "grad_clip", "epochs"):
             if getattr(self, field) is not None and not 0 < getattr(self, field) < math.inf:
                 raise ConfigError(f"{field} is {getattr(self, field)}; it must be positive")
+        if not 0 <= self.drop_strokes <= 1:
+            raise ConfigError(f"drop_strokes is {self.drop_strokes}; it must be in [0, 1], e.g. 0.5")
         if not 0 <= self.ema < 1:
             raise ConfigError(f"ema is {self.ema}; it must be in [0, 1), e.g. 0.999")
         for field, known in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("fit", FITS)):
