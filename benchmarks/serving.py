@@ -1,16 +1,22 @@
 """What serving costs: `car-run serve` in a process of its own, asked over loopback.
 
     python -m benchmarks.serving                                  # the shipped plan, 1 … 32 users, about 3 minutes
-    python -m benchmarks.serving --users 1,8 --seconds 5 -o serving.json
+    python -m benchmarks.serving --users 1,8 --seconds 5 -o serving.json --plot serving.png --studio
 
-One JSON object goes to stdout, or to a file, with a table on stderr:
+One JSON object goes to stdout, or to a file, with a line for each wave on stderr. What is compared is measured in
+turns, so that both meet the same machine; seconds and MB:
 
-    generate_p50      `Plan.generate` in this process, with the server's threads; seconds, as all times
-    http_p50          the same request over HTTP, one user; overhead_ms: median of the differences, in turns
-    first_preview_p50 from the request to the first scale's preview; first_scale_p50 is the scale alone, in process
-    users             for each number of users: images_per_s, p50, p95, failed, and the server's memory after it
-    batch_images      how many batches had at most so many images
-    rss_slope_mb      memory after the last wave less memory after the first one, MB
+    load              the machine's load average before and after
+    generate_p50      `Plan.generate` in this process, with the server's threads
+    http_p50          the same request over HTTP, one user; overhead_ms: median of the differences
+    first_scale_p50   from the call of `Plan.stream` to the first scale's preview as WebP, in this process
+    first_preview_p50 from the request to the first scale's event; first_preview_ratio: median of preview ÷ scale
+    batch4_per_s      images a second of `Plan.generate(n=4)`; saturation_ratio: median of 8 users over HTTP ÷ that
+    waves             for each number of users: images_per_s, p50, p95, failed, images so far, and the server's memory
+    batch_images      size of a batch (at most) → batches
+    rss_mb_per_1000   memory's slope over the images of all waves but the first, in which kept results fill up
+    studio            with --studio, in Chromium: from pressing the pen to the first image, ms, and images a second
+                      while it moves, live mode, three strokes
 """
 
 from __future__ import annotations
@@ -18,19 +24,22 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import math
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from car_runtime import GenerationConfig, default_plan, open_plan
+from car_runtime import GenerationConfig, Plan, default_plan, open_plan
+from car_serve.uploads import webp
 
 CONTROL = Path(__file__).resolve().parent.parent / "examples/umbrella.png"
 
@@ -43,7 +52,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=10.0, help="length of each wave (default: 10)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of the engine (default: 2)")
     parser.add_argument("--control", type=Path, default=CONTROL, help="control image (default: an example)")
+    parser.add_argument("--studio", action="store_true", help="also live mode, in Chromium by playwright")
     parser.add_argument("-o", "--output", type=Path, help="file for the JSON (default: stdout)")
+    parser.add_argument("--plot", type=Path, help="file for the diagrams (.png)")
     return parser.parse_args(arguments)
 
 
@@ -74,7 +85,7 @@ def rss(pid: int) -> float:
     return int(found[1]) / 1024 if found else 0.0
 
 
-def in_turns(plan_path: Path, control: Path, threads: int, client: Any, url: str, runs: int = 40) -> dict[str, float]:
+def in_turns(plan: Plan, control: Path, client: Any, url: str, runs: int = 30) -> dict[str, float]:
     """An image in this process, over HTTP, and as a stream, in turns, so that all meet the same machine.
 
     Both keep the control's features, as they are of the same pixels each time.
@@ -82,20 +93,30 @@ def in_turns(plan_path: Path, control: Path, threads: int, client: Any, url: str
     names = ("generate", "http", "overhead", "first_scale", "first_preview")
     taken: dict[str, list[float]] = {name: [] for name in names}
     encoded = base64.b64encode(control.read_bytes()).decode()
-    with open_plan(plan_path, threads=threads) as plan:
-        for seed in range(runs):
-            began = time.perf_counter()
-            result = plan.generate(GenerationConfig(control=control, label=0, seed=seed))
-            taken["generate"].append(time.perf_counter() - began)
-            taken["first_scale"].append(sum(result.timings[name] for name in ("control", "condition", "scale_0")))
-            body = {"control": encoded, "class": 0, "seed": seed}
-            began = time.perf_counter()
-            client.post(f"{url}/v1/pictures", json=body).raise_for_status()
-            taken["http"].append(time.perf_counter() - began)
-            taken["overhead"].append(taken["http"][-1] - taken["generate"][-1])
-            taken["first_preview"].append(first_preview(client, url, body))
+    for seed in range(runs):
+        config = GenerationConfig(control=control, label=0, seed=seed)
+        began = time.perf_counter()
+        plan.generate(config)
+        taken["generate"].append(time.perf_counter() - began)
+        body = {"control": encoded, "class": 0, "seed": seed}
+        began = time.perf_counter()
+        client.post(f"{url}/v1/pictures", json=body).raise_for_status()
+        taken["http"].append(time.perf_counter() - began)
+        taken["overhead"].append(taken["http"][-1] - taken["generate"][-1])
+        taken["first_scale"].append(first_scale(plan, config))
+        taken["first_preview"].append(first_preview(client, url, body))
     medians = {f"{name}_p50": statistics.median(values) for name, values in taken.items()}
-    return {**medians, "overhead_ms": 1000 * medians.pop("overhead_p50")}
+    ratios = [after / before for before, after in zip(taken["first_scale"], taken["first_preview"], strict=True)]
+    overhead = 1000 * medians.pop("overhead_p50")
+    return {**medians, "overhead_ms": overhead, "first_preview_ratio": statistics.median(ratios)}
+
+
+def first_scale(plan: Plan, config: GenerationConfig) -> float:
+    """Seconds from the call to the first scale's preview, encoded as the server encodes it."""
+    began = time.perf_counter()
+    scales = plan.stream(config)
+    webp(next(scales).preview()[0])
+    return time.perf_counter() - began
 
 
 def first_preview(client: Any, url: str, body: dict[str, Any]) -> float:
@@ -109,14 +130,27 @@ def first_preview(client: Any, url: str, body: dict[str, Any]) -> float:
     return found
 
 
-def wave(client: Any, url: str, control: str, users: int, seconds: float) -> dict[str, float]:
+def saturation(plan: Plan, control: Path, client: Any, url: str, turns: int = 5) -> dict[str, float]:
+    """Images a second of batches of 4 in this process and of 8 users over HTTP, in turns."""
+    encoded = base64.b64encode(control.read_bytes()).decode()
+    batches, ratios = [], []
+    for turn in range(turns):
+        began, images = time.perf_counter(), 0
+        while time.perf_counter() - began < 2:
+            images += len(plan.generate(GenerationConfig(control=control, label=0, seed=4 * images, n=4)).images)
+        batches.append(images / (time.perf_counter() - began))
+        ratios.append(wave(client, url, encoded, 8, 2, first=turn * 1000)["images_per_s"] / batches[-1])
+    return {"batch4_per_s": statistics.median(batches), "saturation_ratio": statistics.median(ratios)}
+
+
+def wave(client: Any, url: str, control: str, users: int, seconds: float, first: int = 0) -> dict[str, float]:
     """So many users, each asking again as soon as it is answered."""
     until = time.perf_counter() + seconds
 
     def user(number: int) -> list[tuple[float, bool]]:
         taken: list[tuple[float, bool]] = []
         while (began := time.perf_counter()) < until:
-            body = {"control": control, "class": 0, "seed": number * 10_000 + len(taken)}
+            body = {"control": control, "class": 0, "seed": first + number * 10_000 + len(taken)}
             status = client.post(f"{url}/v1/pictures", json=body).status_code
             taken.append((time.perf_counter() - began, status == 200))
         return taken
@@ -131,7 +165,92 @@ def wave(client: Any, url: str, control: str, users: int, seconds: float) -> dic
         "p50": good[len(good) // 2],
         "p95": good[int(len(good) * 0.95)],
         "failed": len(taken) - len(good),
+        "images": len(good),
     }
+
+
+def live(url: str) -> dict[str, list[float]]:
+    """Live mode in a browser: a person draws a circle of two seconds, three times."""
+    from playwright.sync_api import sync_playwright
+
+    watch = """() => { window.shown = []; window.down = 0; let last = '';
+      new MutationObserver(() => { const img = document.querySelector('#images img');
+        if (img?.src && img.src !== last) { last = img.src; shown.push(performance.now()); }
+      }).observe(document.querySelector('#images'), { subtree: true, attributes: true, childList: true });
+      document.querySelector('#pad').addEventListener('pointerdown', () => {
+        down = performance.now(); shown = []; }, true); }"""
+    found: dict[str, list[float]] = {"first_ms": [], "images_per_s": []}
+    with sync_playwright() as playwright:
+        options: dict[str, Any] = {
+            "executable_path": shutil.which("chromium"),
+            "args": ["--no-sandbox", "--disable-gpu"],
+        }
+        browser = playwright.chromium.launch(**options)
+        page = browser.new_page(viewport={"width": 1280, "height": 800})
+        page.goto(f"{url}/")
+        page.wait_for_selector("html[data-ready]")
+        page.evaluate(watch)
+        page.click(".switch")
+        box = page.locator("#pad").bounding_box()
+        assert box is not None
+        for stroke in range(3):
+            radius = (0.2 + 0.1 * stroke) * box["width"]
+            middle = (box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+            page.mouse.move(middle[0] + radius, middle[1])
+            page.mouse.down()
+            began = time.perf_counter()
+            while (passed := time.perf_counter() - began) < 2:
+                page.mouse.move(middle[0] + radius * math.cos(3 * passed), middle[1] + radius * math.sin(3 * passed))
+                time.sleep(0.02)
+            count = page.evaluate("shown.length")
+            page.wait_for_function("shown.length > 0")
+            shown, down = page.evaluate("[shown, down]")
+            page.mouse.up()
+            found["first_ms"].append(shown[0] - down)
+            found["images_per_s"].append(count / passed)
+            page.wait_for_timeout(1500)
+        browser.close()
+    return found
+
+
+def plot(report: dict[str, Any]) -> bytes:
+    """Throughput, latency and memory against users, and the sizes of batches, as PNG."""
+    from benchmarks.analysis.plots import OURS, page
+
+    waves = report["waves"]
+    users = [str(found["users"]) for found in waves]
+    with page(5.2, 2, 2) as (panels, finished):
+        for axes, name in zip(panels, ("images/s", "seconds", "batches", "server's memory, MB"), strict=True):
+            axes.set_title(name, loc="left")
+            axes.set_xlabel("images of a batch, at most" if name == "batches" else "users")
+        panels[0].plot(users, [found["images_per_s"] for found in waves], "o-", color=OURS)
+        for key, style in (("p50", "o-"), ("p95", "o:")):
+            panels[1].plot(users, [found[key] for found in waves], style, color=OURS, label=key)
+        panels[1].legend(frameon=False)
+        sizes = {size: count for size, count in report["batch_images"].items() if count}
+        panels[2].bar(list(sizes), list(sizes.values()), color=OURS)
+        panels[3].plot(users, [found["rss_mb"] for found in waves], "o-", color=OURS)
+        for axes in (panels[0], panels[1], panels[3]):
+            axes.set_ylim(bottom=0)
+        return finished()
+
+
+def histogram(text: str) -> dict[str, int]:
+    """Batches of each size in the text of /metrics, where they are cumulative."""
+    found = re.findall(r'car_batch_images_bucket{le="([^"]+)",[^}]*} (\S+)', text)
+    counts = [int(float(count)) for _, count in found]
+    return {
+        size.removesuffix(".0"): count - before
+        for (size, _), before, count in zip(found, [0, *counts], counts, strict=False)
+    }
+
+
+def slope(waves: Sequence[dict[str, float]]) -> float:
+    """MB of memory for 1,000 more images, by least squares."""
+    if len(waves) < 2:
+        return 0.0
+    images = [sum(found["images"] for found in waves[: i + 1]) / 1000 for i in range(len(waves))]
+    return float(statistics.linear_regression(images, [found["rss_mb"] for found in waves]).slope)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -139,12 +258,17 @@ def main(arguments: list[str] | None = None) -> None:
     import httpx
 
     args = parse_args(arguments)
-    plan = args.plan or default_plan()
-    report: dict[str, Any] = {"plan": plan.name, "cores": os.cpu_count(), "threads": args.threads}
+    path = args.plan or default_plan()
+    report: dict[str, Any] = {"plan": path.name, "cores": os.cpu_count(), "threads": args.threads}
+    load = [os.getloadavg()[0]]
     control = base64.b64encode(args.control.read_bytes()).decode()
     limits = httpx.Limits(max_connections=256)
-    with served(plan, args.threads) as (url, pid), httpx.Client(timeout=120, limits=limits) as client:
-        report |= in_turns(plan, args.control, args.threads, client, url)
+    with (
+        served(path, args.threads) as (url, pid),
+        httpx.Client(timeout=120, limits=limits) as client,
+        open_plan(path, threads=args.threads) as plan,
+    ):
+        report |= in_turns(plan, args.control, client, url) | saturation(plan, args.control, client, url)
         report["waves"] = []
         for users in [int(text) for text in args.users.split(",")]:
             found = wave(client, url, control, users, args.seconds)
@@ -152,14 +276,18 @@ def main(arguments: list[str] | None = None) -> None:
             print(
                 f"{users:3} users: {found['images_per_s']:6.2f} images/s, p50 {found['p50']:.3f} s", file=sys.stderr
             )
-        text = client.get(f"{url}/metrics").text
-        report["batch_images"] = dict(re.findall(r'car_batch_images_bucket{le="([^"]+)",[^}]*} (\S+)', text))
-        report["rss_slope_mb"] = report["waves"][-1]["rss_mb"] - report["waves"][0]["rss_mb"]
+        report["batch_images"] = histogram(client.get(f"{url}/metrics").text)
+        report["rss_mb_per_1000"] = slope(report["waves"][1:])
+        if args.studio:
+            report["studio"] = live(url)
+    report["load"] = [round(value, 1) for value in (*load, os.getloadavg()[0])]
     line = json.dumps(report)
     if args.output is None:
         print(line)
     else:
         args.output.write_text(line + "\n", encoding="utf-8")
+    if args.plot is not None:
+        args.plot.write_bytes(plot(report))
 
 
 if __name__ == "__main__":

@@ -12,12 +12,15 @@ from car_export.command import add_model_arguments, flags_of, load_model, run_co
 from car_export.config import ExportOptions, Int8Options
 from car_export.files import write_file
 from car_export.plan import build_plan, reference_model
+from car_export.plan2 import build_plan_of_2
 from car_export.quantize.int8 import to_int8
 from car_export.tensorrt import build as engines
 from car_export.tensorrt.compiler import Compiler
 from car_export.verify import verify_plan
+from car_export.verify2 import verify_plan_of_2
 from car_runtime.format import manifest as schema
 from car_runtime.format import signature
+from car_train import checkpoint
 from car_train.config import ConfigError
 from car_train.files import scratch
 from car_train.flags import add_flags, given, integers
@@ -28,6 +31,7 @@ EXAMPLES = """examples:
   python export/build_engines.py runs/car -o emoji.plan --weights fp16
   python export/build_engines.py --vae vae_ch160v4096z32.pth --var var_d16.pth --car car_depth_d16.pth \\
       --control-type depth -o d16.plan
+  python export/build_engines.py runs/canny runs/depth -o both.plan  # one base, two control branches (format 2)
   python export/build_engines.py runs/car -o emoji.plan --verify  # compare an existing plan with its checkpoint again
   python export/build_engines.py runs/car -o emoji.plan --target rtx --sm 89  # and engines (no GPU is needed)
   python export/build_engines.py emoji.plan --target rtx --sm 89,120  # engines of an existing plan
@@ -49,6 +53,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "checkpoint or run of car_train (else: --vae --var [--car]), or a plan, to build engines of (--target) "
         "or to make an int8 plan of (--weights int8)",
     )
+    parser.add_argument(
+        "others",
+        type=Path,
+        nargs="*",
+        metavar="BRANCH",
+        help="more checkpoints on the same base, each a further control branch of the plan (format 2); "
+        "NAME=CHECKPOINT names one, else its control type does",
+    )
     parser.add_argument("-o", "--output", type=Path, help="the plan to write, NAME.plan")
     parser.add_argument("--name", help="the model's name in the manifest (default: that of the plan)")
     add_flags(parser, ExportOptions)
@@ -60,6 +72,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="PATH",
         help="with --weights int8: control images, or folders of them, to calibrate on (default: synthetic images)",
     )
+    parser.add_argument(
+        "--format",
+        type=int,
+        choices=(1, 2),
+        help="plan format: 2 has the control branch in graphs of its own, so that a plan can hold several "
+        "(default: 1, or 2 with several checkpoints)",
+    )
+    parser.add_argument("--default-branch", metavar="NAME", help="the branch of a control that names none (first)")
     parser.add_argument("--class-names", type=Path, help="text file with one class name per line")
     parser.add_argument("--verify", action="store_true", help="don't build: compare the existing plan with the model")
     parser.add_argument(
@@ -163,6 +183,8 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.verify and args.sign is not None:
         raise ConfigError("--verify changes nothing; leave out --sign, or leave out --verify")
     check_int8(args)
+    if not is_plan(args.checkpoint):
+        _check_format_2(args)
 
 
 def run(args: argparse.Namespace, log: Log) -> Path:
@@ -192,13 +214,15 @@ def sign(plan: Path, key: Path, log: Log) -> Path:
 def build(args: argparse.Namespace, log: Log) -> Path:
     """An export, an int8 plan, engines, or a comparison; returns the plan."""
     if is_plan(args.checkpoint):
+        _refuse_format_2(args)
         return make_int8(args, log) if args.weights == "int8" else build_engines_only(args, log)
     # Whatever can be wrong with the targets shows before the export, which takes minutes.
     targets = engines.choose_targets(args.target, args.sm) if args.target else []
     for target in targets:
         Compiler(target.flavour).check_target(target.name)
     options = export_options(args)
-    model, sources = load_model(args)
+    first = _named(args.checkpoint) if args.checkpoint is not None else (None, None)
+    model, sources = load_model(argparse.Namespace(**{**vars(args), "checkpoint": first[1]}))
     options = dataclasses.replace(options, provenance=sources)
     names = options.class_names
     if names is not None and model.car is not None and len(names) != model.car.base.config.classes:
@@ -206,7 +230,9 @@ def build(args: argparse.Namespace, log: Log) -> Path:
             f"{args.class_names} has {len(names)} names for {model.car.base.config.classes} classes; give one a line"
         )
     if args.verify:
-        return verify_again(model, args.output, log)
+        return verify_again(args, model, args.output, log)
+    if args.format == 2 or args.others:
+        return build_plan_of_2(branch_models(args, model), options, log)
     if args.weights == "int8":
         return export_int8(model, options, tuple(args.calibrate), log)
     with engines.keeping_engines(args.output, log):
@@ -227,11 +253,80 @@ def export_options(args: argparse.Namespace) -> ExportOptions:
     return ExportOptions(**chosen)
 
 
-def verify_again(model: Model, plan: Path, log: Log) -> Path:
+def branch_models(args: argparse.Namespace, first: Model) -> dict[str, Model]:
+    """Branch name → model, the default branch first; "" → a model without a branch. Raises ConfigError."""
+    own = (args.checkpoint is not None and _named(args.checkpoint)[0]) or None
+    models: dict[str, Model] = {own or control_type_of(first): first}
+    for given_path in args.others:
+        name, path = _named(given_path)
+        model = checkpoint.load(path)
+        name = name or control_type_of(model)
+        if not name:
+            raise ConfigError(f"{path} has no control branch; give a checkpoint that was trained with a control")
+        if name in models:
+            raise ConfigError(f"two branches are called {name!r}; name one, e.g. {name}-2={path}")
+        models[name] = model
+    if "" in models and len(models) > 1:
+        raise ConfigError(f"{args.checkpoint} has no control branch; leave it out, the others bring the same base")
+    default: str | None = args.default_branch
+    if default is not None and default not in models:
+        raise ConfigError(f"--default-branch {default} is not one of the branches: {', '.join(models)}")
+    if default is not None:
+        models = {default: models[default]} | models
+    return models
+
+
+def control_type_of(model: Model) -> str:
+    """What names a model's branch; empty without one."""
+    return model.config.car.control_type if model.config.car is not None else ""
+
+
+def _named(given_path: Path) -> tuple[str | None, Path]:
+    """NAME=CHECKPOINT; a path that exists is taken as it is."""
+    name, equals, path = str(given_path).partition("=")
+    return (name, Path(path)) if equals and not given_path.exists() else (None, given_path)
+
+
+def _refuse_format_2(args: argparse.Namespace) -> None:
+    """Raise ConfigError for a plan that neither an int8 form nor engines can be made of."""
+    if args.others:
+        raise ConfigError(f"{args.checkpoint} is a plan, and {args.others[0]} a second input; give one plan")
+    if schema.read_manifest(args.checkpoint).format == 2:
+        wanted = "an int8 plan" if args.weights == "int8" else "engines"
+        raise ConfigError(
+            f"{args.checkpoint} is of format 2; {wanted} can be made of format 1: export with --format 1"
+        )
+
+
+def _check_format_2(args: argparse.Namespace) -> None:
+    """Raise ConfigError for what isn't exported in format 2, or belongs to it alone."""
+    if args.format != 2 and not args.others:
+        if args.default_branch is not None and not args.verify:
+            raise ConfigError(f"--default-branch {args.default_branch} belongs to format 2; add --format 2")
+        return
+    if args.format == 1:
+        raise ConfigError("--format 1 holds one control branch; leave it out, or give one checkpoint")
+    if args.target is not None or args.weights == "int8" or args.precision == "bf16":
+        wrong = "--target" if args.target else "--weights int8" if args.weights == "int8" else "--precision bf16"
+        raise ConfigError(f"{wrong} needs a plan of format 1; leave it out, or export one checkpoint with --format 1")
+
+
+def verify_again(args: argparse.Namespace, model: Model, plan: Path, log: Log) -> Path:
     """Compare an existing plan with its model. Raises VerificationError."""
     manifest = schema.read_manifest(plan)
     schema.verify_files(plan, manifest)
-    verify_plan(plan, reference_model(model, manifest.precision.compute, manifest.precision.weights), log)
+    stored = (manifest.precision.compute, manifest.precision.weights)
+    if manifest.format == 1:
+        verify_plan(plan, reference_model(model, *stored), log)
+        return plan
+    models = {name: reference_model(one, *stored) for name, one in branch_models(args, model).items()}
+    models.pop("", None)
+    if set(models) != set(manifest.model.branches):
+        raise ConfigError(
+            f"{plan} has the branches {', '.join(manifest.model.branches) or 'none'}, and the checkpoints "
+            f"{', '.join(models) or 'none'}; give the ones that it was made from"
+        )
+    verify_plan_of_2(plan, model, models, log)
     return plan
 
 

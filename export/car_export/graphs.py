@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from car_export.trace import OPSET
+from car_runtime.format.schema import FUSIONS
 from car_train.model import Model
-from car_train.model.car import CAR
+from car_train.model.car import CAR, cross_normalise, tokens_first
 from car_train.model.sample import draw_kept, keep_top, mix, smooth_codes
+from car_train.model.var import EPS, module_list
 from car_train.model.vqvae import VQVAE, Up, join_tokens
 
 
@@ -205,3 +207,176 @@ class EncoderGraph(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         pixels = image.permute(0, 3, 1, 2).float() / 255 * 2 - 1
         return join_tokens(self.vqvae.encode(pixels.to(self.vqvae.quant_conv.weight.dtype)))
+
+
+# -- format 2: a base, and branches that are graphs of their own -----------------------------------------------------
+
+
+class BaseConditionGraph(nn.Module):
+    """Labels int64 [R] → start tokens f32 [R, 1, 1, C] and the base's AdaLN modulation f32 [R, 6·depth + 2, C]."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        assert model.car is not None
+        self.base = model.car.base
+
+    def forward(self, label: Tensor) -> tuple[Tensor, Tensor]:
+        return self.base.start(label)[:, None], self.base.modulations(label)
+
+
+class BranchConditionGraph(nn.Module):
+    """Labels int64 [R] → AdaLN modulation f32 [R, 6·blocks, C] of a branch's blocks."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        assert model.car is not None
+        self.base, self.blocks = model.car.base, module_list(model.car.branch_blocks)
+
+    def forward(self, label: Tensor) -> Tensor:
+        cond = F.silu(self.base.class_embedding(label))
+        shared = self.base.shared_ada_linear
+        shared_R6C = shared(cond).view(cond.shape[0], 6, -1).float() if shared is not None else None
+        return torch.cat([block.modulation(cond, shared_R6C) for block in self.blocks], 1)
+
+
+class BranchGraph(nn.Module):
+    """One scale of 𝒯: what the base's step takes in, f32 [blocks, S, S, R, C], in the order of the base's blocks."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        assert model.car is not None
+        assert model.car.branch is not None
+        self.branch = model.car.branch
+        self.layers = len(self.branch.attention_blocks)
+
+    @property
+    def input_names(self) -> list[str]:
+        past = [f"past_{x}_{i}" for i in range(self.layers) for x in "kv"]
+        return ["x", *(["modulation"] if self.layers else []), "control", "rows", "pos", *past]
+
+    @property
+    def output_names(self) -> list[str]:
+        return ["c", *(f"new_{x}_{i}" for i in range(self.layers) for x in "kv")]
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        i = dict(zip(self.input_names, inputs, strict=True))
+        x_RSSC, side = i["x"], i["x"].shape[1]
+        features_RNC = i["control"].index_select(0, i["rows"]).flatten(1, 2)
+        c_RNC = self.branch.inject(x_RSSC, features_RNC) + i["pos"].flatten(0, 1)
+        rows = i["modulation"].transpose(0, 1).contiguous().split(1, dim=0) if self.layers else ()
+        cache = TracedCache([(i[f"past_k_{n}"], i[f"past_v_{n}"]) for n in range(self.layers)])
+        outputs = self.branch(tokens_first(c_RNC), rows, cache, 0, (side,))
+        c = torch.stack([out.unflatten(0, (side, side)) for out in reversed(outputs)])
+        return c, *(t for n in range(self.layers) for t in cache.new[n])
+
+
+class BaseStepGraph(StepGraph):
+    """One scale of the base: each image its own settings, and any number m of branches mixed in where 𝓖 stands.
+
+    At a fused block x becomes keep·x + Σ mixᵢ·𝓖ᵢ(x, cᵢ), with keep = 1 − Σ mixᵢ; 𝓖's parameters are inputs.
+    """
+
+    def __init__(self, model: Model, more_smooth: bool = False):
+        super().__init__(model, more_smooth=more_smooth)
+        branch = self.car.branch
+        self.fused = len(branch.fusions) if branch is not None else 0
+        self.fusion = branch.config.fusion if branch is not None else ""
+
+    @property
+    def layers(self) -> int:
+        return len(self.car.base.blocks)
+
+    @property
+    def fusion_names(self) -> list[str]:
+        return [f"fusion_{name}_{i}" for i in range(self.fused) for name in FUSIONS[self.fusion]]
+
+    @property
+    def input_names(self) -> list[str]:
+        sampling = ["f_hat", "uniforms", "cfg", "top_k", "top_p", "bias", "known", "known_mask"]
+        sampling += ["smooth", "smooth_noise"] if self.more_smooth else []
+        mixed = ["c", "mix", "keep", "plain", "control_cfg", *self.fusion_names] if self.fused else []
+        past = [f"past_{x}_{i}" for i in range(self.layers) for x in "kv"]
+        return ["x", "modulation", "rows", "twin", *sampling, *mixed, "pos", "up", "down", "phi", "cfg_ratio", *past]
+
+    @property
+    def output_names(self) -> list[str]:
+        return [
+            "tokens",
+            "f_hat_out",
+            "next_x",
+            *(f"new_{x}_{i}" for i in range(self.layers) for x in "kv"),
+            "logits",
+        ]
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        i = dict(zip(self.input_names, inputs, strict=True))
+        side = i["x"].shape[1]
+        cache = TracedCache([(i[f"past_k_{n}"], i[f"past_v_{n}"]) for n in range(self.layers)])
+        logits_BSSV = self._guided(self._logits(i, cache), i).unflatten(1, (side, side))
+        kept_BSSV = _keep_top_of_each(logits_BSSV + i["bias"][:, None, None], i["top_k"], i["top_p"])
+        tokens_BSS = torch.where(i["known_mask"], i["known"], draw_kept(kept_BSSV, i["uniforms"]))
+        codes_BSSZ = F.embedding(tokens_BSS, self.quantizer.embedding)
+        if self.more_smooth:
+            smooth_BSSZ = smooth_codes(kept_BSSV, i["smooth_noise"], i["cfg_ratio"], self.quantizer.embedding)
+            smoothed = (i["smooth"][:, None, None] & ~i["known_mask"]).unsqueeze(-1)
+            codes_BSSZ = torch.where(smoothed, smooth_BSSZ, codes_BSSZ)
+        f_hat = i["f_hat"] + self._contribution(codes_BSSZ, i["up"], i["phi"])
+        down = i["down"]
+        next_BTTC = self.car.base.embed((down @ f_hat @ down.T).permute(0, 2, 3, 1))
+        new = [t for n in range(self.layers) for t in cache.new[n]]
+        return tokens_BSS, f_hat, next_BTTC.index_select(0, i["rows"]), *new, logits_BSSV
+
+    def _logits(self, i: dict[str, Tensor], cache: TracedCache) -> Tensor:
+        """`CAR.trunk` of the base, token-major, with the branches' outputs given: f32 [N, R, V]."""
+        x_RSSC, base = i["x"], self.car.base
+        rows = i["modulation"].transpose(0, 1).contiguous().split(1, dim=0)
+        x = tokens_first(x_RSSC.flatten(1, 2) + i["pos"].flatten(0, 1))
+        for n, block in enumerate(base.blocks):
+            fused = n - (self.layers - self.fused)
+            if self.fused and fused >= 0:
+                x = self._fuse(x, fused, i)
+            x = block(x, rows[6 * n : 6 * n + 6], cache, n, (x_RSSC.shape[1],))
+        return base.logits(x, rows[-2], rows[-1])
+
+    def _guided(self, logits_NRV: Tensor, i: dict[str, Tensor]) -> Tensor:
+        """Each image's guidance by class and by control, f32 [B, N, V]."""
+        rows_RNV = logits_NRV.transpose(0, 1)
+        cond, twin = rows_RNV[: i["uniforms"].shape[0]], rows_RNV.index_select(0, i["twin"])
+        t = (i["cfg"] * i["cfg_ratio"])[:, None, None]
+        mixed = (1 + t) * cond - t * twin
+        if not self.fused:
+            return mixed
+        g = (i["control_cfg"] * i["cfg_ratio"])[:, None, None]
+        return mixed + g * (cond - rows_RNV.index_select(0, i["plain"]))
+
+    def _fuse(self, x_NRC: Tensor, at: int, i: dict[str, Tensor]) -> Tensor:
+        """keep·x + Σ mixᵢ·𝓖ᵢ(x, cᵢ) before the block that fuses as number `at`."""
+        shape = x_NRC.shape
+        x_TC = x_NRC.flatten(0, 1)
+        c_mTC = i["c"][:, at].flatten(1, 3)
+        p = {name: i[f"fusion_{name}_{at}"] for name in FUSIONS[self.fusion]}
+        every_mNRC = _fusions(self.fusion, x_TC, c_mTC, p).unflatten(1, shape[:2])
+        return i["keep"][None, :, None] * x_NRC + (i["mix"][:, None, :, None] * every_mNRC).sum(0)
+
+
+def _fusions(kind: str, x_TC: Tensor, c_mTC: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """𝓖 of each branch on the same x, f32 [m, T, C]. p: parameters by name, the first axis m; matrices transposed."""
+    if kind == "cross_norm":
+        return x_TC + p["gain"].float()[:, None] * cross_normalise(c_mTC, x_TC)
+    weight, bias = p["linear_weight"], p["linear_bias"][:, None]
+    if kind == "zero":
+        return x_TC + (c_mTC.to(weight.dtype) @ weight + bias).float()
+    both = torch.cat([x_TC.expand_as(c_mTC), c_mTC], -1)
+    h = F.layer_norm(both, both.shape[-1:], eps=EPS) * p["norm_weight"][:, None] + p["norm_bias"][:, None]
+    return (h.to(weight.dtype) @ weight + bias).float()
+
+
+def _keep_top_of_each(logits_BSSV: Tensor, top_k_B: Tensor, top_p_B: Tensor) -> Tensor:
+    """`keep_top` with each image's own top-k and top-p."""
+    ranked = logits_BSSV.sort(dim=-1, descending=True).values
+    at = (top_k_B - 1)[:, None, None, None].expand(*ranked.shape[:-1], 1)
+    kept = ranked >= ranked.gather(-1, at)
+    p = ranked.masked_fill(~kept, -torch.inf).softmax(-1)
+    kept = kept & (p.cumsum(-1) - p < top_p_B[:, None, None, None])
+    border = ranked.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
+    return logits_BSSV.masked_fill(logits_BSSV < border, -torch.inf)

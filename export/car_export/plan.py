@@ -79,6 +79,8 @@ class PlanBuilder:
         self.graphs: dict[str, schema.Graph] = {}
         self.tensors: dict[str, schema.Tensor] = {}
         self.constants: list[dict[str, ir.ExternalTensor]] = []
+        self.table: dict[str, schema.Parameter] = {}
+        self.format = 1
 
     def build(self) -> schema.Manifest:
         self._constants()
@@ -189,25 +191,15 @@ class PlanBuilder:
     # -- manifest ----------------------------------------------------------------------------------------------------
 
     def _manifest(self) -> schema.Manifest:
-        config, var, car = self.config, self.car.base.config, self.reference.config.car
+        config = self.config
         names = sorted(p.name for p in self.directory.iterdir())
+        files = schema.describe_files(self.directory, names)
         return schema.Manifest(
+            format=self.format,
+            parameters=self.table,
+            parameters_digest=schema.graphs_digest(self.graphs, files) if self.table else "",
             name=self.options.name,
-            model=schema.Model(
-                depth=var.depth,
-                width=var.C,
-                heads=var.H,
-                vocab=config.vocab,
-                latent_channels=config.latent_channels,
-                latent_size=config.latent_size,
-                patch=config.patch,
-                image_size=config.image_size,
-                classes=var.classes,
-                class_names=self.options.class_names or self.reference.config.class_names,
-                control_type=car.control_type if car else None,
-                cache_layers=self.car.layers,
-                control_convention=ControlConvention(**asdict(car.control_convention)) if car else None,
-            ),
+            model=self._model_facts(),
             precision=schema.Precision(
                 compute=self.options.precision,
                 weights=self.options.weights if self.options.precision == "fp32" else self.options.precision,
@@ -216,8 +208,26 @@ class PlanBuilder:
             scales=tuple(self._scale(k) for k in range(len(config.sides))),
             tensors=self.tensors,
             graphs=self.graphs,
-            files=schema.describe_files(self.directory, names),
+            files=files,
             provenance={**tool_versions(), **self.options.provenance},
+        )
+
+    def _model_facts(self) -> schema.Model:
+        config, var, car = self.config, self.car.base.config, self.reference.config.car
+        return schema.Model(
+            depth=var.depth,
+            width=var.C,
+            heads=var.H,
+            vocab=config.vocab,
+            latent_channels=config.latent_channels,
+            latent_size=config.latent_size,
+            patch=config.patch,
+            image_size=config.image_size,
+            classes=var.classes,
+            class_names=self.options.class_names or self.reference.config.class_names,
+            control_type=car.control_type if car else None,
+            cache_layers=self.car.layers,
+            control_convention=ControlConvention(**asdict(car.control_convention)) if car else None,
         )
 
     def _next_side(self, k: int) -> int:

@@ -62,6 +62,14 @@ class WeightStore:
             self.parameter_bytes += array.nbytes
         return self._known[key]
 
+    def find(self, tensor: Tensor) -> tuple[ir.ExternalTensor, bool] | None:
+        """Where a tensor was stored, and whether transposed; None if no graph holds it as it is."""
+        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        for key, found in self._known.items():
+            if key[:4] == place:
+                return found, bool(key[4])
+        return None
+
     def add_array(self, name: str, array: np.ndarray) -> ir.ExternalTensor:
         """Append an array as it is, at its `alignment`."""
         align = alignment(array.nbytes)

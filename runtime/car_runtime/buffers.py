@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from car_runtime.backends.base import Backend, Buffer
 from car_runtime.conditioning import Condition
 from car_runtime.format.manifest import Manifest
-from car_runtime.request import Request, Sampling, SmoothNoise, uniforms
+from car_runtime.request import Request, Sampling, SmoothNoise, noise_of
 from car_runtime.schedule import Schedule
 
 SLOT = 256
@@ -107,8 +107,7 @@ class LoopBuffers:
             assert self.features is not None
             self._backend.copy(features, self.features)
             loaded.features = features
-        noise_BL = uniforms(request.seeds, request.known.shape[1])
-        self._backend.write(self._uniforms, self._scale_major(noise_BL))
+        self._backend.write(self._uniforms, self._scale_major(noise_of(request)))
         edited = bool(request.known_mask.any())
         if edited or loaded.edited is not False:
             self._backend.write(self._known, self._scale_major(request.known))

@@ -69,6 +69,21 @@ class Conditioning:
         labels = [label] * B + [self._manifest.model.classes] * (R - B)
         return self.conditions.get(tuple(labels), lambda: self.compute_condition(labels))
 
+    def blended(self, label: int, towards: tuple[int, float], B: int, R: int) -> Condition:
+        """The same for a class on its way to another one, of index and share `towards`."""
+        key = (label, *towards, B, R)
+        return self.conditions.get(key, lambda: self.compute_blended(label, *towards, B, R))
+
+    def compute_blended(self, label: int, other: int, share: float, B: int, R: int) -> Condition:
+        """Start tokens and modulation of two classes, the first B rows mixed linearly; "no class" rows stay."""
+        ends, mixed = [self.condition(index, B, R) for index in (label, other)], {}
+        for name in ("start", "modulation"):
+            values, towards = (self._backend.read(getattr(end, name)) for end in ends)
+            values[:B] = np.float32(1 - share) * values[:B] + np.float32(share) * towards[:B]
+            mixed[name] = self._backend.allocate(values.shape, "float32")
+            self._backend.write(mixed[name], values)
+        return Condition(**mixed)
+
     def compute_features(self, image: Image.Image) -> Buffer:
         """The control image at every scale's size → features, f32 [L, C] (CAR section 3)."""
         inputs = {}

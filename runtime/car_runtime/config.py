@@ -37,6 +37,18 @@ POSITIONAL = ("control", "label", "seed", "n")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Blend:
+    """An image between two: from the config's own class and seed towards those named here."""
+
+    share: float
+    """0…1: 0 is the config's own image, 1 that of the class and seed named here."""
+    label: int | str | None = None
+    """Class index or name; None: the config's own class. Start tokens and AdaLN modulation are mixed linearly."""
+    seed: int | None = None
+    """Seed of the first image; None: the config's own. Random numbers are mixed as `blended_uniforms` says."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Flag:
     """How a setting is given on the command line."""
 
@@ -141,6 +153,8 @@ class GenerationConfig:
     """int [L] or [n, L]: tokens to keep where `known_mask` is true (VAR's zero-shot editing; see `Plan.encode`)."""
     known_mask: ArrayLike | None = None
     """bool [L] or [n, L], given together with `known_tokens` (see `Plan.known_mask`)."""
+    blend: Blend | None = None
+    """Another class, seed, or both, towards which the images go (`Blend`)."""
     edit: Edit | None = None
     """An image to change instead of `known_tokens`: in-painting, out-painting, another class (`Edit`)."""
 

@@ -20,7 +20,7 @@ from typing import IO, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from car_runtime.errors import ImageError, OutputError
 from car_runtime.format.manifest import Scale
@@ -286,6 +286,74 @@ def contact_sheet(images: Sequence[NDArray[np.uint8]], gap: int = 4) -> NDArray[
         enlarged = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS)
         sheet.paste(enlarged, (i % columns * (width + gap), i // columns * (height + gap)))
     return np.array(sheet)
+
+
+def labelled_sheet(
+    images: Sequence[NDArray[np.uint8]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+    corner: Image.Image | None = None,
+) -> NDArray[np.uint8]:
+    """Images of one size, uint8 [H, W, 3], row by row, with a label at each row and column, uint8 [H', W', 3].
+
+    Labels may have several lines. `title` stands above everything, `corner` before it, such as the control. Raises
+    OutputError for a sheet of over `MAX_PIXELS`.
+    """
+    font = _font()
+    factor, gap = max(1, 128 // images[0].shape[0]), 4
+    height, width = images[0].shape[0] * factor, images[0].shape[1] * factor
+    names, heads = (
+        [_shortened(label, font, limit) for label in labels] for labels, limit in ((rows, 240), (columns, width))
+    )
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+
+    def size_of(text: str) -> tuple[int, int]:
+        left, top, right, bottom = measure.multiline_textbbox((0, 0), text, font=font)
+        return math.ceil(right - min(left, 0)), math.ceil(bottom - min(top, 0)) + 6
+
+    side = 64 if corner is not None else 0
+    above = max(side, size_of(title)[1]) + gap
+    left, top = max(size_of(name)[0] for name in names) + 2 * gap, above + max(size_of(head)[1] for head in heads)
+    total = (
+        max(left + len(columns) * (width + gap), side + size_of(title)[0] + 3 * gap),
+        top + len(rows) * (height + gap),
+    )
+    if total[0] * total[1] > MAX_PIXELS:
+        raise OutputError(f"the sheet would have {total[0]}×{total[1]} pixels, over {MAX_PIXELS}; show fewer images")
+    sheet = Image.new("RGB", total, WHITE)
+    draw = ImageDraw.Draw(sheet)
+    if corner is not None:
+        sheet.paste(corner.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (gap, gap))
+    draw.multiline_text((side + 2 * gap, gap), title, fill=BLACK, font=font)
+    for column, head in enumerate(heads):
+        draw.multiline_text((left + column * (width + gap), above), head, fill=BLACK, font=font)
+    for row, name in enumerate(names):
+        draw.multiline_text((gap, top + row * (height + gap) + gap), name, fill=BLACK, font=font)
+    for i, image in enumerate(images):
+        enlarged = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS)
+        row, column = divmod(i, len(columns))
+        sheet.paste(enlarged, (left + column * (width + gap), top + row * (height + gap)))
+    return np.array(sheet)
+
+
+def _font() -> Any:
+    """Pillow's own font, scaled where it has FreeType."""
+    try:
+        return ImageFont.load_default(size=13)
+    except ImportError:
+        return ImageFont.load_default()
+
+
+def _shortened(text: str, font: Any, width: int) -> str:
+    """Each line of a text cut to so many pixels."""
+    lines = []
+    for line in text.split("\n"):
+        whole, kept = line, line
+        while kept and font.getlength(kept if kept == whole else kept + "…") > width:
+            kept = kept[:-1]
+        lines.append(kept if kept == whole else kept + "…")
+    return "\n".join(lines)
 
 
 def png_bytes(image: NDArray[np.uint8], metadata: Mapping[str, object] | None = None) -> bytes:

@@ -34,7 +34,7 @@ from car_runtime.conditioning import Conditioning
 from car_runtime.config import GenerationConfig, config_of
 from car_runtime.editing.edit import composite
 from car_runtime.editing.masks import known_mask_of
-from car_runtime.errors import CarError, PlanError, RequestError
+from car_runtime.errors import CarError, ImageError, PlanError, RequestError
 from car_runtime.format.folder import PlanFolder, map_file, open_folder
 from car_runtime.format.hashing import verify_folder
 from car_runtime.format.manifest import WEIGHTS, Manifest, manifest_in, open_plan_folder
@@ -81,7 +81,9 @@ class ScaleResult:
         self.last = step.last
         """Whether it is the last one that is drawn."""
         self.images = images
-        """Which of the n images these are."""
+        """Which of the n images these are; of `stream_many`, positions among the images of all its configs."""
+        self.requests: tuple[int, ...] = (0,) * len(images)
+        """The config that each of `images` belongs to: its position among those that were given."""
         self._step: Step | None = step
         self._values: dict[str, Any] = {}
         self._lock = Lock()
@@ -167,6 +169,7 @@ def open_plan(
         try:
             folder.hold()
             manifest = manifest_in(folder, require_signature)
+            _check_runs(manifest)
             return _open_checked(root, folder, manifest, backend, threads, verify, trust_engines)
         except BaseException as error:
             replaced = isinstance(error, CarError) and folder.is_replaced
@@ -174,6 +177,15 @@ def open_plan(
             if not (left and replaced):
                 raise
     raise AssertionError("the last opening returns or raises")
+
+
+def _check_runs(manifest: Manifest) -> None:
+    """Raise PlanError for a plan whose graphs the scale loop doesn't bind: format 2 is read, but not run."""
+    if manifest.format > 1:
+        raise PlanError(
+            f"the plan {manifest.name!r} is of format {manifest.format}, which this version reads but doesn't run; "
+            "use a plan of format 1"
+        )
 
 
 def _open_checked(
@@ -240,6 +252,11 @@ class Plan:
     def backend_name(self) -> str:
         """The backend in use, for example "ort-cpu"."""
         return self._backend.name
+
+    @property
+    def shared_batch(self) -> int:
+        """How many images of different requests a step makes at once: 1 where `generate_many` takes them in turn."""
+        return max(self._backend.batches) if self.manifest.format > 1 else 1
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -331,6 +348,17 @@ class Plan:
             edited=None if request.edit is None else tuple(map(request.edit.finished, drawn)),
         )
 
+    def generate_many(self, configs: Sequence[GenerationConfig | Request]) -> list[Result]:
+        """Make the images of several configs, with controls, classes, seeds and settings of their own.
+
+        Returns a result per config, in their order, each the same as `generate` gives for that config alone. The
+        configs run one after another: a step of a plan of format 1 serves one control and one class.
+
+        Raises what `generate` raises. All configs are checked before the first one runs, and an error of a config
+        names its position.
+        """
+        return [self.generate(request) for request in self._requests(configs)]
+
     def _harmonised(self, request: Request) -> Request:
         """The second request of an edit: coarse scales from the images with their first results put in."""
         edit = request.edit
@@ -380,10 +408,57 @@ class Plan:
         `stop_after` that scale is the last one.
         """
         request = self._request(given, settings)
-        if logits and not any(port.name == "logits" for port in self.manifest.graphs["step"].outputs):
-            raise RequestError(f"the plan {self.manifest.name!r} gives no logits; export it again with this version")
+        if logits:
+            self._check_logits()
         scales = self._scales(request, _Clock(self._backend), watched=True, logits=logits)
         return (scale for scale, _ in scales)
+
+    def stream_many(
+        self,
+        configs: Sequence[GenerationConfig | Request],
+        *,
+        cancelled: Callable[[int], bool] | None = None,
+        logits: bool = False,
+    ) -> Iterator[ScaleResult]:
+        """Like `generate_many`, one scale at a time; `images` and `requests` of a scale say whose it is.
+
+        cancelled: asked before each scale with the position of a config, whose remaining scales are left out from
+            the first True on. It may be called from this thread alone.
+        logits: as `stream` has it.
+
+        A bad config raises here, not at the first scale.
+        """
+        requests = self._requests(configs)
+        if logits:
+            self._check_logits()
+        return self._stream_in_turn(requests, cancelled or (lambda _: False), logits)
+
+    def _stream_in_turn(
+        self, requests: Sequence[Request], cancelled: Callable[[int], bool], logits: bool
+    ) -> Iterator[ScaleResult]:
+        """The scales of one request after another, each as it would be alone."""
+        first = 0
+        for position, request in enumerate(requests):
+            if not cancelled(position):
+                for scale, _ in self._scales(request, _Clock(self._backend), watched=True, logits=logits):
+                    scale.images = range(first + scale.images.start, first + scale.images.stop)
+                    scale.requests = (position,) * len(scale.images)
+                    yield scale
+                    if cancelled(position):
+                        break
+            first += len(request.seeds)
+
+    def _requests(self, configs: Sequence[GenerationConfig | Request]) -> list[Request]:
+        """All configs, checked against this plan. Raises as `_request`, with the position of the config."""
+        requests = []
+        for position, config in enumerate(configs):
+            if not isinstance(config, (GenerationConfig, Request)):
+                raise RequestError(f"config {position} is {config!r}; give a GenerationConfig or a Request")
+            try:
+                requests.append(self._request((config,), {}))
+            except (RequestError, ImageError) as error:
+                raise type(error)(f"config {position}: {error}") from error
+        return requests
 
     def encode(self, images: image_io.Source | Sequence[image_io.Source], *, fit: str = "crop") -> NDArray[np.int64]:
         """Multi-scale tokens of images (VAR algorithm 1), int64 [n, L].
@@ -455,7 +530,11 @@ class Plan:
             part, B = request.part(slice(images.start, images.stop)), len(images)
             R = B * (2 if request.guided or self._backend.guided_only else 1)
             with clock.stage("condition"):
-                condition = self._conditioning.condition(part.label, B, R)
+                if part.blend is None or part.blend.label == part.label:
+                    condition = self._conditioning.condition(part.label, B, R)
+                else:
+                    towards = (part.blend.label, part.blend.share)
+                    condition = self._conditioning.blended(part.label, towards, B, R)
             with self._buffers(B, R, logits) as buffers:
                 buffers.load(part, condition, features)
                 for step in run_scales(self._backend, self.manifest.scales, self._constants, buffers):
@@ -510,6 +589,10 @@ class Plan:
     def _is_forked(self) -> bool:
         """Whether this is a copy, made by a fork, of a plan that another process opened."""
         return self._opened_in != os.getpid()
+
+    def _check_logits(self) -> None:
+        if not any(port.name == "logits" for port in self.manifest.graphs["step"].outputs):
+            raise RequestError(f"the plan {self.manifest.name!r} gives no logits; export it again with this version")
 
     def _check_process(self) -> None:
         if self._is_forked:

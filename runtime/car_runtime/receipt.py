@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from car_runtime.config import Blend
 from car_runtime.errors import RequestError
 from car_runtime.format.manifest import Manifest
 from car_runtime.images import load_image
@@ -39,8 +40,10 @@ MAX_CONTROL = 4 * 1024 * 1024
 SETTINGS = (
     *("label", "seed", "cfg", "top_k", "top_p", "more_smooth"),
     *("cfg_scales", "control_scales", "control_strength", "stop_after"),
+    *("blend_share", "blend_label", "blend_seed"),
 )
-"""Settings that a receipt has; nothing else of `GenerationConfig` is taken from a file, no path above all."""
+"""Settings that a receipt has, those of `Blend` with its name before them; nothing else of `GenerationConfig` is
+taken from a file, no path above all."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -186,9 +189,21 @@ def receipts_of(
     found = []
     for i in images:
         own = settings | {"seed": request.seeds[i]}
+        if request.blend is not None:
+            blend = request.blend
+            own |= {"blend_share": blend.share, "blend_label": blend.label, "blend_seed": blend.seeds[i]}
         receipt = Receipt(plan=digest, name=manifest.name, settings=own, tokens=tokens_nL[i], control=control_digest)
         found.append({KEY: text_of(receipt, manifest.model.vocab), **enclosed})
     return found
+
+
+def blend_of(receipt: Receipt, classes: int) -> Blend | None:
+    """The blend that an image was made with, if it was. classes: of the plan; that index is "no class"."""
+    found = receipt.settings
+    if "blend_share" not in found:
+        return None
+    label, seed = found.get("blend_label"), found.get("blend_seed")
+    return Blend(share=found["blend_share"], label=None if label == classes else label, seed=seed)
 
 
 def control_text(control: Image.Image) -> str:

@@ -56,6 +56,17 @@ class Sampling:
         return self.top_p if self.top_p > 0 else TOP_P_OFF
 
 
+@dataclass(frozen=True, kw_only=True)
+class ResolvedBlend:
+    """`Blend`, checked against a plan."""
+
+    share: float
+    label: int
+    """Class index; the request's own where no other class was named."""
+    seeds: tuple[int, ...]
+    """One per image; the request's own where no other seed was named."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
     """Images for a plan to make: a control, a class, consecutive seeds, and the tokens that are given, not drawn."""
@@ -75,6 +86,8 @@ class Request:
     """[n, L]."""
     more_smooth: bool = False
     """Whether codes are mixed by `smooth_noise`."""
+    blend: ResolvedBlend | None = None
+    """Towards which other class and seeds the images go."""
     warnings: tuple[str, ...] = ()
     """What about the control is probably not as meant, a line each."""
     edit: PreparedEdit | None = field(default=None, repr=False)
@@ -92,7 +105,9 @@ class Request:
 
     def part(self, images: slice) -> Request:
         """The same request for some of its images."""
-        return replace(self, seeds=self.seeds[images], known=self.known[images], known_mask=self.known_mask[images])
+        blend = None if self.blend is None else replace(self.blend, seeds=self.blend.seeds[images])
+        known, mask = self.known[images], self.known_mask[images]
+        return replace(self, seeds=self.seeds[images], known=known, known_mask=mask, blend=blend)
 
 
 def resolve(manifest: Manifest, config: GenerationConfig) -> Request:
@@ -100,27 +115,54 @@ def resolve(manifest: Manifest, config: GenerationConfig) -> Request:
 
     Raises RequestError, which names the value and its range, and ImageError for a control that cannot be read.
     """
+    request = resolve_settings(manifest, config)
+    check_control(manifest, config.control is not None)
+    edit = _resolve_edit(manifest, config)
+    control, warnings = _resolve_control(manifest, config, edit)
+    return replace(request, control=control, warnings=warnings, edit=edit)
+
+
+def resolve_settings(manifest: Manifest, config: GenerationConfig) -> Request:
+    """All of `resolve` that needs no image: a request without control and edit. Raises RequestError."""
     n = _integer("n", config.n, 1, MAX_IMAGES, "ask for fewer and go on with another seed")
     seed = _integer("seed", config.seed, 0, MAX_SEED + 1 - n, "choose a seed in that range")
     known_nL, mask_nL = _resolve_known(manifest, n, config.known_tokens, config.known_mask)
     label, sampling = resolve_label(manifest, config.label), _resolve_sampling(manifest, config)
-    schedule = _resolve_schedule(manifest, config)
-    check_control(manifest, config.control is not None)
-    edit = _resolve_edit(manifest, config)
-    control, warnings = _resolve_control(manifest, config, edit)
+    schedule, seeds = _resolve_schedule(manifest, config), tuple(range(seed, seed + n))
+    check_fit(config.fit)
+    blend = _resolve_blend(manifest, config, label, seeds)
+    classless = label == manifest.model.classes and (blend is None or blend.label == label)
     return Request(
-        control=control,
+        control=None,
         label=label,
-        classless=label == manifest.model.classes,
-        seeds=tuple(range(seed, seed + n)),
+        classless=classless,
+        seeds=seeds,
         sampling=sampling,
         schedule=schedule,
         known=known_nL,
         known_mask=mask_nL,
         more_smooth=_resolve_smooth(manifest, config.more_smooth),
-        warnings=warnings,
-        edit=edit,
+        blend=blend,
     )
+
+
+def _resolve_blend(
+    manifest: Manifest, config: GenerationConfig, label: int, seeds: tuple[int, ...]
+) -> ResolvedBlend | None:
+    blend = config.blend
+    if blend is None:
+        return None
+    if blend.label is None and blend.seed is None:
+        raise RequestError("blend names neither another class nor another seed; give one of them, or both")
+    share = _number("share", blend.share, 0.0, 1.0, "0 is the image itself, 1 the other one")
+    other = seeds
+    if blend.seed is not None:
+        if config.more_smooth:
+            raise RequestError("more_smooth has noise that seeds can't be blended by; leave one of the two out")
+        first = _integer("seed", blend.seed, 0, MAX_SEED + 1 - len(seeds), "choose a seed in that range")
+        other = tuple(range(first, first + len(seeds)))
+    towards = label if blend.label is None else resolve_label(manifest, blend.label)
+    return ResolvedBlend(share=share, label=towards, seeds=other)
 
 
 def _resolve_edit(manifest: Manifest, config: GenerationConfig) -> PreparedEdit | None:
@@ -135,7 +177,6 @@ def _resolve_control(
     manifest: Manifest, config: GenerationConfig, edit: PreparedEdit | None
 ) -> tuple[Image.Image | None, tuple[str, ...]]:
     """The control image as the model's square, and what is to be said of it. That of an edit covers its frame."""
-    check_fit(config.fit)
     if config.control is None:
         return None, ()
     model, image = manifest.model, open_image(config.control)
@@ -293,6 +334,25 @@ def _resolve_known(manifest: Manifest, n: int, tokens: Any, mask: Any) -> tuple[
 def uniforms(seeds: Sequence[int], L: int) -> NDArray[np.float32]:
     """All the randomness: float32 [n, L] in [0, 1), row i from seed i alone, scale after scale, row by row."""
     return np.stack([np.random.default_rng(seed).random(L, dtype=np.float32) for seed in seeds])
+
+
+def noise_of(request: Request) -> NDArray[np.float32]:
+    """`uniforms` of a request's images, float32 [n, L], blended where it asks for that."""
+    L, blend = request.known.shape[1], request.blend
+    own = uniforms(request.seeds, L)
+    return own if blend is None else blended_uniforms(own, uniforms(blend.seeds, L), blend.share)
+
+
+def blended_uniforms(one: NDArray[np.float32], other: NDArray[np.float32], share: float) -> NDArray[np.float32]:
+    """Numbers [n, L] between two arrays of uniform ones: `one` at share 0, `other` at 1.
+
+    Each token goes from one number to the other at a share of its own, drawn once for all images and independently of
+    them. So each number stays uniform, and every image on the way is a fair sample. Mixing the numbers along a sphere
+    (as normal ones) keeps that too, but moves all tokens at each step: the shipped plan's way is then 4.7 times as
+    long as from end to end, instead of 3.2.
+    """
+    turns_L = np.random.default_rng([0, 0, 2]).random(one.shape[1])  # no seed's own stream, nor `SmoothNoise`'s
+    return np.where(turns_L < share, other, one)
 
 
 class SmoothNoise:

@@ -46,7 +46,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await to_thread.run_sync(service.warm_up)
+        await own_routes.warm_up(service)
         try:
             yield
         finally:

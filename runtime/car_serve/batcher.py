@@ -2,60 +2,29 @@
 
 An image depends on its own request, never on what shares its batch. Whether a job was cancelled is looked at between
 scales. When a batch fails, its jobs are drawn once more one by one, so that only the one at fault ends in an error.
+
+A second thread decodes: previews cost as much as the scales themselves (16 of 70 ms an image of the shipped plan,
+times its six scales), and the engine goes on meanwhile. Only the first preview of a batch holds it up, so that this
+one is there at once, and the end of a batch waits for its previews, so that they never pile up.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import accumulate
 from threading import Condition, Thread
 from time import monotonic
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from car_runtime import Plan
-from car_runtime.request import Request
+from car_runtime import Plan, ScaleResult
 from car_serve.errors import ServeError, served
 from car_serve.jobs import Job, ScaleEvent
 from car_serve.limits import Limits
 from car_serve.metrics import Metrics
 
 log = logging.getLogger("car_serve")
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """One scale of some images of one request."""
-
-    request: int
-    images: range
-    """Which of the request's images."""
-    index: int
-    last: bool
-    tokens: NDArray[np.int64]
-    """int64 [B, S, S]."""
-    seconds: float
-    preview: Callable[[], NDArray[np.uint8]]
-    """The images so far, uint8 [B, H, W, 3]."""
-
-
-def draw(plan: Plan, requests: Sequence[Request], cancelled: Callable[[int], bool]) -> Iterator[Drawn]:
-    """All scales of several requests, one request after another. One that is cancelled ends at its next scale."""
-    for number, request in enumerate(requests):
-        stream: Any = plan.stream(request)
-        try:
-            if cancelled(number):
-                continue
-            for scale in stream:
-                yield Drawn(number, scale.images, scale.index, scale.last, scale.tokens, scale.seconds, scale.preview)
-                if cancelled(number):
-                    break
-        finally:
-            stream.close()
 
 
 class Batcher:
@@ -72,6 +41,9 @@ class Batcher:
         self._closed = False
         self._pace = 0.1
         """Seconds per request, a moving average: what `Retry-After` is made of."""
+        self._crowded = False
+        """Whether several requests were there lately: only then the first of a batch waits for others."""
+        self._decoder = ThreadPoolExecutor(1, f"decoder {name}")
         metrics.queue_depth.labels(name).set_function(lambda: len(self._waiting))
         metrics.in_flight.labels(name).set_function(lambda: self.depth)
         self._thread = Thread(target=self._run, name=f"engine {name}", daemon=True)
@@ -113,6 +85,7 @@ class Batcher:
                 job.cancel()
             self._wake.notify_all()
         self._thread.join()
+        self._decoder.shutdown()
 
     def _run(self) -> None:
         while batch := self._next_batch():
@@ -128,10 +101,7 @@ class Batcher:
         with self._wake:
             while not self._closed and not self._waiting:
                 self._wake.wait()
-            until = monotonic() + self._limits.batch_wait_ms / 1000
-            while not self._closed and 0 < self._images() < self._limits.max_batch:
-                if (left := until - monotonic()) <= 0 or not self._wake.wait(left):
-                    break
+            self._wait_for_company()
             batch: list[Job] = []
             images = 0
             while self._waiting:
@@ -141,7 +111,15 @@ class Batcher:
                 batch.append(self._waiting.popleft())
                 images += 0 if job.cancelled else len(job.images)
             self._running = batch  # in the same breath, so that a server that drains sees them
+            self._crowded = sum(not job.cancelled for job in (*batch, *self._waiting)) > 1
             return batch
+
+    def _wait_for_company(self) -> None:
+        """Give others `batch_wait_ms` from when the first job came, unless the last one was alone, too."""
+        while self._crowded and not self._closed and 0 < self._images() < self._limits.max_batch:
+            left = self._waiting[0].arrived + self._limits.batch_wait_ms / 1000 - monotonic()
+            if left <= 0 or not self._wake.wait(left):
+                break
 
     def _images(self) -> int:
         return sum(len(job.images) for job in self._waiting if not job.cancelled)
@@ -153,9 +131,18 @@ class Batcher:
         self._metrics.batch_size.labels(self.name).observe(sum(len(job.images) for job in wanted))
         for job in wanted:
             job.began()
+        shown: list[Future[None]] = []
         try:
-            for drawn in draw(self.plan, [job.request for job in wanted], lambda i: wanted[i].cancelled):
-                self._take(wanted[drawn.request], drawn)
+            try:
+                requests = [job.request for job in wanted]
+                for scale in self.plan.stream_many(requests, cancelled=lambda i: wanted[i].cancelled):
+                    shown.append(self._decoder.submit(self._take, wanted, scale))
+                    if scale.index == 0:
+                        shown[-1].result()
+            finally:
+                wait(shown)
+            for future in shown:
+                future.result()
         except Exception as error:
             log.exception("plan %s: a batch of %d failed", self.name, len(wanted))
             left = [job for job in wanted if not job.finished]
@@ -170,30 +157,30 @@ class Batcher:
             if not self._is_over(job):  # every image has come by now
                 raise AssertionError(f"job {job.id} was left behind")
 
-    def _take(self, job: Job, drawn: Drawn) -> None:
-        if job.cancelled or job.finished:
+    def _take(self, jobs: Sequence[Job], scale: ScaleResult) -> None:
+        """Decode a scale and hand it to its jobs, on the decoder's thread."""
+        taking = [jobs[request] for request in scale.requests]
+        if not any(job.awaits for job in taking):
             return
-        scale = self.plan.manifest.scales[drawn.index]
-        pixels = drawn.preview() if job.previews or drawn.last else None
-        for i, image in enumerate(drawn.images):
-            job.tokens[image, scale.start : scale.stop] = drawn.tokens[i].reshape(-1)
-            shown = None if pixels is None else pixels[i]
+        pixels = scale.preview() if scale.last or any(job.previews for job in taking) else None
+        place = self.plan.manifest.scales[scale.index]
+        firsts = list(accumulate((len(job.images) for job in jobs), initial=0))
+        for row, (image, request) in enumerate(zip(scale.images, scale.requests, strict=True)):
+            job, own = jobs[request], image - firsts[request]
+            if not job.awaits:
+                continue
+            job.tokens[own, place.start : place.stop] = scale.tokens[row].reshape(-1)
+            shown = None if pixels is None else pixels[row]
+            if scale.last and shown is not None and job.request.edit is not None:
+                shown = job.request.edit.finished(shown)
             first = not job.scales
-            job.drew(
-                ScaleEvent(
-                    image=image,
-                    index=drawn.index,
-                    last=drawn.last,
-                    pixels=shown,
-                    seconds=drawn.seconds,
-                )
-            )
+            job.drew(ScaleEvent(image=own, index=scale.index, last=scale.last, pixels=shown, seconds=scale.seconds))
             if first:
                 self._metrics.first_preview.labels(self.name).observe(job.timings["first_preview"])
-        if all(image is not None for image in job.images):
-            job.end("done")
-            self._metrics.images.labels(self.name).inc(len(job.images))
-            self._metrics.image_seconds.labels(self.name).observe(job.timings["total"])
+            if all(done is not None for done in job.images):
+                job.end("done")
+                self._metrics.images.labels(self.name).inc(len(job.images))
+                self._metrics.image_seconds.labels(self.name).observe(job.timings["total"])
 
     def _is_over(self, job: Job) -> bool:
         """Whether a job has ended, which a cancelled one does here."""
@@ -205,6 +192,6 @@ class Batcher:
 
 
 def _fit(first: Job, other: Job) -> bool:
-    """Whether two jobs may share steps: the same scales, guided or not."""
+    """Whether two jobs may share steps: the same scales are drawn, with a control or without."""
     a, b = first.request, other.request
-    return (a.schedule, a.guided, a.more_smooth) == (b.schedule, b.guided, b.more_smooth)
+    return (a.schedule.drawn, a.control is None) == (b.schedule.drawn, b.control is None)

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from car_runtime import Plan, __version__
+from car_runtime.plan import DEFAULT_PLAN
 from car_runtime.request import MAX_CFG
 from car_runtime.schedule import MAX_STRENGTH
 from car_serve.service import Service
@@ -42,6 +43,7 @@ def plan_report(plan: Plan) -> dict[str, Any]:
     )
     return {
         "name": manifest.name,
+        "shipped": plan.path == DEFAULT_PLAN,
         "image_size": model.image_size,
         "classes": list(model.names) if model.names else [str(i) for i in range(model.classes)],
         "controls": controls,

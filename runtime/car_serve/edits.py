@@ -1,42 +1,45 @@
-"""Edits by tokens that are kept: branch at a scale, in-paint, extend. What a later `GenerationConfig.edit` will do.
+"""From the field `edit` of a request to the runtime's `Edit`: which image is changed, and what of it is drawn anew.
 
-- branch: the coarse scales 0 … `scale` of an earlier result (or of an image, encoded), the finer ones drawn anew.
-  With another class this is a restyle.
-- paint: an image and a mask; tokens outside the mask are kept.
-- extend: an image put into a smaller frame of the square; what is outside is drawn.
+- scale: the coarse scales 0 … `scale` are kept, the finer ones drawn anew (branch; with another class, restyle).
+- mask: what is light in the mask is drawn anew, the other pixels stay (in-paint).
+- frame: the image goes into a smaller frame of a new, larger square (extend).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import io
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from car_runtime import Plan
-from car_runtime.images import WHITE, fitted, on_ground
+from car_runtime import CarError, Plan
+from car_runtime.editing.edit import MASK_LEVEL, Edit
+from car_runtime.images import on_ground, text_chunks
+from car_runtime.receipt import receipt_of
 from car_serve.errors import bad_request
+from car_serve.forms import EditForm
 from car_serve.jobs import Job, Results
+from car_serve.limits import Limits
+from car_serve.uploads import decode, from_base64
 
 
-@dataclass(frozen=True, kw_only=True)
-class Edit:
-    """What is kept of what. Exactly one of `scale`, `mask` and `frame` says how; one of `id` and `image` of what."""
-
-    id: str | None = None
-    """An earlier result."""
-    index: int = 0
-    """Which of its images."""
-    image: Image.Image | None = None
-    scale: int | None = None
-    """The last scale that is kept."""
-    mask: NDArray[np.bool_] | None = None
-    """bool [H, W], true where the image is drawn anew."""
-    frame: tuple[float, float, float, float] | None = None
-    """Left, top, right, bottom of where the image goes, shares of the new square, 0…1."""
-    rule: str = "published"
+def edit_of(plan: Plan, results: Results, limits: Limits, form: EditForm) -> Edit:
+    """The edit that a form asks for. Raises ServeError, ImageError."""
+    if sum(part is not None for part in (form.scale, form.mask, form.frame)) != 1:
+        raise bad_request("edit is unclear; give exactly one of scale, mask and frame", "edit")
+    if (form.id is None) == (form.image is None):
+        raise bad_request("edit has no source; give exactly one of id and image", "edit")
+    if form.scale is not None:
+        return _branch(plan, results, limits, form, form.scale)
+    image = _image(plan, results, limits, form)
+    if form.frame is not None:
+        return Edit(image=image, extend=_margins(image, form.frame), rule=form.rule)  # type: ignore[arg-type]
+    mask = decode(from_base64(form.mask or "", "edit.mask"), "edit.mask", limits.max_pixels)
+    light = Image.fromarray(repaint_of(mask)).resize(image.size, Image.Resampling.NEAREST)
+    if not np.asarray(light).any():
+        raise bad_request("the mask marks nothing; paint what is to be drawn anew", "edit.mask")
+    return Edit(image=image, mask=light.convert("L"), rule=form.rule)  # type: ignore[arg-type]  # checked there
 
 
 def repaint_of(mask: Image.Image, *, transparent: bool = False) -> NDArray[np.bool_]:
@@ -44,72 +47,74 @@ def repaint_of(mask: Image.Image, *, transparent: bool = False) -> NDArray[np.bo
     if transparent:
         if mask.mode != "RGBA":
             raise bad_request("mask has no transparent pixels; make those transparent that are to be drawn", "mask")
-        return np.asarray(mask.getchannel("A")) < 128
-    return np.asarray(on_ground(mask, (0, 0, 0)).convert("L")) >= 128
+        return np.asarray(mask.getchannel("A")) < MASK_LEVEL
+    return np.asarray(on_ground(mask, (0, 0, 0)).convert("L")) >= MASK_LEVEL
 
 
-def keep(plan: Plan, results: Results, edit: Edit) -> dict[str, Any]:
-    """`known_tokens` and `known_mask` of an edit, as settings. Raises ServeError, RequestError."""
-    if sum(part is not None for part in (edit.scale, edit.mask, edit.frame)) != 1:
-        raise bad_request("edit is unclear; give exactly one of scale, mask and frame", "edit")
-    if (edit.id is None) == (edit.image is None):
-        raise bad_request("edit has no source; give exactly one of id and image", "edit")
-    if edit.frame is not None:
-        return _extended(plan, results, edit, edit.frame)
-    tokens = _tokens(plan, results, edit)
-    if edit.mask is not None:
-        if not edit.mask.any():
-            raise bad_request("the mask marks nothing; paint what is to be drawn anew", "edit.mask")
-        known = plan.known_mask(edit.mask, rule=edit.rule)  # type: ignore[arg-type]  # checked there
+def _branch(plan: Plan, results: Results, limits: Limits, form: EditForm, scale: int) -> Edit:
+    """Tokens that are kept are exact where they are known, of an earlier result or from a PNG's receipt.
+
+    Else, and of an image that was put back into a photo, they are the encoder's. With the last scale nothing is drawn
+    anew: that shows the scales of a PNG again.
+    """
+    scales, size = plan.manifest.scales, plan.manifest.model.image_size
+    if not 0 <= scale < len(scales):
+        raise bad_request(f"edit.scale is {scale}; give 0…{len(scales) - 1}, the last scale to keep", "edit.scale")
+    if form.id is None:
+        tokens_L, part = _receipt_tokens(plan, from_base64(form.image or "", "edit.image"))
     else:
-        scales = plan.manifest.scales
-        if edit.scale is None or not 0 <= edit.scale < len(scales) - 1:
-            raise bad_request(
-                f"edit.scale is {edit.scale}; give 0…{len(scales) - 2}, the last scale to keep", "edit.scale"
-            )
-        known = np.arange(plan.manifest.tokens) < scales[edit.scale].stop
-    if (tokens[known] < 0).any():
-        raise bad_request("the result was not drawn as far as that; choose a coarser scale", "edit")
-    return {"known_tokens": tokens, "known_mask": known}
+        job = _earlier(plan, results, form, form.id)
+        tokens_L, part = job.tokens[form.index].copy(), job.request.edit is not None and not job.request.edit.whole
+        if (tokens_L[: scales[scale].stop] < 0).any():
+            raise bad_request("the result was not drawn as far as that; choose a coarser scale", "edit.scale")
+    if tokens_L is None or (part and scale < len(scales) - 1):
+        return Edit(image=_image(plan, results, limits, form), from_scale=scale + 1)
+    # The tokens say it all: a result may be branched before it is finished.
+    return Edit(image=Image.new("RGB", (size, size)), from_scale=scale + 1, tokens=tokens_L)
 
 
-def _tokens(plan: Plan, results: Results, edit: Edit) -> NDArray[np.int64]:
-    """int64 [L]: a result's own tokens, which are exact, or those of the encoder."""
-    if edit.id is None:
-        return np.asarray(plan.encode(edit.image)[0])  # type: ignore[arg-type]  # one of the two is there
-    return _earlier(plan, results, edit, edit.id).tokens[edit.index].copy()
+def _receipt_tokens(plan: Plan, data: bytes) -> tuple[NDArray[np.int64] | None, bool]:
+    """Tokens [L] of a PNG of this very plan, if it has them, and whether it was put back into a photo."""
+    try:
+        receipt = receipt_of(text_chunks(io.BytesIO(data)), plan.manifest)
+    except CarError:
+        return None, False
+    return (None, False) if receipt is None else (receipt.tokens, receipt.settings.get("edit") == "part")
 
 
-def _earlier(plan: Plan, results: Results, edit: Edit, id: str) -> Job:
+def _image(plan: Plan, results: Results, limits: Limits, form: EditForm) -> Image.Image:
+    if form.id is None:
+        return decode(from_base64(form.image or "", "edit.image"), "edit.image", limits.max_pixels)
+    pixels = _earlier(plan, results, form, form.id).images[form.index]
+    if pixels is None:
+        raise bad_request("the result has no finished image; edit one that was drawn to the end", "edit.id")
+    return Image.fromarray(pixels)
+
+
+def _earlier(plan: Plan, results: Results, form: EditForm, id: str) -> Job:
     """An earlier result of this plan that has the image. Raises ServeError."""
     job = results.find(id)
     if job.plan != plan.manifest.name:
         raise bad_request(f"the result is of the plan {job.plan!r}; edit it with that one", "edit.id")
-    if not 0 <= edit.index < len(job.images):
-        raise bad_request(f"edit.index is {edit.index}; the result has images 0…{len(job.images) - 1}", "edit.index")
+    if not 0 <= form.index < len(job.images):
+        raise bad_request(f"edit.index is {form.index}; the result has images 0…{len(job.images) - 1}", "edit.index")
     return job
 
 
-def _extended(plan: Plan, results: Results, edit: Edit, frame: tuple[float, float, float, float]) -> dict[str, Any]:
-    size = plan.manifest.model.image_size
-    left, top, right, bottom = (round(share * size) for share in frame)
-    if not (0 <= left < right <= size and 0 <= top < bottom <= size):
+def _margins(image: Image.Image, frame: tuple[float, float, float, float]) -> tuple[int, int, int, int]:
+    """Pixels of the image that the new square goes beyond it: left, top, right, bottom."""
+    left, top, right, bottom = frame
+    if not (left < right and top < bottom):
         raise bad_request(f"edit.frame is {list(frame)}; give left < right and top < bottom in 0…1", "edit.frame")
-    if (left, top, right, bottom) == (0, 0, size, size):
-        raise bad_request("edit.frame covers the whole square; leave room to draw in", "edit.frame")
-    image = edit.image
-    if image is None:
-        pixels = _earlier(plan, results, edit, edit.id or "").images[edit.index]
-        if pixels is None:
-            raise bad_request("the result has no finished image; extend one that was drawn to the end", "edit.id")
-        image = Image.fromarray(pixels)
-    inner = fitted(on_ground(image, WHITE), size, "crop", WHITE).resize(
-        (right - left, bottom - top), Image.Resampling.LANCZOS
+    side = image.width / (right - left)
+    if abs(image.height - side * (bottom - top)) > 0.02 * image.height + 1:
+        raise bad_request(
+            f"edit.frame {list(frame)} has not the image's shape; keep its width ÷ height", "edit.frame"
+        )
+    before, above = round(left * side), round(top * side)
+    after, below = (
+        max(0, round(side) - start - own) for start, own in ((before, image.width), (above, image.height))
     )
-    # The margin continues the image's edge, so that coarse tokens of the border are near what they will be.
-    pad = ((top, size - bottom), (left, size - right), (0, 0))
-    canvas = np.pad(np.asarray(inner, np.uint8), pad, mode="edge")
-    repaint = np.ones((size, size), np.bool_)
-    repaint[top:bottom, left:right] = False
-    known = plan.known_mask(repaint, rule=edit.rule)  # type: ignore[arg-type]  # checked there
-    return {"known_tokens": plan.encode(canvas)[0], "known_mask": known}
+    if not any((before, above, after, below)):
+        raise bad_request("edit.frame covers the whole square; leave room to draw in", "edit.frame")
+    return before, above, after, below

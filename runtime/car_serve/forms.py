@@ -26,7 +26,7 @@ class EditForm(BaseModel):
     scale: int | None = Field(default=None, ge=0, description="branch: the last scale to keep")
     mask: str | None = Field(default=None, description="in-paint: an image, base64, light where to draw anew")
     frame: tuple[Share, Share, Share, Share] | None = Field(
-        default=None, description="extend: left, top, right, bottom of where the image goes in the new square"
+        default=None, description="extend: left, top, right, bottom of where the image goes in the new, larger square"
     )
     rule: str = Field(default="published", max_length=16, description="of a mask: published or strict")
 

@@ -71,9 +71,22 @@ class Job:
         return self.ended is not None
 
     @property
+    def awaits(self) -> bool:
+        """Whether somebody still wants what comes."""
+        return not self._cancelled and not self.finished
+
+    @property
     def cancelled(self) -> bool:
         """Whether nobody wants it any more; the engine looks at this between scales."""
         return self._cancelled
+
+    @property
+    def bytes(self) -> int:
+        """Memory of its pixels."""
+        edit = self.request.edit
+        given = 0 if edit is None else 4 * edit.frame.image.width * edit.frame.image.height
+        shown = [*self.images, *(scale.pixels for scale in self.scales if not scale.last)]
+        return given + sum(pixels.nbytes for pixels in shown if pixels is not None)
 
     def cancel(self) -> None:
         """Ask for the end; a job that has ended stays as it is."""
@@ -131,22 +144,24 @@ class Job:
 
 
 class Results:
-    """Jobs by id, of the last hour and so many at most; one that has not ended is never dropped."""
+    """Jobs by id, of the last hour, so many and so many bytes at most; one that has not ended is never dropped."""
 
-    def __init__(self, keep: int, seconds: float) -> None:
-        self._keep, self._seconds = keep, seconds
+    def __init__(self, keep: int, seconds: float, size: int) -> None:
+        self._keep, self._seconds, self._size = keep, seconds, size
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._lock = Lock()
 
     def add(self, job: Job) -> None:
-        """Keep a job, and drop those whose time is over."""
+        """Keep a job, and drop those whose time is over, and the oldest where they are too many or too large."""
         with self._lock:
             self._jobs[job.id] = job
-            now = monotonic()
+            now, total = monotonic(), sum(j.bytes for j in self._jobs.values())
             ended = [j for j in self._jobs.values() if j.ended is not None]
             for old in ended:
-                if len(self._jobs) > self._keep or now - (old.ended or now) > self._seconds:
+                late = now - (old.ended or now) > self._seconds
+                if late or len(self._jobs) > self._keep or total > self._size:
                     del self._jobs[old.id]
+                    total -= old.bytes
 
     def find(self, id: str) -> Job:
         """The job of an id. Raises ServeError (404)."""

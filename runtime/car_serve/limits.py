@@ -33,6 +33,8 @@ class Limits:
     """How long a result is found by its id."""
     keep_results: int = 256
     """How many results are kept at most."""
+    keep_bytes: int = 512 * MEBI
+    """Memory of kept results: images, previews, and what was edited."""
     write_timeout: float = 60.0
     """Seconds that a reader may let the server wait before it is dropped."""
     drain_seconds: float = 60.0

@@ -28,6 +28,11 @@ class Metrics:
     def _seconds(self, name: str, what: str) -> Histogram:
         return Histogram(name, what, ["plan"], buckets=_SECONDS, registry=self.registry)
 
+    def forget(self, plan: str) -> None:
+        """Start counting a plan's images anew: those of the warm-up are nobody's."""
+        for series in (self.batch_size, self.first_preview, self.image_seconds, self.images):
+            series.remove(plan)
+
     def text(self) -> bytes:
         """The exposition format."""
         return generate_latest(self.registry)

@@ -92,7 +92,7 @@ def router(service: Service) -> APIRouter:
 
 async def _run(service: Service, request: Request, form: GenerationForm, kind: str) -> Response:
     plan = service.batcher(form.model if form.model in service.batchers else None).plan
-    side = _side(form.size, plan.manifest.model.image_size)
+    side = _side(form.size)
     ours = await to_thread.run_sync(_our_form, plan, service.limits.max_pixels, form)
     job = await to_thread.run_sync(service.submit, ours)
     if form.stream:
@@ -104,13 +104,13 @@ async def _run(service: Service, request: Request, form: GenerationForm, kind: s
     return JSONResponse(await to_thread.run_sync(_answer, plan, job, side, form.response_format))
 
 
-def _side(size: str | None, own: int) -> int:
-    """The side of the answer in pixels."""
+def _side(size: str | None) -> int | None:
+    """The longer side of the answer in pixels; None: as the image is."""
     if size in (None, "", "auto"):
-        return own
+        return None
     found = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size or "")
     if found is None or found[1] != found[2] or not 8 <= int(found[1]) <= MAX_SIDE:
-        raise bad_request(f"size is {size!r}; give auto or a square such as {own}x{own}, at most {MAX_SIDE}", "size")
+        raise bad_request(f"size is {size!r}; give auto or a square such as 256x256, at most {MAX_SIDE}", "size")
     return int(found[1])
 
 
@@ -132,7 +132,7 @@ def _our_form(plan: Plan, max_pixels: int, form: GenerationForm) -> PictureForm:
             repaint = repaint_of(mask, transparent=True)
             settings["edit"] = EditForm(image=form.image, mask=uploads.to_base64(png_bytes(_grey(repaint))))
             if form.control is None and form.photo is None and model.control_type is not None:
-                settings["photo"] = form.image
+                settings |= {"photo": form.image, "fit": "stretch"}  # a map of all of the image
         elif model.control_type is None:
             raise bad_request("this plan follows no control image; send a mask to edit the image", "mask")
         else:
@@ -149,32 +149,43 @@ def _grey(mask_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
     return np.repeat(np.where(mask_HW, np.uint8(255), np.uint8(0))[..., None], 3, axis=2)
 
 
-def _answer(plan: Plan, job: Job, side: int, response_format: str | None) -> dict[str, Any]:
+def _answer(plan: Plan, job: Job, side: int | None, response_format: str | None) -> dict[str, Any]:
     data = []
     for i in range(len(job.images)):
         encoded = uploads.to_base64(_png(plan, job, i, side))
         data.append(
             {"url": f"data:image/png;base64,{encoded}"} if response_format == "url" else {"b64_json": encoded}
         )
-    return {
-        "created": int(time()),
-        "data": data,
-        "size": f"{side}x{side}",
-        "output_format": "png",
-        "usage": _usage(job),
-    }
+    about = {"size": _size(job.images[0], side), "output_format": "png", "usage": _usage(job)}
+    return {"created": int(time()), "data": data, **about}
 
 
-def _png(plan: Plan, job: Job, image: int, side: int) -> bytes:
+def _png(plan: Plan, job: Job, image: int, side: int | None) -> bytes:
+    """An image as it is, with its receipt, or resized without."""
     pixels = job.images[image]
-    return receipts.png(plan, job, image) if pixels is None or len(pixels) == side else _resized(pixels, side)
+    if pixels is None or side in (None, max(pixels.shape[:2])):
+        return receipts.png(plan, job, image)
+    return _resized(pixels, side)
 
 
-def _resized(pixels: NDArray[np.uint8], side: int) -> bytes:
-    if len(pixels) == side:
+def _dimensions(pixels: NDArray[np.uint8] | None, side: int | None) -> tuple[int, int]:
+    """Width and height of an answer."""
+    height, width = (0, 0) if pixels is None else pixels.shape[:2]
+    scale = 1.0 if side is None or pixels is None else side / max(height, width)
+    return max(1, round(scale * width)), max(1, round(scale * height))
+
+
+def _size(pixels: NDArray[np.uint8] | None, side: int | None) -> str:
+    width, height = _dimensions(pixels, side)
+    return f"{width}x{height}"
+
+
+def _resized(pixels: NDArray[np.uint8], side: int | None) -> bytes:
+    size = _dimensions(pixels, side)
+    if size == pixels.shape[1::-1]:
         return png_bytes(pixels)
     stream = io.BytesIO()
-    Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS).save(stream, "PNG")
+    Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS).save(stream, "PNG")
     return stream.getvalue()
 
 
@@ -185,16 +196,16 @@ def _usage(job: Job) -> dict[str, Any]:
     return {"input_tokens": 0, "output_tokens": drawn, "total_tokens": drawn, "input_tokens_details": details}
 
 
-async def _events(plan: Plan, job: Job, kind: str, side: int, wanted: int) -> AsyncIterator[bytes]:
+async def _events(plan: Plan, job: Job, kind: str, side: int | None, wanted: int) -> AsyncIterator[bytes]:
     """True states of the images on their way, `wanted` of each, then the finished ones."""
-    about = {"size": f"{side}x{side}", "quality": "auto", "background": "opaque", "output_format": "png"}
+    about = {"quality": "auto", "background": "opaque", "output_format": "png"}
     partial = _partial(job.request.schedule.drawn, wanted)
     sent = 0
     async for _ in job.changes():
         while sent < len(job.scales):
             scale = job.scales[sent]
             sent += 1
-            data: dict[str, Any] = {**about, "created_at": int(time())}
+            data: dict[str, Any] = {**about, "size": _size(scale.pixels, side), "created_at": int(time())}
             if scale.last:
                 png = await to_thread.run_sync(_png, plan, job, scale.image, side)
                 done = {"type": f"{kind}.completed", "b64_json": uploads.to_base64(png), "usage": _usage(job)}

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
+import numpy as np
 from anyio import to_thread
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from car_runtime import Plan
+from car_runtime.images import png_bytes
 from car_serve import receipts
 from car_serve.capabilities import capabilities
 from car_serve.errors import ServeError
 from car_serve.forms import ControlForm, PictureForm, body_of, read_form
 from car_serve.jobs import Job, ScaleEvent
-from car_serve.requests import map_of
+from car_serve.requests import job_of, map_of
 from car_serve.service import Service
 from car_serve.streams import EventStream, event, wait_or_cancel
 from car_serve.uploads import to_base64, webp
@@ -71,6 +73,30 @@ def router(service: Service) -> APIRouter:
         return {"id": job.id, "state": job.state if finished else "cancelling"}
 
     return routes
+
+
+async def warm_up(service: Service) -> None:
+    """Draw two images with every plan, one with guidance, all the way to their last event.
+
+    What engine and libraries do only once, 500 ms of the shipped plan, is done before anyone waits for it.
+    """
+    for name, batcher in service.batchers.items():
+        model = batcher.plan.manifest.model
+        control = None
+        if model.control_type is not None:
+            lines = np.zeros((model.image_size, model.image_size, 3), np.uint8)
+            lines[model.image_size // 4 :: 8] = 255
+            control = to_base64(png_bytes(lines))
+        for cfg in (1.0, 0.0):
+            form = PictureForm.model_validate({"plan": name, "control": control, "class": 0, "cfg": cfg})
+            job = await to_thread.run_sync(job_of, batcher.plan, service.results, service.limits, form)
+            batcher.submit(job)
+            async for _ in _events(service, job):
+                pass
+            if job.error is not None:
+                raise job.error
+        service.metrics.forget(name)
+    service.ready = True
 
 
 def wants_events(request: Request) -> bool:

@@ -50,8 +50,7 @@ def png(plan: Plan, job: Job, image: int) -> bytes:
     }
     if job.request.control is not None:
         about["control"] = to_base64(png_bytes(np.array(job.request.control, np.uint8)))
-    if "edit" not in job.about:  # of tokens that were given, the runtime's receipt does not say whence
-        about |= receipts_of(plan.manifest, job.request, job.tokens, [image])[0]
+    about |= receipts_of(plan.manifest, job.request, job.tokens, [image])[0]
     return png_bytes(pixels, about)
 
 

@@ -1,4 +1,4 @@
-"""From the fields of a body to a job: images decoded, control derived, edits as known tokens, everything checked."""
+"""From the fields of a body to a job: images decoded, control derived, everything checked."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import secrets
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from car_runtime import GenerationConfig, Plan
 from car_runtime.images import png_bytes
 from car_runtime.photo import control_of_photo
 from car_runtime.request import resolve
 from car_serve import uploads
-from car_serve.edits import Edit, keep, repaint_of
+from car_serve.edits import edit_of
 from car_serve.errors import bad_request
-from car_serve.forms import ControlForm, EditForm, PictureForm
+from car_serve.forms import ControlForm, PictureForm
 from car_serve.jobs import Job, Results
 from car_serve.limits import Limits
 
@@ -44,8 +43,11 @@ def job_of(plan: Plan, results: Results, limits: Limits, form: PictureForm) -> J
     settings |= {"label": form.label, "seed": secrets.randbelow(2**31) if form.seed is None else form.seed}
     about: dict[str, Any] = {}
     if form.edit is not None:
-        settings |= keep(plan, results, _edit(limits, form.edit))
+        edit = edit_of(plan, results, limits, form.edit)
+        settings["edit"] = edit
         about["edit"] = form.edit.model_dump(exclude={"image", "mask"}, exclude_none=True, exclude_defaults=True)
+        if edit.extend is not None:
+            about["edit"]["extend"] = list(edit.extend)
     request = resolve(plan.manifest, GenerationConfig(control=control, **settings))
     about["warnings"] = [*warnings, *request.warnings]
     return Job(request=request, plan=plan.manifest.name, previews=form.previews, about=about)
@@ -68,22 +70,6 @@ def _control(plan: Plan, limits: Limits, form: PictureForm) -> tuple[Any, tuple[
     if given is None:
         return None, ()
     return uploads.decode(uploads.from_base64(given, "control"), "control", limits.max_pixels), ()
-
-
-def _edit(limits: Limits, form: EditForm) -> Edit:
-    def image(text: str | None, param: str) -> Image.Image | None:
-        return None if text is None else uploads.decode(uploads.from_base64(text, param), param, limits.max_pixels)
-
-    mask = image(form.mask, "edit.mask")
-    return Edit(
-        id=form.id,
-        index=form.index,
-        image=image(form.image, "edit.image"),
-        scale=form.scale,
-        mask=None if mask is None else repaint_of(mask),
-        frame=form.frame,
-        rule=form.rule,
-    )
 
 
 def map_of(plan: Plan, limits: Limits, form: ControlForm) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 
-from car_runtime import GenerationConfig, Plan
+from car_runtime import Plan
 from car_serve.batcher import Batcher
 from car_serve.errors import ServeError
 from car_serve.forms import PictureForm
@@ -27,7 +27,7 @@ class Service:
     ready: bool = False
 
     def __post_init__(self) -> None:
-        self.results = Results(self.limits.keep_results, self.limits.keep_seconds)
+        self.results = Results(self.limits.keep_results, self.limits.keep_seconds, self.limits.keep_bytes)
         self.batchers: Mapping[str, Batcher] = {
             plan.manifest.name: Batcher(plan.manifest.name, plan, self.limits, self.metrics) for plan in self.plans
         }
@@ -43,19 +43,6 @@ class Service:
                 404, "no_plan", f"there is no plan {name[:60]!r}; choose {', '.join(self.batchers)}", param="plan"
             )
         return self.batchers[name]
-
-    def warm_up(self) -> None:
-        """Draw one image with every plan: what an engine does only once is done before anyone waits for it."""
-        for plan in self.plans:
-            model = plan.manifest.model
-            control = None
-            if model.control_type is not None:
-                import numpy as np
-
-                control = np.zeros((model.image_size, model.image_size, 3), np.uint8)
-                control[model.image_size // 4 :: 8] = 255
-            plan.generate(GenerationConfig(control=control, label=0))
-        self.ready = True
 
     def submit(self, form: PictureForm) -> Job:
         """A job in its queue, findable by its id. Raises ServeError, UserError."""

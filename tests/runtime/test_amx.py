@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import subprocess
@@ -23,11 +24,11 @@ from car_runtime import verify as acceptance
 from car_runtime.backends.amx import backend as amx
 from car_runtime.backends.amx import build
 from car_runtime.backends.amx.convolutions import read_decoder, read_encoder
-from car_runtime.backends.amx.graph import UnsupportedGraphError
+from car_runtime.backends.amx.description import UnsupportedGraphError
 from car_runtime.backends.amx.match_transformer import read_step
 from car_runtime.backends.amx.memory import Workspace
 from car_runtime.backends.amx.transformer import Transformer
-from car_runtime.format.manifest import read_manifest
+from car_runtime.format.manifest import Manifest, read_manifest
 from car_runtime.plan import Plan, default_plan
 from car_train.config import CARConfig, ModelConfig, VARConfig, VQVAEConfig
 from car_train.model import Model
@@ -205,6 +206,18 @@ def test_other_types_are_refused_with_a_way_on(changes: dict[str, str]) -> None:
     other = replace(manifest, precision=replace(manifest.precision, **changes))
     with pytest.raises(BackendError, match=f"{next(iter(changes.values()))}.*use another backend"):
         amx.Amx(default_plan(), other, 1)
+
+
+def test_a_plan_of_another_format_is_refused_with_a_way_on() -> None:
+    with pytest.raises(BackendError, match=r"format 2.*use another backend"):
+        amx.Amx(default_plan(), as_format_2(read_manifest(default_plan())), 1)
+
+
+def as_format_2(manifest: Manifest) -> Manifest:
+    """The number alone changed: what a manifest of it holds doesn't matter to who looks at the number first."""
+    changed = copy.copy(manifest)
+    object.__setattr__(changed, "format", 2)
+    return changed
 
 
 def other_gelu(graph: onnx.GraphProto) -> None:

@@ -6,15 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
-from torch.nn import functional
 
 from car_runtime.backends.amx import build
 from car_runtime.backends.amx.convnet import Convnet, ConvnetBuffers, packing_order
-from car_runtime.backends.amx.convolutions import Attend, Convolution, Convolve, Network, Norm
-from car_runtime.backends.amx.graph import UnsupportedGraphError
+from car_runtime.backends.amx.description import Attend, Convolution, Convolve, Network, Norm, UnsupportedGraphError
 from fixtures.amx_machine import needs_kernels
+from fixtures.convolutions import reference
 
 Floats = NDArray[np.float32]
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -61,34 +59,6 @@ NETWORK = Network(
     ),
     channels=CHANNELS,
 )
-
-
-def reference(network: Network, x: Floats) -> list[torch.Tensor]:
-    """All maps [C, H, W] of one input [C, H, W], in float64."""
-    maps = [torch.from_numpy(x).double()]
-    for step in network.steps:
-        y = maps[step.source]
-        if isinstance(step, Attend):
-            q, k, v = y.flatten(1).chunk(3)
-            weights = torch.softmax(step.scale * q.T @ k, dim=-1)
-            maps.append((v @ weights.T).reshape(-1, *y.shape[1:]))
-            continue
-        if step.norm is not None:
-            weight, bias = (torch.from_numpy(a).double() for a in (step.norm.weight, step.norm.bias))
-            y = functional.group_norm(y[None], step.norm.groups, weight, bias, step.norm.eps)[0]
-        y = functional.silu(y) if step.silu else y
-        out: torch.Tensor | None = None
-        for one in step.convolutions:
-            down, across = one.kernel.shape[2:]
-            pads = (1 - one.left, across - 2 + one.left, 1 - one.top, down - 2 + one.top)
-            kernel, bias = (torch.from_numpy(a).double() for a in (one.kernel, one.bias))
-            made = functional.conv2d(functional.pad(y, pads)[None], kernel, bias, one.stride)[0]
-            if out is None:
-                out = made.new_zeros(len(made), made.shape[1] * one.out_stride, made.shape[2] * one.out_stride)
-            out[:, one.row :: one.out_stride, one.column :: one.out_stride] = made
-        assert out is not None
-        maps.append(out if step.residual is None else out + maps[step.residual])
-    return maps
 
 
 def run(network: Network, inputs: list[Floats], terms: int, threads: int) -> list[Floats]:

@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 
 from car_runtime.backends.amx import build
-from car_runtime.backends.amx.graph import UnsupportedGraphError
+from car_runtime.backends.amx.description import UnsupportedGraphError
 from car_runtime.plan import default_plan
 from fixtures.amx_machine import EMULATED, EMULATED_FLAGS, needs_kernels, without_emulation, without_sanitizers
 from fixtures.kernel_graphs import RandomDecoder, decode

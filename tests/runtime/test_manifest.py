@@ -82,7 +82,7 @@ def _edited(manifest: Manifest, path: str, value: Any) -> str:
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
-        ("format", 2, "format is 2, but this car_runtime reads up to 1; upgrade"),
+        ("format", 3, "format is 3, but this car_runtime reads up to 2; upgrade"),
         ("format", 0, "format is 0"),
         ("format", "1", "format is '1', but must be an integer"),
         ("format", ..., "format is missing"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -264,6 +265,77 @@ def test_a_config_is_asked_for_like_its_settings(plan: Plan) -> None:
     assert (list(plan.stream(config))[-1].preview() == wanted.images).all()
 
 
+MANY = (
+    GenerationConfig(control=CONTROL, label="lion", seed=2, n=5),
+    GenerationConfig(control=OTHER_CONTROL, seed=9, cfg=0),
+    GenerationConfig(control=CONTROL, label=1, seed=4, n=2, cfg=4, top_k=3, top_p=0.5, stop_after=1),
+)
+"""Requests that differ in control, class, seeds, number, guidance, sampling and schedule."""
+
+
+def test_many_requests_each_give_what_they_give_alone(plan: Plan) -> None:
+    alone = [plan.generate(config) for config in MANY]
+    for wanted, found in zip(alone, plan.generate_many(MANY), strict=True):
+        assert (found.tokens == wanted.tokens).all()
+        assert (found.images == wanted.images).all()
+        assert found.request.seeds == wanted.request.seeds
+    assert plan.generate_many([]) == []
+    images = np.concatenate([wanted.images for wanted in alone])
+    owners = [i for i, config in enumerate(MANY) for _ in range(config.n)]
+    last = [scale for scale in plan.stream_many(MANY) if scale.last]
+    assert [i for scale in last for i in scale.images] == list(range(8))
+    for scale in last:
+        assert scale.requests == tuple(owners[i] for i in scale.images)
+        assert (scale.preview() == images[list(scale.images)]).all()
+
+
+def test_a_cancelled_request_ends_between_scales_and_leaves_the_others_as_they_are(
+    plan: Plan, runs: Counter[str]
+) -> None:
+    seen: list[tuple[int, int]] = []
+    finished = {}
+    for scale in plan.stream_many(MANY, cancelled=lambda i: i == 0 and (0, 1) in seen):
+        seen.append((scale.requests[0], scale.index))
+        if scale.last:
+            finished[scale.requests[0]] = scale.preview()
+    assert seen == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1)]
+    assert runs["step"] == len(seen)
+    for i in (1, 2):
+        assert (finished[i] == plan.generate(MANY[i]).images).all()
+    assert list(plan.stream_many(MANY, cancelled=lambda _: True)) == []
+
+
+def test_a_bad_one_of_many_requests_is_named_before_anything_runs(plan: Plan, runs: Counter[str]) -> None:
+    other = resolve(plan.manifest, GenerationConfig(control=CONTROL))
+    other = replace(other, known=other.known[:, 1:], known_mask=other.known_mask[:, 1:])
+    bad: list[tuple[Any, type[Exception], str]] = [
+        (GenerationConfig(control=CONTROL, cfg=-1), RequestError, "config 1: cfg is -1"),
+        (GenerationConfig(control="absent.png"), ImageError, "config 1: .*absent.png"),
+        (other, RequestError, "config 1: the request is not for the plan 'tiny'; resolve it against this plan"),
+        (CONTROL[0, 0, 0], RequestError, "config 1 is .*; give a GenerationConfig or a Request"),
+    ]
+    for config, kind, message in bad:
+        for call in (plan.generate_many, plan.stream_many):
+            with pytest.raises(kind, match=message):
+                call([MANY[0], config])
+    assert not runs
+
+
+def test_a_plan_of_format_2_is_refused_before_an_engine_opens(tmp_path: Path) -> None:
+    root = build_plan(tmp_path / "two.plan", control=False)
+    path = root / "manifest.json"
+    whole = json.loads(path.read_text())
+    step = whole["graphs"]["step"]
+    step["inputs"] += [{"name": name, "dtype": "int64", "shape": [name]} for name in ("rows", "twin")]
+    step["inputs"].append({"name": "bias", "dtype": "float32", "shape": ["B", V]})
+    if all(port["name"] != "logits" for port in step["outputs"]):
+        step["outputs"].append({"name": "logits", "dtype": "float32", "shape": ["B", "S", "S", V]})
+    path.write_text(json.dumps(whole | {"format": 2, "parameters": {}, "parameters_digest": ""}))
+    assert read_manifest(root).format == 2
+    with pytest.raises(PlanError, match="is of format 2, which this version reads but doesn't run; use a plan of"):
+        open_plan(root, "ort-cpu")
+
+
 def test_a_request_for_another_plan_is_refused(plan: Plan) -> None:
     request = resolve(plan.manifest, GenerationConfig(control=CONTROL))
     short = replace(request, known=request.known[:, 1:], known_mask=request.known_mask[:, 1:])
@@ -289,6 +361,8 @@ def test_what_is_kept_can_be_forgotten(plan: Plan, runs: Counter[str]) -> None:
 def test_a_plan_that_gives_no_logits_says_so(plan: Plan) -> None:
     with pytest.raises(RequestError, match="gives no logits; export it again"):
         plan.stream(CONTROL, logits=True)
+    with pytest.raises(RequestError, match="gives no logits; export it again"):
+        plan.stream_many([GenerationConfig(control=CONTROL)], logits=True)
     assert next(plan.stream(CONTROL)).logits is None
 
 

@@ -231,7 +231,7 @@ def test_what_is_no_setting_is_said_with_the_remedy(
 
 def test_every_setting_but_arrays_and_edits_has_a_flag_with_its_default() -> None:
     names = {f.name for f in fields(GenerationConfig)}
-    assert names - flags().keys() == {"known_tokens", "known_mask", "edit"}
+    assert names - flags().keys() == {"known_tokens", "known_mask", "blend", "edit"}
     assert settings_of(parse_args([])) == {name: getattr(GenerationConfig(), name) for name in flags()}
 
 

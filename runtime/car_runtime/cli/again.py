@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from car_runtime.cli.errors import note
 from car_runtime.cli.options import Parser, settings_of
-from car_runtime.cli.run import add_flags, check_names, generate, print_report
+from car_runtime.cli.run import add_flags, check_names, generate, plan_of, print_report
 from car_runtime.config import flags
 from car_runtime.errors import RequestError
 
@@ -30,10 +29,8 @@ EXAMPLES = """examples:
 
 def run(arguments: Sequence[str]) -> int:
     """Draw again, and say on stderr whether sampling anew agrees with the receipt. Returns the exit code."""
-    from car_runtime.format.manifest import read_manifest
     from car_runtime.images import text_chunks
-    from car_runtime.plan import default_plan
-    from car_runtime.receipt import control_of, receipt_of
+    from car_runtime.receipt import blend_of, control_of, receipt_of
 
     began = perf_counter()
     parser = Parser("car-run again", ABOUT, EXAMPLES)
@@ -41,8 +38,7 @@ def run(arguments: Sequence[str]) -> int:
     add_flags(parser)
     args = parser.parse_args(arguments)
     check_names(parser, args)
-    root = Path(args.engine) if args.engine is not None else default_plan()
-    manifest = read_manifest(root, args.require_signature)
+    root, manifest = plan_of(args)
     chunks = text_chunks(args.image)
     receipt = receipt_of(chunks, manifest)
     if receipt is None:
@@ -56,7 +52,7 @@ def run(arguments: Sequence[str]) -> int:
             f"{args.image!r} is an edit of a photo, which its receipt does not hold; run the edit again on the photo"
         )
     asked = _with_receipt(parser, receipt, arguments)
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"blend": blend_of(receipt, manifest.model.classes)}
     if asked.control is None and asked.photo is None and receipt.control is not None:
         changes["control"] = control_of(chunks, receipt, manifest.model.image_size)
         if changes["control"] is None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from car_runtime.cli.options import Parser
-from car_runtime.cli.run import add_flags, check_names, generate, print_report
+from car_runtime.cli.run import add_flags, check_names, generate, plan_of, print_report
 from car_runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -137,13 +136,10 @@ def _pixels(margins: Sequence[str], size: tuple[int, int]) -> tuple[int, ...]:
 
 def _run(args: argparse.Namespace, edit: Mapping[str, Any], varied: bool = False) -> int:
     from car_runtime.editing.edit import Edit
-    from car_runtime.format.manifest import read_manifest
     from car_runtime.images import open_image
-    from car_runtime.plan import default_plan
 
     began = perf_counter()
-    root = Path(args.engine) if args.engine is not None else default_plan()
-    manifest = read_manifest(root, args.require_signature)
+    root, manifest = plan_of(args)
     changes: dict[str, Any] = {}
     edit = dict(edit)
     if "from_scale" in edit:

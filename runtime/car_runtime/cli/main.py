@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from car_runtime.cli import again, control, doctor, edit, run, serve, verify
+from car_runtime.cli import again, batch, blend, control, doctor, edit, run, serve, sheet, verify
 from car_runtime.cli.errors import run_command
 
 COMMANDS = {
@@ -20,6 +20,9 @@ COMMANDS = {
     "restyle": edit.restyle,
     "vary": edit.vary,
     "again": again.run,
+    "blend": blend.run,
+    "batch": batch.run,
+    "sheet": sheet.run,
     "control": control.run,
     "doctor": doctor.run,
     "serve": serve.run,

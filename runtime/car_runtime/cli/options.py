@@ -19,6 +19,9 @@ GROUPS = {
 """Group of a setting → its heading in `--help`."""
 
 
+TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with its errors as exceptions, so that they end in one line like all others."""
 
@@ -91,3 +94,27 @@ def add_settings(parser: argparse.ArgumentParser, group: str) -> None:
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """Those of the parsed arguments that are settings, by the fields' names."""
     return {name: getattr(args, name) for name in flags() if hasattr(args, name)}
+
+
+def spellings() -> dict[str, str]:
+    """How settings are named in tables and in `--vary`, by `spelled` → the field: the flag's name or the field's."""
+    return {spelled(name.lstrip("-")): field for field, flag in flags().items() for name in (*flag.names, field)}
+
+
+def spelled(name: str) -> str:
+    """A setting's name in lower case and with hyphens."""
+    return name.strip().lower().replace("_", "-")
+
+
+def parse_setting(place: str, field: str, text: str) -> Any:
+    """A setting's value from text. Its range is checked later. Raises RequestError, which begins with `place`."""
+    kind = flags()[field].type
+    if kind is bool:
+        if text.lower() not in TRUTH:
+            raise RequestError(f"{place}: {text[:60]!r} is neither true nor false; give one of these")
+        return TRUTH[text.lower()]
+    try:
+        return kind(text)
+    except ValueError as error:
+        what = "whole number" if kind is int else "number"
+        raise RequestError(f"{place}: {text[:60]!r} is no {what}; give one, or leave it out") from error

@@ -6,7 +6,8 @@ import argparse
 import io
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -50,6 +51,9 @@ other commands, each with its own --help:
   car-run restyle IMAGE     the same coarse scales, another class
   car-run vary IMAGE        the same composition, new detail
   car-run again PNG         the same image from what its file says, or a variation of it
+  car-run blend             images between two classes or two seeds
+  car-run batch JOBS        many images in one process, from a table or a folder
+  car-run sheet             a labelled sheet: classes × seeds × any setting
   car-run control IMAGE     the control map of a photo alone
   car-run doctor [PLAN]     what this machine can run, and how to install what is missing
   car-run serve [PLAN ...]  the studio in a browser, and an HTTP API
@@ -85,13 +89,28 @@ def check_names(parser: Parser, args: argparse.Namespace) -> None:
 
 def _add_input_flags(parser: argparse.ArgumentParser) -> None:
     inputs = parser.add_argument_group(GROUPS["input"])
-    inputs.add_argument("-e", "--engine", metavar="PLAN", help="plan directory (default: the plan in the package)")
+    add_plan_flag(inputs)
+    add_source_flags(inputs)
+    add_setting(inputs, "label")
+    add_engine_flags(inputs)
+
+
+def add_source_flags(inputs: argparse._ArgumentGroup) -> None:
+    """The control image, or what it is made of; `control_of_flags` takes what they were given."""
     source = inputs.add_mutually_exclusive_group()
     add_setting(source, "control")
     source.add_argument("--photo", metavar="IMAGE", help="photo to derive the control image from; - reads stdin")
     inputs.add_argument("--annotator", metavar="ONNX", help="network that makes --photo's control (docs/inputs.md)")
     add_setting(inputs, "fit")
-    add_setting(inputs, "label")
+
+
+def add_plan_flag(inputs: argparse._ActionsContainer) -> None:
+    """The plan of everything that draws."""
+    inputs.add_argument("-e", "--engine", metavar="PLAN", help="plan directory (default: the plan in the package)")
+
+
+def add_engine_flags(inputs: argparse._ActionsContainer) -> None:
+    """How everything that draws opens its plan; `opened` takes what they were given."""
     add_backend_flag(inputs)
     add_threads_flag(inputs)
     inputs.add_argument(
@@ -128,12 +147,8 @@ def _add_output_flags(parser: argparse.ArgumentParser) -> None:
 def run(arguments: Sequence[str]) -> int:
     """Generate what the arguments say, or list the classes. Returns the exit code."""
     args = parse_args(arguments)
-    from car_runtime.format.manifest import read_manifest
-    from car_runtime.plan import default_plan
-
     began = perf_counter()
-    root = Path(args.engine) if args.engine is not None else default_plan()
-    manifest = read_manifest(root, args.require_signature)
+    root, manifest = plan_of(args)
     if args.list_classes:
         _print_classes(manifest, args.json)
         return 0
@@ -157,20 +172,17 @@ def generate(
     plan before it draws.
     """
     from car_runtime.images import write_files
-    from car_runtime.plan import open_plan
     from car_runtime.request import resolve
 
-    control, said = _control(args, manifest)
+    control, said = control_of_flags(args, manifest)
     settings = settings_of(args) | {"control": control} | dict(changes or {})
     request = resolve(manifest, GenerationConfig(**settings))
     request = replace(request, warnings=(*said, *request.warnings))
     paths = _image_paths(args)
     _check_outputs(args, root, manifest, paths, request.schedule.drawn, inputs)
     timings = {"read": perf_counter() - began}
-    trust = {"require_signature": args.require_signature, "trust_engines": args.trust_engines}
-    with open_plan(root, args.backend, threads=args.threads, verify=not args.no_verify, **trust) as plan:
+    with opened(args, root) as plan:
         timings["open"] = perf_counter() - began - timings["read"]
-        note(f"car-run: {printable(manifest.name)} on {plan.backend_name} ({plan.why})")
         for warning in request.warnings:
             note(f"car-run: warning: {printable(warning)}")
         first(plan)
@@ -185,7 +197,7 @@ def generate(
         "version": __version__,
         "plan": {"name": manifest.name, "path": str(root)},
         "backend": backend,
-        **_settings_report(manifest, request),
+        **settings_report(manifest, request),
         "images": [{"path": str(path), "seed": seed} for path, seed in zip(paths, request.seeds, strict=True)],
         "grid": str(_grid_path(args)) if args.grid else None,
         "tokens": str(args.tokens) if args.tokens else None,
@@ -195,7 +207,27 @@ def generate(
     }
 
 
-def _control(args: argparse.Namespace, manifest: Manifest) -> tuple[Source | None, tuple[str, ...]]:
+def plan_of(args: argparse.Namespace) -> tuple[Path, Manifest]:
+    """The plan that the flags name, by default the one in the package, and its manifest."""
+    from car_runtime.format.manifest import read_manifest
+    from car_runtime.plan import default_plan
+
+    root = Path(args.engine) if args.engine is not None else default_plan()
+    return root, read_manifest(root, args.require_signature)
+
+
+@contextmanager
+def opened(args: argparse.Namespace, root: Path) -> Iterator[Plan]:
+    """The plan, opened as `add_engine_flags` say, with a line on stderr about the backend."""
+    from car_runtime.plan import open_plan
+
+    trust = {"require_signature": args.require_signature, "trust_engines": args.trust_engines}
+    with open_plan(root, args.backend, threads=args.threads, verify=not args.no_verify, **trust) as plan:
+        note(f"car-run: {printable(plan.manifest.name)} on {plan.backend_name} ({plan.why})")
+        yield plan
+
+
+def control_of_flags(args: argparse.Namespace, manifest: Manifest) -> tuple[Source | None, tuple[str, ...]]:
     """The control image as given, or derived from the photo, and warnings; None where neither is given."""
     given = args.control if args.photo is None else args.photo
     source: Source | None = None if given is None else image_source(given)
@@ -221,7 +253,7 @@ def _print_classes(manifest: Manifest, as_json: bool) -> None:
     sys.stdout.flush()
 
 
-def _settings_report(manifest: Manifest, request: Request) -> dict[str, Any]:
+def settings_report(manifest: Manifest, request: Request) -> dict[str, Any]:
     """Class, sampling settings and what isn't exact, such that giving them again makes the same image."""
     names, index = manifest.model.names, request.label
     known = index < manifest.model.classes
@@ -232,6 +264,7 @@ def _settings_report(manifest: Manifest, request: Request) -> dict[str, Any]:
         "top_p": request.sampling.top_p,
         "schedule": request.schedule.settings(),
         **({"more_smooth": True} if request.more_smooth else {}),
+        **({} if request.blend is None else {"blend_share": request.blend.share, "blend_class": request.blend.label}),
     }
 
 
@@ -315,22 +348,11 @@ def _contents(
     import numpy as np
 
     from car_runtime.images import contact_sheet, png_bytes
-    from car_runtime.receipt import receipts_of
 
-    settings = _settings_report(manifest, result.request)
-    label, schedule = settings.pop("class"), settings.pop("schedule")
-    about = {"Software": f"car_runtime {__version__}", "version": __version__, "plan": manifest.name}
-    about |= {"class": "none" if label is None else label["name"] or label["index"], **settings, **schedule}
-    receipts: list[dict[str, str]] = [{}] * len(paths)
-    if not args.no_receipt:
-        receipts = receipts_of(manifest, result.request, result.tokens, range(len(paths)))
-    finished = result.images if result.edited is None else result.edited
-    contents = {
-        path: png_bytes(image, {**about, "seed": seed, **receipt})
-        for path, image, seed, receipt in zip(paths, finished, result.request.seeds, receipts, strict=True)
-    }
+    contents = image_files(manifest, paths, result, receipt=not args.no_receipt)
     if args.grid:
-        control = result.request.control
+        control, finished = result.request.control, result.images if result.edited is None else result.edited
+        about = about_images(manifest, result.request)
         first = [] if control is None or result.edited is not None else [np.array(control)]
         sheet = contact_sheet([*first, *(np.ascontiguousarray(image[..., :3]) for image in finished)])
         contents[_grid_path(args)] = png_bytes(sheet, {**about, "seed": args.seed})
@@ -341,6 +363,30 @@ def _contents(
         )
         contents[args.tokens] = stream.getvalue()
     return contents
+
+
+def about_images(manifest: Manifest, request: Request) -> dict[str, Any]:
+    """What the text chunks of a PNG say to people, but for the seed."""
+    settings = settings_report(manifest, request)
+    label, schedule = settings.pop("class"), settings.pop("schedule")
+    about = {"Software": f"car_runtime {__version__}", "version": __version__, "plan": manifest.name}
+    return about | {"class": "none" if label is None else label["name"] or label["index"], **settings, **schedule}
+
+
+def image_files(manifest: Manifest, paths: Sequence[Path], result: Result, *, receipt: bool) -> dict[Path, bytes]:
+    """A PNG file per image of a result, with what it was made of in its text chunks."""
+    from car_runtime.images import png_bytes
+    from car_runtime.receipt import receipts_of
+
+    about = about_images(manifest, result.request)
+    receipts: list[dict[str, str]] = [{}] * len(paths)
+    if receipt:
+        receipts = receipts_of(manifest, result.request, result.tokens, range(len(paths)))
+    finished = result.images if result.edited is None else result.edited
+    return {
+        path: png_bytes(image, {**about, "seed": seed, **receipt})
+        for path, image, seed, receipt in zip(paths, finished, result.request.seeds, receipts, strict=True)
+    }
 
 
 def print_report(args: argparse.Namespace, report: dict[str, Any]) -> None:

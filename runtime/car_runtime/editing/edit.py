@@ -88,7 +88,7 @@ class PreparedEdit:
 def prepare(manifest: Manifest, edit: Edit) -> PreparedEdit:
     """Read and check an edit. Raises RequestError, which names the value and its range, and ImageError."""
     K, size = len(manifest.scales), manifest.model.image_size
-    if "encoder" not in manifest.graphs:
+    if "encoder" not in manifest.graphs and edit.tokens is None:
         raise RequestError(f"the plan {manifest.name!r} has no encoder, so it can't edit; export it again with one")
     for name in ("from_scale", "harmonise"):
         value = getattr(edit, name)

@@ -47,8 +47,14 @@ class Frame:
         return flat if flat.width == size else flat.resize((size, size), Image.Resampling.LANCZOS)
 
     def cut_alike(self, image: Image.Image) -> Image.Image:
-        """The square of another image of this frame, such as its control, brought to the frame's size first."""
+        """The square of another image of this frame, such as its control, brought to the frame's size first.
+
+        A square one as it is where the square is all of the frame: a map of the model's size would lose by being
+        made larger and smaller again.
+        """
         size = (self.image.width, self.image.height)
+        if size == (self.square.side, self.square.side) and image.width == image.height:
+            return image
         whole = image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
         return Image.fromarray(self._cut(np.asarray(whole)))
 

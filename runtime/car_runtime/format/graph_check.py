@@ -19,10 +19,10 @@ from car_runtime.format.schema import REMEDY, WEIGHTS, Graph, Port
 
 OPERATORS = frozenset(
     "Add And ArgMax ArgMin Cast Clip Concat Conv CumSum DepthToSpace DequantizeLinear Div Expand Floor Gather "
-    "Gelu Gemm Greater GreaterOrEqual Identity InstanceNormalization LayerNormalization Less LessOrEqual MatMul Max "
-    "Min Mul Neg Not Pad Pow QuantizeLinear Range ReduceL2 ReduceMax ReduceMean ReduceMin ReduceSum Reshape Resize "
-    "Round SequenceAt Shape Sigmoid Slice Softmax Split SplitToSequence Sqrt Squeeze Sub Tanh Tile TopK Transpose "
-    "Unsqueeze Where".split()
+    "GatherElements Gelu Gemm Greater GreaterOrEqual Identity InstanceNormalization LayerNormalization Less "
+    "LessOrEqual MatMul Max Min Mul Neg Not Pad Pow QuantizeLinear Range ReduceL2 ReduceMax ReduceMean ReduceMin "
+    "ReduceSum Reshape Resize Round SequenceAt Shape Sigmoid Slice Softmax Split SplitToSequence Sqrt Squeeze Sub "
+    "Tanh Tile TopK Transpose Unsqueeze Where".split()
 )
 """What exports of this version and of earlier ones consist of. None has a graph inside, or state."""
 GRAPH_BYTES = 64 * 1024 * 1024

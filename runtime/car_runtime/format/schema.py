@@ -7,6 +7,7 @@ library is imported here.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -16,9 +17,10 @@ from typing import Any
 from car_runtime.conventions import ControlConvention, stated_or_first
 from car_runtime.errors import PlanError
 from car_runtime.format.imagenet import CLASSES, imagenet_names
-from car_runtime.format.typed_json import REST
+from car_runtime.format.typed_json import OPTIONAL, REST
 
-FORMAT = 1
+FORMAT = 2
+"""The newest format that is read. Format 1 has one branch inside its step; 2 has a base and branches on it."""
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.bin"
 CHUNK_BYTES = 64 * 1024 * 1024
@@ -50,7 +52,51 @@ NAME = 200
 """Characters of a plan's, a class's or a dimension's name."""
 FILE_BYTES = 2**44
 _FILE_NAME = re.compile(r"(engines/)?[A-Za-z0-9_][A-Za-z0-9_.+-]*", re.ASCII)
+BRANCHES = 64
+BRANCH_NAME = re.compile(r"[a-z0-9_-]{1,32}", re.ASCII)
+FUSIONS = {
+    "concat": ("norm_weight", "norm_bias", "linear_weight", "linear_bias"),
+    "zero": ("linear_weight", "linear_bias"),
+    "cross_norm": ("gain",),
+}
+"""Fusion kind → its parameters, inputs `fusion_NAME_i` of the step for fused block i."""
+LAYOUTS = ("plain", "transposed")
+PARAMETERS = 65_536
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branch:
+    """One control branch of a plan of format 2."""
+
+    control_type: str
+    fusion: str
+    """"concat", "zero" or "cross_norm": how 𝓖 takes in what 𝒯 computes."""
+    transformer: str
+    """What 𝒯 is made of: "blocks" or "conv"."""
+    blocks: int
+    """Blocks of 𝒯, and fusions: the base's last `blocks` blocks take them in."""
+    cache_layers: int
+    """Number of K/V pairs: `blocks`, or 0 where 𝒯 is convolutional."""
+    control_convention: ControlConvention | None = None
+    """How the branch's maps are made."""
+
+    @property
+    def convention(self) -> ControlConvention | None:
+        """How control maps are made; None of an unknown type that states nothing."""
+        return stated_or_first(self.control_type, self.control_convention)
+
+    def __post_init__(self) -> None:
+        _require(self.fusion in FUSIONS, f"a branch's fusion is {self.fusion!r}, not one of {', '.join(FUSIONS)}")
+        kinds = ("blocks", "conv")
+        good = self.transformer in kinds
+        _require(good, f"a branch's transformer is {self.transformer!r}, not one of {', '.join(kinds)}")
+        _require(0 < len(self.control_type) <= NAME, "a branch's control_type must have 1 to 200 characters")
+        _require(1 <= self.blocks <= LIMITS["depth"], f"a branch's blocks are {self.blocks}, not 1…{LIMITS['depth']}")
+        layers = self.blocks if self.transformer == "blocks" else 0
+        _require(
+            self.cache_layers == layers, f"a branch's cache_layers are {self.cache_layers}, but must be {layers}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +118,15 @@ class Model:
     """Number of classes; this index itself means "no class"."""
     class_names: tuple[str, ...] | None
     control_type: str | None
-    """The kind of control image ("canny", "depth", …); None in a VAR plan."""
+    """The kind of control image ("canny", "depth", …), in format 2 the default branch's; None in a VAR plan."""
     cache_layers: int
-    """Number of K/V pairs: base blocks first, then the control branch's."""
+    """Number of K/V pairs of the step: base blocks first, then, in format 1, the control branch's."""
     control_convention: ControlConvention | None = None
     """How the branch's maps are made; None in a VAR plan and in plans of version 0.1.0."""
+    branches: dict[str, Branch] = field(default_factory=dict, metadata=OPTIONAL)
+    """Name → branch; empty in format 1 and in a VAR plan."""
+    default_branch: str | None = None
+    """The branch of a control that names none; None without branches."""
 
     @property
     def convention(self) -> ControlConvention | None:
@@ -99,6 +149,7 @@ class Model:
             self.image_size == product,
             f"model.image_size is {self.image_size}, but latent_size × patch is {product}",
         )
+        _check_branches(self)
         if self.class_names is not None:
             count = len(self.class_names)
             _require(count == self.classes, f"model.class_names has {count} names for {self.classes} classes")
@@ -160,6 +211,19 @@ class Tensor:
     shape: tuple[int, ...]
     offset: int
     bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """Where a parameter of the model lies in weights.bin, little-endian."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    """As stored."""
+    offset: int
+    bytes: int
+    layout: str = "plain"
+    """"plain": as the model has it; "transposed": a matrix [inputs, outputs]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +294,11 @@ class Manifest:
     provenance: dict[str, str] = field(default_factory=dict)
     engines: tuple[Engine, ...] = ()
     chunk_bytes: int = CHUNK_BYTES
-    format: int = FORMAT
+    format: int = 1
+    parameters: dict[str, Parameter] = field(default_factory=dict, metadata=OPTIONAL)
+    """The model's parameters by name: "vqvae.…", "base.…", "branches.NAME.…". Empty in format 1."""
+    parameters_digest: str = field(default="", metadata=OPTIONAL)
+    """`graphs_digest` of the graphs that the table was written with."""
 
     @property
     def tokens(self) -> int:
@@ -243,14 +311,30 @@ class Manifest:
         return any(port.name == "smooth" for port in self.graphs["step"].inputs)
 
     def __post_init__(self) -> None:
-        _require(self.format == FORMAT, f"format is {self.format}, but this version writes {FORMAT}")
+        _require(1 <= self.format <= FORMAT, f"format is {self.format}, but this version knows 1 to {FORMAT}")
         _require(bool(self.name.strip()), f"name is {self.name!r}, but must not be empty")
         _require(len(self.name) <= NAME, f"name has {len(self.name)} characters, but at most {NAME} are read")
         _require(self.chunk_bytes >= 1, f"chunk_bytes is {self.chunk_bytes}, but must be at least 1")
         _check_scales(self.scales, self.model)
         _check_files(self)
         _check_tensors(self)
-        _check_graphs(self)
+        if self.format == 1:
+            one = not self.model.branches and not self.parameters
+            _require(one, "format is 1, but branches and parameters belong to format 2")
+            _check_graphs(self)
+        else:
+            _check_parameters(self)
+            _check_graphs_of_2(self)
+        _check_ports(self)
+
+    @property
+    def table_problem(self) -> str | None:
+        """Why the table of parameters can't be read, in words with the remedy; None if it can."""
+        if not self.parameters:
+            return f"the plan {self.name!r} has no table of parameters; {REMEDY} with --format 2"
+        if graphs_digest(self.graphs, self.files) != self.parameters_digest:
+            return f"the table of parameters of {self.name!r} belongs to other graphs than the plan's; {REMEDY}"
+        return None
 
     def to_json(self) -> str:
         """The manifest as the text of manifest.json."""
@@ -259,6 +343,17 @@ class Manifest:
             engine.update(engine.pop("details"))
         if whole["model"]["control_convention"] is None:
             del whole["model"]["control_convention"]
+        if self.format == 1:
+            for owner, keys in (
+                (whole, ("parameters", "parameters_digest")),
+                (whole["model"], ("branches", "default_branch")),
+            ):
+                for key in keys:
+                    del owner[key]
+        else:
+            for branch in whole["model"]["branches"].values():
+                if branch["control_convention"] is None:
+                    del branch["control_convention"]
         order = ("format", "name", "model", "precision", "sampling", "scales", "tensors", "graphs", "files")
         ordered = {key: whole.pop(key) for key in order} | whole
         return json.dumps(ordered, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -267,6 +362,35 @@ class Manifest:
 def _require(good: bool, problem: str) -> None:
     if not good:
         raise PlanError(f"{MANIFEST}: {problem}; {REMEDY}")
+
+
+def graphs_digest(graphs: dict[str, Graph], files: dict[str, FileEntry]) -> str:
+    """SHA-256, hex, over the digests of all graphs' files, by name."""
+    total = hashlib.sha256()
+    for name in sorted(graphs):
+        total.update(f"{name} {' '.join(files[graphs[name].file].sha256)}\n".encode())
+    return total.hexdigest()
+
+
+def _check_branches(model: Model) -> None:
+    names = list(model.branches)
+    _require(len(names) <= BRANCHES, f"model.branches has {len(names)} entries, but at most {BRANCHES} are read")
+    for name, branch in model.branches.items():
+        good = BRANCH_NAME.fullmatch(name) is not None
+        _require(good, f"model.branches has the name {name[:NAME]!r}; a name is 1 to 32 of a-z, 0-9, _ and -")
+        good = branch.blocks <= model.depth
+        _require(good, f"the branch {name!r} has {branch.blocks} blocks, but its base {model.depth}")
+    if not names:
+        _require(model.default_branch is None, "model.default_branch is given, but there are no branches")
+        return
+    default = model.branches.get(model.default_branch or "")
+    if default is None:
+        _require(False, f"model.default_branch is {model.default_branch!r}, not one of {', '.join(names)}"[:NAME])
+        return
+    good = model.control_type == default.control_type
+    _require(good, f"model.control_type is {model.control_type!r}, but the default branch's {default.control_type!r}")
+    shapes = {(branch.fusion, branch.blocks) for branch in model.branches.values()}
+    _require(len(shapes) == 1, "the branches differ in fusion or blocks, but one step takes one kind")
 
 
 def _check_scales(scales: tuple[Scale, ...], model: Model) -> None:
@@ -329,6 +453,29 @@ def _check_tensors(manifest: Manifest) -> None:
             _require(name in manifest.tensors, f"scales[{k}].constants.{port} names the unknown tensor {name!r}")
 
 
+def _check_parameters(manifest: Manifest) -> None:
+    """Each lies within weights.bin, and its name belongs to a part of the model."""
+    limit, count = manifest.files[WEIGHTS].bytes, len(manifest.parameters)
+    _require(count <= PARAMETERS, f"parameters has {count} entries, but at most {PARAMETERS} are read")
+    good = _DIGEST.fullmatch(manifest.parameters_digest) is not None or not count
+    _require(good, f"parameters_digest is {manifest.parameters_digest[:70]!r}, no SHA-256")
+    for name, one in manifest.parameters.items():
+        at = f"parameters[{name[:NAME]!r}]"
+        part, _, rest = name.partition(".")
+        owner = part in ("vqvae", "base") or rest.partition(".")[0] in manifest.model.branches
+        _require(part in ("vqvae", "base", "branches") and owner and len(name) <= NAME, f"{at} is of no known part")
+        _require(one.dtype in DTYPES, f"{at}.dtype is {one.dtype!r}, not one of {', '.join(DTYPES)}")
+        _require(one.layout in LAYOUTS, f"{at}.layout is {one.layout!r}, not one of {', '.join(LAYOUTS)}")
+        good = len(one.shape) <= 8 and all(0 <= dim <= DIMENSION for dim in one.shape)
+        _require(good, f"{at}.shape is {list(one.shape)}")
+        _require(one.layout == "plain" or len(one.shape) == 2, f"{at} is transposed, but no matrix")
+        item = 2 if one.dtype == "bfloat16" else ITEM_BYTES[one.dtype]
+        size = math.prod(one.shape) * item
+        _require(one.bytes == size, f"{at}.bytes is {one.bytes}, but its shape and dtype make {size}")
+        inside = 0 <= one.offset <= limit - one.bytes and one.offset % item == 0
+        _require(inside, f"{at} ends at byte {one.offset + one.bytes} of {WEIGHTS}, which has {limit}")
+
+
 def _check_graphs(manifest: Manifest) -> None:
     """The graphs that every plan has, with the ports that the loop binds."""
     cache = [f"{kind}_{i}" for i in range(manifest.model.cache_layers) for kind in ("k", "v")]
@@ -346,18 +493,61 @@ def _check_graphs(manifest: Manifest) -> None:
     if manifest.model.control_type is not None:
         wanted["control"] = ([f"control_{k}" for k in range(len(manifest.scales))], ["features"])
         wanted["step"][0].append("control")
+    _require_ports(manifest, wanted)
+    _require_sized(manifest, cache)
+
+
+def _check_graphs_of_2(manifest: Manifest) -> None:
+    """The graphs of a base and its branches, with the ports that the loop binds."""
+    model = manifest.model
+    _require(
+        model.cache_layers == model.depth, f"model.cache_layers is {model.cache_layers}, not depth {model.depth}"
+    )
+    cache = [f"{kind}_{i}" for i in range(model.cache_layers) for kind in ("k", "v")]
+    step = ["x", "modulation", "rows", "twin", "f_hat", "uniforms", "cfg", "top_k", "top_p", "bias"]
+    step += ["known", "known_mask", *CONSTANTS, *(f"past_{name}" for name in cache)]
+    for branch in list(model.branches.values())[:1]:
+        step += ["c", "mix", "keep", "plain", "control_cfg"]
+        step += [f"fusion_{name}_{i}" for i in range(branch.blocks) for name in FUSIONS[branch.fusion]]
+    wanted = {
+        "condition": (["label"], ["start", "modulation"]),
+        "step": (step, ["tokens", "f_hat_out", "next_x", "logits", *(f"new_{name}" for name in cache)]),
+        "decoder": (["f_hat"], ["image"]),
+    }
+    if "encoder" in manifest.graphs:
+        wanted["encoder"] = (["image"], ["tokens"])
+    for name, branch in model.branches.items():
+        own = [f"{kind}_{i}" for i in range(branch.cache_layers) for kind in ("k", "v")]
+        inputs = ["x", "control", "rows", "pos", *(f"past_{port}" for port in own)]
+        wanted[f"control.{name}"] = ([f"control_{k}" for k in range(len(manifest.scales))], ["features"])
+        if own:
+            wanted[f"condition.{name}"] = (["label"], ["modulation"])
+            inputs.append("modulation")
+        wanted[f"branch.{name}"] = (inputs, ["c", *(f"new_{port}" for port in own)])
+    _require_ports(manifest, wanted)
+    _require_sized(manifest, cache)
+
+
+def _require_ports(manifest: Manifest, wanted: dict[str, tuple[list[str], list[str]]]) -> None:
+    """Graph → names of inputs and outputs: all of them are there."""
     for graph_name, (inputs, outputs) in wanted.items():
         _require(graph_name in manifest.graphs, f"graphs.{graph_name} is missing")
         graph = manifest.graphs[graph_name]
         for side, names, ports in (("inputs", inputs, graph.inputs), ("outputs", outputs, graph.outputs)):
             missing = set(names) - {port.name for port in ports}
             _require(not missing, f"graphs.{graph_name}.{side} lacks {', '.join(sorted(missing))}")
+
+
+def _require_sized(manifest: Manifest, cache: list[str]) -> None:
     # The buffers of the cache and of the modulation are made by these sizes.
     sized = [(f"step.outputs.new_{name}", manifest.graphs["step"].output(f"new_{name}"), (2, 3)) for name in cache]
     sized.append(("condition.outputs.modulation", manifest.graphs["condition"].output("modulation"), (1, 2)))
     for at, port, dims in sized:
         good = len(port.shape) == dims[-1] + 1 and all(isinstance(port.shape[i], int) for i in dims)
         _require(good, f"graphs.{at} has the shape {list(port.shape)}, but dimensions {dims} must be numbers")
+
+
+def _check_ports(manifest: Manifest) -> None:
     for k, scale in enumerate(manifest.scales):
         missing = set(CONSTANTS) - set(scale.constants)
         _require(not missing, f"scales[{k}].constants lacks {', '.join(sorted(missing))}")

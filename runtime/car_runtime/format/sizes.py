@@ -6,9 +6,9 @@ past its end. Letters as in docs/reference/plan-format.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from car_runtime.format.schema import WEIGHTS, Manifest, Port
+from car_runtime.format.schema import FUSIONS, WEIGHTS, Manifest, Port
 
 SPARE_BYTES = 512 * 1024 * 1024
 """One image's buffers take at most this and `BUFFERS_PER_WEIGHTS` times the bytes of weights.bin.
@@ -28,9 +28,9 @@ def problem_with_sizes(
 
 
 def _problems(manifest: Manifest, limit: int) -> Iterator[str]:
-    expected = _expected(manifest)
+    expected = _expected(manifest) if manifest.format == 1 else _expected_of_2(manifest)
     for graph_name, graph in manifest.graphs.items():
-        ports = expected.get(graph_name.partition(".")[0], {})
+        ports = expected.get(_kind(graph_name, expected), {})
         for side in (graph.inputs, graph.outputs):
             for port in side:
                 if port.name in ports and not _fits(port, *ports[port.name]):
@@ -73,6 +73,50 @@ def _expected(manifest: Manifest) -> dict[str, dict[str, tuple[str, Shape]]]:
         "decoder": {"f_hat": f_hat, "image": image},
         "encoder": {"image": image, "tokens": ("int64", (None, L))},
     }
+
+
+def _kind(name: str, expected: Mapping[str, object]) -> str:
+    """The graph that a static form `NAME.KK.bB` is made from; a branch's graphs have its name in theirs."""
+    first, _, rest = name.partition(".")
+    own = f"{first}.{rest.partition('.')[0]}"
+    return own if own in expected else first
+
+
+def _expected_of_2(manifest: Manifest) -> dict[str, dict[str, tuple[str, Shape]]]:
+    """As `_expected`, of a base and its branches."""
+    model, expected = manifest.model, _expected(manifest)
+    C, V, L = model.width, model.vocab, manifest.tokens
+    item = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[manifest.precision.compute]
+    control, step = expected.pop("control"), expected["step"]
+    del step["control"]
+    step |= {name: ("float32", (None,)) for name in ("cfg", "top_p", "keep", "control_cfg")}
+    step |= {name: ("int64", (None,)) for name in ("rows", "twin", "plain", "top_k")} | {"smooth": ("bool", (None,))}
+    step |= {"bias": ("float32", (None, V)), "mix": ("float32", (None, None))}
+    kv = step["past_k_0"]
+    for name, branch in model.branches.items():
+        h = branch.blocks
+        rows: tuple[str, Shape] = ("float32", (None, 6 * h, C))
+        step["c"] = ("float32", (None, h, None, None, None, C))
+        shapes: dict[str, tuple[str, Shape]] = {
+            "norm_weight": ("float32", (None, 2 * C)),
+            "norm_bias": ("float32", (None, 2 * C)),
+            "linear_weight": (item, (None, 2 * C if branch.fusion == "concat" else C, C)),
+            "linear_bias": (item, (None, C)),
+            "gain": (item, (None, C)),
+        }
+        step |= {f"fusion_{port}_{i}": shapes[port] for i in range(h) for port in FUSIONS[branch.fusion]}
+        own = {
+            "x": step["x"],
+            "modulation": rows,
+            "control": ("float32", (None, None, None, C)),
+            "rows": step["rows"],
+        }
+        own |= {"pos": step["pos"], "c": ("float32", (h, None, None, None, C))}
+        own |= {f"{time}_{k}_{i}": kv for time in ("past", "new") for k in "kv" for i in range(branch.cache_layers)}
+        expected[f"branch.{name}"] = own
+        expected[f"condition.{name}"] = {"label": ("int64", (None,)), "modulation": rows}
+        expected[f"control.{name}"] = control | {"features": ("float32", (L, C))}
+    return expected
 
 
 def _fits(port: Port, dtype: str, shape: Shape) -> bool:

@@ -2,7 +2,7 @@
 
 A dataclass is its own schema. `read` takes its fields' types (int, float, str, tuples, dictionaries, unions, None and
 other dataclasses) and refuses a value of another type. Keys that no field names are ignored, so that a later version
-of a file may add some; a key may be missing only where its field's default is None.
+of a file may add some; a key may be missing only where its field's default is None or its metadata `OPTIONAL`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from car_runtime.errors import PlanError
 
 REST = {"rest": True}
 """Metadata of the one dictionary field that takes the keys which the other fields leave."""
+OPTIONAL = {"optional": True}
+"""Metadata of a field whose key may be missing; it then has its default."""
 _EXACT = 2**53
 """Integers below this are exact as floats."""
 _LARGEST = 2**63
@@ -86,7 +88,7 @@ class Value:
         given = {
             one.name: self._rest(known) if one.metadata == REST else self.field(one.name)._read(types[one.name])
             for one in known
-            if one.name in self._typed(dict) or one.default is not None
+            if one.name in self._typed(dict) or (one.default is not None and one.metadata != OPTIONAL)
         }
         return kind(**given)
 

@@ -45,7 +45,7 @@ async function run(values, { kind, edit = null, image = null, before = null, qui
   running = mine;
   const { control, ...rest } = values;
   const old = stage.current?.png ?? null;
-  const result = { key: Date.now(), id: null, form: rest, control, images: [], before: before ?? old, live: kind === "live" };
+  const result = { key: Date.now(), id: null, form: rest, control, images: [], before: before ?? old, edit: asked(edit), kind, live: kind === "live" };
   for (let i = 0; i < values.n; i++) result.images.push({ seed: values.seed + i, png: null, scales: [], old: values.n === 1 ? old : null });
   if (!quiet) { setBusy(true); note("message", "Drawing", "said"); note("image-note"); }
   try {
@@ -65,6 +65,13 @@ async function run(values, { kind, edit = null, image = null, before = null, qui
   } finally {
     if (running === mine) { running = null; setBusy(false); }
   }
+}
+
+// Of an edit, what was asked for, without whence the image came.
+function asked(edit) {
+  if (!edit) return null;
+  const { id: _, index: __, ...how } = edit;
+  return how;
 }
 
 function take(event, result, mine, quiet) {
@@ -133,8 +140,10 @@ function setBusy(on) {
 
 // ---- live: drafts without guidance while the pen moves, a full one when it rests -----------------------------------
 
+const DRAFT_FRAMES = [70, 115]; // ms; a draft that takes longer leaves out its finest scale next time, a faster one gets it back
 let dirty = false;
 let drafting = false;
+let finest = Infinity; // scale of a draft
 
 async function live() {
   dirty = true;
@@ -142,7 +151,12 @@ async function live() {
   drafting = true;
   while (dirty && $("live").checked) {
     dirty = false;
-    await run({ ...request(), n: 1, cfg: 0, previews: false }, { kind: "draft", quiet: true });
+    const began = performance.now();
+    const last = plan.scales.length - 1;
+    finest = Math.min(last, Math.max(last >> 1, finest));
+    const drawn = await run({ ...request(), n: 1, cfg: 0, previews: false, stop_after: finest }, { kind: "draft", quiet: true });
+    const took = performance.now() - began;
+    if (drawn) finest += took > DRAFT_FRAMES[1] ? -1 : took < DRAFT_FRAMES[0] ? 1 : 0;
     await new Promise((resolve) => setTimeout(resolve, DRAFT_MS));
   }
   drafting = false;
@@ -188,7 +202,7 @@ async function stop(scale) {
 
 async function paint() {
   if (stage.mask.blank) { note("image-note", "Paint over what is to be drawn anew.", "warn"); return; }
-  const mask = stage.mask.map(plan.image_size);
+  const mask = stage.mask.mask((await createImageBitmap(stage.current.png)).width);
   form.roll();
   await edited("paint", { mask }, { n: 1 });
 }
@@ -212,14 +226,17 @@ function download() {
 }
 
 async function copy(kind) {
-  const words = commandOf(kind, stage.result, stage.current, location.origin);
-  try {
-    await navigator.clipboard.writeText(words);
-    note("image-note", `Copied as ${kind}. It reads control.png.`, "", stage.result.control ? ["Save control.png", () => save(fromBase64(stage.result.control, "image/png"), "control.png")] : null);
-  } catch {
-    note("image-note", words);
-  }
+  const made = commandOf(kind, stage.result, stage.current, planOf(stage.result), location.origin);
   stage.setMode("view");
+  if (!made) { note("image-note", "The image that this one was made from is not in the file, so there is no command for it.", "warn"); return; }
+  const names = Object.keys(made.files);
+  const way = names.length ? [`Save ${names.length > 1 ? "these files" : names[0]}`, () => { for (const name of names) save(made.files[name], name); }] : null;
+  try {
+    await navigator.clipboard.writeText(made.words);
+    note("image-note", `Copied as ${kind}.${names.length ? ` It reads ${names.join(", ")}.` : ""}`, "", way);
+  } catch {
+    note("image-note", made.words, "", way);
+  }
 }
 
 // ---- history -------------------------------------------------------------------------------------------------------
@@ -252,9 +269,12 @@ async function forget(result) {
   history();
 }
 
+const planOf = (result) => capabilities.plans.find((one) => one.name === result.form.plan) ?? plan;
+
 // Everything as it was: the drawing, the settings, the image.
 async function recall(result, image = result.images[0]) {
   if (running) cancel();
+  if (planOf(result) !== plan) use(planOf(result));
   stage.show(result);
   history();
   form.set({ cfg_scales: "", control_scales: "", ...result.form, class: image.receipt?.class ?? result.form.class ?? "", seed: image.seed });
@@ -285,6 +305,20 @@ async function restore(blob, { receipt, control }) {
   await remember(result);
   await recall(result);
   note("pad-note", "Restored: the drawing, the settings and the image.");
+  await replay(result, blob);
+}
+
+// The scales of a PNG that was brought: drawn again from the tokens in it.
+async function replay(result, blob) {
+  const [image] = result.images;
+  const form = { ...result.form, ...(result.control ? { control: result.control } : {}) };
+  try {
+    for await (const event of client.stream({ ...form, edit: { image: await toBase64(blob), scale: planOf(result).scales.length - 1 } })) {
+      if (event.type === "scale" && event.preview) image.scales[event.index] = fromBase64(event.preview, "image/webp");
+    }
+  } catch { return; } // of another plan, or nobody has time: the image is there without them
+  if (stage.result === result) stage.render();
+  await store.save(result).catch(() => {});
 }
 
 // A photo becomes a map, which can be edited; a map is taken as it is.
@@ -412,6 +446,7 @@ let capabilities = null;
 
 function use(chosen) {
   plan = chosen;
+  $("plans").value = plan.name;
   form.build(plan);
   const size = plan.image_size;
   const convention = plan.controls[0]?.convention;

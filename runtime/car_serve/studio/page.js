@@ -34,7 +34,12 @@ export function note(id, words = "", kind = "", way = null) {
   node.replaceChildren(words, ...(way ? [make("button", { type: "button", onclick: way[1] }, way[0])] : []));
 }
 
-export const fromBase64 = (data, type) => new Blob([Uint8Array.from(atob(data), (c) => c.charCodeAt(0))], { type });
+export function fromBase64(data, type) {
+  const text = atob(data);
+  const bytes = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+  return new Blob([bytes], { type });
+}
 
 export async function toBase64(blob) {
   const url = await new Promise((resolve, reject) => {

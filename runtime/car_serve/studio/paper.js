@@ -103,6 +103,21 @@ export class Paper extends EventTarget {
     return canvas.toDataURL("image/png").split(",")[1];
   }
 
+  // side × side PNG in base64: white where it was painted over, black elsewhere.
+  mask(side) {
+    const canvas = document.createElement("canvas");
+    canvas.width = canvas.height = side;
+    const context = canvas.getContext("2d");
+    context.drawImage(this.canvas, 0, 0, side, side);
+    const image = context.getImageData(0, 0, side, side);
+    for (let i = 0; i < image.data.length; i += 4) {
+      image.data.fill(image.data[i + 3] >= 128 ? 255 : 0, i, i + 3);
+      image.data[i + 3] = 255;
+    }
+    context.putImageData(image, 0, 0);
+    return canvas.toDataURL("image/png").split(",")[1];
+  }
+
   #read() { return this.context.getImageData(0, 0, this.canvas.width, this.canvas.height); }
   #tell(type) { this.dispatchEvent(new Event(type)); }
 

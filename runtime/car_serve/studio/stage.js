@@ -191,7 +191,7 @@ export class Stage {
   // The frame of `extend`: its corner is dragged, its middle stays.
   #grip() {
     const set = (share) => {
-      const half = Math.min(0.46, Math.max(0.15, share));
+      const half = Math.min(0.46, Math.max(0.17, share));
       this.frame = [0.5 - half, 0.5 - half, 0.5 + half, 0.5 + half];
       this.#place();
     };

@@ -20,7 +20,7 @@ import numpy as np
 
 from car_runtime.backends.amx.convnet import Convnet, ConvnetBuffers
 from car_runtime.backends.amx.convolutions import read_encoder
-from car_runtime.backends.amx.graph import UnsupportedGraphError
+from car_runtime.backends.amx.description import UnsupportedGraphError
 from car_runtime.backends.amx.match_transformer import read_step
 from car_runtime.backends.amx.memory import Workspace
 from car_runtime.backends.amx.transformer import Transformer

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from car_runtime.backends.amx import build
 from car_runtime.backends.amx.convnet import Convnet, ConvnetBuffers, Sizes
 from car_runtime.backends.amx.convolutions import read_decoder, read_encoder
-from car_runtime.backends.amx.graph import UnsupportedGraphError
-from car_runtime.backends.amx.match_transformer import Transformer as TransformerGraph
+from car_runtime.backends.amx.description import Transformer as TransformerGraph
+from car_runtime.backends.amx.description import UnsupportedGraphError
 from car_runtime.backends.amx.match_transformer import read_step
 from car_runtime.backends.amx.memory import Workspace
 from car_runtime.backends.amx.spec import BF16_TERMS
@@ -46,6 +46,10 @@ class Amx(OpenVino):
             types = "int8" if manifest.precision.weights == "int8" else manifest.precision.compute
             raise BackendError(
                 f"the plan multiplies in {types}, but {self.name!r} wants float32 plans; use another backend"
+            )
+        if manifest.format > 1:
+            raise BackendError(
+                f"the plan is of format {manifest.format}, but {self.name!r} runs format 1; use another backend"
             )
         build.check_cpu(self.name)
         self._library = build.load(self.bf16_terms)

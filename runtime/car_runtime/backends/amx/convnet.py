@@ -14,8 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from car_runtime.backends.amx.convolutions import Attend, Convolution, Convolve, Network, Norm
-from car_runtime.backends.amx.graph import Floats, UnsupportedGraphError
+from car_runtime.backends.amx.description import (
+    Attend,
+    Convolution,
+    Convolve,
+    Floats,
+    Network,
+    Norm,
+    UnsupportedGraphError,
+)
 from car_runtime.backends.amx.memory import Memory, PackedMatrix, Workspace, address, bf16_terms_of, declare
 
 Sizes = tuple[tuple[int, int], ...]

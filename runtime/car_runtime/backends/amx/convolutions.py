@@ -13,84 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
-from car_runtime.backends.amx.graph import Floats, Graph, UnsupportedGraphError, floats, read_graph
+from car_runtime.backends.amx.description import (
+    Attend,
+    Convolution,
+    Convolve,
+    Floats,
+    Network,
+    Norm,
+    UnsupportedGraphError,
+    floats,
+)
+from car_runtime.backends.amx.graph import Graph, read_graph
 from car_runtime.backends.amx.onnx_file import Node
-
-
-@dataclass(frozen=True, kw_only=True)
-class Norm:
-    """The norm of groups of channels that precedes a convolution."""
-
-    weight: Floats
-    bias: Floats
-    """[C]."""
-    groups: int
-    eps: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Convolution:
-    """Zeros around the map; output (y, x) goes to (spread·y + row, spread·x + column)."""
-
-    kernel: Floats
-    """[outputs, inputs, down, across]."""
-    bias: Floats
-    top: int
-    left: int
-    """Where the first tap is: 0 at the neighbour above or to the left, 1 at the position itself."""
-    stride: int = 1
-    out_stride: int = 1
-    row: int = 0
-    column: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Convolve:
-    """target = residual + convolutions of silu(norm(source)), one convolution, or four that double the map."""
-
-    source: int
-    target: int
-    convolutions: tuple[Convolution, ...]
-    norm: Norm | None
-    silu: bool
-    residual: int | None
-
-    @property
-    def reads(self) -> tuple[int, ...]:
-        """The maps that it wants, each once."""
-        return tuple(dict.fromkeys([self.source] if self.residual is None else [self.source, self.residual]))
-
-    @property
-    def takes_pixels(self) -> bool:
-        """Whether it is a plain convolution of 3 × 3 taps."""
-        one = self.convolutions[0]
-        plain = self.norm is None and not self.silu and self.residual != self.source
-        return plain and len(self.convolutions) == one.stride == 1 and one.kernel.shape[2:] == (3, 3)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Attend:
-    """target = softmax(scale·qᵀk)·v over all positions; q, k and v are the source's channels in three parts."""
-
-    source: int
-    target: int
-    scale: float
-
-    @property
-    def reads(self) -> tuple[int, ...]:
-        """The map that it wants."""
-        return (self.source,)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Network:
-    """Steps, one after the other. Feature maps are numbered: 0 is the input, the last target the output."""
-
-    steps: tuple[Convolve | Attend, ...]
-    channels: tuple[int, ...]
-    """Channels of each feature map."""
-    pixels: bool = False
-    """Map 0 is made of pixels, 0 … 255 spread from −1 to 1, and read by a convolution of 3 × 3 taps alone."""
 
 
 def read_decoder(file: Path, weights: Path, channels: int, side: int) -> Network:

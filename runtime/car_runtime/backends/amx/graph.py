@@ -12,14 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from car_runtime.backends.amx import onnx_file
+from car_runtime.backends.amx.description import UnsupportedGraphError
 from car_runtime.backends.amx.onnx_file import Node
-
-Floats = NDArray[np.float32]
-
-
-class UnsupportedGraphError(Exception):
-    """The graph isn't what was expected; says what was looked for."""
-
 
 T = TypeVar("T")
 _BROKEN = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError, OSError)
@@ -118,7 +112,3 @@ def _takes(node: Node, inputs: tuple[str | None, ...]) -> bool:
 
 def _has(node: Node, wanted: dict[str, Any]) -> bool:
     return all(node.attributes.get(name) == value for name, value in wanted.items())
-
-
-def floats(values: NDArray[Any]) -> Floats:
-    return np.ascontiguousarray(values, np.float32)

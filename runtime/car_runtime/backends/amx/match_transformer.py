@@ -9,65 +9,23 @@ Shapes: C width, H heads, V codes, D blocks of the base.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from car_runtime.backends.amx.graph import Floats, Graph, UnsupportedGraphError, floats, read_graph
+from car_runtime.backends.amx.description import (
+    Block,
+    Floats,
+    Fusion,
+    Linear,
+    Transformer,
+    UnsupportedGraphError,
+    floats,
+)
+from car_runtime.backends.amx.graph import Graph, read_graph
 from car_runtime.backends.amx.onnx_file import Node
-
-
-@dataclass(frozen=True, kw_only=True)
-class Linear:
-    """y = x·Wᵀ + b."""
-
-    matrix: Floats
-    """[outputs, inputs]."""
-    bias: Floats
-    """[outputs]; of queries, keys and values [2C]: keys have none."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Block:
-    qkv: Linear
-    proj: Linear
-    fc1: Linear
-    fc2: Linear
-    temperature: Floats
-    """[H], what unit-length queries are multiplied with."""
-    modulation: int
-    """The first of its six rows."""
-    layer: int
-    """The number of its keys and values."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fusion:
-    """x ← Linear(LayerNorm([x, c]))."""
-
-    weight: Floats
-    bias: Floats
-    """[2C], of the norm."""
-    linear: Linear
-
-
-@dataclass(frozen=True, kw_only=True)
-class Transformer:
-    width: int
-    heads: int
-    eps: float
-    base: list[Block]
-    head: Linear
-    modulation_rows: int
-    branch: list[Block]
-    """Empty without control."""
-    fusions: list[Fusion]
-    """Before the last blocks of the base, as many as the branch has."""
-    inject: Linear | None
-    """The branch's 3×3 convolution as a product of nine neighbours, row after row: [C, 9C]."""
 
 
 def read_step(file: Path, weights: Path) -> Transformer:

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from car_runtime.backends.amx.graph import Floats, UnsupportedGraphError
-from car_runtime.backends.amx.match_transformer import Block, Fusion, Linear
-from car_runtime.backends.amx.match_transformer import Transformer as TransformerGraph
+from car_runtime.backends.amx.description import Block, Floats, Fusion, Linear, UnsupportedGraphError
+from car_runtime.backends.amx.description import Transformer as TransformerGraph
 from car_runtime.backends.amx.memory import Memory, PackedMatrix, Workspace, address, bf16_terms_of, declare
 
 Arrays = Mapping[str, NDArray[Any]]

@@ -1,0 +1,170 @@
+"""Plans of format 2: a base once, branches as graphs of their own, mixed where they fuse, parameters by name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+
+from car_export.cli import main as build_engines
+from car_export.config import ExportOptions
+from car_export.errors import ExportError
+from car_export.plan2 import build_plan_of_2
+from car_runtime.errors import PlanError
+from car_runtime.format import manifest as schema
+from car_runtime.format.graph_check import Checked, check_graph
+from car_train import checkpoint
+from car_train.config import CARConfig
+from car_train.model import Model
+from fixtures.shared import build_once
+from fixtures.small import small_config, small_model
+
+Logits = Callable[[list[float], float], np.ndarray]
+
+
+def sibling(model: Model) -> Model:
+    """Another branch on the same base."""
+    other = copy.deepcopy(model)
+    assert other.car is not None
+    assert other.car.branch is not None
+    torch.manual_seed(3)
+    for parameter in other.car.branch.parameters():
+        parameter.data.add_(0.02 * torch.randn(parameter.shape))
+    return other
+
+
+def small() -> Model:
+    return small_model(depth=2, sides=(1, 2))
+
+
+@pytest.fixture(scope="module")
+def two() -> Path:
+    """A plan with two branches; building it compares each of them, and none, with PyTorch."""
+
+    def export(folder: Path) -> None:
+        model = small()
+        options = ExportOptions(output=folder / "two.plan", name="two")
+        build_plan_of_2({"sketch": model, "other": sibling(model)}, options)
+
+    return build_once("format2-two", export) / "two.plan"
+
+
+def test_a_plan_has_its_base_once_and_every_parameter_by_name(two: Path) -> None:
+    manifest, model = schema.read_manifest(two), small()
+    assert list(manifest.model.branches) == ["sketch", "other"]
+    assert manifest.model.default_branch == "sketch"
+    assert manifest.table_problem is None
+    assert model.car is not None
+    assert model.car.branch is not None
+    weights = np.fromfile(two / schema.WEIGHTS, np.uint8)
+    parts = {"vqvae": model.vqvae, "base": model.car.base, "branches.sketch": model.car.branch}
+    wanted = {f"{prefix}.{name}": t for prefix, part in parts.items() for name, t in part.state_dict().items()}
+    assert wanted.keys() <= manifest.parameters.keys()
+    for name, tensor in wanted.items():
+        one = manifest.parameters[name]
+        stored = weights[one.offset : one.offset + one.bytes].view(one.dtype).reshape(one.shape)
+        assert np.array_equal(stored.T if one.layout == "transposed" else stored, tensor.numpy()), name
+    base, branch = (
+        sum(one.bytes for name, one in manifest.parameters.items() if name.startswith(part))
+        for part in (("vqvae", "base"), ("branches.other",))
+    )
+    small_things = 100_000  # positions by scale, constants, kernels of phases, alignment
+    assert manifest.files[schema.WEIGHTS].bytes <= base + 2 * branch + small_things
+
+
+def test_graphs_are_let_through_and_an_edited_one_makes_the_table_useless(two: Path) -> None:
+    manifest, checked = schema.read_manifest(two), Checked()
+    for graph in manifest.graphs.values():
+        check_graph((two / graph.file).read_bytes(), graph, manifest.files[schema.WEIGHTS].bytes, checked)
+    entry = replace(manifest.files["step.onnx"], sha256=("0" * 64,))
+    edited = replace(manifest, files={**manifest.files, "step.onnx": entry})
+    assert "belongs to other graphs" in str(edited.table_problem)
+
+
+@pytest.fixture(scope="module")
+def logits(two: Path) -> Logits:
+    """The second scale's guided logits of two images, one of them unguided, by the weights of the branches."""
+    manifest = schema.read_manifest(two)
+    session = ort.InferenceSession(str(two / "step.onnx"), providers=["CPUExecutionProvider"])
+
+    def run(mix: list[float], keep: float) -> np.ndarray:
+        sizes = {"R": 3, "B": 2, "S": 2, "P": 1, "T": 1, "m": 2}
+        rng, feed = np.random.default_rng(1), {}
+        for port in manifest.graphs["step"].inputs:
+            shape = tuple(sizes.get(str(dim), dim) for dim in port.shape)
+            values = rng.normal(size=shape) * 0.5  # type: ignore[arg-type]
+            feed[port.name] = values.astype(port.dtype) if port.dtype == "float32" else np.zeros(shape, port.dtype)  # type: ignore[arg-type]
+        for name in [n for n in feed if n == "c" or n.startswith("fusion_")]:
+            feed[name] = feed[name][: len(mix)]
+        feed |= {"rows": np.array([0, 1, 0]), "twin": np.array([2, 1]), "plain": np.array([0, 1])}
+        feed |= {"top_k": np.array([1, 5]), "phi": np.array([1]), "control_cfg": np.zeros(2, np.float32)}
+        feed["mix"] = np.array(mix, np.float32).reshape(-1, 1).repeat(3, 1)
+        feed["keep"] = np.full(3, keep, np.float32)
+        (result,) = session.run(["logits"], feed)
+        return np.asarray(result)
+
+    return run
+
+
+def test_a_branch_at_weight_1_is_itself_in_any_mix(logits: Logits) -> None:
+    one = logits([1], 0)
+    assert np.array_equal(logits([1, 0], 0), one)
+    assert np.array_equal(logits([0, 0], 1), logits([0], 1))
+    assert not np.allclose(logits([0.5, 0.5], 0), one, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [{"fusion": "zero"}, {"fusion": "cross_norm", "transformer": "conv"}])
+def test_other_fusions_agree_with_pytorch(kind: dict[str, str], tmp_path: Path) -> None:
+    config = small_config(depth=2, sides=(1, 2))
+    car = CARConfig(control_type="sketch", encoder_widths=(8, 16), encoder_strides=(4,), **kind)  # type: ignore[arg-type]
+    torch.manual_seed(5)
+    model = Model(replace(config, car=car)).requires_grad_(False).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2:
+            parameter.normal_(std=parameter[0].numel() ** -0.5)
+        elif "norm" not in name:
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    build_plan_of_2({"sketch": model}, ExportOptions(output=tmp_path / "one.plan", name="one"))
+
+
+def test_what_is_no_branch_of_one_base_is_refused(tmp_path: Path) -> None:
+    options, model = ExportOptions(output=tmp_path / "no.plan", name="no"), small()
+    stranger = sibling(model)
+    assert stranger.car is not None
+    stranger.car.base.pos_start.data.add_(1)
+    with pytest.raises(ExportError, match="another base than a; give branches"):
+        build_plan_of_2({"a": model, "b": stranger}, options)
+    with pytest.raises(ExportError, match="a name is 1 to 32"):
+        build_plan_of_2({"A B": model}, options)
+
+
+def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], two: Path) -> None:
+    one, other = (checkpoint.save(small(), tmp_path / name) for name in ("one", "other"))
+    out = ["-o", str(tmp_path / "x.plan")]
+    for arguments, says in (
+        ([str(one), str(other), *out], "two branches are called 'sketch'"),
+        ([str(one), f"b={other}", "--default-branch", "c", *out], "--default-branch c is not one of"),
+        ([str(one), f"b={other}", "--weights", "int8", *out], "needs a plan of format 1"),
+        ([str(one), "--default-branch", "sketch", *out], "add --format 2"),
+        ([str(two), "--target", "rtx", "--sm", "89"], "is of format 2"),
+    ):
+        assert build_engines(arguments) == 2
+        text = capsys.readouterr().err
+        assert says in text, text
+        assert text.count("\n") == 1
+    assert not (tmp_path / "x.plan").exists()
+
+
+def test_a_branch_out_of_its_base_is_refused_by_the_reader(two: Path) -> None:
+    manifest = schema.read_manifest(two)
+    with pytest.raises(PlanError, match="default_branch"):
+        replace(manifest.model, default_branch="depth")
+    wrong = replace(manifest.model.branches["other"], fusion="zero")
+    with pytest.raises(PlanError, match="differ in fusion"):
+        replace(manifest.model, branches={**manifest.model.branches, "other": wrong})
