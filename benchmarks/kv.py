@@ -4,7 +4,7 @@
     python -m benchmarks.kv d16.plan --batch 16,4,1
     python -m benchmarks.kv --published                 # the published sizes, counted alone
 
-Counted: 2 (K and V) · layers · tokens · rows · width · bytes of the cache's type. Rows are two an image with guidance.
+Counted: 2 (K and V) · layers · tokens · rows · width · bytes of the cache's type. An image has two rows.
 Measured: the bytes of the cache's buffers as the runtime allocates them for a batch, and by how much the process's
 resident memory (RssAnon) grows when they are written; give the largest batch first, since freed memory is used again.
 No image is drawn: a cache is as large as its last scale needs.
