@@ -90,6 +90,7 @@ def children(process: int) -> list[int]:
     return list(map(int, found.read_text().split())) if found.exists() else []
 
 
+@pytest.mark.slow  # a minute on two quiet cores: three groups of processes start one after another
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds a rank by /proc")
 def test_two_nodes_go_on_from_the_last_checkpoint_when_a_rank_is_killed(images: Path, tmp_path: Path) -> None:
     """Two launchers, as on two machines; the rank of the second is killed, and the end is that of one process."""
@@ -99,7 +100,7 @@ def test_two_nodes_go_on_from_the_last_checkpoint_when_a_rank_is_killed(images: 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
-    launcher += ["--max-restarts", "1", "--rdzv-backend", "c10d", "--rdzv-id", "test"]
+    launcher += ["--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-id", "test"]
     launcher += ["--rdzv-endpoint", f"127.0.0.1:{port}", "-m", "car_train", *flags, "-o", str(tmp_path / "two")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     errors = [(tmp_path / f"node{i}.log").open("w") for i in range(2)]
@@ -118,7 +119,7 @@ def test_two_nodes_go_on_from_the_last_checkpoint_when_a_rank_is_killed(images: 
         for file in errors:
             file.close()
     assert codes == [0, 0], (tmp_path / "node1.log").read_text()[-2000:]
-    assert "Signal 9" in (tmp_path / "node1.log").read_text()
+    assert "exitcode: -9" in (tmp_path / "node1.log").read_text()
     same(tmp_path / "alone", tmp_path / "two")
 
 
