@@ -28,6 +28,21 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Between:
+    """A class on its way to another one."""
+
+    one: int
+    """Class index."""
+    other: int
+    share: float
+    """0…1: of the other one."""
+
+
+Label = int | Between
+"""What a row is conditioned on: a class index (`classes` itself is "no class"), or two."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Condition:
     """What the class contributes to R rows."""
 
@@ -38,7 +53,7 @@ class Condition:
 
 
 class Conditioning:
-    """Runs the plan's graphs `control` and `condition`, and keeps the latest results. For any number of threads."""
+    """Runs the plan's graphs of controls and classes, and keeps the latest results. For any number of threads."""
 
     def __init__(self, backend: Backend, manifest: Manifest) -> None:
         self._backend = backend
@@ -46,52 +61,45 @@ class Conditioning:
         self.features: Recent[Buffer] = Recent(CACHED)
         self.scheduled: Recent[Buffer] = Recent(CACHED)
         self.conditions: Recent[Condition] = Recent(CACHED)
+        self.modulations: Recent[Buffer] = Recent(CACHED)
 
     def forget(self) -> None:
         """Drop all that is kept."""
-        for kept in (self.features, self.scheduled, self.conditions):
+        for kept in (self.features, self.scheduled, self.conditions, self.modulations):
             kept.clear()
 
-    def control(self, image: Image.Image, schedule: Schedule) -> Buffer:
-        """CAR's control features as a schedule wants them, f32 [L, C]: the same for every seed, class and row.
+    def control(self, branch: str, image: Image.Image, schedule: Schedule) -> Buffer:
+        """A branch's control features as a schedule wants them, f32 [L, C]: the same for every seed, class and row.
 
         image: 8-bit RGB of the model's size.
         """
-        digest = _digest(image)
-        features = self.features.get(digest, lambda: self.compute_features(image))
+        digest = (branch, _digest(image))
+        features = self.features.get(digest, lambda: self.compute_features(image, branch))
         if schedule.plain_control:
             return features
-        key = (digest, schedule.control_scales, schedule.control_strength)
+        key = (*digest, schedule.control_scales, schedule.control_strength)
         return self.scheduled.get(key, lambda: self.compute_scheduled(features, schedule))
 
-    def condition(self, label: int, B: int, R: int) -> Condition:
-        """Start tokens and modulation: B rows of the class, then "no class" rows for guidance."""
-        labels = [label] * B + [self._manifest.model.classes] * (R - B)
-        return self.conditions.get(tuple(labels), lambda: self.compute_condition(labels))
+    def condition(self, labels: tuple[Label, ...]) -> Condition:
+        """Start tokens and the base's modulation, a row per label."""
+        return self.conditions.get(labels, lambda: self.compute_condition(labels))
 
-    def blended(self, label: int, towards: tuple[int, float], B: int, R: int) -> Condition:
-        """The same for a class on its way to another one, of index and share `towards`."""
-        key = (label, *towards, B, R)
-        return self.conditions.get(key, lambda: self.compute_blended(label, *towards, B, R))
+    def modulation(self, branch: str, labels: tuple[Label, ...]) -> Buffer | None:
+        """A branch's modulation, f32 [R, M, C], in a plan of format 2; None where its blocks have none."""
+        graph = f"condition.{branch}"
+        if graph not in self._manifest.graphs:
+            return None
+        return self.modulations.get((branch, labels), lambda: self._run(graph, labels)["modulation"])
 
-    def compute_blended(self, label: int, other: int, share: float, B: int, R: int) -> Condition:
-        """Start tokens and modulation of two classes, the first B rows mixed linearly; "no class" rows stay."""
-        ends, mixed = [self.condition(index, B, R) for index in (label, other)], {}
-        for name in ("start", "modulation"):
-            values, towards = (self._backend.read(getattr(end, name)) for end in ends)
-            values[:B] = np.float32(1 - share) * values[:B] + np.float32(share) * towards[:B]
-            mixed[name] = self._backend.allocate(values.shape, "float32")
-            self._backend.write(mixed[name], values)
-        return Condition(**mixed)
-
-    def compute_features(self, image: Image.Image) -> Buffer:
-        """The control image at every scale's size → features, f32 [L, C] (CAR section 3)."""
+    def compute_features(self, image: Image.Image, branch: str) -> Buffer:
+        """The control image at every scale's size → the branch's features, f32 [L, C] (CAR section 3)."""
         inputs = {}
         for k, pixels in enumerate(control_pyramid(image, self._manifest.scales)):
             inputs[f"control_{k}"] = self._backend.allocate(pixels.shape, "uint8")
             self._backend.write(inputs[f"control_{k}"], pixels)
         features = self._backend.allocate((self._manifest.tokens, self._manifest.model.width), "float32")
-        self._backend.run("control", inputs, {"features": features})
+        graph = "control" if self._manifest.format == 1 else f"control.{branch}"
+        self._backend.run(graph, inputs, {"features": features})
         return features
 
     def compute_scheduled(self, features: Buffer, schedule: Schedule) -> Buffer:
@@ -105,19 +113,36 @@ class Conditioning:
         self._backend.write(changed, changed_LC)
         return changed
 
-    def compute_condition(self, labels: list[int]) -> Condition:
-        """Class index of every row → its start token and modulation (VAR section 3.2)."""
+    def compute_condition(self, labels: tuple[Label, ...]) -> Condition:
+        """Class of every row → its start token and modulation (VAR section 3.2)."""
+        return Condition(**self._run("condition", labels))
+
+    def _run(self, graph: str, labels: tuple[Label, ...]) -> dict[str, Buffer]:
+        """A graph of the class for these rows; rows between two classes are mixed linearly of both."""
+        between = [row for row, label in enumerate(labels) if isinstance(label, Between)]
+        made = self._run_plain(graph, tuple(label.one if isinstance(label, Between) else label for label in labels))
+        if not between:
+            return made
+        ends = tuple(label.other if isinstance(label, Between) else label for label in labels)
+        shares = np.array([label.share if isinstance(label, Between) else 0 for label in labels], np.float32)
+        for name, towards in self._run_plain(graph, ends).items():
+            values, others = self._backend.read(made[name]), self._backend.read(towards)
+            share = shares[between].reshape(-1, *[1] * (values.ndim - 1))
+            values[between] = (1 - share) * values[between] + share * others[between]
+            self._backend.write(made[name], values)
+        return made
+
+    def _run_plain(self, graph: str, labels: tuple[int, ...]) -> dict[str, Buffer]:
+        """The outputs of a graph of the class, by name, a row per class index."""
         R, C = len(labels), self._manifest.model.width
-        M = int(self._manifest.graphs["condition"].output("modulation").shape[1])
+        M = int(self._manifest.graphs[graph].output("modulation").shape[1])
         label = self._backend.allocate((R,), "int64")
         self._backend.write(label, np.array(labels, np.int64))
-        condition = Condition(
-            start=self._backend.allocate((R, 1, 1, C), "float32"),
-            modulation=self._backend.allocate((R, M, C), "float32"),
-        )
-        outputs = {"start": condition.start, "modulation": condition.modulation}
-        self._backend.run("condition", {"label": label}, outputs)
-        return condition
+        outputs = {"modulation": self._backend.allocate((R, M, C), "float32")}
+        if graph == "condition":
+            outputs["start"] = self._backend.allocate((R, 1, 1, C), "float32")
+        self._backend.run(graph, {"label": label}, outputs)
+        return outputs
 
 
 def _digest(image: Image.Image) -> bytes:

@@ -77,11 +77,18 @@ class GenerationConfig:
     `car_runtime.request.resolve`, since their ranges are the plan's.
     """
 
-    control: Source | None = field(
+    control: Source | Mapping[str, Source | tuple[Source, float]] | None = field(
         default=None,
-        metadata=_flag("input", "--control IMAGE", str, "control image (edges, depth, …); - reads stdin"),
+        metadata=_flag(
+            "input",
+            "--control IMAGE",
+            str,
+            "control image (edges, depth, …), or BRANCH=IMAGE[:WEIGHT]; - reads stdin",
+        ),
     )
-    """Path, open binary file, PIL image or uint8 array [H, W] or [H, W, 3]; None for a plan without control (VAR)."""
+    """Path, open binary file, PIL image or uint8 array [H, W] or [H, W, 3] for the plan's default branch; or a
+    mapping from branches to such images, with or without a weight, 0…2: {"canny": "e.png", "depth": ("d.png", 0.6)}.
+    None for plain VAR."""
     label: int | str | None = field(
         default=None, metadata=_flag("input", "--class CLASS", str, "class index or name (default: no class)")
     )
@@ -118,6 +125,12 @@ class GenerationConfig:
     )
     """Whether codes are mixed by Gumbel noise instead of taken one by one: smoother images, for looks and not for
     evaluation. For plans that were exported with it."""
+    control_cfg: float = field(
+        default=0.0,
+        metadata=_flag("sampling", "--control-cfg G", float, "guidance by the control; 0 = off (default)"),
+    )
+    """Strength of guidance by the control, 0…1000: what the control changes is exaggerated; takes a row more per
+    image. For plans of format 2."""
     cfg_scales: Scales | None = field(
         default=None,
         metadata=_flag(

@@ -23,19 +23,22 @@ def control_of_photo(
     photo: Source,
     manifest: Manifest,
     *,
+    branch: str | None = None,
     fit: str | None = None,
     annotator: str | Path | None = None,
     threads: int | None = None,
 ) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
     """The map, uint8 [S, S, 3], and warnings about the photo.
 
-    annotator: ONNX file of a network with its description next to it (`annotator.open_annotator`); None derives the
-    map by arithmetic. Raises ImageError, RequestError.
+    branch: for which of the plan's branches; None for the default one. annotator: ONNX file of a network with its
+    description next to it (`annotator.open_annotator`); None derives the map by arithmetic. Raises ImageError,
+    RequestError.
     """
-    convention, size = manifest.model.convention, manifest.model.image_size
+    model, size = manifest.model, manifest.model.image_size
+    convention = model.convention if branch is None else model.conventions.get(branch)
     if convention is None:
         raise ImageError(
-            f"{manifest.model.control_type!r} cannot be derived from a photo; give the control image with --control"
+            f"{branch or model.control_type!r} cannot be derived from a photo; give the control image with --control"
         )
     return map_of_photo(photo, convention, size, fit=fit, annotator=annotator, threads=threads)
 

@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 from car_runtime import images as image_io
 from car_runtime.backends.base import Backend, Buffer, Mark
 from car_runtime.backends.registry import check_name, open_backend
-from car_runtime.buffers import LoopBuffers
+from car_runtime.batch import Drawing, Rows, batches, rows_of
+from car_runtime.buffers import LoopBuffers, Steering
 from car_runtime.conditioning import Conditioning
 from car_runtime.config import GenerationConfig, config_of
 from car_runtime.editing.edit import composite
@@ -38,7 +39,8 @@ from car_runtime.errors import CarError, ImageError, PlanError, RequestError
 from car_runtime.format.folder import PlanFolder, map_file, open_folder
 from car_runtime.format.hashing import verify_folder
 from car_runtime.format.manifest import WEIGHTS, Manifest, manifest_in, open_plan_folder
-from car_runtime.generate import Step, run_scales
+from car_runtime.fusions import Fusions
+from car_runtime.generate import ScaleLoop, Step
 from car_runtime.request import Request, check_fit, check_threads, resolve
 
 OPENINGS = 5
@@ -74,15 +76,17 @@ class ScaleResult:
     watches waits for nothing. Once the plan is closed only what was fetched is there.
     """
 
-    def __init__(self, plan: Plan, step: Step, images: range) -> None:
+    def __init__(self, plan: Plan, step: Step, batch: Sequence[Drawing]) -> None:
         self.plan = plan
         self.index = step.index
         """The scale, 0 … K−1."""
         self.last = step.last
         """Whether it is the last one that is drawn."""
-        self.images = images
+        positions = tuple(drawing.position for drawing in batch)
+        neighbours = range(positions[0], positions[-1] + 1)
+        self.images: Sequence[int] = neighbours if tuple(neighbours) == positions else positions
         """Which of the n images these are; of `stream_many`, positions among the images of all its configs."""
-        self.requests: tuple[int, ...] = (0,) * len(images)
+        self.requests: tuple[int, ...] = tuple(drawing.owner for drawing in batch)
         """The config that each of `images` belongs to: its position among those that were given."""
         self._step: Step | None = step
         self._values: dict[str, Any] = {}
@@ -169,7 +173,6 @@ def open_plan(
         try:
             folder.hold()
             manifest = manifest_in(folder, require_signature)
-            _check_runs(manifest)
             return _open_checked(root, folder, manifest, backend, threads, verify, trust_engines)
         except BaseException as error:
             replaced = isinstance(error, CarError) and folder.is_replaced
@@ -177,15 +180,6 @@ def open_plan(
             if not (left and replaced):
                 raise
     raise AssertionError("the last opening returns or raises")
-
-
-def _check_runs(manifest: Manifest) -> None:
-    """Raise PlanError for a plan whose graphs the scale loop doesn't bind: format 2 is read, but not run."""
-    if manifest.format > 1:
-        raise PlanError(
-            f"the plan {manifest.name!r} is of format {manifest.format}, which this version reads but doesn't run; "
-            "use a plan of format 1"
-        )
 
 
 def _open_checked(
@@ -241,6 +235,7 @@ class Plan:
         self._backend = backend
         self._constants = _load_constants(self._folder, manifest, backend)
         self._conditioning = Conditioning(backend, manifest)
+        self._fusions = Fusions(backend, manifest, self._folder)
         self._encoder_checked = False
         self._idle: list[LoopBuffers] = []
         self._lock = Lock()
@@ -325,39 +320,51 @@ class Plan:
 
         Raises RequestError, ImageError, and RunError when the engine fails.
         """
-        began = perf_counter()
         request = self._request(given, settings)
-        if request.edit is not None and request.edit.harmonise:
-            request = self._harmonised(request)
-        clock, images, tokens = _Clock(self._backend), [], []
-        for scale, buffers in self._scales(request, clock, watched=on_scale is not None):
-            if on_scale is not None:
-                on_scale(scale)
-            if scale.last:
-                with clock.stage("decoder"):
-                    self._decode(buffers.final_f_hat, buffers.image)
-                tokens.append(buffers.all_tokens())
-                images.append(self._backend.read(buffers.image))
-        timings = clock.timings() | {"total": perf_counter() - began}
-        drawn = np.concatenate(images)
-        return Result(
-            images=drawn,
-            tokens=np.concatenate(tokens),
-            request=request,
-            timings=timings,
-            edited=None if request.edit is None else tuple(map(request.edit.finished, drawn)),
-        )
+        return self._draw([request], on_scale)[0]
 
     def generate_many(self, configs: Sequence[GenerationConfig | Request]) -> list[Result]:
         """Make the images of several configs, with controls, classes, seeds and settings of their own.
 
-        Returns a result per config, in their order, each the same as `generate` gives for that config alone. The
-        configs run one after another: a step of a plan of format 1 serves one control and one class.
+        Configs that follow the same branches and draw as many scales share steps, with a plan of format 2; with one
+        of format 1 they take turns. Each image is the one that `generate` makes of its config alone. A result's
+        `timings` are those of the whole call.
 
-        Raises what `generate` raises. All configs are checked before the first one runs, and an error of a config
-        names its position.
+        Raises as `generate`, with the position of the config.
         """
-        return [self.generate(request) for request in self._requests(configs)]
+        return self._draw(self._requests(configs), None)
+
+    def _draw(self, requests: Sequence[Request], on_scale: Callable[[ScaleResult], None] | None) -> list[Result]:
+        """The results of all requests."""
+        began, clock = perf_counter(), _Clock(self._backend)
+        requests = [self._harmonised(r) if r.edit is not None and r.edit.harmonise else r for r in requests]
+        images: list[dict[int, NDArray[np.uint8]]] = [{} for _ in requests]
+        tokens: list[dict[int, NDArray[np.int64]]] = [{} for _ in requests]
+        for scale, loop in self._scales(requests, clock, watched=on_scale is not None):
+            if on_scale is not None:
+                on_scale(scale)
+            if scale.last:
+                buffers = loop.buffers
+                with clock.stage("decoder"):
+                    self._decode(buffers.final_f_hat, buffers.image)
+                tokens_BL, images_B = buffers.all_tokens(), self._backend.read(buffers.image)
+                for i, drawing in enumerate(loop.batch):
+                    tokens[drawing.owner][drawing.index] = tokens_BL[i]
+                    images[drawing.owner][drawing.index] = images_B[i]
+        timings = clock.timings() | {"total": perf_counter() - began}
+        results = []
+        for request, drawn, own in zip(requests, images, tokens, strict=True):
+            stacked = np.stack([drawn[i] for i in range(len(request.seeds))])
+            results.append(
+                Result(
+                    images=stacked,
+                    tokens=np.stack([own[i] for i in range(len(request.seeds))]),
+                    request=request,
+                    timings=dict(timings),
+                    edited=None if request.edit is None else tuple(map(request.edit.finished, stacked)),
+                )
+            )
+        return results
 
     def _harmonised(self, request: Request) -> Request:
         """The second request of an edit: coarse scales from the images with their first results put in."""
@@ -410,7 +417,7 @@ class Plan:
         request = self._request(given, settings)
         if logits:
             self._check_logits()
-        scales = self._scales(request, _Clock(self._backend), watched=True, logits=logits)
+        scales = self._scales([request], _Clock(self._backend), watched=True, logits=logits)
         return (scale for scale, _ in scales)
 
     def stream_many(
@@ -423,7 +430,7 @@ class Plan:
         """Like `generate_many`, one scale at a time; `images` and `requests` of a scale say whose it is.
 
         cancelled: asked before each scale with the position of a config, whose remaining scales are left out from
-            the first True on. It may be called from this thread alone.
+            the first True on: the others go on without its rows. It is called from this thread alone.
         logits: as `stream` has it.
 
         A bad config raises here, not at the first scale.
@@ -431,22 +438,8 @@ class Plan:
         requests = self._requests(configs)
         if logits:
             self._check_logits()
-        return self._stream_in_turn(requests, cancelled or (lambda _: False), logits)
-
-    def _stream_in_turn(
-        self, requests: Sequence[Request], cancelled: Callable[[int], bool], logits: bool
-    ) -> Iterator[ScaleResult]:
-        """The scales of one request after another, each as it would be alone."""
-        first = 0
-        for position, request in enumerate(requests):
-            if not cancelled(position):
-                for scale, _ in self._scales(request, _Clock(self._backend), watched=True, logits=logits):
-                    scale.images = range(first + scale.images.start, first + scale.images.stop)
-                    scale.requests = (position,) * len(scale.images)
-                    yield scale
-                    if cancelled(position):
-                        break
-            first += len(request.seeds)
+        clock = _Clock(self._backend)
+        return (scale for scale, _ in self._scales(requests, clock, watched=True, logits=logits, cancelled=cancelled))
 
     def _requests(self, configs: Sequence[GenerationConfig | Request]) -> list[Request]:
         """All configs, checked against this plan. Raises as `_request`, with the position of the config."""
@@ -516,45 +509,95 @@ class Plan:
         return self._edited(request)
 
     def _scales(
-        self, request: Request, clock: _Clock, *, watched: bool, logits: bool = False
-    ) -> Iterator[tuple[ScaleResult, LoopBuffers]]:
-        """All scales of all batches: the one way through the loop. The buffers are the caller's until it goes on.
+        self,
+        requests: Sequence[Request],
+        clock: _Clock,
+        *,
+        watched: bool,
+        logits: bool = False,
+        cancelled: Callable[[int], bool] | None = None,
+    ) -> Iterator[tuple[ScaleResult, ScaleLoop]]:
+        """All scales of all batches: the one way through the loop. Its buffers are the caller's until it goes on.
 
         watched: whether somebody may look at a scale later on, so that its values are fetched before it goes on.
         """
-        features = None
-        with clock.stage("control"):
-            if request.control is not None:
-                features = self._conditioning.control(request.control, request.schedule)
-        for images in _batches(len(request.seeds), self._backend.batches):
-            part, B = request.part(slice(images.start, images.stop)), len(images)
-            R = B * (2 if request.guided or self._backend.guided_only else 1)
-            with clock.stage("condition"):
-                if part.blend is None or part.blend.label == part.label:
-                    condition = self._conditioning.condition(part.label, B, R)
-                else:
-                    towards = (part.blend.label, part.blend.share)
-                    condition = self._conditioning.blended(part.label, towards, B, R)
-            with self._buffers(B, R, logits) as buffers:
-                buffers.load(part, condition, features)
-                for step in run_scales(self._backend, self.manifest.scales, self._constants, buffers):
+        gone: set[int] = set()
+
+        def waited_for(batch: Sequence[Drawing]) -> list[int]:
+            """Places in the batch of the images that somebody still wants."""
+            if cancelled is not None:
+                gone.update(owner for owner in {d.owner for d in batch} - gone if cancelled(owner))
+            return [i for i, drawing in enumerate(batch) if drawing.owner not in gone]
+
+        for whole in batches(requests, self._backend.batches, shared=self.manifest.format > 1):
+            batch = tuple(whole[i] for i in waited_for(whole))
+            if not batch:
+                continue
+            rows = rows_of(batch, 0, self._backend.guided_only)
+            steering = self._steering(batch, rows, clock)
+            branches = tuple(control.branch for control in batch[0].request.controls)
+            with self._buffers(len(batch), len(rows.image), logits, branches) as buffers:
+                buffers.load(batch, rows, steering)
+                loop = ScaleLoop(self._backend, self.manifest, self._constants, batch, buffers)
+                while not loop.done:
+                    step = loop.step()
                     clock.add(f"scale_{step.index}", step.began, step.ended)
-                    scale = ScaleResult(self, step, images)
+                    scale = ScaleResult(self, step, loop.batch)
                     try:
-                        yield scale, buffers
+                        yield scale, loop
                     finally:
                         if watched and not self._closed:
                             scale._keep()
                     self._check_process()
+                    kept = waited_for(loop.batch)
+                    if not kept:
+                        break
+                    if len(kept) < len(loop.batch) and not loop.done:
+                        self._keep(loop, kept, logits, clock)
+
+    def _keep(self, loop: ScaleLoop, images: Sequence[int], logits: bool, clock: _Clock) -> None:
+        """Let a loop go on with some of its images alone."""
+        batch = tuple(loop.batch[i] for i in images)
+        rows = rows_of(batch, 0, self._backend.guided_only)
+        buffers = LoopBuffers(
+            self._backend, self.manifest, len(batch), len(rows.image), logits, loop.buffers.branches
+        )
+        buffers.load(batch, rows, self._steering(batch, rows, clock))
+        loop.keep(images, buffers)
+
+    def _steering(self, batch: Sequence[Drawing], rows: Rows, clock: _Clock) -> Steering:
+        """What steers a batch: of its controls and of its classes."""
+        labels = rows.labels(batch, self.manifest.model.classes)
+        apart = self.manifest.format > 1
+        with clock.stage("control"):
+            features = {}
+            for n, control in enumerate(batch[0].request.controls):
+                of_images = [drawing.request for drawing in (batch if apart else batch[:1])]
+                features[control.branch] = [
+                    self._conditioning.control(control.branch, request.controls[n].image, request.schedule)
+                    for request in of_images
+                ]
+        with clock.stage("condition"):
+            modulations = {name: self._conditioning.modulation(name, labels) for name in features} if apart else {}
+            return Steering(
+                condition=self._conditioning.condition(labels),
+                modulations=modulations,
+                features=features,
+                fusions=self._fusions.of(tuple(features)),
+            )
 
     @contextmanager
-    def _buffers(self, B: int, R: int, logits: bool) -> Iterator[LoopBuffers]:
+    def _buffers(self, B: int, R: int, logits: bool, branches: tuple[str, ...]) -> Iterator[LoopBuffers]:
         """Buffers of the loop for a batch. The latest set is kept: allocating 270 MB anew costs page faults."""
         with self._lock:
             buffers = self._idle.pop() if self._idle else None
-        if buffers is None or (buffers.batch, buffers.row_count, buffers.logits is not None) != (B, R, logits):
+        wanted = (B, R, logits, branches)
+        if buffers is None or wanted != (
+            *(buffers.batch, buffers.row_count),
+            *(buffers.logits is not None, buffers.branches),
+        ):
             buffers = None  # before the new ones are allocated
-            buffers = LoopBuffers(self._backend, self.manifest, B, R, logits)
+            buffers = LoopBuffers(self._backend, self.manifest, B, R, logits, branches)
         try:
             yield buffers
         finally:
@@ -660,12 +703,3 @@ class _Clock:
         for name, began, ended in self._marks:
             seconds[name] = seconds.get(name, 0.0) + self._backend.seconds(began, ended)
         return seconds
-
-
-def _batches(n: int, sizes: Sequence[int]) -> Iterator[range]:
-    """0 … n − 1 cut into batches of these sizes, large ones first."""
-    first = 0
-    while first < n:
-        size = max(size for size in sizes if size <= n - first)
-        yield range(first, first + size)
-        first += size

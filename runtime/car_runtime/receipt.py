@@ -40,7 +40,7 @@ MAX_CONTROL = 4 * 1024 * 1024
 SETTINGS = (
     *("label", "seed", "cfg", "top_k", "top_p", "more_smooth"),
     *("cfg_scales", "control_scales", "control_strength", "stop_after"),
-    *("blend_share", "blend_label", "blend_seed"),
+    *("control_cfg", "blend_share", "blend_label", "blend_seed"),
 )
 """Settings that a receipt has, those of `Blend` with its name before them; nothing else of `GenerationConfig` is
 taken from a file, no path above all."""
@@ -60,6 +60,8 @@ class Receipt:
     """[L], −1 where a scale was not drawn; None where they were left out."""
     control: str | None = None
     """SHA-256 of the control image's pixels at the model's size."""
+    branches: tuple[tuple[str, float, str], ...] = ()
+    """Branch, weight and SHA-256 of each control, where it isn't the default branch's alone, at weight 1."""
 
 
 def plan_digest(manifest: Manifest) -> str:
@@ -103,6 +105,8 @@ def text_of(receipt: Receipt, vocab: int) -> str:
         "settings": dict(receipt.settings),
         "control": receipt.control,
     }
+    if receipt.branches:
+        body["branches"] = [list(branch) for branch in receipt.branches]
     if receipt.tokens is not None:
         body["tokens"] = pack(receipt.tokens, vocab)
     plain = json.dumps(body, sort_keys=True, separators=(",", ":"))
@@ -135,6 +139,7 @@ def receipt_of(chunks: Mapping[str, str], manifest: Manifest) -> Receipt | None:
         settings=_settings(body.get("settings")),
         tokens=tokens,
         control=control if isinstance(control, str) and len(control) == 64 else None,
+        branches=_branches(body.get("branches"), manifest),
     )
 
 
@@ -159,6 +164,21 @@ def _body(text: str) -> dict[str, Any]:
     return body
 
 
+def _branches(found: object, manifest: Manifest) -> tuple[tuple[str, float, str], ...]:
+    """Branches of a receipt that the plan has, with weights and digests of plain types."""
+    if not isinstance(found, list) or not 0 < len(found) <= len(manifest.model.branches):
+        return ()
+    good = []
+    for one in found:
+        if not isinstance(one, list) or len(one) != 3:
+            return ()
+        name, weight, digest = one
+        if not (isinstance(name, str) and name in manifest.model.branches and isinstance(weight, (int, float))):
+            return ()
+        good.append((name, float(weight), str(digest)[:64]))
+    return tuple(good)
+
+
 def _settings(found: object) -> dict[str, Any]:
     """The settings that a receipt may have, and facts of an edit, of plain types; their ranges are `resolve`'s."""
     if not isinstance(found, dict):
@@ -175,6 +195,9 @@ def receipts_of(
     tokens: int64 [n, L] of all its images.
     """
     digest, control = plan_digest(manifest), request.control
+    branches = tuple((c.branch, c.weight, image_digest(c.image)) for c in request.controls)
+    if len(branches) == 1 and branches[0][:2] == (manifest.model.default_branch or branches[0][0], 1.0):
+        branches = ()
     settings: dict[str, Any] = {
         "label": None if request.classless else request.label,
         "cfg": request.sampling.cfg,
@@ -182,9 +205,11 @@ def receipts_of(
         "top_p": request.sampling.top_p,
         **request.schedule.settings(),
         **({"more_smooth": True} if request.more_smooth else {}),
+        **({"control_cfg": request.control_cfg} if request.control_cfg else {}),
         **({} if request.edit is None else request.edit.facts()),
     }
     enclosed = {} if control is None else {CONTROL_KEY: control_text(control)}
+    enclosed |= {f"{CONTROL_KEY}-{other.branch}": control_text(other.image) for other in request.controls[1:]}
     control_digest = None if control is None else image_digest(control)
     found = []
     for i in images:
@@ -192,7 +217,14 @@ def receipts_of(
         if request.blend is not None:
             blend = request.blend
             own |= {"blend_share": blend.share, "blend_label": blend.label, "blend_seed": blend.seeds[i]}
-        receipt = Receipt(plan=digest, name=manifest.name, settings=own, tokens=tokens_nL[i], control=control_digest)
+        receipt = Receipt(
+            plan=digest,
+            name=manifest.name,
+            settings=own,
+            tokens=tokens_nL[i],
+            control=control_digest,
+            branches=branches,
+        )
         found.append({KEY: text_of(receipt, manifest.model.vocab), **enclosed})
     return found
 
@@ -213,14 +245,31 @@ def control_text(control: Image.Image) -> str:
     return base64.b64encode(stream.getvalue()).decode()
 
 
-def control_of(chunks: Mapping[str, str], receipt: Receipt, size: int) -> Image.Image | None:
-    """The control image that a PNG encloses, RGB of the model's size, if it is the one of its receipt; else None."""
-    text = chunks.get(CONTROL_KEY)
-    if text is None or receipt.control is None or len(text) > MAX_CONTROL:
+def control_of(
+    chunks: Mapping[str, str], receipt: Receipt, size: int
+) -> Image.Image | dict[str, tuple[Image.Image, float]] | None:
+    """The control images that a PNG encloses, as `GenerationConfig.control` takes them; None if any isn't its own.
+
+    Each is RGB of the model's size.
+    """
+    if not receipt.branches:
+        return _enclosed(chunks.get(CONTROL_KEY), receipt.control, size)
+    found: dict[str, tuple[Image.Image, float]] = {}
+    for n, (branch, weight, digest) in enumerate(receipt.branches):
+        image = _enclosed(chunks.get(f"{CONTROL_KEY}-{branch}" if n else CONTROL_KEY), digest, size)
+        if image is None:
+            return None
+        found[branch] = (image, weight)
+    return found
+
+
+def _enclosed(text: str | None, digest: str | None, size: int) -> Image.Image | None:
+    """A control image out of its chunk, if it is the one of this digest."""
+    if text is None or digest is None or len(text) > MAX_CONTROL:
         return None
     try:
         stream = io.BytesIO(base64.b64decode(text, validate=True))
     except (ValueError, binascii.Error):
         return None
     control = load_image(stream)
-    return control if control.size == (size, size) and image_digest(control) == receipt.control else None
+    return control if control.size == (size, size) and image_digest(control) == digest else None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,6 +33,8 @@ MAX_IMAGES = 1024
 MAX_CFG = 1000.0
 """Far above any use (4 is usual); beyond it float32 logits lose what distinguishes them."""
 MAX_SEED = 2**63 - 1
+MAX_WEIGHT = 2.0
+"""Of a branch that is mixed in."""
 TOP_P_OFF = 2.0
 """What the step graph is given for "no top-p": no share of the probability ever reaches it."""
 
@@ -68,11 +70,23 @@ class ResolvedBlend:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class BranchControl:
+    """A control image for one of a plan's branches."""
+
+    branch: str
+    """The branch's name; in a plan of format 1, whose one branch has none, its type."""
+    image: Image.Image = field(repr=False)
+    """8-bit RGB of the model's size."""
+    weight: float = 1.0
+    """0…2: x + Σ weightᵢ·(𝓖ᵢ(x, cᵢ) − x) where branches are mixed in."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
     """Images for a plan to make: a control, a class, consecutive seeds, and the tokens that are given, not drawn."""
 
-    control: Image.Image | None = field(repr=False)
-    """8-bit RGB of the model's size; None for a plan without control."""
+    controls: tuple[BranchControl, ...]
+    """What is followed, in the order of the plan's branches; empty for plain VAR."""
     label: int
     """Class index; `classes` itself is "no class"."""
     classless: bool
@@ -86,6 +100,8 @@ class Request:
     """[n, L]."""
     more_smooth: bool = False
     """Whether codes are mixed by `smooth_noise`."""
+    control_cfg: float = 0.0
+    """Strength of guidance by the control."""
     blend: ResolvedBlend | None = None
     """Towards which other class and seeds the images go."""
     warnings: tuple[str, ...] = ()
@@ -96,18 +112,22 @@ class Request:
     """Whether the tokens of that image are in `known`; a plan puts them there."""
 
     @property
+    def control(self) -> Image.Image | None:
+        """The first control's image; None without control."""
+        return self.controls[0].image if self.controls else None
+
+    @property
+    def control_setting(self) -> dict[str, tuple[Image.Image, float]] | None:
+        """The controls as `GenerationConfig.control` takes them."""
+        return {c.branch: (c.image, c.weight) for c in self.controls} or None
+
+    @property
     def guided(self) -> bool:
         """Whether any scale needs the unconditional rows.
 
         Without a class no scale does: both kinds of rows would be the same, and (1 + t)·x − t·x is x.
         """
         return self.sampling.guided and self.schedule.guided and not self.classless
-
-    def part(self, images: slice) -> Request:
-        """The same request for some of its images."""
-        blend = None if self.blend is None else replace(self.blend, seeds=self.blend.seeds[images])
-        known, mask = self.known[images], self.known_mask[images]
-        return replace(self, seeds=self.seeds[images], known=known, known_mask=mask, blend=blend)
 
 
 def resolve(manifest: Manifest, config: GenerationConfig) -> Request:
@@ -116,10 +136,15 @@ def resolve(manifest: Manifest, config: GenerationConfig) -> Request:
     Raises RequestError, which names the value and its range, and ImageError for a control that cannot be read.
     """
     request = resolve_settings(manifest, config)
-    check_control(manifest, config.control is not None)
+    named = _named_controls(manifest, config.control)
+    check_control(manifest, bool(named))
+    if request.control_cfg and not named:
+        raise RequestError(
+            f"control_cfg is {request.control_cfg}, but there is no control; give one, or leave it out"
+        )
     edit = _resolve_edit(manifest, config)
-    control, warnings = _resolve_control(manifest, config, edit)
-    return replace(request, control=control, warnings=warnings, edit=edit)
+    controls, warnings = _resolve_controls(manifest, config, named, edit)
+    return replace(request, controls=controls, warnings=warnings, edit=edit)
 
 
 def resolve_settings(manifest: Manifest, config: GenerationConfig) -> Request:
@@ -133,7 +158,7 @@ def resolve_settings(manifest: Manifest, config: GenerationConfig) -> Request:
     blend = _resolve_blend(manifest, config, label, seeds)
     classless = label == manifest.model.classes and (blend is None or blend.label == label)
     return Request(
-        control=None,
+        controls=(),
         label=label,
         classless=classless,
         seeds=seeds,
@@ -142,6 +167,7 @@ def resolve_settings(manifest: Manifest, config: GenerationConfig) -> Request:
         known=known_nL,
         known_mask=mask_nL,
         more_smooth=_resolve_smooth(manifest, config.more_smooth),
+        control_cfg=_resolve_control_cfg(manifest, config.control_cfg),
         blend=blend,
     )
 
@@ -173,16 +199,60 @@ def _resolve_edit(manifest: Manifest, config: GenerationConfig) -> PreparedEdit 
     return prepare(manifest, config.edit)
 
 
-def _resolve_control(
-    manifest: Manifest, config: GenerationConfig, edit: PreparedEdit | None
-) -> tuple[Image.Image | None, tuple[str, ...]]:
-    """The control image as the model's square, and what is to be said of it. That of an edit covers its frame."""
-    if config.control is None:
-        return None, ()
-    model, image = manifest.model, open_image(config.control)
-    if edit is not None and not edit.whole:
-        image = edit.frame.cut_alike(image)
-    return prepare_control(image, model.convention, model.image_size, config.fit)
+def _named_controls(manifest: Manifest, given: object) -> dict[str, tuple[Any, float]]:
+    """Branch → control image and weight, in the order of the plan's branches."""
+    branches = list(manifest.model.conventions)
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        return {manifest.model.default_branch or manifest.model.control_type or "": (given, 1.0)}
+    found: dict[str, tuple[Any, float]] = {}
+    for name, one in given.items():
+        if not branches:
+            break  # check_control says so
+        if name not in branches:
+            what = "branch" if manifest.format > 1 else "control"
+            raise RequestError(
+                f"there is no {what} {str(name)[:60]!r} in the plan {manifest.name!r}; it has {', '.join(branches)}"
+            )
+        source, weight = one if isinstance(one, tuple) and len(one) == 2 else (one, 1.0)
+        weight = _number(f"the weight of {name}", weight, 0.0, MAX_WEIGHT, "1 is what the branch was trained on")
+        if weight != 1 and manifest.format == 1:
+            raise RequestError(
+                f"the weight of {name} is {weight}, but the plan {manifest.name!r} is of format 1, which mixes "
+                "nothing; leave it out, or upgrade the plan with export/build_engines.py --upgrade"
+            )
+        found[name] = (source, weight)
+    return {name: found[name] for name in branches if name in found} if branches else {"": (None, 1.0)}
+
+
+def _resolve_controls(
+    manifest: Manifest,
+    config: GenerationConfig,
+    named: Mapping[str, tuple[Any, float]],
+    edit: PreparedEdit | None,
+) -> tuple[tuple[BranchControl, ...], tuple[str, ...]]:
+    """The control images as the model's square, and what is to be said of them. Those of an edit cover its frame."""
+    model, controls, said = manifest.model, [], []
+    for branch, (source, weight) in named.items():
+        image = open_image(source)
+        if edit is not None and not edit.whole:
+            image = edit.frame.cut_alike(image)
+        square, warnings = prepare_control(image, model.conventions[branch], model.image_size, config.fit)
+        controls.append(BranchControl(branch=branch, image=square, weight=weight))
+        said += [warning if len(named) == 1 else f"{branch}: {warning}" for warning in warnings]
+    return tuple(controls), tuple(said)
+
+
+def _resolve_control_cfg(manifest: Manifest, given: object) -> float:
+    """Check the strength of guidance by the control, 0…1000."""
+    strength = _number("control_cfg", given, 0.0, MAX_CFG, "0 turns guidance by the control off")
+    if strength and manifest.format == 1:
+        raise RequestError(
+            f"control_cfg is {strength}, but the plan {manifest.name!r} is of format 1, which has no such guidance; "
+            "leave it out, or upgrade the plan with export/build_engines.py --upgrade"
+        )
+    return strength
 
 
 def check_fit(fit: object) -> None:
@@ -202,7 +272,7 @@ def check_threads(threads: object) -> None:
 def check_control(manifest: Manifest, given: bool) -> None:
     """Raise RequestError when a control image is missing, or given to a plan that has no control branch."""
     kind = manifest.model.control_type
-    if kind is not None and not given:
+    if kind is not None and not given and manifest.format == 1:
         raise RequestError(
             f"the plan {manifest.name!r} follows a control image of type {kind!r} and none was given; "
             "give control=…, on the command line --control FILE or --photo FILE"
@@ -336,11 +406,13 @@ def uniforms(seeds: Sequence[int], L: int) -> NDArray[np.float32]:
     return np.stack([np.random.default_rng(seed).random(L, dtype=np.float32) for seed in seeds])
 
 
-def noise_of(request: Request) -> NDArray[np.float32]:
-    """`uniforms` of a request's images, float32 [n, L], blended where it asks for that."""
+def noise_of(request: Request, images: Sequence[int]) -> NDArray[np.float32]:
+    """`uniforms` of some of a request's images, float32 [B, L], blended where it asks for that."""
     L, blend = request.known.shape[1], request.blend
-    own = uniforms(request.seeds, L)
-    return own if blend is None else blended_uniforms(own, uniforms(blend.seeds, L), blend.share)
+    own = uniforms([request.seeds[i] for i in images], L)
+    if blend is None:
+        return own
+    return blended_uniforms(own, uniforms([blend.seeds[i] for i in images], L), blend.share)
 
 
 def blended_uniforms(one: NDArray[np.float32], other: NDArray[np.float32], share: float) -> NDArray[np.float32]:
@@ -365,6 +437,12 @@ class SmoothNoise:
 
     def __init__(self, seeds: Sequence[int]) -> None:
         self._streams = [np.random.default_rng([seed, 1]) for seed in seeds]
+
+    def part(self, images: Sequence[int]) -> SmoothNoise:
+        """That of some of the images, which goes on where theirs is."""
+        part = SmoothNoise(())
+        part._streams = [self._streams[i] for i in images]
+        return part
 
     def next(self, tokens: int, vocab: int) -> NDArray[np.float32]:
         """That of the next tokens of each image, f32 [B, tokens, vocab]."""

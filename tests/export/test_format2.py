@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,20 +22,9 @@ from car_train import checkpoint
 from car_train.config import CARConfig
 from car_train.model import Model
 from fixtures.shared import build_once
-from fixtures.small import small_config, small_model
+from fixtures.small import sibling, small_config, small_model
 
 Logits = Callable[[list[float], float], np.ndarray]
-
-
-def sibling(model: Model) -> Model:
-    """Another branch on the same base."""
-    other = copy.deepcopy(model)
-    assert other.car is not None
-    assert other.car.branch is not None
-    torch.manual_seed(3)
-    for parameter in other.car.branch.parameters():
-        parameter.data.add_(0.02 * torch.randn(parameter.shape))
-    return other
 
 
 def small() -> Model:

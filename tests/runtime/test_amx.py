@@ -28,6 +28,7 @@ from car_runtime.backends.amx.description import UnsupportedGraphError
 from car_runtime.backends.amx.match_transformer import read_step
 from car_runtime.backends.amx.memory import Workspace
 from car_runtime.backends.amx.transformer import Transformer
+from car_runtime.backends.registry import BACKENDS
 from car_runtime.format.manifest import Manifest, read_manifest
 from car_runtime.plan import Plan, default_plan
 from car_train.config import CARConfig, ModelConfig, VARConfig, VQVAEConfig
@@ -210,7 +211,7 @@ def test_other_types_are_refused_with_a_way_on(changes: dict[str, str]) -> None:
 
 def test_a_plan_of_another_format_is_refused_with_a_way_on() -> None:
     with pytest.raises(BackendError, match=r"format 2.*use another backend"):
-        amx.Amx(default_plan(), as_format_2(read_manifest(default_plan())), 1)
+        BACKENDS["amx"].open(default_plan(), as_format_2(read_manifest(default_plan())), 1)
 
 
 def as_format_2(manifest: Manifest) -> Manifest:

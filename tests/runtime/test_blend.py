@@ -11,10 +11,11 @@ from PIL import Image
 
 from car_runtime import RequestError, open_plan
 from car_runtime.cli.main import main
+from car_runtime.conditioning import Between
 from car_runtime.config import Blend, GenerationConfig
 from car_runtime.images import text_chunks
 from car_runtime.plan import Plan, default_plan
-from car_runtime.request import blended_uniforms, resolve, uniforms
+from car_runtime.request import blended_uniforms, uniforms
 
 CONTROL = Path(__file__).parents[2] / "examples" / "umbrella.png"
 
@@ -49,14 +50,12 @@ def test_a_class_leads_away_from_no_class_with_guidance(plan: Plan) -> None:
     config = GenerationConfig(control=CONTROL, seed=3, cfg=3)
     mixed = plan.generate(config, blend=Blend(share=1.0, label=4))
     assert (mixed.tokens == plan.generate(config, label=4).tokens).all()
-    request = resolve(plan.manifest, GenerationConfig(control=CONTROL, label=4, blend=Blend(share=0.3, label=9)))
-    rows = [plan._conditioning.condition(label, 1, 2) for label in (4, 9)]
-    halfway = plan._conditioning.blended(4, (9, 0.5), 1, 2)
+    free = plan.manifest.model.classes
+    rows = [plan._conditioning.condition((label, free)) for label in (4, 9)]
+    halfway = plan._conditioning.condition((Between(one=4, other=9, share=0.5), free))
     one, other, found = (plan._backend.read(condition.modulation) for condition in (*rows, halfway))
     assert np.allclose(found[0], (one[0] + other[0]) / 2, atol=1e-6)
     assert (found[1] == one[1]).all()
-    assert request.blend is not None
-    assert request.part(slice(0, 1)).blend == request.blend
 
 
 def test_numbers_on_the_way_stay_uniform_and_come_from_one_of_both() -> None:

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 import car_runtime.plan as plan_module
-from car_runtime import ImageError, PlanError, RequestError, RunError, open_plan
+from car_runtime import BackendError, ImageError, PlanError, RequestError, RunError, open_plan
 from car_runtime.backends.base import Buffer
-from car_runtime.backends.registry import open_backend
+from car_runtime.backends.registry import BACKENDS, open_backend
 from car_runtime.conditioning import CACHED
 from car_runtime.config import GenerationConfig
 from car_runtime.format.manifest import Manifest, read_manifest
@@ -321,7 +321,8 @@ def test_a_bad_one_of_many_requests_is_named_before_anything_runs(plan: Plan, ru
     assert not runs
 
 
-def test_a_plan_of_format_2_is_refused_before_an_engine_opens(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["amx", "rtx"])
+def test_a_backend_of_format_1_says_so_before_it_opens(tmp_path: Path, backend: str) -> None:
     root = build_plan(tmp_path / "two.plan", control=False)
     path = root / "manifest.json"
     whole = json.loads(path.read_text())
@@ -332,8 +333,8 @@ def test_a_plan_of_format_2_is_refused_before_an_engine_opens(tmp_path: Path) ->
         step["outputs"].append({"name": "logits", "dtype": "float32", "shape": ["B", "S", "S", V]})
     path.write_text(json.dumps(whole | {"format": 2, "parameters": {}, "parameters_digest": ""}))
     assert read_manifest(root).format == 2
-    with pytest.raises(PlanError, match="is of format 2, which this version reads but doesn't run; use a plan of"):
-        open_plan(root, "ort-cpu")
+    with pytest.raises(BackendError, match=f"is of format 2, but '{backend}' runs format 1; use another backend"):
+        BACKENDS[backend].open(root, read_manifest(root), None)
 
 
 def test_a_request_for_another_plan_is_refused(plan: Plan) -> None:

@@ -7,7 +7,7 @@ must draw what they draw, at the guidance and on the features that the schedule 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -216,9 +216,9 @@ def test_the_past_of_the_first_rows_is_copied_once(plan: Plan, monkeypatch: pyte
     copied: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     copy = plan._backend.copy_rows
 
-    def counting(source: Buffer, target: Buffer) -> None:
+    def counting(source: Buffer, target: Buffer, rows: Sequence[int] | None = None) -> None:
         copied.append((source.shape, target.shape))
-        copy(source, target)
+        copy(source, target, rows)
 
     monkeypatch.setattr(plan._backend, "copy_rows", counting)
     plan.generate(CONTROL, 0, n=2, cfg_scales="-0")
@@ -308,11 +308,11 @@ def test_the_control_comes_in_as_features_made_by_hand(
     plan: Plan = request.getfixturevalue(which)
     found = plan.generate(CONTROL, 0, seed=3, n=2, **settings)
     square = fitted(load_image(CONTROL), plan.manifest.model.image_size, "crop", (0, 0, 0))
-    by_hand = np.array(plan._conditioning.compute_features(square))
+    by_hand = np.array(plan._conditioning.compute_features(square, "sketch"))
     for scale, factor in zip(plan.manifest.scales, factors, strict=True):
         by_hand[scale.start : scale.stop] *= np.float32(factor)
     plan.forget()
-    monkeypatch.setattr(plan._conditioning, "compute_features", lambda _: by_hand)
+    monkeypatch.setattr(plan._conditioning, "compute_features", lambda *_: by_hand)
     wanted = plan.generate(CONTROL, 0, seed=3, n=2)
     plan.forget()
     assert (found.tokens == wanted.tokens).all()
@@ -567,9 +567,9 @@ def test_the_fake_notices_a_copy_with_gaps_onto_itself() -> None:
     device = FakeDevice()
     address = device.malloc(512)
     with pytest.raises(DeviceFault, match="overlap"):
-        device.on_device_spaced(address, address, 32, 64, 8)
+        device.on_device_spaced(address, address, 32, 64, 8, 32)
     with pytest.raises(DeviceFault, match="refuses"):
-        device.on_device_spaced(address, address + 256, 64, 32, 4)
+        device.on_device_spaced(address, address + 256, 64, 32, 4, 64)
 
 
 @pytest.mark.gpu

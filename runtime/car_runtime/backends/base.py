@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
@@ -60,8 +60,11 @@ class Backend(Protocol):
         """Copy a whole buffer to another of its shape and dtype, where the engine works."""
         ...
 
-    def copy_rows(self, source: Buffer, target: Buffer) -> None:
-        """Copy [N, R, …] to [N, B, …], other memory: the first B of the R rows of each of the N entries."""
+    def copy_rows(self, source: Buffer, target: Buffer, rows: Sequence[int] | None = None) -> None:
+        """Copy [N, R, …] to [N, B, …], other memory: B of the R rows of each of the N entries, by default the first.
+
+        rows: B row numbers, ascending.
+        """
         ...
 
     def mark(self) -> Mark:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
@@ -44,10 +44,14 @@ class NumpyBuffers:
         """Copy one array to another."""
         np.copyto(array_of(target), array_of(source), casting="no")
 
-    def copy_rows(self, source: Buffer, target: Buffer) -> None:
-        """Copy the first rows of each entry of one array to another."""
-        wanted = array_of(target)
-        np.copyto(wanted, array_of(source)[:, : wanted.shape[1]], casting="no")
+    def copy_rows(self, source: Buffer, target: Buffer, rows: Sequence[int] | None = None) -> None:
+        """Copy some rows of each entry of one array to another."""
+        wanted, given = array_of(target), array_of(source)
+        if rows is None:
+            np.copyto(wanted, given[:, : wanted.shape[1]], casting="no")
+        else:
+            for to, row in enumerate(rows):
+                np.copyto(wanted[:, to], given[:, row], casting="no")
 
     def mark(self) -> Mark:
         """The time in seconds: a call returns when its work is done."""

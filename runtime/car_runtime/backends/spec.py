@@ -54,6 +54,8 @@ class BackendSpec:
     """Compute precisions of the plans that it runs."""
     int8: bool = False
     """Whether it runs int8 plans."""
+    newest_format: int = 2
+    """The newest plan format that it runs."""
     needs_engines: bool = False
     """Whether a plan must hold engines compiled for this GPU; else the plan's own graphs do."""
     reads_folder: bool = False
@@ -84,6 +86,11 @@ class BackendSpec:
         folder: the files as they were checked, for backends that read no others (`reads_folder`).
         trust_engines: whether compiled engines may be loaded that were not built here (`needs_engines`).
         """
+        if manifest.format > self.newest_format:
+            raise BackendError(
+                f"the plan is of format {manifest.format}, but {self.name!r} runs format {self.newest_format}; "
+                "use another backend, or export the plan with --format 1"
+            )
         try:
             opener = _look_up(self.opener)
         except ImportError as error:

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from car_runtime import __version__
 from car_runtime.cli.errors import note
 from car_runtime.cli.options import GROUPS, Parser, add_setting, settings_of
@@ -21,6 +19,7 @@ from car_runtime.cli.run import (
     add_source_flags,
     control_of_flags,
     image_files,
+    input_files,
     opened,
     plan_of,
 )
@@ -92,6 +91,8 @@ def _check(parser: Parser, args: argparse.Namespace) -> None:
 def run(arguments: Sequence[str]) -> int:
     """Draw the images. Returns the exit code."""
     args = parse_args(arguments)
+    import numpy as np
+
     from car_runtime.format.manifest import MANIFEST
     from car_runtime.images import check_writable, contact_sheet, png_bytes, write_files
     from car_runtime.request import resolve
@@ -103,13 +104,13 @@ def run(arguments: Sequence[str]) -> int:
     other = {"label": args.classes[1] if len(args.classes) == 2 else None}
     other["seed"] = args.seeds[1] if len(args.seeds) == 2 else None
     request = resolve(manifest, GenerationConfig(**common))
-    common["control"] = request.control
+    common["control"] = request.control_setting
     shares = [step / (args.steps - 1) for step in range(args.steps)]
     requests = [resolve(manifest, GenerationConfig(**common, blend=Blend(share=share, **other))) for share in shares]
     paths = [args.output.with_name(f"{args.output.stem}-{i}.png") for i in range(args.steps)]
     grid = args.output.with_name(f"{args.output.stem}-grid.png")
     inputs = [root / name for name in (MANIFEST, *manifest.files)]
-    inputs += [Path(given) for given in (args.control, args.photo) if given not in (None, "-")]
+    inputs += input_files(args)
     check_distinct([*(("-o", path) for path in paths), *([("--grid", grid)] if args.grid else [])], inputs)
     check_writable(paths[0])
     for warning in (*said, *request.warnings):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
+import re
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -55,6 +58,38 @@ def image_source(given: str) -> str | io.BytesIO:
     if sys.stdin is None:
         raise RequestError("the image is to come from stdin, which is closed; pipe it in, or name a file")
     return io.BytesIO(sys.stdin.buffer.read())
+
+
+def named_source(given: str) -> tuple[str | None, str, float]:
+    """BRANCH=IMAGE[:WEIGHT] → branch, file, weight; None and 1 where they aren't there. A file's whole name wins."""
+    if given == "-" or os.path.exists(given):
+        return None, given, 1.0
+    parts = re.fullmatch(r"([a-z0-9_-]{1,32})=(.+?)(?::([0-9]+\.?[0-9]*|\.[0-9]+))?", given)
+    if parts is None:
+        return None, given, 1.0
+    branch, file, weight = parts.groups()
+    if weight is not None and os.path.exists(f"{file}:{weight}"):
+        file, weight = f"{file}:{weight}", None
+    return branch, file, 1.0 if weight is None else float(weight)
+
+
+def control_sources(given: Sequence[str]) -> Any:
+    """What --control was given, once or several times, as `GenerationConfig.control` has it. Raises RequestError."""
+    if not given:
+        return None
+    parts = [named_source(one) for one in given]
+    if len(parts) == 1 and parts[0][0] is None:
+        return image_source(parts[0][1])
+    if [file for _, file, _ in parts].count("-") > 1:
+        raise RequestError("--control - is stdin, which can be read once; name files")
+    found: dict[str, Any] = {}
+    for one, (branch, file, weight) in zip(given, parts, strict=True):
+        if branch is None:
+            raise RequestError(f"--control {one!r} names no branch; with several of them give BRANCH=IMAGE")
+        if branch in found:
+            raise RequestError(f"--control names the branch {branch!r} twice; give each branch once")
+        found[branch] = (image_source(file), weight)
+    return found
 
 
 def add_backend_flag(parser: argparse._ActionsContainer) -> None:

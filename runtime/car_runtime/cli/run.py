@@ -23,16 +23,17 @@ from car_runtime.cli.options import (
     add_settings,
     add_threads_flag,
     add_trust_flags,
+    control_sources,
     image_source,
+    named_source,
     settings_of,
 )
 from car_runtime.cli.outputs import check_distinct
-from car_runtime.config import GenerationConfig
+from car_runtime.config import GenerationConfig, flags
 from car_runtime.errors import OutputError, RequestError, printable
 
 if TYPE_CHECKING:
     from car_runtime.format.manifest import Manifest
-    from car_runtime.images import Source
     from car_runtime.plan import Plan, Result, ScaleResult
     from car_runtime.request import Request
 
@@ -98,7 +99,8 @@ def _add_input_flags(parser: argparse.ArgumentParser) -> None:
 def add_source_flags(inputs: argparse._ArgumentGroup) -> None:
     """The control image, or what it is made of; `control_of_flags` takes what they were given."""
     source = inputs.add_mutually_exclusive_group()
-    add_setting(source, "control")
+    control = flags()["control"]
+    source.add_argument(*control.names, action="append", metavar=control.metavar, help=control.help)
     source.add_argument("--photo", metavar="IMAGE", help="photo to derive the control image from; - reads stdin")
     inputs.add_argument("--annotator", metavar="ONNX", help="network that makes --photo's control (docs/inputs.md)")
     add_setting(inputs, "fit")
@@ -227,17 +229,32 @@ def opened(args: argparse.Namespace, root: Path) -> Iterator[Plan]:
         yield plan
 
 
-def control_of_flags(args: argparse.Namespace, manifest: Manifest) -> tuple[Source | None, tuple[str, ...]]:
+def control_of_flags(args: argparse.Namespace, manifest: Manifest) -> tuple[Any, tuple[str, ...]]:
     """The control image as given, or derived from the photo, and warnings; None where neither is given."""
-    given = args.control if args.photo is None else args.photo
-    source: Source | None = None if given is None else image_source(given)
+    model = manifest.model
+    unnamed = [one for one in args.control or [args.photo] if one is not None and named_source(one)[0] is None]
+    if unnamed and len(model.branches) > 1:
+        others = ", ".join(name for name in model.branches if name != model.default_branch)
+        note(f"car-run: the control is for the branch {model.default_branch!r}; others: {others}")
     if args.annotator is not None and args.photo is None:
         raise RequestError("--annotator makes a control of a photo, and none is given; add --photo FILE")
-    if args.photo is None or source is None or manifest.model.control_type is None:
-        return source, ()
+    if args.photo is None:
+        return control_sources(args.control or ()), ()
+    branch, file, weight = named_source(args.photo)
+    if model.control_type is None or (branch is not None and branch not in model.conventions):
+        source = image_source(file)
+        return (source if branch is None else {branch: source}), ()  # which is refused like a control
     from car_runtime.photo import control_of_photo
 
-    return control_of_photo(source, manifest, fit=args.fit, annotator=args.annotator, threads=args.threads)
+    settings: dict[str, Any] = {"fit": args.fit, "annotator": args.annotator, "threads": args.threads}
+    made, said = control_of_photo(image_source(file), manifest, branch=branch, **settings)
+    return (made if branch is None else {branch: (made, weight)}), said
+
+
+def input_files(args: argparse.Namespace) -> list[Path]:
+    """The files that `control_of_flags` reads."""
+    given = [*(args.control or ()), *([] if args.photo is None else [args.photo])]
+    return [Path(file) for _, file, _ in map(named_source, given) if file != "-"]
 
 
 def _print_classes(manifest: Manifest, as_json: bool) -> None:
@@ -298,7 +315,7 @@ def _check_outputs(
             ("--preview", _preview_path(args.preview, args.n, i, k)) for i in range(args.n) for k in range(scales)
         ]
     inputs = [root / name for name in (MANIFEST, *manifest.files)]
-    inputs += [Path(given) for given in (args.control, args.photo, *read) if given not in (None, "-")]
+    inputs += [*input_files(args), *map(Path, read)]
     check_distinct([*results, *previews], inputs)
     for _, path in results:
         if path in (paths[0], args.tokens) or path.is_dir():
@@ -326,7 +343,7 @@ class _Progress:
     def __call__(self, result: ScaleResult) -> None:
         if self._watched:
             S, of = result.tokens.shape[-1], result.images
-            which = f"image {of.start}" if len(of) == 1 else f"images {of.start}-{of.stop - 1}"
+            which = f"image {of[0]}" if len(of) == 1 else f"images {of[0]}-{of[-1]}"
             line = f"{which}: scale {result.index + 1}/{self._scales}, {S}×{S} tokens, {result.seconds:.2f} s"
             note(f"car-run: {line}")
         if self._directory is not None:

@@ -24,7 +24,15 @@ from car_runtime.cli.options import (
     spellings,
 )
 from car_runtime.cli.outputs import check_distinct
-from car_runtime.cli.run import add_engine_flags, add_plan_flag, add_source_flags, control_of_flags, opened, plan_of
+from car_runtime.cli.run import (
+    add_engine_flags,
+    add_plan_flag,
+    add_source_flags,
+    control_of_flags,
+    input_files,
+    opened,
+    plan_of,
+)
 from car_runtime.config import GenerationConfig, flags
 from car_runtime.errors import RequestError, printable
 
@@ -102,10 +110,10 @@ def run(arguments: Sequence[str]) -> int:
     common = settings_of(args) | {"control": control}
     request = resolve(manifest, GenerationConfig(**common))  # the control is read and checked once
     cells = [dict(chosen) for chosen in itertools.product(*([(axis.field, v) for v in axis.values] for axis in axes))]
-    configs = [GenerationConfig(**common | {"control": request.control} | cell) for cell in cells]
+    configs = [GenerationConfig(**common | {"control": request.control_setting} | cell) for cell in cells]
     requests = [resolve(manifest, config) for config in configs]
     inputs = [root / name for name in (MANIFEST, *manifest.files)]
-    inputs += [Path(given) for given in (args.control, args.photo) if given not in (None, "-")]
+    inputs += input_files(args)
     check_distinct([("-o", args.output)], inputs)
     check_writable(args.output)
     for warning in (*said, *request.warnings):

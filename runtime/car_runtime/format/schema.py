@@ -134,6 +134,13 @@ class Model:
         return stated_or_first(self.control_type, self.control_convention)
 
     @property
+    def conventions(self) -> dict[str, ControlConvention | None]:
+        """Branch → how its maps are made; the one branch of format 1 goes by its type. Empty in a VAR plan."""
+        if self.branches:
+            return {name: branch.convention for name, branch in self.branches.items()}
+        return {} if self.control_type is None else {self.control_type: self.convention}
+
+    @property
     def names(self) -> tuple[str, ...] | None:
         """Names of the classes: `class_names` or, of a plan with 1,000 classes and no names, ImageNet's."""
         return imagenet_names() if self.class_names is None and self.classes == CLASSES else self.class_names
@@ -526,6 +533,30 @@ def _check_graphs_of_2(manifest: Manifest) -> None:
         wanted[f"branch.{name}"] = (inputs, ["c", *(f"new_{port}" for port in own)])
     _require_ports(manifest, wanted)
     _require_sized(manifest, cache)
+    for name, branch in model.branches.items():
+        _check_branch_sizes(manifest, name, branch)
+
+
+def _check_branch_sizes(manifest: Manifest, name: str, branch: Branch) -> None:
+    """What the loop makes buffers by: K/V, modulation, and the parameters that the step takes in."""
+    graphs = manifest.graphs
+    sized = [(f"branch.{name}", f"new_{kind}_{i}", (2, 3)) for i in range(branch.cache_layers) for kind in ("k", "v")]
+    sized += [(f"condition.{name}", "modulation", (1, 2))] if branch.cache_layers else []
+    for graph, output, dims in sized:
+        _require_numbers(f"{graph}.outputs.{output}", graphs[graph].output(output), dims)
+    for i in range(branch.blocks):
+        for kind in FUSIONS[branch.fusion]:
+            key = f"branches.{name}.fusions.{i}.{kind.replace('_', '.', 1)}"
+            port, one = graphs["step"].input(f"fusion_{kind}_{i}"), manifest.parameters.get(key)
+            _require(one is not None, f"parameters.{key[:NAME]} is missing")
+            assert one is not None
+            good = (one.dtype, one.shape) == (port.dtype, port.shape[1:])
+            _require(good, f"parameters.{key[:NAME]} is {one.dtype} {list(one.shape)}, unlike the step's {port.name}")
+
+
+def _require_numbers(at: str, port: Port, dims: tuple[int, ...]) -> None:
+    good = len(port.shape) == dims[-1] + 1 and all(isinstance(port.shape[i], int) for i in dims)
+    _require(good, f"graphs.{at} has the shape {list(port.shape)}, but dimensions {dims} must be numbers")
 
 
 def _require_ports(manifest: Manifest, wanted: dict[str, tuple[list[str], list[str]]]) -> None:
@@ -543,8 +574,7 @@ def _require_sized(manifest: Manifest, cache: list[str]) -> None:
     sized = [(f"step.outputs.new_{name}", manifest.graphs["step"].output(f"new_{name}"), (2, 3)) for name in cache]
     sized.append(("condition.outputs.modulation", manifest.graphs["condition"].output("modulation"), (1, 2)))
     for at, port, dims in sized:
-        good = len(port.shape) == dims[-1] + 1 and all(isinstance(port.shape[i], int) for i in dims)
-        _require(good, f"graphs.{at} has the shape {list(port.shape)}, but dimensions {dims} must be numbers")
+        _require_numbers(at, port, dims)
 
 
 def _check_ports(manifest: Manifest) -> None:

@@ -47,10 +47,6 @@ class Amx(OpenVino):
             raise BackendError(
                 f"the plan multiplies in {types}, but {self.name!r} wants float32 plans; use another backend"
             )
-        if manifest.format > 1:
-            raise BackendError(
-                f"the plan is of format {manifest.format}, but {self.name!r} runs format 1; use another backend"
-            )
         build.check_cpu(self.name)
         self._library = build.load(self.bf16_terms)
         self._cores = threads or physical_cores()

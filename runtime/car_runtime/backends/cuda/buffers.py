@@ -10,7 +10,7 @@ import heapq
 import math
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from threading import Condition, RLock
 from typing import Any
@@ -172,15 +172,18 @@ class Memory:
             if source.nbytes:
                 self.device.on_device(target.address, source.address, source.nbytes)
 
-    def copy_rows(self, source: DeviceArray, target: DeviceArray) -> None:
-        """Copy [N, R, …] to [N, B, …], the first B of the R rows of each of the N entries, as one piece of work."""
+    def copy_rows(self, source: DeviceArray, target: DeviceArray, rows: Sequence[int] | None = None) -> None:
+        """Copy [N, R, …] to [N, B, …], B of the R rows of each of the N entries; neighbours as one piece of work."""
         (N, B), R = target.shape[:2], source.shape[1]
         self._check(target, (source.shape[0], min(B, R), *source.shape[2:]), source.dtype)
         with self.lock:
             self.check_open()
-            if target.nbytes:
-                spaced = (target.nbytes // N, source.nbytes // N, N)
-                self.device.on_device_spaced(target.address, source.address, *spaced)
+            if not target.nbytes:
+                return
+            row = target.nbytes // (N * B)
+            for to, first, count in _runs(range(B) if rows is None else rows):
+                place, given = target.address + to * row, source.address + first * row
+                self.device.on_device_spaced(place, given, count * row, R * row, N, B * row)
 
     # Time.
 
@@ -312,6 +315,17 @@ class Memory:
             )
 
 
+def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Neighbours among ascending rows: (place of the first, its number, how many)."""
+    at = 0
+    while at < len(rows):
+        count = 1
+        while at + count < len(rows) and rows[at + count] == rows[at] + count:
+            count += 1
+        yield at, rows[at], count
+        at += count
+
+
 def host_dtype(dtype: str) -> np.dtype[Any]:
     """How a device dtype looks in numpy."""
     return np.dtype("uint16" if dtype == "bfloat16" else dtype)
@@ -345,9 +359,9 @@ class CudaBuffers:
         """Copy within the GPU's memory."""
         self._memory.copy(device_array(source), device_array(target))
 
-    def copy_rows(self, source: Buffer, target: Buffer) -> None:
-        """Copy the first rows of each entry, within the GPU's memory."""
-        self._memory.copy_rows(device_array(source), device_array(target))
+    def copy_rows(self, source: Buffer, target: Buffer, rows: Sequence[int] | None = None) -> None:
+        """Copy some rows of each entry, within the GPU's memory."""
+        self._memory.copy_rows(device_array(source), device_array(target), rows)
 
     def mark(self) -> Mark:
         """A CUDA event."""

@@ -81,8 +81,10 @@ class Device(Protocol):
         """Copy within device memory."""
         ...
 
-    def on_device_spaced(self, target: int, source: int, size: int, spacing: int, count: int) -> None:
-        """Copy `count` pieces of `size` bytes, which begin every `spacing` bytes in the source, side by side."""
+    def on_device_spaced(
+        self, target: int, source: int, size: int, spacing: int, count: int, target_spacing: int
+    ) -> None:
+        """Copy `count` pieces of `size` bytes: one every `spacing` bytes, in the target every `target_spacing`."""
         ...
 
     def event(self) -> Event:
@@ -183,9 +185,11 @@ class CudaDevice:
         """cudaMemcpyAsync."""
         self._call("cudaMemcpyAsync", target, source, size, self._on_device, self._stream)
 
-    def on_device_spaced(self, target: int, source: int, size: int, spacing: int, count: int) -> None:
+    def on_device_spaced(
+        self, target: int, source: int, size: int, spacing: int, count: int, target_spacing: int
+    ) -> None:
         """cudaMemcpy2DAsync."""
-        pieces = (target, size, source, spacing, size, count)
+        pieces = (target, target_spacing, source, spacing, size, count)
         self._call("cudaMemcpy2DAsync", *pieces, self._on_device, self._stream)
 
     def event(self) -> Event:

@@ -23,6 +23,7 @@ from car_runtime.backends.base import Buffer
 from car_runtime.backends.numpy_buffers import NumpyBuffers, array_of, pages_forgotten
 from car_runtime.backends.openvino.core import openvino_core
 from car_runtime.backends.openvino.graphs import (
+    BIASED,
     LOGITS,
     RANKED,
     fuse_unit_length,
@@ -151,12 +152,14 @@ class OpenVino(NumpyBuffers):
         multiply_matrices_as_stored(self._ov, model)
         owners = split_products(self._ov, model)
         keep_maps_channels_last(self._ov, model)
-        if graph != "step":
+        if graph != "step" and not graph.startswith("branch."):
             return (model,), owners
         transpose_in_products(self._ov, model)
         fuse_unit_length(self._ov, model)
         if self.cache_dtype is not None:
             model = keep_cache_in_bfloat16(self._ov, model)
+        if graph != "step":
+            return (model,), owners
         return split_at_sort(self._ov, model) or (model,), owners
 
 
@@ -189,7 +192,7 @@ class _Request:
         for part in self._parts:
             logits = part.run({**inputs, **between}, outputs)
             if logits is not None and len(self._parts) > 1:
-                between = {LOGITS: logits, RANKED: descending(logits, self._pool)}
+                between = {LOGITS: logits, BIASED: logits, RANKED: descending(logits, self._pool)}
 
 
 class EnginePart:
@@ -207,9 +210,10 @@ class EnginePart:
                 if name in ports:
                     self._request.set_tensor(ports[name], self._tensor(buffer, ports[name]))
         self._request.infer()
-        if LOGITS not in self._gives:
+        wanted = BIASED if BIASED in self._gives else LOGITS
+        if wanted not in self._gives:
             return None
-        logits: NDArray[np.float32] = self._request.get_tensor(self._gives[LOGITS]).data
+        logits: NDArray[np.float32] = self._request.get_tensor(self._gives[wanted]).data
         return logits
 
     def _tensor(self, buffer: Buffer, port: Any) -> Any:

@@ -13,7 +13,8 @@ Model = Any
 """An `openvino.Model`."""
 Node = Any
 
-LOGITS, RANKED = "logits", "ranked"
+LOGITS, BIASED, RANKED = "logits", "biased", "ranked"
+"""Outputs and inputs of a step's parts: guided logits; those plus `bias`, of a plan of format 2; these, sorted."""
 """What the second part of a step takes instead of computing it: f32 [B, S, S, V], as they are and descending."""
 
 
@@ -260,13 +261,17 @@ def split_at_sort(ov: Any, model: Model) -> tuple[Model, Model] | None:
     (sort,) = sorts
     logits = sort.input(0).get_source_output()
     results = {next(iter(result.input(0).get_source_output().get_names())): result for result in model.get_results()}
-    given = {LOGITS: _parameter(ov, logits, LOGITS), RANKED: _parameter(ov, logits, RANKED)}
+    name = LOGITS if LOGITS in logits.get_names() else BIASED
+    given = {name: _parameter(ov, logits, name), RANKED: _parameter(ov, logits, RANKED)}
     sort.output(0).replace(given[RANKED].output(0))
     for reader in list(logits.get_target_inputs()):
         if reader.get_node().get_type_name() not in ("Result", "TopK"):
-            reader.replace_source_output(given[LOGITS].output(0))
+            reader.replace_source_output(given[name].output(0))
     drawn = [results[name] for name in ("tokens", "f_hat_out", "next_x")]
-    first = [result for name, result in results.items() if result not in drawn]
+    first = [result for result in results.values() if result not in drawn]
+    if name == BIASED:
+        logits.add_names({BIASED})
+        first.append(ov.opset13.result(logits))
     return _model(ov, first), _model(ov, drawn)
 
 

@@ -1,0 +1,62 @@
+"""The parameters of 𝓖 as inputs of the step, in plans of format 2: read from the table, stacked over the branches.
+
+Shapes: m branches of one step; h fused blocks.
+"""
+
+from __future__ import annotations
+
+from threading import Lock
+
+import numpy as np
+from numpy.typing import NDArray
+
+from car_runtime.backends.base import Backend, Buffer
+from car_runtime.format.folder import PlanFolder, map_file
+from car_runtime.format.manifest import WEIGHTS, Manifest
+from car_runtime.format.schema import FUSIONS
+
+KEPT = 4
+"""Mixes of branches whose parameters are kept; at d16 each holds 67 MB a branch."""
+
+
+class Fusions:
+    """Makes the buffers of a mix of branches when it is first asked for, and keeps the latest."""
+
+    def __init__(self, backend: Backend, manifest: Manifest, folder: PlanFolder) -> None:
+        self._backend, self._manifest, self._folder = backend, manifest, folder
+        self._made: dict[tuple[str, ...], dict[str, Buffer]] = {}
+        self._lock = Lock()
+
+    def of(self, branches: tuple[str, ...]) -> dict[str, Buffer]:
+        """Step input name → [m, …]. Without branches: those of the default one, which the step weighs by 0."""
+        model = self._manifest.model
+        if not model.branches:
+            return {}
+        used = branches or (str(model.default_branch),)
+        with self._lock:
+            if used not in self._made:
+                self._made[used] = self._make(used)
+            made = self._made.pop(used)
+            self._made[used] = made  # the latest is the last
+            while len(self._made) > KEPT:
+                del self._made[next(iter(self._made))]
+            return made
+
+    def _make(self, branches: tuple[str, ...]) -> dict[str, Buffer]:
+        model, weights = self._manifest.model, np.frombuffer(map_file(self._folder, WEIGHTS), np.uint8)
+        one = model.branches[branches[0]]
+        made: dict[str, Buffer] = {}
+        for i in range(one.blocks):
+            for kind in FUSIONS[one.fusion]:
+                name = f"fusion_{kind}_{i}"
+                key = kind.replace("_", ".", 1)
+                parts = [self._parameter(weights, f"branches.{branch}.fusions.{i}.{key}") for branch in branches]
+                made[name] = self._backend.allocate((len(parts), *parts[0].shape), parts[0].dtype.name)
+                self._backend.write(made[name], np.stack(parts))
+        return made
+
+    def _parameter(self, weights: NDArray[np.uint8], name: str) -> NDArray[np.generic]:
+        entry = self._manifest.parameters[name]
+        raw = weights[entry.offset : entry.offset + entry.bytes]
+        values: NDArray[np.generic] = raw.view(np.dtype(entry.dtype).newbyteorder("<")).reshape(entry.shape)
+        return values
