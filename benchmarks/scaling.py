@@ -272,6 +272,8 @@ def plot(found: dict[str, Any]) -> bytes:
 
 def _draw_compute(axes: Any, rows: Sequence[dict[str, Any]], name: str, law: dict[str, float] | None) -> None:
     """Every size's validations over its compute, and the law of their Pareto front."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
     from benchmarks.analysis.plots import COLOURS, GREY
 
     for colour, row in zip(COLOURS, rows, strict=False):
@@ -287,6 +289,11 @@ def _draw_compute(axes: Any, rows: Sequence[dict[str, Any]], name: str, law: dic
     axes.set_yscale("log")
     axes.set_title(MEASURES[name], loc="left")
     axes.set_xlabel("operations, C = 6·N·tokens")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda c, _: f"{c:.0e}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(FixedLocator(MaxNLocator(6).tick_values(*axes.get_ylim())))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.legend(loc="lower left", ncols=2)
 
 
