@@ -4,7 +4,7 @@
 
 CAR (figure 5) shows the features of its encoders for images of several classes. Here, as there, every
 image gives one point for each checkpoint: the features of the finest scale, mean over its places, [C]. Colour is the
-class, the marker the control type. The numbers behind the picture: how often the nearest neighbour of a point, in
+class, the marker the control type. The numbers behind the plot: how often the nearest neighbour of a point, in
 the features themselves and not in the plane, is of its class and of its type, and how often by chance.
 """
 

@@ -25,7 +25,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_every_pair_is_shown_on_the_sides_of_the_key_and_the_page_does_not_tell(study: Path) -> None:
+def test_every_pair_is_shown_on_the_sides_of_the_key_and_the_page_does_not_say(study: Path) -> None:
     text, key = (study / "study" / "index.html").read_text(), json.loads((study / "study" / "key.json").read_text())
     assert Counter(pair["left"] for pair in key["pairs"]) == {"first": 3, "second": 3}
     assert len({pair["image"] for pair in key["pairs"]}) == 6
