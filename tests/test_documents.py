@@ -418,6 +418,7 @@ def known_flags() -> set[str]:
         ("car_runtime", ["sheet"]),
         ("car_runtime", ["blend", "--seed", "0", "--seed", "1"]),
         ("car_runtime", ["doctor"]),
+        ("car_runtime", ["plan", "info", "x.plan"]),
         ("car_runtime", ["verify"]),
         ("car_runtime", ["serve"]),
     ]

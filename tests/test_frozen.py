@@ -39,7 +39,13 @@ BACKENDS = ("ort-cpu", "openvino", "amx", "amx-fp32")
 COMMANDS: dict[str, tuple[str, list[list[str]]]] = {
     "car-run": (
         "car_runtime.cli.main",
-        [[], *([c] for c in "paint extend restyle vary again blend batch sheet control doctor serve verify".split())],
+        [
+            [],
+            *(
+                [c]
+                for c in "paint extend restyle vary again blend batch sheet control doctor plan serve verify".split()
+            ),
+        ],
     ),
     "python -m car_train": (
         "car_train.cli",

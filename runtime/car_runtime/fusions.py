@@ -51,8 +51,9 @@ class Fusions:
                 name = f"fusion_{kind}_{i}"
                 key = kind.replace("_", ".", 1)
                 parts = [self._parameter(weights, f"branches.{branch}.fusions.{i}.{key}") for branch in branches]
-                made[name] = self._backend.allocate((len(parts), *parts[0].shape), parts[0].dtype.name)
-                self._backend.write(made[name], np.stack(parts))
+                dtype = self._manifest.graphs["step"].input(name).dtype  # stored in half, they are cast
+                made[name] = self._backend.allocate((len(parts), *parts[0].shape), dtype)
+                self._backend.write(made[name], np.stack(parts).astype(dtype))
         return made
 
     def _parameter(self, weights: NDArray[np.uint8], name: str) -> NDArray[np.generic]:
