@@ -1,11 +1,11 @@
-"""What the keys and values of an image take, counted from a plan's manifest and measured in the loop's own buffers.
+"""What the keys and values of an image take, counted from a plan's manifest and measured as a backend's buffers.
 
     python -m benchmarks.kv                             # the shipped plan
     python -m benchmarks.kv d16.plan --batch 16,4,1
     python -m benchmarks.kv --published                 # the published sizes, counted alone
 
 Counted: 2 (K and V) · layers · tokens · rows · width · bytes of the cache's type. An image has two rows.
-Measured: the bytes of the cache's buffers as the runtime allocates them for a batch, and by how much the process's
+Measured: the bytes of such buffers as the plan's backend allocates them for a batch, and by how much the process's
 resident memory (RssAnon) grows when they are written; give the largest batch first, since freed memory is used again.
 No image is drawn: a cache is as large as its last scale needs.
 """
@@ -25,7 +25,6 @@ from benchmarks.harness.errors import BenchmarkError
 from benchmarks.harness.records import Record, record
 from benchmarks.harness.tables import markdown_table
 from car_runtime.backends.registry import open_backend
-from car_runtime.buffers import LoopBuffers
 from car_runtime.errors import CarError
 from car_runtime.format.folder import open_folder
 from car_runtime.format.manifest import Manifest, read_manifest
@@ -45,10 +44,14 @@ def kv_bytes(layers: int, tokens: int, rows: int, width: int, item: int) -> int:
 
 def counted(manifest: Manifest, batch: int) -> int:
     """The bytes of a plan's cache for a guided batch, from its manifest."""
-    (dtype,) = {port.dtype for port in manifest.graphs["step"].inputs if port.name == "past_k_0"}
-    item = np.dtype(dtype.replace("bfloat16", "uint16")).itemsize
+    item = np.dtype(cache_type(manifest).replace("bfloat16", "uint16")).itemsize
     model = manifest.model
     return kv_bytes(model.cache_layers, manifest.tokens, 2 * batch, model.width, item)
+
+
+def cache_type(manifest: Manifest) -> str:
+    """The type of the cache's numbers, as the step's ports have it."""
+    return next(port.dtype for port in manifest.graphs["step"].inputs if port.name == "past_k_0")
 
 
 def measured(path: Path, manifest: Manifest, batch: int, backend: str) -> tuple[int, int]:
@@ -57,8 +60,10 @@ def measured(path: Path, manifest: Manifest, batch: int, backend: str) -> tuple[
     try:
         opened, _ = open_backend(backend, path, manifest, 1, folder, False)
         try:
-            buffers = LoopBuffers(opened, manifest, batch, 2 * batch)
-            cache = [np.asarray(array) for array in buffers.rows.cache.values()]
+            model = manifest.model
+            shape = (manifest.tokens, 2 * batch, model.heads, model.width // model.heads)
+            dtype = cache_type(manifest)
+            cache = [np.asarray(opened.allocate(shape, dtype)) for _ in range(2 * model.cache_layers)]
             before = resident()
             for array in cache:
                 array.fill(1)
