@@ -87,7 +87,13 @@ def add_arguments(parser: argparse.ArgumentParser, stage: str) -> None:
 
 
 def run(args: argparse.Namespace) -> Path:
-    """Train; returns the last checkpoint. One process, or one group of them, at a time. Raises UserError."""
+    """Train; returns the last checkpoint. One process, or one group of them, at a time. Raises UserError.
+
+    Under `torchrun --max-restarts N` a run goes on from its newest checkpoint, if there is one: a restarted process
+    has the arguments of the first, and on the other machines nothing says that it was restarted.
+    """
+    if World.may_restart() and checkpoint.of_run(args.output):
+        args.resume = True
     if not args.resume and checkpoint.of_run(args.output):
         raise ConfigError(f"{args.output} holds a run already; add --resume to continue it, or give another folder")
     if args.steps is None:
