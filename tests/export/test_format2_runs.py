@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from car_export.config import ExportOptions
 from car_export.plan2 import build_plan_of_2
 from car_runtime import GenerationConfig, Plan, open_plan
 from car_runtime.backends.openvino.backend import OpenVino
-from car_runtime.errors import RequestError
+from car_runtime.errors import PlanError, RequestError
 from car_runtime.format.manifest import read_manifest
 from car_runtime.request import uniforms
 from car_train.model import Model
@@ -234,3 +235,14 @@ def test_what_a_plan_cannot_follow_is_refused_in_one_line(plan: Plan) -> None:
         plan.generate(None, 1, control_cfg=1.0)
     with pytest.raises(RequestError, match="config 1: there is no branch"):
         plan.generate_many([GenerationConfig(), GenerationConfig(control={"x": drawing(1)})])
+
+
+def test_parameters_of_a_type_that_numpy_lacks_are_refused_by_the_reader(root: Path) -> None:
+    manifest = read_manifest(root)
+    name, key = "fusion_norm_weight_0", "branches.sketch.fusions.0.norm.weight"
+    step, one = manifest.graphs["step"], manifest.parameters[key]
+    ports = tuple(replace(port, dtype="bfloat16") if port.name == name else port for port in step.inputs)
+    short = replace(one, dtype="bfloat16", bytes=one.bytes // 2)
+    graphs = {**manifest.graphs, "step": replace(step, inputs=ports)}
+    with pytest.raises(PlanError, match=r"fusions\.0\.norm\.weight is bfloat16 \[\d+\], unlike the step's"):
+        replace(manifest, graphs=graphs, parameters={**manifest.parameters, key: short})
