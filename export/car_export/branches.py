@@ -16,6 +16,7 @@ import onnx
 import torch
 from onnx import TensorProto
 
+from car_export.bf16_to_fp32 import runnable
 from car_export.command import run_command
 from car_export.config import ExportOptions
 from car_export.errors import ExportError, VerificationError
@@ -24,7 +25,7 @@ from car_export.goldens import write_goldens
 from car_export.plan import Log, reference_model
 from car_export.plan2 import PlanBuilder2, check_branches
 from car_export.verify2 import Verifier2
-from car_export.weights import Place, WeightStore, alignment, external, place, refer
+from car_export.weights import Place, WeightStore, alignment, as_array, external, place, refer
 from car_runtime.format import manifest as schema
 from car_runtime.format.goldens import golden_file
 from car_runtime.format.signature import SIGNATURE
@@ -161,8 +162,9 @@ def add_branch(
         _copy(plan, old, aside)
         builder = AddedBranch(name, model, old, options, aside, log)
         _finish(builder.build(), aside, default)
-        verifier = Verifier2(aside, builder.reference, name, log)
-        verifier.check(whole=False)
+        with runnable(aside) as whole:
+            verifier = Verifier2(whole, builder.reference, name, log)
+            verifier.check(whole=False)
         if verifier.problems:
             raise VerificationError(
                 f"{len(verifier.problems)} differences between the plan and {path}:\n  "
@@ -208,7 +210,7 @@ def check_base(old: schema.Manifest, plan: Path, model: Model, path: Path) -> No
     for name in sorted(table & found.keys() - {"base.pos_LC", "base.level_KC"}):
         one = old.parameters[name]
         value = _stored(weights, one).T if one.layout == "transposed" else _stored(weights, one)
-        mine = found[name].to(getattr(torch, one.dtype)).numpy()
+        mine = as_array(found[name].to(getattr(torch, one.dtype)))
         if name.endswith("log_scale_H"):
             value, mine = (np.exp(np.minimum(x.astype("f4"), np.float32(MAX_LOG_SCALE))) for x in (value, mine))
         if not np.array_equal(value, mine):

@@ -334,10 +334,9 @@ def _check_plan(args: argparse.Namespace) -> None:
     """Raise ConfigError for a plan that engines can't be made of, or a second input."""
     if args.others:
         raise ConfigError(f"{args.checkpoint} is a plan, and {args.others[0]} a second input; give one plan")
-    if schema.read_manifest(args.checkpoint).format == 2:
-        wanted = "an int8 plan" if args.weights == "int8" else "engines"
+    if args.target is not None and schema.read_manifest(args.checkpoint).format == 2:
         raise ConfigError(
-            f"{args.checkpoint} is of format 2; {wanted} can be made of format 1: export with --format 1"
+            f"{args.checkpoint} is of format 2; engines are made of format 1: export its checkpoint with --format 1"
         )
 
 
@@ -347,10 +346,8 @@ def _format_of(args: argparse.Namespace) -> int:
     if args.format == 1 and several:
         raise ConfigError("--format 1 holds one control branch; leave it out, or give one checkpoint")
     chosen: int = args.format or (2 if several else 1)
-    of_1 = "--target" if args.target else "--precision bf16" if args.precision == "bf16" else None
-    of_1 = "--weights int8" if args.weights == "int8" else of_1
-    if of_1 is not None and chosen == 2:
-        raise ConfigError(f"{of_1} needs a plan of format 1; leave it out, or export one checkpoint with --format 1")
+    if args.target is not None and chosen == 2:
+        raise ConfigError("--target needs a plan of format 1; leave it out, or export one checkpoint with --format 1")
     if chosen == 1 and args.default_branch is not None and not args.verify:
         raise ConfigError(f"--default-branch {args.default_branch} belongs to format 2; add --format 2")
     return chosen

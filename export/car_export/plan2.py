@@ -314,8 +314,6 @@ def build_plan_of_2(models: Mapping[str, Model], options: ExportOptions, log: Lo
     """
     if "" not in models:
         check_branches(models)
-    if options.precision == "bf16":
-        raise ExportError("bf16 plans are of format 1; choose --precision fp16 or fp32, or --format 1")
     with plan_written_aside(options.output) as aside:
         builder = PlanBuilder2(models, options, aside, log)
         builder.build()

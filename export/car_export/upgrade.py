@@ -195,7 +195,9 @@ class OldPlan:
             raise ExportError(f"{root} is of format {manifest.format} already; use it as it is")
         if precision.weights in ("int8", "bf16"):
             exact = "the float32 plan that it was made of" if precision.weights == "int8" else "one in fp16 or fp32"
-            raise ExportError(f"{root} stores {precision.weights}, which format 2 doesn't have; upgrade {exact}")
+            raise ExportError(
+                f"{root} stores {precision.weights}, of which no model can be made again; upgrade {exact}"
+            )
         if "encoder" not in manifest.graphs:
             raise ExportError(f"{root} has no encoder, which is part of its model; {REMEDY}")
         schema.verify_files(root, manifest)

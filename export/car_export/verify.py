@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 import car_runtime
-from car_export.bf16_to_fp32 import float32_copy
+from car_export.bf16_to_fp32 import runnable
 from car_export.errors import VerificationError
 from car_runtime import GenerationConfig
 from car_runtime.backends.onnxruntime.session import needless_optimizers
@@ -363,28 +363,32 @@ class Verifier:
 
 def verify_plan(directory: Path, reference: Model, log: Log) -> None:
     """Raise VerificationError if the plan at `directory` does not compute what `reference` (float32, eval) does."""
+    manifest = schema.read_manifest(directory)
+    check_same_model(manifest, reference, reference.car.layers if reference.car is not None else 0)
+    made = manifest.model
+    if (made.control_type is not None) != (reference.car is not None and reference.car.branch is not None):
+        raise VerificationError(
+            "one of plan and checkpoint has no control branch; give the one that the plan was made from"
+        )
+    with runnable(directory) as plan:
+        Verifier(plan, reference, log).run()
+
+
+def check_same_model(manifest: schema.Manifest, reference: Model, layers: int) -> None:
+    """Raise VerificationError where a plan is of another model. layers: of K/V that its step has."""
     if reference.car is None:
         raise VerificationError("the checkpoint holds a tokenizer only; give the one that the plan was made from")
-    manifest = schema.read_manifest(directory)
     made = manifest.model
     facts = (made.depth, made.width, made.heads, made.vocab, made.latent_channels, made.image_size, made.classes)
     config, base = reference.config.vqvae, reference.car.base.config
     wanted = (base.depth, base.C, base.H, config.vocab, config.latent_channels, config.image_size, base.classes)
-    control = (made.control_type is not None, reference.car.branch is not None)
-    layers = (made.cache_layers, reference.car.layers)
     sides = tuple(s.side for s in manifest.scales)
-    if facts != wanted or sides != config.sides or control[0] != control[1] or layers[0] != layers[1]:
+    if facts != wanted or sides != config.sides or made.cache_layers != layers:
         raise VerificationError(
             f"the plan is of another model: depth, width, heads, codes, channels, pixels, classes are {facts}, "
-            f"the checkpoint's {wanted}, K/V pairs {layers[0]} and {layers[1]}; give the one that the plan was made "
-            "from"
+            f"the checkpoint's {wanted}, K/V pairs {made.cache_layers} and {layers}; give the one that the plan was "
+            "made from"
         )
-    if manifest.precision.compute != "bf16":
-        Verifier(directory, reference, log).run()
-        return
-    # ONNX Runtime has no bfloat16 on CPUs. What is left to find in a float32 copy is everything but rounding.
-    with float32_copy(directory) as copy:
-        Verifier(copy, reference, log).run()
 
 
 _NUMPY: Mapping[str, str] = {

@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from car_export.bf16_to_fp32 import runnable
 from car_export.errors import VerificationError
-from car_export.verify import CFG, Arrays, Log, Verifier, scene
+from car_export.verify import CFG, Arrays, Log, Verifier, check_same_model, scene
+from car_runtime.format import manifest as schema
 from car_runtime.format.schema import FUSIONS, WEIGHTS, Parameter
 from car_train.model import Model
 from car_train.model.sample import Recording, control_pyramid, sample
@@ -179,6 +181,13 @@ def verify_plan_of_2(directory: Path, base: Model, branches: Mapping[str, Model]
 
     base: any of the models, or the one without a branch. branches: name → model.
     """
+    manifest = schema.read_manifest(directory)
+    check_same_model(manifest, base, len(base.car.base.blocks) if base.car is not None else 0)
+    with runnable(directory) as plan:
+        _compare(plan, base, branches, log)
+
+
+def _compare(directory: Path, base: Model, branches: Mapping[str, Model], log: Log) -> None:
     problems: list[str] = []
     worst: dict[str, float] = {}
     runs: list[tuple[str | None, Model]] = [(None, base), *branches.items()]

@@ -673,10 +673,8 @@ if hasattr(os, "register_at_fork"):
 def _load_constants(folder: PlanFolder, manifest: Manifest, backend: Backend) -> list[dict[str, Buffer]]:
     """Each scale's constants as buffers, step input name → buffer. All of them together are a few MB."""
     names = {name for scale in manifest.scales for name in scale.constants.values()}
-    buffers: dict[str, Buffer] = {}
-    for name, values in stored_arrays(folder, {name: manifest.tensors[name] for name in names}).items():
-        buffers[name] = backend.allocate(values.shape, values.dtype.name)
-        backend.write(buffers[name], values)
+    stored = stored_arrays(folder, {name: manifest.tensors[name] for name in names})
+    buffers = {name: backend.constant(values, manifest.tensors[name].dtype) for name, values in stored.items()}
     return [{port: buffers[name] for port, name in scale.constants.items()} for scale in manifest.scales]
 
 

@@ -11,13 +11,16 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from car_export.branches import add_branch
 from car_export.cli import main as build_engines
 from car_export.config import ExportOptions
 from car_export.errors import ExportError
 from car_export.plan2 import build_plan_of_2
 from car_runtime.errors import PlanError
 from car_runtime.format import manifest as schema
+from car_runtime.format.folder import open_folder
 from car_runtime.format.graph_check import Checked, check_graph
+from car_runtime.format.parameters import stored_arrays
 from car_train import checkpoint
 from car_train.config import CARConfig
 from car_train.model import Model
@@ -112,6 +115,28 @@ def test_other_fusions_agree_with_pytorch(kind: dict[str, str], tmp_path: Path) 
     build_plan_of_2({"sketch": model}, ExportOptions(output=tmp_path / "one.plan", name="one"))
 
 
+def test_a_bf16_plan_stores_its_branches_in_bfloat16_and_takes_another(tmp_path: Path) -> None:
+    model = small()
+    plan = build_plan_of_2(
+        {"sketch": model}, ExportOptions(output=tmp_path / "half.plan", name="half", precision="bf16")
+    )
+    manifest = schema.read_manifest(plan)
+    step = manifest.graphs["step"]
+    for name, dtype in (("linear_weight", "bfloat16"), ("norm_weight", "float32")):
+        assert manifest.parameters[f"branches.sketch.fusions.0.{name.replace('_', '.')}"].dtype == dtype
+        assert step.input(f"fusion_{name}_0").dtype == dtype
+    folder = open_folder(plan)
+    one = manifest.parameters["branches.sketch.fusions.0.linear.weight"]
+    bits = stored_arrays(folder, {"w": one})["w"].astype(np.uint32) << 16
+    folder.close()
+    assert model.car is not None
+    assert model.car.branch is not None
+    weight = model.car.branch.fusions[0].get_parameter("linear.weight").T.numpy()
+    assert np.abs(bits.view(np.float32) - weight).max() <= 2**-8 * np.abs(weight).max()
+    both = add_branch(plan, checkpoint.save(sibling(small()), tmp_path / "other"), name="other")
+    assert list(schema.read_manifest(both).model.branches) == ["sketch", "other"]
+
+
 def test_what_is_no_branch_of_one_base_is_refused(tmp_path: Path) -> None:
     options, model = ExportOptions(output=tmp_path / "no.plan", name="no"), small()
     stranger = sibling(model)
@@ -129,7 +154,6 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
     for arguments, says in (
         ([str(one), str(other), *out], "two branches are called 'sketch'"),
         ([str(one), f"b={other}", "--default-branch", "c", *out], "--default-branch c is not one of"),
-        ([str(one), f"b={other}", "--precision", "bf16", *out], "needs a plan of format 1"),
         ([str(one), "--default-branch", "sketch", *out], "add --format 2"),
         ([str(two), "--target", "rtx", "--sm", "89"], "is of format 2"),
     ):

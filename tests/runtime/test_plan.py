@@ -501,6 +501,7 @@ class _DeviceBackend:
 
     name = "device"
     guided_only = True
+    max_mixed = 1
     cache_dtype = None
 
     def __init__(self, root: Path, manifest: Manifest, batches: tuple[int, ...]) -> None:
@@ -510,6 +511,9 @@ class _DeviceBackend:
     def allocate(self, shape: tuple[int, ...], dtype: str) -> _Device:
         # Rubbish, so that reading what was never written shows.
         return _Device(np.full(shape, 77, np.dtype(dtype)))
+
+    def constant(self, values: np.ndarray, dtype: str) -> _Device:
+        return _Device(np.array(values))
 
     def write(self, buffer: Any, values: np.ndarray) -> None:
         self._host.write(buffer._array, values)
