@@ -307,11 +307,16 @@ def _branch_inputs(made: Model, every: Mapping[str, Tensor]) -> dict[str, Tensor
     }
 
 
-def build_plan_of_2(models: Mapping[str, Model], options: ExportOptions, log: Log = lambda _: None) -> Path:
-    """As `build_plan`, of format 2. models: branch name → model on one base, the default branch first.
+def build_plan_of_2(
+    models: Model | Mapping[str, Model], options: ExportOptions, log: Log = lambda _: None
+) -> Path:
+    """Build, verify and put a plan in place; returns its path. Nothing is left at `options.output` if anything fails.
 
-    {"": model} makes a plan without branches. Raises ExportError or verify.VerificationError.
+    models: branch name → model on one base, the default branch first; {"": model} makes a plan without branches. Of
+    one model alone the branch is called as its control type is. Raises ExportError or verify.VerificationError.
     """
+    if isinstance(models, Model):
+        models = {models.config.car.control_type if models.config.car is not None else "": models}
     if "" not in models:
         check_branches(models)
     with plan_written_aside(options.output) as aside:

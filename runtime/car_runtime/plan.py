@@ -379,7 +379,8 @@ class Plan:
         return replace(plain, known=np.where(mask, known, 0), known_mask=mask)
 
     def _edited(self, request: Request) -> Request:
-        """The request with the tokens of the image that it changes, if it changes one."""
+        """The request, which the backend can draw, with the tokens of the image that it changes, if it does."""
+        self._check_backend(request)
         edit = request.edit
         if edit is None or request.encoded:
             return request
@@ -431,7 +432,8 @@ class Plan:
         """Like `generate_many`, one scale at a time; `images` and `requests` of a scale say whose it is.
 
         cancelled: asked before each scale with the position of a config, whose remaining scales are left out from
-            the first True on: the others go on without its rows. It is called from this thread alone.
+            the first True on: the others go on without its rows, where the backend has steps for so many images as
+            are left. It is called from this thread alone.
         logits: as `stream` has it.
 
         A bad config raises here, not at the first scale.
@@ -553,7 +555,7 @@ class Plan:
                     kept = waited_for(loop.batch)
                     if not kept:
                         break
-                    if len(kept) < len(loop.batch) and not loop.done:
+                    if len(kept) < len(loop.batch) and len(kept) in self._backend.batches and not loop.done:
                         self._keep(loop, kept, logits, clock)
 
     def _keep(self, loop: ScaleLoop, images: Sequence[int], logits: bool, clock: _Clock) -> None:
@@ -634,6 +636,20 @@ class Plan:
     def _is_forked(self) -> bool:
         """Whether this is a copy, made by a fork, of a plan that another process opened."""
         return self._opened_in != os.getpid()
+
+    def _check_backend(self, request: Request) -> None:
+        """Raise RequestError for what the engines of this backend have no shapes for."""
+        backend, mixed = self._backend, len(request.controls)
+        if backend.max_mixed is not None and mixed > backend.max_mixed:
+            raise RequestError(
+                f"the backend {backend.name!r} mixes {backend.max_mixed} control branch into a step, not {mixed}; "
+                "give one control, or use another backend, e.g. ort-cuda or ort-cpu"
+            )
+        if backend.guided_only and request.control_cfg > 0:
+            raise RequestError(
+                f"the backend {backend.name!r} has no rows without control, which control_cfg {request.control_cfg:g} "
+                "needs; leave it at 0, or use another backend, e.g. ort-cuda or ort-cpu"
+            )
 
     def _check_logits(self) -> None:
         if not any(port.name == "logits" for port in self.manifest.graphs["step"].outputs):

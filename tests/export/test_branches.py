@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(
         (["add-branch", plan, deeper, "--name", "c"], "and the plan's branches concat in 1"),
         (["add-branch", plan, tmp_path / "nowhere"], "no checkpoint there"),
         (["add-branch", plan], "needs a checkpoint after the plan"),
-        (["add-branch", small_plan("steered"), elsewhere], "is of format 1, which holds one branch"),
+        (["add-branch", small_plan("steered", 1), elsewhere], "is of format 1, which holds one branch"),
         (["remove-branch", plan, "depth"], "has no branch 'depth'; name one of: sketch, other"),
         (["remove-branch", plan, "other", "--default", "depth"], "--default depth is not one of"),
         (["remove-branch", plan], "needs the name of a branch"),
@@ -157,7 +157,7 @@ def test_info_says_what_a_plan_is(two: Path, capsys: pytest.CaptureFixture[str])
     lines = run(["info", two], capsys).splitlines()
     assert lines[0].startswith("two: format 2, ")
     assert any(line.startswith("branch other: sketch, maps sketch, ") for line in lines)
-    old = json.loads(run(["info", small_plan("steered"), "--json"], capsys))
+    old = json.loads(run(["info", small_plan("steered", 1), "--json"], capsys))
     assert old["format"] == 1
     assert old["branches"] == {"sketch": {"control_type": "sketch", "convention": "sketch", "bytes": None}}
 

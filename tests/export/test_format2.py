@@ -154,8 +154,7 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
     for arguments, says in (
         ([str(one), str(other), *out], "two branches are called 'sketch'"),
         ([str(one), f"b={other}", "--default-branch", "c", *out], "--default-branch c is not one of"),
-        ([str(one), "--default-branch", "sketch", *out], "add --format 2"),
-        ([str(two), "--target", "rtx", "--sm", "89"], "is of format 2"),
+        ([str(one), "--default-branch", "other", *out], "--default-branch other is not one of"),
     ):
         assert build_engines(arguments) == 2
         text = capsys.readouterr().err

@@ -471,7 +471,7 @@ def test_plans_that_the_kernels_cannot_run_are_refused_in_one_line(tmp_path: Pat
         BackendError, match=r"the plan is fp32 with fp32 weights, .*; use --backend ort-cuda, or export"
     ):
         open_steps(tmp_path, manifest, memory)
-    with pytest.raises(BackendError, match="no table of parameters; export the plan again with --format 2"):
+    with pytest.raises(BackendError, match="no table of parameters; export the plan again, or upgrade it"):
         open_steps(tmp_path, half, memory)
 
 

@@ -26,7 +26,7 @@ import pytest
 
 from car_export.goldens import write_goldens
 from car_export.tensorrt.build import Target, build_engines, recipes
-from car_runtime import BackendError, PlanError, RunError, open_plan
+from car_runtime import BackendError, GenerationConfig, PlanError, RequestError, RunError, open_plan
 from car_runtime import verify as acceptance
 from car_runtime.backends.cuda import driver as cuda
 from car_runtime.backends.cuda.buffers import DeviceArray, Memory
@@ -46,6 +46,7 @@ from fixtures.runtime_plan import LAYERS, SIDES, SIZE, C, D, E, H, L, V, Z, buil
 from fixtures.small import small_model
 from fixtures.small_plans import small_plan
 from fixtures.threads import run_in_threads
+from fixtures.two_branches import two_branches
 
 CONTROL = np.random.default_rng(1).integers(0, 256, (40, 50, 3), np.uint8)
 OTHER_CONTROL = 255 - CONTROL
@@ -209,6 +210,43 @@ def test_the_engine_form_makes_the_cpus_images(tmp_path: Path, kind: str, built:
                 # Sums in another order (the dummy token, rows of guidance where none is needed) round differently.
                 assert np.abs(found.images.astype(int) - expected.images).max() <= 1
         assert fake.backend.report()["graphs_launched"] > len(manifest.scales)
+
+
+@pytest.mark.parametrize("built", ["by hand", pytest.param("by TensorRT for RTX", marks=pytest.mark.slow)])
+def test_the_engine_form_of_branches_makes_the_cpus_images(tmp_path: Path, built: str) -> None:
+    """A plan of format 2: a branch is an engine of its own, loaded when it is named, and a step takes one of them."""
+    root = shutil.copytree(two_branches(), tmp_path / "two.plan")
+    forms, version, batches = write_forms(root), "1.2.3", (1, 2)
+    if built == "by hand":
+        write_engines(root, batches=batches)
+    else:
+        version, batches = (
+            pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed").__version__,
+            (1,),
+        )
+        build_engines(root, [Target(flavour="rtx", name="sm89")])
+    with Fake(root, computed_by=forms, version=version) as fake, open_plan(root, "ort-cpu", threads=1) as cpu:
+        own = ["control.sketch", "condition.sketch", "branch.sketch"]
+        assert sorted(fake.trt.loads) == sorted(["step", "condition", "decoder", *own])
+        for seed, control in enumerate([CONTROL, {"other": CONTROL}, None, CONTROL, {"other": (CONTROL, 0.4)}]):
+            settings = {"cfg": 0.0} if seed == 1 else {"n": 3, "top_k": 5} if seed == 3 else {"cfg": 3.0}
+            for again in (1, 2):
+                found = fake.plan.generate(control, 1, 10 * seed + again, **settings)
+                expected = cpu.generate(control, 1, 10 * seed + again, **settings)
+                assert (found.tokens == expected.tokens).all(), (seed, again)
+                # Sums in another order round differently.
+                assert np.abs(found.images.astype(int) - expected.images).max() <= 1
+        assert {"branch.other", "control.other", "condition.other"} <= set(fake.trt.loads)
+        assert fake.backend.report()["graphs_launched"] > 0
+        many = [GenerationConfig(control=CONTROL, label=i, cfg=float(i), seed=i) for i in range(3)]
+        for found, expected in zip(fake.plan.generate_many(many), cpu.generate_many(many), strict=True):
+            assert (found.tokens == expected.tokens).all()
+        stopped = list(fake.plan.stream_many(many[:2], cancelled=lambda owner: owner == 1))
+        assert stopped[-1].requests in ((0,), (0, 1))
+        with pytest.raises(RequestError, match="'rtx' mixes 1 control branch into a step, not 2; give one control"):
+            fake.plan.generate({"sketch": CONTROL, "other": CONTROL})
+        with pytest.raises(RequestError, match="no rows without control, which control_cfg 2 needs; leave it at 0"):
+            fake.plan.generate(CONTROL, control_cfg=2.0)
 
 
 def write_forms(root: Path) -> dict[str, Path]:

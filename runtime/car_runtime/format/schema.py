@@ -338,7 +338,7 @@ class Manifest:
     def table_problem(self) -> str | None:
         """Why the table of parameters can't be read, in words with the remedy; None if it can."""
         if not self.parameters:
-            return f"the plan {self.name!r} has no table of parameters; {REMEDY} with --format 2"
+            return f"the plan {self.name!r} has no table of parameters; {REMEDY}, or upgrade it (--upgrade)"
         if graphs_digest(self.graphs, self.files) != self.parameters_digest:
             return f"the table of parameters of {self.name!r} belongs to other graphs than the plan's; {REMEDY}"
         return None
