@@ -180,7 +180,7 @@ def random_weights(
     model can have, or if the export fails.
     """
     from car_export.config import ExportOptions
-    from car_export.plan import build_plan
+    from car_export.plan2 import build_plan_of_2
 
     try:
         source = Source(model=model, depth=depth)
@@ -197,7 +197,7 @@ def random_weights(
             batches=batches,
             provenance={"weights": f"random, seed {SEED}"},
         )
-        build_plan(source.load(), options, log)
+        build_plan_of_2(source.load(), options, log)
 
     name = f"{model}-depth{config.var.depth}-{precision}-b{'.'.join(map(str, batches))}"
     plan = _made_once(cache, name, _key(config), export, log)

@@ -307,9 +307,7 @@ def _branch_inputs(made: Model, every: Mapping[str, Tensor]) -> dict[str, Tensor
     }
 
 
-def build_plan_of_2(
-    models: Model | Mapping[str, Model], options: ExportOptions, log: Log = lambda _: None
-) -> Path:
+def build_plan_of_2(models: Model | Mapping[str, Model], options: ExportOptions, log: Log = lambda _: None) -> Path:
     """Build, verify and put a plan in place; returns its path. Nothing is left at `options.output` if anything fails.
 
     models: branch name → model on one base, the default branch first; {"": model} makes a plan without branches. Of

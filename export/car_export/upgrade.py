@@ -34,6 +34,7 @@ from car_export.weights import place
 from car_runtime.format import manifest as schema
 from car_runtime.format.goldens import GOLDENS, golden_file
 from car_runtime.format.graph_check import Checked, check_graph
+from car_runtime.receipt import UPGRADED, plan_digest
 from car_train.config import CARConfig, ConfigError, ModelConfig, VARConfig, VQVAEConfig
 from car_train.conventions import FIRST, PRESETS
 from car_train.model import Model
@@ -473,7 +474,7 @@ def upgrade(source: Path, output: Path, name: str | None = None, log: Log = lamb
         weights=manifest.precision.weights if manifest.precision.compute == "fp32" else "fp32",
         batches=tuple(sorted(statics)) or (1,),
         more_smooth=manifest.more_smooth,
-        provenance={**manifest.provenance, **tool_versions(), "upgraded from": f"format {manifest.format}"},
+        provenance={**manifest.provenance, **tool_versions(), UPGRADED: plan_digest(manifest)},
         **sampling,
     )
     if manifest.engines:

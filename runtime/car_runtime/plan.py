@@ -192,6 +192,8 @@ def _open_checked(
     verify: bool,
     trust_engines: bool,
 ) -> Plan:
+    if manifest.model.branches and manifest.table_problem is not None:
+        raise PlanError(manifest.table_problem)  # a step takes the parameters of its branches from the table
     # All but the content of the weights, so that engines read no graph that was changed.
     verify_folder(folder, manifest, hashes=False, names=[WEIGHTS])
     verify_folder(folder, manifest, hashes=verify, names=[name for name in manifest.files if name != WEIGHTS])
@@ -505,7 +507,7 @@ class Plan:
         request = given[0]
         if given[1:] or settings:
             raise RequestError("a request stands alone; give a GenerationConfig to change settings of it")
-        if (request.schedule.scales, request.known.shape[1]) != (len(self.manifest.scales), self.manifest.tokens):
+        if request.manifest is not self.manifest and request.manifest != self.manifest:
             raise RequestError(
                 f"the request is not for the plan {self.manifest.name!r}; resolve it against this plan"
             )
@@ -647,8 +649,8 @@ class Plan:
             )
         if backend.guided_only and request.control_cfg > 0:
             raise RequestError(
-                f"the backend {backend.name!r} has no rows without control, which control_cfg {request.control_cfg:g} "
-                "needs; leave it at 0, or use another backend, e.g. ort-cuda or ort-cpu"
+                f"the backend {backend.name!r} has no rows without control, which control_cfg "
+                f"{request.control_cfg:g} needs; leave it at 0, or use another backend, e.g. ort-cuda or ort-cpu"
             )
 
     def _check_logits(self) -> None:

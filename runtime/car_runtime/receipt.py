@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 KEY = "car-receipt"
 CONTROL_KEY = "car-control"
 VERSION = 1
+UPGRADED = "upgraded from plan"
+"""Key in a manifest's provenance: the digest of the plan of format 1 that this one was made from, and draws as."""
 MAX_RECEIPT = 64 * 1024
 """Characters of a receipt that are read; one of a d16's image has about 2,000."""
 MAX_CONTROL = 4 * 1024 * 1024
@@ -116,13 +118,14 @@ def text_of(receipt: Receipt, vocab: int) -> str:
 def receipt_of(chunks: Mapping[str, str], manifest: Manifest) -> Receipt | None:
     """The receipt among the text chunks of a PNG, checked against a plan; None where there is none.
 
+    The plan may be the upgraded form of the receipt's, which draws the same.
     Raises RequestError: altered, of another plan, or of a newer version.
     """
     text = chunks.get(KEY)
     if text is None:
         return None
     body = _body(text)
-    if body.get("plan") != plan_digest(manifest):
+    if body.get("plan") not in (plan_digest(manifest), manifest.provenance.get(UPGRADED)):
         raise RequestError(
             f"the image was made by another plan, {str(body.get('name'))[:60]!r}, and this one is {manifest.name!r}; "
             "name that plan with -e"

@@ -85,6 +85,8 @@ class BranchControl:
 class Request:
     """Images for a plan to make: a control, a class, consecutive seeds, and the tokens that are given, not drawn."""
 
+    manifest: Manifest = field(repr=False)
+    """Of the plan that it was checked against."""
     controls: tuple[BranchControl, ...]
     """What is followed, in the order of the plan's branches; empty for plain VAR."""
     label: int
@@ -158,6 +160,7 @@ def resolve_settings(manifest: Manifest, config: GenerationConfig) -> Request:
     blend = _resolve_blend(manifest, config, label, seeds)
     classless = label == manifest.model.classes and (blend is None or blend.label == label)
     return Request(
+        manifest=manifest,
         controls=(),
         label=label,
         classless=classless,

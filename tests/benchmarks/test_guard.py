@@ -32,7 +32,7 @@ from fixtures.toy_plan import toy
 WATCHED = (*FUSED, "Transpose", "Concat", "Cast")
 
 # Operations and bytes are those of one image with guidance, bytes in the type computed in (stored_bytes: in
-# weights.bin); allocations are buffers, on ort-cpu; "transposes" are the last step's, per attention layer.
+# weights.bin); allocations are buffers, on ort-cpu; "transposes" are the last step's, per block.
 SHIPPED: dict[str, Any] = {
     "allocations": {"first image": 44, "next seed": 0, "open": 30, "other class": 3, "other control": 7},
     "flops": 4_712_678_912,
@@ -123,13 +123,13 @@ def measured(plan: Path) -> dict[str, Any]:
     """All the numbers of a plan."""
     manifest, counts = read_manifest(plan), count_image(plan)
     ops = {name: _ops(plan / graph.file) for name, graph in manifest.graphs.items()}
-    last = f"step.{len(manifest.scales) - 1:02d}.b1"
-    shown = ("control", "condition", "step", "step.00.b1", last, "decoder")
+    last, branch = f"step.{len(manifest.scales) - 1:02d}.b1", manifest.model.default_branch
+    shown = ("control", "condition", "branch", "step", "step.00.b1", last, "decoder")
     step = next(stage.count for stage in counts.stages if stage.name == "scale_0")
     return {
-        "nodes": {name: ops[name].total() for name in shown},
+        "nodes": {name: sum(ops[one].total() for one in (name, f"{name}.{branch}") if one in ops) for name in shown},
         "watched": {name: {op: ops[name][op] for op in WATCHED if ops[name][op]} for name in (last, "decoder")},
-        "transposes": ops[last]["Transpose"] / manifest.model.cache_layers,
+        "transposes": ops[last]["Transpose"] / manifest.model.depth,
         "flops": counts.total("flops"),
         "weight_bytes": counts.total("weight_bytes"),
         "weight_bytes_of_a_step": step.weight_bytes,
@@ -153,16 +153,19 @@ def test_an_image_costs_what_it_cost_before(name: str) -> None:
 def test_a_second_image_allocates_nothing(name: str) -> None:
     found, scales = allocations(path_of(name)), len(read_manifest(path_of(name)).scales)
     assert found["next seed"] == 0
-    assert found["other class"] == 3  # the label, start tokens and modulation
+    assert found["other class"] == 5  # the label, start tokens and modulation; of the branch the label and modulation
     assert found["other control"] == scales + 1  # a control image per scale, and the features
 
 
 @pytest.mark.parametrize("name", list(PLANS))
 def test_what_engines_fuse_is_one_node_each(name: str) -> None:
     manifest = read_manifest(path_of(name))
-    layers, depth = manifest.model.cache_layers, manifest.model.depth
-    model = onnx.load(path_of(name) / manifest.graphs["step"].file, load_external_data=False)
-    ops = Counter(node.op_type for node in model.graph.node)
+    branch, depth = str(manifest.model.default_branch), manifest.model.depth
+    layers = depth + manifest.model.branches[branch].cache_layers
+    ops: Counter[str] = Counter()
+    for graph in ("step", f"branch.{branch}"):
+        model = onnx.load(path_of(name) / manifest.graphs[graph].file, load_external_data=False)
+        ops.update(node.op_type for node in model.graph.node)
     assert ops["Gelu"] == layers
     assert ops["LayerNormalization"] == 2 * layers + 1 + depth // 2  # two a block, the head's, one a fusion
     assert ops["Softmax"] == layers + 2  # attention, and two when a token is drawn

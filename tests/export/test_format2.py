@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,17 +11,21 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from PIL import Image
 
-from car_export.branches import add_branch
+from car_export.branches import add_branch, remove_branch
 from car_export.cli import main as build_engines
 from car_export.config import ExportOptions
 from car_export.errors import ExportError
 from car_export.plan2 import build_plan_of_2
-from car_runtime.errors import PlanError
+from car_runtime import GenerationConfig, open_plan
+from car_runtime.cli.main import main as car_run
+from car_runtime.errors import PlanError, RequestError
 from car_runtime.format import manifest as schema
 from car_runtime.format.folder import open_folder
 from car_runtime.format.graph_check import Checked, check_graph
 from car_runtime.format.parameters import stored_arrays
+from car_runtime.request import resolve
 from car_train import checkpoint
 from car_train.config import CARConfig
 from car_train.model import Model
@@ -161,6 +166,44 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
         assert says in text, text
         assert text.count("\n") == 1
     assert not (tmp_path / "x.plan").exists()
+
+
+def test_the_runtime_refuses_what_a_plan_cannot_follow_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], two: Path
+) -> None:
+    """Unknown and missing branches, one named twice, weights out of range, a table that doesn't fit its graphs."""
+    edges, out = str(tmp_path / "e.png"), ["-o", str(tmp_path / "out.png")]
+    Image.new("RGB", (12, 12)).save(edges)
+    edited = tmp_path / "edited.plan"
+    shutil.copytree(two, edited)
+    (edited / "step.onnx").write_bytes((edited / "step.onnx").read_bytes() + b"\x32\x00")  # an empty doc_string
+    manifest = schema.read_manifest(two)
+    files = {**manifest.files, **schema.describe_files(edited, ["step.onnx"])}
+    schema.write_manifest(edited, replace(manifest, files=files))
+    for plan, controls, says in (
+        (two, [f"depth={edges}"], "there is no branch 'depth' in the plan 'two'; it has sketch, other"),
+        (two, [edges, f"other={edges}"], "names no branch; with several of them give BRANCH=IMAGE"),
+        (two, [f"other={edges}", f"other={edges}"], "names the branch 'other' twice; give each branch once"),
+        (two, [f"other={edges}:2.5"], "the weight of other is 2.5, but must be in 0…2; 1 is what the branch"),
+        (two, [f"other={edges}:-0.1"], "the weight of other is -0.1, but must be in 0…2"),
+        (edited, [edges], "the table of parameters of 'two' belongs to other graphs than the plan's; export"),
+    ):
+        flags = [flag for control in controls for flag in ("--control", control)]
+        assert car_run(["-e", str(plan), "--backend", "ort-cpu", *flags, *out]) == 2
+        text = capsys.readouterr().err
+        assert says in text, text
+        assert text.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e.png", "edited.plan"]
+    foreign = resolve(read_plan_of_one(tmp_path), GenerationConfig(control=Image.open(edges)))
+    message = "config 1: the request is not for the plan 'two'; resolve it against this plan"
+    with open_plan(two, "ort-cpu", threads=1) as opened, pytest.raises(RequestError, match=message):
+        opened.generate_many([GenerationConfig(), foreign])
+
+
+def read_plan_of_one(folder: Path) -> schema.Manifest:
+    """Of a plan whose scales and vocabulary are those of `two`."""
+    one = remove_branch(two_branches(), "other", output=folder / "one.plan")
+    return schema.read_manifest(one)
 
 
 def test_a_branch_out_of_its_base_is_refused_by_the_reader(two: Path) -> None:

@@ -64,7 +64,7 @@ def named_source(given: str) -> tuple[str | None, str, float]:
     """BRANCH=IMAGE[:WEIGHT] → branch, file, weight; None and 1 where they aren't there. A file's whole name wins."""
     if given == "-" or os.path.exists(given):
         return None, given, 1.0
-    parts = re.fullmatch(r"([a-z0-9_-]{1,32})=(.+?)(?::([0-9]+\.?[0-9]*|\.[0-9]+))?", given)
+    parts = re.fullmatch(r"([a-z0-9_-]{1,32})=(.+?)(?::([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)))?", given)
     if parts is None:
         return None, given, 1.0
     branch, file, weight = parts.groups()
