@@ -26,6 +26,7 @@ import pytest
 from safetensors import safe_open
 
 import car_runtime
+from car_runtime.format.goldens import golden_file
 from car_train import checkpoint
 from fixtures.golden import Golden
 from fixtures.small import small_model
@@ -74,19 +75,22 @@ def export_hashes(plan: Path) -> dict[str, str]:
     """
     found = {}
     for path in sorted(plan.rglob("*")):
-        if not path.is_file() or path.name == "goldens.npz":
+        if not path.is_file() or path.suffix == ".npz":
             continue
         content = path.read_bytes()
         if path.name == "manifest.json":
             manifest = json.loads(content)
-            del manifest["provenance"], manifest["files"]["goldens.npz"]
+            del manifest["provenance"]
+            manifest["files"] = {name: entry for name, entry in manifest["files"].items() if not name.endswith(".npz")}
             content = json.dumps(manifest, indent=1).encode()
         found[path.relative_to(plan).as_posix()] = hashlib.sha256(content).hexdigest()
     return found
 
 
 def golden_tokens(plan: Path) -> dict[str, list[int]]:
-    with np.load(plan / "goldens.npz") as arrays:
+    """Of the default branch, or of a plan without one."""
+    branch = json.loads((plan / "manifest.json").read_text())["model"]["default_branch"]
+    with np.load(plan / golden_file(branch or "")) as arrays:
         return {name: arrays[name].tolist() for name in ("tokens", "sampled_tokens")}
 
 

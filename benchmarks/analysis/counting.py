@@ -316,8 +316,9 @@ def count_image(plan: Path, batch: int = 1) -> ImageCount:
 def stored_weights(plan: Path, batch: int = 1) -> tuple[int, int]:
     """(bytes of weights.bin that some graph of the plan refers to, each once; bytes of the whole file)."""
     manifest = open_manifest(plan)
-    named = (*manifest.tensors.values(), *manifest.parameters.values())
-    ranges: dict[int, int] = {t.offset: t.bytes for t in named}
+    ranges: dict[int, int] = {t.offset: t.bytes for t in manifest.tensors.values()}
+    for one in manifest.parameters.values():
+        ranges[one.offset] = max(one.bytes, ranges.get(one.offset, 0))
     for graph in manifest.graphs.values():
         for offset, length in _stored(onnx.load(plan / graph.file, load_external_data=False).graph):
             ranges[offset] = max(length, ranges.get(offset, 0))
