@@ -23,7 +23,7 @@ from car_runtime.backends.amx.convolutions import read_encoder
 from car_runtime.backends.amx.description import UnsupportedGraphError
 from car_runtime.backends.amx.match_transformer import read_step
 from car_runtime.backends.amx.memory import Workspace
-from car_runtime.backends.amx.transformer import Transformer
+from car_runtime.backends.amx.transformer import CombinedTransformer
 from car_runtime.format.manifest import Scale, read_manifest
 from fixtures.kernel_graphs import THREADS, WEIGHTS, RandomDecoder, decode, mutated
 
@@ -43,19 +43,21 @@ def encode(library: Any, folder: Path, sides: tuple[int, ...]) -> None:
 def step(library: Any, folder: Path, scales: Sequence[Scale], rng: np.random.Generator) -> None:
     """A folder's step.onnx at some scales."""
     graph = read_step(folder / "step.onnx", folder / WEIGHTS)
-    transformer, workspace = Transformer(library, graph, THREADS), Workspace(library)
-    layers, head = range(len(graph.base) + len(graph.branch)), graph.width // graph.heads
+    transformer, workspace = CombinedTransformer(library, graph, THREADS), Workspace(library)
+    base = graph.base
+    assert base.head is not None
+    layers, head = range(base.layers), base.width // base.heads
     for rows, images in ((1, 1), (6, 3)):
         for scale in scales:
-            S, C = scale.side, graph.width
+            S, C = scale.side, base.width
             shapes = {"x": (rows, S, S, C), "pos": (S, S, C), "control": (S, S, C)}
-            shapes["modulation"] = (rows, graph.modulation_rows, C)
+            shapes["modulation"] = (rows, base.modulation_rows, C)
             inputs: dict[str, Any] = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
             inputs |= {name: np.ones(1, np.float32) for name in ("cfg", "cfg_ratio")}
-            outputs: dict[str, Any] = {"logits": np.zeros((images, S, S, len(graph.head.matrix)), np.float32)}
+            outputs: dict[str, Any] = {"logits": np.zeros((images, S, S, len(base.head.matrix)), np.float32)}
             for name in (f"{kind}_{i}" for kind in "kv" for i in layers):
-                inputs[f"past_{name}"] = np.zeros((scale.start, rows, graph.heads, head), transformer.cache_dtype)
-                outputs[f"new_{name}"] = np.zeros((S * S, rows, graph.heads, head), transformer.cache_dtype)
+                inputs[f"past_{name}"] = np.zeros((scale.start, rows, base.heads, head), transformer.cache_dtype)
+                outputs[f"new_{name}"] = np.zeros((S * S, rows, base.heads, head), transformer.cache_dtype)
             transformer.run(inputs, outputs, workspace)
 
 

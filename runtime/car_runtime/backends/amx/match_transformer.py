@@ -9,6 +9,7 @@ Shapes: C width, H heads, V codes, D blocks of the base.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from car_runtime.backends.amx.description import (
     Block,
+    CombinedStep,
     Floats,
     Fusion,
     Linear,
@@ -28,12 +30,12 @@ from car_runtime.backends.amx.graph import Graph, read_graph
 from car_runtime.backends.amx.onnx_file import Node
 
 
-def read_step(file: Path, weights: Path) -> Transformer:
+def read_step(file: Path, weights: Path) -> CombinedStep:
     """The transformer of a plan's `step.onnx`; its large constants are mapped from the file `weights`, not read.
 
     UnsupportedGraphError if it is none. Shapes are checked: all fit each other.
     """
-    return read_graph(file, weights, lambda graph: _Reader(graph).transformer())
+    return read_graph(file, weights, lambda graph: _Reader(graph).step())
 
 
 class _Reader:
@@ -45,7 +47,7 @@ class _Reader:
         self._eps: set[float] = set()
         self._width = self._heads = 0
 
-    def transformer(self) -> Transformer:
+    def step(self) -> CombinedStep:
         graph = self._graph
         x = graph.follow("Reshape", "x", None)
         x = graph.follow("Transpose", self._sum(x, self._position), perm=[1, 0, 2])
@@ -68,17 +70,18 @@ class _Reader:
             raise UnsupportedGraphError("MLPs of different widths")
         if sorted(block.layer for block in [*base, *branch]) != list(range(len(base) + len(branch))):
             raise UnsupportedGraphError("keys and values of a layer twice")
-        return Transformer(
+        every = Transformer(
             width=self._width,
             heads=self._heads,
             eps=self._eps.pop(),
-            base=base,
-            head=head,
+            blocks=base,
             modulation_rows=len(self._rows),
-            branch=branch,
-            fusions=fusions,
-            inject=inject,
+            layers=len(base) + len(branch),
+            head=head,
+            fused=len(fusions),
         )
+        steering = replace(every, blocks=branch, head=None, inject=inject, fused=0) if branch else None
+        return CombinedStep(base=every, branch=steering, fusions=fusions)
 
     def _branch(self) -> tuple[Linear | None, list[Block], list[str]]:
         """The control branch, and what each of its blocks gives."""
@@ -175,7 +178,7 @@ class _Reader:
         linear, x = self._linear(norm.output[0], self._width, 2 * self._width)
         if (weight.shape, bias.shape) != ((2 * self._width,), (2 * self._width,)):
             raise UnsupportedGraphError(f"a fusion's norm has weights {weight.shape}")
-        return Fusion(weight=weight, bias=bias, linear=linear), x
+        return Fusion(kind="concat", weight=weight, bias=bias, linear=linear), x
 
     def _modulated(self, x: str, scale: int, shift: int) -> str:
         """LN(x)·(1 + scale) + shift."""

@@ -16,7 +16,6 @@ AMX = BackendSpec(
     device="cpu",
     rank=6,
     rank_bf16=4,
-    newest_format=1,
     computes=("fp32",),
     extra="openvino",
     install=("pip install 'car-deploy[openvino]'",),
