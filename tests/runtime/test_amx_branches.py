@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import product
@@ -235,3 +232,77 @@ def test_numbers_that_do_not_fit_are_refused(steered: tuple[Model, Parameters]) 
     for change in changes:
         with pytest.raises(ValueError, match=r"the kernels don't have|is wanted"):
             transformer.run_step(given | change, places, workspace, fusions)
+
+
+# -- whole plans
+
+
+def drawing(number: int) -> Image.Image:
+    image = Image.new("RGB", (6, 6))
+    ImageDraw.Draw(image).ellipse((number, 1, 5, 2 + number), outline="white", width=1)
+    return image
+
+
+@pytest.fixture(scope="module", params=[("concat", "blocks"), ("zero", "conv")], ids="-".join)
+def root(request: pytest.FixtureRequest) -> Path:
+    def export(folder: Path) -> None:
+        model = make_model(*request.param)
+        options = ExportOptions(output=folder / "two.plan", name="two", more_smooth=True)
+        build_plan_of_2({"sketch": model, "other": sibling(model)}, options)
+
+    return build_once(f"amx-two-{'-'.join(request.param)}", export) / "two.plan"
+
+
+@pytest.fixture(scope="module")
+def exact(root: Path) -> Iterator[Plan]:
+    with open_plan(root, backend="ort-cpu", threads=1) as opened:
+        yield opened
+
+
+def requests() -> list[GenerationConfig]:
+    """One branch, the other, both, none; guided by class, by the control, and not at all."""
+    a, b = {"sketch": drawing(1)}, {"other": drawing(3)}
+    return [
+        GenerationConfig(control=a, label=1, seed=3, n=2, cfg=2.0, top_k=5),
+        GenerationConfig(control=drawing(2), label=4, seed=8, cfg=0, top_p=0.5),
+        GenerationConfig(control=b, label=2, seed=5, cfg=1.0, cfg_scales="-1"),
+        GenerationConfig(label=2, seed=6, cfg=3.0),
+        GenerationConfig(control={**a, "other": (drawing(2), 0.4)}, label=0, seed=1, control_cfg=1.0),
+        GenerationConfig(control=a, label=2, seed=3, control_cfg=2.0, cfg=1.0, more_smooth=True),
+    ]
+
+
+@needs_kernels
+@pytest.mark.parametrize(("backend", "share", "limit"), [("amx", 0.8, 0.05), ("amx-fp32", 0.98, 2e-4)])
+def test_whole_plans_draw_what_ort_cpu_draws(
+    root: Path, exact: Plan, backend: str, share: float, limit: float
+) -> None:
+    """Tokens, whose draws a rounding can turn; logits of the last scale when all tokens before are the same."""
+    transformer = exact.manifest.model.branches["sketch"].transformer
+    with open_plan(root, backend=backend, threads=2) as plan:
+        wanted, got = (p.generate_many(requests()) for p in (exact, plan))
+        alone = [plan.generate(config) for config in requests()[:2]]
+        tokens = wanted[4].tokens
+        given: dict[str, Any] = {"known_tokens": tokens, "known_mask": np.ones(tokens.shape, bool), "logits": True}
+        mixed = {"sketch": (drawing(1), 0.7), "other": (drawing(2), 0.6)}
+        steps = [list(p.stream(mixed, 2, cfg=2.0, control_cfg=1.5, **given)) for p in (exact, plan)]
+        own = plan._backend.report()["own"]
+    assert own == [
+        *(["branch.other", "branch.sketch"] if transformer == "blocks" else []),
+        *("control.other", "control.sketch", "decoder", "step"),
+    ]
+    pairs = [(one.tokens == other.tokens).mean() for one, other in zip(wanted, got, strict=True)]
+    assert np.mean(pairs) >= share, pairs
+    for one, other in zip(*steps, strict=True):
+        assert off(np.asarray(other.logits), np.asarray(one.logits)) < limit, one.index
+    for one, other in zip(alone, got, strict=False):
+        assert (one.tokens == other.tokens).all()
+        assert (one.images == other.images).all()
+
+
+def test_a_table_of_other_graphs_is_refused_with_a_way_on(root: Path) -> None:
+    manifest = read_manifest(root)
+    entry = replace(manifest.files["step.onnx"], sha256=("0" * 64,))
+    edited = replace(manifest, files={**manifest.files, "step.onnx": entry})
+    with pytest.raises(BackendError, match=r"belongs to other graphs than the plan's; export the plan again"):
+        Amx(root, edited, 1)
