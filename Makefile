@@ -43,7 +43,7 @@ GPU_ENV := .venv-gpu
 OLDEST_ENV := .venv-oldest
 INSTALLED := /.installed
 
-.PHONY: help demo studio test quick check lint types fuzz test-slow test-gpu test-oldest clean
+.PHONY: help demo studio test quick check lint types kernels fuzz test-slow test-gpu test-oldest clean
 
 help:
 	@echo 'make demo       images from the control images in examples/, into out/ (installs no PyTorch)'
@@ -53,6 +53,7 @@ help:
 	@echo 'make check      lint (ruff, imports, clang-format), types (mypy), all tests: what a change must pass'
 	@echo 'make lint       ruff, the arrows between packages (import-linter), clang-format'
 	@echo 'make types      mypy'
+	@echo 'make kernels    compile the cuda kernels again, byte for byte the ones in the tree (minutes, no GPU)'
 	@echo 'make fuzz       changed manifests, configs and graphs, guided by coverage, FUZZ_SECONDS each'
 	@echo 'make test-slow  tests that take minutes or gigabytes of memory'
 	@echo 'make test-gpu   tests that need an NVIDIA GPU (an environment of its own)'
@@ -79,6 +80,9 @@ studio: $(STUDIO_ENV)$(INSTALLED)
 
 test: $(DEV_ENV)$(INSTALLED)
 	@OMP_NUM_THREADS=1 $(DEV_ENV)/bin/python -m pytest -q --durations=15 $(PYTEST_SPREAD) $(PYTEST_ARGS)
+
+kernels: $(DEV_ENV)$(INSTALLED)
+	@cd export && $(abspath $(DEV_ENV))/bin/python -m car_kernels.build
 
 fuzz: $(DEV_ENV)$(INSTALLED)
 	@$(DEV_ENV)/bin/python -m pip install -q 'atheris>=3,<4'

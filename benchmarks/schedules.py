@@ -286,7 +286,7 @@ class HeldOut:
         stated = model.convention
         self.convention = None if stated is None else PRESETS.get(stated.name, PRESETS[stated.control_type])
         self.data = ControlledImages(
-            options.data,
+            args.data,
             model.image_size,
             split=options.split,
             control_type=model.control_type,

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,15 @@ torch.set_num_threads(1)
 SHARED = pytest.StashKey[Path]()
 
 
+NEED_TRITON = ["export/test_cuda_kernels.py", "runtime/test_cuda_cubins.py"]
+collect_ignore = [] if find_spec("triton") else NEED_TRITON
+"""There is no Triton for this platform."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """One folder for what the processes of a run share (fixtures/shared.py); the first one makes and removes it."""
     given = getattr(config, "workerinput", {}).get("shared")
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton (fixtures/kernel_device.py)
     folder = Path(given or tempfile.mkdtemp(prefix="car-tests-"))
     shared.use_folder(folder)
     if given is None:

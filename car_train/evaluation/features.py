@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from car_train.evaluation.options import EvaluationError
+from car_train.evaluation.reference import Gaussian
 from car_train.evaluation.sets import LEAST_IMAGES
 from car_train.files import sha256
 
@@ -73,9 +74,9 @@ class EfficientNetLite0:
         }
 
     @torch.no_grad()
-    def logits(self, images_BHW3: Pixels) -> Floats:
-        """Logits of the 1000 ImageNet classes, float32 [B, 1000]."""
-        return self.net._fc(torch.from_numpy(self(images_BHW3)).to(self.device)).cpu().numpy()
+    def logits(self, features_BD: Floats) -> Floats:
+        """Logits of the 1000 ImageNet classes, float32 [B, 1000], from the features that a call gives."""
+        return self.net._fc(torch.from_numpy(features_BD).to(self.device)).cpu().numpy()
 
     @torch.no_grad()
     def __call__(self, images_BHW3: Pixels) -> Floats:
@@ -89,13 +90,14 @@ class Inception:
     """Inception-v3 as FID has it, and the scores made of it, by torch-fidelity.
 
     weights: the state dict that torch-fidelity publishes (`weights-inception-2015-12-05-6726825d.pth`), or the same
-    tensors as .safetensors. Features are the 2048 of the last pooling and, after them, the 1008 logits without bias.
+    tensors as .safetensors. Features are the 2048 of the last pooling, after them the 1008 logits without bias, and
+    with `spatial` those of sFID (Nash et al. 2021): 7 channels of mixed_6/conv, row by row, 17·17·7.
     The library resizes to 299×299, bilinearly as TensorFlow 1 did. Raises EvaluationError.
     """
 
-    split = 2048
+    split, logits = 2048, 1008
 
-    def __init__(self, weights: Path, device: str = "cpu"):
+    def __init__(self, weights: Path, device: str = "cpu", *, spatial: bool = False):
         library = import_torch_fidelity()
         from torch_fidelity.utils import create_feature_extractor
 
@@ -117,7 +119,8 @@ class Inception:
                 f"{weights}: not torch-fidelity's Inception weights ({str(error).splitlines()[0][:200]}); "
                 "give its weights-inception-2015-12-05-6726825d.pth"
             ) from error
-        self.device = device
+        self.device, self.spatial = device, spatial
+        self.net.Mixed_6d.branch1x1.register_forward_hook(self._see)  # TensorFlow's mixed_6/conv
         self.about = {
             "network": "Inception-v3 (2015-12-05)",
             "library": f"torch-fidelity {library.__version__}",
@@ -128,29 +131,67 @@ class Inception:
     @torch.no_grad()
     def __call__(self, images_BHW3: Pixels) -> Floats:
         x = torch.from_numpy(images_BHW3).permute(0, 3, 1, 2).contiguous().to(self.device)
-        return torch.cat(self.net(x), 1).float().cpu().numpy()
+        found = torch.cat(self.net(x), 1).float()
+        return torch.cat([found, self._seen] if self.spatial else [found], 1).cpu().numpy()
 
-    def scores(self, real_ND: Floats, made_ND: Floats) -> dict[str, float | None]:
-        """FID, Inception Score (10 parts), precision and recall (3 neighbours); None with too few images."""
-        from torch_fidelity import metric_fid, metric_isc, metric_prc
+    def _see(self, layer: object, inputs: object, output_BCHW: torch.Tensor) -> None:
+        self._seen = output_BCHW[:, :7].permute(0, 2, 3, 1).flatten(1).float()
 
-        real, made = (torch.from_numpy(x[:, : self.split].copy()) for x in (real_ND, made_ND))
-        logits = torch.from_numpy(made_ND[:, self.split :].copy())
+    def scores(
+        self, real_ND: Floats | None, made_ND: Floats, pool: Gaussian | None = None, spatial: Gaussian | None = None
+    ) -> dict[str, float | None]:
+        """FID, sFID, Inception Score (10 parts), precision and recall (3 neighbours); None with too few images.
+
+        pool, spatial: statistics instead of those of `real`'s features; without `real` no precision or recall.
+        Raises EvaluationError for statistics of other features.
+        """
+        from torch_fidelity import metric_isc, metric_prc
+
+        at = (
+            slice(0, self.split),
+            slice(self.split, self.split + self.logits),
+            slice(self.split + self.logits, None),
+        )
+        made, logits, made_spatial = (made_ND[:, columns].copy() for columns in at)
+        real, _, real_spatial = (None if real_ND is None else real_ND[:, columns].copy() for columns in at)
         out: dict[str, float] = {}
         if len(made) >= LEAST_IMAGES:
-            statistics = [metric_fid.fid_features_to_statistics(x) for x in (made, real)]
-            out |= metric_fid.fid_statistics_to_metric(*statistics, verbose=False)
+            out |= {"fid": distance} if (distance := _distance(made, real, pool)) is not None else {}
+            if self.spatial and (distance := _distance(made_spatial, real_spatial, spatial)) is not None:
+                out["sfid"] = distance
         if len(made) >= 10:
-            out |= metric_isc.isc_features_to_metric(logits)
-            out |= metric_prc.prc_features_to_metric(made, real, verbose=False)
+            out |= metric_isc.isc_features_to_metric(torch.from_numpy(logits))
+            if real is not None:
+                features = (torch.from_numpy(made), torch.from_numpy(real))
+                out |= metric_prc.prc_features_to_metric(*features, verbose=False)
         names = {
-            "fid": "frechet_inception_distance",
+            "fid": "fid",
+            **({"sfid": "sfid"} if self.spatial else {}),
             "inception_score": "inception_score_mean",
             "inception_score_std": "inception_score_std",
             "precision": "precision",
             "recall": "recall",
         }
         return {mine: out.get(theirs) for mine, theirs in names.items()}
+
+
+def _distance(made_ND: Floats, real_ND: Floats | None, given: Gaussian | None) -> float | None:
+    """torch-fidelity's Fréchet distance of some features from the given statistics, or else from other features."""
+    from torch_fidelity import metric_fid
+
+    if given is None and (real_ND is None or len(real_ND) < 2):
+        return None
+    made = metric_fid.fid_features_to_statistics(torch.from_numpy(made_ND))
+    if given is None:
+        real = metric_fid.fid_features_to_statistics(torch.from_numpy(real_ND))
+    elif len(given[0]) != made_ND.shape[1]:
+        raise EvaluationError(
+            f"the reference's mean is of {len(given[0])} features, Inception's of {made_ND.shape[1]}; "
+            "give statistics of Inception, or a reference with images"
+        )
+    else:
+        real = {"mu": given[0].astype(made["mu"].dtype), "sigma": given[1].astype(made["sigma"].dtype)}
+    return float(metric_fid.fid_statistics_to_metric(made, real, verbose=False)["frechet_inception_distance"])
 
 
 def _load_tensors(file: Path) -> Any:

@@ -31,6 +31,7 @@ from car_train.images import to_pixels
 from car_train.model import Model
 from car_train.model.sample import sample
 from car_train.model.vqvae import join_tokens
+from car_train.training.perceptual import Perceptual
 from car_train.training.stages import control_pyramids
 
 SHEET_IMAGES = 64
@@ -44,9 +45,16 @@ Report = dict[str, Any]
 class Measurements:
     """All that is gathered from the images, batch by batch: columns of numbers, features, counts of codes."""
 
-    def __init__(self, model: Model, options: EvalOptions, networks: Mapping[str, FeatureNetwork]):
+    def __init__(
+        self,
+        model: Model,
+        options: EvalOptions,
+        networks: Mapping[str, FeatureNetwork],
+        perceptual: Perceptual | None = None,
+    ):
         self.model, self.options, self.networks = model.to(options.device), options, networks
         self.config, self.car = model.config.vqvae, model.car
+        self.perceptual = None if perceptual is None else perceptual.to(options.device)
         self.control_type = model.config.car.control_type if model.config.car else None
         self.convention = model.config.car.control_convention if model.config.car else None
         self.maker: Maker | None = None
@@ -101,6 +109,8 @@ class Measurements:
             self._column("psnr", [psnr(e) for e in mse])
             unit = [((x + 1) / 2).permute(0, 2, 3, 1).contiguous().numpy() for x in (a, b)]
             self._column("ssim", [ssim(x, y) for x, y in zip(*unit, strict=True)])
+            if self.perceptual is not None:
+                self._column("perceptual", self.perceptual.distance(recon, images).cpu().numpy())
         return grids, recon
 
     def _teacher_forced(self, name: str, labels: Tensor, grids: list[Tensor], pyramid: list[Tensor] | None) -> None:
@@ -182,6 +192,7 @@ class Measurements:
             "psnr": columns["psnr"].mean(),
             "psnr_pooled": psnr(columns["mse"].mean()),
             "ssim": columns["ssim"].mean(),
+            **({"perceptual": columns["perceptual"].mean()} if "perceptual" in columns else {}),
             "l1": columns["l1"].mean(),
             "l2": columns["mse"].mean(),
             "codes_used": (use_V > 0).mean(),

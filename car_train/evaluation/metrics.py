@@ -18,6 +18,7 @@ from car_train.conventions import ControlConvention, convention
 
 SSIM_SIGMA, SSIM_SIDE = 1.5, 11  # pixels; Wang et al. 2004
 KID_SUBSETS, KID_SIZE = 100, 1000  # Bińkowski et al. 2018
+IS_PARTS = 10  # Salimans et al. 2016
 NEIGHBOURS = 3  # k of precision and recall, Kynkäänniemi et al. 2019
 EDGE_LEVEL = 128
 """Grey level from which a soft edge (HED; or, counted from white, a sketch's line) is an edge."""
@@ -149,6 +150,25 @@ def precision_recall(real_ND: Floats, made_MD: Floats, k: int = NEIGHBOURS) -> t
         raise ValueError(f"{len(real_ND)} and {len(made_MD)} images; {k} neighbours need at least {k + 1}")
     real, made = (np.asarray(x, np.float64) for x in (real_ND, made_MD))
     return _covered(made, real, k), _covered(real, made, k)
+
+
+def inception_score(logits_NK: Floats, parts: int = IS_PARTS) -> tuple[float, float]:
+    """exp of the mean of KL(p(y|x) ‖ p(y)), the mean and deviation over `parts` (Salimans et al. 2016, section 4).
+
+    1 where a classifier sees the same in all images, K where it is sure of each and they are equally many of each
+    class. Parts are of neighbours: shuffle first what is sorted by class. Raises ValueError for fewer images than
+    parts.
+    """
+    if len(logits_NK) < parts:
+        raise ValueError(f"{len(logits_NK)} images; {parts} parts need at least as many")
+    logits = np.asarray(logits_NK, np.float64)
+    logits = logits - logits.max(1, keepdims=True)
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    scores = []
+    for part in np.array_split(log_p, parts):
+        p = np.exp(part)
+        scores.append(math.exp((p * (part - np.log(p.mean(0)))).sum(1).mean()))
+    return float(np.mean(scores)), float(np.std(scores))
 
 
 def _covered(x_ND: Floats, by_MD: Floats, k: int) -> float:

@@ -25,14 +25,21 @@ class EvalOptions:
 
     checkpoint: Path
     """A checkpoint of any stage, or a run's folder for its newest one."""
-    data: Path = option(help="folder of class folders")
+    data: Path | None = option(
+        None, "folder of class folders; plans and --samples of a model without control can do without"
+    )
     split: str = option("val", choices=SPLITS)
     classes: str | None = option(
         None, 'only these: names, noto-*, 7, 100-999, with commas; "!0-99": all others', metavar="LIST"
     )
     control_root: Path | None = option(None, "ready control images that mirror --data", metavar="DIR")
     limit: int = option(0, "at most N images, at random (default: 0, all)", metavar="N")
-    per_class: int = option(0, "at most N of each class, at random (default: 0, all)", metavar="N")
+    per_class: int = option(
+        0,
+        "at most N images of each class, at random (default: 0, all); of a plan or with --samples: images to draw of "
+        "each class (default: 50)",
+        metavar="N",
+    )
     batch: int = option(16)
     seed: int = option(0)
     preset: str = option("plan", "guidance, top-k, top-p", choices=tuple(PRESETS))
@@ -42,6 +49,22 @@ class EvalOptions:
     fit: str = option(FITS[0], "of images that aren't square: their middle, with margins, or distorted", choices=FITS)
     annotator_onnx: Path | None = option(None, "network that derives the control from a drawn image", metavar="FILE")
     device: str = option("cpu", "e.g. cuda")
+    samples: Path | None = option(
+        None, "draw --per-class images of every class and write them: arr_0, uint8 [N, H, W, 3]", metavar="NPZ"
+    )
+    reference: Path | None = option(
+        None,
+        "the real images of --samples in the layout of ADM's evaluation: arr_0, or mu and sigma (mu_s, sigma_s)",
+        metavar="NPZ",
+    )
+    reject: float = option(
+        0.0, "draw 1/(1 - P) times as many and drop the share P that a classifier trusts least", metavar="P"
+    )
+    tokenizer: bool = option(False, "the tokenizer alone, with a perceptual distance and the legibility of text")
+    processes: int = option(1, "processes that draw")
+    resume: bool = option(False, "go on with the images that a stopped evaluation has drawn")
+    backend: str = option("auto", "engine of a plan, such as ort-cpu")
+    threads: int = option(0, "CPU threads (default: 0, all)")
     baseline: bool = True
     """Also draw and measure without the control."""
 
@@ -50,7 +73,9 @@ class EvalOptions:
         require(self.fit in FITS, f"no fit {self.fit!r}; choose one of: {', '.join(FITS)}")
         require(self.batch >= 1, f"batch is {self.batch}; it must be at least 1")
         require(self.preset in PRESETS, f"no preset {self.preset!r}; choose one of: {', '.join(PRESETS)}")
-        for name in ("limit", "per_class", "seed", "top_k"):
+        require(self.processes >= 1, f"processes is {self.processes}; it must be at least 1")
+        require(0 <= self.reject < 1, f"reject is {self.reject}; it must be at least 0 and below 1")
+        for name in ("limit", "per_class", "seed", "top_k", "threads"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"{name} is {value}; it must be at least 0")
         require(self.cfg is None or 0 <= self.cfg < math.inf, f"cfg is {self.cfg}; it must be a number from 0")

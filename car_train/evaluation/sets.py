@@ -30,15 +30,19 @@ Floats = NDArray[np.floating[Any]]
 Report = dict[str, Any]
 
 
-def compare_sets(bank: Mapping[str, Floats], seed: int, notes: list[str]) -> Report:
+def compare_sets(
+    bank: Mapping[str, Floats], seed: int, notes: list[str], owners: NDArray[np.intp] | None = None
+) -> Report:
     """The distances of sets of images from the real ones, and the noise floor of these distances.
 
     bank: features [N, D] by source; `truth` holds the real ones, all in the same order. notes: is added to.
+    owners: int [M] where the sets besides `truth` have M images each: the real image that each belongs to (its class,
+    its control). By default image i belongs to real image i.
 
     Per source: `kid` and `kid_std` over subsets, `fid` of all images (that is: the Fréchet distance on these
     features), `precision`, `recall`; and, so that nothing but the source differs from the floor, the same from one
     half of the real images to the source's images of the other half, mean and std over random halvings
-    (`kid_half`, `kid_half_std`, …). `floor`: these for the real images themselves.
+    (`kid_half`, `kid_half_std`, …), of as many images at most. `floor`: these for the real images themselves.
     """
     real = bank["truth"]
     n, D = real.shape
@@ -57,21 +61,35 @@ def compare_sets(bank: Mapping[str, Floats], seed: int, notes: list[str]) -> Rep
         notes.append(f"{n} images can't be halved: no distances between sets; evaluate more")
         return {}
     rng = np.random.default_rng([seed, 1])
-    halvings = [np.array_split(rng.permutation(n), 2) for _ in range(HALVINGS)]
+    halvings: list[Sequence[NDArray[np.intp]]] = [np.array_split(rng.permutation(n), 2) for _ in range(HALVINGS)]
     report: Report = {"halvings": HALVINGS, "floor": _half_scores(real, real, halvings, frechet)}
+    if owners is not None:
+        chosen: list[Sequence[NDArray[np.intp]]] = [
+            (a, _of_owners(owners, b, n, np.random.default_rng([seed, 3]))) for a, b in halvings
+        ]
+        halvings = chosen if min(len(pair[1]) for pair in chosen) >= 2 else []
     for source, made in tqdm(bank.items(), "statistics", unit="set", file=sys.stderr, disable=None):
         if source != "truth":
             mean, std = kid(real, made, np.random.default_rng([seed, 2]))
             whole = _scores(real, made, MOST_NEIGHBOURS, frechet)
-            halves = _half_scores(real, made, halvings, frechet)
+            halves = _half_scores(real, made, halvings, frechet) if halvings else {}
             report[source] = {"kid": mean, "kid_std": std, **whole, **halves}
     return report
 
 
+def _of_owners(
+    owners: NDArray[np.intp], half: NDArray[np.intp], n: int, rng: np.random.Generator
+) -> NDArray[np.intp]:
+    """Random images that belong to a half of the n real ones, as many as it has or fewer."""
+    within = np.zeros(n, bool)
+    within[half] = True
+    return rng.permutation(np.flatnonzero(within[owners]))[: len(half)]
+
+
 def _scores(real: Floats, made: Floats, most: int, frechet: bool) -> dict[str, float]:
     """Fréchet distance if wanted; precision and recall of at most `most` images: these cost N²."""
-    out = {"fid": frechet_distance(real, made)} if frechet else {}
-    if len(made) > NEIGHBOURS:
+    out = {"fid": frechet_distance(real, made)} if frechet and len(made) >= 2 else {}
+    if min(len(real), len(made)) > NEIGHBOURS:
         out["precision"], out["recall"] = precision_recall(real[:most], made[:most])
     return out
 

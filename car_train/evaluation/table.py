@@ -10,20 +10,25 @@ Report = dict[str, Any]
 
 def table(report: Report) -> str:
     """The report for people, as lines of text."""
-    data, steered = report["data"], report["checkpoint"]["control"]
-    lines = [
-        f"{report['checkpoint']['name']}{f' ({steered})' if steered else ''} on {data['pictures']} images of "
-        f"{data['name']}, split {data['split']}, {len(report['classes'])} classes",
-        "",
-        *_reconstruction_lines(report["reconstruction"]),
-    ]
+    data, model = report["data"], report.get("plan") or report["checkpoint"]
+    steered = model["control"]
+    real = f"{data['pictures'] or 0} images of {data['name']}, split {data['split']}"
+    if data.get("reference"):
+        real = f"the reference {data['reference']}"
+    name = f"{model['name']}{f' ({steered})' if steered else ''}"
+    if "samples" in report:
+        drawn = report["samples"]
+        lines = [f"{name}: {drawn['images']} images in {drawn['file']} ({drawn['drawn']} drawn) and {real}"]
+    else:
+        lines = [f"{name} on {real}, {len(report['classes'])} classes", ""]
+        lines += _reconstruction_lines(report["reconstruction"])
     if "teacher_forced" in report:
         rows = {_title(k, steered): v for k, v in report["teacher_forced"].items()}
         names: tuple[str, ...] = ("loss", "accuracy", "loss_last", "accuracy_last")
         lines += _block("teacher forced (nats, share; last scale)", names, rows)
     for part, names in (
-        ("distribution", ("kid", "kid_std", "fid", "precision", "recall")),
-        ("inception", ("fid", "inception_score", "inception_score_std", "precision", "recall")),
+        ("distribution", ("kid", "kid_std", "fid", "precision", "recall", "inception_score")),
+        ("inception", ("fid", "sfid", "inception_score", "inception_score_std", "precision", "recall")),
     ):
         if part in report:
             about = report[part]
@@ -34,6 +39,10 @@ def table(report: Report) -> str:
         rows = {_title(k, steered): v for k, v in about.items() if isinstance(v, dict)}
         names = ("kid_half", "kid_half_std", "fid_half", "fid_half_std", "precision_half", "recall_half")
         lines += _block(f"one half against the other, {about['halvings']} random halvings", names, rows)
+    if "text" in report:
+        names = ("read_letters", "read_words", "drawn_letters", "drawn_words")
+        rows = {f"{size} pixels": row for size, row in report["text"].items()}
+        lines += _block("text read after the tokenizer, and as it was drawn; by height of a letter", names, rows)
     if "control" in report:
         control = report["control"]
         rows = {_title(k, steered): v for k, v in control.items() if isinstance(v, dict)}
@@ -60,6 +69,7 @@ def _title(source: str, steered: str | None) -> str:
 def _reconstruction_lines(part: Report) -> list[str]:
     one = f"PSNR {_number(part['psnr'])} dB (of the pooled error {_number(part['psnr_pooled'])}), "
     one += f"SSIM {_number(part['ssim'])}, L1 {_number(part['l1'])}"
+    one += f", perceptual {_number(part['perceptual'])}" if "perceptual" in part else ""
     codes = f"{part['codes_used']:.1%} of the codes used, perplexity {part['perplexity']:.0f}; per scale "
     per_scale = zip(part["codes_used_per_scale"], part["perplexity_per_scale"], strict=True)
     codes += ", ".join(f"{used:.1%} {size:.0f}" for used, size in per_scale)

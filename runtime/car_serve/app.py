@@ -6,8 +6,9 @@ app = create_app([open_plan("d16.plan")])      # uvicorn, hypercorn, or inside a
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from anyio import to_thread
 from fastapi import FastAPI, Request
@@ -26,6 +27,9 @@ from car_serve.limits import Limits
 from car_serve.security import LOOPBACK, Guard
 from car_serve.service import Service
 
+if TYPE_CHECKING:
+    from car_runtime.format.manifest import Manifest
+
 log = logging.getLogger("car_serve")
 FORMS = (PictureForm, ControlForm, openai_routes.GenerationForm, openai_routes.EditsForm)
 
@@ -36,17 +40,22 @@ def create_app(
     *,
     token: str | None = None,
     hosts: tuple[str, ...] = LOOPBACK,
+    shelf: Mapping[str, Manifest] | None = None,
 ) -> FastAPI:
     """An application that draws with these plans, and closes them when it ends.
 
     token: asked of every request but health's. hosts: names it answers to; "*" for any, with a token.
-    The `Service` is `app.state.service`.
+    shelf: plans that are opened when they are asked for, by `opener` of the `Service`, which is `app.state.service`.
     """
-    service = Service(plans, limits or Limits())
+    service = Service(plans, limits or Limits(), shelf=shelf or {})
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await own_routes.warm_up(service)
+        for batcher in list(service.batchers.values()):
+            await own_routes.warm_up(service, batcher)
+        if service.opener is not None:
+            await to_thread.run_sync(service.batcher, None)
+        service.ready = True
         try:
             yield
         finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from car_runtime import Plan, __version__
+from car_runtime import __version__
 from car_runtime.plan import DEFAULT_PLAN
 from car_runtime.request import MAX_CFG
 from car_runtime.schedule import MAX_STRENGTH
@@ -17,8 +17,8 @@ def capabilities(service: Service) -> dict[str, Any]:
     limits = service.limits
     return {
         "version": __version__,
-        "default_plan": service.plans[0].manifest.name,
-        "plans": [plan_report(plan) for plan in service.plans],
+        "default_plan": service.names[0],
+        "plans": [_plan(service, name) for name in service.names],
         "limits": {
             "queue": limits.queue,
             "max_batch": limits.max_batch,
@@ -33,17 +33,19 @@ def capabilities(service: Service) -> dict[str, Any]:
     }
 
 
-def plan_report(plan: Plan) -> dict[str, Any]:
-    """One plan's part."""
-    manifest, model = plan.manifest, plan.manifest.model
-    convention, K = model.convention, len(manifest.scales)
+def _plan(service: Service, name: str) -> dict[str, Any]:
+    """One plan's part; `backend` is null while it is not open."""
+    batcher = service.batchers.get(name)
+    plan = None if batcher is None else batcher.plan
+    manifest = service.shelf[name] if plan is None else plan.manifest
+    model, convention, K = manifest.model, manifest.model.convention, len(manifest.scales)
     kind = model.control_type
     controls = (
         [] if kind is None else [{"type": kind, "convention": None if convention is None else asdict(convention)}]
     )
     return {
         "name": manifest.name,
-        "shipped": plan.path == DEFAULT_PLAN,
+        "shipped": plan is not None and plan.path == DEFAULT_PLAN,
         "image_size": model.image_size,
         "classes": list(model.names) if model.names else [str(i) for i in range(model.classes)],
         "controls": controls,
@@ -61,5 +63,5 @@ def plan_report(plan: Plan) -> dict[str, Any]:
             "seed": [0, 2**53 - 1],
         },
         "more_smooth": bool(manifest.more_smooth),
-        "backend": {"name": plan.backend_name, "why": plan.why},
+        "backend": None if plan is None else {"name": plan.backend_name, "why": plan.why},
     }

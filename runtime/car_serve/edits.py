@@ -94,8 +94,9 @@ def _image(plan: Plan, results: Results, limits: Limits, form: EditForm) -> Imag
 def _earlier(plan: Plan, results: Results, form: EditForm, id: str) -> Job:
     """An earlier result of this plan that has the image. Raises ServeError."""
     job = results.find(id)
-    if job.plan != plan.manifest.name:
-        raise bad_request(f"the result is of the plan {job.plan!r}; edit it with that one", "edit.id")
+    name = job.plan.manifest.name
+    if name != plan.manifest.name:
+        raise bad_request(f"the result is of the plan {name!r}; edit it with that one", "edit.id")
     if not 0 <= form.index < len(job.images):
         raise bad_request(f"edit.index is {form.index}; the result has images 0…{len(job.images) - 1}", "edit.index")
     return job

@@ -6,6 +6,13 @@ from typing import Any
 
 from car_runtime import CarError, UserError
 
+REMEDIES = {
+    "--list-classes shows them": "/v1/capabilities lists them",
+    "see --list-classes": "/v1/capabilities lists them",
+    "give control=…, on the command line --control FILE or --photo FILE": "send control or photo",
+}
+"""What of the runtime's remedies is a flag of its command, and what it is over HTTP."""
+
 
 class ServeError(Exception):
     """A request that is not served. `code` is one word for programs; the message ends with the remedy after "; "."""
@@ -50,7 +57,10 @@ def served(error: BaseException) -> ServeError:
     if isinstance(error, ServeError):
         return error
     if isinstance(error, UserError):
-        return bad_request(str(error))
+        message = str(error)
+        for of_command, here in REMEDIES.items():
+            message = message.replace(of_command, here)
+        return bad_request(message)
     if isinstance(error, CarError):
         return ServeError(
             500, "engine_error", "the engine failed while it drew; try again, the server's log says more"

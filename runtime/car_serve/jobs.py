@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from car_runtime import Plan
 from car_runtime.request import Request
 from car_serve.errors import ServeError
 
@@ -41,7 +42,7 @@ class Job:
     """
 
     request: Request
-    plan: str
+    plan: Plan
     previews: bool = True
     about: dict[str, Any] = field(default_factory=dict)
     """What a receipt says beyond the request: edits."""

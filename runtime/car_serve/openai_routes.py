@@ -72,7 +72,7 @@ def router(service: Service) -> APIRouter:
     @routes.get("/models")
     async def models() -> dict[str, Any]:
         """The plans, in the form of OpenAI's list of models."""
-        entries = [{"id": name, "object": "model", "created": 0, "owned_by": "car"} for name in service.batchers]
+        entries = [{"id": name, "object": "model", "created": 0, "owned_by": "car"} for name in service.names]
         return {"object": "list", "data": entries}
 
     @routes.post("/images/generations", openapi_extra=body_of(GenerationForm))
@@ -91,17 +91,20 @@ def router(service: Service) -> APIRouter:
 
 
 async def _run(service: Service, request: Request, form: GenerationForm, kind: str) -> Response:
-    plan = service.batcher(form.model if form.model in service.batchers else None).plan
     side = _side(form.size)
-    ours = await to_thread.run_sync(_our_form, plan, service.limits.max_pixels, form)
-    job = await to_thread.run_sync(service.submit, ours)
+    job = await to_thread.run_sync(_submit, service, form)
     if form.stream:
-        events = _events(plan, job, kind, side, form.partial_images or 0)
+        events = _events(job, kind, side, form.partial_images or 0)
         return EventStream(events, job.cancel, service.limits.write_timeout)
     await wait_or_cancel(request, job)
     if job.error is not None:
         raise job.error
-    return JSONResponse(await to_thread.run_sync(_answer, plan, job, side, form.response_format))
+    return JSONResponse(await to_thread.run_sync(_answer, job, side, form.response_format))
+
+
+def _submit(service: Service, form: GenerationForm) -> Job:
+    plan = service.batcher(form.model if form.model in service.names else None).plan
+    return service.submit(_our_form(plan, service.limits.max_pixels, form))
 
 
 def _side(size: str | None) -> int | None:
@@ -149,10 +152,10 @@ def _grey(mask_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
     return np.repeat(np.where(mask_HW, np.uint8(255), np.uint8(0))[..., None], 3, axis=2)
 
 
-def _answer(plan: Plan, job: Job, side: int | None, response_format: str | None) -> dict[str, Any]:
+def _answer(job: Job, side: int | None, response_format: str | None) -> dict[str, Any]:
     data = []
     for i in range(len(job.images)):
-        encoded = uploads.to_base64(_png(plan, job, i, side))
+        encoded = uploads.to_base64(_png(job, i, side))
         data.append(
             {"url": f"data:image/png;base64,{encoded}"} if response_format == "url" else {"b64_json": encoded}
         )
@@ -160,11 +163,11 @@ def _answer(plan: Plan, job: Job, side: int | None, response_format: str | None)
     return {"created": int(time()), "data": data, **about}
 
 
-def _png(plan: Plan, job: Job, image: int, side: int | None) -> bytes:
+def _png(job: Job, image: int, side: int | None) -> bytes:
     """An image as it is, with its receipt, or resized without."""
     pixels = job.images[image]
     if pixels is None or side in (None, max(pixels.shape[:2])):
-        return receipts.png(plan, job, image)
+        return receipts.png(job, image)
     return _resized(pixels, side)
 
 
@@ -196,7 +199,7 @@ def _usage(job: Job) -> dict[str, Any]:
     return {"input_tokens": 0, "output_tokens": drawn, "total_tokens": drawn, "input_tokens_details": details}
 
 
-async def _events(plan: Plan, job: Job, kind: str, side: int | None, wanted: int) -> AsyncIterator[bytes]:
+async def _events(job: Job, kind: str, side: int | None, wanted: int) -> AsyncIterator[bytes]:
     """True states of the images on their way, `wanted` of each, then the finished ones."""
     about = {"quality": "auto", "background": "opaque", "output_format": "png"}
     partial = _partial(job.request.schedule.drawn, wanted)
@@ -207,7 +210,7 @@ async def _events(plan: Plan, job: Job, kind: str, side: int | None, wanted: int
             sent += 1
             data: dict[str, Any] = {**about, "size": _size(scale.pixels, side), "created_at": int(time())}
             if scale.last:
-                png = await to_thread.run_sync(_png, plan, job, scale.image, side)
+                png = await to_thread.run_sync(_png, job, scale.image, side)
                 done = {"type": f"{kind}.completed", "b64_json": uploads.to_base64(png), "usage": _usage(job)}
                 yield event(f"{kind}.completed", done | data)
             elif scale.index in partial and scale.pixels is not None:

@@ -27,7 +27,7 @@ def router(service: Service, token: str | None) -> APIRouter:
     @routes.get("/health/ready", responses={503: {"description": "warming up or draining"}})
     async def ready() -> Response:
         """Whether to send requests here: warmed up, not draining, every engine thread alive."""
-        alive = all(batcher.alive for batcher in service.batchers.values())
+        alive = all(batcher.alive for batcher in list(service.batchers.values()))
         status = "draining" if service.draining else "ready" if service.ready and alive else "starting"
         return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 

@@ -10,9 +10,9 @@ from anyio import to_thread
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from car_runtime import Plan
 from car_runtime.images import png_bytes
 from car_serve import receipts
+from car_serve.batcher import Batcher
 from car_serve.capabilities import capabilities
 from car_serve.errors import ServeError
 from car_serve.forms import ControlForm, PictureForm, body_of, read_form
@@ -41,7 +41,7 @@ def router(service: Service) -> APIRouter:
     async def make_control(request: Request) -> dict[str, Any]:
         """The control map that a plan would follow, from a photo or a map."""
         form = await read_form(request, ControlForm)
-        return await to_thread.run_sync(map_of, service.batcher(form.plan).plan, service.limits, form)
+        return await to_thread.run_sync(lambda: map_of(service.batcher(form.plan).plan, service.limits, form))
 
     @routes.post("/pictures", openapi_extra=body_of(PictureForm))
     async def draw(request: Request) -> Response:
@@ -54,7 +54,7 @@ def router(service: Service) -> APIRouter:
         if stream:
             return _stream(service, job, cancel=True)
         await wait_or_cancel(request, job)
-        return await _answer(service, job)
+        return await _answer(job)
 
     @routes.get("/pictures/{id}")
     async def find(id: str, request: Request) -> Response:
@@ -62,7 +62,7 @@ def router(service: Service) -> APIRouter:
         job = service.results.find(id)
         if wants_events(request):
             return _stream(service, job, cancel=False)
-        return await _answer(service, job, whole=False)
+        return await _answer(job, whole=False)
 
     @routes.delete("/pictures/{id}")
     async def cancel(id: str) -> dict[str, Any]:
@@ -75,28 +75,26 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-async def warm_up(service: Service) -> None:
-    """Draw two images with every plan, one with guidance, all the way to their last event.
+async def warm_up(service: Service, batcher: Batcher) -> None:
+    """Draw two images with a plan, one with guidance, all the way to their last event.
 
     What engine and libraries do only once, 500 ms of the shipped plan, is done before anyone waits for it.
     """
-    for name, batcher in service.batchers.items():
-        model = batcher.plan.manifest.model
-        control = None
-        if model.control_type is not None:
-            lines = np.zeros((model.image_size, model.image_size, 3), np.uint8)
-            lines[model.image_size // 4 :: 8] = 255
-            control = to_base64(png_bytes(lines))
-        for cfg in (1.0, 0.0):
-            form = PictureForm.model_validate({"plan": name, "control": control, "class": 0, "cfg": cfg})
-            job = await to_thread.run_sync(job_of, batcher.plan, service.results, service.limits, form)
-            batcher.submit(job)
-            async for _ in _events(service, job):
-                pass
-            if job.error is not None:
-                raise job.error
-        service.metrics.forget(name)
-    service.ready = True
+    name, model = batcher.name, batcher.plan.manifest.model
+    control = None
+    if model.control_type is not None:
+        lines = np.zeros((model.image_size, model.image_size, 3), np.uint8)
+        lines[model.image_size // 4 :: 8] = 255
+        control = to_base64(png_bytes(lines))
+    for cfg in (1.0, 0.0):
+        form = PictureForm.model_validate({"plan": name, "control": control, "class": 0, "cfg": cfg})
+        job = await to_thread.run_sync(job_of, batcher.plan, service.results, service.limits, form)
+        batcher.submit(job)
+        async for _ in _events(job):
+            pass
+        if job.error is not None:
+            raise job.error
+    service.metrics.forget(name)
 
 
 def wants_events(request: Request) -> bool:
@@ -104,33 +102,31 @@ def wants_events(request: Request) -> bool:
     return "text/event-stream" in request.headers.get("accept", "")
 
 
-async def _answer(service: Service, job: Job, *, whole: bool = True) -> Response:
+async def _answer(job: Job, *, whole: bool = True) -> Response:
     """A job as JSON; `whole`: one that failed is an error of the call."""
     if whole and job.error is not None:
         raise job.error
     if whole and not job.finished:  # the caller has left, and reads this no more
         raise ServeError(499, "cancelled", "the caller left; send it again")
-    plan = service.batcher(job.plan).plan
-    return JSONResponse(await to_thread.run_sync(receipts.answer, plan, job))
+    return JSONResponse(await to_thread.run_sync(receipts.answer, job))
 
 
 def _stream(service: Service, job: Job, *, cancel: bool) -> EventStream:
     """A job's events from its first one on. `cancel`: a reader that leaves takes the job along."""
-    return EventStream(_events(service, job), job.cancel if cancel else lambda: None, service.limits.write_timeout)
+    return EventStream(_events(job), job.cancel if cancel else lambda: None, service.limits.write_timeout)
 
 
-async def _events(service: Service, job: Job) -> AsyncIterator[bytes]:
-    plan = service.batcher(job.plan).plan
+async def _events(job: Job) -> AsyncIterator[bytes]:
     about = {"id": job.id, "place": job.place, "seeds": list(job.request.seeds), "warnings": job.about["warnings"]}
     yield event("queued", about)
     sent = 0
     async for _ in job.changes():
         while sent < len(job.scales):
             scale = job.scales[sent]
-            yield await to_thread.run_sync(_scale, plan, job, scale)
+            yield await to_thread.run_sync(_scale, job, scale)
             sent += 1
             if scale.last:
-                yield await to_thread.run_sync(_finished, plan, job, scale.image)
+                yield await to_thread.run_sync(_finished, job, scale.image)
     if job.error is not None:
         yield event("error", {"id": job.id, "status": job.error.status, **job.error.body()["error"]})
     else:
@@ -138,8 +134,8 @@ async def _events(service: Service, job: Job) -> AsyncIterator[bytes]:
         yield event("done", {"id": job.id, "timings": timings, "warnings": job.about["warnings"]})
 
 
-def _scale(plan: Plan, job: Job, scale: ScaleEvent) -> bytes:
-    place = plan.manifest.scales[scale.index]
+def _scale(job: Job, scale: ScaleEvent) -> bytes:
+    place = job.plan.manifest.scales[scale.index]
     data: dict[str, Any] = {
         "id": job.id,
         "image": scale.image,
@@ -154,12 +150,12 @@ def _scale(plan: Plan, job: Job, scale: ScaleEvent) -> bytes:
     return event("scale", data)
 
 
-def _finished(plan: Plan, job: Job, image: int) -> bytes:
+def _finished(job: Job, image: int) -> bytes:
     data = {
         "id": job.id,
         "image": image,
         "seed": job.request.seeds[image],
-        "png": to_base64(receipts.png(plan, job, image)),
-        "receipt": receipts.receipt(plan, job, image),
+        "png": to_base64(receipts.png(job, image)),
+        "receipt": receipts.receipt(job, image),
     }
     return event("picture", data)

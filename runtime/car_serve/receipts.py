@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from car_runtime import Plan, __version__
+from car_runtime import __version__
 from car_runtime.images import png_bytes
 from car_runtime.receipt import receipts_of
 from car_serve.jobs import Job
 from car_serve.uploads import to_base64
 
 
-def receipt(plan: Plan, job: Job, image: int) -> dict[str, Any]:
+def receipt(job: Job, image: int) -> dict[str, Any]:
     """All settings of one image by the names of `generate`; sent again they make the same image."""
-    request, model = job.request, plan.manifest.model
+    request, plan, model = job.request, job.plan, job.plan.manifest.model
     known = not request.classless
     name = model.names[request.label] if known and model.names else None
     return {
@@ -36,7 +36,7 @@ def receipt(plan: Plan, job: Job, image: int) -> dict[str, Any]:
     }
 
 
-def png(plan: Plan, job: Job, image: int) -> bytes:
+def png(job: Job, image: int) -> bytes:
     """A finished image as PNG, with its receipt and its control map as text chunks.
 
     Next to them the runtime's own receipt, for `car-run again`, `vary` and `restyle`.
@@ -46,18 +46,18 @@ def png(plan: Plan, job: Job, image: int) -> bytes:
         raise ValueError(f"image {image} of {job.id} is not finished")
     about: dict[str, object] = {
         "Software": f"car_runtime {__version__}",
-        "receipt": json.dumps(receipt(plan, job, image)),
+        "receipt": json.dumps(receipt(job, image)),
     }
     if job.request.control is not None:
         about["control"] = to_base64(png_bytes(np.array(job.request.control, np.uint8)))
-    about |= receipts_of(plan.manifest, job.request, job.tokens, [image])[0]
+    about |= receipts_of(job.plan.manifest, job.request, job.tokens, [image])[0]
     return png_bytes(pixels, about)
 
 
-def answer(plan: Plan, job: Job) -> dict[str, Any]:
+def answer(job: Job) -> dict[str, Any]:
     """A job as JSON: its state, and what there is of its images."""
     images = [
-        {"index": i, "seed": seed, "png": to_base64(png(plan, job, i)), "receipt": receipt(plan, job, i)}
+        {"index": i, "seed": seed, "png": to_base64(png(job, i)), "receipt": receipt(job, i)}
         for i, seed in enumerate(job.request.seeds)
         if job.images[i] is not None
     ]

@@ -50,7 +50,7 @@ def job_of(plan: Plan, results: Results, limits: Limits, form: PictureForm) -> J
             about["edit"]["extend"] = list(edit.extend)
     request = resolve(plan.manifest, GenerationConfig(control=control, **settings))
     about["warnings"] = [*warnings, *request.warnings]
-    return Job(request=request, plan=plan.manifest.name, previews=form.previews, about=about)
+    return Job(request=request, plan=plan, previews=form.previews, about=about)
 
 
 def _control(plan: Plan, limits: Limits, form: PictureForm) -> tuple[Any, tuple[str, ...]]:

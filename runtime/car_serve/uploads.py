@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from car_runtime import ImageError
 from car_runtime.images import FORMATS, open_image
 from car_serve.errors import ServeError, bad_request
 
@@ -32,7 +33,7 @@ def to_base64(data: bytes) -> str:
 def decode(data: bytes, param: str, max_pixels: int) -> Image.Image:
     """An uploaded image, RGB or RGBA. Its size is looked at before its pixels are decoded.
 
-    Raises ServeError (413), ImageError.
+    Raises ServeError: 413 too large, 400 no image.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as header:
@@ -43,7 +44,10 @@ def decode(data: bytes, param: str, max_pixels: int) -> Image.Image:
         width = height = 0
     if width * height > max_pixels:
         raise _too_large(param, f"{width}×{height}", max_pixels)
-    return open_image(io.BytesIO(data))
+    try:
+        return open_image(io.BytesIO(data))
+    except ImageError as error:
+        raise bad_request(str(error).replace("the image on the input stream", param), param) from error
 
 
 def _too_large(param: str, size: str, most: int) -> ServeError:

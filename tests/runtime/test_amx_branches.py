@@ -22,9 +22,10 @@ from car_runtime import BackendError, GenerationConfig, Plan, open_plan
 from car_runtime.backends.amx import build
 from car_runtime.backends.amx.backend import Amx, _Mixes
 from car_runtime.backends.amx.memory import Workspace
-from car_runtime.backends.amx.parameters import Parameters, named_base, named_branch
+from car_runtime.backends.amx.parameters import named_base, named_branch
 from car_runtime.backends.amx.transformer import Transformer
 from car_runtime.format.manifest import read_manifest
+from car_runtime.format.parameters import Parameters
 from car_train.config import CARConfig, ModelConfig, VARConfig, VQVAEConfig
 from car_train.model import Model
 from fixtures.amx_machine import needs_kernels

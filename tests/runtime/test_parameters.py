@@ -15,15 +15,9 @@ from numpy.typing import NDArray
 from car_export.config import ExportOptions
 from car_export.plan2 import build_plan_of_2
 from car_runtime.backends.amx.description import Network, UnsupportedGraphError
-from car_runtime.backends.amx.parameters import (
-    Parameters,
-    named_base,
-    named_branch,
-    named_decoder,
-    named_encoder,
-    plan_parameters,
-)
+from car_runtime.backends.amx.parameters import named_base, named_branch, named_decoder, named_encoder
 from car_runtime.format.manifest import read_manifest
+from car_runtime.format.parameters import Parameters, plan_parameters
 from car_runtime.plan import default_plan
 from car_train.config import CARConfig, ModelConfig, VARConfig, VQVAEConfig
 from car_train.model import Model

@@ -236,7 +236,7 @@ def test_an_engine_error_in_mid_batch_ends_one_job_alone(batcher: Any, monkeypat
     plan = batcher.plan
     configs = [GenerationConfig(control=ROOT / "examples/heart.png", label=3, seed=i) for i in range(4)]
     expected = [plan.generate(config).images[0] for config in configs]
-    jobs = [Job(request=resolve(plan.manifest, config), plan="p") for config in configs]
+    jobs = [Job(request=resolve(plan.manifest, config), plan=plan) for config in configs]
     stream = plan.stream_many
 
     def failing(given: Any, **settings: Any) -> Iterator[Any]:

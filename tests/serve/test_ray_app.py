@@ -4,88 +4,41 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 
 from car_runtime import open_plan
+from fixtures.ray_cluster import replicas, started
 from fixtures.serving import ROOT, SHIPPED, body, pixels
 
 pytestmark = pytest.mark.slow  # a cluster takes half a minute to start and to end
-MARK = f"of-test-{os.getpid()}"
-"""In the environment of this cluster's processes: no other one's replica is killed."""
-CLUSTER = """
-import sys, ray
-from ray import serve
-ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100_000_000)
-serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
-from car_serve.ray_app import app
-serve.run(app)
-print("up", flush=True)
-sys.stdin.read()
-serve.shutdown()
-"""
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of two replicas."""
-    pytest.importorskip("ray")
-    pytest.importorskip("fastapi")
-    port = 20_000 + os.getpid() % 10_000
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT / "runtime"),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "OMP_NUM_THREADS": "1",
-        "CAR_THREADS": "1",
-        "CAR_MIN_REPLICAS": "2",
-        "CAR_MAX_REPLICAS": "2",
-        "CAR_REPLICA_CPUS": "0.5",
-        "CAR_TEST_CLUSTER": MARK,
-    }
-    log = (tmp_path_factory.mktemp("ray") / "log.txt").open("w")
-    process = subprocess.Popen(
-        [sys.executable, "-c", CLUSTER, str(port)],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=log,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            if line.strip() == "up":
-                break
-        assert process.poll() is None
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.stdin.close()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+    with started(tmp_path_factory.mktemp("ray"), 2, 2) as address:
+        yield address
 
 
-def replicas() -> set[int]:
-    """Process numbers of this cluster's replicas."""
-    found = set()
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended, or is somebody else's
-            own = MARK.encode() in (folder / "environ").read_bytes()
-            if own and b"ServeReplica" in (folder / "cmdline").read_bytes():
-                found.add(int(folder.name))
-    return found
+def test_two_plans_share_the_replicas(cluster: str) -> None:
+    answer = httpx.get(f"{cluster}/v1/models").json()
+    assert [model["id"] for model in answer["data"]] == ["emoji-canny", "copy"]
+    images = {}
+    for name in ("copy", "emoji-canny", "copy"):
+        named = httpx.post(f"{cluster}/v1/pictures", json=body(plan=name), timeout=120).json()["images"][0]
+        header = {"serve_multiplexed_model_id": name}
+        routed = httpx.post(f"{cluster}/v1/pictures", json=body(), headers=header, timeout=120).json()["images"][0]
+        assert named["receipt"]["plan"] == routed["receipt"]["plan"] == name
+        images[name] = named["png"]
+    assert np.array_equal(pixels(images["copy"]), pixels(images["emoji-canny"]))
+    backends = [plan["backend"] for plan in httpx.get(f"{cluster}/v1/capabilities").json()["plans"]]
+    assert sum(backend is not None for backend in backends) == 1  # one place for a plan in each replica
 
 
 def test_streams_arrive_scale_by_scale(cluster: str) -> None:

@@ -228,6 +228,8 @@ def test_what_cannot_be_used_is_named_with_a_remedy(
     assert error["what"]
     assert error["remedy"]
     assert str(ROOT) not in answer.text
+    assert "--" not in answer.text  # a flag is no remedy here
+    assert "input stream" not in answer.text
 
 
 def test_a_body_or_an_image_too_large_is_refused_before_it_is_decoded(url: str) -> None:

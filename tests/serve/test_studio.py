@@ -443,6 +443,38 @@ def test_copied_commands_draw_the_same_image(
         assert np.abs(made - studio.image()).max() <= 1, (kind, words)
 
 
+def test_a_mask_is_painted_on_the_chosen_image_alone(studio: Studio) -> None:
+    page = studio.page
+    studio.stroke(HEART)
+    page.click("#variations span >> text=4")
+    studio.draw()
+    page.click("#images button >> nth=2")
+    page.keyboard.press("m")
+    assert page.locator("#images button:visible").count() == 1
+    assert page.locator("#images button:visible").bounding_box() == page.locator("#image-frame").bounding_box()
+    studio.stroke([(0.1, 0.1), (0.3, 0.1), (0.1, 0.2), (0.3, 0.2)], on="#mask")
+    page.click("text=In-paint")
+    studio.done(2)
+    assert studio.bodies[-1]["edit"]["index"] == 2
+    new, old = (pixels(item["images"][index]["png"]) for item, index in zip(studio.stored(), (0, 2), strict=True))
+    assert np.array_equal(new[32:], old[32:])
+
+
+def test_a_class_that_does_not_exist_is_said_where_it_is_written(studio: Studio) -> None:
+    page = studio.page
+    studio.stroke(HEART)
+    page.fill("#class", "hart")
+    page.keyboard.press("Escape")
+    page.click("#draw")
+    assert "No class is called “hart”" in page.inner_text("#class-note")
+    assert not studio.bodies
+    page.click("#class-note button")
+    page.click("#classes li >> text=fluent-symbols")
+    assert not page.inner_text("#class-note")
+    studio.draw()
+    assert studio.bodies[-1]["class"] == "fluent-symbols"
+
+
 def test_a_full_queue_is_said_with_a_way_out(studio: Studio, server: Any) -> None:
     page = studio.page
     studio.stroke(HEART)

@@ -480,7 +480,7 @@ def test_features_see_what_an_image_shows() -> None:
     nearest = np.linalg.norm(a[:, None] - b[None], axis=2).argmin(1)
     assert (nearest == np.arange(len(files))).all()
     np.testing.assert_allclose(network(np.asarray(same[0])[None])[0], a[0], rtol=1e-3, atol=1e-4)
-    assert network.logits(np.asarray(same[0])[None]).shape == (1, 1000)
+    assert network.logits(a[:1]).shape == (1, 1000)
     assert network.about["sha256"] == sha256(weights)
 
 
@@ -567,3 +567,26 @@ def test_inception_scores_are_the_librarys_own(
     assert report["inception"]["generated"]["fid"] is None  # 34 images
     assert report["inception"]["generated"]["inception_score"] >= 1
     assert any("no FID of 34" in note for note in report["notes"])
+
+
+def test_the_tokenizer_alone_has_a_perceptual_distance_and_text(
+    checkpoints: Callable[[str], Path], image_folder: Path
+) -> None:
+    from car_train.training.perceptual import Perceptual
+
+    weights = WEIGHTS_ROOT.expanduser() / "squeezenet.safetensors"
+    if not weights.is_file():
+        pytest.skip("weights are not cached: python -m car_train weights squeezenet")
+    wanted = options(checkpoints("canny"), image_folder, limit=6, tokenizer=True)
+    found = evaluate.evaluate(wanted, features=Thumbnail(), perceptual=Perceptual(weights))
+    assert not {"teacher_forced", "control"} & set(found)
+    assert {k for k, v in found["distribution"].items() if isinstance(v, dict)} == {"floor", "reconstruction"}
+    model = checkpoint.load(checkpoints("canny"))
+    data = ControlledImages(image_folder, 20, split="all")
+    images = torch.stack([data[i]["image"] for i in choose(data, wanted)])
+    recon = model.vqvae.decode(model.vqvae.encode(images))
+    assert found["reconstruction"]["perceptual"] == pytest.approx(float(Perceptual(weights)(recon, images)), rel=1e-4)
+    assert set(found["text"]) == {"8", "12", "16"}
+    assert found["text"]["8"]["drawn_letters"] == 1
+    assert "text read after the tokenizer" in table(found)
+    assert ", perceptual 0." in table(found)

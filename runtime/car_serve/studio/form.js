@@ -1,6 +1,6 @@
 // The column of settings: what it says, what it is set to, and the class search.
 
-import { $, make } from "./page.js";
+import { $, make, note } from "./page.js";
 
 const SLIDERS = ["control_strength", "cfg", "top_k", "top_p"];
 const TEXTS = ["cfg_scales", "control_scales"];
@@ -27,6 +27,18 @@ export class Form extends EventTarget {
     const { defaults, ranges } = plan;
     $("top_k").max = ranges.top_k[1];
     this.set({ ...defaults, top_k: Math.min(defaults.top_k, ranges.top_k[1]) });
+  }
+
+  // Whether the class is one of the plan's, or none; says so where it is written.
+  check() {
+    const name = $("class").value.trim();
+    const key = name.toLowerCase();
+    const known = this.#classes.some((one) => [one, ...one.split(",")].some((part) => part.trim().toLowerCase() === key));
+    const wrong = name && !known && !(/^\d+$/.test(name) && Number(name) < this.#classes.length);
+    note("class-note", wrong ? `No class is called “${name}”.` : "", "bad", wrong ? ["Choose one", () => { $("class").focus(); this.#show(""); }] : null);
+    $("class").setAttribute("aria-invalid", Boolean(wrong));
+    if (wrong) $("class").scrollIntoView({ block: "nearest" });
+    return !wrong;
   }
 
   // As POST /v1/pictures takes them.
@@ -72,7 +84,7 @@ export class Form extends EventTarget {
 
   #combo() {
     const input = $("class");
-    input.addEventListener("input", () => this.#show(input.value));
+    input.addEventListener("input", () => { note("class-note"); this.#show(input.value); });
     input.addEventListener("click", () => this.#show(""));
     input.addEventListener("blur", () => this.#hide());
     input.addEventListener("keydown", (event) => {
@@ -118,6 +130,7 @@ export class Form extends EventTarget {
 
   #choose(name) {
     $("class").value = name;
+    this.check();
     this.#hide();
     this.dispatchEvent(new Event("change"));
   }

@@ -30,6 +30,8 @@ function request() {
 }
 
 async function draw() {
+  note("message");
+  if (!form.check()) return;
   if (plan.controls.length && pad.blank) {
     note("pad-note", "The drawing is blank, so there is nothing to follow.", "warn", ["Start from an example", () => example(...EXAMPLES[0])]);
     return;
@@ -173,6 +175,7 @@ async function rest() {
 const source = () => ({ id: stage.result.id, index: stage.image });
 
 async function edited(kind, how, changes = {}) {
+  if (!form.check()) return null;
   const { current } = stage;
   const image = current.png ? await toBase64(current.png) : null;
   const values = { ...request(), ...changes };
@@ -285,13 +288,14 @@ async function recall(result, image = result.images[0]) {
 // ---- bringing images -----------------------------------------------------------------------------------------------
 
 async function bring(blob) {
-  if (!blob?.type.startsWith("image/")) { note("pad-note", "That is no image; bring a PNG, JPEG or WebP.", "bad"); return; }
+  if (!blob?.type.startsWith("image/")) { note("pad-note", "That is no image; bring a PNG, JPEG, WebP or TIFF.", "bad"); return; }
   try {
     const texts = blob.type === "image/png" ? await textOf(blob) : {};
     if (texts.receipt) await restore(blob, texts);
     else await convert(blob);
   } catch (error) {
-    note("pad-note", sentence(error.message), "bad");
+    const unread = error.status === 400;
+    note("pad-note", unread ? "That file cannot be read as an image; bring a PNG, JPEG, WebP or TIFF." : sentence(error.message), "bad");
   }
 }
 
@@ -453,8 +457,8 @@ function use(chosen) {
   const ground = convention ? `rgb(${convention.ground})` : "#000";
   pad.reset({ side: size * Math.max(1, Math.round(512 / size)), ink: convention?.polarity === "dark-on-light" ? "#000" : "#fff", ground });
   stage.build(plan);
-  $("plan").textContent = `${plan.name} · ${plan.image_size} px · ${plan.backend.name}`;
-  $("plan").title = plan.backend.why;
+  $("plan").textContent = [plan.name, `${plan.image_size} px`, plan.backend?.name].filter(Boolean).join(" · ");
+  $("plan").title = plan.backend?.why ?? "";
 }
 
 async function start() {

@@ -30,8 +30,8 @@ export const text = (label, onclick, strong = false) => make("button", { type: "
 // A line under what it is about; `way` is [label, action], the way out.
 export function note(id, words = "", kind = "", way = null) {
   const node = $(id);
-  node.className = `note ${id === "message" ? "" : "line"} ${kind}`.trim();
-  node.replaceChildren(words, ...(way ? [make("button", { type: "button", onclick: way[1] }, way[0])] : []));
+  node.className = `note ${id.endsWith("note") && id !== "class-note" ? "line" : ""} ${kind}`.trim();
+  node.replaceChildren(words, ...(way ? [" ", make("button", { type: "button", onclick: way[1] }, way[0])] : []));
 }
 
 export function fromBase64(data, type) {

@@ -74,7 +74,8 @@ export class Stage {
   #images() {
     const box = $("images");
     const images = this.result?.images ?? [];
-    box.dataset.n = images.length > 4 ? 9 : images.length > 1 ? 4 : 1;
+    const alone = this.mode === "mask" || this.mode === "extend"; // these are about one image
+    box.dataset.n = alone ? 1 : images.length > 4 ? 9 : images.length > 1 ? 4 : 1;
     while (box.children.length > images.length) box.lastChild.remove();
     while (box.children.length < images.length) {
       const index = box.children.length;
@@ -82,6 +83,7 @@ export class Stage {
     }
     images.forEach((image, i) => {
       const cell = box.children[i];
+      cell.hidden = alone && i !== this.image;
       const shown = this.#blob(image, i === this.image ? this.#hover ?? this.scale : this.scale);
       cell.setAttribute("aria-pressed", i === this.image);
       cell.setAttribute("aria-label", `Image ${i + 1} of ${images.length}, seed ${image.seed}`);
@@ -171,7 +173,7 @@ export class Stage {
     if (this.scale !== null && this.current?.scales[this.scale]) {
       const last = this.scale === this.sides.length - 1;
       return [
-        make("span", { class: "note" }, `Scale ${this.scale + 1} of ${this.sides.length}`), gap,
+        make("span", { class: "note which" }, `Scale ${this.scale + 1} of ${this.sides.length}`), gap,
         ...(last ? [] : [text("Stop here", () => this.act.stop(this.scale)), text("Branch here", () => this.act.branch(this.scale), true), text("Restyle", () => this.act.restyle(this.scale))]),
         button("close", "All scales (Esc)", () => this.pin(null)),
       ];

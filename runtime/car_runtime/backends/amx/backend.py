@@ -25,14 +25,7 @@ from car_runtime.backends.amx.description import Fusion, Linear, Network, Unsupp
 from car_runtime.backends.amx.description import Transformer as TransformerGraph
 from car_runtime.backends.amx.match_transformer import read_step
 from car_runtime.backends.amx.memory import Workspace
-from car_runtime.backends.amx.parameters import (
-    Parameters,
-    named_base,
-    named_branch,
-    named_decoder,
-    named_encoder,
-    plan_parameters,
-)
+from car_runtime.backends.amx.parameters import named_base, named_branch, named_decoder, named_encoder
 from car_runtime.backends.amx.spec import BF16_TERMS
 from car_runtime.backends.amx.transformer import Arrays, CombinedTransformer, PackedFusions, Transformer
 from car_runtime.backends.base import Buffer
@@ -41,6 +34,7 @@ from car_runtime.backends.openvino.backend import Compiled, OpenVino
 from car_runtime.backends.openvino.graphs import LOGITS, keep_cache_in_bfloat16, split_at_sort
 from car_runtime.errors import BackendError, one_line
 from car_runtime.format.manifest import WEIGHTS, Manifest
+from car_runtime.format.parameters import Parameters, plan_parameters
 from car_runtime.format.schema import FUSIONS
 from car_runtime.system.cpu import physical_cores
 

@@ -14,11 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from car_runtime.format.parameters import UnsupportedGraphError as UnsupportedGraphError
+
 Floats = NDArray[np.float32]
-
-
-class UnsupportedGraphError(Exception):
-    """The graph isn't what was expected; says what was looked for."""
 
 
 def floats(values: NDArray[Any]) -> Floats:

@@ -1,7 +1,4 @@
-"""A plan's weights by the model's own names, and what the kernels run, made from them.
-
-A table says where in `weights.bin` each parameter lies. It may be a stranger's: every entry is checked before a view
-is made, and every view has the shape that its user asks for. Nothing of a graph is read.
+"""What the kernels run, made from a plan's weights by the model's own names. Nothing of a graph is read.
 
 Shapes: C width, H heads, V codes, D blocks of the base, h = D/2 blocks of a branch.
 """
@@ -9,13 +6,9 @@ Shapes: C width, H heads, V codes, D blocks of the base, h = D/2 blocks of a bra
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from car_runtime.backends.amx.description import (
     Attend,
@@ -30,7 +23,7 @@ from car_runtime.backends.amx.description import (
     UnsupportedGraphError,
     floats,
 )
-from car_runtime.format.manifest import WEIGHTS, Manifest
+from car_runtime.format.parameters import Parameters
 
 EPS = 1e-6
 """Of every norm of the model."""
@@ -38,113 +31,6 @@ GROUPS = 32
 """Of the tokenizer's norms; fewer where the channels don't divide."""
 LARGEST_SCALE = math.log(100)
 """Of a head's temperature, as its logarithm."""
-DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
-"""What a parameter can be stored in, if the kernels are to read it."""
-LAYOUTS = ("plain", "transposed")
-DIMENSIONS = 4
-"""No parameter has more."""
-
-
-class Entry(Protocol):
-    """Where a parameter lies: bytes of `weights.bin`, little-endian."""
-
-    @property
-    def dtype(self) -> str:
-        """numpy's name."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As it is stored."""
-        ...
-
-    @property
-    def offset(self) -> int:
-        """Of its first byte."""
-        ...
-
-    @property
-    def bytes(self) -> int:
-        """How many it has."""
-        ...
-
-    @property
-    def layout(self) -> str:
-        """ "plain", or "transposed": a matrix whose rows are stored as columns."""
-        ...
-
-
-class Parameters:
-    """Views of a plan's weights by name."""
-
-    def __init__(self, table: Mapping[str, Entry], weights: Path, prefix: str = "") -> None:
-        """`weights`: the file that the entries lie in. `prefix`: stands before every name that is asked for."""
-        self._table, self._weights, self._prefix = table, weights, prefix
-        self._size = weights.stat().st_size
-
-    def under(self, prefix: str) -> Parameters:
-        """The same, of one module: `under("base.").view("head.bias", …)`."""
-        return Parameters(self._table, self._weights, self._prefix + prefix)
-
-    def has(self, name: str) -> bool:
-        """Whether there is a parameter of this name."""
-        return self._prefix + name in self._table
-
-    def numbers(self, pattern: str) -> int:
-        """How many parameters `pattern` names, with 0, 1, … in place of its {}."""
-        return next(i for i in range(len(self._table) + 1) if not self.has(pattern.format(i)))
-
-    def view(self, name: str, *shape: int | None) -> NDArray[Any]:
-        """A parameter as the model has it, mapped and not read; None: a dimension of any size.
-
-        UnsupportedGraphError if there is none, its entry doesn't fit the file, or its shape isn't this one.
-        """
-        name = self._prefix + name
-        entry = self._table.get(name)
-        if entry is None:
-            raise UnsupportedGraphError(f"the plan's table has no parameter {name}")
-        stored = self._mapped(name, entry)
-        values: NDArray[Any] = stored.T if entry.layout == "transposed" else stored
-        fits = len(values.shape) == len(shape) and all(
-            want in (None, got) for want, got in zip(shape, values.shape, strict=True)
-        )
-        if not fits:
-            wanted = " × ".join("any" if size is None else str(size) for size in shape)
-            raise UnsupportedGraphError(f"{name} is {list(values.shape)} where {wanted} is wanted")
-        return values
-
-    def _mapped(self, name: str, entry: Entry) -> NDArray[Any]:
-        dtype = DTYPES.get(entry.dtype)
-        if dtype is None or entry.layout not in LAYOUTS:
-            raise UnsupportedGraphError(f"{name} is stored as {entry.dtype}, {entry.layout}")
-        whole = all(type(size) is int and size > 0 for size in entry.shape)
-        if not whole or len(entry.shape) > DIMENSIONS or (entry.layout == "transposed" and len(entry.shape) != 2):
-            raise UnsupportedGraphError(f"{name} is stored {entry.layout} as {list(entry.shape)}")
-        size = math.prod(entry.shape) * dtype.itemsize
-        inside = 0 <= entry.offset <= self._size - size and entry.offset % dtype.itemsize == 0
-        if entry.bytes != size or not inside:
-            raise UnsupportedGraphError(
-                f"{name} has {entry.bytes} bytes at {entry.offset} of {self._weights.name}'s {self._size}, "
-                f"but {list(entry.shape)} of {entry.dtype} need {size}"
-            )
-        mapped: NDArray[Any] = np.memmap(self._weights, dtype, "r", entry.offset, entry.shape)
-        return mapped
-
-    def linear(self, name: str, outputs: int | None, inputs: int) -> Linear:
-        """`name`.weight and `name`.bias."""
-        matrix = self.view(f"{name}.weight", outputs, inputs)
-        return Linear(matrix=matrix, bias=floats(self.view(f"{name}.bias", len(matrix))))
-
-
-def plan_parameters(manifest: Manifest, root: Path) -> Parameters:
-    """All parameters of a plan of format 2 in the folder `root`.
-
-    UnsupportedGraphError with the remedy if it has no table, or one that was written with other graphs.
-    """
-    problem = manifest.table_problem
-    if problem is not None:
-        raise UnsupportedGraphError(problem)
-    return Parameters(manifest.parameters, root / WEIGHTS)
 
 
 def named_base(base: Parameters, *, depth: int, width: int, heads: int, fused: int = 0) -> Transformer:
@@ -155,7 +41,7 @@ def named_base(base: Parameters, *, depth: int, width: int, heads: int, fused: i
     if not 0 <= fused <= depth:
         raise UnsupportedGraphError(f"branches are mixed in before {fused} of {depth} blocks")
     made = _transformer(base, depth, width, heads)
-    return replace(made, modulation_rows=6 * depth + 2, head=base.linear("head", None, width), fused=fused)
+    return replace(made, modulation_rows=6 * depth + 2, head=named_linear(base, "head", None, width), fused=fused)
 
 
 def named_branch(branch: Parameters, *, blocks: int, width: int, heads: int) -> Transformer:
@@ -176,17 +62,23 @@ def _transformer(module: Parameters, depth: int, width: int, heads: int) -> Tran
     return Transformer(width=width, heads=heads, eps=EPS, blocks=blocks, modulation_rows=6 * depth, layers=depth)
 
 
+def named_linear(parameters: Parameters, name: str, outputs: int | None, inputs: int) -> Linear:
+    """`name`.weight and `name`.bias."""
+    matrix = parameters.view(f"{name}.weight", outputs, inputs)
+    return Linear(matrix=matrix, bias=floats(parameters.view(f"{name}.bias", len(matrix))))
+
+
 def named_block(block: Parameters, width: int, heads: int, layer: int) -> Block:
     """A block from its own parameters; `layer`: the number of its keys and values, and of its six modulations."""
     C = width
     bias = np.concatenate([floats(block.view(f"attn.{one}_bias", C)) for one in "qv"])
     logarithm = floats(block.view("attn.log_scale_H", heads))
-    fc1 = block.linear("mlp.fc1", None, C)
+    fc1 = named_linear(block, "mlp.fc1", None, C)
     return Block(
         qkv=Linear(matrix=block.view("attn.qkv_weight", 3 * C, C), bias=bias),
-        proj=block.linear("attn.proj", C, C),
+        proj=named_linear(block, "attn.proj", C, C),
         fc1=fc1,
-        fc2=block.linear("mlp.fc2", C, len(fc1.matrix)),
+        fc2=named_linear(block, "mlp.fc2", C, len(fc1.matrix)),
         temperature=np.exp(np.minimum(logarithm, np.float32(LARGEST_SCALE))),
         modulation=6 * layer,
         layer=layer,

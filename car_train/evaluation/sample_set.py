@@ -1,0 +1,378 @@
+"""The papers' protocol: N images of every class, drawn by a plan or a checkpoint, as a set against the real ones.
+
+VAR (section 4.1) and CAR (section 4.1) draw 50 images of each ImageNet class. Image k of all is drawn with seed
+`seed + k`, by the runtime and by PyTorch from the same uniform numbers. With a control branch a class's images follow
+the controls of its real images in turn.
+
+`--reject P` draws 1/(1 − P) times as many and keeps of each class those that a classifier takes for it with most
+confidence, as VAR's d30-re: EfficientNet-Lite0's own classes for a model of 1000, which are taken for ImageNet's;
+else linear discriminant analysis of its features on the training images of `--data`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from car_train.data.dataset import ControlledImages, select_classes
+from car_train.data.folder import text_of
+from car_train.evaluation.controls import control_maker
+from car_train.evaluation.draw import Drawing, Request
+from car_train.evaluation.features import EfficientNetLite0, FeatureNetwork, Inception
+from car_train.evaluation.metrics import IS_PARTS, control_errors, inception_score
+from car_train.evaluation.options import EvalOptions, EvaluationError, require
+from car_train.evaluation.reference import Reference, read_reference
+from car_train.evaluation.sets import compare_sets
+from car_train.evaluation.targets import Target
+from car_train.images import save_png, to_pixels
+
+PER_CLASS = 50
+IMAGENET_CLASSES = 1000
+TRAINING_IMAGES = 100
+"""Training images of a class, at most, that a classifier for `--reject` is fitted to."""
+BATCH = 32
+
+Pixels = NDArray[np.uint8]
+Floats = NDArray[np.floating[Any]]
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which images are drawn: requests with the real image that each belongs to (−1: none) and its class."""
+
+    requests: tuple[Request, ...]
+    labels: NDArray[np.intp]
+    owners: NDArray[np.intp]
+    per_class: int
+    """Images of each class that stay."""
+
+
+def open_real(target: Target, options: EvalOptions, split: str | None = None) -> ControlledImages | None:
+    """The real images of `--data`, or None without it. Raises EvaluationError, DataError."""
+    require(
+        options.data is not None or target.control_type is None,
+        f"{target.name} follows a control, and there is nothing to take any from; give --data",
+    )
+    if options.data is None:
+        return None
+    data = ControlledImages(
+        options.data,
+        target.image_size,
+        split=split or options.split,
+        control_type=target.control_type if split is None else None,
+        convention=target.convention if split is None else None,
+        fit=options.fit,
+        control_root=options.control_root if split is None else None,
+        preload=False,
+    )
+    names = data.class_names
+    require(
+        len(names) == target.classes and (target.class_names is None or tuple(names) == target.class_names),
+        f"{options.data} has {len(names)} classes ({', '.join(names[:3])}, …), {target.name} {target.classes}; "
+        "give a folder of the model's classes",
+    )
+    return data
+
+
+def choose(target: Target, labels: Sequence[int], options: EvalOptions, folder: Path, notes: list[str]) -> Plan:
+    """The requests of all classes. labels: of the real images, in their order; folder: where their controls stand."""
+    wanted = select_classes(options.classes, target.class_names or [str(i) for i in range(target.classes)])
+    keep = options.per_class or PER_CLASS
+    count = math.ceil(round(keep / (1 - options.reject), 6))
+    real = defaultdict(list)
+    for i, label in enumerate(labels):
+        real[label].append(i)
+    requests: list[Request] = []
+    chosen, owners = [], []
+    without = [label for label in wanted if target.control_type is not None and not real[label]]
+    if without:
+        notes.append(f"{len(without)} of {len(wanted)} classes have no real image, so no control, and are left out")
+    for label in (label for label in wanted if label not in without):
+        for k in range(count):
+            owner = real[label][k % len(real[label])] if real[label] else -1
+            control = str(folder / "controls" / f"{owner}.png") if target.control_type is not None else None
+            requests.append({"control": control, "class": label, "seed": options.seed + len(requests)})
+            chosen.append(label)
+            owners.append(owner)
+    require(
+        bool(requests), f"no class of {target.name} has a real image in split {options.split!r}; give --split all"
+    )
+    return Plan(requests=tuple(requests), labels=np.array(chosen), owners=np.array(owners, np.intp), per_class=keep)
+
+
+class RealImages:
+    """The real images in batches, read once: pixels, and controls as files where the model has any."""
+
+    def __init__(self, data: ControlledImages | None, reference: Reference | None):
+        self.data, self.reference = data, reference
+
+    @property
+    def labels(self) -> list[int]:
+        return [] if self.data is None else [label for _, label in self.data.files]
+
+    def batches(self, controls: Path | None) -> Iterator[Pixels]:
+        """Images of the reference, or else of the data. controls: folder for the data's control maps."""
+        if controls is not None:
+            controls.mkdir(exist_ok=True)
+            assert self.data is not None
+            for i in tqdm(range(len(self.data)), "controls", unit="img", file=sys.stderr, disable=None):
+                save_png(Image.fromarray(self.data[i]["control"].numpy()), controls / f"{i}.png")
+        images = None if self.reference is None else self.reference.images
+        count = len(images) if images is not None else 0 if self.data is None else len(self.data)
+        for start in tqdm(range(0, count, BATCH), "real images", unit="batch", file=sys.stderr, disable=None):
+            stop = min(start + BATCH, count)
+            if images is not None:
+                yield images[start:stop]
+            else:
+                assert self.data is not None
+                yield to_pixels(torch.stack([self.data[i]["image"] for i in range(start, stop)]))
+
+
+def evaluate_samples(
+    target: Target,
+    options: EvalOptions,
+    samples: Path,
+    *,
+    features: FeatureNetwork | None = None,
+    inception: Inception | None = None,
+) -> Report:
+    """Draw, write `samples`, measure; the report has no numbers that JSON doesn't have, but perhaps NaN.
+
+    Raises EvaluationError, DataError and OSError; what was drawn until then stays for `--resume`.
+    """
+    began, notes = time.monotonic(), list[str]()
+    seconds: dict[str, float] = {}
+    reference = None if options.reference is None else read_reference(options.reference)
+    data = open_real(target, options)
+    real = RealImages(data, reference)
+    require(
+        options.reject == 0 or features is not None,
+        "--reject needs a classifier; leave out --features none",
+    )
+    folder = samples.parent / f".{samples.name}.parts"
+    plan = choose(target, real.labels, options, folder.absolute(), notes)
+    parts = Drawing(samples, _settings(target, options, real), plan.requests, options.resume)
+    networks: dict[str, FeatureNetwork] = {} if features is None else {"features": features}
+    networks |= {} if inception is None else {"inception": inception}
+
+    real_banks = _described(networks, real.batches(folder / "controls" if target.control_type is not None else None))
+    seconds["real images"] = time.monotonic() - began
+    began_drawing = time.monotonic()
+    threads = options.threads or max(1, torch.get_num_threads() // options.processes)
+    parts.draw(target, options.processes, threads)
+    seconds["drawing"] = time.monotonic() - began_drawing
+
+    began_measuring = time.monotonic()
+    made = _described(networks, parts.images())
+    keep = _kept(plan, made.get("features"), target, options, features)
+    parts.write(samples, keep)
+    if inception is not None and inception.spatial and reference is None:
+        notes.append("sFID without a reference: of the data's own images")
+    report = {
+        "samples": {"file": samples.name, "images": len(keep), "drawn": len(plan.requests)},
+        **_distributions(plan, keep, made, real_banks, networks, reference, options, notes),
+    }
+    if target.convention is not None:
+        report["control"], per_class = _followed(plan, keep, parts, target, options)
+        report["classes"] = {_name(target, label): row for label, row in per_class.items()}
+    seconds["measuring"] = time.monotonic() - began_measuring
+    parts.remove()
+    return {
+        "format": 1,
+        target.kind: {"name": target.name, "sha256": dict(target.digests), "control": target.control_type},
+        "data": {
+            "name": None if options.data is None else text_of(options.data.expanduser().resolve().name),
+            "reference": None if options.reference is None else options.reference.name,
+            "split": options.split,
+            "pictures": len(real.labels) if reference is None or reference.images is None else None,
+            "classes": options.classes or "all",
+        },
+        "options": {
+            "seed": options.seed,
+            "per_class": plan.per_class,
+            "reject": options.reject,
+            **asdict(target.sampling),
+            "backend": options.backend if target.kind == "plan" else None,
+            "processes": options.processes,
+        },
+        "versions": {"torch": torch.__version__, "numpy": np.__version__},
+        **report,
+        "notes": notes,
+        "seconds": {k: round(v, 1) for k, v in {**seconds, "all": time.monotonic() - began}.items()},
+    }
+
+
+def _settings(target: Target, options: EvalOptions, real: RealImages) -> dict[str, Any]:
+    """What the drawn images depend on."""
+    return {
+        "digests": target.digests,
+        "sampling": asdict(target.sampling),
+        "backend": options.backend if target.kind == "plan" else options.device,
+        "data": None if real.data is None else real.data.fingerprint(),
+        **{k: getattr(options, k) for k in ("classes", "per_class", "reject", "seed", "fit", "split")},
+    }
+
+
+def _described(networks: dict[str, FeatureNetwork], batches: Iterator[Pixels]) -> dict[str, Floats]:
+    """The features of all images by network, [N, D] each; {} without an image."""
+    found: dict[str, list[Floats]] = defaultdict(list)
+    for images in batches:
+        for name, network in networks.items():
+            found[name].append(network(images))
+    return {name: np.concatenate(rows) for name, rows in found.items()}
+
+
+def _kept(
+    plan: Plan, made: Floats | None, target: Target, options: EvalOptions, network: FeatureNetwork | None
+) -> list[int]:
+    """The places of the images that stay: of each class the `per_class` of most confidence."""
+    if options.reject == 0:
+        return list(range(len(plan.requests)))
+    assert made is not None
+    assert network is not None
+    if target.classes == IMAGENET_CLASSES and isinstance(network, EfficientNetLite0):
+        logits = network.logits(made)
+    else:
+        logits = _discriminant(target, options, network, made)
+    log_p = logits - logits.max(1, keepdims=True)
+    log_p = log_p - np.log(np.exp(log_p).sum(1, keepdims=True))
+    return most_confident(log_p[np.arange(len(made)), plan.labels], plan.labels, plan.per_class)
+
+
+def most_confident(confidence_N: Floats, label_N: NDArray[np.intp], per_class: int) -> list[int]:
+    """Places of the `per_class` most confident images of each class, ascending; of equals the first."""
+    kept: list[int] = []
+    for label in np.unique(label_N):
+        places = np.flatnonzero(label_N == label)
+        kept += places[np.argsort(-confidence_N[places], kind="stable")[:per_class]].tolist()
+    return sorted(kept)
+
+
+def _discriminant(target: Target, options: EvalOptions, network: FeatureNetwork, made_ND: Floats) -> Floats:
+    """Log-probabilities up to a constant, [N, classes], by linear discriminant analysis of training images."""
+    try:
+        from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+    except ImportError as error:
+        raise EvaluationError(f"--reject needs {error.name}; install `car-deploy[lab]`") from error
+    require(
+        options.data is not None,
+        f"--reject: {target.name} has {target.classes} classes, which the classifier learns; give --data",
+    )
+    data = open_real(target, options, split="train")
+    assert data is not None
+    left: dict[int, int] = defaultdict(lambda: TRAINING_IMAGES)
+    chosen: list[int] = []
+    for i in np.random.default_rng(options.seed).permutation(len(data)).tolist():
+        label = data.files[i][1]
+        left[label] -= 1
+        chosen += [i] if left[label] >= 0 else []
+    rows, labels = [], []
+    for start in tqdm(range(0, len(chosen), BATCH), "classifier", unit="batch", file=sys.stderr, disable=None):
+        items = [data[i] for i in chosen[start : start + BATCH]]
+        rows.append(network(to_pixels(torch.stack([item["image"] for item in items]))))
+        labels += [item["label"] for item in items]
+    # Shrinkage by Ledoit and Wolf: there may be fewer images than the 1280 features.
+    model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(np.concatenate(rows), labels)
+    logits = np.full((len(made_ND), target.classes), -np.inf)
+    logits[:, model.classes_] = model.decision_function(made_ND).reshape(len(made_ND), -1)
+    return logits
+
+
+def _distributions(
+    plan: Plan,
+    keep: list[int],
+    made: dict[str, Floats],
+    real: dict[str, Floats],
+    networks: dict[str, FeatureNetwork],
+    reference: Reference | None,
+    options: EvalOptions,
+    notes: list[str],
+) -> Report:
+    """What the sets of images come to, by network."""
+    out: Report = {}
+    if "features" in networks:
+        network, bank = networks["features"], made["features"][keep]
+        found: Report = dict(network.about)
+        if "features" in real:
+            paired = reference is None or reference.images is None
+            owners = plan.owners[keep] if paired else np.arange(len(keep)) % len(real["features"])
+            found |= compare_sets({"truth": real["features"], "generated": bank}, options.seed, notes, owners)
+        else:
+            notes.append("no real images, so no Fréchet distance, KID, precision or recall on these features")
+        if isinstance(network, EfficientNetLite0) and len(bank) >= IS_PARTS:
+            shuffled = np.random.default_rng([options.seed, 4]).permutation(len(bank))
+            row = found.setdefault("generated", {})
+            row["inception_score"], row["inception_score_std"] = inception_score(network.logits(bank[shuffled]))
+        out["distribution"] = found
+    if "inception" in networks:
+        network = networks["inception"]
+        assert isinstance(network, Inception)
+        pool, spatial = (None, None) if reference is None else (reference.pool, reference.spatial)
+        scores = network.scores(real.get("inception"), made["inception"][keep], pool, spatial)
+        out["inception"] = {**network.about, "generated": scores}
+    return out
+
+
+def _followed(
+    plan: Plan, keep: list[int], parts: Drawing, target: Target, options: EvalOptions
+) -> tuple[Report, dict[int, Report]]:
+    """How well the kept images follow their controls, of all and of each class; and another's, which is chance."""
+    assert target.convention is not None
+    maker, made_by = control_maker(target.convention, options)
+    kept, place = set(keep), 0
+    rows: dict[str, dict[str, list[float]]] = {"generated": defaultdict(list), "shuffled": defaultdict(list)}
+    labels: list[int] = []
+    # The control of another class where there is one: half of all images further on.
+    others = np.roll(np.arange(len(plan.requests)), -(len(plan.requests) // 2))
+    bar = tqdm(total=len(plan.requests), desc="controls", unit="img", file=sys.stderr, disable=None)
+    with bar:
+        for images in parts.images():
+            places = [i for i in range(place, place + len(images)) if i in kept]
+            found = maker([images[i - place] for i in places]) if places else []
+            for i, map_found in zip(places, found, strict=True):
+                labels.append(int(plan.labels[i]))
+                for source, request in (("generated", plan.requests[i]), ("shuffled", plan.requests[others[i]])):
+                    errors = control_errors(target.convention, _map(request), map_found)
+                    for measure, error in errors.items():
+                        rows[source][measure].append(error)
+            place += len(images)
+            bar.update(len(images))
+    report: Report = {"type": target.control_type, "made_by": made_by}
+    report |= {source: {m: _mean(v) for m, v in columns.items()} for source, columns in rows.items()}
+    each = np.array(labels)
+    classes = {
+        int(label): {
+            "pictures": int((each == label).sum()),
+            **{f"generated_{m}": _mean(np.array(v)[each == label]) for m, v in rows["generated"].items()},
+        }
+        for label in np.unique(each)
+    }
+    return report, classes
+
+
+def _map(request: Request) -> Pixels:
+    with Image.open(request["control"]) as opened:
+        return np.asarray(opened.convert("RGB"))
+
+
+def _mean(values: Sequence[float] | Floats) -> float | None:
+    known = np.asarray(values, np.float64)
+    known = known[~np.isnan(known)]
+    return float(known.mean()) if len(known) else None
+
+
+def _name(target: Target, label: int) -> str:
+    return str(label) if target.class_names is None else target.class_names[label]

@@ -1,0 +1,162 @@
+"""Which kernels are built, with which tiles: the list behind every target's cubins.
+
+A variant is a kernel with its constants. Sizes of a model are run-time arguments, but for the width of a head (32 or
+64), the side of f̂ and the vocabulary, which round up to the next tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from car_kernels import attention, products, rows, sampling
+
+TARGETS = (80, 86, 89, 90, 120)
+"""Compute capabilities with cubins: A100, RTX 30, RTX 40 and L40, H100 and H200, RTX 50."""
+SHARED_LIMITS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
+"""Bytes of shared memory that one block may have."""
+EPS = 1e-6
+
+_F16, _F32, _I64, _FLAG = "*fp16", "*fp32", "*i64", "*i8"
+_POINTERS = {
+    _F16: "a w q k v q_bias v_bias log_scale k_slot v_slot h gain",
+    _F32: "x scale shift gamma mix keep control pos c logits cfg control_cfg cfg_ratio extra top_p uniforms guided "
+    "codes up down f_hat",
+    _I64: "twin plain top_k known tokens image phi",
+    _FLAG: "known_mask",
+}
+TYPES = {name: kind for kind, names in _POINTERS.items() for name in names.split()}
+"""Argument → type, where it is the same in all kernels; what is in no list is an int32."""
+OWN_TYPES: dict[str, dict[str, str]] = {
+    "ln_qkv": {},
+    "qkv": {},
+    "ln_gelu": {"bias": _F16, "out": _F16},
+    "gelu": {"bias": _F16, "out": _F16},
+    "gate": {"bias": _F16, "out": _F32},
+    "head": {"bias": _F16, "out": _F32},
+    "fuse": {"bias": _F16},
+    "inject": {"bias": _F16, "out": _F32},
+    "embed": {"bias": _F16, "out": _F32},
+    "ln_mod": {"out": _F16},
+    "fusion_norm": {"weight": _F32, "bias": _F32, "out": _F16, "c_stride": "i64"},
+    "fusion_round": {"out": _F16, "c_stride": "i64"},
+    "cross_norm": {"c_stride": "i64"},
+    "add_position": {"out": _F32, "tokens": "i32"},
+    "attention": {"out": _F16, "tokens": "i32"},
+    "draw": {},
+    "upsample": {"out": _F32},
+    "accumulate": {"w": _F32, "bias": _F32, "h": _F32, "out": _F32},
+    "downsample": {"out": _F16},
+}
+MULTIPLES = frozenset({"C", "K", "N", "mod_stride", "c_stride"})
+"""Numbers that the launch plan keeps at multiples of 16, as it does every address; so loads are of 16 bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A kernel and its constants: one cubin a target."""
+
+    name: str
+    kernel: Any
+    """Triton's JITFunction."""
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    product: bool = False
+    """Whether it multiplies fp16 matrices, and so must be on the tensor cores."""
+
+    @property
+    def kernel_name(self) -> str:
+        """The function's name."""
+        return self.name.partition(".")[0]
+
+    @property
+    def arguments(self) -> dict[str, str]:
+        """Run-time arguments in their order: name → type, as Triton writes it."""
+        own = OWN_TYPES[self.kernel_name]
+        names = [name for name in self.kernel.arg_names if name not in self.constants]
+        return {name: own.get(name) or TYPES.get(name, "i32") for name in names}
+
+    @property
+    def multiples(self) -> list[str]:
+        """Arguments that are multiples of 16."""
+        return [n for n, kind in self.arguments.items() if kind.startswith("*") or n in MULTIPLES]
+
+
+def variants() -> dict[str, Variant]:
+    """All of them by name: KERNEL.TILES."""
+    found = {variant.name: variant for variant in _variants()}
+    assert set(OWN_TYPES) == {variant.kernel_name for variant in found.values()}
+    return found
+
+
+TILES = {
+    "s": ({"BM": 16, "BN": 32, "BK": 128}, 4, 5),
+    "m": ({"BM": 64, "BN": 64, "BK": 64}, 4, 3),
+    "l": ({"BM": 128, "BN": 128, "BK": 32}, 8, 3),
+}
+"""Of products: tile of rows × outputs × inner, warps, stages. `s` is for a few rows, which read each weight once."""
+
+
+def _variants() -> Iterator[Variant]:
+    for size, (tile, warps, stages) in TILES.items():
+        options = {"warps": warps, "stages": stages, "product": True}
+        for kernel in (products.gelu, products.gate, products.head, products.fuse):
+            if kernel is products.fuse and size == "l":
+                continue  # two sums of a tile at a time: they take too many registers
+            yield Variant(name=f"{_name(kernel)}.{size}", kernel=kernel, constants=tile, **options)
+        for D in (32, 64):
+            heads = {"D": D, "BM": tile["BM"], "BK": tile["BK"]}
+            four = options | {"warps": 4}
+            yield Variant(name=f"qkv.{size}.d{D}", kernel=products.qkv, constants=heads, **four)
+    few = {"EPS": EPS, "BM": 16, "BK": 64}
+    for D in (32, 64):
+        yield Variant(
+            name=f"ln_qkv.s.d{D}", kernel=products.ln_qkv, constants=few | {"D": D}, warps=4, stages=3, product=True
+        )
+        for size, BM, warps in (("s", 16, 4), ("m", 64, 4)):
+            tile = {"D": D, "BM": BM, "BT": 64}
+            yield Variant(
+                name=f"attention.{size}.d{D}",
+                kernel=attention.attention,
+                constants=tile,
+                warps=warps,
+                stages=3,
+                product=True,
+            )
+    yield Variant(
+        name="ln_gelu.s", kernel=products.ln_gelu, constants=few | {"BN": 32}, warps=4, stages=3, product=True
+    )
+    for size, BM in (("s", 16), ("m", 64)):
+        tile = {"BM": BM, "BN": 64, "BK": 64}
+        yield Variant(name=f"inject.{size}", kernel=products.inject, constants=tile, warps=4, stages=3, product=True)
+    tile = {"BM": 16, "BN": 64, "BK": 32}
+    yield Variant(name="embed.s", kernel=products.embed, constants=tile, warps=4, stages=2, product=True)
+    normed = {"EPS": EPS, "BC": 1024}
+    yield Variant(name="ln_mod.row", kernel=rows.ln_mod, constants=normed, warps=4, stages=1)
+    yield Variant(name="fusion_norm.row", kernel=rows.fusion_norm, constants=normed, warps=4, stages=1)
+    yield Variant(name="cross_norm.row", kernel=rows.cross_norm, constants=normed, warps=4, stages=1)
+    for kernel in (rows.fusion_round, rows.add_position):
+        yield Variant(name=f"{_name(kernel)}.row", kernel=kernel, constants={"BC": 1024}, warps=4, stages=1)
+    for VP, warps in ((512, 4), (4096, 16), (16384, 32)):
+        yield Variant(name=f"draw.v{VP}", kernel=sampling.draw, constants={"VP": VP}, warps=warps, stages=1)
+    for EP in (16, 32, 64):
+        warps = 4 if EP < 64 else 16
+        for SP in (16, 32, 64):
+            if SP <= EP:
+                small = {"SP": SP, "EP": EP}
+                yield Variant(
+                    name=f"upsample.s{SP}.e{EP}", kernel=sampling.upsample, constants=small, warps=warps, stages=1
+                )
+                small = {"TP": SP, "EP": EP}
+                yield Variant(
+                    name=f"downsample.t{SP}.e{EP}", kernel=sampling.downsample, constants=small, warps=warps, stages=1
+                )
+    yield Variant(
+        name="accumulate.z32", kernel=sampling.accumulate, constants={"BP": 32, "BZ": 32}, warps=4, stages=2
+    )
+
+
+def _name(kernel: Any) -> str:
+    return str(getattr(kernel, "__name__", None) or kernel.fn.__name__)

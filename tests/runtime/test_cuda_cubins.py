@@ -1,0 +1,121 @@
+"""The compiled kernels that come with the package: what their files say, and what is said of them."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from car_kernels.variants import SHARED_LIMITS, TARGETS, variants
+from car_runtime.backends.cuda import kernels as cuda
+from car_runtime.backends.cuda.kernels import kernels, launch, markdown_table, read_cubins
+from car_runtime.errors import BackendError
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGET_NAMES = [f"sm{number}" for number in TARGETS]
+SPILLS = {("draw.v16384", "sm120"): 8}
+"""Instructions that spill: the largest vocabulary on RTX 50, where a thread has 64 registers."""
+NO_WHOLE_LOADS = ("draw.v512", "upsample", "downsample", "accumulate")
+"""Kernels of small or scattered data: channels last, any vocabulary, f̂'s sides."""
+
+
+def registers(cubin: bytes, symbol: str) -> int:
+    """Of one thread, by the ELF file's own section `.nv.info`; asserts that the code of `symbol` is there."""
+    at, count, names = struct.unpack_from("<Q", cubin, 40)[0], *struct.unpack_from("<HH", cubin, 60)
+    heads = [struct.unpack_from("<IIQQQQIIQQ", cubin, at + 64 * i) for i in range(count)]
+    text = heads[names][4]
+    found = {}
+    for head in heads:
+        start = text + head[0]
+        found[cubin[start : cubin.index(b"\0", start)].decode()] = head[4:6]
+    assert found[f".text.{symbol}"][1] > 0
+    start, size = found[".nv.info"]
+    info = cubin[start : start + size]
+    at = 0
+    while at < size:
+        form, attribute, length = struct.unpack_from("<BBH", info, at)
+        if (form, attribute) == (4, 0x2F):  # EIATTR_REGCOUNT: symbol, registers
+            return int(struct.unpack_from("<II", info, at + 4)[1])
+        at += 4 + (length if form == 4 else 0)
+    raise AssertionError("the file states no registers")
+
+
+def test_kernels_are_described_as_they_are_written() -> None:
+    assert {name: (k.arguments, k.constants, k.multiples, k.product) for name, k in kernels().items()} == {
+        name: (v.arguments, v.constants, frozenset(v.multiples), v.product) for name, v in variants().items()
+    }
+
+
+@pytest.mark.parametrize("target", TARGET_NAMES)
+def test_every_cubin_is_for_its_target_and_uses_what_is_stated(target: str) -> None:
+    code = read_cubins(target)
+    assert sum(map(len, code.values())) < 2 * 2**20
+    assert (cuda.FOLDER / f"{target}.xz").stat().st_size < 2 * 2**20
+    for name, cubin in code.items():
+        binary = kernels()[name].targets[target]
+        assert cubin[:4] == b"\x7fELF"
+        assert struct.unpack_from("<H", cubin, 18) == (190,)  # EM_CUDA
+        (flags,) = struct.unpack_from("<I", cubin, 48)
+        assert (flags >> 8 if cubin[8] > 7 else flags) & 0xFF == int(target[2:])
+        assert registers(cubin, binary.symbol) == binary.registers, name
+        assert binary.symbol == kernels()[name].kernel
+
+
+@pytest.mark.parametrize("target", TARGET_NAMES)
+def test_no_kernel_spills_and_products_are_on_the_tensor_cores(target: str) -> None:
+    for name, kernel in kernels().items():
+        binary = kernel.targets[target]
+        assert binary.shared <= SHARED_LIMITS[int(target[2:])], name
+        assert binary.threads * binary.registers <= 65536, name  # what a multiprocessor has
+        assert binary.spills == SPILLS.get((name, target), 0), name
+        assert (binary.stack == 0) == (binary.spills == 0), name
+        assert (binary.tensor > 0) == kernel.product, name
+        if not name.startswith(NO_WHOLE_LOADS):
+            assert binary.loads_16 > 0, name
+        if kernel.product and kernel.kernel != "embed":
+            assert binary.loads_16 > binary.loads / 3, name  # the others: biases, a number for a row
+
+
+def test_the_page_has_the_table() -> None:
+    page = (ROOT / "docs" / "backends" / "cuda.md").read_text(encoding="utf-8")
+    assert markdown_table() in page, "run: python -m car_runtime.backends.cuda.kernels"
+
+
+def test_an_unknown_target_and_a_damaged_file_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match=r"no kernels for sm75 \(only for sm80, .*sm120\); use --backend ort-cuda"):
+        read_cubins("sm75")
+    for file in cuda.FOLDER.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "sm89.xz").write_bytes((tmp_path / "sm90.xz").read_bytes())
+    monkeypatch.setattr(cuda, "FOLDER", tmp_path)
+    with pytest.raises(BackendError, match="is damaged; install car-deploy again"):
+        read_cubins("sm89")
+
+
+def test_a_launch_keeps_what_the_compiler_was_promised() -> None:
+    good = dict.fromkeys(kernels()["ln_mod.row"].arguments, 32)
+    assert launch("ln_mod.row", (3,), **good).grid == (3, 1, 1)
+    for broken in ({"x": 8}, {"C": 40}, {"R": 2**31}):
+        with pytest.raises(AssertionError):
+            launch("ln_mod.row", (3,), **good | broken)
+
+
+def check_build(*arguments: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "export")}
+    command = [sys.executable, "-m", "car_kernels.build", "--check", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_kernel_compiles_to_the_same_bytes_again() -> None:
+    assert check_build("--only", "fusion_round", "--targets", "80,120") == "2 of 2 cubins are the ones in the tree\n"
+
+
+@pytest.mark.slow
+def test_all_kernels_compile_to_the_same_bytes_again() -> None:
+    assert check_build() == f"{len(kernels()) * 5} of {len(kernels()) * 5} cubins are the ones in the tree\n"

@@ -1,0 +1,80 @@
+"""Plans that are opened when they are asked for, and closed for others."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("fastapi")
+
+from car_runtime import open_plan
+from car_runtime.format.manifest import read_manifest
+from car_serve.capabilities import capabilities
+from car_serve.errors import ServeError
+from car_serve.forms import PictureForm
+from car_serve.jobs import Job
+from car_serve.service import Service
+from fixtures.serving import SHIPPED, image64
+
+
+def copied(folder: Path, name: str) -> Path:
+    """The shipped plan under another name."""
+    shutil.copytree(SHIPPED, folder / f"{name}.plan")
+    file = folder / f"{name}.plan/manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"name": name}))
+    return folder / f"{name}.plan"
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Any]:
+    """Two plans, of which one at a time is open."""
+    paths = {name: copied(tmp_path, name) for name in ("first", "second")}
+    service = Service([], shelf={name: read_manifest(path) for name, path in paths.items()})
+    lock = Lock()
+
+    def opener(name: str) -> None:
+        with lock:
+            if name not in service.batchers:
+                for other in list(service.batchers.values()):
+                    service.remove(other)
+                service.add(open_plan(paths[name], threads=1))
+
+    service.opener = opener
+    yield service
+    service.close()
+
+
+def drawn(service: Service, plan: str | None, seed: int) -> Job:
+    """A job that has ended."""
+    form = {"plan": plan, "control": image64(), "class": 8, "seed": seed}
+    job = service.submit(PictureForm.model_validate(form))
+    while not job.finished:
+        pass
+    return job
+
+
+def test_plans_take_turns_and_their_requests_are_finished_first(service: Service) -> None:
+    assert [plan["backend"] for plan in capabilities(service)["plans"]] == [None, None]
+    first = drawn(service, None, 3)
+    assert list(service.batchers) == ["first"]
+    with ThreadPoolExecutor(4) as users:
+        jobs = list(users.map(lambda i: drawn(service, ("first", "second")[i % 2], 3), range(8)))
+    assert {job.state for job in jobs} == {"done"}
+    assert all(np.array_equal(job.images[0], first.images[0]) for job in jobs)
+    assert len(service.batchers) == 1
+    assert first.plan.manifest.name == "first"
+
+
+def test_a_request_that_names_no_plan_gets_the_preferred_one(service: Service) -> None:
+    service.preferred = lambda: "second"
+    assert service.batcher(None).name == "second"
+    with pytest.raises(ServeError, match="no plan 'third'; choose first, second"):
+        service.batcher("third")

@@ -1,0 +1,340 @@
+"""`eval --samples`: N images of every class are those that drawing one by one gives, whatever draws them and how."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from car_train import checkpoint
+from car_train.data.controls import make_control
+from car_train.data.dataset import ControlledImages
+from car_train.evaluation import evaluate, sample_set
+from car_train.evaluation.draw import Drawing
+from car_train.evaluation.features import import_torch_fidelity
+from car_train.evaluation.metrics import control_errors, inception_score, precision_recall
+from car_train.evaluation.options import EvalOptions, EvaluationError
+from car_train.evaluation.reference import read_reference
+from car_train.evaluation.sample_set import evaluate_samples, most_confident
+from car_train.evaluation.sets import compare_sets
+from car_train.evaluation.targets import open_target
+from car_train.images import to_pixels
+from car_train.model import Model
+from car_train.model.sample import control_pyramid, sample
+from fixtures.small import small_model
+from fixtures.small_plans import small_plan
+
+CLASSES = ("ant", "bee", "cat", "dog", "eel")
+
+
+class Thumbnail:
+    """Features without a network: the mean colours of a 4×4 grid."""
+
+    about = {"network": "thumbnail", "input": "as it is"}  # noqa: RUF012
+
+    def __call__(self, images_BHW3: np.ndarray) -> np.ndarray:
+        small = [np.asarray(Image.fromarray(p).resize((4, 4), Image.Resampling.BOX)) for p in images_BHW3]
+        return np.stack(small).reshape(len(small), -1).astype(np.float32) / 255
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four to six discs and bars of each of five classes, named so that some are in both splits."""
+    root = tmp_path_factory.mktemp("images")
+    draw = np.random.default_rng(0)
+    for k, name in enumerate(CLASSES):
+        (root / name).mkdir()
+        for i in range(4 + k % 3):
+            image = Image.new("RGB", (20, 20), "white")
+            x, y, w, h = draw.integers((1, 1, 6, 6), (7, 7, 12, 12)).tolist()
+            shape = ImageDraw.Draw(image).ellipse if i % 2 else ImageDraw.Draw(image).rectangle
+            shape((x, y, x + w, y + h), fill=tuple(draw.integers(0, 200, 3).tolist()))
+            image.save(root / name / f"{name}{i}.png")
+    return root
+
+
+def small(control: bool) -> Model:
+    """The model that the plan `steered` was exported of, with edges for control; or without any."""
+    return small_model(control, depth=2, sides=(1, 2, 4))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("checkpoints")
+    found = {}
+    for name in ("car", "var"):
+        model = small(name == "car")
+        found[name] = checkpoint.save(model, root / name)
+    return found
+
+
+def options(target: Path, data: Path | None, **changes: Any) -> EvalOptions:
+    settings = {"split": "all", "cfg": 2.0, "top_k": 20, "top_p": 0.9, "per_class": 4, "threads": 1, **changes}
+    return EvalOptions(checkpoint=target, data=data, **settings)
+
+
+def drawn(target: Path, data: Path | None, folder: Path, **changes: Any) -> tuple[Any, np.ndarray]:
+    """(report, images) of one evaluation."""
+    wanted = options(target, data, **changes)
+    report = evaluate_samples(open_target(wanted), wanted, folder / "s.npz", features=Thumbnail())
+    with np.load(folder / "s.npz", allow_pickle=False) as arrays:
+        assert list(arrays) == ["arr_0"]
+        return report, arrays["arr_0"]
+
+
+@pytest.fixture(scope="module")
+def sketched(checkpoints: dict[str, Path], images: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return drawn(checkpoints["car"], images, tmp_path_factory.mktemp("samples"))
+
+
+def test_each_class_has_n_images_and_each_is_that_of_its_seed_and_control(
+    sketched: Any, checkpoints: dict[str, Path], images: Path
+) -> None:
+    report, found = sketched
+    assert (found.dtype, found.shape) == (np.uint8, (20, 16, 16, 3))
+    assert report["samples"] == {"file": "s.npz", "images": 20, "drawn": 20}
+    model = checkpoint.load(checkpoints["car"])
+    assert model.config.car is not None
+    convention = model.config.car.control_convention
+    data = ControlledImages(images, 16, split="all", control_type="sketch", convention=convention)
+    errors, place = [], 0
+    for label in range(5):
+        real = [i for i, (_, of) in enumerate(data.files) if of == label]
+        for k in range(4):
+            control = data[real[k % len(real)]]["control"].numpy()
+            pyramid = control_pyramid(Image.fromarray(control), [4 * s for s in (1, 2, 4)])
+            noise = np.random.default_rng(place).random((1, 21), dtype=np.float32)
+            one = to_pixels(
+                sample(model.vqvae, model.car, torch.tensor([label]), torch.from_numpy(noise), pyramid, 2.0, 20, 0.9)[
+                    1
+                ]
+            )[0]
+            assert np.abs(one.astype(int) - found[place]).max() <= 1  # sums of a batch are taken in another order
+            errors.append(control_errors(convention, control, make_control(found[place], convention))["mae"])
+            place += 1
+    assert report["control"]["generated"]["mae"] == pytest.approx(np.mean(errors))
+    for label, name in enumerate(CLASSES):
+        assert report["classes"][name]["generated_mae"] == pytest.approx(np.mean(errors[4 * label : 4 * label + 4]))
+    assert report["control"]["shuffled"]["mae"] != report["control"]["generated"]["mae"]
+    assert {"floor", "generated"} < set(report["distribution"])
+
+
+def test_a_plan_gives_the_images_of_its_checkpoint(sketched: Any, images: Path, tmp_path: Path) -> None:
+    """The plan was exported of the same weights: the same tokens, and pixels within one grey level."""
+    report, found = drawn(small_plan("steered"), images, tmp_path, backend="ort-cpu", processes=2)
+    assert report["plan"]["control"] == "sketch"
+    assert np.abs(found.astype(int) - sketched[1]).max() <= 1
+    assert report["control"]["generated"]["mae"] == pytest.approx(
+        sketched[0]["control"]["generated"]["mae"], rel=0.02
+    )
+
+
+def test_processes_and_a_stop_in_between_change_nothing(
+    checkpoints: dict[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "once").mkdir()
+    _, whole = drawn(checkpoints["var"], None, tmp_path / "once", per_class=13)
+    wanted = options(checkpoints["var"], None, per_class=13, processes=2)
+    target = open_target(wanted)
+    with monkeypatch.context() as patched:
+        patched.setattr(sample_set, "_distributions", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluate_samples(target, wanted, tmp_path / "s.npz", features=Thumbnail())
+    parts = tmp_path / ".s.npz.parts"
+    assert len(list((parts / "images").iterdir())) == 65
+    for k in range(32, 65):
+        (parts / "images" / f"{k:07d}.png").unlink()
+    # What a process had drawn when it was killed.
+    (parts / "process-1").mkdir()
+    for folder, k in (("images", 0), ("process-1", 33)):
+        Image.new("RGB", (16, 16)).save(parts / folder / f"{k:07d}.png")
+
+    other = dataclasses.replace(wanted, resume=True, seed=1)
+    with pytest.raises(EvaluationError, match="with other settings; give these, or leave out --resume"):
+        evaluate_samples(target, other, tmp_path / "s.npz", features=Thumbnail())
+    _, resumed = drawn(checkpoints["var"], None, tmp_path, per_class=13, processes=2, resume=True)
+    kept = [0, 33]
+    assert not resumed[kept].any()  # what was there is not drawn again
+    np.testing.assert_array_equal(np.delete(resumed, kept, 0), np.delete(whole, kept, 0))
+    assert not parts.exists()
+
+
+def test_rejection_keeps_of_each_class_what_the_classifier_is_surest_of(
+    checkpoints: dict[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    drawn_parts: list[np.ndarray] = []
+    write = Drawing.write
+
+    def spy(self: Drawing, samples: Path, keep: Any) -> None:
+        drawn_parts.extend(self.images())
+        write(self, samples, keep)
+
+    monkeypatch.setattr(Drawing, "write", spy)
+    report, kept = drawn(checkpoints["car"], images, tmp_path, per_class=4, reject=0.5)
+    assert report["samples"] == {"file": "s.npz", "images": 20, "drawn": 40}
+    everything = np.concatenate(drawn_parts)
+    train = ControlledImages(images, 16, split="train")
+    shown = to_pixels(torch.stack([train[i]["image"] for i in range(len(train))]))
+    labels = [train[i]["label"] for i in range(len(train))]
+    model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(Thumbnail()(shown), labels)
+    p = model.predict_log_proba(Thumbnail()(everything))
+    column = {label: i for i, label in enumerate(model.classes_)}
+    for label in range(5):
+        mine = everything[8 * label : 8 * label + 8]
+        surest = np.sort(np.argsort(-p[8 * label : 8 * label + 8, column[label]])[:4])
+        np.testing.assert_array_equal(kept[4 * label : 4 * label + 4], mine[surest])
+
+
+def test_of_equally_sure_images_the_first_stay() -> None:
+    kept = most_confident(np.array([1.0, 3.0, 3.0, 2.0, 9.0]), np.array([0, 0, 0, 0, 1]), 2)
+    assert kept == [1, 2, 4]
+
+
+# --- references
+
+
+def test_a_reference_has_images_or_statistics_and_runs_nothing(tmp_path: Path) -> None:
+    images = np.zeros((3, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "images.npz", arr_0=images)
+    assert read_reference(tmp_path / "images.npz").pool is None
+    np.savez(tmp_path / "both.npz", arr_0=images, mu=np.ones(2), sigma=np.eye(2), mu_s=np.ones(3), sigma_s=np.eye(3))
+    found = read_reference(tmp_path / "both.npz")
+    assert found.pool is not None
+    assert found.spatial is not None
+    assert found.spatial[1].shape == (3, 3)
+
+
+class Mischief:
+    def __init__(self, place: Path):
+        self.place = place
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.place),)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"arr_0": np.zeros((3, 8, 8, 3))}, "arr_0 is float64"),
+        ({"mu": np.ones(2)}, r"mu and sigma are of shapes \[\[2\], None\]"),
+        ({"mu": np.ones(2), "sigma": np.full((2, 2), np.nan)}, "not finite"),
+        ({"other": np.ones(2)}, "neither images nor statistics"),
+        ({"arr_0": np.array([None], object)}, "can't be read"),
+        (None, "can't be read"),
+    ],
+)
+def test_other_files_are_no_reference(tmp_path: Path, arrays: dict[str, Any] | None, words: str) -> None:
+    file = tmp_path / "r.npz"
+    if arrays is None:
+        file.write_bytes(b"PK\x03\x04 and so on")
+    else:
+        if arrays.get("arr_0") is not None and arrays["arr_0"].dtype == object:
+            arrays = {"arr_0": np.array([Mischief(tmp_path / "done")], object)}
+        np.savez(file, **arrays, allow_pickle=True)
+    with pytest.raises(EvaluationError, match=words):
+        read_reference(file)
+    assert not (tmp_path / "done").exists()
+
+
+def test_a_reference_takes_the_place_of_the_real_images(
+    sketched: Any, checkpoints: dict[str, Path], images: Path, tmp_path: Path
+) -> None:
+    """The model's own images as reference are at no distance from themselves."""
+    np.savez(tmp_path / "r.npz", arr_0=sketched[1])
+    report, found = drawn(checkpoints["car"], images, tmp_path, reference=tmp_path / "r.npz")
+    np.testing.assert_array_equal(found, sketched[1])
+    assert report["distribution"]["generated"]["precision"] == 1
+    assert abs(report["distribution"]["generated"]["kid"]) < abs(sketched[0]["distribution"]["generated"]["kid"])
+
+
+# --- numbers
+
+
+def test_inception_scores_at_their_ends_and_as_torch_fidelity_has_them() -> None:
+    assert inception_score(np.zeros((20, 7))) == pytest.approx((1.0, 0.0))
+    sure = np.tile(np.eye(5) * 1e4, (10, 1))
+    assert inception_score(sure, parts=2) == pytest.approx((5.0, 0.0))
+    if importlib.util.find_spec("torch_fidelity") is None:
+        pytest.skip("needs torch-fidelity")
+    import_torch_fidelity()
+    from torch_fidelity import metric_isc, metric_prc
+
+    draw = np.random.default_rng(0)
+    logits = draw.standard_normal((60, 9)) * 3
+    expected = metric_isc.isc_features_to_metric(torch.from_numpy(logits), splits=10, shuffle=False)
+    assert inception_score(logits) == pytest.approx(
+        (expected["inception_score_mean"], expected["inception_score_std"]), rel=1e-12
+    )
+    real, made = draw.standard_normal((80, 6)), draw.standard_normal((70, 6)) * 0.8 + 0.2
+    theirs = metric_prc.prc_features_to_metric(torch.from_numpy(made), torch.from_numpy(real), verbose=False)
+    # The library's shares are float32.
+    assert precision_recall(real, made) == pytest.approx((theirs["precision"], theirs["recall"]), rel=1e-6)
+
+
+def test_images_that_belong_to_real_ones_are_compared_with_the_other_half() -> None:
+    draw = np.random.default_rng(3)
+    real = draw.standard_normal((200, 8))
+    # Copies of the real images: whoever compared a half with its own copies would find no distance at all.
+    owners = np.tile(np.arange(200), 3)
+    found = compare_sets({"truth": real, "generated": real[owners]}, 0, [], owners)
+    low, std = found["floor"]["kid_half"], found["floor"]["kid_half_std"]
+    # Three copies of each are drawn from, so that a half has up to 100 of 300, some of them twice.
+    assert found["generated"]["kid_half"] == pytest.approx(low, abs=4 * std)
+    assert found["generated"]["precision_half"] < 0.99
+    paired = compare_sets({"truth": real, "generated": real + 1}, 0, [], np.arange(200))
+    plain = compare_sets({"truth": real, "generated": real + 1}, 0, [])
+    assert paired["generated"]["kid_half"] == pytest.approx(plain["generated"]["kid_half"])
+
+
+# --- the command
+
+
+def run(*argv: object) -> None:
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    evaluate.run(parser.parse_args([str(a) for a in argv]))
+
+
+def test_the_command_takes_a_plan(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--samples", tmp_path / "s.npz", "-o", tmp_path / "r.json"]
+    run(small_plan("steered"), "--data", images, "--split", "all", "--per-class", 1, "--features", "none", *files)
+    assert "small-steered (sketch): 5 images in s.npz (5 drawn)" in capsys.readouterr().out
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["options"]["cfg"] == 4.0  # the plan's own
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.json", "s.npz"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["CAR", "--samples", "S"], "nothing to take any from; give --data"),
+        (["VAR", "--samples", "S", "--reject", "1"], "below 1"),
+        (["VAR", "--samples", "S", "--reject", "0.5"], "--reject needs a classifier"),
+        (["VAR", "--samples", "S", "--limit", "3"], "give --per-class"),
+        (["VAR", "--samples", "S.txt"], "give a .npz"),
+        (["VAR", "--reject", "0.5", "--data", "IMAGES"], "give --samples"),
+        (["VAR"], "is measured on images; give --data"),
+        (["VAR", "--samples", "S", "--processes", "0"], "at least 1"),
+        (["PLAN", "--data", "IMAGES", "--split", "all", "--backend", "abacus"], "drawing failed: .*abacus"),
+    ],
+)
+def test_what_cannot_be_done_is_said_with_a_remedy(
+    argv: list[str], words: str, checkpoints: dict[str, Path], images: Path, tmp_path: Path
+) -> None:
+    names = {"CAR": checkpoints["car"], "VAR": checkpoints["var"], "IMAGES": images, "S": tmp_path / "s.npz"}
+    given: list[object] = [names.get(a, small_plan("steered") if a == "PLAN" else a) for a in argv]
+    if "--samples" not in argv and "PLAN" in argv:
+        given += ["--samples", tmp_path / "s.npz"]
+    with pytest.raises(EvaluationError, match=words):
+        run("--features", "none", *given)
