@@ -147,7 +147,7 @@ class _Facts:
     def __init__(self, fusion: str, blocks: int) -> None:
         self.model = self
         self.branches = {"a": self}
-        self.fusion, self.blocks = fusion, blocks
+        self.fusion, self.blocks, self.width = fusion, blocks, 128
 
 
 @needs_kernels

@@ -1,8 +1,8 @@
 """A process that runs the kernels on graphs, its own for AddressSanitizer: `run_graphs.py LIBRARY PLAN SEED COUNT`.
 
-First the plan's own step and control encoder, which must run; then `COUNT` graphs: these with something changed, and
-decoders of random architectures, as they are and changed. Prints each case before it runs; a sanitizer's report ends
-the process, and so does any error but a refusal.
+First the plan's own step and control encoder, which must run; then `COUNT` graphs: these with something changed,
+decoders of random architectures, as they are and changed, and transformers of random sizes with calls that fit them
+or don't. Prints each case before it runs; a sanitizer's report ends the process, and so does any error but a refusal.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from car_runtime.backends.amx.convolutions import read_encoder
 from car_runtime.backends.amx.description import UnsupportedGraphError
 from car_runtime.backends.amx.match_transformer import read_step
 from car_runtime.backends.amx.memory import Workspace
-from car_runtime.backends.amx.transformer import CombinedTransformer
+from car_runtime.backends.amx.transformer import CombinedTransformer, PackedFusions, Transformer
 from car_runtime.format.manifest import Scale, read_manifest
-from fixtures.kernel_graphs import THREADS, WEIGHTS, RandomDecoder, decode, mutated
+from fixtures.kernel_graphs import THREADS, WEIGHTS, RandomDecoder, RandomTransformer, decode, mutated
 
-KINDS = ("decoder", "changed decoder", "changed step", "decoder", "changed decoder", "changed control")
+KINDS = ("decoder", "changed decoder", "changed step", "transformer", "changed transformer", "changed control")
 
 
 def encode(library: Any, folder: Path, sides: tuple[int, ...]) -> None:
@@ -75,6 +75,24 @@ def random_decoder(library: Any, folder: Path, seed: int, change: bool) -> None:
     decode(library, folder, f_hat, np.zeros((1, size, size, 3), np.uint8))
 
 
+def random_transformer(library: Any, seed: int, change: bool) -> None:
+    """A base or a branch of random sizes, and a call; on demand one that doesn't fit in some place."""
+    made = RandomTransformer(seed)
+    if change:
+        made.change()
+    transformer, workspace = Transformer(library, made.described, THREADS), Workspace(library)
+    inputs, outputs = made.call(transformer.cache_dtype)
+    if made.described.head is None:
+        transformer.run_branch(inputs, outputs, workspace)
+        assert np.isfinite(outputs["c"]).all()
+        return
+    fusions = (
+        PackedFusions(library, made.fusions, made.mixed, made.described.width, THREADS) if made.fusions else None
+    )
+    transformer.run_step(inputs, outputs, workspace, fusions)
+    assert np.isfinite(outputs["logits"]).all()
+
+
 def changed_graph(library: Any, plan: Path, folder: Path, graph: str, seed: int) -> None:
     """The plan's step or control encoder with something changed."""
     manifest, rng = read_manifest(plan), np.random.default_rng(seed)
@@ -99,16 +117,16 @@ def main(library: Any, plan: Path, seed: int, count: int) -> None:
             folder.mkdir()
         shutil.copyfile(plan / WEIGHTS, changed / WEIGHTS)
         for i in range(seed, seed + count):
-            kind = ("decoder", "changed decoder", "changed step", "decoder", "changed decoder", "changed control")[
-                i % 6
-            ]
+            kind = KINDS[i % len(KINDS)]
             print(f"{kind}, {i}", flush=True)
             try:
-                if kind.endswith("decoder"):
+                if kind.endswith("transformer"):
+                    random_transformer(library, i, kind != "transformer")
+                elif kind.endswith("decoder"):
                     random_decoder(library, plain, i, kind != "decoder")
                 else:
                     changed_graph(library, plan, changed, kind.partition(" ")[2], i)
-            except (UnsupportedGraphError, MemoryError):
+            except (UnsupportedGraphError, MemoryError, ValueError):
                 tried["refused"] += 1
             else:
                 tried["ran"] += 1

@@ -191,7 +191,7 @@ class _Mixes:
     """The fusions of the branches that a step mixes in, packed when they are first used; the latest are kept."""
 
     def __init__(self, library: Any, manifest: Manifest, cores: int) -> None:
-        self._library, self._cores = library, cores
+        self._library, self._cores, self._width = library, cores, manifest.model.width
         one = next(iter(manifest.model.branches.values()), None)
         self._kind, self._blocks = ("", 0) if one is None else (one.fusion, one.blocks)
         self._lock = Lock()
@@ -218,7 +218,7 @@ class _Mixes:
         fusions = [
             _fusion(self._kind, {name: a[i] for name, a in one.items()}) for i in range(mixed) for one in given
         ]
-        return PackedFusions(self._library, fusions, mixed, self._cores)
+        return PackedFusions(self._library, fusions, mixed, self._width, self._cores)
 
 
 def _fusion(kind: str, given: Arrays) -> Fusion:

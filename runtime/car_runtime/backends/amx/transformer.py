@@ -109,15 +109,34 @@ class _Packed:
 class PackedFusions:
     """The fusions of m branches, [m, h]."""
 
-    def __init__(self, library: Any, fusions: Sequence[Fusion], mixed: int, threads: int) -> None:
-        """`fusions`: branch after branch, all of one kind."""
+    def __init__(self, library: Any, fusions: Sequence[Fusion], mixed: int, width: int, threads: int) -> None:
+        """`fusions`: branch after branch. UnsupportedGraphError unless they are all of one kind and of this width."""
+        _declare(library)
         self.mixed, self.kind = mixed, _KINDS.index(fusions[0].kind)
+        for fusion in fusions:
+            if _shapes(fusion) != _shapes_of(fusions[0].kind, width):
+                raise UnsupportedGraphError(f"a fusion of the kind {fusion.kind} and of shapes {_shapes(fusion)}")
         self._packed = packed = _Packed(library, [fusion.linear for fusion in fusions], threads)
         made = [
             _Fusion(linear=packed.pack(one.linear), weight=packed.kept(one.weight), bias=packed.kept(one.bias))
             for one in fusions
         ]
         self.array = (_Fusion * len(made))(*made)
+
+
+def _shapes(fusion: Fusion) -> tuple[tuple[int, ...] | None, ...]:
+    """Of a fusion's matrix, its bias, and its weight and bias of the norm."""
+    linear = fusion.linear
+    arrays = (linear and linear.matrix, linear and linear.bias, fusion.weight, fusion.bias)
+    return tuple(None if array is None else array.shape for array in arrays)
+
+
+def _shapes_of(kind: str, C: int) -> tuple[tuple[int, ...] | None, ...]:
+    return {
+        "concat": ((C, 2 * C), (C,), (2 * C,), (2 * C,)),
+        "zero": ((C, C), (C,), None, None),
+        "cross_norm": (None, None, (C,), None),
+    }[kind]
 
 
 class Transformer:
@@ -256,7 +275,7 @@ class CombinedTransformer:
         """See `Transformer`."""
         self._base = Transformer(library, step.base, threads)
         self._branch = None if step.branch is None else Transformer(library, step.branch, threads)
-        self._fusions = PackedFusions(library, step.fusions, 1, threads) if step.fusions else None
+        self._fusions = PackedFusions(library, step.fusions, 1, step.base.width, threads) if step.fusions else None
         self._fused = step.base.fused
 
     @property
