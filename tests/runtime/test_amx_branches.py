@@ -284,9 +284,10 @@ def test_whole_plans_draw_what_ort_cpu_draws(
         wanted, got = (p.generate_many(requests()) for p in (exact, plan))
         alone = [plan.generate(config) for config in requests()[:2]]
         tokens = wanted[4].tokens
-        given: dict[str, Any] = {"known_tokens": tokens, "known_mask": np.ones(tokens.shape, bool), "logits": True}
         mixed = {"sketch": (drawing(1), 0.7), "other": (drawing(2), 0.6)}
-        steps = [list(p.stream(mixed, 2, cfg=2.0, control_cfg=1.5, **given)) for p in (exact, plan)]
+        known = {"known_tokens": tokens, "known_mask": np.ones(tokens.shape, bool)}
+        config = GenerationConfig(control=mixed, label=2, cfg=2.0, control_cfg=1.5, **known)
+        steps = [list(p.stream(config, logits=True)) for p in (exact, plan)]
         own = plan._backend.report()["own"]
     assert own == [
         *(["branch.other", "branch.sketch"] if transformer == "blocks" else []),

@@ -127,8 +127,8 @@ class PackedFusions:
 def _shapes(fusion: Fusion) -> tuple[tuple[int, ...] | None, ...]:
     """Of a fusion's matrix, its bias, and its weight and bias of the norm."""
     linear = fusion.linear
-    arrays = (linear and linear.matrix, linear and linear.bias, fusion.weight, fusion.bias)
-    return tuple(None if array is None else array.shape for array in arrays)
+    product = (None, None) if linear is None else (linear.matrix, linear.bias)
+    return tuple(None if array is None else array.shape for array in (*product, fusion.weight, fusion.bias))
 
 
 def _shapes_of(kind: str, C: int) -> tuple[tuple[int, ...] | None, ...]:
