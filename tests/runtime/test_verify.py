@@ -167,9 +167,9 @@ def test_every_measured_run_computes_control_and_class_anew(
     plan, counted = built("fp32"), []
     compute = Conditioning.compute_features
 
-    def count(conditioning: Conditioning, image: Image.Image) -> Any:
+    def count(conditioning: Conditioning, image: Image.Image, branch: str) -> Any:
         counted.append(image.size)
-        return compute(conditioning, image)
+        return compute(conditioning, image, branch)
 
     monkeypatch.setattr(Conditioning, "compute_features", count)
     verify(plan, **QUICK | {"warmup": 2, "runs": 5})

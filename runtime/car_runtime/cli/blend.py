@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from car_runtime import __version__
 from car_runtime.cli.errors import note
 from car_runtime.cli.options import GROUPS, Parser, add_setting, settings_of
@@ -93,6 +91,8 @@ def _check(parser: Parser, args: argparse.Namespace) -> None:
 def run(arguments: Sequence[str]) -> int:
     """Draw the images. Returns the exit code."""
     args = parse_args(arguments)
+    import numpy as np
+
     from car_runtime.format.manifest import MANIFEST
     from car_runtime.images import check_writable, contact_sheet, png_bytes, write_files
     from car_runtime.request import resolve
