@@ -55,13 +55,13 @@ class Amx(OpenVino):
             raise BackendError(
                 f"the plan multiplies in {types}, but {self.name!r} wants float32 plans; use another backend"
             )
-        build.check_cpu(self.name)
         self._parameters: Parameters | None = None
         if manifest.format > 1:
             try:
                 self._parameters = plan_parameters(manifest, root)
             except UnsupportedGraphError as error:
                 raise BackendError(f"{self.name!r} finds no weights: {one_line(error)}") from error
+        build.check_cpu(self.name)
         self._library = build.load(self.bf16_terms)
         self._cores = threads or physical_cores()
         self._own: list[str] = []
