@@ -54,7 +54,7 @@ help:
 	@echo 'make lint       ruff, the arrows between packages (import-linter), clang-format'
 	@echo 'make types      mypy'
 	@echo 'make kernels    compile the cuda kernels again, byte for byte the ones in the tree (minutes, no GPU)'
-	@echo 'make fuzz       changed manifests, configs and graphs, guided by coverage, FUZZ_SECONDS each'
+	@echo 'make fuzz       changed manifests, configs, graphs, goldens and tables, guided by coverage, FUZZ_SECONDS each'
 	@echo 'make test-slow  tests that take minutes or gigabytes of memory'
 	@echo 'make test-gpu   tests that need an NVIDIA GPU (an environment of its own)'
 	@echo 'make test-oldest  the runtime with the oldest packages that pyproject.toml allows (an environment of its own)'
@@ -86,7 +86,7 @@ kernels: $(DEV_ENV)$(INSTALLED)
 
 fuzz: $(DEV_ENV)$(INSTALLED)
 	@$(DEV_ENV)/bin/python -m pip install -q 'atheris>=3,<4'
-	@set -e; for target in manifest config graph; do $(DEV_ENV)/bin/python tests/fuzz/fuzz.py $$target --seconds $(FUZZ_SECONDS); done
+	@set -e; for target in manifest config graph goldens step parameters; do $(DEV_ENV)/bin/python tests/fuzz/fuzz.py $$target --seconds $(FUZZ_SECONDS); done
 
 quick: lint types
 	@OMP_NUM_THREADS=1 $(DEV_ENV)/bin/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile -k 'not ($(QUICK_LEFT))' $(QUICK_TESTS)
@@ -109,16 +109,20 @@ test-slow: $(DEV_ENV)$(INSTALLED)
 test-gpu: $(GPU_ENV)$(INSTALLED)
 	@$(GPU_ENV)/bin/python -m pytest -q --durations=15 -m gpu $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
-# The lower bounds of pyproject.toml: what the runtime needs, and its tests' own. No PyTorch: without the conftest that
-# imports it, and without the few tests of other packages' commands and modules. Python 3.12 or older: these have no
-# wheels for newer ones.
-OLDEST = 'numpy==1.26.*' 'pillow==10.1.*' 'onnxruntime==1.20.*' 'onnx==1.17.*' 'cryptography==42.*' 'pytest>=8' 'hypothesis>=6.100'
+# The lower bounds of pyproject.toml (tests/test_packaging.py holds the two together): the runtime, its CPU engines,
+# signatures and the server, and what their tests need. No PyTorch: without the conftest that imports it, and without the
+# few tests of other packages' commands and modules. Python 3.12 or older: these have no wheels for newer ones.
+OLDEST = 'numpy==1.26.*' 'pillow==10.1.*' 'onnxruntime==1.20.*' 'openvino==2025.0.*' 'cryptography==42.*' \
+	'fastapi==0.115.*' 'uvicorn==0.30.*' 'python-multipart==0.0.20' 'prometheus-client==0.20.*' \
+	'onnx==1.17.*' 'httpx>=0.27' 'pytest>=8' 'hypothesis>=6.100'
 OLDEST_TESTS = $(patsubst %,tests/runtime/test_%.py,backends cli control_checks doctor editing errors files hostile_plans \
 	manifest plan process typed_json)
 OLDEST_LEFT = training_and_export or telemetry or an_engine_is_usable
 
 test-oldest: $(OLDEST_ENV)$(INSTALLED)
+	@PYTHONPATH=runtime $(OLDEST_ENV)/bin/python -m car_runtime verify --backend openvino --warmup 0 --runs 1
 	@OMP_NUM_THREADS=1 $(OLDEST_ENV)/bin/python -m pytest -q --noconftest -k 'not ($(OLDEST_LEFT))' $(OLDEST_TESTS) $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(OLDEST_ENV)/bin/python -m pytest -q --confcutdir=tests/serve tests/serve/test_routes.py $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(DEMO_ENV) $(STUDIO_ENV) $(DEV_ENV) $(GPU_ENV) $(OLDEST_ENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -152,6 +156,6 @@ $(GPU_ENV)$(INSTALLED): pyproject.toml Makefile
 	$(call install,$(GPU_ENV),-e '.[gpu$(comma)rtx$(comma)lab$(comma)export$(comma)dev]',everything for NVIDIA GPUs$(comma) several GB; this takes minutes)
 
 $(OLDEST_ENV)$(INSTALLED): pyproject.toml Makefile
-	$(call install,$(OLDEST_ENV),$(OLDEST),the oldest numpy$(comma) Pillow and ONNX Runtime that are supported)
+	$(call install,$(OLDEST_ENV),$(OLDEST),the oldest packages that the runtime and the server run on)
 
 comma := ,

@@ -234,4 +234,4 @@ def test_an_export_is_whole_wherever_it_dies(killer: Path, tmp_path: Path) -> No
         verify_files(target, read_manifest(target))
         return True
 
-    campaign(killer, command, under, lambda: None, whole, kills=12)
+    campaign(killer, command, under, lambda: None, whole, kills=5)

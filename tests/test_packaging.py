@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
 from PIL import Image
 
 from fixtures.runtime_plan import NAMES, SIZE, build_plan
@@ -164,6 +166,64 @@ def test_the_extras_are_those_of_the_install_page_and_each_engine_is_in_one_of_t
     assert [extra for extra, names in extras.items() if "onnxruntime-gpu" in names] == ["gpu"]
     assert "cuda-python" in extras["gpu"]
     assert names_of(project()["dependencies"]) == {"numpy", "pillow"}
+
+
+STABLE = {
+    *("safetensors", "tqdm", "matplotlib", "tensorboard", "h5py", "resvg-py", "cryptography"),
+    *("fastapi", "uvicorn", "python-multipart", "prometheus-client"),
+}
+"""Packages of extras without an upper major: what is used of them has not changed over majors, or they have none."""
+
+
+def requirements_of_extras() -> list[Requirement]:
+    """Of all extras for users, this project's own left out."""
+    extras = project()["optional-dependencies"]
+    wanted = [Requirement(one) for extra, ones in extras.items() if extra != "dev" for one in ones]
+    return [one for one in wanted if one.name != project()["name"]]
+
+
+def test_a_package_whose_majors_break_has_an_upper_major_and_the_same_in_every_extra() -> None:
+    uppers: dict[str, set[str]] = {}
+    for one in requirements_of_extras():
+        bounds = {s.version for s in one.specifier if s.operator in ("<", "==")}
+        uppers.setdefault(one.name, set()).update(bounds or {"none"})
+    assert {name for name, bounds in uppers.items() if "none" in bounds} == STABLE & set(uppers)
+    assert {name: bounds for name, bounds in uppers.items() if len(bounds) > 1} == {}
+
+
+def test_what_is_installed_is_in_the_declared_ranges() -> None:
+    """So that a bound can't shut out the very versions that the tests run with."""
+    outside, seen = [], 0
+    for one in [*map(Requirement, project()["dependencies"]), *requirements_of_extras()]:
+        try:
+            version = importlib.metadata.version(one.name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        seen += 1
+        if not one.specifier.contains(version, prereleases=True):
+            outside.append(f"{one}: {version}")
+    assert outside == []
+    assert seen > 10
+
+
+def test_make_test_oldest_installs_the_lower_bounds() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    line = re.search(r"^OLDEST = (.*)$", makefile, re.MULTILINE)
+    assert line is not None
+    pinned = {name: version for name, version in re.findall(r"'([\w-]+)==([\d.]+?)(?:\.\*)?'", line[1])}
+    extras = project()["optional-dependencies"]
+    tested = list(project()["dependencies"])
+    for extra in ("cpu", "openvino", "sign", "serve"):
+        tested += extras[extra]
+    lowest = {
+        one.name: next(s.version for s in one.specifier if s.operator == ">=") for one in map(Requirement, tested)
+    }
+    assert {name: pinned.get(name) for name in lowest} == lowest
+
+
+def test_continuous_integration_runs_all_tests_and_those_of_the_oldest_packages() -> None:
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
+    assert [line.split(" <")[0] for line in script if line.startswith("make ")] == ["make test", "make test-oldest"]
 
 
 def test_cpu_and_gpu_are_declared_exclusive() -> None:

@@ -115,6 +115,8 @@ def sample(
     top_p: float = 0.0,
     record: Recording | None = None,
     smooth_noise_BLV: Tensor | None = None,
+    known_BL: Tensor | None = None,
+    known_mask_BL: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Generate: (tokens int64 [B, L], pixels f32 [B, 3, H, W] in [-1, 1]).
 
@@ -123,6 +125,8 @@ def sample(
     collects what went into and came out of every scale.
     smooth_noise: `gumbel_noise`, for `smooth_codes` instead of each token's own code (`more_smooth`: for looks, not
     for evaluation); None is off.
+    known, known_mask: int64 and bool [B, L], tokens to keep instead of drawn ones where the mask is true (VAR section
+    6).
     """
     quantizer, base = vqvae.quantizer, model.base
     config, B = vqvae.config, label_B.shape[0]
@@ -149,11 +153,17 @@ def sample(
         cache.advance(stop - start)
         logits_BNV = mix(logits_RNV, cfg * ratio, B)
         kept_BNV = keep_top(logits_BNV, k_keep, p_keep)
-        tokens_BSS = draw_kept(kept_BNV, uniforms_BL[:, start:stop]).view(B, side, side)
-        codes_BSSZ = F.embedding(tokens_BSS, quantizer.embedding)
+        tokens_BN = draw_kept(kept_BNV, uniforms_BL[:, start:stop])
+        given_BN = torch.zeros_like(tokens_BN, dtype=torch.bool)
+        if known_BL is not None and known_mask_BL is not None:
+            given_BN = known_mask_BL[:, start:stop]
+            tokens_BN = torch.where(given_BN, known_BL[:, start:stop], tokens_BN)
+        tokens_BSS, codes_BNZ = tokens_BN.view(B, side, side), F.embedding(tokens_BN, quantizer.embedding)
         if smooth_noise_BLV is not None:
             noise_BNV, at = smooth_noise_BLV[:, start:stop], torch.tensor([ratio], device=label_B.device)
-            codes_BSSZ = smooth_codes(kept_BNV, noise_BNV, at, quantizer.embedding).view_as(codes_BSSZ)
+            smooth_BNZ = smooth_codes(kept_BNV, noise_BNV, at, quantizer.embedding)
+            codes_BNZ = torch.where(given_BN[..., None], codes_BNZ, smooth_BNZ)
+        codes_BSSZ = codes_BNZ.unflatten(1, (side, side))
         before, f_hat = f_hat, f_hat + quantizer.contribution(codes_BSSZ, k)
         grids.append(tokens_BSS)
         if record is not None:

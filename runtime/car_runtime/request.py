@@ -25,7 +25,7 @@ from car_runtime.conventions import FITS
 from car_runtime.editing.edit import PreparedEdit, prepare
 from car_runtime.errors import RequestError
 from car_runtime.format.manifest import Manifest
-from car_runtime.images import open_image
+from car_runtime.images import BLACK, open_image
 from car_runtime.schedule import MAX_STRENGTH, Schedule, parse_scales
 
 MAX_IMAGES = 1024
@@ -237,7 +237,8 @@ def _resolve_controls(
     for branch, (source, weight) in named.items():
         image = open_image(source)
         if edit is not None and not edit.whole:
-            image = edit.frame.cut_alike(image)
+            convention = model.conventions[branch]
+            image = edit.frame.cut_alike(image, convention.ground if convention else BLACK)
         square, warnings = prepare_control(image, model.conventions[branch], model.image_size, config.fit)
         controls.append(BranchControl(branch=branch, image=square, weight=weight))
         said += [warning if len(named) == 1 else f"{branch}: {warning}" for warning in warnings]

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from car_export import verify
 from car_export.cli import main as build_engines
 from car_export.graphs import PhasedUp
 from car_export.plan import ExportOptions, build_plan
+from car_runtime.editing.edit import Edit, prepare
 from car_runtime.format import manifest as schema
 from car_train import checkpoint
 from car_train.model.sample import control_pyramid, sample
-from car_train.model.vqvae import Up
+from car_train.model.vqvae import Up, join_tokens
 from fixtures.small import small_model
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -162,6 +164,65 @@ def test_known_tokens_are_kept_and_the_rest_follows_them(built: Callable[[str], 
         assert (edited.tokens[0, 14:] != free.tokens[0, 14:]).any()
         again = opened.encode(free.images)
         assert again.shape == (1, L)
+
+
+PIXELS = np.random.default_rng(8).integers(0, 256, (20, 20, 3), np.uint8)
+BOX = np.zeros((20, 20), np.bool_)
+BOX[2:14, 8:20] = True
+EDITS: dict[str, Edit] = {
+    "paint": Edit(image=PIXELS, mask=BOX.astype(np.uint8) * 255, feather=0),
+    "paint strictly": Edit(image=PIXELS, box=(8, 2, 20, 14), rule="strict"),
+    "paint after a coarse scale": Edit(image=PIXELS, box=(8, 2, 20, 14), from_scale=2),
+    "harmonise": Edit(image=PIXELS, box=(8, 2, 20, 14), harmonise=2),
+    "extend": Edit(image=PIXELS, extend=(0, 4, 7, 0)),
+    "restyle, vary": Edit(image=PIXELS, from_scale=2),
+    "all anew": Edit(image=PIXELS),
+    "all kept": Edit(image=PIXELS, from_scale=4),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize("kind", ["fp32", "var"])
+def test_an_edit_draws_what_pytorch_draws_with_these_tokens_known(
+    name: str, kind: str, built: Callable[[str], Path]
+) -> None:
+    """PyTorch encodes what the model sees and keeps what the mask says; the plan does all of it by itself."""
+    model, edit = small_model(control=kind != "var"), EDITS[name]
+    assert model.car is not None
+    control = None if kind == "var" else verify.scene(20, np.random.default_rng(3))
+    uniforms = np.stack([np.random.default_rng(seed).random(L, dtype=np.float32) for seed in (5, 6)])
+    settings: dict[str, Any] = {"cfg": 1.5, "top_k": 20, "top_p": 0.9}
+
+    def drawn(image: Image.Image, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of both seeds, int64 [2, L], and those of the image that the model sees, [1, L]."""
+        pixels = torch.from_numpy(np.array(image, np.float32) / 255 * 2 - 1).permute(2, 0, 1)[None]
+        known = join_tokens(model.vqvae.encode(pixels)).expand(2, L)
+        pyramid = None
+        if control is not None:
+            cut = Image.fromarray(control)
+            cut = cut if prepared.whole else prepared.frame.cut_alike(cut)
+            pyramid = control_pyramid(cut.resize((20, 20), Image.Resampling.LANCZOS), [4, 8, 12, 20])
+        labels, noise = torch.full((2,), 2), torch.from_numpy(uniforms)
+        given = {"known_BL": known, "known_mask_BL": torch.from_numpy(keep).expand(2, L)}
+        tokens, _ = sample(model.vqvae, model.car, labels, noise, pyramid, **settings, **given)
+        return tokens.numpy(), known[:1].numpy()
+
+    with car_runtime.open_plan(built(kind)) as opened:
+        prepared = prepare(opened.manifest, edit)
+        found = opened.generate(control, label="cat", seed=5, n=2, edit=edit, **settings)
+        keep = prepared.known_mask
+        expected, encoded = drawn(prepared.frame.view(20), keep)
+        if edit.harmonise:
+            first = opened.generate(control, "cat", 5, 2, edit=replace(edit, harmonise=0), **settings)
+            assert first.edited is not None
+            keep = keep | (np.arange(L) < 5)
+            both = [drawn(Image.fromarray(image), keep)[0] for image in first.edited]
+            expected = np.stack([tokens[i] for i, tokens in enumerate(both)])
+        else:
+            assert (expected[:, keep] == encoded[:, keep]).all()
+        np.testing.assert_array_equal(found.tokens, expected)
+        if not keep.all():
+            assert (found.tokens[0] != found.tokens[1]).any()
 
 
 def test_command_line_builds_and_verifies_again(

@@ -103,6 +103,22 @@ def test_beyond_the_seam_every_byte_is_the_photos(mode: str, feather: int | None
     assert ys.max() < 60 + width
 
 
+def test_a_seam_over_transparency_has_no_other_colour_than_what_is_drawn() -> None:
+    """Transparent pixels are black ones mostly; mixed in, they would draw a grey line along the seam."""
+    clear = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    frame = Frame(image=clear, repaint=marked(64, 64, (0, 0, 32, 64)), square=Square(left=0, top=0, side=64))
+    pasted = frame.paste(np.full((64, 64, 3), 240, np.uint8), 6)
+    seen = pasted[..., 3] > 0
+    assert (pasted[seen][:, :3] == 240).all()
+    assert len(np.unique(pasted[..., 3])) > 3, "the cover itself fades"
+    half = Image.new("RGBA", (64, 64), (100, 100, 100, 255))
+    opaque = Frame(image=half, repaint=frame.repaint, square=frame.square).paste(
+        np.full((64, 64, 3), 240, np.uint8), 6
+    )
+    assert (opaque[..., 3] == 255).all()
+    assert (np.diff(opaque[0, 31:40, 0].astype(int)) <= 0).all()
+
+
 def test_a_seam_does_not_depend_on_how_much_of_the_photo_it_is_made_of() -> None:
     image, mask = photo(120, 100), marked(120, 100, (60, 30, 90, 60))
     mask[20:25, 95] = True
@@ -120,6 +136,58 @@ def test_a_square_beyond_the_frame_goes_on_with_its_edge() -> None:
     assert (seen[:, :20] == seen[:, 20:21]).all()
     assert frame.repaint_view().all()
     assert frame.paste(np.zeros((70, 70, 3), np.uint8), 0).shape == (80, 30, 3)
+
+
+def plain_frame(level: int, anew: tuple[int, int, int, int]) -> Frame:
+    """A photo of one grey level, 64×64, of which a box is drawn anew."""
+    image = Image.fromarray(np.full((64, 64, 3), level, np.uint8))
+    return Frame(image=image, repaint=marked(64, 64, anew), square=Square(left=0, top=0, side=64))
+
+
+def test_a_control_of_the_photo_alone_is_put_where_the_photo_is_in_an_extended_frame() -> None:
+    manifest, edges = read_manifest(default_plan()), Image.fromarray(np.full((64, 64, 3), 255, np.uint8))
+    frame = prepare(manifest, Edit(image=photo(128, 128), extend=(0, 0, 64, 0))).frame
+    assert (frame.square.left, frame.square.side) == (64, 128)
+    cut = np.asarray(frame.cut_alike(edges, (9, 9, 9)))
+    assert (cut[:, :64] == 255).all()
+    assert (cut[:, 64:] == 9).all()
+    assert (np.asarray(frame.cut_alike(edges.resize((96, 64)))) == 255).all(), "of the frame's shape, it covers it"
+
+
+def test_the_tokenizers_error_around_what_is_drawn_is_taken_off_it() -> None:
+    frame = plain_frame(180, (20, 20, 44, 44))
+    drawn = np.full((64, 64, 3), 180, np.uint8)
+    drawn[28:36, 28:36] = (90, 20, 250)  # an object within
+    assert (frame.matched(drawn) == drawn).all(), "nothing is wrong, nothing changes"
+    off = np.asarray([12, -9, 15])
+    found = frame.matched((drawn.astype(int) - off).clip(0, 255).astype(np.uint8)).astype(int)
+    assert np.abs(found - drawn)[20:44, 20:44].max() <= 6  # one level, and what was clipped of the object
+    assert np.abs(found - drawn)[20:28, 20:44].max() <= 1
+
+
+def test_a_step_between_plain_areas_fades_into_what_is_drawn() -> None:
+    frame, drawn = plain_frame(200, (32, 0, 64, 64)), np.full((64, 64, 3), 200, np.uint8)
+    drawn[:, 32:] = 150
+    row = frame.matched(drawn)[32, :, 0].astype(int)
+    assert np.abs(row[:34] - 200).max() <= 4
+    assert (np.diff(row[32:]) <= 0).all()
+    assert row[63] <= 155
+    rough = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    rough[:, :32] = np.asarray(frame.image)[:, :32]
+    assert np.abs(frame.matched(rough).astype(int) - rough).mean() < 4, "no step is seen next to texture"
+
+
+def test_tones_are_left_alone_where_nothing_is_kept_or_it_is_asked_for() -> None:
+    everything = Frame(
+        image=photo(64, 64), repaint=np.ones((64, 64), np.bool_), square=Square(left=0, top=0, side=64)
+    )
+    drawn = np.asarray(photo(64, 64)) // 2
+    assert (everything.matched(drawn) == drawn).all()
+    manifest = read_manifest(default_plan())
+    for match in (True, False):
+        edit = prepare(manifest, Edit(image=plain_frame(200, (0, 0, 1, 1)).image, box=(0, 0, 32, 64), match=match))
+        plain = edit.frame.paste(drawn)
+        assert (edit.finished(drawn) == plain).all() == (not match)
 
 
 # -- tokens ---------------------------------------------------------------------
@@ -340,6 +408,28 @@ def test_misuse_is_one_line_and_writes_nothing(
     assert said in error
     assert len(error.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
+
+
+def test_a_sheet_shows_what_is_edited_on_white(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (128, 128), (0, 0, 0, 0))
+    image.save(tmp_path / "photo.png")
+    args = [
+        "paint",
+        str(tmp_path / "photo.png"),
+        "--box",
+        "40,40,90,90",
+        "--control",
+        str(CONTROL),
+        "-n",
+        "2",
+        "--grid",
+    ]
+    assert main([*args, "-o", str(tmp_path / "out.png")]) == 0
+    with Image.open(tmp_path / "out-grid.png") as out:
+        sheet = np.asarray(out)
+    assert sheet.shape == (128, 3 * 132 - 4, 3)
+    assert (sheet[40:90, 40:90] == 128).all(), "the hole"
+    assert (sheet[:30] == 255).all(), "transparent is white"
 
 
 def test_painting_a_part_keeps_a_large_photo(tmp_path: Path) -> None:

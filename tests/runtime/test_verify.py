@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -337,6 +338,33 @@ def test_goldens_that_do_not_fit_are_refused(
     relist(plan, GOLDENS)
     with pytest.raises(PlanError, match=f"{says}.*; export the plan again"):
         verify(plan)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{'descr': '<i8', 'fortran_order': False, 'shape': (30,), \x00}\n",
+        b"{'descr': '<i8', 'fortran_order': False, 'shape': (30,), }(\n",
+        b"{'descr': '<i8', 'fortran_order': False, 'shape': (" + b"(" * 5000 + b"\n",
+        b"{'descr': '<i8', 'fortran_order': False, 'shape': (3" + b"0" * 5000 + b",), }\n",
+        b"{'descr': '|O', 'fortran_order': False, 'shape': (30,), }\n",
+        b"{'descr': [('a', '<i8')], 'fortran_order': False, 'shape': (30,), }\n",
+    ],
+    ids=["a null byte", "an open bracket", "many of them", "a long number", "objects", "records"],
+)
+def test_a_header_is_read_as_numpy_writes_it_and_never_evaluated(
+    built: Callable[[str], Path], tmp_path: Path, header: bytes
+) -> None:
+    plan = Path(shutil.copytree(built("fp32"), tmp_path / "bad.plan"))
+    with zipfile.ZipFile(plan / GOLDENS) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    members["tokens.npy"] = b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header + bytes(240)
+    with zipfile.ZipFile(plan / GOLDENS, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    relist(plan, GOLDENS)
+    with pytest.raises(PlanError, match=r"cannot read goldens\.npz \(an array whose header is not as"):
+        read_goldens(plan, read_manifest(plan))
 
 
 @pytest.mark.parametrize(

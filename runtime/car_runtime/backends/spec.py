@@ -88,7 +88,7 @@ class BackendSpec:
         """
         if manifest.format > self.newest_format:
             raise BackendError(
-                f"the plan is of format {manifest.format}, but {self.name!r} runs format {self.newest_format}; "
+                f"the backend runs plans up to format {self.newest_format}, and this one is of format {manifest.format}; "
                 "use another backend, or export the plan with --format 1"
             )
         try:

@@ -105,11 +105,12 @@ def _add_from_scale(add: Any) -> None:
 def _add_seam_flags(add: Any) -> None:
     add("--feather", type=float, metavar="PX", help="width of the seam, 0 = hard (default: 2%% of the edited square)")
     add("--rule", choices=RULES, default="published", help="how the mask becomes one of tokens (default: published)")
+    add("--no-match", dest="match", action="store_false", help="leave the tones of what is drawn as they come out")
     add("--harmonise", type=int, default=0, metavar="K", help="second pass on K coarse scales of the first's result")
 
 
 def _seam(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in ("feather", "rule", "harmonise")}
+    return {name: getattr(args, name) for name in ("feather", "rule", "match", "harmonise")}
 
 
 def _box(text: str) -> tuple[int, int, int, int]:

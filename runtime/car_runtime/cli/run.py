@@ -131,7 +131,9 @@ def _add_output_flags(parser: argparse.ArgumentParser) -> None:
         metavar="PNG",
         help="(default: out.png; N > 1: out-0.png …)",
     )
-    outputs.add_argument("--grid", action="store_true", help="also one sheet, control and images: out-grid.png")
+    outputs.add_argument(
+        "--grid", action="store_true", help="also one sheet, control (or what is edited) and images: out-grid.png"
+    )
     outputs.add_argument("--preview", type=Path, metavar="DIR", help="also the image after each scale, as PNG files")
     outputs.add_argument(
         "--tokens", type=Path, metavar="NPZ", help="also the tokens [N, L] (-1: not drawn) and the scales' sides"
@@ -363,15 +365,19 @@ def _contents(
 ) -> dict[Path, bytes]:
     """Every file to write, as bytes; they are written together or not at all."""
     import numpy as np
+    from PIL import Image
 
-    from car_runtime.images import contact_sheet, png_bytes
+    from car_runtime.images import WHITE, contact_sheet, on_ground, png_bytes
 
     contents = image_files(manifest, paths, result, receipt=not args.no_receipt)
     if args.grid:
-        control, finished = result.request.control, result.images if result.edited is None else result.edited
+        edit, control = result.request.edit, result.request.control
+        finished = result.images if result.edited is None else result.edited
         about = about_images(manifest, result.request)
-        first = [] if control is None or result.edited is not None else [np.array(control)]
-        sheet = contact_sheet([*first, *(np.ascontiguousarray(image[..., :3]) for image in finished)])
+        first = [] if control is None else [np.array(control)]
+        first = first if edit is None else [edit.before(manifest.model.image_size)]
+        flat = [np.asarray(on_ground(Image.fromarray(image), WHITE)) for image in finished]
+        sheet = contact_sheet([*first, *flat])
         contents[_grid_path(args)] = png_bytes(sheet, {**about, "seed": args.seed})
     if args.tokens is not None:
         stream = io.BytesIO()

@@ -24,7 +24,7 @@ from car_runtime.editing.frame import Frame, Square, box_mask, extended, square_
 from car_runtime.editing.masks import MASK_RULES, known_mask_of
 from car_runtime.errors import RequestError
 from car_runtime.format.manifest import Manifest
-from car_runtime.images import WHITE, Source, load_image, open_image
+from car_runtime.images import WHITE, Source, load_image, on_ground, open_image
 
 MASK_LEVEL = 128
 """Grey level from which on a mask says "draw anew"."""
@@ -53,6 +53,8 @@ class Edit:
     harmonise: int = 0
     """0…K: that many coarse scales are encoded once more, from the image with its first result put in, and all others
     drawn again: seams and colours come closer to the photo's. By `generate` alone. 0: off."""
+    match: bool = True
+    """Whether the tokenizer's error in colour is taken off what was drawn (`Frame.matched`)."""
     tokens: NDArray[np.int64] | None = None
     """[L]: the image's tokens where they are known, from its receipt; None: it is encoded."""
 
@@ -72,7 +74,21 @@ class PreparedEdit:
 
     def finished(self, drawn_NN3: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The image to hand out for one that the model drew: put into the frame, unless it is all new."""
-        return drawn_NN3 if self.whole else self.frame.paste(drawn_NN3, self.edit.feather)
+        if self.whole:
+            return drawn_NN3
+        drawn_NN3 = self.frame.matched(drawn_NN3) if self.edit.match else drawn_NN3
+        return self.frame.paste(drawn_NN3, self.edit.feather)
+
+    def before(self, size: int) -> NDArray[np.uint8]:
+        """The image that is changed, as a sheet shows it, uint8 [H, W, 3] as the results: grey where it is drawn.
+
+        size: of the model's square, at which an image comes that is all drawn anew.
+        """
+        if self.whole:
+            return np.asarray(self.frame.view(size))
+        shown = np.array(on_ground(self.frame.image, WHITE))
+        shown[self.frame.repaint] = 128
+        return shown
 
     def facts(self) -> dict[str, Any]:
         """What a receipt says of the edit, as JSON has it. `part` is what keeps an image from being drawn again
@@ -120,13 +136,16 @@ def _frame(edit: Edit, size: int) -> tuple[Frame, bool]:
         side = min(image.size)
         square = Square(left=(image.width - side) // 2, top=(image.height - side) // 2, side=side)
         return Frame(image=image, repaint=np.ones((image.height, image.width), np.bool_), square=square), True
+    place = None
     if edit.extend is not None:
-        image, repaint = extended(image, _margins(edit.extend, image.size))
+        margins, (w, h) = _margins(edit.extend, image.size), image.size
+        image, repaint = extended(image, margins)
+        place = (margins[0], margins[1], margins[0] + w, margins[1] + h)
     elif edit.box is not None:
         repaint = box_mask(image.size, edit.box)
     else:
         repaint = _mask(edit.mask, image.size)
-    return Frame(image=image, repaint=repaint, square=square_around(repaint, size)), False
+    return Frame(image=image, repaint=repaint, square=square_around(repaint, size), photo=place), False
 
 
 def _mask(source: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
@@ -155,5 +174,5 @@ def _margins(margins: Sequence[int], size: tuple[int, int]) -> tuple[int, int, i
 
 def composite(prepared: PreparedEdit, drawn_NN3: NDArray[np.uint8], size: int) -> Image.Image:
     """The model's square of the frame with a first result put in, RGB of the model's size, to be encoded anew."""
-    pasted = Image.fromarray(prepared.frame.paste(drawn_NN3, prepared.edit.feather))
+    pasted = Image.fromarray(prepared.finished(drawn_NN3))
     return Frame(image=pasted, repaint=prepared.frame.repaint, square=prepared.frame.square).view(size)

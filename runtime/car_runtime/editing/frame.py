@@ -12,12 +12,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from car_runtime.errors import RequestError
-from car_runtime.images import WHITE, on_ground
+from car_runtime.images import BLACK, WHITE, on_ground
 
 FEATHER = 0.02
 """Default width of the seam, as a share of the edited square's side."""
 CONTEXT = 4
 """The edited square is that many times as wide as what is drawn anew, where the frame has the room."""
+REACH = 1 / 16
+"""Of the square: over how much a difference in colour is smoothed; it is taken twice as far around what is drawn."""
+TONE = 24.0
+"""Grey levels: what differs by more is another shape, not another tone."""
+PLAIN = 16.0
+"""Grey levels of deviation from which on an area is not plain."""
 MAX_SIDE = 8192
 """Pixels on an edge of an extended frame."""
 
@@ -40,21 +46,27 @@ class Frame:
     repaint: NDArray[np.bool_]
     """[H, W], true where the model draws."""
     square: Square
+    photo: tuple[int, int, int, int] | None = None
+    """Where an extended photo is in the frame: left, top, right, bottom."""
 
     def view(self, size: int) -> Image.Image:
         """What the model sees: the square as RGB of `size` pixels, transparent parts white."""
         flat = Image.fromarray(self._cut(np.asarray(on_ground(self.image, WHITE))))
         return flat if flat.width == size else flat.resize((size, size), Image.Resampling.LANCZOS)
 
-    def cut_alike(self, image: Image.Image) -> Image.Image:
+    def cut_alike(self, image: Image.Image, ground: tuple[int, ...] = BLACK) -> Image.Image:
         """The square of another image of this frame, such as its control, brought to the frame's size first.
 
-        A square one as it is where the square is all of the frame: a map of the model's size would lose by being
-        made larger and smaller again.
+        An image of an extended photo's shape, not of the frame's, is that of the photo: `ground` is around it.
         """
         size = (self.image.width, self.image.height)
-        if size == (self.square.side, self.square.side) and image.width == image.height:
-            return image
+        if self.photo is not None and _likeness(image.size, size) > 1.01:
+            left, top, right, bottom = self.photo
+            if _likeness(image.size, (right - left, bottom - top)) < _likeness(image.size, size):
+                whole = Image.new("RGB", size, ground)
+                photo = on_ground(image, ground).resize((right - left, bottom - top), Image.Resampling.LANCZOS)
+                whole.paste(photo, (left, top))
+                return Image.fromarray(self._cut(np.asarray(whole)))
         whole = image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
         return Image.fromarray(self._cut(np.asarray(whole)))
 
@@ -85,11 +97,38 @@ class Frame:
         near = self.repaint[above : bottom + width, before : right + width]
         alpha = softened(near, width)[top - above : bottom - above, left - before : right - before, None]
         patch = np.asarray(big)[top - square.top : bottom - square.top, left - square.left : right - square.left]
-        if frame.shape[2] == 4:
+        kept, share = frame[inner], alpha
+        if frame.shape[2] == 4:  # what is transparent has no colour to mix in
             patch = np.concatenate([patch, np.full((*patch.shape[:2], 1), 255, np.uint8)], -1)
-        kept = frame[inner]
-        frame[inner] = np.where(alpha > 0, np.rint(alpha * patch + (1 - alpha) * kept), kept).astype(np.uint8)
+            cover = alpha + (1 - alpha) * kept[..., 3:] / 255
+            share = np.broadcast_to(alpha / np.maximum(cover, 1e-9), kept.shape).copy()
+            share[..., 3:] = alpha
+        mixed = np.rint(share * patch + (1 - share) * kept)
+        frame[inner] = np.where(alpha > 0, mixed, kept).astype(np.uint8)
         return frame
+
+    def matched(self, drawn_NN3: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The drawn square in the photo's tones, uint8 [N, N, 3]: without the tokenizer's error and the edge's step.
+
+        Around what is drawn anew the square shows the photo once more, as the tokenizer gives it back: the difference
+        there is added everywhere. Then, where photo and drawing are both plain along their border, what is left of a
+        step between them is added too, less and less with the distance. Nothing changes where nothing is kept.
+        """
+        N, photo_NN3 = len(drawn_NN3), np.asarray(self.view(len(drawn_NN3))).astype(np.float64)
+        anew = np.asarray(Image.fromarray(self.repaint_view()).resize((N, N), Image.Resampling.NEAREST))
+        width, drawn = max(1, round(REACH * N)), drawn_NN3.astype(np.float64)
+        ring = ~anew & (softened(anew, 2 * width) > 0)
+        if not ring.any():
+            return drawn_NN3
+        drawn += _spread(photo_NN3 - drawn, ring / (1 + (np.abs(photo_NN3 - drawn).max(-1) / TONE) ** 4), width)
+        narrow = max(1, width // 2)
+        outside, inside = ring & (softened(anew, narrow) > 0), anew & (softened(~anew, narrow) > 0)
+        (kept, rough), (new, uneven) = (_mean_near(*pair, narrow) for pair in ((photo_NN3, outside), (drawn, inside)))
+        weight = inside / (1 + ((rough + uneven) / PLAIN) ** 4)
+        plain = min(1.0, 2 * weight.sum() / max(inside.sum(), 1))  # a border that is plain for the most part
+        fade_NN1 = plain * (softened(~anew, N // 2) * anew)[..., None]
+        drawn += fade_NN1 * _spread(kept - new, weight, width)
+        return np.rint(np.clip(drawn, 0, 255)).astype(np.uint8)
 
     def _places(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rows and columns of the frame that the square's are, also beyond its edges."""
@@ -101,6 +140,42 @@ class Frame:
         rows, columns = self._places()
         H, W = values.shape[:2]
         return values[np.clip(rows, 0, H - 1)][:, np.clip(columns, 0, W - 1)]
+
+
+def _likeness(one: tuple[int, int], other: tuple[int, int]) -> float:
+    """How many times as wide one image is for its height as another, or the other way round: 1 for the same shape."""
+    ratio = one[0] * other[1] / (one[1] * other[0])
+    return max(ratio, 1 / ratio)
+
+
+def _mean_near(
+    values_NN3: NDArray[np.float64], where_NN: NDArray[np.bool_], width: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Around each pixel the mean of the values at `where`, f64 [N, N, 3], and their deviation, f64 [N, N]."""
+    weight = where_NN.astype(np.float64)[..., None]
+    sums = [weight, weight * values_NN3, weight * values_NN3**2]
+    count, mean, square = (_blurred(part, width) for part in sums)
+    mean, square = mean / (count + 1e-9), square / (count + 1e-9)
+    return mean, np.sqrt(np.maximum(square - mean**2, 0).mean(-1))
+
+
+def _blurred(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
+    """Box means along both axes, twice, of an array [N, N, channels]."""
+    for axis in (0, 1, 0, 1):
+        values = np.stack([_window_mean(values[..., c], width, axis) for c in range(values.shape[-1])], -1)
+    return values
+
+
+def _spread(values_NN3: NDArray[np.float64], weight_NN: NDArray[np.float64], width: int) -> NDArray[np.float64]:
+    """The weighted mean of the values around each place, f64 [N, N, 3]: of far ones where there are no near ones."""
+    weight = weight_NN[..., None]
+    both = np.concatenate([values_NN3 * weight, weight], -1)
+    total, reach, share = np.zeros_like(both), width, 1.0
+    while True:
+        total += share * _blurred(both, reach)
+        if reach >= len(both):
+            return np.asarray(total[..., :3] / np.maximum(total[..., 3:], 1e-12))
+        reach, share = 2 * reach, share / 16
 
 
 def softened(mask_HW: NDArray[np.bool_], width: int) -> NDArray[np.float64]:

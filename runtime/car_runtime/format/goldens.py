@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -16,13 +17,20 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from car_runtime.errors import PlanError, printable
+from car_runtime.errors import PlanError, error_line, printable
 from car_runtime.format.folder import PlanFolder
 from car_runtime.format.manifest import Manifest
 
 GOLDENS = "goldens.npz"
 GOLDENS_BYTES = 256 * 1024 * 1024
 """A larger file isn't read; a d16's has 0.4 MB."""
+
+
+_HEADER = re.compile(
+    rb"\{'descr': '(?P<descr>[|<>][biuf][1248])', 'fortran_order': (?P<fortran>False|True), "
+    rb"'shape': \((?P<shape>|\d{1,9},|\d{1,9}(, \d{1,9}){1,7})\), \} *\n"
+)
+_HEADER_BYTES = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +76,7 @@ def read_goldens(root: Path, manifest: Manifest) -> Goldens:
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
-        raise PlanError(f"cannot read {GOLDENS} ({error}); export the plan again") from error
+        raise PlanError(f"cannot read {GOLDENS} ({error_line(error)}); export the plan again") from error
     vocab = manifest.model.vocab
     for name in ("tokens", "logit_index", "sampled_tokens"):
         if arrays[name].size and not 0 <= arrays[name].min() <= arrays[name].max() < vocab:
@@ -106,17 +114,21 @@ def _read_arrays(data: bytes, manifest: Manifest) -> dict[str, NDArray[Any]]:
 
 
 def _read_header(member: IO[bytes]) -> tuple[np.dtype[Any], tuple[int, ...]]:
-    """dtype and shape of a .npy file, in C order. ValueError for another kind."""
-    version = np.lib.format.read_magic(member)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"an array of .npy version {version}")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(member)
-    if dtype.hasobject:
-        raise ValueError("an array of objects, which are pickled")
-    if fortran and len(shape) > 1:
+    """dtype and shape of a .npy file, in C order, in the very words that numpy writes. ValueError for another kind.
+
+    numpy's own reader evaluates the header as Python and mends it with Python's tokenizer, for files of Python 2.
+    """
+    start = member.read(8)
+    if start[:6] != b"\x93NUMPY" or start[6:] not in (b"\1\0", b"\2\0"):
+        raise ValueError("an array that is not stored as .npy of version 1 or 2")
+    length = int.from_bytes(member.read(2 if start[6] == 1 else 4), "little")
+    found = _HEADER.fullmatch(member.read(length)) if length <= _HEADER_BYTES else None
+    if found is None:
+        raise ValueError("an array whose header is not as numpy writes it, or one of objects, which are pickled")
+    shape = tuple(int(size) for size in found["shape"].split(b",") if size.strip())
+    if found["fortran"] == b"True" and len(shape) > 1:
         raise ValueError("an array in Fortran's order")
-    return dtype, shape
+    return np.dtype(found["descr"].decode()), shape
 
 
 def _expected(manifest: Manifest) -> dict[str, tuple[str, tuple[int | None, ...]]]:
