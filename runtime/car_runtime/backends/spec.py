@@ -88,8 +88,8 @@ class BackendSpec:
         """
         if manifest.format > self.newest_format:
             raise BackendError(
-                f"the backend runs plans up to format {self.newest_format}, and this one is of format {manifest.format}; "
-                "use another backend, or export the plan with --format 1"
+                f"the backend runs plans up to format {self.newest_format}, and this one is of format "
+                f"{manifest.format}; use another backend, or export the plan with --format 1"
             )
         try:
             opener = _look_up(self.opener)
