@@ -8,14 +8,18 @@ and the token error rate Err, over all tokens and over those of the last scale, 
 log-log axes, with a Pearson correlation near −1. N counts the parameters of the blocks (attention, MLP, AdaLN:
 18·depth·width²), not embeddings and head.
 
+With compute it does the same (equations 13 to 16): every validation of every size is a point (C, value), with
+C = 6·N·tokens seen so far; the Pareto front are those that no point of as little compute is as good as, and a power
+law (β·C)^α goes through them. The slope of a front of unfinished schedules is not that of finished ones.
+
 Here all sizes see the same images in the same order and the same number of times, with the same augmentation,
 dropped labels and schedule. Only the learning rate follows the size: `lr`·√(`LR_WIDTH`/width), so that what is tuned
 for one width is neither too hot for wider ones nor too cold for narrower ones. Validation is the trainer's: all
 tokens of all held-out images, teacher-forced, label given.
 
-The result is one JSON object (`benchmarks.harness.records`) with the key `fits` besides. It is written after every
-size; a size in it, under the same settings, is not trained again, and one that was interrupted goes on from its
-checkpoint.
+The result is one JSON object (`benchmarks.harness.records`) with the keys `fits` and `fits_compute` besides. It is
+written after every size; a size in it, under the same settings, is not trained again, and one that was interrupted
+goes on from its checkpoint.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ from benchmarks.harness.tables import markdown_table
 from car_train import checkpoint
 from car_train.config import ConfigError, ModelConfig, VARConfig
 from car_train.data.folder import find_images
-from car_train.evaluation.runs import ReportError, read_run, summary
+from car_train.evaluation.runs import ReportError, Run, read_run, summary
 from car_train.files import written_aside
 from car_train.model import Model
 from car_train.training.options import PRECISIONS, TrainOptions
@@ -149,9 +153,42 @@ def measure(args: argparse.Namespace, size: Size, settings: dict[str, Any]) -> d
         "loss_last": last["val_loss_last"],
         "error": 1 - last["val_accuracy"],
         "error_last": 1 - last["val_accuracy_last"],
+        "curve": curve(run, block_parameters(run.config), settings["tokens"] / settings["steps"]),
         "train_seconds": finished["seconds"],
         "images_per_second": finished["images_per_second"],
     }
+
+
+def curve(run: Run, parameters: int, tokens_per_step: float) -> list[dict[str, float]]:
+    """{"compute", "loss", …} of every validation of a run; compute in operations, 6·N·tokens."""
+    validated = [r for r in run.records if "val_loss" in r]
+    return [
+        {
+            "compute": 6 * parameters * tokens_per_step * r["step"],
+            "loss": r["val_loss"],
+            "loss_last": r["val_loss_last"],
+            "error": 1 - r["val_accuracy"],
+            "error_last": 1 - r["val_accuracy_last"],
+        }
+        for r in validated
+    ]
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (compute, value) that are better than every other of no more compute, by compute."""
+    front: list[tuple[float, float]] = []
+    for compute, value in sorted(points):
+        if not front or value < front[-1][1]:
+            front.append((compute, value))
+    return front
+
+
+def compute_law(rows: Sequence[dict[str, Any]], measure: str) -> dict[str, float] | None:
+    """The power law of a measure's Pareto front in compute, with its points; None for fewer than three."""
+    front = pareto([(point["compute"], point[measure]) for row in rows for point in row["curve"]])
+    if len(front) < FEWEST:
+        return None
+    return {**power_law(*zip(*front, strict=True)), "points": len(front)}
 
 
 def _key(settings: dict[str, Any]) -> str:
@@ -209,7 +246,9 @@ def result(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str
     found = record("scaling", settings, ordered)
     sizes = [row["block_parameters"] for row in ordered]
     enough = len(ordered) >= FEWEST
-    return {**found, "fits": {m: power_law(sizes, [r[m] for r in ordered]) for m in MEASURES} if enough else {}}
+    fits = {m: power_law(sizes, [r[m] for r in ordered]) for m in MEASURES} if enough else {}
+    laws = {m: law for m in MEASURES if (law := compute_law(ordered, m)) is not None} if enough else {}
+    return {**found, "fits": fits, "fits_compute": laws}
 
 
 def write(output: Path, content: bytes) -> None:
@@ -220,13 +259,42 @@ def write(output: Path, content: bytes) -> None:
 
 
 def plot(found: dict[str, Any]) -> bytes:
-    """The four diagrams as PNG: sizes as dots, power laws as lines."""
+    """The eight diagrams as PNG: above sizes as dots and power laws as lines, below the same in compute."""
     from benchmarks.analysis.plots import page
 
-    with page(6.2, 2, 2) as (panels, finished):
-        for axes, name in zip(panels, MEASURES, strict=True):
+    with page(9.6, 4, 2) as (panels, finished):
+        for axes, name in zip(panels, MEASURES, strict=False):
             _draw_fit(axes, found["results"], name, found["fits"][name])
+        for axes, name in zip(panels[len(MEASURES) :], MEASURES, strict=True):
+            _draw_compute(axes, found["results"], name, found["fits_compute"].get(name))
         return finished()
+
+
+def _draw_compute(axes: Any, rows: Sequence[dict[str, Any]], name: str, law: dict[str, float] | None) -> None:
+    """Every size's validations over its compute, and the law of their Pareto front."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+    from benchmarks.analysis.plots import COLOURS, GREY
+
+    for colour, row in zip(COLOURS, rows, strict=False):
+        x, y = ([point[key] for point in row["curve"]] for key in ("compute", name))
+        axes.plot(x, y, ".-", color=colour, linewidth=0.8, label=f"d{row['depth']}")
+    if law is not None:
+        front = pareto([(point["compute"], point[name]) for row in rows for point in row["curve"]])
+        line = np.geomspace(front[0][0], front[-1][0], 50)
+        text = f"front: (βC)^α,  α = {law['alpha']:.3f}\nPearson's r = {law['pearson']:.4f}"
+        axes.plot(line, (law["beta"] * line) ** law["alpha"], color=GREY, linewidth=1, linestyle=(0, (4, 3)))
+        axes.text(0.97, 0.95, text, transform=axes.transAxes, ha="right", va="top")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_title(MEASURES[name], loc="left")
+    axes.set_xlabel("operations, C = 6·N·tokens")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda c, _: f"{c:.0e}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(FixedLocator(MaxNLocator(6).tick_values(*axes.get_ylim())))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.legend(loc="lower left", ncols=2)
 
 
 def _draw_fit(axes: Any, rows: Sequence[dict[str, Any]], name: str, fit: dict[str, float]) -> None:
@@ -308,9 +376,11 @@ def run(args: argparse.Namespace, log: Log) -> None:
     found = json.loads(args.output.read_text(encoding="utf-8"))  # measured now or before: it says when and where
     if args.plot is not None:
         write(args.plot, plot(found))
-    print(markdown_table(found["results"]))
+    print(markdown_table([{k: v for k, v in row.items() if k != "curve"} for row in found["results"]]))
     print()
     print(markdown_table([{"measure": name, **fit} for name, fit in found["fits"].items()]))
+    print()
+    print(markdown_table([{"in compute": name, **fit} for name, fit in found.get("fits_compute", {}).items()]))
     print()
     emit(found)
 

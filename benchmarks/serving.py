@@ -9,6 +9,8 @@ turns, so that both meet the same machine; seconds and MB:
     load              the machine's load average before and after
     generate_p50      `Plan.generate` in this process, with the server's threads
     http_p50          the same request over HTTP, one user; overhead_ms: median of the differences
+    cpu_ms            processor time of an image by `Plan.generate`, of the server for the same over HTTP, and for a
+                      draft of live mode: what stays the same on a machine that others use, too
     first_scale_p50   from the call of `Plan.stream` to the first scale's preview as WebP, in this process
     first_preview_p50 from the request to the first scale's event; first_preview_ratio: median of preview ÷ scale
     batch4_per_s      images a second of `Plan.generate(n=4)`; saturation_ratio: median of 8 users over HTTP ÷ that
@@ -111,6 +113,28 @@ def in_turns(plan: Plan, control: Path, client: Any, url: str, runs: int = 30) -
     return {**medians, "overhead_ms": overhead, "first_preview_ratio": statistics.median(ratios)}
 
 
+def cpu_ms(plan: Plan, control: Path, client: Any, url: str, pid: int, runs: int = 30) -> dict[str, float]:
+    """Processor time of an image in this process and in the server's, milliseconds."""
+
+    def server() -> float:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    encoded = base64.b64encode(control.read_bytes()).decode()
+    began = time.process_time()
+    for seed in range(runs):
+        plan.generate(GenerationConfig(control=control, label=0, seed=seed))
+    found = {"generate": time.process_time() - began}
+    draft = {"cfg": 0, "previews": False}
+    for name, changes, headers in (("http", {}, {}), ("draft", draft, {"Accept": "text/event-stream"})):
+        before = server()
+        for seed in range(runs):
+            body = {"control": encoded, "class": 0, "seed": seed, **changes}
+            client.post(f"{url}/v1/pictures", json=body, headers=headers).raise_for_status()
+        found[name] = server() - before
+    return {name: 1000 * seconds / runs for name, seconds in found.items()}
+
+
 def first_scale(plan: Plan, config: GenerationConfig) -> float:
     """Seconds from the call to the first scale's preview, encoded as the server encodes it."""
     began = time.perf_counter()
@@ -187,6 +211,7 @@ def live(url: str) -> dict[str, list[float]]:
         }
         browser = playwright.chromium.launch(**options)
         page = browser.new_page(viewport={"width": 1280, "height": 800})
+        page.set_default_timeout(120_000)
         page.goto(f"{url}/")
         page.wait_for_selector("html[data-ready]")
         page.evaluate(watch)
@@ -203,7 +228,7 @@ def live(url: str) -> dict[str, list[float]]:
                 page.mouse.move(middle[0] + radius * math.cos(3 * passed), middle[1] + radius * math.sin(3 * passed))
                 time.sleep(0.02)
             count = page.evaluate("shown.length")
-            page.wait_for_function("shown.length > 0")
+            page.wait_for_function("() => shown.length > 0")
             shown, down = page.evaluate("[shown, down]")
             page.mouse.up()
             found["first_ms"].append(shown[0] - down)
@@ -269,6 +294,7 @@ def main(arguments: list[str] | None = None) -> None:
         open_plan(path, threads=args.threads) as plan,
     ):
         report |= in_turns(plan, args.control, client, url) | saturation(plan, args.control, client, url)
+        report["cpu_ms"] = cpu_ms(plan, args.control, client, url, pid)
         report["waves"] = []
         for users in [int(text) for text in args.users.split(",")]:
             found = wave(client, url, control, users, args.seconds)

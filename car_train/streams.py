@@ -19,7 +19,10 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def terminated_politely() -> Iterator[None]:
-    """Within, SIGTERM raises Terminated instead of ending the process where it stands."""
+    """Within, SIGTERM raises Terminated instead of ending the process where it stands.
+
+    Python drops what is raised in a destructor or a callback, and a signal may arrive in one: it is then sent again.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -27,10 +30,19 @@ def terminated_politely() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise Terminated
 
-    before = signal.signal(signal.SIGTERM, stop)
+    def dropped(what: sys.UnraisableHookArgs) -> None:
+        if issubclass(what.exc_type, KeyboardInterrupt):
+            number = signal.SIGTERM if issubclass(what.exc_type, Terminated) else signal.SIGINT
+            threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+        else:
+            hook(what)
+
+    before, hook = signal.signal(signal.SIGTERM, stop), sys.unraisablehook
+    sys.unraisablehook = dropped
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         signal.signal(signal.SIGTERM, before)
 
 

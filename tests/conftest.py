@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 SHARED = pytest.StashKey[Path]()
 
 
-NEED_TRITON = ["export/test_cuda_kernels.py", "runtime/test_cuda_cubins.py"]
+NEED_TRITON = ["export/test_cuda_kernels.py", "runtime/test_cuda_cubins.py", "runtime/test_cuda_steps.py"]
 collect_ignore = [] if find_spec("triton") else NEED_TRITON
 """There is no Triton for this platform."""
 

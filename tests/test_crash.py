@@ -235,3 +235,30 @@ def test_an_export_is_whole_wherever_it_dies(killer: Path, tmp_path: Path) -> No
         return True
 
     campaign(killer, command, under, lambda: None, whole, kills=5)
+
+
+@pytest.mark.parametrize("module", ["car_train.streams", "car_runtime.cli.errors"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_arrives_in_a_destructor_is_not_lost(module: str, number: int, tmp_path: Path) -> None:
+    """Python drops what is raised there, and a training run went on for good."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"""
+import importlib, os, threading, time
+class Slow:
+    def __del__(self):
+        time.sleep(0.5)
+try:
+    with importlib.import_module({module!r}).terminated_politely():
+        threading.Timer(0.2, os.kill, (os.getpid(), {int(number)})).start()
+        slow = Slow()
+        del slow
+        time.sleep(60)
+except KeyboardInterrupt as stop:
+    print(type(stop).__name__)
+""",
+        encoding="utf-8",
+    )
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=50, check=False)
+    assert done.stdout.strip() == ("Terminated" if number == signal.SIGTERM else "KeyboardInterrupt")
+    assert not done.stderr

@@ -40,7 +40,7 @@ REASONS = {"GPU", "AMX", "hours", "installs", "published weights", "a key pair"}
 """Why a block isn't run: it needs hardware, hours, an environment of its own, or files that we may not include."""
 SLOW = "slow"
 CHECKOUT = ("benchmarks", "car_train", "export", "runtime", "tests", "Makefile", "pyproject.toml")
-NOT_OURS = {"--extra-index-url", "--fix", "--nproc-per-node", "engines/"}
+NOT_OURS = {"--extra-index-url", "--fix", "--max-restarts", "--nproc-per-node", "engines/"}
 """Flags of pip, ruff and torchrun that documents name, and a folder inside a plan."""
 OLD_WORDS = r"(?<![a-z.])(?:pictures?|beside|tells?|told|made[-_ ]up|likeliest|eight[- ]bits?)(?![a-z])"
 """CONTRIBUTING.md, "Words"."""
@@ -418,6 +418,7 @@ def known_flags() -> set[str]:
         ("car_runtime", ["sheet"]),
         ("car_runtime", ["blend", "--seed", "0", "--seed", "1"]),
         ("car_runtime", ["doctor"]),
+        ("car_runtime", ["plan", "info", "x.plan"]),
         ("car_runtime", ["verify"]),
         ("car_runtime", ["serve"]),
     ]

@@ -39,7 +39,13 @@ BACKENDS = ("ort-cpu", "openvino", "amx", "amx-fp32")
 COMMANDS: dict[str, tuple[str, list[list[str]]]] = {
     "car-run": (
         "car_runtime.cli.main",
-        [[], *([c] for c in "paint extend restyle vary again blend batch sheet control doctor serve verify".split())],
+        [
+            [],
+            *(
+                [c]
+                for c in "paint extend restyle vary again blend batch sheet control doctor plan serve verify".split()
+            ),
+        ],
     ),
     "python -m car_train": (
         "car_train.cli",
@@ -52,7 +58,10 @@ COMMANDS: dict[str, tuple[str, list[list[str]]]] = {
     "python export/numerics.py": ("car_export.precision.numerics", [[]]),
     **{
         f"python -m benchmarks.{name}": (f"benchmarks.{name}", [[]])
-        for name in "controlnet counting latency report scaling schedules training".split()
+        for name in (
+            "ablations attention control_features controlnet counting kv latency preference report scaling schedules "
+            "training"
+        ).split()
     },
 }
 """Command → the module whose `main` it is, and its subcommands."""

@@ -85,6 +85,8 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
         written = {f"{package}/{path.relative_to(ROOT / folder).as_posix()}" for path in modules(folder)}
         assert {name for name in names if name.startswith(f"{package}/") and name.endswith(".py")} == written
     assert "car_runtime/py.typed" in names
+    cubins = {path.name for path in (ROOT / "runtime/car_runtime/backends/cuda/cubins").iterdir()}
+    assert {Path(name).name for name in names if "/cubins/" in name} == cubins
     licences = {Path(name).name for name in names if ".dist-info/licenses/" in name}
     assert licences == {"LICENSE", "NOTICE"}
 

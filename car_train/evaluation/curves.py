@@ -23,7 +23,12 @@ from PIL import Image
 from car_train.evaluation.runs import Array, ReportError, Run, read_run, summary
 from car_train.files import written_aside
 
-TITLES = {"vqvae": "Tokenizer (VQVAE)", "var": "Transformer (VAR)", "car": "Control branch (CAR)"}
+TITLES = {
+    "vqvae": "Tokenizer (VQVAE)",
+    "var": "Transformer (VAR)",
+    "car": "Control branch (CAR)",
+    "cca": "Alignment (CCA)",
+}
 
 PANELS = {
     "loss": "Loss",
@@ -38,6 +43,9 @@ PANELS = {
     "adversarial": "Generator loss",
     "discriminator": "Discriminator loss",
     "adaptive": "Generator's weight",
+    "nats": "Nats a token",
+    "margin": "Log-ratio, own less other condition",
+    "preferred": "Own condition preferred",
     "grad_norm": "Norm of the gradient",
     "lr": "Learning rate",
 }

@@ -21,8 +21,8 @@ from car_train.checkpoint import of_run
 from car_train.config import ConfigError, ModelConfig
 from car_train.errors import UserError
 
-STAGES = ("vqvae", "var", "car")
-HIGHER_IS_BETTER = ("psnr", "accuracy", "codes_used")
+STAGES = ("vqvae", "var", "car", "cca")
+HIGHER_IS_BETTER = ("psnr", "accuracy", "codes_used", "margin", "preferred")
 
 Array = NDArray[np.float64]
 Record = dict[str, float]

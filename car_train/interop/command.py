@@ -12,13 +12,14 @@ from car_train.interop import official
 from car_train.model import Model
 
 
-def add_official_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that name official files, shared with the exporter."""
+def add_official_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """The options that name official files, shared with the exporter. several: any number of `--car`."""
     parser.add_argument("--vae", type=Path, help="official tokenizer, e.g. vae_ch160v4096z32.pth")
     parser.add_argument("--var", type=Path, help="official transformer, e.g. var_d16.pth")
-    parser.add_argument(
-        "--car", type=Path, help="official control branch, e.g. car_depth_d16.pth; without it: no control"
-    )
+    text = "official control branch, e.g. car_depth_d16.pth; without it: no control"
+    if several:
+        text += "; NAME=FILE, once for each of several branches: --car canny=a.pth --car depth=b.pth"
+    parser.add_argument("--car", type=Path, action="append" if several else "store", help=text)
     parser.add_argument("--control-type", choices=CONTROL_TYPES, help="what --car was trained on")
     parser.add_argument(
         "--patch-nums",

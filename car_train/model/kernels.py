@@ -5,6 +5,7 @@ The results are PyTorch's own up to rounding. Without gradients (sampling, expor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.numel() >= FEW_ROWS * x.shape[-1] and _float32_on_cpu(x, weight):
         return F.linear(x.to_mkldnn(), weight, bias).to_dense()
     return F.linear(x, weight, bias)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of q [R, H, N, d] to k and v [R, H, T, d], scores unscaled → [R, H, N, d].
+
+    mask: bool [N, T], true where a query sees a key. Under autocast on a CPU, with gradients, it is written out, with
+    scores in the type of autocast: PyTorch's kernel took 2.3 times as long, forward and backward, at 530 tokens.
+    """
+    written_out = torch.is_grad_enabled() and torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    if q.device.type == "cpu" and written_out:
+        scores = q @ k.transpose(-1, -2)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        return scores.softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
 
 
 class Linear(nn.Linear):

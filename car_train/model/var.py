@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from car_train.config import ModelConfig, VARConfig
-from car_train.model.kernels import Linear, linear
+from car_train.model.kernels import Linear, attend, linear
 
 EPS = 1e-6
 MAX_LOG_SCALE = math.log(100)
@@ -106,10 +106,10 @@ class Attention(nn.Module):
             scale_N = torch.cat([torch.full((s * s,), i, device=q.device) for i, s in enumerate(sides[:coarse])])
             mask, n = scale_N[:, None] >= scale_N, ends[coarse - 1]
             square = (q[:, :, :n], k[:, :, :n], v[:, :, :n])
-            outputs.append(F.scaled_dot_product_attention(*square, attn_mask=mask, scale=1.0))
+            outputs.append(attend(*square, mask))
         for start, stop in pairwise([0, *ends][coarse:]):
             prefix = (q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop])
-            outputs.append(F.scaled_dot_product_attention(*prefix, scale=1.0))
+            outputs.append(attend(*prefix))
         return torch.cat(outputs, 2).transpose(1, 2).flatten(2)
 
     @staticmethod

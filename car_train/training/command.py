@@ -1,4 +1,4 @@
-"""`python -m car_train vqvae`, `var` and `car`: the three stages as commands."""
+"""`python -m car_train vqvae`, `var` and `car`: the three stages as commands; `cca` fine-tunes the last two."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from car_train.data.folder import scan
 from car_train.files import one_writer
 from car_train.flags import add_flags, given
 from car_train.model.var import ALNG
+from car_train.training.cca import CCAStage
 from car_train.training.distributed import World
 from car_train.training.losses import PatchDiscriminator
-from car_train.training.options import TokenizerLossOptions, TrainOptions
+from car_train.training.options import CCAOptions, TokenizerLossOptions, TrainOptions
 from car_train.training.perceptual import Perceptual
 from car_train.training.stages import Stage, TransformerStage, VQVAEStage, add_branch, add_var, new_vqvae
 from car_train.training.trainer import Trainer, seed_everything
@@ -24,6 +25,7 @@ STAGES = {
     "vqvae": "train the multi-scale tokenizer",
     "var": "train the next-scale transformer on a tokenizer",
     "car": "train a control branch on a frozen transformer",
+    "cca": "fine-tune a transformer or its branch for an epoch, so that it needs no guidance",
 }
 # What the commands make without further flags: a model for 64×64 pixels that trains on a CPU.
 TOKENIZER = VQVAEConfig(
@@ -37,6 +39,9 @@ ALNG_HELP = (
 )
 TOKENS = ("token_cache", "token_root", "views")
 """Options for stages that train on tokens."""
+CCA = {"steps": None, "lr": 2e-5, "warmup": 0, "schedule": "constant"}
+"""What an alignment begins with in the place of the stages' defaults; without --steps it takes --epochs 1."""
+CONTROLS = ("control_root", "val_control_root", "drop_strokes")
 RUN = tuple("batch grad_accum lr schedule final_lr warmup weight_decay weight_decay_end grad_clip ema seed".split())
 MACHINE = tuple("compile activation_checkpointing device threads workers augment flip fit preload classes".split())
 RECORD = tuple("tensorboard keep validate_every save_every".split())
@@ -54,6 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser, stage: str) -> None:
         model.add_argument("--vqvae", type=Path, required=True, help="checkpoint or run of the tokenizer")
         add_flags(model, TRANSFORMER)
         model.add_argument("--alng", type=float, default=ALNG, help=f"{ALNG_HELP} (default: {ALNG:g})")
+    elif stage == "cca":
+        model = parser.add_argument_group("alignment")
+        model.add_argument("--model", type=Path, required=True, help="checkpoint or run of `var` or `car`")
+        add_flags(model, CCAOptions)
+        add_flags(model, TrainOptions, *CONTROLS)
     else:
         model = parser.add_argument_group("control branch")
         model.add_argument("--base", type=Path, required=True, help="checkpoint or run of the transformer")
@@ -61,23 +71,33 @@ def add_arguments(parser: argparse.ArgumentParser, stage: str) -> None:
         model.add_argument(
             "--drop-path", type=float, help="largest drop-path rate in base and branch (default: that of the base)"
         )
-        add_flags(model, TrainOptions, "control_root", "val_control_root")
+        add_flags(model, TrainOptions, *CONTROLS)
     run = parser.add_argument_group("training")
-    add_flags(run.add_mutually_exclusive_group(), TrainOptions, "steps", "epochs")
-    add_flags(run, TrainOptions, *RUN)
+    instead = CCA if stage == "cca" else {}
+    add_flags(run.add_mutually_exclusive_group(), TrainOptions, "steps", "epochs", **instead)
+    add_flags(run, TrainOptions, *RUN, **instead)
     run.add_argument("--lr-per-256", type=float, help="instead of --lr: this times batch/256, as in the papers")
     precision = run.add_mutually_exclusive_group()
     add_flags(precision, TrainOptions, "precision")
     precision.add_argument("--bf16", dest="precision", action="store_const", const="bf16", help="--precision bf16")
     add_flags(run, TrainOptions, *MACHINE, *(() if stage == "vqvae" else TOKENS), *RECORD)
-    run.add_argument("--init", type=Path, metavar="RUN", help="start from its weights for what is trained here")
+    if stage != "cca":
+        run.add_argument("--init", type=Path, metavar="RUN", help="start from its weights for what is trained here")
     run.add_argument("--resume", action="store_true", help="continue the run in --output")
 
 
 def run(args: argparse.Namespace) -> Path:
-    """Train; returns the last checkpoint. One process, or one group of them, at a time. Raises UserError."""
+    """Train; returns the last checkpoint. One process, or one group of them, at a time. Raises UserError.
+
+    Under `torchrun --max-restarts N` a run goes on from its newest checkpoint, if there is one: a restarted process
+    has the arguments of the first, and on the other machines nothing says that it was restarted.
+    """
+    if World.may_restart() and checkpoint.of_run(args.output):
+        args.resume = True
     if not args.resume and checkpoint.of_run(args.output):
         raise ConfigError(f"{args.output} holds a run already; add --resume to continue it, or give another folder")
+    if args.steps is None:
+        args.steps, args.epochs = TrainOptions.steps, args.epochs or 1.0
     lr = {} if args.lr_per_256 is None else {"lr": args.lr_per_256 * args.batch / 256}
     options = TrainOptions(**given(args, TrainOptions) | lr)
     seed_everything(args.seed)
@@ -86,8 +106,8 @@ def run(args: argparse.Namespace) -> Path:
 
 
 def _train(args: argparse.Namespace, options: TrainOptions) -> Path:
-    stage = {"vqvae": _vqvae, "var": _var, "car": _car}[args.command](args)
-    if args.init is not None and not args.resume:
+    stage = {"vqvae": _vqvae, "var": _var, "car": _car, "cca": _cca}[args.command](args)
+    if args.command != "cca" and args.init is not None and not args.resume:
         start_from(stage, args.init)
     trainer = Trainer(stage, options)
     if args.resume:
@@ -125,6 +145,7 @@ def _vqvae(args: argparse.Namespace) -> Stage:
         adversary=critic,
         adversarial_weight=loss.adversarial,
         adversarial_start=loss.adversarial_start,
+        untrained=args.init is None,
     )
 
 
@@ -153,3 +174,10 @@ def _car(args: argparse.Namespace) -> Stage:
     branch = add_branch(base, CARConfig(**options))
     rate = VARConfig(drop_path=args.drop_path).drop_path  # checked there
     return TransformerStage(branch, fresh=args.init is None and not args.resume, drop_path=rate)
+
+
+def _cca(args: argparse.Namespace) -> Stage:
+    model = checkpoint.load(args.model)
+    if model.car is None:
+        raise ConfigError(f"{args.model} holds a tokenizer only; give a run of `var` or `car`")
+    return CCAStage(model, CCAOptions(**given(args, CCAOptions)))

@@ -41,6 +41,11 @@ class World:
         """Whether this process is rank 0, also before it has joined."""
         return os.environ.get("RANK", "0") == "0"
 
+    @staticmethod
+    def may_restart() -> bool:
+        """Whether `torchrun` starts the processes again when one fails (its --max-restarts)."""
+        return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+
     def wrap(self, module: nn.Module, device: torch.device) -> nn.Module:
         """The module itself, or what averages its gradients over the processes."""
         if self.size == 1:

@@ -71,6 +71,12 @@ class TrainOptions:
     )
     control_root: Path | None = option(None, "folder of control images that mirrors --data")
     val_control_root: Path | None = option(None, "folder of control images that mirrors --val")
+    drop_strokes: float = option(
+        0.0,
+        "share of the training images whose control lines lose some strokes, so that a branch follows unfinished "
+        "sketches (default: 0)",
+        metavar="SHARE",
+    )
     token_cache: bool = option(True, "encode images anew at every step, not once")
     token_root: Path | None = option(None, "folder of token caches (default: ~/.cache/car/tokens)")
     views: int = option(8, "augmentations of each image in the token cache; without augmentation it is 1")
@@ -98,6 +104,8 @@ class TrainOptions:
         for field in ("lr", "grad_clip", "epochs"):
             if getattr(self, field) is not None and not 0 < getattr(self, field) < math.inf:
                 raise ConfigError(f"{field} is {getattr(self, field)}; it must be positive")
+        if not 0 <= self.drop_strokes <= 1:
+            raise ConfigError(f"drop_strokes is {self.drop_strokes}; it must be in [0, 1], e.g. 0.5")
         if not 0 <= self.ema < 1:
             raise ConfigError(f"ema is {self.ema}; it must be in [0, 1), e.g. 0.999")
         for field, known in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("fit", FITS)):
@@ -129,6 +137,46 @@ class TokenizerLossOptions:
     )
     adversarial_start: int = option(0, "first step with it", metavar="STEP")
     critic_width: int = option(64, "channels of the PatchGAN")
+
+
+PARTS = ("base", "branch", "both")
+CONDITIONS = ("class", "control")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CCAOptions:
+    """Condition Contrastive Alignment (arXiv 2410.09347): what it trains, against what, and how hard."""
+
+    part: str | None = option(
+        None,
+        "what is trained; other branches of a base that was trained fit it no more (default: the branch, or the "
+        "base where there is none)",
+        flag="--train",
+        choices=PARTS,
+    )
+    negative: str | None = option(
+        None,
+        "condition that is exchanged for the next image's (default: control for a branch, else class)",
+        choices=CONDITIONS,
+    )
+    beta: float = option(0.02, "β: the smaller, the further from the model as it was")
+    weight: float = option(
+        50.0,
+        "λ, weight of the mismatched pairs: the larger, the more like strong guidance (published for VAR: 50 for "
+        "d16 and d20, 100 for d24, 1000 for d30)",
+        flag="--lambda",
+        metavar="W",
+    )
+
+    def __post_init__(self) -> None:
+        for field in ("beta", "weight"):
+            if not 0 < getattr(self, field) < math.inf:
+                raise ConfigError(
+                    f"{field} is {getattr(self, field)}; it must be positive, e.g. 0.02 for β, 50 for λ"
+                )
+        for field, known in (("part", PARTS), ("negative", CONDITIONS)):
+            if getattr(self, field) not in (None, *known):
+                raise ConfigError(f"{field} is {getattr(self, field)!r}; choose one of: {', '.join(known)}")
 
 
 RENAMED = {"accumulate": "grad_accum", "clip": "grad_clip", "recompute": "activation_checkpointing"}

@@ -25,7 +25,8 @@ from car_train.training.losses import PatchDiscriminator, adaptive_weight, gener
 from car_train.training.perceptual import Perceptual
 
 REVIVE_EVERY = 100
-"""Steps between revivals of unused codes, in the first two thirds of the tokenizer's training."""
+"""Steps between revivals of unused codes, in the first two thirds of the tokenizer's training. Random codes are
+revived after the first step too; trained ones, of which a single batch uses few, are not."""
 
 Batch = dict[str, Tensor]
 """`image` f32 [B, 3, H, W] in [-1, 1] and/or `tokens` int64 [B, L]; `label` int64 [B]; `control` uint8 [B, S, S, 3];
@@ -113,8 +114,11 @@ class VQVAEStage(Stage):
         adversary: PatchDiscriminator | None = None,
         adversarial_weight: float = 0.5,
         adversarial_start: int = 0,
+        untrained: bool = True,
     ):
+        """untrained: the codes are random, and those that the first batch doesn't use are revived at once."""
         super().__init__(model, model.vqvae)
+        self.untrained = untrained
         self.perceptual, self.perceptual_weight = perceptual, perceptual_weight
         self.adversary, self.adversarial_weight = adversary, adversarial_weight
         self.adversarial_start, self.step = adversarial_start, 0
@@ -171,7 +175,7 @@ class VQVAEStage(Stage):
         return loss, {"discriminator": loss}
 
     def after_step(self, step: int, steps: int) -> dict[str, float]:
-        if step != 1 and step % REVIVE_EVERY:
+        if step % REVIVE_EVERY and not (step == 1 and self.untrained):
             return {}
         quantizer = self.model.vqvae.quantizer
         self.used_KV = any_of_processes(self.used_KV.to(quantizer.embedding.device)).cpu()

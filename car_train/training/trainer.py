@@ -135,6 +135,7 @@ class Trainer:
                 control_root=roots[0],
                 augment=options.augment,
                 flip=options.flip,
+                drop_strokes=options.drop_strokes,
                 **common,
             ),
             ControlledImages(val, size, split=val_split, control_root=roots[1], **common),

@@ -16,14 +16,16 @@ from car_export.plan2 import build_plan_of_2
 from car_export.quantize.int8 import to_int8
 from car_export.tensorrt import build as engines
 from car_export.tensorrt.compiler import Compiler
+from car_export.upgrade import upgrade
 from car_export.verify import verify_plan
 from car_export.verify2 import verify_plan_of_2
 from car_runtime.format import manifest as schema
 from car_runtime.format import signature
 from car_train import checkpoint
-from car_train.config import ConfigError
-from car_train.files import scratch
+from car_train.config import CONTROL_TYPES, ConfigError
+from car_train.files import scratch, sha256
 from car_train.flags import add_flags, given, integers
+from car_train.interop.command import load_official
 from car_train.model import Model
 
 Log = Callable[[str], None]
@@ -31,7 +33,8 @@ EXAMPLES = """examples:
   python export/build_engines.py runs/car -o emoji.plan --weights fp16
   python export/build_engines.py --vae vae_ch160v4096z32.pth --var var_d16.pth --car car_depth_d16.pth \\
       --control-type depth -o d16.plan
-  python export/build_engines.py runs/canny runs/depth -o both.plan  # one base, two control branches (format 2)
+  python export/build_engines.py runs/canny runs/depth -o both.plan  # one base, two control branches
+  python export/build_engines.py old.plan --upgrade -o new.plan  # format 1 to format 2, without a checkpoint
   python export/build_engines.py runs/car -o emoji.plan --verify  # compare an existing plan with its checkpoint again
   python export/build_engines.py runs/car -o emoji.plan --target rtx --sm 89  # and engines (no GPU is needed)
   python export/build_engines.py emoji.plan --target rtx --sm 89,120  # engines of an existing plan
@@ -50,8 +53,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_model_arguments(
         parser,
-        "checkpoint or run of car_train (else: --vae --var [--car]), or a plan, to build engines of (--target) "
-        "or to make an int8 plan of (--weights int8)",
+        "checkpoint or run of car_train (else: --vae --var [--car]), or a plan, to build engines of (--target), "
+        "to make an int8 plan of (--weights int8) or to upgrade (--upgrade)",
+        several=True,
     )
     parser.add_argument(
         "others",
@@ -76,8 +80,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--format",
         type=int,
         choices=(1, 2),
-        help="plan format: 2 has the control branch in graphs of its own, so that a plan can hold several "
-        "(default: 1, or 2 with several checkpoints)",
+        help="plan format: 2 has control branches in graphs of their own, 1 is for older readers and for engines "
+        "(default: 1, or 2 with several branches)",
+    )
+    parser.add_argument(
+        "--upgrade", action="store_true", help="write a plan of format 1 as one of format 2; no checkpoint is needed"
     )
     parser.add_argument("--default-branch", metavar="NAME", help="the branch of a control that names none (first)")
     parser.add_argument("--class-names", type=Path, help="text file with one class name per line")
@@ -158,6 +165,14 @@ def make_int8(args: argparse.Namespace, log: Log) -> Path:
     )
 
 
+def make_upgrade(args: argparse.Namespace, log: Log) -> Path:
+    """Write a plan of format 1 as one of format 2."""
+    if args.output is None or args.output.resolve() == args.checkpoint.resolve():
+        raise ConfigError(f"the upgraded plan is another one; name it, e.g. -o {args.checkpoint.stem}-2.plan")
+    _check_chosen(args, "upgrade", "name", "sign")
+    return upgrade(args.checkpoint, args.output, args.name, log)
+
+
 def check_int8(args: argparse.Namespace) -> None:
     """Raise ConfigError for flags that don't go with `--weights int8`, or that need it."""
     if args.weights != "int8":
@@ -184,7 +199,9 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ConfigError("--verify changes nothing; leave out --sign, or leave out --verify")
     check_int8(args)
     if not is_plan(args.checkpoint):
-        _check_format_2(args)
+        if args.upgrade:
+            raise ConfigError(f"--upgrade is for a plan, but {args.checkpoint} is none; leave it out")
+        _format_of(args)
 
 
 def run(args: argparse.Namespace, log: Log) -> Path:
@@ -192,7 +209,7 @@ def run(args: argparse.Namespace, log: Log) -> Path:
     check_flags(args)
     if args.sign is not None:
         signature.private_key(args.sign)  # whether there is one shows before the work
-        if is_plan(args.checkpoint) and args.target is None and args.weights != "int8":
+        if is_plan(args.checkpoint) and args.target is None and args.weights != "int8" and not args.upgrade:
             _check_chosen(args, "sign")
             return sign(args.checkpoint, args.sign, log)
     plan = build(args, log)
@@ -214,15 +231,17 @@ def sign(plan: Path, key: Path, log: Log) -> Path:
 def build(args: argparse.Namespace, log: Log) -> Path:
     """An export, an int8 plan, engines, or a comparison; returns the plan."""
     if is_plan(args.checkpoint):
-        _refuse_format_2(args)
+        if args.upgrade:
+            return make_upgrade(args, log)
+        _check_plan(args)
         return make_int8(args, log) if args.weights == "int8" else build_engines_only(args, log)
     # Whatever can be wrong with the targets shows before the export, which takes minutes.
     targets = engines.choose_targets(args.target, args.sm) if args.target else []
     for target in targets:
         Compiler(target.flavour).check_target(target.name)
     options = export_options(args)
-    first = _named(args.checkpoint) if args.checkpoint is not None else (None, None)
-    model, sources = load_model(argparse.Namespace(**{**vars(args), "checkpoint": first[1]}))
+    models, sources = load_models(args)
+    model = next(iter(models.values()))
     options = dataclasses.replace(options, provenance=sources)
     names = options.class_names
     if names is not None and model.car is not None and len(names) != model.car.base.config.classes:
@@ -230,11 +249,12 @@ def build(args: argparse.Namespace, log: Log) -> Path:
             f"{args.class_names} has {len(names)} names for {model.car.base.config.classes} classes; give one a line"
         )
     if args.verify:
-        return verify_again(args, model, args.output, log)
-    if args.format == 2 or args.others:
-        return build_plan_of_2(branch_models(args, model), options, log)
+        return verify_again(models, args.output, log)
+    of_2 = _format_of(args) == 2
     if args.weights == "int8":
-        return export_int8(model, options, tuple(args.calibrate), log)
+        return export_int8(models, of_2, options, tuple(args.calibrate), log)
+    if of_2:
+        return build_plan_of_2(models, options, log)
     with engines.keeping_engines(args.output, log):
         build_plan(model, options, log)
     if targets:
@@ -253,19 +273,23 @@ def export_options(args: argparse.Namespace) -> ExportOptions:
     return ExportOptions(**chosen)
 
 
-def branch_models(args: argparse.Namespace, first: Model) -> dict[str, Model]:
-    """Branch name → model, the default branch first; "" → a model without a branch. Raises ConfigError."""
-    own = (args.checkpoint is not None and _named(args.checkpoint)[0]) or None
-    models: dict[str, Model] = {own or control_type_of(first): first}
-    for given_path in args.others:
-        name, path = _named(given_path)
-        model = checkpoint.load(path)
-        name = name or control_type_of(model)
-        if not name:
-            raise ConfigError(f"{path} has no control branch; give a checkpoint that was trained with a control")
-        if name in models:
-            raise ConfigError(f"two branches are called {name!r}; name one, e.g. {name}-2={path}")
-        models[name] = model
+def load_models(args: argparse.Namespace) -> tuple[dict[str, Model], dict[str, str]]:
+    """Branch name → model, the default branch first ("" → one without a branch), and where they came from.
+
+    Raises ConfigError, or what loading raises.
+    """
+    cars = [_named(path) for path in args.car or ()]
+    own, path = _named(args.checkpoint) if args.checkpoint is not None else cars[0] if cars else (None, None)
+    first = {"checkpoint": path if args.checkpoint is not None else None, **_official_branch(args, cars[:1])}
+    model, sources = load_model(argparse.Namespace(**{**vars(args), **first}))
+    models = {own or control_type_of(model): model}
+    for name, path in cars[1:]:
+        model = load_official(argparse.Namespace(**{**vars(args), **_official_branch(args, [(name, path)])}))
+        _add_branch(models, name, path, model)
+        sources[f"sha256 car {path.name}"] = sha256(path)
+    for name, path in map(_named, args.others):
+        branch = _add_branch(models, name, path, checkpoint.load(path))
+        sources |= {f"sha256 {branch} {file}": digest for file, digest in checkpoint.fingerprint(path).items()}
     if "" in models and len(models) > 1:
         raise ConfigError(f"{args.checkpoint} has no control branch; leave it out, the others bring the same base")
     default: str | None = args.default_branch
@@ -273,7 +297,26 @@ def branch_models(args: argparse.Namespace, first: Model) -> dict[str, Model]:
         raise ConfigError(f"--default-branch {default} is not one of the branches: {', '.join(models)}")
     if default is not None:
         models = {default: models[default]} | models
-    return models
+    return models, sources
+
+
+def _official_branch(args: argparse.Namespace, named: list[tuple[str | None, Path]]) -> dict[str, object]:
+    """`--car` and `--control-type` of one published branch, whose name is its control type if it is one."""
+    if not named:
+        return {"car": None}
+    name, path = named[0]
+    return {"car": path, "control_type": name if name in CONTROL_TYPES else args.control_type}
+
+
+def _add_branch(models: dict[str, Model], name: str | None, path: Path, model: Model) -> str:
+    """Add a branch under its name, or its control type. Raises ConfigError for none, or one that is there already."""
+    name = name or control_type_of(model)
+    if not name:
+        raise ConfigError(f"{path} has no control branch; give a checkpoint that was trained with a control")
+    if name in models:
+        raise ConfigError(f"two branches are called {name!r}; name one, e.g. {name}-2={path}")
+    models[name] = model
+    return name
 
 
 def control_type_of(model: Model) -> str:
@@ -287,8 +330,8 @@ def _named(given_path: Path) -> tuple[str | None, Path]:
     return (name, Path(path)) if equals and not given_path.exists() else (None, given_path)
 
 
-def _refuse_format_2(args: argparse.Namespace) -> None:
-    """Raise ConfigError for a plan that neither an int8 form nor engines can be made of."""
+def _check_plan(args: argparse.Namespace) -> None:
+    """Raise ConfigError for a plan that engines can't be made of, or a second input."""
     if args.others:
         raise ConfigError(f"{args.checkpoint} is a plan, and {args.others[0]} a second input; give one plan")
     if schema.read_manifest(args.checkpoint).format == 2:
@@ -298,43 +341,52 @@ def _refuse_format_2(args: argparse.Namespace) -> None:
         )
 
 
-def _check_format_2(args: argparse.Namespace) -> None:
-    """Raise ConfigError for what isn't exported in format 2, or belongs to it alone."""
-    if args.format != 2 and not args.others:
-        if args.default_branch is not None and not args.verify:
-            raise ConfigError(f"--default-branch {args.default_branch} belongs to format 2; add --format 2")
-        return
-    if args.format == 1:
+def _format_of(args: argparse.Namespace) -> int:
+    """The format to write. Raises ConfigError for what isn't exported in it, or belongs to the other alone."""
+    several = bool(args.others) or len(args.car or ()) > 1
+    if args.format == 1 and several:
         raise ConfigError("--format 1 holds one control branch; leave it out, or give one checkpoint")
-    if args.target is not None or args.weights == "int8" or args.precision == "bf16":
-        wrong = "--target" if args.target else "--weights int8" if args.weights == "int8" else "--precision bf16"
-        raise ConfigError(f"{wrong} needs a plan of format 1; leave it out, or export one checkpoint with --format 1")
+    chosen: int = args.format or (2 if several else 1)
+    of_1 = "--target" if args.target else "--precision bf16" if args.precision == "bf16" else None
+    of_1 = "--weights int8" if args.weights == "int8" else of_1
+    if of_1 is not None and chosen == 2:
+        raise ConfigError(f"{of_1} needs a plan of format 1; leave it out, or export one checkpoint with --format 1")
+    if chosen == 1 and args.default_branch is not None and not args.verify:
+        raise ConfigError(f"--default-branch {args.default_branch} belongs to format 2; add --format 2")
+    return chosen
 
 
-def verify_again(args: argparse.Namespace, model: Model, plan: Path, log: Log) -> Path:
+def verify_again(models: dict[str, Model], plan: Path, log: Log) -> Path:
     """Compare an existing plan with its model. Raises VerificationError."""
     manifest = schema.read_manifest(plan)
     schema.verify_files(plan, manifest)
     stored = (manifest.precision.compute, manifest.precision.weights)
-    if manifest.format == 1:
-        verify_plan(plan, reference_model(model, *stored), log)
+    references = {name: reference_model(one, *stored) for name, one in models.items()}
+    base = next(iter(references.values()))
+    if manifest.format == 1 and len(references) == 1:
+        verify_plan(plan, base, log)
         return plan
-    models = {name: reference_model(one, *stored) for name, one in branch_models(args, model).items()}
-    models.pop("", None)
-    if set(models) != set(manifest.model.branches):
+    references.pop("", None)
+    branches = list(manifest.model.branches) or [kind for kind in (manifest.model.control_type,) if kind]
+    if set(references) != set(branches):
         raise ConfigError(
-            f"{plan} has the branches {', '.join(manifest.model.branches) or 'none'}, and the checkpoints "
-            f"{', '.join(models) or 'none'}; give the ones that it was made from"
+            f"{plan} has the branches {', '.join(branches) or 'none'}, and the checkpoints "
+            f"{', '.join(references) or 'none'}; give the ones that it was made from"
         )
-    verify_plan_of_2(plan, model, models, log)
+    verify_plan_of_2(plan, base, references, log)
     return plan
 
 
-def export_int8(model: Model, options: ExportOptions, controls: tuple[Path, ...], log: Log) -> Path:
+def export_int8(
+    models: dict[str, Model], of_2: bool, options: ExportOptions, controls: tuple[Path, ...], log: Log
+) -> Path:
     """Export a float32 plan aside, verified, and make the int8 one of it."""
     output = options.output
     with scratch(output) as aside:
-        exact = build_plan(model, dataclasses.replace(options, output=aside / "fp32.plan"), log)
+        float32 = dataclasses.replace(options, output=aside / "fp32.plan")
+        exact = (
+            build_plan_of_2(models, float32, log) if of_2 else build_plan(next(iter(models.values())), float32, log)
+        )
         return to_int8(Int8Options(source=exact, output=output, controls=controls), log)
 
 

@@ -21,10 +21,10 @@ from car_train.streams import Terminated, after_broken_pipe, open_closed_streams
 Log = Callable[[str], None]
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, help: str) -> None:
-    """The positional checkpoint, and the options for the published files."""
+def add_model_arguments(parser: argparse.ArgumentParser, help: str, several: bool = False) -> None:
+    """The positional checkpoint, and the options for the published files. several: `--car` makes a list."""
     parser.add_argument("checkpoint", type=Path, nargs="?", help=help)
-    add_official_arguments(parser)
+    add_official_arguments(parser, several)
 
 
 def load_model(args: argparse.Namespace) -> tuple[Model, dict[str, str]]:

@@ -1,7 +1,8 @@
-"""`goldens.npz`: what the float32 PyTorch model computes on one control image, stored in the plan.
+"""Goldens: what the float32 PyTorch model computes on one control image, stored in the plan.
 
-`car-run verify` holds any machine and engine to it, without PyTorch and without the checkpoint. The file is the same
-to the byte at every export of the same model on the same machine.
+`goldens.npz`; in a plan of format 2 it is what the base computes without control, and `goldens.NAME.npz` what it
+computes with a branch. `car-run verify` holds any machine and engine to them, without PyTorch and without the
+checkpoint. The files are the same to the byte at every export of the same model on the same machine.
 
 Shapes: L tokens of an image, V vocabulary, s pixels per edge.
 """
@@ -18,10 +19,10 @@ from PIL import Image
 
 from car_export.verify import scene
 from car_runtime.controls import derive
+from car_runtime.format.goldens import GOLDENS
 from car_train.model import Model
 from car_train.model.sample import Recording, control_pyramid, sample
 
-FILE = "goldens.npz"
 KEPT = 16
 """Logits kept per token: the largest. At d16 that is 65 kB of 11 MB, and holds what sampling looks at first."""
 SEED = 0
@@ -29,22 +30,32 @@ _DATE = (1980, 1, 1, 0, 0, 0)
 """The earliest that a zip file can hold."""
 
 
-def write_goldens(directory: Path, reference: Model, *, cfg: float, top_k: int, top_p: float) -> None:
+def write_goldens(
+    directory: Path,
+    reference: Model,
+    *,
+    cfg: float,
+    top_k: int,
+    top_p: float,
+    file: str = GOLDENS,
+    steered: bool = True,
+) -> None:
     """Write `directory/goldens.npz` from a float32 model in eval mode; cfg, top_k, top_p are the plan's defaults.
 
-    Guidance is at least 1, so that both rows count. docs/reference/plan-format.md lists the arrays.
+    Guidance is at least 1, so that both rows count. steered: with control, if the model has a branch.
+    docs/reference/plan-format.md lists the arrays.
     """
-    arrays = goldens(reference, cfg=max(cfg, 1.0), top_k=top_k, top_p=top_p)
-    (directory / FILE).write_bytes(npz_bytes(arrays))
+    arrays = goldens(reference, cfg=max(cfg, 1.0), top_k=top_k, top_p=top_p, steered=steered)
+    (directory / file).write_bytes(npz_bytes(arrays))
 
 
-def goldens(reference: Model, *, cfg: float, top_k: int, top_p: float) -> dict[str, np.ndarray]:
+def goldens(reference: Model, *, cfg: float, top_k: int, top_p: float, steered: bool = True) -> dict[str, np.ndarray]:
     """The arrays by name: a greedy run with its logits, which are those of teacher forcing too, and a sampled run."""
     car, config = reference.car, reference.config.vqvae
     assert car is not None
     top_k = min(top_k, config.vocab)
     control = pyramid = None
-    if car.branch is not None:
+    if car.branch is not None and steered:
         image = Image.fromarray(scene(config.image_size, np.random.default_rng(0)))
         control = derive(image, "canny-grey", config.image_size)
         pyramid = control_pyramid(Image.fromarray(control), [side * config.patch for side in config.sides])

@@ -7,7 +7,7 @@ channels, E edge of f̂, H heads, d head width, V vocabulary, M modulation rows,
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -135,10 +135,9 @@ class PhasedUp(nn.Module):
     products a small pixel and channel pair, not 36. The result is the same up to the rounding of those sums.
     """
 
-    def __init__(self, up: Up):
+    def __init__(self, up: Up, kernels: Sequence[Tensor]):
+        """kernels: `phases_of` the module's."""
         super().__init__()
-        rows = [_neighbours(up.conv.weight.detach(), 2, shift) for shift in (0, 1)]
-        kernels = [_neighbours(row, 3, shift) for row in rows for shift in (0, 1)]
         self.kernels = nn.ParameterList(nn.Parameter(kernel, requires_grad=False) for kernel in kernels)
         self.bias = up.conv.bias
 
@@ -161,6 +160,12 @@ class PhasedUp(nn.Module):
         return phases.view(B, 2, 2, C, H, W).permute(0, 3, 4, 1, 5, 2).reshape(B, C, 2 * H, 2 * W)
 
 
+def phases_of(kernel: Tensor) -> list[Tensor]:
+    """A 3×3 kernel [O, I, 3, 3] → the 2×2 kernels of `PhasedUp`'s quarters."""
+    rows = [_neighbours(kernel, 2, shift) for shift in (0, 1)]
+    return [_neighbours(row, 3, shift) for row in rows for shift in (0, 1)]
+
+
 def _neighbours(kernel: Tensor, axis: int, shift: int) -> Tensor:
     """Three taps along an axis → the two that meet different pixels: of even rows (shift 0) or odd ones (shift 1)."""
     first, middle, last = kernel.unbind(axis)
@@ -174,22 +179,30 @@ class DecoderGraph(nn.Module):
     took kernels without tensor cores for the phases, and a d16's decoder twice the time.
     """
 
-    def __init__(self, model: Model):
+    def __init__(self, model: Model, phases: Mapping[str, Sequence[Tensor]] | None = None):
+        """phases: `Up`s that double in phases, by name, with their kernels; None: all of them in float32."""
         super().__init__()
         self.vqvae: VQVAE = copy.copy(model.vqvae)
-        if self.vqvae.post_quant_conv.weight.dtype == torch.float32:
-            self.vqvae._modules = {**model.vqvae._modules, "decoder": _with_phases(model.vqvae.decoder)}
+        decoder = model.vqvae.decoder
+        if phases is None:
+            ups = [(name, up) for name, up in decoder.named_modules() if isinstance(up, Up)]
+            single = model.vqvae.post_quant_conv.weight.dtype == torch.float32
+            phases = {name: phases_of(up.conv.weight.detach()) for name, up in ups if single}
+        self.vqvae._modules = {**model.vqvae._modules, "decoder": _with_phases(decoder, phases)}
 
     def forward(self, f_hat: Tensor) -> Tensor:
         pixels = self.vqvae.decode_latent(f_hat)
         return ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def _with_phases(module: nn.Module) -> nn.Module:
-    """The module, or if it has `Up`s in it, a shallow copy that has `PhasedUp`s instead."""
-    if isinstance(module, Up):
-        return PhasedUp(module)
-    children = {name: child and _with_phases(child) for name, child in module._modules.items()}
+def _with_phases(module: nn.Module, phases: Mapping[str, Sequence[Tensor]], path: str = "") -> nn.Module:
+    """The module, or a shallow copy that has `PhasedUp`s instead of the `Up`s in it that have kernels there."""
+    if isinstance(module, Up) and path in phases:
+        return PhasedUp(module, phases[path])
+    children = {
+        name: child and _with_phases(child, phases, f"{path}.{name}".lstrip("."))
+        for name, child in module._modules.items()
+    }
     if all(children[name] is child for name, child in module._modules.items()):
         return module
     phased = copy.copy(module)

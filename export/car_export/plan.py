@@ -68,14 +68,14 @@ class PlanBuilder:
             raise ExportError(
                 "the checkpoint holds a tokenizer only; train a transformer first (python -m car_train var)"
             )
-        self.reference = reference_model(model, options.precision, options.weights)
+        self.reference = self._reference(model, options)
         self.model = compute_model(self.reference, options.precision)
         assert self.model.car is not None
         self.car = self.model.car
         self.options, self.directory, self.log = options, directory, log
         self.config, self.C = model.config.vqvae, model.car.base.config.C
         single = options.precision == "fp32"  # what CPUs compute in; half precision is for GPUs
-        self.store = WeightStore(directory, half=options.weights == "fp16" and single, transposed=not single)
+        self.store = self._open_store(directory, half=options.weights == "fp16" and single, transposed=not single)
         self.graphs: dict[str, schema.Graph] = {}
         self.tensors: dict[str, schema.Tensor] = {}
         self.constants: list[dict[str, ir.ExternalTensor]] = []
@@ -90,10 +90,23 @@ class PlanBuilder:
         self._steps()
         self._autoencoder()
         self.store.close()
-        write_goldens(self.directory, self.reference, **asdict(self.options.sampling(self.config.vocab)))
+        self._goldens()
         manifest = self._manifest()
         schema.write_manifest(self.directory, manifest)
         return manifest
+
+    def _open_store(self, directory: Path, *, half: bool, transposed: bool) -> WeightStore:
+        return WeightStore(directory, half=half, transposed=transposed)
+
+    def _reference(self, model: Model, options: ExportOptions) -> Model:
+        """What the plan must agree with."""
+        return reference_model(model, options.precision, options.weights)
+
+    def _goldens(self) -> None:
+        write_goldens(self.directory, self.reference, **asdict(self.options.sampling(self.config.vocab)))
+
+    def _decoder_graph(self) -> graphs.DecoderGraph:
+        return graphs.DecoderGraph(self.model)
 
     # -- graphs ------------------------------------------------------------------------------------------------------
 
@@ -178,9 +191,7 @@ class PlanBuilder:
 
     def _autoencoder(self) -> None:
         E, Z, size = self.config.latent_size, self.config.latent_channels, self.config.image_size
-        decoder = self._trace(
-            graphs.DecoderGraph(self.model), {"f_hat": torch.zeros(3, Z, E, E)}, ["image"], {"f_hat": ("B",)}
-        )
+        decoder = self._trace(self._decoder_graph(), {"f_hat": torch.zeros(3, Z, E, E)}, ["image"], {"f_hat": ("B",)})
         optimise(decoder)
         self._write("decoder", decoder)
         image = torch.zeros(3, size, size, 3, dtype=torch.uint8)

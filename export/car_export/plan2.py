@@ -18,6 +18,7 @@ from car_export import graphs, verify2
 from car_export.config import ExportOptions
 from car_export.errors import ExportError
 from car_export.files import plan_written_aside
+from car_export.goldens import write_goldens
 from car_export.plan import (
     PAST_DIMS,
     STEP_DIMS,
@@ -25,12 +26,12 @@ from car_export.plan import (
     PlanBuilder,
     compute_model,
     example_step_inputs,
-    reference_model,
 )
 from car_export.trace import Names, optimise, specialise
-from car_export.weights import as_array
+from car_export.weights import HALVED, as_array
 from car_runtime.conventions import ControlConvention
 from car_runtime.format import manifest as schema
+from car_runtime.format.goldens import golden_file
 from car_runtime.format.schema import BRANCH_NAME, FUSIONS
 from car_train.model import Model
 
@@ -99,10 +100,12 @@ class PlanBuilder2(PlanBuilder):
         super().__init__(first, options, directory, log)
         self.branches: dict[str, Model] = {}
         self.references: dict[str, Model] = {}
+        self.placed: dict[str, schema.Parameter] = {}
+        """Parameters that were stored apart from the graphs, by name."""
         for name, model in models.items():
             if not name:
                 continue
-            reference = reference_model(model, options.precision, options.weights)
+            reference = self._reference(model, options)
             made = self.model if model is first else compute_model(reference, options.precision)
             assert made.car is not None
             made.car.base, made.vqvae = self.car.base, self.model.vqvae
@@ -124,24 +127,35 @@ class PlanBuilder2(PlanBuilder):
             self._write(f"control.{name}", model)
 
     def _condition(self) -> None:
-        inputs, dims = {"label": torch.zeros(4, dtype=torch.int64)}, {"label": ("R",)}
-        model = self._trace(graphs.BaseConditionGraph(self.model), inputs, ["start", "modulation"], dims)
-        optimise(model)
-        self._write("condition", model)
+        self._labelled("condition", graphs.BaseConditionGraph(self.model), ["start", "modulation"])
+        self._branch_conditions()
+
+    def _branch_conditions(self) -> None:
         for name, made in self.branches.items():
             assert made.car is not None
             if made.car.branch_blocks:
-                model = self._trace(graphs.BranchConditionGraph(made), inputs, ["modulation"], dims)
-                optimise(model)
-                self._write(f"condition.{name}", model)
+                self._labelled(f"condition.{name}", graphs.BranchConditionGraph(made), ["modulation"])
+
+    def _labelled(self, name: str, module: nn.Module, outputs: list[str]) -> None:
+        """A graph of the classes of rows."""
+        model = self._trace(module, {"label": torch.zeros(4, dtype=torch.int64)}, outputs, {"label": ("R",)})
+        optimise(model)
+        self._write(name, model)
 
     def _steps(self) -> None:
         module = graphs.BaseStepGraph(self.model, more_smooth=self.options.more_smooth)
-        every = example_step_inputs(self.model, rows=4, images=2, side=3, past=6, next_side=7)
+        every = self._example_inputs()
         every |= example_inputs_of_2(self.model, module, every)
         dims = DIMS | dict.fromkeys(module.fusion_names, ("m", None, None))
         dims |= {name: ("m", None) for name in module.fusion_names if "linear_weight" not in name}
         self._step_forms("step", module, every, dims)
+        self._branch_steps()
+
+    def _example_inputs(self) -> dict[str, Tensor]:
+        return example_step_inputs(self.model, rows=4, images=2, side=3, past=6, next_side=7)
+
+    def _branch_steps(self) -> None:
+        every = self._example_inputs() | {"rows": torch.zeros(4, dtype=torch.int64)}
         for name, made in self.branches.items():
             self._step_forms(
                 f"branch.{name}", graphs.BranchGraph(made), every | _branch_inputs(made, every), BRANCH_DIMS
@@ -170,7 +184,6 @@ class PlanBuilder2(PlanBuilder):
 
     def _fusion_parameters(self) -> None:
         """The fusions' parameters are inputs of the step: stored as the step takes them."""
-        self.fusions: dict[str, schema.Parameter] = {}
         for name, made in self.branches.items():
             assert made.car is not None
             assert made.car.branch is not None
@@ -178,10 +191,11 @@ class PlanBuilder2(PlanBuilder):
                 for key, parameter in fusion.named_parameters():
                     turned = key == "linear.weight"
                     value = parameter.detach().T if turned else parameter.detach()
-                    self.fusions[f"branches.{name}.fusions.{i}.{key}"] = self._stored(key, value, turned)
+                    self.placed[f"branches.{name}.fusions.{i}.{key}"] = self._stored(key, value, turned)
 
     def _stored(self, name: str, value: Tensor, transposed: bool = False) -> schema.Parameter:
-        array = np.ascontiguousarray(as_array(value))
+        halved = self.store.half and value.dtype == torch.float32 and value.numel() >= HALVED
+        array = np.ascontiguousarray(as_array(value.half() if halved else value))
         tensor = self.store.add_array(name, array)
         return schema.Parameter(
             dtype=array.dtype.name,
@@ -199,7 +213,7 @@ class PlanBuilder2(PlanBuilder):
             assert made.car is not None
             assert made.car.branch is not None
             parts.append((f"branches.{name}", made.car.branch))
-        table = dict(self.fusions)
+        table = dict(self.placed)
         for prefix, part in parts:
             for key, tensor in part.state_dict(keep_vars=True).items():
                 name = f"{prefix}.{key}"
@@ -241,6 +255,11 @@ class PlanBuilder2(PlanBuilder):
             )
         whole = super()._model_facts()
         return replace(whole, cache_layers=len(self.car.base.blocks), branches=branches, default_branch=default)
+
+    def _goldens(self) -> None:
+        sampling = asdict(self.options.sampling(self.config.vocab))
+        for name, model in {"": self.reference, **self.references}.items():
+            write_goldens(self.directory, model, file=golden_file(name), steered=bool(name), **sampling)
 
     def _manifest(self) -> schema.Manifest:
         self.format = 2

@@ -20,6 +20,7 @@ from torch import Tensor
 import car_runtime
 from car_export.bf16_to_fp32 import float32_copy
 from car_export.errors import VerificationError
+from car_runtime import GenerationConfig
 from car_runtime.backends.onnxruntime.session import needless_optimizers
 from car_runtime.format import manifest as schema
 from car_train.model import Model
@@ -28,6 +29,8 @@ from car_train.model.vqvae import split_tokens
 
 Log = Callable[[str], None]
 Arrays = dict[str, np.ndarray]
+Control = np.ndarray | dict[str, np.ndarray] | None
+"""An image, or one for a branch by name."""
 
 TOLERANCE = {"fp32": 2e-4, "fp16": 3e-2}
 """Largest |graph − PyTorch| over largest |PyTorch|, per output.
@@ -281,15 +284,21 @@ class Verifier:
 
     @torch.no_grad()
     def whole_run(
-        self, control: np.ndarray | None, label: int, expected: Tensor, pixels: Tensor, record: Recording
+        self,
+        control: np.ndarray | dict[str, np.ndarray] | None,
+        label: int,
+        expected: Tensor,
+        pixels: Tensor,
+        record: Recording,
     ) -> None:
         """The plan as users run it: greedy, free-running, through car_runtime."""
         # Greedily the mixture of the kept codes is the one code that is kept: smooth or not, the tokens are the same.
         with car_runtime.open_plan(self.directory, backend="ort-cpu", verify=False) as plan:
             for more_smooth in (False, True) if self.more_smooth else (False,):
-                result = plan.generate(
-                    control, label=label, seed=0, cfg=CFG, top_k=1, top_p=0, more_smooth=more_smooth
+                config = GenerationConfig(
+                    control=control, label=label, cfg=CFG, top_k=1, top_p=0, more_smooth=more_smooth
                 )
+                result = plan.generate(config)
                 self._whole_run_agrees(result, expected, pixels, record)
 
     def _whole_run_agrees(

@@ -37,7 +37,9 @@ class Verifier2(Verifier):
             label = torch.from_numpy(rng.integers(0, classes, batch))
             rows = torch.cat([label, torch.full_like(label, classes)])
             uniforms, record = torch.from_numpy(rng.random((batch, config.tokens), dtype=np.float32)), Recording()
-            _, pixels = sample(self.reference.vqvae, self.car, label, uniforms, pyramid, CFG, top_k=1, record=record)
+            tokens, pixels = sample(
+                self.reference.vqvae, self.car, label, uniforms, pyramid, CFG, top_k=1, record=record
+            )
             if self.branch and batch == 1:
                 images = [np.asarray(Image.fromarray(image).resize((s, s))) for s in sizes]
                 self.control_of_branch(images, record)
@@ -45,6 +47,9 @@ class Verifier2(Verifier):
             if self.branch:
                 self.run_branch(batch, record, rows)
             self.steps(batch, record, rows, uniforms)
+            if batch == 1:
+                control = {self.branch: image} if self.branch else None
+                self.whole_run(control, int(label[0]), tokens, pixels, record)
             if whole and batch == 1:
                 self.decoder(record, pixels)
                 self.encoder(image[None])
@@ -153,6 +158,7 @@ class Verifier2(Verifier):
         side, C, h = self.manifest.scales[k].side, self.manifest.model.width, self.fused.blocks
         weight = 1.0 if self.branch else 0.0
         name = self.branch or next(iter(self.manifest.model.branches))
+        dtypes = {port.name: port.dtype for port in self.manifest.graphs["step"].inputs}
         feed: Arrays = {
             "mix": np.full((1, R), weight, np.float32),
             "keep": np.full(R, 1 - weight, np.float32),
@@ -161,9 +167,10 @@ class Verifier2(Verifier):
             "c": self.outputs[k][None] if self.branch else np.zeros((1, h, side, side, R, C), np.float32),
         }
         for i in range(h):
-            for port in FUSIONS[self.fused.fusion]:
-                key = port.replace("_", ".", 1)
-                feed[f"fusion_{port}_{i}"] = self.parameter(f"branches.{name}.fusions.{i}.{key}")[None]
+            for kind in FUSIONS[self.fused.fusion]:
+                port = f"fusion_{kind}_{i}"
+                value = self.parameter(f"branches.{name}.fusions.{i}.{kind.replace('_', '.', 1)}")
+                feed[port] = value.astype(dtypes[port])[None]
         return feed
 
 

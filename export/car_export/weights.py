@@ -34,11 +34,11 @@ Place = tuple[int, int]
 class WeightStore:
     """Appends tensors to `weights.bin` and remembers where each went."""
 
-    def __init__(self, directory: Path, half: bool = False, transposed: bool = False):
-        """`half`: float32 weights are stored as float16. `transposed`: see `externalise`."""
+    def __init__(self, directory: Path, half: bool = False, transposed: bool = False, append: bool = False):
+        """`half`: float32 weights are stored as float16. `transposed`: see `externalise`. `append`: to a file."""
         self.directory, self.half, self.transposed = directory, half, transposed
-        self.file: BinaryIO = (directory / FILE).open("wb")
-        self.offset = 0
+        self.file: BinaryIO = (directory / FILE).open("ab" if append else "wb")
+        self.offset = self.file.tell()
         self.parameter_bytes = 0
         self._known: dict[tuple[object, ...], ir.ExternalTensor] = {}
         self._keep: list[Tensor] = []  # keys hold addresses: their tensors must stay alive
@@ -53,7 +53,7 @@ class WeightStore:
     def add(self, name: str, tensor: Tensor, transpose: bool = False) -> ir.ExternalTensor:
         """Write a tensor (once), or the transpose of a matrix, and return the reference to it."""
         halve = self.half and tensor.dtype == torch.float32 and tensor.numel() >= HALVED
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, transpose, halve)
+        key = _key(tensor, transpose)
         if key not in self._known:
             self._keep.append(tensor)
             value = tensor.detach().T if transpose else tensor.detach()
@@ -64,11 +64,15 @@ class WeightStore:
 
     def find(self, tensor: Tensor) -> tuple[ir.ExternalTensor, bool] | None:
         """Where a tensor was stored, and whether transposed; None if no graph holds it as it is."""
-        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        for key, found in self._known.items():
-            if key[:4] == place:
-                return found, bool(key[4])
+        for transposed in (False, True):
+            if (found := self._known.get(_key(tensor, transposed))) is not None:
+                return found, transposed
         return None
+
+    def know(self, tensor: Tensor, found: ir.ExternalTensor, transposed: bool) -> None:
+        """Where a tensor is stored already, whether transposed."""
+        self._keep.append(tensor)
+        self._known[_key(tensor, transposed)] = found
 
     def add_array(self, name: str, array: np.ndarray) -> ir.ExternalTensor:
         """Append an array as it is, at its `alignment`."""
@@ -79,6 +83,11 @@ class WeightStore:
         reference = external(name, array.dtype, array.shape, self.offset, array.nbytes, self.directory)
         self.offset += array.nbytes
         return reference
+
+
+def _key(tensor: Tensor, transposed: bool) -> tuple[object, ...]:
+    """What is the same for one tensor in one form, and for no other that is alive."""
+    return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, transposed)
 
 
 class WeightCopier:

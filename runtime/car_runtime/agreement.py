@@ -68,7 +68,8 @@ def compare(plan: Plan, goldens: Goldens) -> dict[str, Any]:
     forced, _, image = _run(plan, goldens, known=goldens.tokens)
     forced_sampled, _, _ = _run(plan, goldens, known=goldens.sampled_tokens)
     own, drawn, _ = _run(plan, goldens, draws=(goldens.seed, goldens.top_k, goldens.top_p))
-    greedy = plan.generate(goldens.control, goldens.label, cfg=goldens.cfg, top_k=1, top_p=0).tokens[0]
+    config = GenerationConfig(control=goldens.source, label=goldens.label, cfg=goldens.cfg, top_k=1, top_p=0)
+    greedy = plan.generate(config).tokens[0]
     noise = uniforms([goldens.seed], plan.manifest.tokens)[0]
     top_p = goldens.top_p if 0 < goldens.top_p < 1 else TOP_P_OFF
     keep = (goldens.top_k or plan.manifest.model.vocab, top_p)
@@ -94,7 +95,7 @@ def _run(
     """
     seed, top_k, top_p = draws
     config = GenerationConfig(
-        control=goldens.control,
+        control=goldens.source,
         label=goldens.label,
         seed=seed,
         cfg=goldens.cfg,

@@ -98,7 +98,8 @@ def rows_of(batch: Sequence[Drawing], scale: int, guided_only: bool) -> Rows:
 
 def _guided_from(request: Request, scale: int) -> bool:
     """Whether any scale from this one on is guided."""
-    return request.guided and scale < min(request.schedule.cfg_scales.stop, request.schedule.drawn)
+    end = request.schedule.unguided_from
+    return request.guided and (end is None or scale < end)
 
 
 def batches(requests: Sequence[Request], sizes: Sequence[int], shared: bool) -> Iterator[tuple[Drawing, ...]]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from threading import Lock
 
 import numpy as np
-from numpy.typing import NDArray
 
 from car_runtime.backends.base import Backend, Buffer
-from car_runtime.format.folder import PlanFolder, map_file
-from car_runtime.format.manifest import WEIGHTS, Manifest
+from car_runtime.format.folder import PlanFolder
+from car_runtime.format.manifest import Manifest
+from car_runtime.format.parameters import stored_arrays
 from car_runtime.format.schema import FUSIONS
 
 KEPT = 4
@@ -43,20 +43,15 @@ class Fusions:
             return made
 
     def _make(self, branches: tuple[str, ...]) -> dict[str, Buffer]:
-        model, weights = self._manifest.model, np.frombuffer(map_file(self._folder, WEIGHTS), np.uint8)
-        one = model.branches[branches[0]]
+        one, table = self._manifest.model.branches[branches[0]], self._manifest.parameters
+        wanted = [f"branches.{branch}.fusions." for branch in branches]
+        stored = stored_arrays(self._folder, {k: v for k, v in table.items() if k.startswith(tuple(wanted))})
         made: dict[str, Buffer] = {}
         for i in range(one.blocks):
             for kind in FUSIONS[one.fusion]:
                 name = f"fusion_{kind}_{i}"
-                key = kind.replace("_", ".", 1)
-                parts = [self._parameter(weights, f"branches.{branch}.fusions.{i}.{key}") for branch in branches]
-                made[name] = self._backend.allocate((len(parts), *parts[0].shape), parts[0].dtype.name)
-                self._backend.write(made[name], np.stack(parts))
+                parts = [stored[f"{prefix}{i}.{kind.replace('_', '.', 1)}"] for prefix in wanted]
+                dtype = self._manifest.graphs["step"].input(name).dtype  # stored in half, they are cast
+                made[name] = self._backend.allocate((len(parts), *parts[0].shape), dtype)
+                self._backend.write(made[name], np.stack(parts).astype(dtype))
         return made
-
-    def _parameter(self, weights: NDArray[np.uint8], name: str) -> NDArray[np.generic]:
-        entry = self._manifest.parameters[name]
-        raw = weights[entry.offset : entry.offset + entry.bytes]
-        values: NDArray[np.generic] = raw.view(np.dtype(entry.dtype).newbyteorder("<")).reshape(entry.shape)
-        return values

@@ -36,9 +36,10 @@ from car_runtime.config import GenerationConfig, config_of
 from car_runtime.editing.edit import composite
 from car_runtime.editing.masks import known_mask_of
 from car_runtime.errors import CarError, ImageError, PlanError, RequestError
-from car_runtime.format.folder import PlanFolder, map_file, open_folder
+from car_runtime.format.folder import PlanFolder, open_folder
 from car_runtime.format.hashing import verify_folder
 from car_runtime.format.manifest import WEIGHTS, Manifest, manifest_in, open_plan_folder
+from car_runtime.format.parameters import stored_arrays
 from car_runtime.fusions import Fusions
 from car_runtime.generate import ScaleLoop, Step
 from car_runtime.request import Request, check_fit, check_threads, resolve
@@ -570,13 +571,14 @@ class Plan:
         labels = rows.labels(batch, self.manifest.model.classes)
         apart = self.manifest.format > 1
         with clock.stage("control"):
-            features = {}
+            features, images = {}, batch if apart else batch[:1]
+            requests = {drawing.owner: drawing.request for drawing in images}
             for n, control in enumerate(batch[0].request.controls):
-                of_images = [drawing.request for drawing in (batch if apart else batch[:1])]
-                features[control.branch] = [
-                    self._conditioning.control(control.branch, request.controls[n].image, request.schedule)
-                    for request in of_images
-                ]
+                made = {
+                    owner: self._conditioning.control(control.branch, request.controls[n].image, request.schedule)
+                    for owner, request in requests.items()
+                }
+                features[control.branch] = [made[drawing.owner] for drawing in images]
         with clock.stage("condition"):
             modulations = {name: self._conditioning.modulation(name, labels) for name in features} if apart else {}
             return Steering(
@@ -672,13 +674,9 @@ def _load_constants(folder: PlanFolder, manifest: Manifest, backend: Backend) ->
     """Each scale's constants as buffers, step input name → buffer. All of them together are a few MB."""
     names = {name for scale in manifest.scales for name in scale.constants.values()}
     buffers: dict[str, Buffer] = {}
-    if names:
-        weights = np.frombuffer(map_file(folder, WEIGHTS), np.uint8)
-    for name in names:
-        tensor = manifest.tensors[name]
-        raw = weights[tensor.offset : tensor.offset + tensor.bytes]
-        buffers[name] = backend.allocate(tensor.shape, tensor.dtype)
-        backend.write(buffers[name], raw.view(np.dtype(tensor.dtype).newbyteorder("<")).reshape(tensor.shape))
+    for name, values in stored_arrays(folder, {name: manifest.tensors[name] for name in names}).items():
+        buffers[name] = backend.allocate(values.shape, values.dtype.name)
+        backend.write(buffers[name], values)
     return [{port: buffers[name] for port, name in scale.constants.items()} for scale in manifest.scales]
 
 

@@ -21,8 +21,9 @@ import numpy as np
 from car_runtime import __version__
 from car_runtime.agreement import LIMITS, compare, judge
 from car_runtime.backends.registry import on_cpu
+from car_runtime.config import GenerationConfig
 from car_runtime.errors import RequestError
-from car_runtime.format.goldens import Goldens, read_goldens
+from car_runtime.format.goldens import Goldens, read_all_goldens
 from car_runtime.format.manifest import MANIFEST, WEIGHTS, Manifest, read_manifest
 from car_runtime.plan import Plan, default_plan, open_plan
 from car_runtime.system.machine import machine
@@ -60,7 +61,7 @@ def verify(
     _check_counts(warmup, runs, batches)
     root = default_plan() if path is None else Path(path)
     manifest = read_manifest(root, require_signature)
-    goldens = read_goldens(root, manifest)
+    goldens, *others = read_all_goldens(root, manifest)
     age, began = process_age(), perf_counter()
     signed = require_signature
     with open_plan(root, backend, threads=threads, require_signature=signed, trust_engines=trust_engines) as plan:
@@ -70,6 +71,10 @@ def verify(
         log(f"first image after {cold_start['first_image']:.2f} s")
         agreement, limits = compare(plan, goldens), _limits_of(plan)
         checks = judge(agreement, LIMITS[limits])
+        compared = {one.branch: compare(plan, one) for one in others}
+        for branch, found in compared.items():
+            where = f"branch {branch}" if branch else "without control"
+            checks += [{**check, "name": f"{where}, {check['name']}"} for check in judge(found, LIMITS[limits])]
         failed = sum(not check["passed"] for check in checks)
         log(f"compared with the goldens: {f'{failed} of {len(checks)} checks FAIL' if failed else 'agrees'}")
         defaults = WARMUP_AND_RUNS[on_cpu(plan.backend_name)]
@@ -90,6 +95,7 @@ def verify(
         "settings": {"warmup": warmup, "runs": runs, "threads": threads, "cfg": goldens.cfg, "limits": limits},
         "checks": checks,
         "agreement": agreement,
+        "others": compared,
         "latency": latency,
         "cold_start": cold_start | {"jit": _only_once(cold_start["first_image"], latency)},
         "memory": {"peak_rss": peak_rss(), "device": facts.get("memory_bytes")},
@@ -133,7 +139,8 @@ def measure(plan: Plan, goldens: Goldens, batch: int, warmup: int, runs: int) ->
 def _one(plan: Plan, goldens: Goldens, batch: int, seed: int) -> dict[str, float]:
     """The timings of one call that finds nothing computed before."""
     plan.forget()
-    return plan.generate(goldens.control, goldens.label, seed, batch, cfg=goldens.cfg).timings
+    config = GenerationConfig(control=goldens.source, label=goldens.label, seed=seed, n=batch, cfg=goldens.cfg)
+    return plan.generate(config).timings
 
 
 def _percentile(values: Sequence[float], share: float) -> float:

@@ -192,6 +192,7 @@ class Batcher:
 
 
 def _fit(first: Job, other: Job) -> bool:
-    """Whether two jobs may share steps: the same scales are drawn, with a control or without."""
+    """Whether two jobs may share steps: the same scales are drawn, and the same branches followed."""
     a, b = first.request, other.request
-    return (a.schedule.drawn, a.control is None) == (b.schedule.drawn, b.control is None)
+    branches = [tuple(control.branch for control in request.controls) for request in (a, b)]
+    return a.schedule.drawn == b.schedule.drawn and branches[0] == branches[1]

@@ -38,11 +38,11 @@ def _plan(service: Service, name: str) -> dict[str, Any]:
     batcher = service.batchers.get(name)
     plan = None if batcher is None else batcher.plan
     manifest = service.shelf[name] if plan is None else plan.manifest
-    model, convention, K = manifest.model, manifest.model.convention, len(manifest.scales)
-    kind = model.control_type
-    controls = (
-        [] if kind is None else [{"type": kind, "convention": None if convention is None else asdict(convention)}]
-    )
+    model, K = manifest.model, len(manifest.scales)
+    controls = [
+        {"type": branch, "convention": None if convention is None else asdict(convention)}
+        for branch, convention in model.conventions.items()
+    ]
     return {
         "name": manifest.name,
         "shipped": plan is not None and plan.path == DEFAULT_PLAN,

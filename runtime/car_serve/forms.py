@@ -36,7 +36,9 @@ class PictureForm(BaseModel):
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True, allow_inf_nan=False)
     plan: str | None = Field(default=None, max_length=200, description="by name; the first plan by default")
-    control: str | dict[str, str] | None = Field(default=None, description="control map, base64; or {type: base64}")
+    control: str | dict[str, str] | None = Field(
+        default=None, description="control map, base64; or {branch: base64}, mixed"
+    )
     photo: str | None = Field(default=None, description="a photo to derive the control map from, base64")
     label: int | str | None = Field(default=None, alias="class", description="class, by index or name")
     seed: int | None = Field(

@@ -140,7 +140,7 @@ def _our_form(plan: Plan, max_pixels: int, form: GenerationForm) -> PictureForm:
             raise bad_request("this plan follows no control image; send a mask to edit the image", "mask")
         else:
             settings["control"] = form.image
-    elif form.control is None and form.photo is None and model.control_type is not None:
+    elif form.control is None and form.photo is None and model.control_type is not None and plan.manifest.format == 1:
         # A map with nothing on it whose features do not count: as near as such a plan comes to a class alone.
         ground = model.convention.ground if model.convention is not None else (0, 0, 0)
         blank = np.broadcast_to(np.array(ground, np.uint8), (model.image_size, model.image_size, 3))

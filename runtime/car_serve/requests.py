@@ -6,6 +6,7 @@ import secrets
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from car_runtime import GenerationConfig, Plan
 from car_runtime.images import png_bytes
@@ -55,21 +56,21 @@ def job_of(plan: Plan, results: Results, limits: Limits, form: PictureForm) -> J
 
 def _control(plan: Plan, limits: Limits, form: PictureForm) -> tuple[Any, tuple[str, ...]]:
     """The control image, and warnings about the photo it is from."""
-    kind, given = plan.manifest.model.control_type, form.control
+    given = form.control
     if form.photo is not None:
         if given is not None:
             raise bad_request("control and photo are both given; send one of them", "photo")
         photo = uploads.decode(uploads.from_base64(form.photo, "photo"), "photo", limits.max_pixels)
         return control_of_photo(photo, plan.manifest, fit=form.fit)
-    if isinstance(given, dict):
-        if list(given) != [kind]:
-            raise bad_request(
-                f"control names {', '.join(given)[:80] or 'nothing'}; this plan follows {kind}", "control"
-            )
-        given = given[str(kind)]
-    if given is None:
+    if given is None or given == {}:
         return None, ()
-    return uploads.decode(uploads.from_base64(given, "control"), "control", limits.max_pixels), ()
+    if isinstance(given, dict):
+        return {name: _map(limits, text, f"control.{name[:40]}") for name, text in given.items()}, ()
+    return _map(limits, given, "control"), ()
+
+
+def _map(limits: Limits, text: str, param: str) -> Image.Image:
+    return uploads.decode(uploads.from_base64(text, param), param, limits.max_pixels)
 
 
 def map_of(plan: Plan, limits: Limits, form: ControlForm) -> dict[str, Any]:

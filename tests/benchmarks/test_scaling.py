@@ -84,6 +84,10 @@ def test_scaling_trains_every_size_on_the_same_batches_and_fits_lines(
         assert 0 < row["error_last"] <= 1
         assert row["loss"] == pytest.approx(math.log(32), rel=0.5)  # hardly trained: near chance
     assert set(found["fits"]) == {"loss", "loss_last", "error", "error_last"}
+    for row in rows:  # three steps, each validated
+        assert [p["compute"] for p in row["curve"]] == [6 * row["block_parameters"] * 8 * 21 * s for s in (1, 2, 3)]
+        assert row["curve"][-1]["loss"] == row["loss"]
+    assert "loss" in found["fits_compute"]
     assert found["settings"]["tokens"] == 3 * 8 * 21
     assert Image.open(tmp_path / "scaling.png").width > 1000
 
@@ -112,6 +116,17 @@ def test_scaling_does_not_train_a_size_twice(
     assert trained == [1, 2, 4, 4, 4]
     assert scale("--lr", "1e-2") == 2
     assert "other settings (lr 0.001 → 0.01)" in capsys.readouterr().err
+
+
+def test_the_pareto_front_leaves_out_what_costs_more_and_is_no_better() -> None:
+    points = [(1.0, 9.0), (2.0, 9.5), (2.0, 8.0), (4.0, 8.0), (3.0, 7.0), (9.0, 1.0)]
+    assert scaling.pareto(points) == [(1.0, 9.0), (2.0, 8.0), (3.0, 7.0), (9.0, 1.0)]
+    # Two sizes on one law in compute, and worse points of each: the law is found through the front alone.
+    law = [{"compute": c, "loss": (1e-3 * c) ** -0.1} for c in (10.0, 40.0, 160.0, 640.0)]
+    worse = [{"compute": c, "loss": 2.0} for c in (20.0, 80.0)]
+    found = scaling.compute_law([{"curve": law[::2] + worse}, {"curve": law[1::2]}], "loss")
+    assert found == pytest.approx({"alpha": -0.1, "beta": 1e-3, "pearson": -1.0, "points": 4})
+    assert scaling.compute_law([{"curve": law[:2]}], "loss") is None
 
 
 def test_a_power_law_is_found_exactly() -> None:

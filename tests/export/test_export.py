@@ -20,7 +20,7 @@ from PIL import Image
 import car_runtime
 from car_export import verify
 from car_export.cli import main as build_engines
-from car_export.graphs import PhasedUp
+from car_export.graphs import PhasedUp, phases_of
 from car_export.plan import ExportOptions, build_plan
 from car_runtime.editing.edit import Edit, prepare
 from car_runtime.format import manifest as schema
@@ -310,7 +310,7 @@ def test_the_script_runs_from_a_bare_checkout(saved: Path, built: Callable[[str]
 def test_doubling_in_phases_is_doubling() -> None:
     """Nearest neighbour and 3×3 convolution as four 2×2 convolutions, at odd sizes and borders too."""
     up = Up(6).double()
-    phased = PhasedUp(up)
+    phased = PhasedUp(up, phases_of(up.conv.weight))
     for kernel in phased.kernels:
         assert kernel.shape == (6, 6, 2, 2)
     phased.kernels = torch.nn.ParameterList(kernel.double() for kernel in phased.kernels)

@@ -21,26 +21,17 @@ from car_runtime.format.graph_check import Checked, check_graph
 from car_train import checkpoint
 from car_train.config import CARConfig
 from car_train.model import Model
-from fixtures.shared import build_once
-from fixtures.small import sibling, small_config, small_model
+from fixtures.golden import Golden
+from fixtures.small import sibling, small_config
+from fixtures.two_branches import small, two_branches
 
 Logits = Callable[[list[float], float], np.ndarray]
 
 
-def small() -> Model:
-    return small_model(depth=2, sides=(1, 2))
-
-
 @pytest.fixture(scope="module")
 def two() -> Path:
-    """A plan with two branches; building it compares each of them, and none, with PyTorch."""
-
-    def export(folder: Path) -> None:
-        model = small()
-        options = ExportOptions(output=folder / "two.plan", name="two")
-        build_plan_of_2({"sketch": model, "other": sibling(model)}, options)
-
-    return build_once("format2-two", export) / "two.plan"
+    """A plan of two checkpoints; building it compares each branch, and none, with PyTorch."""
+    return two_branches()
 
 
 def test_a_plan_has_its_base_once_and_every_parameter_by_name(two: Path) -> None:
@@ -138,7 +129,7 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
     for arguments, says in (
         ([str(one), str(other), *out], "two branches are called 'sketch'"),
         ([str(one), f"b={other}", "--default-branch", "c", *out], "--default-branch c is not one of"),
-        ([str(one), f"b={other}", "--weights", "int8", *out], "needs a plan of format 1"),
+        ([str(one), f"b={other}", "--precision", "bf16", *out], "needs a plan of format 1"),
         ([str(one), "--default-branch", "sketch", *out], "add --format 2"),
         ([str(two), "--target", "rtx", "--sm", "89"], "is of format 2"),
     ):
@@ -156,3 +147,23 @@ def test_a_branch_out_of_its_base_is_refused_by_the_reader(two: Path) -> None:
     wrong = replace(manifest.model.branches["other"], fusion="zero")
     with pytest.raises(PlanError, match="differ in fusion"):
         replace(manifest.model, branches={**manifest.model.branches, "other": wrong})
+
+
+def test_published_files_of_several_branches_are_one_plan(
+    official_files: Callable[[Golden], dict[str, Path]],
+    tiny: Golden,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    files, other, plan = official_files(tiny), tmp_path / "car_depth.pth", tmp_path / "both.plan"
+    torch.save({name: 0.97 * x if x.is_floating_point() else x for name, x in tiny.state_dicts["car"].items()}, other)
+    common = ["--vae", files["vae"], "--var", files["var"], "--patch-nums", "1,2,3,4", "-o", plan]
+    same = [*common, "--control-type", "canny", "--car", files["car"], "--car", other]
+    assert build_engines([str(a) for a in same]) == 2
+    assert "two branches are called 'canny'; name one, e.g. canny-2=" in capsys.readouterr().err
+    named = [*common, "--car", f"canny={files['car']}", "--car", f"depth={other}", "--default-branch", "depth"]
+    assert build_engines([str(a) for a in named]) == 0
+    model = schema.read_manifest(plan).model
+    assert list(model.branches) == ["depth", "canny"]
+    assert model.default_branch == model.control_type == "depth"
+    assert model.branches["canny"].control_type == "canny"

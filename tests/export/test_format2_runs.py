@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from car_export.config import ExportOptions
 from car_export.plan2 import build_plan_of_2
 from car_runtime import GenerationConfig, Plan, open_plan
 from car_runtime.backends.openvino.backend import OpenVino
-from car_runtime.errors import RequestError
+from car_runtime.errors import PlanError, RequestError
 from car_runtime.format.manifest import read_manifest
 from car_runtime.request import uniforms
 from car_train.model import Model
@@ -175,6 +177,52 @@ def test_a_request_that_is_cancelled_leaves_the_others_as_they_are(plan: Plan) -
     assert len(tokens[2]) == 1
 
 
+def test_the_server_draws_requests_of_several_people_in_shared_steps(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fastapi")
+    from car_runtime.request import resolve
+    from car_serve.batcher import Batcher
+    from car_serve.jobs import Job
+    from car_serve.limits import Limits
+    from car_serve.metrics import Metrics
+
+    configs = [
+        GenerationConfig(control=drawing(i), label=i, seed=i, cfg=(0.0, 2.0)[i % 2], top_k=3 + i) for i in range(3)
+    ]
+    configs += [GenerationConfig(label=1, seed=9), GenerationConfig(control=drawing(1), label=1, seed=4)]
+    alone = [plan.generate(config) for config in configs]
+    jobs = [Job(request=resolve(plan.manifest, config), plan=plan) for config in configs]
+    steps: list[tuple[int, ...]] = []
+    stream = plan.stream_many
+
+    def watched(*given: Any, **settings: Any) -> Iterator[Any]:
+        for scale in stream(*given, **settings):
+            steps.append(scale.requests)
+            if scale.index == 0 and len(set(scale.requests)) == 3:
+                jobs[1].cancel()
+            yield scale
+
+    monkeypatch.setattr(plan, "stream_many", watched)
+    batcher = Batcher("two", plan, Limits(batch_wait_ms=2000, max_batch=5), Metrics())
+    batcher._crowded = True  # as after a batch of several: the first request waits for others
+    try:
+        for job in jobs:
+            batcher.submit(job)
+        until = time.monotonic() + 60
+        while not all(job.finished for job in jobs) and time.monotonic() < until:
+            time.sleep(0.01)
+    finally:
+        batcher.close()
+    # Three share the steps of the one branch; one cancels and frees its rows; one without a control comes after them.
+    assert steps == [(0, 1, 2), *[(0, 2)] * (len(SIDES) - 1), *[(0,)] * len(SIDES), *[(0,)] * len(SIDES)]
+    assert [job.state for job in jobs] == ["done", "cancelled", "done", "done", "done"]
+    for i in (0, 2, 3, 4):
+        assert (jobs[i].tokens == alone[i].tokens).all()
+        if plan.backend_name == "ort-cpu":
+            assert np.array_equal(jobs[i].images[0], alone[i].images[0])
+
+
 def test_what_a_plan_cannot_follow_is_refused_in_one_line(plan: Plan) -> None:
     for control, says in (
         ({"depth": drawing(1)}, "there is no branch 'depth' in the plan 'two'; it has sketch, other"),
@@ -187,3 +235,14 @@ def test_what_a_plan_cannot_follow_is_refused_in_one_line(plan: Plan) -> None:
         plan.generate(None, 1, control_cfg=1.0)
     with pytest.raises(RequestError, match="config 1: there is no branch"):
         plan.generate_many([GenerationConfig(), GenerationConfig(control={"x": drawing(1)})])
+
+
+def test_parameters_of_a_type_that_numpy_lacks_are_refused_by_the_reader(root: Path) -> None:
+    manifest = read_manifest(root)
+    name, key = "fusion_norm_weight_0", "branches.sketch.fusions.0.norm.weight"
+    step, one = manifest.graphs["step"], manifest.parameters[key]
+    ports = tuple(replace(port, dtype="bfloat16") if port.name == name else port for port in step.inputs)
+    short = replace(one, dtype="bfloat16", bytes=one.bytes // 2)
+    graphs = {**manifest.graphs, "step": replace(step, inputs=ports)}
+    with pytest.raises(PlanError, match=r"fusions\.0\.norm\.weight is bfloat16 \[\d+\], unlike the step's"):
+        replace(manifest, graphs=graphs, parameters={**manifest.parameters, key: short})

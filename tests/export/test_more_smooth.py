@@ -177,7 +177,7 @@ def test_a_plan_without_the_option_refuses_the_flag_and_allocates_nothing_for_it
         "was exported without; leave it out, or export the plan again with --more-smooth" in capsys.readouterr().err
     )
     for path, expected in ((plain, set()), (plan, {"smooth", "smooth_noise"})):
-        with car_runtime.open_plan(path, "ort-cpu", threads=1) as opened, opened._buffers(1, 1, False) as buffers:
+        with car_runtime.open_plan(path, "ort-cpu", threads=1) as opened, opened._buffers(1, 1, False, ()) as buffers:
             assert {name for name in buffers.inputs[0] if "smooth" in name} == expected
 
 

@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,25 +24,28 @@ NO_WHOLE_LOADS = ("draw.v512", "upsample", "downsample", "accumulate")
 """Kernels of small or scattered data: channels last, any vocabulary, f̂'s sides."""
 
 
-def registers(cubin: bytes, symbol: str) -> int:
-    """Of one thread, by the ELF file's own section `.nv.info`; asserts that the code of `symbol` is there."""
+def sections(cubin: bytes) -> dict[str, bytes]:
+    """An ELF file's sections by name."""
     at, count, names = struct.unpack_from("<Q", cubin, 40)[0], *struct.unpack_from("<HH", cubin, 60)
     heads = [struct.unpack_from("<IIQQQQIIQQ", cubin, at + 64 * i) for i in range(count)]
-    text = heads[names][4]
-    found = {}
+    text, found = heads[names][4], {}
     for head in heads:
-        start = text + head[0]
-        found[cubin[start : cubin.index(b"\0", start)].decode()] = head[4:6]
-    assert found[f".text.{symbol}"][1] > 0
-    start, size = found[".nv.info"]
-    info = cubin[start : start + size]
+        name = text + head[0]
+        found[cubin[name : cubin.index(b"\0", name)].decode()] = cubin[head[4] : head[4] + head[5]]
+    return found
+
+
+def attributes(info: bytes) -> Iterator[tuple[int, bytes]]:
+    """The attributes with values of a section `.nv.info`: number, value."""
     at = 0
-    while at < size:
+    while at < len(info):
         form, attribute, length = struct.unpack_from("<BBH", info, at)
-        if (form, attribute) == (4, 0x2F):  # EIATTR_REGCOUNT: symbol, registers
-            return int(struct.unpack_from("<II", info, at + 4)[1])
+        if form == 4:
+            yield attribute, info[at + 4 : at + 4 + length]
         at += 4 + (length if form == 4 else 0)
-    raise AssertionError("the file states no registers")
+
+
+REGCOUNT, PARAMETER, PARAMETER_2 = 0x2F, 0x17, 0x45
 
 
 def test_kernels_are_described_as_they_are_written() -> None:
@@ -61,8 +65,16 @@ def test_every_cubin_is_for_its_target_and_uses_what_is_stated(target: str) -> N
         assert struct.unpack_from("<H", cubin, 18) == (190,)  # EM_CUDA
         (flags,) = struct.unpack_from("<I", cubin, 48)
         assert (flags >> 8 if cubin[8] > 7 else flags) & 0xFF == int(target[2:])
-        assert registers(cubin, binary.symbol) == binary.registers, name
         assert binary.symbol == kernels()[name].kernel
+        parts = sections(cubin)
+        assert parts[f".text.{binary.symbol}"]
+        (used,) = [value for number, value in attributes(parts[".nv.info"]) if number == REGCOUNT]
+        assert struct.unpack("<II", used)[1] == binary.registers, name
+        taken = attributes(parts[f".nv.info.{binary.symbol}"])
+        found = sorted(struct.unpack("<IHHI", v)[1:] for n, v in taken if n in (PARAMETER, PARAMETER_2))
+        sizes = [packed >> 18 for _, _, packed in found]
+        # Two addresses of scratch memory follow, which the runtime gives as 0.
+        assert sizes == [*(4 if kind == "i32" else 8 for kind in kernels()[name].arguments.values()), 8, 8], name
 
 
 @pytest.mark.parametrize("target", TARGET_NAMES)

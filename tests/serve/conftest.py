@@ -66,7 +66,10 @@ def chromium() -> Iterator[Any]:
     """A browser; without one the tests skip, but where it is required."""
     if CHROMIUM is None and not REQUIRED:
         pytest.skip("no chromium on this machine: apt install chromium")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not REQUIRED:
+        pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    from playwright import sync_api
+
     assert CHROMIUM is not None, "no chromium on this machine; apt install chromium"
     with sync_api.sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])

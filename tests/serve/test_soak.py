@@ -29,7 +29,7 @@ class Callers:
 
     def __init__(self, server: Server) -> None:
         self.url = f"{server.url}/v1/pictures"
-        self.client = httpx.Client(timeout=120, limits=httpx.Limits(max_connections=128))
+        self.client = httpx.Client(timeout=600, limits=httpx.Limits(max_connections=128))
         self.first: dict[int, Any] = {}
         """The first image of each seed: all later ones must be equal to it."""
 

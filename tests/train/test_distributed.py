@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +83,44 @@ def test_two_processes_take_the_steps_of_one(images: Path, tmp_path: Path) -> No
     # A run of two goes on from its checkpoint as if it had never stopped.
     state = checkpoint.load_trainer(tmp_path / "var2" / "step-0000003")
     assert len(state["rng"]) == 2
+
+
+def children(process: int) -> list[int]:
+    found = Path(f"/proc/{process}/task/{process}/children")
+    return list(map(int, found.read_text().split())) if found.exists() else []
+
+
+@pytest.mark.slow  # a minute on two quiet cores: three groups of processes start one after another
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds a rank by /proc")
+def test_two_nodes_go_on_from_the_last_checkpoint_when_a_rank_is_killed(images: Path, tmp_path: Path) -> None:
+    """Two launchers, as on two machines; the rank of the second is killed, and the end is that of one process."""
+    flags = ["vqvae", "--data", str(images), *COMMON, *TOKENIZER, *"--steps 24 --lr 1e-4 --save-every 6".split()]
+    run(1, *flags, "-o", str(tmp_path / "alone"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    launcher += ["--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-id", "test"]
+    launcher += ["--rdzv-endpoint", f"127.0.0.1:{port}", "-m", "car_train", *flags, "-o", str(tmp_path / "two")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    errors = [(tmp_path / f"node{i}.log").open("w") for i in range(2)]
+    nodes = [subprocess.Popen(launcher, env=environment, stdout=file, stderr=file) for file in errors]
+    try:
+        while not (tmp_path / "two" / "step-0000006").exists():
+            assert [node.poll() for node in nodes] == [None, None], (tmp_path / "node0.log").read_text()[-2000:]
+            time.sleep(0.01)
+        (rank,) = children(nodes[1].pid)[:1]
+        os.kill(rank, signal.SIGKILL)
+        codes = [node.wait(timeout=500) for node in nodes]
+    finally:
+        for node in nodes:
+            node.terminate()  # a launcher that is killed leaves its rank behind
+            node.wait()
+        for file in errors:
+            file.close()
+    assert codes == [0, 0], (tmp_path / "node1.log").read_text()[-2000:]
+    assert "exitcode: -9" in (tmp_path / "node1.log").read_text()
+    same(tmp_path / "alone", tmp_path / "two")
 
 
 def test_a_critic_trains_on_two_processes(images: Path, tmp_path: Path) -> None:

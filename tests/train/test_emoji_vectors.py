@@ -74,6 +74,38 @@ def test_a_name_is_on_one_side_of_the_split_in_all_styles(tmp_path: Path) -> Non
     assert not train & val
 
 
+def test_skin_tones_are_trained_on_and_never_show_a_held_out_emoji(tmp_path: Path) -> None:
+    """val/ is what is held out without them; a variant is on the side of its emoji, couples of two tones too."""
+    icons = {}
+    for i in range(60):
+        names = (
+            f"hand-{i}",
+            f"hand-{i}-medium-light",
+            f"hand-{i}-light-skin-tone",
+            f"hand-{i}-a-a-dark-skin-tone-light-skin-tone",
+        )
+        icons |= {key: {"body": SQUARE} for key in names}
+    tarballs = {
+        style: package(tmp_path / f"{style}.tgz", icons, {"Objects": list(icons)}, width=32, height=32)
+        for style in emoji_vectors.PACKAGES
+    }
+    about = [lay_out(name, tarballs, tmp_path / name) for name in ("emoji-32", "emoji-32-tones")]
+    plain, toned = (scan(tmp_path / name) for name in ("emoji-32", "emoji-32-tones"))
+    assert toned.trees
+    assert toned.class_names == plain.class_names
+    sides = {
+        name: [{path.name for path, _ in found.split(name)} for found in (plain, toned)] for name in ("train", "val")
+    }
+    assert sides["val"][0] == sides["val"][1]
+    assert sides["train"][0] < sides["train"][1]
+    stem = "-".join
+    assert not {stem(n.removesuffix(".png").split("-")[:2]) + ".png" for n in sides["train"][1]} & sides["val"][1]
+    held_out = len(sides["val"][0])
+    assert about[1]["images"] == 4 * (4 * 60 - 3 * held_out)
+    with pytest.raises(DatasetError, match="give --size"):
+        fetch("emoji", tmp_path / "none", tones=True)
+
+
 def test_alpha_is_the_exact_mask() -> None:
     image = emoji_vectors.rendered({"icons": {"dog": {"body": SQUARE}}, "width": 32, "height": 32}, "dog", SIDE)
     rgba = np.asarray(image)

@@ -104,7 +104,7 @@ def test_what_a_command_is_not_given_is_as_its_options_say() -> None:
 
 
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
-NOT_OURS = {"--nproc-per-node", "--hash", "--require-hashes"}
+NOT_OURS = {"--max-restarts", "--nproc-per-node", "--hash", "--require-hashes"}
 """Flags of torchrun and pip."""
 
 

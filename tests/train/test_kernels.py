@@ -34,6 +34,21 @@ def test_linear_is_pytorchs_with_its_gradients(monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(grads(ours, [x, w, b]), grads(theirs, [x, w, b]))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_under_autocast_is_pytorchs_within_bf16(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (torch.randn(2, 3, 14, 8, requires_grad=True) for _ in range(3))
+    with torch.no_grad():
+        q[:], k[:] = 4 * F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    scale = torch.tensor([0] + 4 * [1] + 9 * [2])
+    mask = scale[:, None] >= scale if masked else None
+    theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)  # not what computes it here
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = kernels.attend(q, k, v, mask).float()
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(grads(ours, [q, k, v]), grads(theirs, [q, k, v]), rtol=0.03, atol=0.03)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("out", "across"), [(4, False), (300, True)])
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])

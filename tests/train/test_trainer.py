@@ -18,7 +18,8 @@ from car_train.data.folder import split_of
 from car_train.training.ema import EMA
 from car_train.training.optimizer import learning_rate, parameter_groups
 from car_train.training.options import TrainOptions
-from car_train.training.trainer import Trainer
+from car_train.training.stages import new_vqvae
+from car_train.training.trainer import Trainer, seed_everything
 
 TOKENIZER = [
     "--patch-nums",
@@ -116,6 +117,18 @@ def test_a_checkpoint_is_whole_and_a_branch_leaves_its_base_alone(runs: Path) ->
         assert torch.equal(p, steered.car.base.get_parameter(name)), name
     assert steered.config.class_names == ("bar", "disc")
     assert not torch.equal(steered.car.branch.blocks[0].attn.qkv_weight, base.car.base.blocks[0].attn.qkv_weight)
+
+
+def test_a_tokenizer_goes_on_with_the_codes_it_was_given(images: Path, runs: Path, tmp_path: Path) -> None:
+    """Random codes are revived after the first step; trained ones, of which one batch uses few, are kept."""
+    steps = ["--steps", "2", "--lr", "1e-9", "--warmup", "0", *TOKENIZER]
+    seed_everything(0)
+    given = checkpoint.load(runs / "vqvae")
+    starts = {"trained": given, "random": new_vqvae(given.config.vqvae)}
+    for name, init in (("trained", ["--init", str(runs / "vqvae")]), ("random", [])):
+        assert train("vqvae", images, tmp_path / name, *steps, *init) == 0
+        now, before = (m.vqvae.quantizer.embedding for m in (checkpoint.load(tmp_path / name), starts[name]))
+        assert torch.allclose(now, before, rtol=0, atol=1e-6) == (name == "trained")
 
 
 def interrupted(stage: str, images: Path, output: Path, at: int, *flags: str) -> None:

@@ -20,6 +20,7 @@ Per product, the choice with the least error on sampled activations is made:
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,15 +35,15 @@ from car_export.errors import ExportError, VerificationError
 from car_export.files import plan_written_aside
 from car_export.observe import load_graph
 from car_export.quantize.rewrite import MAX_ERROR, GraphQuantizer
-from car_export.quantize.sites import CONV_GRAPHS, GRAPHS, conv_sites, matmul_sites
-from car_export.quantize.statistics import ActivationStats, Control, Stats, collect
+from car_export.quantize.sites import CONV_GRAPHS, GRAPHS, conv_sites, kind_of, matmul_sites
+from car_export.quantize.statistics import ActivationStats, Control, Stats, collect, is_static
 from car_export.verify import scene
 from car_export.weights import FILE, WeightCopier
 from car_runtime import agreement as agreements
 from car_runtime.controls import derive
 from car_runtime.errors import ImageError
 from car_runtime.format import manifest as schema
-from car_runtime.format.goldens import GOLDENS, read_goldens
+from car_runtime.format.goldens import read_all_goldens
 from car_runtime.plan import open_plan
 
 Log = Callable[[str], None]
@@ -65,15 +66,16 @@ def to_int8(options: Int8Options, log: Log = lambda _: None) -> Path:
     if options.controls and manifest.model.control_type is None:
         raise ExportError(f"the plan {manifest.name!r} takes no control image; leave out --calibrate")
     schema.verify_files(options.source, manifest)
-    goldens = read_goldens(options.source, manifest)
+    goldens = read_all_goldens(options.source, manifest)
     controls = _controls(manifest, options.controls)
     with plan_written_aside(options.output) as aside:
         stats = collect(options.source, manifest, controls, log)
         provenance = {"int8 calibration": f"{len(controls)} images, {'given' if options.controls else 'synthetic'}"}
         _write(aside, options, manifest, stats, provenance, log)
         with open_plan(aside, "ort-cpu") as plan:
-            agreement = agreements.compare(plan, goldens)
-        _judge(agreement, log)
+            compared = [agreements.compare(plan, one) for one in goldens]
+        for agreement in compared:
+            _judge(agreement, log)
     return options.output
 
 
@@ -134,7 +136,7 @@ def _write(
     log: Log,
 ) -> None:
     """The int8 plan's files. Static steps and engines, which are for GPUs, are left out."""
-    kept = {name: graph for name, graph in manifest.graphs.items() if not name.startswith("step.")}
+    kept = {name: graph for name, graph in manifest.graphs.items() if not is_static(name)}
     weights = WeightCopier(options.source / FILE, directory / FILE)
     tensors = {}
     for name, tensor in manifest.tensors.items():
@@ -143,24 +145,33 @@ def _write(
     left: list[str] = []
     for name, graph in kept.items():
         model = load_graph(options.source, manifest, name)
-        if name in GRAPHS:
+        if kind_of(name) in GRAPHS:
             mine = {value: found for (at, value), found in stats.items() if at == name}
             left += _quantize_graph(name, model, manifest, weights, mine, log)
         weights.move(model.graph.initializer)
         onnx.save(model, directory / graph.file)
+    # Of the table the parameters stay that a step takes in; others are in another form, or not there.
+    table = {}
+    for name, one in manifest.parameters.items():
+        if re.fullmatch(r"branches\.[^.]+\.fusions\..*", name):
+            table[name] = dataclasses.replace(one, offset=weights.copy(one.offset, one.bytes)[0])
     weights.close()
-    shutil.copyfile(options.source / GOLDENS, directory / GOLDENS)
+    for file in [name for name in manifest.files if name.startswith("goldens.")]:
+        shutil.copyfile(options.source / file, directory / file)
     if left:
         log(f"still in float32, with errors above {100 * MAX_ERROR:.0f} %: {', '.join(left)}")
         provenance = {**provenance, "int8 leaves": ", ".join(left)}
+    files = schema.describe_files(directory, sorted(p.name for p in directory.iterdir()), manifest.chunk_bytes)
     whole = dataclasses.replace(
         manifest,
+        parameters=table,
+        parameters_digest=schema.graphs_digest(kept, files) if table else "",
         name=options.name or manifest.name,
         precision=schema.Precision(compute="fp32", weights="int8"),
         tensors=tensors,
         graphs=kept,
         engines=(),
-        files=schema.describe_files(directory, sorted(p.name for p in directory.iterdir()), manifest.chunk_bytes),
+        files=files,
         provenance={**manifest.provenance, **provenance},
     )
     schema.write_manifest(directory, whole)
@@ -178,7 +189,7 @@ def _quantize_graph(
     quantizer = GraphQuantizer(model, weights, stats)
     matmuls = matmul_sites(model, manifest)
     errors = [quantizer.quantize_matmul(site) for site in matmuls]
-    convs = conv_sites(model) if name in CONV_GRAPHS else []
+    convs = conv_sites(model) if kind_of(name) in CONV_GRAPHS else []
     for conv in convs:
         quantizer.quantize_conv(conv)
     quantizer.finish()

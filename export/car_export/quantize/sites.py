@@ -14,10 +14,10 @@ from onnx import TensorProto, helper
 
 from car_runtime.format import manifest as schema
 
-GRAPHS = ("step", "condition", "control", "decoder")
-"""The graphs that are rewritten; the encoder, which serves editing alone, is not."""
+GRAPHS = ("step", "condition", "control", "branch", "decoder")
+"""The kinds of graphs that are rewritten; the encoder, which serves editing alone, is not."""
 CONV_GRAPHS = ("control", "decoder")
-"""The graphs whose convolutions are quantized; those of the step add to f̂, which keeps its precision."""
+"""Those whose convolutions are quantized; those of the step add to f̂, which keeps its precision."""
 MIN_CHANNELS = 32
 """A convolution with at most this many input or output channels stays in float32: images and latents pass there."""
 
@@ -46,6 +46,11 @@ class ConvSite:
     node: onnx.NodeProto
     weight: TensorProto
     bias: TensorProto | None
+
+
+def kind_of(graph: str) -> str:
+    """The kind of a graph: a branch's have the branch's name behind it."""
+    return graph.partition(".")[0]
 
 
 def matmul_sites(model: onnx.ModelProto, manifest: schema.Manifest) -> list[MatMulSite]:
@@ -84,7 +89,7 @@ def observed_values(graph: str, model: onnx.ModelProto, manifest: schema.Manifes
     """Values whose ranges calibration needs: inputs of products with their number of channels, K, and inputs and
     outputs of convolutions with None, as those have one range for all channels."""
     values: dict[str, int | None] = {site.x: site.inputs for site in matmul_sites(model, manifest)}
-    for site in conv_sites(model) if graph in CONV_GRAPHS else ():
+    for site in conv_sites(model) if kind_of(graph) in CONV_GRAPHS else ():
         values |= dict.fromkeys((site.node.input[0], site.node.output[0]))
     return values
 

@@ -7,6 +7,7 @@ Shapes: n sampled rows, K channels; R as in docs/reference/plan-format.md.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +19,10 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from car_export.observe import ObservedOrtCpu, load_graph
-from car_export.quantize.sites import GRAPHS, observed_values
+from car_export.quantize.sites import GRAPHS, kind_of, observed_values
 from car_runtime.backends.base import Buffer
 from car_runtime.backends.numpy_buffers import array_of
+from car_runtime.config import GenerationConfig
 from car_runtime.format import manifest as schema
 from car_runtime.plan import Plan
 
@@ -73,18 +75,32 @@ def collect(source: Path, manifest: schema.Manifest, controls: Sequence[Control]
     classes = manifest.model.classes
     with Plan(source, manifest, backend, "calibration") as plan:
         labels = np.arange(classes + 1)
-        for some in np.array_split(labels, -(-len(labels) // LABELS)):
-            outputs = {
-                port.name: backend.allocate(
-                    tuple(len(some) if dim == "R" else int(dim) for dim in port.shape), port.dtype
-                )
-                for port in manifest.graphs["condition"].outputs
-            }
-            backend.run("condition", {"label": some}, outputs)
+        for condition in [graph for graph in rewritten(manifest) if kind_of(graph) == "condition"]:
+            for some in np.array_split(labels, -(-len(labels) // LABELS)):
+                outputs = {
+                    port.name: backend.allocate(
+                        tuple(len(some) if dim == "R" else int(dim) for dim in port.shape), port.dtype
+                    )
+                    for port in manifest.graphs[condition].outputs
+                }
+                backend.run(condition, {"label": some}, outputs)
         for i, control in enumerate(controls):
-            plan.generate(control, label=int(rng.integers(classes)), seed=i)
+            label = int(rng.integers(classes))
+            for branch in manifest.model.branches or ("",):
+                given = {branch: control} if branch and control is not None else control
+                plan.generate(GenerationConfig(control=given, label=label, seed=i))
             log(f"calibration: {i + 1} of {len(controls)} images")
     return backend.stats
+
+
+def rewritten(manifest: schema.Manifest) -> list[str]:
+    """The graphs that an int8 plan has in another form: of a kind in `GRAPHS`, and no static form of one."""
+    return [name for name in manifest.graphs if kind_of(name) in GRAPHS and not is_static(name)]
+
+
+def is_static(graph: str) -> bool:
+    """Whether a graph is the static form NAME.KK.bB of another."""
+    return re.fullmatch(r".+\.\d+\.b\d+", graph) is not None
 
 
 class _RangeObserver(ObservedOrtCpu):
@@ -93,7 +109,7 @@ class _RangeObserver(ObservedOrtCpu):
     def __init__(self, root: Path, manifest: schema.Manifest, rng: np.random.Generator) -> None:
         self.stats: Stats = {}
         self._rng = rng
-        models = {graph: load_graph(root, manifest, graph) for graph in GRAPHS if graph in manifest.graphs}
+        models = {graph: load_graph(root, manifest, graph) for graph in rewritten(manifest)}
         self._values = {graph: observed_values(graph, model, manifest) for graph, model in models.items()}
         super().__init__(root, manifest, models)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from car_runtime.cli import again, batch, blend, control, doctor, edit, run, serve, sheet, verify
+from car_runtime.cli import again, batch, blend, control, doctor, edit, plan, run, serve, sheet, verify
 from car_runtime.cli.errors import run_command
 
 COMMANDS = {
@@ -25,6 +25,7 @@ COMMANDS = {
     "sheet": sheet.run,
     "control": control.run,
     "doctor": doctor.run,
+    "plan": plan.run,
     "serve": serve.run,
     "verify": verify.run,
 }

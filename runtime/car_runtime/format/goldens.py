@@ -10,6 +10,7 @@ import math
 import re
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +23,7 @@ from car_runtime.format.folder import PlanFolder
 from car_runtime.format.manifest import Manifest
 
 GOLDENS = "goldens.npz"
+"""What the model of a plan computes; of a plan of format 2, what its base computes without control."""
 GOLDENS_BYTES = 256 * 1024 * 1024
 """A larger file isn't read; a d16's has 0.4 MB."""
 
@@ -54,19 +56,37 @@ class Goldens:
     seed: int
     top_k: int
     top_p: float
+    branch: str = ""
+    """Which the control is for; empty in format 1, and without control."""
+
+    @property
+    def source(self) -> NDArray[np.uint8] | dict[str, NDArray[np.uint8]] | None:
+        """What a request takes as its control."""
+        return {self.branch: self.control} if self.branch and self.control is not None else self.control
 
 
-def read_goldens(root: Path, manifest: Manifest) -> Goldens:
-    """The goldens of a plan. Raises PlanError: an older export has none, or they do not fit the plan."""
+def golden_file(branch: str = "") -> str:
+    """The file of a plan of format 2 with what it computes with a branch, or with none."""
+    return f"goldens.{branch}.npz" if branch else GOLDENS
+
+
+def read_goldens(root: Path, manifest: Manifest, branch: str = "") -> Goldens:
+    """The goldens of a plan; of one of format 2, those of a branch, or without control.
+
+    Raises PlanError: an older export has none, or they do not fit the plan.
+    """
+    file = golden_file(branch)
     outputs = {port.name for port in manifest.graphs["step"].outputs}
-    if GOLDENS not in manifest.files or "logits" not in outputs:
-        lacks = GOLDENS if GOLDENS not in manifest.files else "the step's output 'logits'"
+    if file not in manifest.files or "logits" not in outputs:
+        lacks = file if file not in manifest.files else "the step's output 'logits'"
         raise PlanError(
             f"the plan {manifest.name!r} lacks {lacks}, which verifying needs; export it again with this version"
         )
+    vocab = manifest.model.vocab
     try:
         with PlanFolder(root) as folder:
-            arrays = _read_arrays(folder.read(GOLDENS, GOLDENS_BYTES), manifest)
+            steered = bool(branch) if manifest.format > 1 else manifest.model.control_type is not None
+            arrays = _read_arrays(file, folder.read(file, GOLDENS_BYTES), _expected(manifest, steered), vocab)
     except (
         OSError,
         ValueError,
@@ -76,38 +96,46 @@ def read_goldens(root: Path, manifest: Manifest) -> Goldens:
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
-        raise PlanError(f"cannot read {GOLDENS} ({error_line(error)}); export the plan again") from error
-    vocab = manifest.model.vocab
+        raise PlanError(f"cannot read {file} ({error_line(error)}); export the plan again") from error
     for name in ("tokens", "logit_index", "sampled_tokens"):
         if arrays[name].size and not 0 <= arrays[name].min() <= arrays[name].max() < vocab:
-            raise PlanError(f"{GOLDENS}: {name} leaves 0…{vocab - 1}; export the plan again")
+            raise PlanError(f"{file}: {name} leaves 0…{vocab - 1}; export the plan again")
     values: dict[str, Any] = {name: array if array.shape else array.item() for name, array in arrays.items()}
-    return Goldens(**{"control": None, **values})
+    return Goldens(**{"control": None, "branch": branch, **values})
 
 
-def _read_arrays(data: bytes, manifest: Manifest) -> dict[str, NDArray[Any]]:
-    """The arrays that a plan's goldens hold. Each one's header is looked at before memory is taken for it.
+def read_all_goldens(root: Path, manifest: Manifest) -> list[Goldens]:
+    """Those of the default branch first, then of the others, then those without control. Raises PlanError."""
+    default = manifest.model.default_branch
+    branches = sorted(manifest.model.branches, key=lambda name: name != default)
+    return [read_goldens(root, manifest, branch) for branch in (*branches, "")]
+
+
+def _read_arrays(
+    file: str, data: bytes, expected: Mapping[str, tuple[str, tuple[int | None, ...]]], vocab: int
+) -> dict[str, NDArray[Any]]:
+    """The arrays that a file of goldens holds. Each one's header is looked at before memory is taken for it.
 
     Raises PlanError where one is missing or of another kind.
     """
     arrays: dict[str, NDArray[Any]] = {}
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = {one.filename for one in archive.infolist()}
-        unknown = members - {f"{name}.npy" for name in _expected(manifest)}
+        unknown = members - {f"{name}.npy" for name in expected}
         if unknown:
-            raise PlanError(f"{GOLDENS} also has {printable(min(unknown)):.40}; export the plan again")
+            raise PlanError(f"{file} also has {printable(min(unknown)):.40}; export the plan again")
         kept = 1
-        for name, (dtype, shape) in _expected(manifest).items():
+        for name, (dtype, shape) in expected.items():
             if f"{name}.npy" not in members:
-                raise PlanError(f"{GOLDENS}: {name} is missing, not {dtype} {list(shape)}; export the plan again")
+                raise PlanError(f"{file}: {name} is missing, not {dtype} {list(shape)}; export the plan again")
             with archive.open(f"{name}.npy") as member:
                 have_dtype, have_shape = _read_header(member)
                 if name == "logit_index" and len(have_shape) == 2:
-                    kept = min(have_shape[1], manifest.model.vocab)
+                    kept = min(have_shape[1], vocab)
                 wanted = tuple(kept if size is None else size for size in shape)
                 if (have_dtype.name, have_shape) != (dtype, wanted):
                     have = f"{printable(have_dtype.name)} {list(have_shape)}"
-                    raise PlanError(f"{GOLDENS}: {name} is {have}, not {dtype} {list(wanted)}; export the plan again")
+                    raise PlanError(f"{file}: {name} is {have}, not {dtype} {list(wanted)}; export the plan again")
                 content = member.read(math.prod(wanted) * have_dtype.itemsize)
             arrays[name] = np.frombuffer(content, have_dtype).reshape(wanted).copy()
     return arrays
@@ -131,12 +159,12 @@ def _read_header(member: IO[bytes]) -> tuple[np.dtype[Any], tuple[int, ...]]:
     return np.dtype(found["descr"].decode()), shape
 
 
-def _expected(manifest: Manifest) -> dict[str, tuple[str, tuple[int | None, ...]]]:
-    """Name → dtype and shape of what a plan's goldens hold; `logit_index` itself decides on G, None here."""
+def _expected(manifest: Manifest, steered: bool) -> dict[str, tuple[str, tuple[int | None, ...]]]:
+    """Name → dtype and shape of what goldens hold; `logit_index` itself decides on G, None here."""
     L, size = manifest.tokens, manifest.model.image_size
     control: dict[str, tuple[str, tuple[int | None, ...]]] = {"control": ("uint8", (size, size, 3))}
     return {
-        **(control if manifest.model.control_type is not None else {}),
+        **(control if steered else {}),
         "label": ("int64", ()),
         "cfg": ("float32", ()),
         "tokens": ("int64", (L,)),

@@ -1,4 +1,4 @@
-"""A plan's weights by the model's own names, for backends with kernels of their own.
+"""A plan's weights by name: entries of a checked manifest, and parameters for backends with kernels of their own.
 
 A table says where in `weights.bin` each parameter lies. It may be a stranger's: every entry is checked before a view
 is made, and every view has the shape that its user asks for. Nothing of a graph is read.
@@ -14,7 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from car_runtime.format.folder import PlanFolder, map_file
 from car_runtime.format.manifest import WEIGHTS, Manifest
+from car_runtime.format.schema import Parameter, Tensor
 
 DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 """What a parameter can be stored in, if the kernels are to read it."""
@@ -111,6 +113,17 @@ class Parameters:
             )
         mapped: NDArray[Any] = np.memmap(self._weights, dtype, "r", entry.offset, entry.shape)
         return mapped
+
+
+def stored_arrays(folder: PlanFolder, entries: Mapping[str, Tensor | Parameter]) -> dict[str, NDArray[np.generic]]:
+    """Arrays as `weights.bin` holds them, mapped and not read. entries: of the manifest, which has checked them."""
+    weights = np.frombuffer(map_file(folder, WEIGHTS), np.uint8) if entries else np.empty(0, np.uint8)
+    return {
+        name: weights[entry.offset : entry.offset + entry.bytes]
+        .view(np.dtype(entry.dtype).newbyteorder("<"))
+        .reshape(entry.shape)
+        for name, entry in entries.items()
+    }
 
 
 def plan_parameters(manifest: Manifest, root: Path) -> Parameters:

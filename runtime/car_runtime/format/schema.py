@@ -550,7 +550,9 @@ def _check_branch_sizes(manifest: Manifest, name: str, branch: Branch) -> None:
             port, one = graphs["step"].input(f"fusion_{kind}_{i}"), manifest.parameters.get(key)
             _require(one is not None, f"parameters.{key[:NAME]} is missing")
             assert one is not None
-            good = (one.dtype, one.shape) == (port.dtype, port.shape[1:])
+            halved = port.dtype == "float32" and one.dtype == "float16"
+            read = one.dtype in ("float32", "float16")  # numpy has no bfloat16
+            good = read and (one.dtype == port.dtype or halved) and one.shape == port.shape[1:]
             _require(good, f"parameters.{key[:NAME]} is {one.dtype} {list(one.shape)}, unlike the step's {port.name}")
 
 

@@ -7,17 +7,23 @@ is not said to wait is put on the device's one stream and returns at once; one t
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from car_runtime.backends.cuda.kernels import Grid, kernels
 from car_runtime.errors import BackendError, RunError
 from car_runtime.system.gpu import Gpu, describe_status, import_runtime, probe
 
 _OUT_OF_MEMORY, _NOT_READY = 2, 600
+_SHARED_BY_DEFAULT = 48 * 1024
+"""Bytes of dynamic shared memory that a kernel gets without asking."""
+_SCRATCH = (ctypes.c_void_p, ctypes.c_void_p)
+_C_TYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64}
 
 Event = Any
 """A point on the stream."""
@@ -131,6 +137,14 @@ class Device(Protocol):
         """Let go of a graph; where it still runs, it ends first."""
         ...
 
+    def load_kernels(self, code: Mapping[str, bytes]) -> None:
+        """Take compiled kernels by name, for this GPU; nothing may be recorded meanwhile."""
+        ...
+
+    def put_kernel(self, name: str, grid: Grid, arguments: Sequence[int]) -> None:
+        """Put a launch of a loaded kernel on the stream; arguments in its order, addresses as numbers."""
+        ...
+
     def free_memory(self) -> int:
         """Bytes of device memory that nobody uses."""
         ...
@@ -146,6 +160,7 @@ class CudaDevice:
     def __init__(self) -> None:
         self.gpu = probe()
         self._runtime = import_runtime()
+        self._kernels: dict[str, tuple[Any, int, int, tuple[Any, ...]]] = {}
         self._call("cudaSetDevice", 0)
         # Work of other streams of the process, the default one above all, is no reason to wait.
         self._stream = self._call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking)
@@ -243,6 +258,26 @@ class CudaDevice:
         """cudaGraphExecDestroy."""
         self._call("cudaGraphExecDestroy", graph)
 
+    def load_kernels(self, code: Mapping[str, bytes]) -> None:
+        """cuModuleLoadData, in the context that the runtime made for this device."""
+        for name, cubin in code.items():
+            described = kernels()[name]
+            binary = described.targets[self.gpu.target]
+            module = self._driver_call("cuModuleLoadData", cubin)
+            function = self._driver_call("cuModuleGetFunction", module, binary.symbol.encode())
+            if binary.shared > _SHARED_BY_DEFAULT:
+                which = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                self._driver_call("cuFuncSetAttribute", function, which, binary.shared)
+            # Triton adds two addresses of scratch memory; the build refuses kernels that want any.
+            types = (*(_C_TYPES.get(kind, ctypes.c_void_p) for kind in described.arguments.values()), *_SCRATCH)
+            self._kernels[name] = function, binary.threads, binary.shared, types
+
+    def put_kernel(self, name: str, grid: Grid, arguments: Sequence[int]) -> None:
+        """cuLaunchKernel."""
+        function, threads, shared, types = self._kernels[name]
+        values = ((*arguments, 0, 0), types)
+        self._driver_call("cuLaunchKernel", function, *grid, threads, 1, 1, shared, self.stream, values, 0)
+
     def free_memory(self) -> int:
         """cudaMemGetInfo."""
         free, _ = self._call("cudaMemGetInfo")
@@ -258,6 +293,23 @@ class CudaDevice:
         if int(status) != 0:
             raise self._error(name, status)
         return values[0] if len(values) == 1 else tuple(values) or None
+
+    @cached_property
+    def _driver(self) -> Any:
+        """cuda-python's module of the driver; kernels alone need it."""
+        from cuda.bindings import driver
+
+        return driver
+
+    def _driver_call(self, name: str, *arguments: Any) -> Any:
+        status, *values = getattr(self._driver, name)(*arguments)
+        if int(status) != 0:
+            _, words = self._driver.cuGetErrorString(status)
+            words = words.decode() if isinstance(words, bytes) else words
+            raise CudaError(
+                f"CUDA failed in {name}: {words}; upgrade the driver, or use --backend ort-cuda", int(status)
+            )
+        return values[0] if values else None
 
     def _error(self, name: str, status: Any) -> CudaError:
         remedy = "close the plan and open it again"

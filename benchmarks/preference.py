@@ -1,0 +1,212 @@
+"""A blind comparison of two sets of images by people (CAR, table 2): a page that asks, and what the answers come to.
+
+    python -m benchmarks.preference sheet ours.npz theirs.npz -o study --controls study/controls.npz
+    python -m benchmarks.preference count study/key.json answers-*.csv
+
+`sheet` takes two archives of `eval --samples` whose images answer each other (arr_0, uint8 [N, H, W, 3]), draws pairs
+at random and writes `index.html`, one file that needs no server and asks of every pair each question, and `key.json`,
+which alone knows what is on which side: keep it away from who answers. Keys: ← left, → right, ↓ or space neither,
+Backspace one back. At the end the page gives the answers as CSV: pair,question,answer.
+
+`count` adds up the answers of one or more people: for each question how often either set was preferred, and of the
+decided ones the share of the first with its exact 95 % interval (Clopper and Pearson 1934) and the two-sided
+binomial test against one half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import csv
+import html
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from benchmarks.harness.cli import Log, guarded, make_parser
+from benchmarks.harness.errors import BenchmarkError
+from benchmarks.harness.records import emit, record
+from benchmarks.harness.tables import markdown_table
+from car_train.errors import UserError
+from car_train.evaluation.reference import read_reference
+from car_train.files import folder_aside
+
+QUESTIONS = ("Which image is of better quality?", "Which image follows the control better?")
+ANSWERS = ("left", "right", "neither")
+FIELDS = ["pair", "question", "answer"]
+MAX_ANSWERS = 1_000_000
+PAGE = Path(__file__).parent / "analysis" / "preference.html"
+
+Pixels = NDArray[np.uint8]
+
+
+def read_images(file: Path) -> Pixels:
+    """An archive's images, uint8 [N, H, W, 3]. Raises BenchmarkError."""
+    try:
+        images = read_reference(file).images
+    except UserError as error:
+        raise BenchmarkError(str(error)) from error
+    if images is None:
+        raise BenchmarkError(f"{file}: has statistics and no images; give a .npz with arr_0")
+    return images
+
+
+def make_pairs(count: int, pairs: int, seed: int) -> list[dict[str, Any]]:
+    """`pairs` images at random of `count`, and for each whether the first set is on the left: in half of them."""
+    draw = np.random.default_rng(seed)
+    chosen = draw.permutation(count)[:pairs]
+    first_left = draw.permutation(np.arange(len(chosen)) % 2 == 0)
+    return [
+        {"image": int(image), "left": "first" if left else "second"}
+        for image, left in zip(chosen, first_left, strict=True)
+    ]
+
+
+def data_uri(image_HW3: Pixels) -> str:
+    stream = io.BytesIO()
+    Image.fromarray(image_HW3).save(stream, "PNG")
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def page(sets: tuple[Pixels, Pixels], controls: Pixels | None, pairs: Sequence[dict[str, Any]], title: str) -> str:
+    """The page of the pairs, without a word on which set is which. Questions are put in by `write_sheet`."""
+    shown = []
+    for pair in pairs:
+        first, second = (data_uri(images[pair["image"]]) for images in sets)
+        left, right = (first, second) if pair["left"] == "first" else (second, first)
+        control = None if controls is None else data_uri(controls[pair["image"]])
+        shown.append({"left": left, "right": right, "control": control})
+    template = PAGE.read_text(encoding="utf-8")
+    return template.replace("{{title}}", html.escape(title)).replace("{{pairs}}", json.dumps(shown))
+
+
+def write_sheet(args: argparse.Namespace, log: Log) -> None:
+    sets = (read_images(args.first), read_images(args.second))
+    controls = None if args.controls is None else read_images(args.controls)
+    lengths = {len(images) for images in (*sets, *([] if controls is None else [controls]))}
+    if len(lengths) != 1:
+        raise BenchmarkError(
+            f"the archives have {', '.join(map(str, sorted(lengths)))} images; give sets that answer each other"
+        )
+    if args.output.exists():
+        raise BenchmarkError(f"{args.output} is there; answers may belong to it, so choose another folder")
+    if args.pairs < 1:
+        raise BenchmarkError(f"pairs is {args.pairs}; ask about at least one")
+    questions = args.question or list(QUESTIONS if controls is not None else QUESTIONS[:1])
+    pairs = make_pairs(len(sets[0]), args.pairs, args.seed)
+    text = page(sets, controls, pairs, args.title).replace("{{questions}}", _script_text(questions))
+    key = {"first": args.first.name, "second": args.second.name, "questions": questions, "pairs": pairs}
+    with folder_aside(args.output) as folder:
+        (folder / "index.html").write_text(text, encoding="utf-8")
+        (folder / "key.json").write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
+    log(f"{len(pairs)} pairs, {len(questions)} questions")
+    print(args.output / "index.html")
+
+
+def _script_text(value: Any) -> str:
+    """JSON that may stand in a script: "</script>" in a question would end it."""
+    return json.dumps(value).replace("<", "\\u003c")
+
+
+def read_answers(file: Path, key: dict[str, Any]) -> list[tuple[str, str]]:
+    """(question, "first", "second" or "neither") of every answer of a file. Raises BenchmarkError with its line."""
+    found = []
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream, strict=True)
+            if reader.fieldnames != FIELDS:
+                raise BenchmarkError(f"{file}: its columns are {reader.fieldnames}; give the CSV that the page made")
+            for row in reader:
+                found.append(_answer(row, key, f"{file}, line {reader.line_num}"))
+                if len(found) > MAX_ANSWERS:
+                    raise BenchmarkError(f"{file}: more than {MAX_ANSWERS} answers; split it")
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise BenchmarkError(f"{file}: can't be read ({error}); give the CSV that the page made") from error
+    return found
+
+
+def _answer(row: dict[str, Any], key: dict[str, Any], where: str) -> tuple[str, str]:
+    pair, question, answer = (row.get(field) or "" for field in FIELDS)
+    pairs, questions = key["pairs"], key["questions"]
+    if not (pair.isdecimal() and int(pair) < len(pairs) and question.isdecimal() and int(question) < len(questions)):
+        raise BenchmarkError(f"{where}: there is no pair {pair!r} with question {question!r}; is the key another's?")
+    if answer not in ANSWERS:
+        raise BenchmarkError(f"{where}: the answer is {answer!r}; it is one of {', '.join(ANSWERS)}")
+    if answer == "neither":
+        return questions[int(question)], "neither"
+    left = pairs[int(pair)]["left"]
+    right = "second" if left == "first" else "first"
+    return questions[int(question)], left if answer == "left" else right
+
+
+def share(first: int, decided: int) -> dict[str, float | None]:
+    """The first's share of the decided answers with its exact 95 % interval, and the test against one half."""
+    if decided == 0:
+        return {"share": None, "low": None, "high": None, "p": None}
+    try:
+        from scipy.stats import binomtest
+    except ImportError as error:
+        raise BenchmarkError(f"intervals need {error.name}; pip install 'car-deploy[lab]'") from error
+    test = binomtest(first, decided, 0.5)
+    interval = test.proportion_ci(0.95, method="exact")
+    return {
+        "share": first / decided,
+        "low": float(interval.low),
+        "high": float(interval.high),
+        "p": float(test.pvalue),
+    }
+
+
+def count(args: argparse.Namespace, log: Log) -> None:
+    try:
+        key = json.loads(args.key.read_text(encoding="utf-8"))
+        names = {"first": str(key["first"]), "second": str(key["second"])}
+        assert all(pair["left"] in names for pair in key["pairs"])
+        assert all(isinstance(question, str) for question in key["questions"])
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise BenchmarkError(f"{args.key}: is no key of a sheet ({error!r:.100}); give its key.json") from error
+    answers = [answer for file in args.answers for answer in read_answers(file, key)]
+    rows = []
+    for question in key["questions"]:
+        of = [answer for asked, answer in answers if asked == question]
+        first, second = of.count("first"), of.count("second")
+        row = {"question": question, names["first"]: first, names["second"]: second, "neither": of.count("neither")}
+        rows.append(row | share(first, first + second))
+    log(f"{len(answers)} answers in {len(args.answers)} files")
+    print(markdown_table(rows))
+    emit(record("preference", {**names, "files": len(args.answers)}, rows))
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = make_parser("preference", __doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    sheet = commands.add_parser("sheet", help="write the page and its key", allow_abbrev=False)
+    sheet.add_argument("first", type=Path, help="archive of images, .npz")
+    sheet.add_argument("second", type=Path, help="archive with the same images by another model")
+    sheet.add_argument("-o", "--output", type=Path, required=True, help="folder for index.html and key.json")
+    sheet.add_argument("--controls", type=Path, help="archive of their controls, shown between them")
+    sheet.add_argument("--pairs", type=int, default=50, help="pairs to ask about (default: 50)")
+    sheet.add_argument("--question", action="append", help="instead of the two of the paper; repeatable")
+    sheet.add_argument("--title", default="Which one?", help="(default: Which one?)")
+    sheet.add_argument("--seed", type=int, default=0, help="chooses pairs and sides (default: 0)")
+    counted = commands.add_parser("count", help="add up answers", allow_abbrev=False)
+    counted.add_argument("key", type=Path, help="key.json of the sheet")
+    counted.add_argument("answers", type=Path, nargs="+", help="CSV files that the page gave")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    command = write_sheet if args.command == "sheet" else count
+    return guarded("benchmarks.preference", lambda log: command(args, log))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""A plan's parameters in a GPU's memory, as the kernels read them: matrices fp16, inputs first; vectors; constants.
+
+Shapes: C width, K inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from car_runtime.backends.cuda.buffers import DeviceArray, Memory
+from car_runtime.format.parameters import Parameters, UnsupportedGraphError
+
+GRAIN = 16
+"""Rows of matrices are multiples of so many elements, which lets the kernels load 16 bytes at a time."""
+
+
+class Weights(Protocol):
+    """Where parameters lie, by their names in the plan's table: addresses."""
+
+    def matrix(self, name: str, K: int, N: int) -> int:
+        """fp16 [K, N rounded up to 16], zeros from N on; in the model [N, K]."""
+        ...
+
+    def vector(self, name: str, size: int) -> int:
+        """fp16 [size rounded up to 16]."""
+        ...
+
+    def neighbours(self, name: str, C: int) -> int:
+        """A 3×3 convolution's kernel as a matrix: fp16 [9·C, C], tap after tap."""
+        ...
+
+    def floats(self, name: str, *shape: int) -> int:
+        """float32, as the model has it."""
+        ...
+
+
+class DeviceWeights:
+    """Parameters that are copied to the device when they are first asked for."""
+
+    def __init__(self, parameters: Parameters, memory: Memory) -> None:
+        self._parameters, self._memory = parameters, memory
+        self._arrays: dict[tuple[str, str], DeviceArray] = {}
+
+    def matrix(self, name: str, K: int, N: int) -> int:
+        """See `Weights`. Plans in half precision store it so: it is copied as it lies."""
+        return self._put("matrix", name, lambda: _padded(self._half(name, N, K).T))
+
+    def vector(self, name: str, size: int) -> int:
+        """See `Weights`."""
+        return self._put("vector", name, lambda: _padded(self._half(name, size)))
+
+    def neighbours(self, name: str, C: int) -> int:
+        """See `Weights`."""
+        return self._put("matrix", name, lambda: self._half(name, C, C, 3, 3).transpose(2, 3, 1, 0).reshape(9 * C, C))
+
+    def floats(self, name: str, *shape: int) -> int:
+        """See `Weights`."""
+        return self._put("floats", name, lambda: self._view(name, "float32", *shape))
+
+    def _half(self, name: str, *shape: int) -> NDArray[Any]:
+        return self._view(name, "float16", *shape)
+
+    def _view(self, name: str, dtype: str, *shape: int) -> NDArray[Any]:
+        values = self._parameters.view(name, *shape)
+        if values.dtype != dtype:
+            raise UnsupportedGraphError(f"{name} is stored as {values.dtype} where {dtype} is wanted")
+        return values
+
+    def _put(self, kind: str, name: str, make: Any) -> int:
+        if (kind, name) not in self._arrays:
+            values = np.ascontiguousarray(make())
+            array = self._memory.allocate(values.shape, values.dtype.name)
+            self._memory.write(array, values)
+            self._arrays[kind, name] = array
+        return self._arrays[kind, name].address
+
+
+def padded(size: int) -> int:
+    """`size` rounded up to `GRAIN`."""
+    return -(-size // GRAIN) * GRAIN
+
+
+def _padded(values: NDArray[Any]) -> NDArray[Any]:
+    """Zeros after the last axis, up to `padded`."""
+    missing = padded(values.shape[-1]) - values.shape[-1]
+    if not missing:
+        return values
+    return np.pad(values, [*[(0, 0)] * (values.ndim - 1), (0, missing)])

@@ -1,0 +1,78 @@
+"""Ablation runs: each alternative is trained once on the same base; classes that were not seen are measured apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import ablations
+from benchmarks.ablations import BRANCHES, main
+from car_train import checkpoint
+from car_train.model import Model
+from fixtures.small import small_config
+
+FLAGS = "--steps 2 --batch 4 --warmup 1 --threads 1 --workers 0 --views 1 --validate-every 2 --save-every 2".split()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ablations")
+    draw = np.random.default_rng(0)
+    for name in ("ant", "bee", "cat", "dog", "eel"):
+        (folder / "data" / name).mkdir(parents=True)
+        for i in range(40):
+            noise = Image.fromarray(draw.integers(0, 255, (4, 4, 3), np.uint8))
+            noise.resize((20, 20)).save(folder / "data" / name / f"{name}{i}.png")
+    config = small_config(control=False)
+    # With 8 channels the tokenizer's encoder could not be a branch's: its norms would be of single channels.
+    config = dataclasses.replace(config, vqvae=dataclasses.replace(config.vqvae, channels=24))
+    torch.manual_seed(0)
+    checkpoint.save(Model(config), folder / "base")
+    return folder
+
+
+def series(root: Path, name: str, *flags: str) -> int:
+    common = ["--data", str(root / "data"), "--runs", str(root / "runs"), "-o", str(root / f"{name}.json")]
+    return main([name, *common, *flags, "--", *FLAGS, "--token-root", str(root / "tokens")])
+
+
+def test_every_alternative_is_trained_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert series(root, "branch", "--base", str(root / "base")) == 0
+    found = json.loads((root / "branch.json").read_text())["results"]
+    assert [row["model"] for row in found] == list(BRANCHES)
+    assert all(row["steps"] == 2 and row["loss"] > 0 for row in found)
+    configs = [checkpoint.load(root / "runs" / f"branch-{i}").config.car for i in range(5)]
+    kinds = [(c.encoder, c.transformer, c.fusion) for c in configs if c is not None]
+    assert kinds == [
+        ("conv", "blocks", "concat"),
+        ("vqvae", "blocks", "concat"),
+        ("conv", "conv", "concat"),
+        ("conv", "blocks", "zero"),
+        ("conv", "blocks", "cross_norm"),
+    ]
+    monkeypatch.setattr(ablations.cli, "main", lambda argv: pytest.fail(f"trained again: {argv}"))
+    assert series(root, "branch", "--base", str(root / "base")) == 0
+    assert json.loads((root / "branch.json").read_text())["results"] == found
+
+
+def test_classes_that_were_not_seen_are_measured_apart(root: Path) -> None:
+    assert series(root, "classes", "--base", str(root / "base"), "--seen", "0-1") == 0
+    seen, others = json.loads((root / "classes.json").read_text())["results"]
+    assert (seen["classes"], others["classes"]) == ("seen (0-1)", "not seen (!0-1)")
+    assert seen["images"] > 0
+    assert others["images"] > 0
+    assert seen["loss"] != others["loss"]
+    assert json.loads((root / "runs" / "classes" / "run.json").read_text())["options"]["classes"] == "0-1"
+
+
+def test_a_failed_run_stops_the_series(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--data", str(root / "data"), "--base", str(tmp_path), "-o", str(tmp_path / "r.json")]
+    assert main(["branch", *flags, "--runs", str(tmp_path / "runs"), "--", *FLAGS]) == 2
+    assert "branch-0: training failed" in capsys.readouterr().err
+    assert not (tmp_path / "r.json").exists()

@@ -1,0 +1,65 @@
+"""Launches, bytes and FLOPs of the `cuda` kernels by count, and times that say that they are computed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.analysis.gpu_model import GPUS, NOTHING, SIDES, Cost, cost, d16, main, seconds, steps
+
+C, DEPTH, BLOCKS = 1024, 16, 8
+
+
+def total(batch: int, branches: int = 1) -> list[Cost]:
+    return [sum((cost(launch) for launch in scale), NOTHING) for scale in steps(d16(branches), batch)]
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_a_step_of_d16_is_at_most_200_launches(batch: int) -> None:
+    """ONNX Runtime takes about 1,500. Few rows take the norms into the products."""
+    launches = [len(scale) for scale in steps(d16(), batch)]
+    assert max(launches) == 193
+    assert launches[0] == 145
+
+
+def test_every_weight_of_a_step_is_read_once() -> None:
+    matrices = (DEPTH + BLOCKS) * 12 * C * C + BLOCKS * 2 * C * C + 9 * C * C + 4096 * C + 32 * C
+    assert {one.weight_bytes for one in total(1)} == {2 * matrices}
+    assert {one.weight_bytes for one in total(4)} == {2 * matrices}
+
+
+def test_flops_are_those_of_the_products_and_of_attention() -> None:
+    seen = 0
+    for side, one in zip(SIDES, total(2), strict=True):
+        rows = 4 * side * side
+        seen += side * side
+        blocks = (DEPTH + BLOCKS) * (24 * rows * C * C + 4 * rows * seen * C)
+        rest = rows * (BLOCKS * 4 * C * C + 18 * C * C + 2 * 4096 * C)
+        following = 0 if side == 16 else SIDES[SIDES.index(side) + 1]
+        embedded = 2 * 4 * max(following, 1) ** 2 * 32 * C
+        phi = 18 * 2 * 32 * 32 * 16 * 16
+        assert one.flops == blocks + rest + embedded + phi
+
+
+def test_times_follow_from_the_assumptions() -> None:
+    gpu = GPUS["h100"]
+    launches = steps(d16(), 1)[-1]
+
+    def time(**changes: float) -> float:
+        return sum(seconds(launch, replace(gpu, **changes)) for launch in launches)
+
+    assert time(launch=gpu.launch + 1e-6) == pytest.approx(time() + 193e-6)
+    assert time(bandwidth=gpu.bandwidth / 10) > time()
+    assert time(peak=gpu.peak / 100) > time()
+    assert time(per_multiprocessor=gpu.per_multiprocessor / 2) > time()
+
+
+def test_the_command_says_that_nothing_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--gpu", "h200", "--batch", "2"]) == 0
+    assert "computed, not measured" in capsys.readouterr().out
+    assert main(["--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["computed"] is True
+    assert [row["side"] for row in answer["steps"]] == list(SIDES)
