@@ -24,6 +24,7 @@ from car_runtime.backends.amx.backend import Amx, _Mixes
 from car_runtime.backends.amx.memory import Workspace
 from car_runtime.backends.amx.parameters import named_base, named_branch
 from car_runtime.backends.amx.transformer import Transformer
+from car_runtime.editing.edit import Edit
 from car_runtime.format.manifest import read_manifest
 from car_runtime.format.parameters import Parameters
 from car_train.config import CARConfig, ModelConfig, VARConfig, VQVAEConfig
@@ -33,13 +34,13 @@ from fixtures.parameter_table import parameter_table
 from fixtures.shared import build_once
 from fixtures.small import sibling
 
-SIDES = (1, 2, 3)
+SIDES = (1, 2, 4)
 FUSIONS = ("concat", "zero", "cross_norm")
 Arrays = dict[str, NDArray[Any]]
 pytestmark = pytest.mark.usefixtures("kernels")
 
 
-def make_model(fusion: str, transformer: str = "blocks") -> Model:
+def make_model(fusion: str, transformer: str = "blocks", depth: int = 5) -> Model:
     """Shared AdaLN, heads of 32 channels, an odd depth; fusions and gates of ordinary size, not those of a start."""
     torch.manual_seed(5)
     car = CARConfig(
@@ -51,7 +52,7 @@ def make_model(fusion: str, transformer: str = "blocks") -> Model:
     )
     config = ModelConfig(
         vqvae=VQVAEConfig(sides=SIDES, vocab=64, latent_channels=8, channels=8, multipliers=(1, 2), res_blocks=1),
-        var=VARConfig(depth=5, width=128, heads=4, classes=5, mlp_ratio=2, shared_aln=True),
+        var=VARConfig(depth=depth, width=128, heads=4, classes=5, mlp_ratio=2, shared_aln=True),
         car=car,
     )
     model = Model(config).requires_grad_(False).eval()
@@ -239,15 +240,15 @@ def test_numbers_that_do_not_fit_are_refused(steered: tuple[Model, Parameters]) 
 
 
 def drawing(number: int) -> Image.Image:
-    image = Image.new("RGB", (6, 6))
-    ImageDraw.Draw(image).ellipse((number, 1, 5, 2 + number), outline="white", width=1)
+    image = Image.new("RGB", (8, 8))
+    ImageDraw.Draw(image).ellipse((number, 1, 7, 3 + number), outline="white", width=1)
     return image
 
 
 @pytest.fixture(scope="module", params=[("concat", "blocks"), ("zero", "conv")], ids="-".join)
 def root(request: pytest.FixtureRequest) -> Path:
     def export(folder: Path) -> None:
-        model = make_model(*request.param)
+        model = make_model(*request.param, depth=3)
         options = ExportOptions(output=folder / "two.plan", name="two", more_smooth=True)
         build_plan_of_2({"sketch": model, "other": sibling(model)}, options)
 
@@ -261,8 +262,9 @@ def exact(root: Path) -> Iterator[Plan]:
 
 
 def requests() -> list[GenerationConfig]:
-    """One branch, the other, both, none; guided by class, by the control, and not at all."""
+    """One branch, the other, both, none; guided by class, by the control, and not at all; edits."""
     a, b = {"sketch": drawing(1)}, {"other": drawing(3)}
+    tokens = np.arange(sum(side**2 for side in SIDES)) % 64
     return [
         GenerationConfig(control=a, label=1, seed=3, n=2, cfg=2.0, top_k=5),
         GenerationConfig(control=drawing(2), label=4, seed=8, cfg=0, top_p=0.5),
@@ -270,6 +272,10 @@ def requests() -> list[GenerationConfig]:
         GenerationConfig(label=2, seed=6, cfg=3.0),
         GenerationConfig(control={**a, "other": (drawing(2), 0.4)}, label=0, seed=1, control_cfg=1.0),
         GenerationConfig(control=a, label=2, seed=3, control_cfg=2.0, cfg=1.0, more_smooth=True),
+        GenerationConfig(
+            control=b, label=3, seed=4, cfg=1.0, edit=Edit(image=drawing(2), tokens=tokens, from_scale=1)
+        ),
+        GenerationConfig(label=1, seed=9, edit=Edit(image=drawing(2), tokens=tokens, box=(0, 0, 4, 8))),
     ]
 
 

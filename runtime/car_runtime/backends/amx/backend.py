@@ -20,21 +20,19 @@ from numpy.typing import NDArray
 
 from car_runtime.backends.amx import build
 from car_runtime.backends.amx.convnet import Convnet, ConvnetBuffers, Sizes
-from car_runtime.backends.amx.convolutions import read_decoder, read_encoder
-from car_runtime.backends.amx.description import Fusion, Linear, Network, UnsupportedGraphError
+from car_runtime.backends.amx.description import Fusion, Linear, UnsupportedGraphError
 from car_runtime.backends.amx.description import Transformer as TransformerGraph
-from car_runtime.backends.amx.match_transformer import read_step
 from car_runtime.backends.amx.memory import Workspace
 from car_runtime.backends.amx.parameters import named_base, named_branch, named_decoder, named_encoder
 from car_runtime.backends.amx.spec import BF16_TERMS
-from car_runtime.backends.amx.transformer import Arrays, CombinedTransformer, PackedFusions, Transformer
+from car_runtime.backends.amx.transformer import Arrays, PackedFusions, Transformer
 from car_runtime.backends.base import Buffer
 from car_runtime.backends.numpy_buffers import array_of, pages_forgotten
 from car_runtime.backends.openvino.backend import Compiled, OpenVino
 from car_runtime.backends.openvino.graphs import LOGITS, keep_cache_in_bfloat16, split_at_sort
 from car_runtime.errors import BackendError, one_line
 from car_runtime.format.manifest import WEIGHTS, Manifest
-from car_runtime.format.parameters import Parameters, plan_parameters
+from car_runtime.format.parameters import plan_parameters
 from car_runtime.format.schema import FUSIONS
 from car_runtime.system.cpu import physical_cores
 
@@ -55,12 +53,10 @@ class Amx(OpenVino):
             raise BackendError(
                 f"the plan multiplies in {types}, but {self.name!r} wants float32 plans; use another backend"
             )
-        self._parameters: Parameters | None = None
-        if manifest.format > 1:
-            try:
-                self._parameters = plan_parameters(manifest, root)
-            except UnsupportedGraphError as error:
-                raise BackendError(f"{self.name!r} finds no weights: {one_line(error)}") from error
+        try:
+            self._parameters = plan_parameters(manifest, root)
+        except UnsupportedGraphError as error:
+            raise BackendError(f"{self.name!r} finds no weights: {one_line(error)}") from error
         build.check_cpu(self.name)
         self._library = build.load(self.bf16_terms)
         self._cores = threads or physical_cores()
@@ -102,27 +98,19 @@ class Amx(OpenVino):
         return made
 
     def _step(self) -> Compiled:
-        """The base's transformer, in format 1 with the branch's. UnsupportedGraphError if it is of another kind."""
+        """The base's transformer. UnsupportedGraphError if it is of another kind."""
         model = self._manifest.model
-        part: Any
-        if self._parameters is None:
-            file = self._root / self._manifest.graphs["step"].file
-            combined = read_step(file, self._root / WEIGHTS)
-            self._check(combined.base)
-            part = partial(_CombinedPart, CombinedTransformer(self._library, combined, self._cores))
-        else:
-            fused = next((one.blocks for one in model.branches.values()), 0)
-            sizes = {"depth": model.depth, "width": model.width, "heads": model.heads, "fused": fused}
-            base = named_base(self._parameters.under("base."), **sizes)
-            self._check(base)
-            mixes = _Mixes(self._library, self._manifest, self._cores)
-            part = partial(_StepPart, Transformer(self._library, base, self._cores), mixes)
-        return Compiled([partial(part, self._library, model.vocab)], ())
+        fused = next((one.blocks for one in model.branches.values()), 0)
+        sizes = {"depth": model.depth, "width": model.width, "heads": model.heads, "fused": fused}
+        base = named_base(self._parameters.under("base."), **sizes)
+        self._check(base)
+        mixes = _Mixes(self._library, self._manifest, self._cores)
+        part = partial(_StepPart, Transformer(self._library, base, self._cores), mixes, self._library, model.vocab)
+        return Compiled([part], ())
 
     def _branch(self, name: str) -> Compiled:
         """A branch's transformer. UnsupportedGraphError if it is of another kind."""
         model, parameters = self._manifest.model, self._parameters
-        assert parameters is not None, "there are no branches in format 1"
         sizes = {"blocks": model.branches[name].blocks, "width": model.width, "heads": model.heads}
         branch = named_branch(parameters.under(f"branches.{name}."), **sizes)
         return Compiled([partial(_BranchPart, Transformer(self._library, branch, self._cores), self._library)], ())
@@ -132,12 +120,12 @@ class Amx(OpenVino):
         ports = self._manifest.graphs[graph]
         part: type[_EncoderPart] | type[_DecoderPart]
         if graph != "decoder":
-            sides = [_size(port.shape[0]) for port in ports.inputs]
-            network, part = self._encoder(graph, branch, tuple(sides)), _EncoderPart
-            tokens, channels = map(_size, ports.output("features").shape)
+            model, sides = self._manifest.model, [_size(port.shape[0]) for port in ports.inputs]
+            network = named_encoder(self._parameters.under(f"branches.{branch}."), model.width, model.patch)
+            part, (tokens, channels) = _EncoderPart, map(_size, ports.output("features").shape)
         else:
             _, channels, *sides = map(_size, ports.input("f_hat").shape[:3])
-            network, part = self._decoder(channels, sides[0]), _DecoderPart
+            network, part = named_decoder(self._parameters.under("vqvae."), channels), _DecoderPart
             _, height, width, channels = map(_size, ports.output("image").shape)
             tokens = height * width
         convnet, sizes = Convnet(self._library, network, self._cores), tuple((side, side) for side in sides)
@@ -145,18 +133,6 @@ class Amx(OpenVino):
         if (sum(h * w for h, w in made), network.channels[-1]) != (tokens, channels):
             raise UnsupportedGraphError("what comes out is not of the manifest's size")
         return Compiled([partial(part, convnet, sizes)], ())
-
-    def _encoder(self, graph: str, branch: str, sides: tuple[int, ...]) -> Network:
-        if self._parameters is None:
-            return read_encoder(self._root / self._manifest.graphs[graph].file, self._root / WEIGHTS, sides)
-        model = self._manifest.model
-        return named_encoder(self._parameters.under(f"branches.{branch}."), model.width, model.patch)
-
-    def _decoder(self, channels: int, side: int) -> Network:
-        if self._parameters is None:
-            file = self._root / self._manifest.graphs["decoder"].file
-            return read_decoder(file, self._root / WEIGHTS, channels, side)
-        return named_decoder(self._parameters.under("vqvae."), channels)
 
     def _rewrite(self, graph: str, model: Any) -> tuple[Sequence[Any], Sequence[Any]]:
         """Keep of the step only what draws from the sorted logits; nothing if it isn't cut there."""
@@ -230,62 +206,32 @@ def _fusion(kind: str, given: Arrays) -> Fusion:
     return Fusion(kind=kind, linear=linear, weight=weight, bias=given.get("norm_bias"))
 
 
-class _OwnPart:
-    """A transformer of ours with the workspace of one call after the other."""
+class _StepPart:
+    """A base's transformer, with the workspace of one call after the other."""
 
-    def __init__(self, library: Any, vocab: int = 0) -> None:
+    def __init__(self, transformer: Transformer, mixes: _Mixes, library: Any, vocab: int) -> None:
+        self._transformer, self._mixes = transformer, mixes
         self._workspace, self._vocab = Workspace(library), vocab
         self._logits = np.empty(0, np.float32)
 
-    def _arrays(
-        self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
-    ) -> tuple[Arrays, dict[str, NDArray[Any]]]:
-        """What a step takes and gives, with a place for logits that nobody asked for."""
-        arrays = {name: array_of(buffer) for name, buffer in inputs.items()}
-        given = {name: array_of(buffer) for name, buffer in outputs.items()}
-        if LOGITS not in given:
+    def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> NDArray[np.float32]:
+        """See `openvino.Part`; the logits that are returned have `bias` added."""
+        arrays, given = ({name: array_of(buffer) for name, buffer in some.items()} for some in (inputs, outputs))
+        if LOGITS not in given:  # nobody asked for them
             shape = (*arrays["uniforms"].shape, self._vocab)
             if self._logits.size < np.prod(shape):
                 self._logits = np.empty(np.prod(shape), np.float32)
             given[LOGITS] = self._logits[: np.prod(shape)].reshape(shape)
-        return arrays, given
-
-
-class _CombinedPart(_OwnPart):
-    """Of a step of format 1."""
-
-    def __init__(self, transformer: CombinedTransformer, library: Any, vocab: int) -> None:
-        super().__init__(library, vocab)
-        self._transformer = transformer
-
-    def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> NDArray[np.float32]:
-        """See `openvino.Part`."""
-        arrays, given = self._arrays(inputs, outputs)
-        self._transformer.run(arrays, given, self._workspace)
-        return given[LOGITS]
-
-
-class _StepPart(_OwnPart):
-    """Of a step of format 2."""
-
-    def __init__(self, transformer: Transformer, mixes: _Mixes, library: Any, vocab: int) -> None:
-        super().__init__(library, vocab)
-        self._transformer, self._mixes = transformer, mixes
-
-    def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> NDArray[np.float32]:
-        """See `openvino.Part`; the logits that are returned have `bias` added."""
-        arrays, given = self._arrays(inputs, outputs)
         self._transformer.run_step(arrays, given, self._workspace, self._mixes.of(arrays))
         bias, logits = arrays["bias"], given[LOGITS]
         return logits + bias[:, None, None] if bias.any() else logits
 
 
-class _BranchPart(_OwnPart):
-    """Of a branch."""
+class _BranchPart:
+    """A branch's transformer, with the workspace of one call after the other."""
 
     def __init__(self, transformer: Transformer, library: Any) -> None:
-        super().__init__(library)
-        self._transformer = transformer
+        self._transformer, self._workspace = transformer, Workspace(library)
 
     def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
         """See `openvino.Part`."""

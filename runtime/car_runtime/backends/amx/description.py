@@ -79,15 +79,6 @@ class Transformer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CombinedStep:
-    """A step of format 1: a base, and its branch, if it has one, in one graph."""
-
-    base: Transformer
-    branch: Transformer | None
-    fusions: list[Fusion]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Norm:
     """The norm of groups of channels that precedes a convolution."""
 

@@ -17,6 +17,7 @@ AMX = BackendSpec(
     rank=6,
     rank_bf16=4,
     computes=("fp32",),
+    oldest_format=2,
     extra="openvino",
     install=("pip install 'car-deploy[openvino]'",),
     opener="car_runtime.backends.amx.backend:Amx",

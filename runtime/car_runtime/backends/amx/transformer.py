@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from car_runtime.backends.amx.description import (
     Block,
-    CombinedStep,
     Floats,
     Fusion,
     Linear,
@@ -266,34 +265,6 @@ class Transformer:
         products = {name: self._packed.pack(getattr(block, name)) for name in ("qkv", "proj", "fc1", "fc2")}
         temperature = self._packed.kept(block.temperature)
         return _Block(**products, temperature=temperature, modulation=block.modulation, layer=block.layer)
-
-
-class CombinedTransformer:
-    """A step of format 1: its branch, then its base."""
-
-    def __init__(self, library: Any, step: CombinedStep, threads: int) -> None:
-        """See `Transformer`."""
-        self._base = Transformer(library, step.base, threads)
-        self._branch = None if step.branch is None else Transformer(library, step.branch, threads)
-        self._fusions = PackedFusions(library, step.fusions, 1, step.base.width, threads) if step.fusions else None
-        self._fused = step.base.fused
-
-    @property
-    def cache_dtype(self) -> type[np.generic]:
-        """See `Transformer`."""
-        return self._base.cache_dtype
-
-    def run(self, inputs: Arrays, outputs: Arrays, workspace: Workspace) -> None:
-        """One scale: `inputs` and `outputs` as a step of format 1 has them. See `Transformer.run_step`."""
-        R, S, _, C = inputs["x"].shape
-        B = min(len(outputs["logits"]), R)
-        more = {"twin": np.arange(R - B, R), "cfg": np.repeat(inputs["cfg"], B)}
-        if self._branch is not None:
-            c = np.empty((self._fused, S, S, R, C), np.float32)
-            steering = {"control": inputs["control"][None], "rows": np.zeros(R, np.int64)}
-            self._branch.run_branch({**inputs, **steering}, {**outputs, "c": c}, workspace)
-            more |= {"c": c[None], "mix": np.ones((1, R), np.float32), "keep": np.zeros(R, np.float32)}
-        self._base.run_step({**inputs, **more}, outputs, workspace, self._fusions)
 
 
 def _declare(library: Any) -> None:
