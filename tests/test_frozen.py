@@ -81,7 +81,8 @@ def export_hashes(plan: Path) -> dict[str, str]:
         if path.name == "manifest.json":
             manifest = json.loads(content)
             del manifest["provenance"]
-            manifest["files"] = {name: entry for name, entry in manifest["files"].items() if not name.endswith(".npz")}
+            for name in [name for name in manifest["files"] if name.endswith(".npz")]:
+                del manifest["files"][name]
             content = json.dumps(manifest, indent=1).encode()
         found[path.relative_to(plan).as_posix()] = hashlib.sha256(content).hexdigest()
     return found

@@ -1,6 +1,7 @@
 """A plan of format 1, as exports before format 2 wrote it, is read and drawn as it was.
 
-tests/data/format1.plan is `small_model(depth=2, sides=(1, 2, 3))` with weights stored in half; it is never made again.
+tests/data/format1.plan is `small_model(depth=2, sides=(1, 2, 3))` with weights stored in half. It is never made
+again.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -15,9 +14,9 @@ import pytest
 from PIL import Image
 
 import car_runtime.plan as plan_module
-from car_runtime import BackendError, ImageError, PlanError, RequestError, RunError, open_plan
+from car_runtime import ImageError, PlanError, RequestError, RunError, open_plan
 from car_runtime.backends.base import Buffer
-from car_runtime.backends.registry import BACKENDS, open_backend
+from car_runtime.backends.registry import open_backend
 from car_runtime.conditioning import CACHED
 from car_runtime.config import GenerationConfig
 from car_runtime.format.manifest import Manifest, read_manifest
@@ -319,22 +318,6 @@ def test_a_bad_one_of_many_requests_is_named_before_anything_runs(plan: Plan, ru
             with pytest.raises(kind, match=message):
                 call([MANY[0], config])
     assert not runs
-
-
-@pytest.mark.parametrize("backend", ["amx"])
-def test_a_backend_of_format_1_says_so_before_it_opens(tmp_path: Path, backend: str) -> None:
-    root = build_plan(tmp_path / "two.plan", control=False)
-    path = root / "manifest.json"
-    whole = json.loads(path.read_text())
-    step = whole["graphs"]["step"]
-    step["inputs"] += [{"name": name, "dtype": "int64", "shape": [name]} for name in ("rows", "twin")]
-    step["inputs"].append({"name": "bias", "dtype": "float32", "shape": ["B", V]})
-    if all(port["name"] != "logits" for port in step["outputs"]):
-        step["outputs"].append({"name": "logits", "dtype": "float32", "shape": ["B", "S", "S", V]})
-    path.write_text(json.dumps(whole | {"format": 2, "parameters": {}, "parameters_digest": ""}))
-    assert read_manifest(root).format == 2
-    with pytest.raises(BackendError, match="up to format 1, and this one is of format 2; use another backend"):
-        BACKENDS[backend].open(root, read_manifest(root), None)
 
 
 def test_a_request_for_another_plan_is_refused(plan: Plan) -> None:
