@@ -89,8 +89,7 @@ class BackendSpec:
         if manifest.format < self.oldest_format:
             raise BackendError(
                 f"the backend runs plans from format {self.oldest_format} on, and this one is of format "
-                f"{manifest.format}; upgrade it by build_engines.py PLAN --upgrade -o NEW.plan, or use another "
-                "backend"
+                f"{manifest.format}; upgrade it by build_engines.py PLAN --upgrade -o NEW, or use another backend"
             )
         try:
             opener = _look_up(self.opener)
