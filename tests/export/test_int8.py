@@ -32,7 +32,7 @@ from car_runtime import verify as acceptance
 from car_runtime.backends.onnxruntime import cpu as ort_cpu
 from car_runtime.backends.onnxruntime.cuda import OrtCuda
 from car_runtime.backends.onnxruntime.session import needless_optimizers
-from car_runtime.format.manifest import WEIGHTS, Precision, read_manifest, verify_files, write_manifest
+from car_runtime.format.manifest import WEIGHTS, Precision, read_manifest, verify_files
 from car_runtime.plan import default_plan
 from car_train import checkpoint
 from fixtures.small import small_model
@@ -213,7 +213,7 @@ def test_products_and_convolutions_become_int8_kernels(shipped: tuple[Path, list
     assert step["MatMulIntegerToFloat"] + step["DynamicQuantizeMatMul"] == 4 * blocks + 1  # and the head
     assert exact["MatMul"] + exact["FusedMatMul"] - step["MatMul"] - step["FusedMatMul"] == 4 * blocks + 1
     condition = kernels(plan, "condition", tmp_path) + kernels(plan, "condition.canny", tmp_path)
-    assert condition["MatMulIntegerToFloat"] == 2
+    assert condition["MatMulIntegerToFloat"] == 3  # the AdaLN that blocks share is in both, the head's in one
     assert not condition["Gemm"] + condition["MatMul"]  # nor is a matrix widened in every run
     assert kernels(plan, "control.canny", tmp_path)["QLinearConv"] == 30
     assert kernels(plan, "decoder", tmp_path)["QLinearConv"] == 27
@@ -319,6 +319,9 @@ def cpu_flags() -> set[str]:
 def test_a_steered_plan_of_an_export_and_its_few_channels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sites, "MIN_CHANNELS", 4)
     monkeypatch.setattr(rewrite, "MAX_ERROR", 1.0)
+    # A decoder of random weights whose every convolution is rounded is farther off than one that is left alone.
+    loose = dataclasses.replace(acceptance.LIMITS["int8"], levels=128)
+    monkeypatch.setitem(acceptance.LIMITS, "int8", loose)
     said: list[str] = []
     source = small_plan("steered")
     plan = to_int8(Int8Options(source=source, output=tmp_path / "s.plan"), said.append)
@@ -403,24 +406,14 @@ def test_flags_that_do_not_go_together_name_the_remedy(
 
 @pytest.mark.parametrize("kind", ["fp16", "bf16"])
 def test_half_precision_plans_are_refused(kind: str, tmp_path: Path) -> None:
-    source = rewritten(tmp_path / "half.plan", precision=Precision(compute=kind, weights=kind))
     with pytest.raises(ExportError, match=r"an int8 plan is made from a float32 one \(--precision fp32\)"):
-        to_int8(Int8Options(source=source, output=tmp_path / "o.plan"))
-    assert [p.name for p in tmp_path.iterdir()] == ["half.plan"]
+        to_int8(Int8Options(source=small_plan(kind), output=tmp_path / "o.plan"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_controls_for_a_plan_that_takes_none(tmp_path: Path) -> None:
-    model = dataclasses.replace(read_manifest(default_plan()).model, control_type=None)
-    source = rewritten(tmp_path / "var.plan", model=model)
     with pytest.raises(ExportError, match="takes no control image; leave out --calibrate"):
-        to_int8(Int8Options(source=source, output=tmp_path / "o.plan", controls=(EXAMPLE,)))
-
-
-def rewritten(root: Path, **changes: Any) -> Path:
-    """The plan that ships with another manifest, and nothing but that."""
-    root.mkdir()
-    write_manifest(root, dataclasses.replace(read_manifest(default_plan()), **changes))
-    return root
+        to_int8(Int8Options(source=small_plan("fp32"), output=tmp_path / "o.plan", controls=(EXAMPLE,)))
 
 
 def test_a_model_that_int8_is_too_coarse_for_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,12 +143,18 @@ def _constants(manifest: Manifest) -> Iterator[str]:
 
 
 def _buffer_bytes(manifest: Manifest) -> int:
-    """What the scale loop allocates for one image with guidance, but for what is small: K, V, images and rows."""
+    """What the scale loop allocates for one image with guidance, but for what is small: K, V, images and rows.
+
+    Of all branches at once, and of what they give the step.
+    """
     model, L = manifest.model, manifest.tokens
     item = 4 if manifest.precision.compute == "fp32" else 2
-    cache = 2 * model.cache_layers * L * 2 * model.width * item
+    branches = list(model.branches.values())
+    layers = model.cache_layers + sum(branch.cache_layers for branch in branches)
+    cache = 2 * layers * L * 2 * model.width * item
+    given = sum(branch.blocks for branch in branches) * max(s.tokens for s in manifest.scales) * 2 * model.width * 4
     modulation = manifest.graphs["condition"].output("modulation").shape[1]
     rows = 2 * 4 * model.width * (L + (modulation if isinstance(modulation, int) else 0)) * 2
     images = 3 * (model.image_size**2 + sum(scale.control_size**2 for scale in manifest.scales))
     latent = 3 * 4 * model.latent_channels * model.latent_size**2
-    return cache + rows + images + latent
+    return cache + given + rows + images + latent
