@@ -234,7 +234,8 @@ def opened(args: argparse.Namespace, root: Path) -> Iterator[Plan]:
 def control_of_flags(args: argparse.Namespace, manifest: Manifest) -> tuple[Any, tuple[str, ...]]:
     """The control image as given, or derived from the photo, and warnings; None where neither is given."""
     model = manifest.model
-    unnamed = [one for one in args.control or [args.photo] if one is not None and named_source(one)[0] is None]
+    given = args.control or [args.photo]
+    unnamed = len(given) == 1 and given[0] is not None and named_source(given[0])[0] is None
     if unnamed and len(model.branches) > 1:
         others = ", ".join(name for name in model.branches if name != model.default_branch)
         note(f"car-run: the control is for the branch {model.default_branch!r}; others: {others}")
