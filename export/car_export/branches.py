@@ -29,6 +29,7 @@ from car_export.weights import Place, WeightStore, alignment, as_array, external
 from car_runtime.format import manifest as schema
 from car_runtime.format.goldens import golden_file
 from car_runtime.format.signature import SIGNATURE
+from car_runtime.receipt import UPGRADED
 from car_train import checkpoint
 from car_train.model import Model
 from car_train.model.var import MAX_LOG_SCALE
@@ -153,7 +154,7 @@ def add_branch(
         batches=batches_of(old),
         more_smooth=old.more_smooth,
         provenance={
-            **old.provenance,
+            **_provenance(old, default),
             **{f"sha256 {name} {file}": digest for file, digest in checkpoint.fingerprint(path).items()},
         },
         **asdict(old.sampling),
@@ -225,6 +226,12 @@ def check_base(old: schema.Manifest, plan: Path, model: Model, path: Path) -> No
 def _stored(weights: np.ndarray, one: schema.Parameter | schema.Tensor) -> np.ndarray:
     """An array of weights.bin as it is stored."""
     return weights[one.offset : one.offset + one.bytes].view(one.dtype).reshape(one.shape)
+
+
+def _provenance(old: schema.Manifest, default: str | None) -> dict[str, str]:
+    """Of the plan; without the one that it was upgraded from, whose receipts name no branch, where the default moves."""
+    stays = default in (None, old.model.default_branch)
+    return {name: value for name, value in old.provenance.items() if stays or name != UPGRADED}
 
 
 def _copy(plan: Path, manifest: schema.Manifest, aside: Path) -> None:
@@ -302,6 +309,7 @@ def remove_branch(
             parameters_digest=schema.graphs_digest(graphs, files),
             graphs=graphs,
             files=files,
+            provenance=_provenance(old, default),
         )
         _finish(manifest, aside, None)
     log(f"{output or plan} has the branches {', '.join(branches)}")

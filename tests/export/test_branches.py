@@ -18,6 +18,7 @@ from car_runtime.cli.main import main as car_run
 from car_runtime.format import manifest as schema
 from car_runtime.format.goldens import read_goldens
 from car_runtime.format.graph_check import Checked, check_graph
+from car_runtime.receipt import UPGRADED
 from car_runtime.verify import verify
 from car_train import checkpoint
 from fixtures.shared import build_once
@@ -91,9 +92,16 @@ def test_another_default_is_named_where_it_goes(
     two: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = tmp_path / "x.plan"
+    shutil.copytree(two, tmp_path / "two.plan")
+    two = tmp_path / "two.plan"
+    upgraded = schema.read_manifest(two)
+    schema.write_manifest(two, replace(upgraded, provenance={**upgraded.provenance, UPGRADED: "7" * 64}))
     assert "is the default branch" in run(["remove-branch", two, "sketch", "-o", plan], capsys, 2)
     run(["remove-branch", two, "sketch", "--default", "other", "-o", plan], capsys)
     assert check_whole(plan).model.default_branch == "other"
+    assert UPGRADED not in schema.read_manifest(plan).provenance  # its receipts would be of another branch
+    run(["remove-branch", two, "other", "-o", tmp_path / "y.plan"], capsys)
+    assert UPGRADED in schema.read_manifest(tmp_path / "y.plan").provenance
     assert "other is the last branch" in run(["remove-branch", plan, "other"], capsys, 2)
 
 
