@@ -229,7 +229,7 @@ def _stored(weights: np.ndarray, one: schema.Parameter | schema.Tensor) -> np.nd
 
 
 def _provenance(old: schema.Manifest, default: str | None) -> dict[str, str]:
-    """Of the plan; without the one that it was upgraded from, whose receipts name no branch, where the default moves."""
+    """Of the plan; not the one it was upgraded from, whose receipts name no branch, where the default moves."""
     stays = default in (None, old.model.default_branch)
     return {name: value for name, value in old.provenance.items() if stays or name != UPGRADED}
 
