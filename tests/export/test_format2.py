@@ -184,8 +184,8 @@ def test_the_runtime_refuses_what_a_plan_cannot_follow_in_one_line(
         (two, [f"depth={edges}"], "there is no branch 'depth' in the plan 'two'; it has sketch, other"),
         (two, [edges, f"other={edges}"], "names no branch; with several of them give BRANCH=IMAGE"),
         (two, [f"other={edges}", f"other={edges}"], "names the branch 'other' twice; give each branch once"),
-        (two, [f"other={edges}:2.5"], "the weight of other is 2.5, but must be in 0…2; 1 is what the branch"),
-        (two, [f"other={edges}:-0.1"], "the weight of other is -0.1, but must be in 0…2"),
+        (two, [f"other={edges}:2.5"], "the weight of other is 2.5, but must be a number in 0…2; 1 is what the"),
+        (two, [f"other={edges}:-0.1"], "the weight of other is -0.1, but must be a number in 0…2"),
         (edited, [edges], "the table of parameters of 'two' belongs to other graphs than the plan's; export"),
     ):
         flags = [flag for control in controls for flag in ("--control", control)]
