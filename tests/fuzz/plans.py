@@ -62,16 +62,16 @@ def commands(plan: Path, folder: Path, key: Path) -> dict[str, tuple[float, list
     jobs = [str(folder / "jobs.jsonl"), "-e", str(plan), "-o", str(folder / "out"), "--threads", "1"]
     other = [str(plan), "other", "-o", str(folder / "o.plan")]
     return {
-        "image": (25, ["car_runtime", *image]),
+        "image": (18, ["car_runtime", *image]),
         "image, hashes not looked at": (5, ["car_runtime", *image, "--no-verify"]),
         "image of two branches": (10, ["car_runtime", *two, *image[4:]]),
         "batch": (5, ["car_runtime", "batch", *jobs]),
-        "list-classes": (10, ["car_runtime", "-e", str(plan), "--list-classes"]),
-        "plan info": (8, ["car_runtime", "plan", "info", str(plan)]),
+        "list-classes": (14, ["car_runtime", "-e", str(plan), "--list-classes"]),
+        "plan info": (12, ["car_runtime", "plan", "info", str(plan)]),
         "plan remove-branch": (6, ["car_runtime", "plan", "remove-branch", *other]),
-        "doctor": (8, ["car_runtime", "doctor", str(plan)]),
-        "verify": (15, ["car_runtime", "verify", str(plan), "--runs", "1", "--warmup", "0", "--threads", "1"]),
-        "build_engines --sign": (7, ["car_export", str(plan), "--sign", str(key)]),
+        "doctor": (12, ["car_runtime", "doctor", str(plan)]),
+        "verify": (10, ["car_runtime", "verify", str(plan), "--runs", "1", "--warmup", "0", "--threads", "1"]),
+        "build_engines --sign": (9, ["car_export", str(plan), "--sign", str(key)]),
         SLOW[0]: (0.1, ["car_export", str(plan), "--target", "rtx", "--sm", "89"]),
         SLOW[1]: (0.1, ["car_export", str(plan), "--upgrade", "-o", str(folder / "o.plan")]),
     }
