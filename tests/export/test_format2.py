@@ -172,6 +172,14 @@ def test_what_branches_make_the_loop_allocate_is_counted(two: Path) -> None:
     assert 4 * (fusions + cache + outputs) <= taken[1] - taken[0] <= 4 * (fusions + cache + outputs + 10 * h * C * 6)
 
 
+def test_parameters_that_all_lie_in_one_place_are_refused_where_together_they_are_many(two: Path) -> None:
+    """Who packs the parameters takes memory for each."""
+    manifest = schema.read_manifest(two)
+    total = sum(one.bytes for one in manifest.parameters.values())
+    assert problem_with_sizes(manifest, total, 0) is None
+    assert f"all parameters would take {total} bytes" in str(problem_with_sizes(manifest, total - 1, 0))
+
+
 def test_a_receipt_of_branches_is_believed_within_bounds(two: Path) -> None:
     manifest = schema.read_manifest(two)
 

@@ -44,6 +44,9 @@ def _problems(manifest: Manifest, limit: int) -> Iterator[str]:
     taken = _buffer_bytes(manifest)
     if taken > limit:
         yield f"one image's buffers would take {taken} bytes, but with these weights at most {limit} are allocated"
+    packed = sum(one.bytes for one in manifest.parameters.values())  # many may lie in one place
+    if packed > limit:
+        yield f"all parameters would take {packed} bytes, but with these weights at most {limit} are taken"
 
 
 def _expected(manifest: Manifest) -> dict[str, dict[str, tuple[str, Shape]]]:
