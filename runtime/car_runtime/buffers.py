@@ -220,9 +220,7 @@ class LoopBuffers:
         self._cfg = allocate((len(self._scales), -(-count // SLOT) * SLOT), "float32")
         self._settings = {"top_k": allocate((count,), "int64"), "top_p": allocate((count,), "float32")}
         if self.own_settings:
-            V = self._manifest.model.vocab
-            self._settings |= {"bias": allocate((count, V), "float32")}
-            self._backend.write(self._settings["bias"], np.zeros((count, V), np.float32))
+            self._bias = self._per_code()
             if self._manifest.model.branches:
                 self._settings |= {"control_cfg": allocate((count,), "float32")}
 
@@ -232,16 +230,25 @@ class LoopBuffers:
         The step reads it even where nothing is mixed; then it is zeros.
         """
         self._smooth = self._backend.allocate((self.batch if self.own_settings else 1,), "bool")
-        largest = self.batch * max(s.tokens for s in self._scales) * self._manifest.model.vocab
-        self._smooth_noise = self._backend.allocate((largest,), "float32")
-        self._backend.write(self._smooth_noise, np.zeros(largest, np.float32))
+        self._smooth_noise = self._per_code()
 
-    def _smooth_inputs(self, k: int) -> dict[str, Buffer]:
-        if self._smooth is None:
-            return {}
-        s, V = self._scales[k], self._manifest.model.vocab
-        noise = self._smooth_noise[: self.batch * s.tokens * V].reshape((self.batch, s.side, s.side, V))
-        return {"smooth": self._smooth, "smooth_noise": noise}
+    def _per_code(self) -> Buffer:
+        """Zeros for every code of every token of the largest scale, which all scales take in turn."""
+        largest = self.batch * max(s.tokens for s in self._scales) * self._manifest.model.vocab
+        flat = self._backend.allocate((largest,), "float32")
+        self._backend.write(flat, np.zeros(largest, np.float32))
+        return flat
+
+    def _code_inputs(self, k: int) -> dict[str, Buffer]:
+        """What scale k takes for every code of every token, f32 [B, S, S, V], and whether codes are mixed by it."""
+        s, V, inputs = self._scales[k], self._manifest.model.vocab, {}
+        shape = (self.batch, s.side, s.side, V)
+        if self.own_settings:
+            inputs["bias"] = self._bias[: math.prod(shape)].reshape(shape)
+        if self._smooth is not None:
+            noise = self._smooth_noise[: math.prod(shape)].reshape(shape)
+            inputs |= {"smooth": self._smooth, "smooth_noise": noise}
+        return inputs
 
     def _step_inputs(self) -> list[dict[str, Buffer]]:
         """`cfg` has a place for each scale, so that a schedule changes no address."""
@@ -251,7 +258,7 @@ class LoopBuffers:
         return [
             {
                 **{name: per_scale[k] for name, per_scale in views.items()},
-                **self._smooth_inputs(k),
+                **self._code_inputs(k),
                 "cfg": self._cfg[k : k + 1].reshape((padded,))[:count],
                 **self._settings,
             }

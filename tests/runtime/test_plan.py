@@ -328,7 +328,7 @@ def test_a_backend_of_format_1_says_so_before_it_opens(tmp_path: Path, backend: 
     whole = json.loads(path.read_text())
     step = whole["graphs"]["step"]
     step["inputs"] += [{"name": name, "dtype": "int64", "shape": [name]} for name in ("rows", "twin")]
-    step["inputs"].append({"name": "bias", "dtype": "float32", "shape": ["B", V]})
+    step["inputs"].append({"name": "bias", "dtype": "float32", "shape": ["B", "S", "S", V]})
     if all(port["name"] != "logits" for port in step["outputs"]):
         step["outputs"].append({"name": "logits", "dtype": "float32", "shape": ["B", "S", "S", V]})
     path.write_text(json.dumps(whole | {"format": 2, "parameters": {}, "parameters_digest": ""}))
