@@ -60,9 +60,7 @@ def run(arguments: Sequence[str]) -> int:
     marked = bool(receipt.settings.get("watermarked"))
     if _changed(parser, asked) or receipt.tokens is None:
         if marked and asked.watermark is None:
-            note(
-                "car-run: the image has a watermark, whose key isn't in its receipt; --watermark KEY gives another one"
-            )
+            note("car-run: the image has a watermark, but no receipt has its key; --watermark KEY gives one again")
         if edit is not None:
             raise RequestError(f"{args.image!r} was made from another image; change it with car-run vary or restyle")
         print_report(asked, generate(asked, root, manifest, began, changes, [args.image]))

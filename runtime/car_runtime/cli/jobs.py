@@ -11,6 +11,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -256,28 +257,31 @@ class _Checked:
         other = self._names.setdefault(job.name.casefold(), row)
         if other != row:
             raise RequestError(f"row {row}, column 'name': {job.name!r} is the name of row {other}, too; rename one")
-        columns = {_field(row, column): column for column in cells}
-        named = job.given.get("control")
-        for branch, source in named.items() if isinstance(named, dict) else ():
-            try:
+        places = {_field(row, column): f"row {row}, column {printable(column[:40])!r}" for column in cells}
+        control = job.given.get("control")
+        for branch, source in control.items() if isinstance(control, dict) else ():
+            with _placed(places[BRANCH + branch]):
                 named_controls(self._manifest, {branch: source})
-            except RequestError as error:
-                place = f"row {row}, column {printable(columns[BRANCH + branch][:40])!r}"
-                raise RequestError(f"{place}: {error}") from error
         for field, value in job.given.items():
             if field != "control" and (field, value) not in self._good:
-                self._try(f"row {row}, column {printable(columns[field][:40])!r}", {**self._common, field: value})
+                with _placed(places[field]):
+                    self._resolve({**self._common, field: value})
                 if field != "seed":  # of which there are as many as rows
                     self._good.add((field, value))
         settings = job.settings(self._common)
-        self._try(f"row {row}", settings)
-        try:
+        with _placed(f"row {row}"):
+            self._resolve(settings)
+        with _placed(f"row {row}, column 'control'"):
             check_control(self._manifest, settings["control"] is not None or job.photo is not None)
-        except RequestError as error:
-            raise RequestError(f"row {row}, column 'control': {error}") from error
 
-    def _try(self, place: str, settings: Mapping[str, Any]) -> None:
-        try:
-            resolve_settings(self._manifest, GenerationConfig(**settings))
-        except RequestError as error:
-            raise RequestError(f"{place}: {error}") from error
+    def _resolve(self, settings: Mapping[str, Any]) -> None:
+        resolve_settings(self._manifest, GenerationConfig(**settings))
+
+
+@contextmanager
+def _placed(place: str) -> Iterator[None]:
+    """A RequestError says where it is about."""
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError(f"{place}: {error}") from error
