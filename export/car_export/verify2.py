@@ -146,7 +146,7 @@ class Verifier2(Verifier):
         B, R = len(feed["uniforms"]), len(feed["x"])
         feed |= {name: np.repeat(feed[name], B) for name in ("cfg", "top_k", "top_p")}
         feed |= {"rows": np.tile(np.arange(B), 2), "twin": np.arange(B, 2 * B)}
-        feed["bias"] = np.zeros((B, self.manifest.model.vocab), np.float32)
+        feed["bias"] = np.zeros((*feed["uniforms"].shape, self.manifest.model.vocab), np.float32)
         if self.more_smooth:
             feed["smooth"] = np.repeat(feed["smooth"], B)
         if self.fused is not None:

@@ -42,7 +42,8 @@ from car_runtime.format.manifest import WEIGHTS, Manifest, manifest_in, open_pla
 from car_runtime.format.parameters import stored_arrays
 from car_runtime.fusions import Fusions
 from car_runtime.generate import ScaleLoop, Step
-from car_runtime.request import Request, check_fit, check_threads, resolve
+from car_runtime.request import Request, check_fit, check_threads, resolve, resolve_watermark
+from car_runtime.watermark import Detection, Pattern, Watermark
 
 OPENINGS = 5
 """A plan that is replaced while it is opened loses its files; its successor is opened then, so many times in all."""
@@ -239,6 +240,7 @@ class Plan:
         self._constants = _load_constants(self._folder, manifest, backend)
         self._conditioning = Conditioning(backend, manifest)
         self._fusions = Fusions(backend, manifest, self._folder)
+        self._watermarks: dict[bytes, Watermark] = {}
         self._encoder_checked = False
         self._idle: list[LoopBuffers] = []
         self._lock = Lock()
@@ -481,6 +483,15 @@ class Plan:
             raise RequestError("there are no images to encode; give at least one")
         return np.concatenate([self._encode_one(source, fit) for source in sources])
 
+    def detect(self, image: image_io.Source, key: str | bytes, *, fit: str = "crop") -> Detection:
+        """Whether an image has the watermark of a key (`GenerationConfig.watermark`): encoded, and tested.
+
+        Raises RequestError: a plan of format 1 or without encoder, an empty key. ImageError.
+        """
+        digest = resolve_watermark(self.manifest, key)
+        assert digest is not None
+        return Pattern(self.manifest, self._folder).detect(self.encode(image, fit=fit)[0], digest)
+
     def known_mask(self, repaint: Any, rule: Literal["published", "strict"] = "published") -> NDArray[np.bool_]:
         """The tokens to keep, bool [L], when the pixels where `repaint` (bool [H, W]) is true are to be made anew.
 
@@ -596,7 +607,18 @@ class Plan:
                 modulations=modulations,
                 features=features,
                 fusions=self._fusions.of(tuple(features)),
+                watermarks=self._watermarks_of(batch),
             )
+
+    def _watermarks_of(self, batch: Sequence[Drawing]) -> Sequence[Watermark | None]:
+        """Of each image; empty where none has one. The latest key's is kept."""
+        keys = [drawing.request.watermark for drawing in batch]
+        made = self._watermarks
+        for key in set(keys) - {None} - made.keys():
+            assert key is not None
+            made = {**made, key: Pattern(self.manifest, self._folder).watermark(key)}
+        self._watermarks = {key: made[key] for key in keys if key is not None} or made
+        return [None if key is None else made[key] for key in keys] if any(keys) else ()
 
     @contextmanager
     def _buffers(self, B: int, R: int, logits: bool, branches: tuple[str, ...]) -> Iterator[LoopBuffers]:

@@ -248,7 +248,7 @@ class Loop:
                 "cfg": np.array(request.cfg * B if request.guided else [0] * B, np.float32)[:B],
                 "top_k": np.full(B, request.top_k),
                 "top_p": np.full(B, request.top_p, np.float32),
-                "bias": np.zeros((B, model.vocab), np.float32),
+                "bias": 3 * rng.standard_normal((*grid, model.vocab), dtype=np.float32),
                 "known": rng.integers(0, model.vocab, grid),
                 "known_mask": known_mask,
             }

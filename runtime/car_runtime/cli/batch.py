@@ -35,6 +35,7 @@ ABOUT = "Draw many images in one process: a job per row of a file, or per image 
 EXAMPLES = """examples:
   car-run batch edges/ -o drawn --class cat -n 4      every control image of a folder, 4 seeds each
   car-run batch jobs.csv -o drawn                     columns: control, class, seed, cfg … or any other setting
+                                                      (control:canny, control:depth … for single branches)
   car-run batch jobs.jsonl -o drawn --resume          go on where it was interrupted; failed jobs are tried again
 """
 RESULTS = "results.jsonl"
@@ -144,7 +145,7 @@ def _check_outputs(args: argparse.Namespace, jobs: Sequence[Job], common: Mappin
                     f"row {job.row}: {path.name!r} is an image of row {other.row}, too; rename one of these jobs"
                 )
     # Inputs are compared by the folders that they are in: resolving each of 10,000 files would take seconds.
-    inputs = [args.jobs, *(Path(given) for job in jobs for given in (job.given.get("control"), job.photo) if given)]
+    inputs = [args.jobs, *(path for job in jobs for path in job.inputs)]
     inputs += [Path(common["control"])] if common["control"] else []
     folders = {parent: parent.resolve() for parent in {path.parent for path in inputs}}
     close = [path for path in inputs if folders[path.parent] == out.resolve() or path.is_symlink()]

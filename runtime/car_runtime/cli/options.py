@@ -72,13 +72,18 @@ def named_source(given: str) -> tuple[str | None, str, float]:
     """BRANCH=IMAGE[:WEIGHT] → branch, file, weight; None and 1 where they aren't there. A file's whole name wins."""
     if given == "-" or os.path.exists(given):
         return None, given, 1.0
-    parts = re.fullmatch(r"([a-z0-9_-]{1,32})=(.+?)(?::([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)))?", given)
+    parts = re.fullmatch(r"([a-z0-9_-]{1,32})=(.+)", given)
     if parts is None:
         return None, given, 1.0
-    branch, file, weight = parts.groups()
-    if weight is not None and os.path.exists(f"{file}:{weight}"):
-        file, weight = f"{file}:{weight}", None
-    return branch, file, 1.0 if weight is None else float(weight)
+    return parts[1], *weighted_source(parts[2])
+
+
+def weighted_source(given: str) -> tuple[str, float]:
+    """IMAGE[:WEIGHT] → file, weight; 1 where there is none. A file's whole name wins."""
+    parts = re.fullmatch(r"(.+?):([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))", given)
+    if parts is None or os.path.exists(given):
+        return given, 1.0
+    return parts[1], float(parts[2])
 
 
 def control_sources(given: Sequence[str]) -> Any:

@@ -56,6 +56,7 @@ other commands, each with its own --help:
   car-run batch JOBS        many images in one process, from a table or a folder
   car-run sheet             a labelled sheet: classes × seeds × any setting
   car-run control IMAGE     the control map of a photo alone
+  car-run detect IMAGE      does an image have the watermark of a key
   car-run doctor [PLAN]     what this machine can run, and how to install what is missing
   car-run serve [PLAN ...]  the studio in a browser, and an HTTP API
   car-run verify [PLAN]     does a plan do here what it did when it was exported, and how fast
@@ -284,6 +285,7 @@ def settings_report(manifest: Manifest, request: Request) -> dict[str, Any]:
         "top_p": request.sampling.top_p,
         "schedule": request.schedule.settings(),
         **({"more_smooth": True} if request.more_smooth else {}),
+        **({"watermark": True} if request.watermark else {}),
         **({} if request.blend is None else {"blend_share": request.blend.share, "blend_class": request.blend.label}),
     }
 

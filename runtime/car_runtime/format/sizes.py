@@ -95,7 +95,7 @@ def _expected_of_2(manifest: Manifest) -> dict[str, dict[str, tuple[str, Shape]]
     del step["control"]
     step |= {name: ("float32", (None,)) for name in ("cfg", "top_p", "keep", "control_cfg")}
     step |= {name: ("int64", (None,)) for name in ("rows", "twin", "plain", "top_k")} | {"smooth": ("bool", (None,))}
-    step |= {"bias": ("float32", (None, V)), "mix": ("float32", (None, None))}
+    step |= {"bias": ("float32", (None, None, None, V)), "mix": ("float32", (None, None))}
     kv = step["past_k_0"]
     for name, branch in model.branches.items():
         h = branch.blocks
