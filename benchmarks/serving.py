@@ -221,11 +221,11 @@ def live(url: str) -> dict[str, list[float]]:
         for stroke in range(3):
             radius = (0.2 + 0.1 * stroke) * box["width"]
             middle = (box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-            page.mouse.move(middle[0] + radius, middle[1])
+            page.mouse.move(middle[0], middle[1] - radius)  # the examples are below
             page.mouse.down()
             began = time.perf_counter()
             while (passed := time.perf_counter() - began) < 2:
-                page.mouse.move(middle[0] + radius * math.cos(3 * passed), middle[1] + radius * math.sin(3 * passed))
+                page.mouse.move(middle[0] + radius * math.sin(3 * passed), middle[1] - radius * math.cos(3 * passed))
                 time.sleep(0.02)
             count = page.evaluate("shown.length")
             page.wait_for_function("() => shown.length > 0")

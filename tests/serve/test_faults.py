@@ -257,3 +257,28 @@ def test_an_engine_error_in_mid_batch_ends_one_job_alone(batcher: Any, monkeypat
     for i in (0, 2, 3):
         assert np.array_equal(jobs[i].images[0], expected[i])
     assert batcher.alive
+
+
+def test_only_previews_that_are_shown_are_decoded(batcher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from car_runtime.request import resolve
+    from car_serve.jobs import Job
+
+    plan, decoded = batcher.plan, []
+    run = plan._backend.run
+
+    def counting(graph: str, *tensors: Any) -> None:
+        if graph == "decoder":
+            decoded.append(graph)
+        run(graph, *tensors)
+
+    monkeypatch.setattr(plan._backend, "run", counting)
+    request = resolve(plan.manifest, GenerationConfig(control=ROOT / "examples/heart.png", n=2))
+    jobs = [Job(request=request, plan=plan, previews=previews) for previews in ((), (1, 4))]
+    for job in jobs:
+        batcher.submit(job)
+    until = time.monotonic() + 30
+    while not all(job.finished for job in jobs) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert len(decoded) == 2 * (1 + 2 + 1)  # each job's last scale, and two of one job's, of two images each
+    shown = [sorted({scale.index for scale in job.scales if scale.pixels is not None}) for job in jobs]
+    assert shown == [[5], [1, 4, 5]]

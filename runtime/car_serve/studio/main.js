@@ -142,10 +142,10 @@ function setBusy(on) {
 
 // ---- live: drafts without guidance while the pen moves, a full one when it rests -----------------------------------
 
-const DRAFT_FRAMES = [70, 115]; // ms; a draft that takes longer leaves out its finest scale next time, a faster one gets it back
+const DRAFT_FRAMES = [60, 100]; // ms; a draft that takes longer leaves out its finest scale next time, a faster one gets it back
 let dirty = false;
 let drafting = false;
-let finest = Infinity; // scale of a draft
+let finest = 0; // scale of a draft; the first is as coarse as they get, so that it is there at once
 
 async function live() {
   dirty = true;
