@@ -33,6 +33,12 @@ export class Paper extends EventTarget {
     return true;
   }
 
+  // A stroke that began on something in front of the canvas, by its first two events; the others come to the canvas.
+  begin(pressed, moved) {
+    this.#down(pressed);
+    this.#move(moved);
+  }
+
   undo() { this.#swap(this.#undo, this.#redo); }
   redo() { this.#swap(this.#redo, this.#undo); }
   clear() { this.change(() => this.#wipe()); }

@@ -165,7 +165,9 @@ export class Stage {
     const gap = make("span", { class: "gap" });
     if (this.mode === "mask") {
       const size = make("input", { type: "range", min: 16, max: 160, value: this.mask.size, "aria-label": "Mask brush size" });
-      size.addEventListener("input", () => { this.mask.size = Number(size.value); });
+      const fill = () => size.style.setProperty("--at", `${(100 * (size.value - size.min)) / (size.max - size.min)}%`);
+      size.addEventListener("input", () => { this.mask.size = Number(size.value); fill(); });
+      fill();
       const tool = (name, label) => button(name, label, () => { this.mask.tool = name; this.render(); }, { "aria-pressed": String(this.mask.tool === name) });
       return [tool("brush", "Mask brush"), tool("eraser", "Mask eraser"), size, gap, text("In-paint", () => this.act.paint(), true), close];
     }
