@@ -16,7 +16,8 @@ turns, so that both meet the same machine; seconds and MB:
     batch4_per_s      images a second of `Plan.generate(n=4)`; saturation_ratio: median of 8 users over HTTP ÷ that
     waves             for each number of users: images_per_s, p50, p95, failed, images so far, and the server's memory
     batch_images      size of a batch (at most) → batches
-    rss_mb_per_1000   memory's slope over the images of all waves but the first, in which kept results fill up
+    rss_mb_per_1000   memory's slope over the images of five more waves of 8 users: by now kept results and buffers of
+                      all users are there
     studio            with --studio, in Chromium: from pressing the pen to the first image, ms, and images a second
                       while it moves, live mode, three strokes
 """
@@ -221,11 +222,11 @@ def live(url: str) -> dict[str, list[float]]:
         for stroke in range(3):
             radius = (0.2 + 0.1 * stroke) * box["width"]
             middle = (box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-            page.mouse.move(middle[0] + radius, middle[1])
+            page.mouse.move(middle[0], middle[1] - radius)  # the examples are below
             page.mouse.down()
             began = time.perf_counter()
             while (passed := time.perf_counter() - began) < 2:
-                page.mouse.move(middle[0] + radius * math.cos(3 * passed), middle[1] + radius * math.sin(3 * passed))
+                page.mouse.move(middle[0] + radius * math.sin(3 * passed), middle[1] - radius * math.cos(3 * passed))
                 time.sleep(0.02)
             count = page.evaluate("shown.length")
             page.wait_for_function("() => shown.length > 0")
@@ -303,7 +304,8 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{users:3} users: {found['images_per_s']:6.2f} images/s, p50 {found['p50']:.3f} s", file=sys.stderr
             )
         report["batch_images"] = histogram(client.get(f"{url}/metrics").text)
-        report["rss_mb_per_1000"] = slope(report["waves"][1:])
+        steady = [{**wave(client, url, control, 8, args.seconds / 2), "rss_mb": rss(pid)} for _ in range(5)]
+        report["rss_mb_per_1000"] = slope(steady)
         if args.studio:
             report["studio"] = live(url)
     report["load"] = [round(value, 1) for value in (*load, os.getloadavg()[0])]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Lock
@@ -30,7 +30,7 @@ class ScaleEvent:
     index: int
     last: bool
     pixels: NDArray[np.uint8] | None
-    """uint8 [H, W, 3]; None where nobody asked for previews."""
+    """uint8 [H, W, 3]; None where nobody asked for this scale's preview."""
     seconds: float
 
 
@@ -43,7 +43,8 @@ class Job:
 
     request: Request
     plan: Plan
-    previews: bool = True
+    previews: Collection[int] = ()
+    """The scales whose previews are wanted; the last one's image is decoded in any case."""
     about: dict[str, Any] = field(default_factory=dict)
     """What a receipt says beyond the request: edits."""
     id: str = field(default_factory=lambda: secrets.token_urlsafe(12))

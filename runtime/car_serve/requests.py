@@ -51,7 +51,9 @@ def job_of(plan: Plan, results: Results, limits: Limits, form: PictureForm) -> J
             about["edit"]["extend"] = list(edit.extend)
     request = resolve(plan.manifest, GenerationConfig(control=control, **settings))
     about["warnings"] = [*warnings, *request.warnings]
-    return Job(request=request, plan=plan, previews=form.previews, about=about)
+    scales = range(len(plan.manifest.scales)) if form.previews else ()
+    previews = scales if isinstance(form.previews, bool) else frozenset(form.previews)
+    return Job(request=request, plan=plan, previews=previews, about=about)
 
 
 def _control(plan: Plan, limits: Limits, form: PictureForm) -> tuple[Any, tuple[str, ...]]:

@@ -60,7 +60,7 @@ def _too_large(param: str, size: str, most: int) -> ServeError:
 
 
 def webp(pixels: NDArray[np.uint8]) -> bytes:
-    """A preview, uint8 [H, W, 3], as WebP."""
+    """A preview, uint8 [H, W, 3], as WebP; a small one, which is looked at enlarged, without loss."""
     stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "WEBP", quality=80, method=0)
+    Image.fromarray(pixels).save(stream, "WEBP", quality=80, method=0, lossless=max(pixels.shape) <= 128)
     return stream.getvalue()

@@ -142,10 +142,10 @@ function setBusy(on) {
 
 // ---- live: drafts without guidance while the pen moves, a full one when it rests -----------------------------------
 
-const DRAFT_FRAMES = [70, 115]; // ms; a draft that takes longer leaves out its finest scale next time, a faster one gets it back
+const DRAFT_FRAMES = [60, 100]; // ms; a draft that takes longer leaves out its finest scale next time, a faster one gets it back
 let dirty = false;
 let drafting = false;
-let finest = Infinity; // scale of a draft
+let finest = 0; // scale of a draft; the first is as coarse as they get, so that it is there at once
 
 async function live() {
   dirty = true;
@@ -431,6 +431,14 @@ function listen() {
   $("redo").addEventListener("click", () => pad.redo());
   $("clear").addEventListener("click", () => { pad.clear(); note("pad-note"); });
   $("upload").addEventListener("click", () => $("file").click());
+  // A stroke may start on an example: who moves the pen there draws.
+  let pressed = null;
+  $("examples").addEventListener("pointerdown", (event) => { pressed = event; });
+  $("pad-frame").addEventListener("pointermove", (event) => {
+    if (!event.buttons || pressed?.pointerId !== event.pointerId || Math.hypot(event.clientX - pressed.clientX, event.clientY - pressed.clientY) < 6) return;
+    pad.begin(pressed, event);
+    pressed = null;
+  });
   $("file").addEventListener("change", () => { if ($("file").files[0]) bring($("file").files[0]); $("file").value = ""; });
   $("theme").addEventListener("click", theme);
   $("help").addEventListener("click", () => $("sheet").showModal());
@@ -463,7 +471,7 @@ function use(chosen) {
 
 async function start() {
   if (localStorage.theme) document.documentElement.dataset.theme = localStorage.theme;
-  $("keys").append(...KEYS.flatMap(([what, keys]) => [make("dt", {}, ...keys.flatMap((key, i) => [i ? "  " : "", make("kbd", {}, key.length === 1 ? key.toUpperCase() : key)])), make("dd", {}, what)]));
+  $("keys").append(...KEYS.flatMap(([what, keys]) => [make("dt", {}, ...keys.map((key) => make("kbd", {}, key.length === 1 ? key.toUpperCase() : key))), make("dd", {}, what)]));
   try {
     capabilities = await client.capabilities();
   } catch (error) {
@@ -473,7 +481,7 @@ async function start() {
   $("plans").replaceChildren(...capabilities.plans.map((one) => make("option", { value: one.name }, one.name)));
   $("plans-field").hidden = capabilities.plans.length < 2;
   use(capabilities.plans.find((one) => one.name === capabilities.default_plan));
-  $("examples").append(...EXAMPLES.map(([name, label]) => make("button", { type: "button", "aria-label": `Draw the example ${name}`, onclick: () => example(name, label) }, make("img", { src: `studio/${name}.png`, alt: "" }))));
+  $("examples").append(...EXAMPLES.map(([name, label]) => make("button", { type: "button", "aria-label": `Draw the example ${name}`, onclick: () => example(name, label) }, make("img", { src: `studio/${name}.png`, alt: "", draggable: "false" }))));
   listen();
   await store.open();
   results = await store.list();
