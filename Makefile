@@ -41,9 +41,10 @@ STUDIO_ENV := .venv-studio
 DEV_ENV := .venv
 GPU_ENV := .venv-gpu
 OLDEST_ENV := .venv-oldest
+DOCS_ENV := .venv-docs
 INSTALLED := /.installed
 
-.PHONY: help demo studio test quick check lint types kernels fuzz test-slow test-gpu test-oldest clean
+.PHONY: help demo studio test quick check lint types docs kernels fuzz test-slow test-gpu test-oldest clean
 
 help:
 	@echo 'make demo       images from the control images in examples/, into out/ (installs no PyTorch)'
@@ -53,6 +54,7 @@ help:
 	@echo 'make check      lint (ruff, imports, clang-format), types (mypy), all tests: what a change must pass'
 	@echo 'make lint       ruff, the arrows between packages (import-linter), clang-format'
 	@echo 'make types      mypy'
+	@echo 'make docs       the docs site, into out/site (an environment of its own)'
 	@echo 'make kernels    compile the cuda kernels again, byte for byte the ones in the tree (minutes, no GPU)'
 	@echo 'make fuzz       changed manifests, configs, graphs, goldens and tables, guided by coverage, FUZZ_SECONDS each'
 	@echo 'make test-slow  tests that take minutes or gigabytes of memory'
@@ -80,6 +82,9 @@ studio: $(STUDIO_ENV)$(INSTALLED)
 
 test: $(DEV_ENV)$(INSTALLED)
 	@OMP_NUM_THREADS=1 $(DEV_ENV)/bin/python -m pytest -q --durations=15 $(PYTEST_SPREAD) $(PYTEST_ARGS)
+
+docs: $(DOCS_ENV)$(INSTALLED)
+	@$(DOCS_ENV)/bin/python docs/site/build.py -o out/site
 
 kernels: $(DEV_ENV)$(INSTALLED)
 	@cd export && $(abspath $(DEV_ENV))/bin/python -m car_kernels.build
@@ -150,10 +155,13 @@ $(STUDIO_ENV)$(INSTALLED): pyproject.toml Makefile
 	$(call install,$(STUDIO_ENV),-e '.[cpu$(comma)serve]',the runtime$(comma) ONNX Runtime and the server$(comma) some 250 MB)
 
 $(DEV_ENV)$(INSTALLED): pyproject.toml Makefile
-	$(call install,$(DEV_ENV),'$(TORCH)' -e '.[cpu$(comma)openvino$(comma)lab$(comma)export$(comma)bench$(comma)rtx$(comma)serve$(comma)sign$(comma)dev]',everything with PyTorch$(comma) over 1 GB; this takes minutes)
+	$(call install,$(DEV_ENV),'$(TORCH)' -e '.[cpu$(comma)openvino$(comma)lab$(comma)export$(comma)bench$(comma)rtx$(comma)serve$(comma)sign$(comma)hub$(comma)docs$(comma)dev]',everything with PyTorch$(comma) over 1 GB; this takes minutes)
 
 $(GPU_ENV)$(INSTALLED): pyproject.toml Makefile
 	$(call install,$(GPU_ENV),-e '.[gpu$(comma)rtx$(comma)lab$(comma)export$(comma)dev]',everything for NVIDIA GPUs$(comma) several GB; this takes minutes)
+
+$(DOCS_ENV)$(INSTALLED): pyproject.toml Makefile
+	$(call install,$(DOCS_ENV),-e '.[docs]',the runtime and the site generator$(comma) some 120 MB)
 
 $(OLDEST_ENV)$(INSTALLED): pyproject.toml Makefile
 	$(call install,$(OLDEST_ENV),$(OLDEST),the oldest packages that the runtime and the server run on)

@@ -42,6 +42,7 @@ from car_runtime.format.manifest import WEIGHTS, Manifest, manifest_in, open_pla
 from car_runtime.format.parameters import stored_arrays
 from car_runtime.fusions import Fusions
 from car_runtime.generate import ScaleLoop, Step
+from car_runtime.hub import located
 from car_runtime.request import Request, check_fit, check_threads, resolve, resolve_watermark
 from car_runtime.watermark import Detection, Pattern, Watermark
 
@@ -159,8 +160,10 @@ def open_plan(
     require_signature: str | os.PathLike[str] | None = None,
     trust_engines: bool = False,
 ) -> Plan:
-    """Open a plan directory (by default the one in the package) on a backend: "auto", or a name such as "ort-cpu".
+    """Open a plan on a backend: "auto", or a name such as "ort-cpu".
 
+    `path`: its directory, by default the one in the package, or "hf:ORG/NAME[@REVISION]" for one on the hub, which is
+    fetched unless it is here already (extra `hub`).
     `threads` limits the engine's CPU threads (None: one per core that this process may use). `verify` checks the
     SHA-256 of every file, about a second for 2.5 GB; without it sizes alone are checked. `require_signature`: a
     public key (Ed25519, PEM file) by which the plan must be signed; needs `verify` and the extra `sign`.
@@ -171,9 +174,9 @@ def open_plan(
     """
     check_threads(threads)
     check_name(backend)
-    root = default_plan() if path is None else Path(path)
     if require_signature is not None and not verify:
         raise RequestError("a signature vouches for hashes, and they are not to be checked; leave out verify=False")
+    root = default_plan() if path is None else located(path)
     for left in reversed(range(OPENINGS)):
         folder = open_plan_folder(root)
         try:

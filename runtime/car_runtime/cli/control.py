@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from car_runtime.cli.errors import note
-from car_runtime.cli.options import Parser, add_setting, add_threads_flag, image_source
+from car_runtime.cli.options import Parser, add_setting, add_threads_flag, image_source, plan_path
 from car_runtime.conventions import PRESETS, ControlConvention
 from car_runtime.errors import OutputError, RequestError
 
@@ -82,11 +82,10 @@ def run(arguments: Sequence[str]) -> int:
 def _wanted(args: argparse.Namespace) -> tuple[ControlConvention, int]:
     """The convention and the side: the named ones, else the plan's."""
     from car_runtime.format.manifest import read_manifest
-    from car_runtime.plan import default_plan
 
     if args.type is not None and args.size is not None:
         return PRESETS[args.type], args.size
-    manifest = read_manifest(args.engine if args.engine is not None else default_plan())
+    manifest = read_manifest(plan_path(args.engine))
     convention = PRESETS[args.type] if args.type is not None else manifest.model.convention
     if convention is None:
         raise RequestError(f"the plan {manifest.name!r} has no convention of maps; name one with --type")

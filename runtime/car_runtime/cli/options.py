@@ -9,10 +9,12 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn
 
+from car_runtime.cli.errors import note
 from car_runtime.config import GenerationConfig, flags
-from car_runtime.errors import RequestError
+from car_runtime.errors import RequestError, printable
 
 GROUPS = {
     "input": "what to run",
@@ -45,10 +47,23 @@ class Parser(argparse.ArgumentParser):
 def subcommand(name: str, description: str, examples: str) -> Parser:
     """The parser of `car-run NAME [PLAN]`, with the flags that all have."""
     parser = Parser(f"car-run {name}", description, examples)
-    parser.add_argument("plan", nargs="?", metavar="PLAN", help="plan directory")
+    parser.add_argument("plan", nargs="?", metavar="PLAN", help="plan directory, or hf:ORG/NAME")
     parser.add_argument("--json", action="store_true", help="print the whole report on stdout, as one JSON object")
     parser.add_argument("--debug", action="store_true", help="show a traceback when the program itself fails")
     return parser
+
+
+def plan_path(given: str | None) -> Path:
+    """The directory of the plan that was named: a directory, or hf:ORG/NAME; None for the one in the package."""
+    from car_runtime.plan import default_plan
+
+    if given is None:
+        return default_plan()
+    from car_runtime.hub import located
+
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # before the client is imported
+    return located(given, lambda line: note(f"car-run: {printable(line)}"))
 
 
 def image_source(given: str) -> str | io.BytesIO:

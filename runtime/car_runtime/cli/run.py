@@ -26,6 +26,7 @@ from car_runtime.cli.options import (
     control_sources,
     image_source,
     named_source,
+    plan_path,
     settings_of,
 )
 from car_runtime.cli.outputs import check_distinct
@@ -109,7 +110,12 @@ def add_source_flags(inputs: argparse._ArgumentGroup) -> None:
 
 def add_plan_flag(inputs: argparse._ActionsContainer) -> None:
     """The plan of everything that draws."""
-    inputs.add_argument("-e", "--engine", metavar="PLAN", help="plan directory (default: the plan in the package)")
+    inputs.add_argument(
+        "-e",
+        "--engine",
+        metavar="PLAN",
+        help="plan directory, or hf:ORG/NAME[@REVISION] (default: the plan in the package)",
+    )
 
 
 def add_engine_flags(inputs: argparse._ActionsContainer) -> None:
@@ -215,9 +221,8 @@ def generate(
 def plan_of(args: argparse.Namespace) -> tuple[Path, Manifest]:
     """The plan that the flags name, by default the one in the package, and its manifest."""
     from car_runtime.format.manifest import read_manifest
-    from car_runtime.plan import default_plan
 
-    root = Path(args.engine) if args.engine is not None else default_plan()
+    root = plan_path(args.engine)
     return root, read_manifest(root, args.require_signature)
 
 
