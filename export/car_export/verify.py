@@ -202,7 +202,7 @@ class Verifier:
         return False
 
     @torch.no_grad()
-    def steps(self, batch: int, record: Recording, rows: Tensor, uniforms_BL: Tensor) -> None:
+    def steps(self, batch: int, record: Recording, rows: Tensor, uniforms_BL: Tensor, statics: bool = True) -> None:
         modulation = self.car.modulations(rows).numpy()
         feeds = [self._feed(k, record, modulation, uniforms_BL) for k in range(len(record.scales))]
         if batch == 1:
@@ -213,7 +213,7 @@ class Verifier:
             del session
         for k, feed in enumerate(feeds):
             name = f"step.{k:02d}.b{batch}"
-            if name in self.manifest.graphs:
+            if statics and name in self.manifest.graphs:
                 session = self.session(name, ("logits",))
                 self.check_ports(name, session)
                 self.step(name, session, k, feed, record)
