@@ -2,6 +2,30 @@
 
 import { image, opaque } from "./pixels.js";
 
+const MAX_PIXELS = 1 << 24;
+
+// What cannot be used; status as the server has it.
+export class Refused extends Error {
+  constructor(message, { status = 400, code = "bad_request" } = {}) {
+    super(message);
+    this.status = status;
+    this.code = code;
+  }
+}
+
+// An image that was given in base64, RGB or RGBA; name: what it is called where it cannot be used.
+export async function picture(base64, name) {
+  let image;
+  try {
+    image = await decode(toBytes(base64));
+  } catch {
+    throw new Refused(`${name} is not an image that can be read; give a PNG, JPEG or WebP file`);
+  }
+  if (image.width * image.height > MAX_PIXELS) throw new Refused(`${name} is ${image.width}×${image.height}, over ${MAX_PIXELS} pixels; make it smaller first`, { status: 413, code: "too_large" });
+  if (Math.min(image.width, image.height) < 8) throw new Refused(`${name} is ${image.width}×${image.height} pixels, under 8 on an edge; give a larger image`);
+  return image;
+}
+
 export const toBytes = (base64) => Uint8Array.from(atob(base64.slice(base64.startsWith("data:") ? base64.indexOf(",") + 1 : 0)), (c) => c.charCodeAt(0));
 
 export function toBase64(bytes) {
