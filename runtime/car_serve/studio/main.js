@@ -83,7 +83,7 @@ function take(event, result, mine, quiet) {
     mine.id = result.id = event.id;
     if (!quiet && event.place > 0) note("message", `${event.place} ahead in the queue.`);
     if (!quiet || event.warnings.length) warn(event.warnings);
-  } else if (event.type === "scale") {
+  } else if (event.type === "scale" || event.type === "preview") {
     if (!event.preview) return;
     result.images[event.image].scales[event.index] = fromBase64(event.preview, capabilities.formats.preview);
     const drawn = result.images.reduce((sum, image) => sum + image.scales.length, 0);

@@ -301,4 +301,4 @@ const equal = (one, other) => one.length === other.length && one.every((value, i
 const channel = new MessageChannel();
 const turns = [];
 channel.port1.onmessage = () => turns.shift()();
-const breathe = () => new Promise((resolve) => { turns.push(resolve); channel.port2.postMessage(0); });
+export const breathe = () => new Promise((resolve) => { turns.push(resolve); channel.port2.postMessage(0); });

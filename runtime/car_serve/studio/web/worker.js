@@ -2,11 +2,12 @@
 
 import { encodePng, Refused, toBase64 } from "./codec.js";
 import { onGround, WHITE } from "./pixels.js";
-import { Plan } from "./plan.js";
+import { breathe, Plan } from "./plan.js";
 import { writeReceipt } from "./receipt.js";
 import { controlMap, resolve } from "./request.js";
 
 const KEPT = 64; // results that can be branched and in-painted by their id
+const PATIENCE = 250; // ms: a scale is shown at once if nothing was for so long; else after the image, which is there sooner then
 
 let plan = null;
 let site = null;
@@ -53,20 +54,38 @@ const WORK = {
     const images = seeds.map(() => null);
     keep(id, { tokens, images, part: Boolean(request.edit && !request.edit.whole) });
     const timings = {};
+    const later = [];
+    let shown = began;
+    const preview = async (image, index, pixels) => {
+      const data = toBase64(await encodePng(onGround(pixels, WHITE)));
+      shown = performance.now();
+      timings.first_preview ??= (shown - began) / 1000;
+      return { id, image, index, preview: data };
+    };
     for (const [i, seed] of seeds.entries()) {
       for await (const { index, tokens: drawn, fHat, last } of plan.draw({ ...request, seed })) {
         check();
         tokens[i].set(drawn, plan.scales[index].start);
-        const shown = last || request.previews ? await plan.decode(fHat) : null;
-        if (last) images[i] = request.edit?.frame ? request.edit.frame.finished(shown) : shown;
-        const preview = request.previews ? { preview: toBase64(await encodePng(onGround(last ? images[i] : shown, WHITE))) } : {};
-        timings.first_preview ??= (performance.now() - began) / 1000;
-        tell({ type: "scale", id, image: i, index, side: plan.scales[index].side, last, tokens: [...drawn], ...preview });
+        const event = { type: "scale", id, image: i, index, side: plan.scales[index].side, last, tokens: [...drawn] };
+        if (last) {
+          const pixels = await plan.decode(fHat);
+          images[i] = request.edit?.frame ? request.edit.frame.finished(pixels) : pixels;
+        }
+        const now = last || performance.now() - shown > PATIENCE;
+        if (request.previews && now) Object.assign(event, await preview(i, index, last ? images[i] : await plan.decode(fHat)));
+        else if (request.previews) later.push([i, index, fHat]);
+        tell(event);
       }
       check();
       const receipt = receiptOf(request, id, i, seed);
       const png = await encodePng(onGround(images[i], WHITE), await texts(request, receipt, seed, tokens[i]));
       tell({ type: "picture", id, image: i, seed, png: toBase64(png), receipt });
+    }
+    timings.pictures = (performance.now() - began) / 1000;
+    for (const [image, index, fHat] of later) {
+      await breathe();
+      check();
+      tell({ type: "preview", ...(await preview(image, index, await plan.decode(fHat))) });
     }
     timings.total = (performance.now() - began) / 1000;
     tell({ type: "done", id, timings, warnings: request.warnings });
