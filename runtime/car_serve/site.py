@@ -1,4 +1,4 @@
-"""A plan as a static site: the studio, the plan's graphs and weights, and onnxruntime-web, which runs them in the page.
+"""A plan as a static site: the studio, the plan's graphs and weights, and onnxruntime-web, which runs them.
 
     car-run plan web emoji.plan -o site/
 

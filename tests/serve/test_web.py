@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,18 +63,32 @@ def plan() -> Iterator[car_runtime.Plan]:
 
 
 @pytest.fixture(scope="module")
-def page(chromium: Any, site: Site) -> Iterator[Any]:
-    """The site's page, with an engine of its own at `window.engine`."""
-    studio = Studio(chromium, site.url)
+def studio(chromium: Any, site: Site) -> Iterator[Studio]:
+    """The page of the site, one for all tests, as opening a plan takes seconds of a core."""
+    opened = Studio(chromium, site.url, has_touch=True)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def page(studio: Studio) -> Any:
+    """The same page, with its engine at `window.engine`."""
+    studio.page.evaluate("async () => { window.engine = (await import('/studio/main.js')).client; }")
+    return studio.page
+
+
+@pytest.fixture
+def empty(studio: Studio) -> Studio:
+    """The page with nothing drawn and nothing kept."""
     studio.page.evaluate(
         """async () => {
-          const { Engine } = await import('/studio/engine.js');
-          window.engine = new Engine('site.json');
-          await window.engine.capabilities();
+          const store = await import('/studio/store.js');
+          for (const { key } of await store.list()) document.querySelector('#history .remove')?.click();
         }"""
     )
-    yield studio.page
-    studio.close()
+    studio.page.click("#clear", force=True)
+    studio.page.fill("#class", "")
+    return studio
 
 
 def base64_of(path: Path) -> str:
@@ -238,7 +252,9 @@ def test_a_photo_becomes_the_map_that_python_derives(page: Any, plan: car_runtim
 
 def test_what_cannot_be_used_is_refused_in_words(page: Any) -> None:
     said = page.evaluate(
-        """async (forms) => Promise.all(forms.map((form) => window.engine.draw(form).then(() => null, (e) => [e.status, e.message])))""",
+        """(forms) => Promise.all(
+          forms.map((form) => window.engine.draw(form).then(() => null, (error) => [error.status, error.message]))
+        )""",
         [
             {"class": "no such"},
             {"seed": -1},
@@ -268,3 +284,162 @@ def test_cancelling_stops_between_scales(page: Any) -> None:
     )
     assert found[1] == "cancelled"
     assert found[0] <= 4
+
+
+def test_a_person_draws_branches_and_stops_early(empty: Studio) -> None:
+    """`Studio` fails on a request to anywhere else."""
+    studio, page = empty, empty.page
+    assert page.evaluate("crossOriginIsolated")
+    studio.stroke(HEART)
+    studio.choose("fluent-smileys-emotion")
+    studio.draw()
+    first = studio.scales()
+    assert len(first) == SCALES
+    assert np.array_equal(first[-1], studio.image())
+
+    page.locator("#film .fork").nth(2).click(force=True)
+    studio.done(2)
+    assert studio.stored()[0]["images"][0]["receipt"]["edit"] == {"scale": 2}
+    assert all(np.array_equal(one, other) for one, other in zip(first[:3], studio.scales()[:3], strict=True))
+    assert not np.array_equal(first[-1], studio.image())
+
+    page.locator("#film button:not(.fork)").nth(2).click()
+    page.get_by_role("button", name="Stop here").click()
+    studio.done(3)
+    assert len(studio.scales()) == 3
+    assert np.array_equal(studio.image(), studio.scales()[-1])
+
+
+def test_a_png_that_is_brought_restores_everything(empty: Studio, tmp_path: Path) -> None:
+    studio, page = empty, empty.page
+    page.set_input_files("#file", str(UMBRELLA))
+    studio.choose("fluent-objects")
+    studio.draw()
+    saved = tmp_path / "image.png"
+    saved.write_bytes(base64.b64decode(studio.stored()[0]["images"][0]["png"]))
+    wanted, control = studio.scales(), studio.stored()[0]["control"]
+    page.click("#history .remove", force=True)
+    page.click("#clear")
+    studio.choose("fluent-flags")
+    page.set_input_files("#file", str(saved))
+    page.wait_for_function("n => document.querySelectorAll('#film img').length === n", arg=SCALES)
+    assert page.input_value("#class") == "fluent-objects"
+    assert "Restored" in page.inner_text("#pad-note")
+    page.wait_for_function(
+        "async () => (await (await import('/studio/store.js')).list())[0].images[0].scales.length > 5"
+    )
+    assert all(np.array_equal(one, two) for one, two in zip(wanted, studio.scales(), strict=True))
+    assert np.array_equal(pixels(studio.stored()[0]["control"]), pixels(control))
+
+
+def test_live_mode_draws_while_the_pen_moves(empty: Studio) -> None:
+    page = empty.page
+    page.click("label.switch")
+    empty.stroke(HEART, release=False)
+    page.wait_for_function("document.querySelector('#images img')?.src.startsWith('blob:')")
+    page.mouse.up()
+    empty.done()
+    assert empty.stored()[0]["live"]
+    page.click("label.switch")
+
+
+def test_a_phone_shows_one_column_and_a_finger_draws(empty: Studio) -> None:
+    page = empty.page
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.locator("#pad").scroll_into_view_if_needed()
+    box = page.locator("#pad").bounding_box()
+    assert box["width"] > 300
+    for x in (0.3, 0.5, 0.7):
+        page.touchscreen.tap(box["x"] + x * box["width"], box["y"] + 0.5 * box["height"])
+    page.tap("#draw")
+    empty.done()
+    page.set_viewport_size({"width": 1280, "height": 800})
+
+
+def test_the_page_works_offline_and_has_kept_the_images(empty: Studio, site: Site) -> None:
+    page = empty.page
+    page.set_input_files("#file", str(UMBRELLA))
+    empty.draw()
+    kept = empty.image()
+    empty.context.set_offline(True)
+    page.reload()
+    page.wait_for_selector("html[data-ready]")
+    assert np.array_equal(empty.image(), kept)
+    empty.draw()
+    empty.done(2)
+    assert not np.array_equal(empty.image(), kept)
+    empty.context.set_offline(False)
+
+
+def test_a_file_that_is_not_the_sites_is_refused_in_one_sentence(chromium: Any, folder: Path, tmp_path: Path) -> None:
+    """One changed byte of the weights; the page goes on with nothing."""
+    copy = tmp_path / "site"
+    shutil.copytree(folder, copy)
+    weights = copy / "plan/weights.bin"
+    data = bytearray(weights.read_bytes())
+    data[1000] ^= 1
+    weights.write_bytes(data)
+    host = Site(copy)
+    context = chromium.new_context()
+    page = context.new_page()
+    page.goto(host.url)
+    page.wait_for_selector("#message.bad", timeout=60_000)
+    assert page.inner_text("#message").startswith("Plan/weights.bin is not the file that the site was made with; ")
+    context.close()
+    host.close()
+
+
+def test_a_browser_without_what_is_needed_says_so_in_one_sentence(chromium: Any, site: Site) -> None:
+    context = chromium.new_context()
+    context.add_init_script("WebAssembly.validate = () => false")
+    page = context.new_page()
+    page.goto(site.url)
+    page.wait_for_selector("#message.bad", timeout=60_000)
+    assert page.inner_text("#message").startswith("This browser has no WebAssembly with SIMD; open the page in ")
+    context.close()
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+def run(*arguments: object) -> int:
+    from car_runtime.cli import main
+
+    return main.main(["plan", "web", *map(str, arguments)])
+
+
+def test_the_shipped_plans_site_is_small_and_names_its_terms(folder: Path) -> None:
+    about = json.loads((folder / "site.json").read_text())
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    assert sum(path.stat().st_size for path in files.values()) <= 60_000_000
+    assert set(about["files"]) == set(files) - {"site.json", "sw.js"}
+    assert "Microsoft" in files["ort/LICENSE"].read_text()
+    assert about["plan"]["shipped"]
+
+
+def test_a_site_replaces_a_site_and_nothing_else(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "site"
+    shutil.copytree(folder, copy)
+    (copy / "plan/weights.bin").unlink()
+    assert run(SHIPPED, "-o", copy, "--onnxruntime", fetched_engine()) == 0
+    assert (copy / "plan/weights.bin").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["site"]
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("")
+    assert run(SHIPPED, "-o", other, "--onnxruntime", fetched_engine()) == 2
+    assert "holds other things than a site" in capsys.readouterr().err
+    assert [path.name for path in other.iterdir()] == ["thesis.tex"]
+
+
+def test_another_package_than_the_pinned_one_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    archive = tmp_path / "onnxruntime-web.tgz"
+    archive.write_bytes(b"something else")
+    assert run(SHIPPED, "-o", tmp_path / "site", "--onnxruntime", archive) == 2
+    assert "SHA-256 differs" in capsys.readouterr().err
+    assert run(SHIPPED, "-o", tmp_path / "site", "--onnxruntime", tmp_path / "none.tgz") == 2
+    assert "npm pack onnxruntime-web@" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["onnxruntime-web.tgz"]

@@ -1,4 +1,4 @@
-"""What the page computes without a server, compared with what Python computes: random numbers, images, maps, receipts."""
+"""What a page computes without a server, compared with Python: random numbers, images, control maps, receipts."""
 
 from __future__ import annotations
 
@@ -150,7 +150,8 @@ def test_canny_of_a_photo_is_pythons_to_the_bit(run: Callable[..., Any], name: s
 
 
 @pytest.mark.parametrize(
-    "name", ["hed-soft", "depth-dome", "depth-inverse", "normal-dome", "normal-directx", "sketch-dodge", "sketch-dark"]
+    "name",
+    ["hed-soft", "depth-dome", "depth-inverse", "normal-dome", "normal-directx", "sketch-dodge", "sketch-dark"],
 )
 def test_other_maps_of_a_photo_are_within_one_grey_level(run: Callable[..., Any], name: str) -> None:
     convention = PRESETS[name]
@@ -253,8 +254,10 @@ def test_receipts_are_read_and_written_as_pythons(run: Callable[..., Any]) -> No
     )
     read = """async ([plan, text]) => {
       const { readReceipt } = await import('/studio/web/receipt.js');
-      try { const { settings, tokens } = await readReceipt({ 'car-receipt': text }, plan); return [settings, [...tokens]]; }
-      catch (error) { return error.message; }
+      try {
+        const { settings, tokens } = await readReceipt({ 'car-receipt': text }, plan);
+        return [settings, [...tokens]];
+      } catch (error) { return error.message; }
     }"""
     found = run(read, [plan, own])
     assert found[0] == settings | {"cfg": 4}

@@ -14,7 +14,7 @@ const DRAFT_MS = 0; // of rest between two drafts: a turn of the event loop, in 
 
 // A site without a server says so in its page, and runs the plan there.
 const site = document.querySelector("meta[name=site]")?.content;
-const client = site ? new (await import("./engine.js")).Engine(site) : new HttpClient();
+export const client = site ? new (await import("./engine.js")).Engine(site) : new HttpClient();
 const form = new Form();
 const pad = new Paper($("pad"), { ink: "#fff", ground: "#000" });
 const stage = new Stage({ branch, restyle, stop, paint, extend, remix, download, copy });
@@ -320,7 +320,7 @@ async function replay(result, blob) {
   const form = { ...result.form, ...(result.control ? { control: result.control } : {}) };
   try {
     for await (const event of client.stream({ ...form, edit: { image: await toBase64(blob), scale: planOf(result).scales.length - 1 } })) {
-      if (event.type === "scale" && event.preview) image.scales[event.index] = fromBase64(event.preview, capabilities.formats.preview);
+      if (event.preview) image.scales[event.index] = fromBase64(event.preview, capabilities.formats.preview);
     }
   } catch { return; } // of another plan, or nobody has time: the image is there without them
   if (stage.result === result) stage.render();

@@ -23,15 +23,17 @@ export async function opened(plan, edit, results) {
   const earlier = edit.id === undefined ? null : results.get(edit.id);
   if (earlier === undefined) throw new Refused(`there is no result '${edit.id}', or no longer; draw it again`, { status: 404, code: "not_found" });
   const index = edit.index ?? 0;
-  const { id: _, image: __, mask: ___, ...about } = edit;
+  const { id: _, image: __, mask: ___, index: ____, rule, ...about } = edit;
+  if (index) about.index = index;
+  if (rule !== undefined && rule !== "published") about.rule = rule;
   if (edit.scale !== undefined) return { about, ...(await branched(plan, edit, earlier, index)) };
   const photo = earlier ? earlier.images[index] : await picture(edit.image, "edit.image");
   if (!photo) throw new Refused("the result has no finished image; edit one that was drawn to the end");
   const frame = edit.frame ? extendedFrame(plan, photo, edit.frame, about) : await maskedFrame(plan, photo, edit.mask);
-  const mask = knownMask(frame.repaintView(), plan.scales, edit.rule ?? "published");
+  const mask = knownMask(frame.repaintView(), plan.scales, rule ?? "published");
   const tokens = await plan.encode(frame.view(plan.model.image_size));
   const { left, top, side } = frame.square;
-  const facts = { edit: "part", edit_from_scale: 0, edit_rule: edit.rule ?? "published", edit_harmonise: 0, edit_feather: null, edit_square: `${left},${top},${side}` };
+  const facts = { edit: "part", edit_from_scale: 0, edit_rule: rule ?? "published", edit_harmonise: 0, edit_feather: null, edit_square: `${left},${top},${side}` };
   return { about, mask, known: tokens.map((token, i) => (mask[i] ? token : 0)), whole: false, frame, facts };
 }
 
