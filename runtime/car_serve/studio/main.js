@@ -12,7 +12,9 @@ import * as store from "./store.js";
 const EXAMPLES = [["umbrella", "fluent-travel-places"], ["heart", "fluent-smileys-emotion"], ["guitar", "fluent-objects"]];
 const DRAFT_MS = 0; // of rest between two drafts: a turn of the event loop, in which the pen is heard
 
-const client = new HttpClient();
+// A site without a server says so in its page, and runs the plan there.
+const site = document.querySelector("meta[name=site]")?.content;
+export const client = site ? new (await import("./engine.js")).Engine(site) : new HttpClient();
 const form = new Form();
 const pad = new Paper($("pad"), { ink: "#fff", ground: "#000" });
 const stage = new Stage({ branch, restyle, stop, paint, extend, remix, download, copy });
@@ -81,9 +83,9 @@ function take(event, result, mine, quiet) {
     mine.id = result.id = event.id;
     if (!quiet && event.place > 0) note("message", `${event.place} ahead in the queue.`);
     if (!quiet || event.warnings.length) warn(event.warnings);
-  } else if (event.type === "scale") {
+  } else if (event.type === "scale" || event.type === "preview") {
     if (!event.preview) return;
-    result.images[event.image].scales[event.index] = fromBase64(event.preview, "image/webp");
+    result.images[event.image].scales[event.index] = fromBase64(event.preview, capabilities.formats.preview);
     const drawn = result.images.reduce((sum, image) => sum + image.scales.length, 0);
     if (!quiet) stage.busy(drawn / (result.images.length * ((result.form.stop_after ?? plan.scales.length - 1) + 1)));
     stage.show(result);
@@ -318,7 +320,7 @@ async function replay(result, blob) {
   const form = { ...result.form, ...(result.control ? { control: result.control } : {}) };
   try {
     for await (const event of client.stream({ ...form, edit: { image: await toBase64(blob), scale: planOf(result).scales.length - 1 } })) {
-      if (event.type === "scale" && event.preview) image.scales[event.index] = fromBase64(event.preview, "image/webp");
+      if (event.preview) image.scales[event.index] = fromBase64(event.preview, capabilities.formats.preview);
     }
   } catch { return; } // of another plan, or nobody has time: the image is there without them
   if (stage.result === result) stage.render();
@@ -471,9 +473,15 @@ function use(chosen) {
 
 async function start() {
   if (localStorage.theme) document.documentElement.dataset.theme = localStorage.theme;
-  $("keys").append(...KEYS.flatMap(([what, keys]) => [make("dt", {}, ...keys.map((key) => make("kbd", {}, key.length === 1 ? key.toUpperCase() : key))), make("dd", {}, what)]));
+  $("keys").append(...KEYS.flatMap(([what, keys]) => [make("dt", {}, ...keys.flatMap((key, i) => [i ? "  " : "", make("kbd", {}, key.length === 1 ? key.toUpperCase() : key)])), make("dd", {}, what)]));
+  client.addEventListener?.("progress", ({ detail }) => {
+    stage.busy(detail);
+    note("message", `Loading the model: ${Math.round(100 * detail)} %`);
+  });
   try {
     capabilities = await client.capabilities();
+    note("message");
+    stage.busy(null);
   } catch (error) {
     note("message", sentence(error.message), "bad", ["Try again", () => location.reload()]);
     return;
