@@ -56,7 +56,7 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     add("--license", dest="licence", metavar="ID", help="of the weights, for the card: mit, cc-by-4.0, other …")
     add("--backend", default=None, help="that compares the plan with its goldens, for the card (default: auto)")
     add("--private", action="store_true", help="a repository that push makes is private")
-    add("-o", "--output", type=Path, metavar="PLAN", help="plan or site to write (default: in place); of card: its folder")
+    add("-o", "--output", type=Path, metavar="PLAN", help="plan (default: in place), site or card's folder to write")
     add("--onnxruntime", type=Path, metavar="TGZ", help="for web: the npm package onnxruntime-web (see make web)")
     add("--json", action="store_true", help="print one JSON object")
     add("--debug", action="store_true", help="show a traceback when the program itself fails")
@@ -78,7 +78,8 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
 def run(arguments: Sequence[str]) -> int:
     """Facts, paths or the hub's name go to stdout; progress to stderr. Returns the exit code."""
     args = parse_args(arguments)
-    code: int = {"info": _info, "card": _card, "pull": _pull, "push": _push, "web": _web}.get(args.action, _change)(args)
+    actions = {"info": _info, "card": _card, "pull": _pull, "push": _push, "web": _web}
+    code: int = actions.get(args.action, _change)(args)
     return code
 
 
