@@ -44,7 +44,7 @@ COMMANDS: dict[str, tuple[str, list[list[str]]]] = {
             [],
             *(
                 [c]
-                for c in "paint extend restyle vary again blend batch sheet control doctor plan serve verify".split()
+                for c in "paint extend restyle vary again blend batch sheet detect control doctor plan serve verify".split()
             ),
         ],
     ),

@@ -44,7 +44,8 @@ class Watermark:
 
     def bias(self, k: int) -> NDArray[np.float32]:
         """Of scale k, f32 [S, S, V]."""
-        return self.directions[k] @ self.codes.T
+        found: np.ndarray = self.directions[k] @ self.codes.T
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,17 +114,20 @@ class Pattern:
         flipped = self._phis[k].transpose(1, 0, 2, 3)[..., ::-1, ::-1]
         h = 0.5 * direction + 0.5 * _convolved(direction, flipped)
         up = self._ups[k]
-        return np.einsum("ia,jb,ijz->abz", up, up, h, optimize=True)
+        found: np.ndarray = np.einsum("ia,jb,ijz->abz", up, up, h, optimize=True)
+        return found
 
     def _to_pattern(self, f_hat: Floats) -> Floats:
         """f̂ by frequency and channel, about as strong in all of them, [E, E, Z]."""
         C = self._cosines
-        return np.einsum("ui,vj,yz,ijz->uvy", C, C, self._whiten, f_hat, optimize=True) * self._weights
+        found: np.ndarray = np.einsum("ui,vj,yz,ijz->uvy", C, C, self._whiten, f_hat, optimize=True) * self._weights
+        return found
 
     def _from_pattern(self, pattern: Floats) -> Floats:
         """The transpose of `_to_pattern`."""
         C = self._cosines
-        return np.einsum("ui,vj,yz,uvy->ijz", C, C, self._whiten, pattern * self._weights, optimize=True)
+        found: np.ndarray = np.einsum("ui,vj,yz,uvy->ijz", C, C, self._whiten, pattern * self._weights, optimize=True)
+        return found
 
 
 def check_plan(manifest: Manifest) -> None:
@@ -168,7 +172,8 @@ def _cosines(E: int) -> Floats:
 def _weights(E: int) -> Floats:
     """Frequencies weighed against what images have much of, the low ones, [E, E, 1]."""
     square = np.add.outer(np.arange(E) ** 2, np.arange(E) ** 2)
-    return np.sqrt((square + 0.3) / (square + 8))[..., None]
+    found: np.ndarray = np.sqrt((square + 0.3) / (square + 8))[..., None]
+    return found
 
 
 def _convolved(h_EEZ: Floats, kernel_OZ33: Floats) -> Floats:
