@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ import numpy as np
 import pytest
 
 from car_runtime import GenerationConfig, Plan, open_plan
+from car_runtime.backends.cuda.driver import CudaError
 from car_runtime.backends.onnxruntime.kernels import Cuda
 from car_runtime.backends.registry import BACKENDS, open_backend
 from car_runtime.backends.spec import MachineFacts
 from car_runtime.errors import BackendError, RunError
 from car_runtime.format.manifest import read_manifest
-from car_runtime.system.gpu import GpuFacts
+from car_runtime.system.gpu import GpuFacts, has_driver
 from fixtures.fake_device import GPU, FakeOnnxRuntime
 from fixtures.kernel_device import KernelDevice
 from fixtures.kernel_models import export, narrow, sibling
@@ -68,7 +70,7 @@ def configs() -> list[GenerationConfig]:
 
 
 def test_images_are_those_of_the_plan_on_the_cpu(root: Path, cpu: Plan) -> None:
-    """Alone, in shared steps, with one branch, with two, with none; a step's kernels, and no step of ONNX Runtime's."""
+    """In shared steps, with one branch, with two, with none; none of ONNX Runtime's steps is opened."""
     fake = Fake(root)
     wanted = [cpu.generate(config) for config in configs()]
     for found, want in zip(fake.plan.generate_many(configs()), wanted, strict=True):
@@ -136,6 +138,26 @@ def test_a_gpu_without_kernels_is_refused_before_anything_is_opened(root: Path) 
     assert says == "there are no kernels for sm75 (only for sm80, sm86, sm89, sm90, sm120); use --backend ort-cuda"
 
 
+@pytest.mark.skipif(has_driver(), reason="this machine has an NVIDIA driver")
+def test_a_machine_without_a_driver_is_refused_with_the_remedy(root: Path) -> None:
+    with pytest.raises(BackendError, match=r"no NVIDIA driver on this machine; install one"):
+        open_backend("cuda", root, read_manifest(root))
+
+
+def test_a_driver_that_refuses_the_kernels_is_too_old(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OldDriver(KernelDevice):
+        def load_kernels(self, code: Any) -> None:
+            raise CudaError("CUDA failed in cuModuleLoadData: no binary for GPU; upgrade the driver, or …", 209)
+
+    device = OldDriver()
+    monkeypatch.setattr("car_runtime.backends.onnxruntime.kernels.probe", lambda: GPU)
+    opened = partial(Cuda, device=device, module=FakeOnnxRuntime(device))
+    monkeypatch.setattr("car_runtime.backends.onnxruntime.kernels.Cuda", opened)
+    with pytest.raises(BackendError, match=r"cuModuleLoadData: .*; upgrade the driver"):
+        open_backend("cuda", root, read_manifest(root))
+    assert device.allocated() == 0
+
+
 def test_plans_of_other_kinds_are_refused(tmp_path: Path, root: Path) -> None:
     whole = shutil.copytree(root, tmp_path / "x.plan")
     manifest = read_manifest(whole)
@@ -153,9 +175,7 @@ def test_plans_of_other_kinds_are_refused(tmp_path: Path, root: Path) -> None:
         open_plan(old, "cuda")
 
 
-def test_too_little_memory_is_a_reason_to_take_another_backend(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_memory_is_a_reason_to_take_another_backend(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = KernelDevice(memory=100_000)
 
     def small(root: Path, manifest: Any, *_: Any) -> Cuda:

@@ -79,7 +79,7 @@ class StepKernels:
         return graph not in self._plain and len(self._recorded) < RECORDINGS
 
     def _record(self, graph: str, launches: Sequence[Launch]) -> Graph | None:
-        """The launches as one; None where this driver cannot record them, and they are put one by one from then on."""
+        """The launches as one; None where they cannot be recorded, and are put one by one from then on."""
         device = self._memory.device
         device.begin_capture()
         try:

@@ -1,4 +1,4 @@
-"""The backend `cuda`: steps by the package's own kernels, the plan's other graphs by ONNX Runtime on the same stream."""
+"""The backend `cuda`: steps by the package's own kernels, other graphs by ONNX Runtime on the same stream."""
 
 from __future__ import annotations
 
