@@ -28,6 +28,7 @@ from car_runtime.errors import (
 
 if TYPE_CHECKING:
     from car_runtime.config import GenerationConfig
+    from car_runtime.pipeline import CARPipeline
     from car_runtime.plan import Plan, Result, ScaleResult, default_plan, open_plan
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime looks at it 
 
 __all__ = [
     "BackendError",
+    "CARPipeline",
     "CarError",
     "GenerationConfig",
     "ImageError",
@@ -52,7 +54,7 @@ __all__ = [
 ]
 
 
-_LAZY = {"GenerationConfig": "car_runtime.config"}
+_LAZY = {"GenerationConfig": "car_runtime.config", "CARPipeline": "car_runtime.pipeline"}
 _LAZY |= dict.fromkeys(("Plan", "Result", "ScaleResult", "default_plan", "open_plan"), "car_runtime.plan")
 
 

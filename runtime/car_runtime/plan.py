@@ -324,16 +324,22 @@ class Plan:
         request = self._request(given, settings)
         return self._draw([request], on_scale)[0]
 
-    def generate_many(self, configs: Sequence[GenerationConfig | Request]) -> list[Result]:
+    def generate_many(
+        self,
+        configs: Sequence[GenerationConfig | Request],
+        *,
+        on_scale: Callable[[ScaleResult], None] | None = None,
+    ) -> list[Result]:
         """Make the images of several configs, with controls, classes, seeds and settings of their own.
 
         Configs that follow the same branches and draw as many scales share steps, with a plan of format 2; with one
         of format 1 they take turns. Each image is the one that `generate` makes of its config alone. A result's
-        `timings` are those of the whole call.
+        `timings` are those of the whole call. on_scale: called after each scale of each batch, whose `images` and
+        `requests` say whose it is.
 
         Raises as `generate`, with the position of the config.
         """
-        return self._draw(self._requests(configs), None)
+        return self._draw(self._requests(configs), on_scale)
 
     def _draw(self, requests: Sequence[Request], on_scale: Callable[[ScaleResult], None] | None) -> list[Result]:
         """The results of all requests."""
