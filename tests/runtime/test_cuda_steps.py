@@ -364,7 +364,7 @@ def test_an_image_of_tiny_is_the_fp16_plans(models: Callable[..., Model]) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny_saln", "ten"])
 def test_logits_of_the_published_layouts_are_the_fp16_plans(models: Callable[..., Model], name: str) -> None:
-    """Shared AdaLN, and the ten scales of 256 pixels: on the same tokens, of which 680 meet a near tie now and then."""
+    """Shared AdaLN; the ten scales of 256 pixels. On the same tokens: among 680 there may be a near tie."""
     compare(Plan(export({"canny": models(Golden(name))}, name)), Request(top_k=20, known=1.0))
 
 
