@@ -3,8 +3,8 @@
     car-run serve --port 8080
     locust -f benchmarks/locustfile.py --headless -u 8 -r 4 -t 30s --host http://127.0.0.1:8080
 
-Six of ten wait for JSON, three read events, one branches from what it drew and changes its mind. A refusal because the
-queue is full is waited for as `Retry-After` says, and counts as no failure; anything else that is no image does.
+Six of ten wait for JSON, three read events, one branches from what it drew and changes its mind. A refusal because
+the queue is full is waited for as `Retry-After` says, and counts as no failure; anything else that is no image does.
 `first preview`: from the request to the first scale.
 """
 
