@@ -26,7 +26,7 @@ CONTROLS = [
     base64.b64encode(path.read_bytes()).decode()
     for path in sorted((Path(__file__).resolve().parent.parent / "examples").glob("*.png"))
 ]
-PICTURES = "/v1/pictures"
+ROUTE = "/v1/pictures"
 
 
 @events.init.add_listener
@@ -45,7 +45,7 @@ class Person(HttpUser):
     @task(6)
     def draw(self) -> None:
         """An image as JSON."""
-        with self.client.post(PICTURES, json=asked(), name="draw", catch_response=True) as answer:
+        with self.client.post(ROUTE, json=asked(), name="draw", catch_response=True) as answer:
             if answer.status_code == 429:
                 self._wait(answer)
             elif answer.status_code != 200 or not answer.json()["images"]:
@@ -73,7 +73,7 @@ class Person(HttpUser):
         began, seen = time.perf_counter(), False
         headers = {"Accept": "text/event-stream"}
         with self.client.post(
-            PICTURES, json=body, headers=headers, name=name, stream=True, catch_response=True
+            ROUTE, json=body, headers=headers, name=name, stream=True, catch_response=True
         ) as answer:
             if answer.status_code == 429:
                 self._wait(answer)

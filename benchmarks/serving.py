@@ -217,6 +217,7 @@ def live(url: str) -> dict[str, list[float]]:
         page.wait_for_selector("html[data-ready]")
         page.evaluate(watch)
         page.click(".switch")
+        page.wait_for_timeout(1000)  # a hand on its way to the canvas
         box = page.locator("#pad").bounding_box()
         assert box is not None
         for stroke in range(3):
@@ -257,7 +258,7 @@ def plot(report: dict[str, Any]) -> bytes:
         panels[2].bar(list(sizes), list(sizes.values()), color=OURS)
         panels[3].plot(users, [found["rss_mb"] for found in waves], "o-", color=OURS)
         for axes in (panels[0], panels[1], panels[3]):
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
         return finished()
 
 

@@ -160,8 +160,9 @@ class Batcher:
     def _take(self, jobs: Sequence[Job], scale: ScaleResult) -> None:
         """Decode a scale and hand it to its jobs, on the decoder's thread."""
         taking = [jobs[request] for request in scale.requests]
-        index, last = scale.index, scale.last
-        shown_rows = [row for row, job in enumerate(taking) if job.awaits and (last or index in job.previews)]
+        shown_rows = [
+            row for row, job in enumerate(taking) if job.awaits and (scale.last or scale.index in job.previews)
+        ]
         previews = dict(zip(shown_rows, scale.preview(shown_rows), strict=True)) if shown_rows else {}
         place = self.plan.manifest.scales[scale.index]
         firsts = list(accumulate((len(job.images) for job in jobs), initial=0))

@@ -19,7 +19,9 @@ def test_replicas_are_added_by_the_requests_that_wait(tmp_path: Path) -> None:
     """Twelve users, three times what a replica is meant to have; half of them read events."""
     with started(tmp_path, 1, 2) as address:
         assert len(replicas()) == 1
-        until, ends, grown = time.monotonic() + 240, [], []
+        until = time.monotonic() + 240
+        ends: list[tuple[int, bool]] = []
+        grown: list[float] = []
 
         def user(number: int) -> None:
             headers = {"Accept": "text/event-stream"} if number % 2 else {}

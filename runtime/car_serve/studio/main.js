@@ -149,6 +149,18 @@ let dirty = false;
 let drafting = false;
 let finest = 0; // scale of a draft; the first is as coarse as they get, so that it is there at once
 
+function draft() {
+  const last = plan.scales.length - 1;
+  finest = Math.min(last, Math.max(last >> 1, finest));
+  return { ...request(), n: 1, cfg: 0, previews: false, stop_after: finest };
+}
+
+// A draft that nobody sees when live mode is switched on, so that the first stroke finds everything at work.
+async function warmUp() {
+  if (!$("live").checked || !plan) return;
+  try { for await (const _ of client.stream(draft())); } catch { /* the stroke will say what is wrong */ }
+}
+
 async function live() {
   dirty = true;
   if (drafting || !$("live").checked || !plan) return;
@@ -156,9 +168,7 @@ async function live() {
   while (dirty && $("live").checked) {
     dirty = false;
     const began = performance.now();
-    const last = plan.scales.length - 1;
-    finest = Math.min(last, Math.max(last >> 1, finest));
-    const drawn = await run({ ...request(), n: 1, cfg: 0, previews: false, stop_after: finest }, { kind: "draft", quiet: true });
+    const drawn = await run(draft(), { kind: "draft", quiet: true });
     const took = performance.now() - began;
     if (drawn) finest += took > DRAFT_FRAMES[1] ? -1 : took < DRAFT_FRAMES[0] ? 1 : 0;
     await new Promise((resolve) => setTimeout(resolve, DRAFT_MS));
@@ -426,6 +436,7 @@ function listen() {
   });
   form.addEventListener("change", () => { store.keep("form", form.values()).catch(() => {}); rest(); });
   $("controls").addEventListener("submit", (event) => { event.preventDefault(); running && running.kind !== "draft" ? stopped() : draw(); });
+  $("live").addEventListener("change", warmUp);
   $("brush").addEventListener("click", () => pick("brush"));
   $("eraser").addEventListener("click", () => pick("eraser"));
   $("size").addEventListener("input", () => { pad.size = Number($("size").value); });
