@@ -91,7 +91,7 @@ kernels: $(DEV_ENV)$(INSTALLED)
 
 fuzz: $(DEV_ENV)$(INSTALLED)
 	@$(DEV_ENV)/bin/python -m pip install -q 'atheris>=3,<4'
-	@set -e; for target in manifest config graph goldens step parameters; do $(DEV_ENV)/bin/python tests/fuzz/fuzz.py $$target --seconds $(FUZZ_SECONDS); done
+	@set -e; for target in manifest config graph goldens parameters; do $(DEV_ENV)/bin/python tests/fuzz/fuzz.py $$target --seconds $(FUZZ_SECONDS); done
 
 quick: lint types
 	@OMP_NUM_THREADS=1 $(DEV_ENV)/bin/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile -k 'not ($(QUICK_LEFT))' $(QUICK_TESTS)

@@ -36,6 +36,8 @@ def test_d16_exports_and_runs_within_its_limits(tmp_path: Path) -> None:
         files["car"],
         "--control-type",
         "depth",
+        "--format",
+        "2",
         "-o",
         plan,
     ]

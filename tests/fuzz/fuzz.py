@@ -3,7 +3,7 @@
     python tests/fuzz/fuzz.py manifest --seconds 60
 
 Coverage-guided by atheris (extra `fuzz`); the corpus is made from the shipped plan's files, a config and a model's
-table of parameters. `parameters` and `step` are what the backend `amx` reads before its kernels see a plan.
+table of parameters. `parameters` is what the backend `amx` reads before its kernels see a plan.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ if __name__ == "__main__":  # as a test it needs no atheris
 
 with _instrumented:
     from car_runtime.backends.amx.description import UnsupportedGraphError
-    from car_runtime.backends.amx.match_transformer import read_step
-    from car_runtime.backends.amx.parameters import Parameters, named_decoder, named_encoder, named_transformer
+    from car_runtime.backends.amx.parameters import named_base, named_branch, named_decoder, named_encoder
     from car_runtime.errors import PlanError
     from car_runtime.format.goldens import GOLDENS, read_goldens
     from car_runtime.format.graph_check import Checked, check_graph
     from car_runtime.format.manifest import MANIFEST, REMEDY, WEIGHTS, parse_manifest, read_manifest
+    from car_runtime.format.parameters import Parameters
     from car_runtime.format.schema import Parameter
     from car_runtime.format.typed_json import parse_json
     from car_runtime.plan import DEFAULT_PLAN
@@ -101,12 +101,6 @@ def _goldens(data: bytes) -> None:
         _refused(error)
 
 
-def _step(data: bytes) -> None:
-    file = _scratch() / "step.onnx"
-    file.write_bytes(data)
-    _taken_or_refused(lambda: read_step(file, DEFAULT_PLAN / WEIGHTS))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """What a plan says of its parameters, and the sizes that the kernels are asked for."""
@@ -114,8 +108,10 @@ class Table:
     depth: int
     width: int
     heads: int
+    blocks: int
+    fused: int
     latent_channels: int
-    strides: tuple[int, ...]
+    patch: int
     parameters: dict[str, Parameter]
 
 
@@ -130,7 +126,7 @@ def _weights() -> tuple[Path, bytes]:
     model = Model(ModelConfig(vqvae=vqvae, var=VARConfig(depth=2, width=64, heads=2, classes=2), car=car))
     file = _scratch() / WEIGHTS
     entries = {name: asdict(entry) for name, entry in parameter_table(model, file).items()}
-    sizes = {"depth": 2, "width": 64, "heads": 2, "latent_channels": 8, "strides": [2]}
+    sizes = {"depth": 2, "width": 64, "heads": 2, "blocks": 1, "fused": 1, "latent_channels": 8, "patch": 2}
     return file, json.dumps({**sizes, "parameters": entries}).encode()
 
 
@@ -141,10 +137,11 @@ def _parameters(data: bytes) -> None:
         return
     whole = Parameters(table.parameters, _weights()[0])
     branch = whole.under("branches.a.")
-    sizes = {"depth": table.depth, "width": table.width, "heads": table.heads}
-    _taken_or_refused(lambda: named_transformer(whole.under("base."), branch, **sizes))
+    sizes = {"width": table.width, "heads": table.heads}
+    _taken_or_refused(lambda: named_base(whole.under("base."), depth=table.depth, fused=table.fused, **sizes))
+    _taken_or_refused(lambda: named_branch(branch, blocks=table.blocks, **sizes))
     _taken_or_refused(lambda: named_decoder(whole.under("vqvae."), table.latent_channels))
-    _taken_or_refused(lambda: named_encoder(branch, table.width, table.strides))
+    _taken_or_refused(lambda: named_encoder(branch, table.width, table.patch))
 
 
 def _taken_or_refused(read: Callable[[], object]) -> None:
@@ -164,7 +161,6 @@ TARGETS = {
     "config": Target(_configs, _config),
     "graph": Target(lambda: [(DEFAULT_PLAN / _PLAN.graphs["condition"].file).read_bytes()], _graph),
     "goldens": Target(lambda: [(DEFAULT_PLAN / GOLDENS).read_bytes()], _goldens),
-    "step": Target(lambda: [(DEFAULT_PLAN / _PLAN.graphs["step"].file).read_bytes()], _step),
     "parameters": Target(lambda: [_weights()[1]], _parameters),
 }
 _PIECES = (b"\xff" * 9, b"\0", b"9" * 5000, b"-1", b"1e999", b"null", b"[[[[", b'"', b"A" * 5000)

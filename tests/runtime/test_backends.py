@@ -86,9 +86,9 @@ def test_auto_goes_on_to_the_next_and_a_name_does_not(root: Path, monkeypatch: p
 def test_a_backend_that_cannot_be_imported_is_one_that_does_not_open(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "car_runtime.backends.amx.backend", None)
-    with pytest.raises(BackendError, match=r"the backend 'amx' can't be loaded here .*; use another backend"):
-        open_plan(root, "amx")
+    monkeypatch.setitem(sys.modules, "car_runtime.backends.openvino.backend", None)
+    with pytest.raises(BackendError, match=r"the backend 'openvino' can't be loaded here .*; use another backend"):
+        open_plan(root, "openvino")
 
 
 @pytest.mark.parametrize("name", ["ort-cpu", "auto"])

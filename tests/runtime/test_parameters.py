@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from car_export.config import ExportOptions
 from car_export.plan2 import build_plan_of_2
 from car_runtime.backends.amx.description import Network, UnsupportedGraphError
-from car_runtime.backends.amx.parameters import named_decoder, named_encoder, named_transformer
+from car_runtime.backends.amx.parameters import named_base, named_branch, named_decoder, named_encoder
 from car_runtime.format.manifest import read_manifest
 from car_runtime.format.parameters import Parameters, plan_parameters
 from car_runtime.plan import default_plan
@@ -25,6 +26,7 @@ from fixtures.parameter_table import Entry, parameter_table
 from fixtures.shared import build_once
 
 SIZES = {"depth": 3, "width": 64, "heads": 2}
+BRANCH = {"blocks": 1, "width": 64, "heads": 2}
 
 
 def make_model(**car: Any) -> Model:
@@ -62,30 +64,27 @@ def close(ours: NDArray[Any], theirs: torch.Tensor) -> bool:
 def test_a_transformer_has_the_models_weights(model: Model, parameters: Parameters) -> None:
     assert model.car is not None
     assert model.car.branch is not None
-    made = named_transformer(parameters.under("base."), parameters.under("branches.a."), **SIZES)
+    base = named_base(parameters.under("base."), fused=1, **SIZES)
+    branch = named_branch(parameters.under("branches.a."), **BRANCH)
     blocks = [*model.car.base.blocks, *model.car.branch.attention_blocks]
-    assert len(made.base) == 3
-    for i, (ours, theirs) in enumerate(zip([*made.base, *made.branch], blocks, strict=True)):
+    assert (len(base.blocks), len(branch.blocks)) == (3, 1)
+    assert [block.layer for block in base.blocks] == [0, 1, 2]
+    for ours, theirs in zip([*base.blocks, *branch.blocks], blocks, strict=True):
         attention = theirs.attn
-        assert (ours.layer, ours.modulation) == (i, 6 * i)
+        assert ours.modulation == 6 * ours.layer
         assert close(ours.qkv.matrix, attention.qkv_weight)
         assert close(ours.qkv.bias, torch.cat([attention.q_bias, attention.v_bias]))
         assert close(ours.temperature, attention.log_scale_H.clamp_max(np.log(100)).exp())
         for one, linear in ((ours.proj, attention.proj), (ours.fc1, theirs.mlp.fc1), (ours.fc2, theirs.mlp.fc2)):
             assert close(one.matrix, linear.weight)
             assert close(one.bias, linear.bias)
-    assert close(made.head.matrix, model.car.base.head.weight)
-    (fusion,), (theirs_fused,) = made.fusions, model.car.branch.fusions
-    assert close(fusion.linear.matrix, theirs_fused.get_parameter("linear.weight"))
-    assert close(fusion.weight, theirs_fused.get_parameter("norm.weight"))
-    assert made.inject is not None
-    assert close(made.inject.matrix, model.car.branch.input_conv.weight.permute(0, 2, 3, 1).flatten(1))
-    assert made.modulation_rows == 6 * 4 + 2
-
-
-def test_without_a_branch_it_is_the_base(parameters: Parameters) -> None:
-    made = named_transformer(parameters.under("base."), None, **SIZES)
-    assert (len(made.base), made.branch, made.fusions, made.inject, made.modulation_rows) == (3, [], [], None, 20)
+    assert base.head is not None
+    assert close(base.head.matrix, model.car.base.head.weight)
+    assert branch.inject is not None
+    assert close(branch.inject.matrix, model.car.branch.input_conv.weight.permute(0, 2, 3, 1).flatten(1))
+    assert (base.inject, branch.head) == (None, None)
+    assert (base.modulation_rows, branch.modulation_rows) == (6 * 3 + 2, 6)
+    assert (base.fused, branch.fused) == (1, 0)
 
 
 def computes(network: Network, x: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -105,7 +104,7 @@ def test_a_control_encoder_computes_what_the_model_does(model: Model, parameters
     assert model.car is not None
     assert model.car.branch is not None
     x = torch.rand(3, 12, 12) * 2 - 1
-    network = named_encoder(parameters.under("branches.a."), 64, (2, 2))
+    network = named_encoder(parameters.under("branches.a."), 64, 4)
     assert network.pixels
     computes(network, x, model.car.branch.encoder(x[None])[0])
 
@@ -137,7 +136,7 @@ def test_an_entry_that_does_not_fit_is_refused(
     table = parameter_table(model, weights)
     table["base.head.weight"] = replace(table["base.head.weight"], **change)
     with pytest.raises(UnsupportedGraphError, match=message):
-        named_transformer(Parameters(table, weights, "base."), None, **SIZES)
+        named_base(Parameters(table, weights, "base."), **SIZES)
 
 
 def test_an_entry_reaches_to_the_last_byte_and_no_further(tmp_path: Path) -> None:
@@ -149,45 +148,47 @@ def test_an_entry_reaches_to_the_last_byte_and_no_further(tmp_path: Path) -> Non
         Parameters({"a": replace(entry, offset=4)}, weights).view("a", 2, 3)
 
 
-@pytest.mark.parametrize("name", ["base.blocks.1.attn.proj.bias", "branches.a.input_conv.weight"])
-def test_a_missing_parameter_is_named(model: Model, tmp_path: Path, name: str) -> None:
-    weights = tmp_path / "weights.bin"
-    table = parameter_table(model, weights)
-    del table[name]
-    whole = Parameters(table, weights)
-    with pytest.raises(UnsupportedGraphError, match=name):
-        named_transformer(whole.under("base."), whole.under("branches.a."), **SIZES)
-
-
 @pytest.mark.parametrize(
-    ("car", "message"),
+    ("part", "name", "read", "sizes"),
     [
-        ({"fusion": "zero"}, "fused"),
-        ({"fusion": "cross_norm"}, "fused"),
-        ({"transformer": "conv"}, "convolutions"),
+        ("base.", "blocks.1.attn.proj.bias", named_base, SIZES),
+        ("branches.a.", "input_conv.weight", named_branch, BRANCH),
     ],
 )
-def test_another_kind_of_branch_is_refused(car: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_a_missing_parameter_is_named(
+    model: Model, tmp_path: Path, part: str, name: str, read: Callable[..., object], sizes: dict[str, int]
+) -> None:
     weights = tmp_path / "weights.bin"
-    whole = Parameters(parameter_table(make_model(**car), weights), weights)
-    with pytest.raises(UnsupportedGraphError, match=message):
-        named_transformer(whole.under("base."), whole.under("branches.a."), **SIZES)
+    table = parameter_table(model, weights)
+    del table[part + name]
+    with pytest.raises(UnsupportedGraphError, match=part + name):
+        read(Parameters(table, weights, part), **sizes)
 
 
-@pytest.mark.parametrize("sizes", [{"heads": 4}, {"heads": 0}, {"heads": 3}, {"width": 128}, {"depth": 4}])
+def test_another_kind_of_branch_is_refused(tmp_path: Path) -> None:
+    weights = tmp_path / "weights.bin"
+    whole = Parameters(parameter_table(make_model(transformer="conv"), weights), weights)
+    with pytest.raises(UnsupportedGraphError, match="convolutions"):
+        named_branch(whole.under("branches.a."), **BRANCH)
+
+
+OTHERS = [{"heads": 4}, {"heads": 0}, {"heads": 3}, {"width": 128}, {"depth": 4}, {"fused": 4}, {"fused": -1}]
+
+
+@pytest.mark.parametrize("sizes", OTHERS)
 def test_other_sizes_than_the_weights_have_are_refused(model: Model, tmp_path: Path, sizes: dict[str, int]) -> None:
     weights = tmp_path / "weights.bin"
     table = parameter_table(model, weights)
     with pytest.raises(UnsupportedGraphError):
-        named_transformer(Parameters(table, weights, "base."), None, **SIZES | sizes)
+        named_base(Parameters(table, weights, "base."), **SIZES | sizes)
 
 
-@pytest.mark.parametrize("strides", [(2,), (2, 2, 2), (2, 3)])
-def test_strides_have_to_be_the_encoders(model: Model, tmp_path: Path, strides: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("patch", [0, 2, 8])
+def test_the_encoder_has_to_shrink_as_its_steps_can(model: Model, tmp_path: Path, patch: int) -> None:
     weights = tmp_path / "weights.bin"
     table = parameter_table(model, weights)
-    with pytest.raises(UnsupportedGraphError, match="strides"):
-        named_encoder(Parameters(table, weights, "branches.a."), 64, strides)
+    with pytest.raises(UnsupportedGraphError, match=f"4 convolutions in 𝓕 shrink by {patch}"):
+        named_encoder(Parameters(table, weights, "branches.a."), 64, patch)
 
 
 @pytest.fixture(scope="module")
@@ -207,22 +208,21 @@ def test_an_exported_table_gives_the_models_weights(model: Model, plan: Path) ->
     assert model.car.branch is not None
     manifest = read_manifest(plan)
     whole = plan_parameters(manifest, plan)
-    made = named_transformer(whole.under("base."), whole.under("branches.sketch."), **SIZES)
+    base, branch = named_base(whole.under("base."), **SIZES), named_branch(whole.under("branches.sketch."), **BRANCH)
     blocks = [*model.car.base.blocks, *model.car.branch.attention_blocks]
-    for ours, theirs in zip([*made.base, *made.branch], blocks, strict=True):
+    for ours, theirs in zip([*base.blocks, *branch.blocks], blocks, strict=True):
         assert np.array_equal(ours.qkv.matrix, theirs.attn.qkv_weight.numpy())
         assert np.array_equal(ours.fc2.matrix, theirs.mlp.fc2.weight.numpy())
-    assert np.array_equal(made.head.matrix, model.car.base.head.weight.numpy())
-    fusion = model.car.branch.fusions[0]
-    assert np.array_equal(made.fusions[0].linear.matrix, fusion.get_parameter("linear.weight").numpy())
-    assert made.inject is not None
-    assert close(made.inject.matrix, model.car.branch.input_conv.weight.permute(0, 2, 3, 1).flatten(1))
+    assert base.head is not None
+    assert np.array_equal(base.head.matrix, model.car.base.head.weight.numpy())
+    assert branch.inject is not None
+    assert close(branch.inject.matrix, model.car.branch.input_conv.weight.permute(0, 2, 3, 1).flatten(1))
     x = torch.randn(6, 3, 3)
     wanted = model.vqvae.decoder(model.vqvae.post_quant_conv(x[None]))[0]
     computes(named_decoder(whole.under("vqvae."), 6), x, wanted)
     x = torch.rand(3, 12, 12) * 2 - 1
     wanted = model.car.branch.encoder(x[None])[0]
-    computes(named_encoder(whole.under("branches.sketch."), 64, (2, 2)), x, wanted)
+    computes(named_encoder(whole.under("branches.sketch."), 64, 4), x, wanted)
 
 
 @pytest.mark.slow

@@ -321,7 +321,7 @@ def test_a_bad_one_of_many_requests_is_named_before_anything_runs(plan: Plan, ru
     assert not runs
 
 
-@pytest.mark.parametrize("backend", ["amx", "rtx"])
+@pytest.mark.parametrize("backend", ["trt", "rtx"])
 def test_a_backend_of_format_1_says_so_before_it_opens(tmp_path: Path, backend: str) -> None:
     root = build_plan(tmp_path / "two.plan", control=False)
     path = root / "manifest.json"

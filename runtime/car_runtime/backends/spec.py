@@ -54,8 +54,9 @@ class BackendSpec:
     """Compute precisions of the plans that it runs."""
     int8: bool = False
     """Whether it runs int8 plans."""
+    oldest_format: int = 1
     newest_format: int = 2
-    """The newest plan format that it runs."""
+    """The oldest and the newest plan format that it runs."""
     needs_engines: bool = False
     """Whether a plan must hold engines compiled for this GPU; else the plan's own graphs do."""
     reads_folder: bool = False
@@ -91,6 +92,11 @@ class BackendSpec:
                 f"the backend runs plans up to format {self.newest_format}, and this one is of format "
                 f"{manifest.format}; use another backend, or export the plan with --format 1"
             )
+        if manifest.format < self.oldest_format:
+            raise BackendError(
+                f"the backend runs plans from format {self.oldest_format} on, and this one is of format "
+                f"{manifest.format}; upgrade it by build_engines.py PLAN --upgrade -o NEW, or use another backend"
+            )
         try:
             opener = _look_up(self.opener)
         except ImportError as error:
@@ -113,9 +119,9 @@ class BackendSpec:
         return Finding(usable=False, why=why, install=self.install if commands is None else tuple(commands))
 
     def runs(self, manifest: Manifest) -> bool:
-        """Whether it computes in the precision of a plan; engines are another matter."""
-        precision = manifest.precision
-        return precision.compute in self.computes and (self.int8 or precision.weights != "int8")
+        """Whether it reads the format of a plan and computes in its precision; engines are another matter."""
+        precision, readable = manifest.precision, self.oldest_format <= manifest.format <= self.newest_format
+        return readable and precision.compute in self.computes and (self.int8 or precision.weights != "int8")
 
 
 def _look_up(reference: str) -> Any:

@@ -1,112 +1,168 @@
-"""A process that runs the kernels on graphs, its own for AddressSanitizer: `run_graphs.py LIBRARY PLAN SEED COUNT`.
+"""A process that runs the kernels, its own for AddressSanitizer: `run_graphs.py LIBRARY PLAN SEED COUNT`.
 
-First the plan's own step and control encoder, which must run; then `COUNT` graphs: these with something changed, and
-decoders of random architectures, as they are and changed. Prints each case before it runs; a sanitizer's report ends
-the process, and so does any error but a refusal.
+First a plan's own base, branch and control encoder, which must run; then `COUNT` cases: these with something changed
+in the table of parameters or in the manifest's sizes, decoders of random architectures, as they are and changed, and
+transformers of random sizes with calls that fit them or don't. Prints each case before it runs; a sanitizer's report
+ends the process, and so does any error but a refusal.
 """
 
 from __future__ import annotations
 
 import ctypes
-import shutil
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from car_runtime.backends.amx.convnet import Convnet, ConvnetBuffers
-from car_runtime.backends.amx.convolutions import read_encoder
 from car_runtime.backends.amx.description import UnsupportedGraphError
-from car_runtime.backends.amx.match_transformer import read_step
 from car_runtime.backends.amx.memory import Workspace
-from car_runtime.backends.amx.transformer import Transformer
-from car_runtime.format.manifest import Scale, read_manifest
-from fixtures.kernel_graphs import THREADS, WEIGHTS, RandomDecoder, decode, mutated
+from car_runtime.backends.amx.parameters import named_base, named_branch, named_encoder
+from car_runtime.backends.amx.transformer import PackedFusions, Transformer
+from car_runtime.format.manifest import WEIGHTS, Scale, read_manifest
+from car_runtime.format.parameters import Parameters
+from fixtures.kernel_graphs import THREADS, RandomTransformer, changed_table, random_decoder
 
-KINDS = ("decoder", "changed decoder", "changed step", "decoder", "changed decoder", "changed control")
+KINDS = (
+    *("decoder", "changed decoder", "transformer", "changed transformer"),
+    *("changed base", "changed branch", "changed encoder"),
+)
 
 
-def encode(library: Any, folder: Path, sides: tuple[int, ...]) -> None:
-    """A folder's control.onnx on grey."""
-    network = read_encoder(folder / "control.onnx", folder / WEIGHTS, sides)
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What the manifest says, and a stranger's may say anything."""
+
+    depth: int
+    blocks: int
+    width: int
+    heads: int
+    vocab: int
+    patch: int
+
+
+def encode(library: Any, branch: Parameters, sizes: Sizes, sides: Sequence[int]) -> list[Any]:
+    """What a branch's encoder makes of grey."""
+    network = named_encoder(branch, sizes.width, sizes.patch)
     buffers = ConvnetBuffers(Convnet(library, network, THREADS), tuple((side, side) for side in sides))
     for k in range(len(sides)):
         buffers.pixels(k)[:] = 100
     buffers.run()
-    assert all(np.isfinite(buffers.output(k)).sum() for k in range(len(sides)))
+    return [buffers.output(k).copy() for k in range(len(sides))]
 
 
-def step(library: Any, folder: Path, scales: Sequence[Scale], rng: np.random.Generator) -> None:
-    """A folder's step.onnx at some scales."""
-    graph = read_step(folder / "step.onnx", folder / WEIGHTS)
-    transformer, workspace = Transformer(library, graph, THREADS), Workspace(library)
-    layers, head = range(len(graph.base) + len(graph.branch)), graph.width // graph.heads
+def run_scales(library: Any, parameters: Parameters, sizes: Sizes, scales: Sequence[Scale], base: bool) -> list[Any]:
+    """What a base without branches, or a branch, gives at some scales."""
+    shape = {"width": sizes.width, "heads": sizes.heads}
+    if base:
+        described, blocks = named_base(parameters, depth=sizes.depth, **shape), sizes.depth
+    else:
+        described, blocks = named_branch(parameters, blocks=sizes.blocks, **shape), sizes.blocks
+    transformer, workspace, rng = (
+        Transformer(library, described, THREADS),
+        Workspace(library),
+        np.random.default_rng(1),
+    )
+    C, H, found = sizes.width, sizes.heads, []
     for rows, images in ((1, 1), (6, 3)):
         for scale in scales:
-            S, C = scale.side, graph.width
-            shapes = {"x": (rows, S, S, C), "pos": (S, S, C), "control": (S, S, C)}
-            shapes["modulation"] = (rows, graph.modulation_rows, C)
-            inputs: dict[str, Any] = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
-            inputs |= {name: np.ones(1, np.float32) for name in ("cfg", "cfg_ratio")}
-            outputs: dict[str, Any] = {"logits": np.zeros((images, S, S, len(graph.head.matrix)), np.float32)}
-            for name in (f"{kind}_{i}" for kind in "kv" for i in layers):
-                inputs[f"past_{name}"] = np.zeros((scale.start, rows, graph.heads, head), transformer.cache_dtype)
-                outputs[f"new_{name}"] = np.zeros((S * S, rows, graph.heads, head), transformer.cache_dtype)
-            transformer.run(inputs, outputs, workspace)
+            S = scale.side
+            shapes = {"x": (rows, S, S, C), "pos": (S, S, C), "control": (images, S, S, C)}
+            shapes |= {"modulation": (rows, 6 * blocks + 2 * base, C), "cfg": (images,), "cfg_ratio": (1,)}
+            inputs: dict[str, Any] = {n: rng.standard_normal(s, np.float32) for n, s in shapes.items()}
+            inputs |= {"rows": np.arange(rows) % images, "twin": np.arange(images) + rows - images}
+            outputs: dict[str, Any] = {"logits": np.zeros((images, S, S, sizes.vocab), np.float32)}
+            outputs["c"] = np.zeros((blocks, S, S, rows, C), np.float32)
+            for name in (f"{kind}_{i}" for kind in "kv" for i in range(blocks)):
+                inputs[f"past_{name}"] = np.zeros((scale.start, rows, H, C // H), transformer.cache_dtype)
+                outputs[f"new_{name}"] = np.zeros((S * S, rows, H, C // H), transformer.cache_dtype)
+            (transformer.run_step if base else transformer.run_branch)(inputs, outputs, workspace)
+            found.append(outputs["logits" if base else "c"])
+    return found
 
 
-def random_decoder(library: Any, folder: Path, seed: int, change: bool) -> None:
-    """A decoder of a random architecture; on demand with something changed, and other sizes of what goes in."""
-    made, rng = RandomDecoder(seed), np.random.default_rng(seed)
-    made.write(folder)
-    f_hat, size = made.f_hat(), made.image_side
+def random_transformer(library: Any, seed: int, change: bool) -> None:
+    """A base or a branch of random sizes, and a call; on demand one that doesn't fit in some place."""
+    made = RandomTransformer(seed)
     if change:
-        file = folder / "decoder.onnx"
-        file.write_bytes(mutated(file.read_bytes(), seed))
-        side = int(rng.choice([made.side, made.side, made.side + 1, made.side - 1, 0]))
-        f_hat = np.zeros((int(rng.choice([made.channels, made.channels, 0])), side, side), np.float32)
-        size = int(rng.choice([size, size, side, 0]))
-    decode(library, folder, f_hat, np.zeros((1, size, size, 3), np.uint8))
+        made.change()
+    transformer, workspace = Transformer(library, made.described, THREADS), Workspace(library)
+    inputs, outputs = made.call(transformer.cache_dtype)
+    if made.described.head is None:
+        transformer.run_branch(inputs, outputs, workspace)
+        assert np.isfinite(outputs["c"]).all()
+        return
+    fusions = (
+        PackedFusions(library, made.fusions, made.mixed, made.described.width, THREADS) if made.fusions else None
+    )
+    transformer.run_step(inputs, outputs, workspace, fusions)
+    assert np.isfinite(outputs["logits"]).all()
 
 
-def changed_graph(library: Any, plan: Path, folder: Path, graph: str, seed: int) -> None:
-    """The plan's step or control encoder with something changed."""
-    manifest, rng = read_manifest(plan), np.random.default_rng(seed)
-    (folder / f"{graph}.onnx").write_bytes(mutated((plan / f"{graph}.onnx").read_bytes(), seed))
-    if graph == "step":
-        step(library, folder, manifest.scales[:2], rng)
-    else:
-        off = int(rng.choice([0, 0, 0, 1, -1, -manifest.scales[0].control_size]))
-        encode(library, folder, tuple(scale.control_size + off for scale in manifest.scales))
+class OnePlan:
+    """A plan of format 2, of whose parts any may be run, as it is or with something changed."""
+
+    def __init__(self, library: Any, root: Path) -> None:
+        manifest = read_manifest(root)
+        self._library, self._weights = library, root / WEIGHTS
+        self._table, self._scales = manifest.parameters, manifest.scales
+        self._branch, branch = next(iter(manifest.model.branches.items()))
+        model = manifest.model
+        self._sizes = Sizes(
+            depth=model.depth,
+            blocks=branch.blocks,
+            width=model.width,
+            heads=model.heads,
+            vocab=model.vocab,
+            patch=model.patch,
+        )
+
+    def run(self, part: str, seed: int | None = None) -> None:
+        """`part`: "base", "branch" or "encoder". `seed`: of what is changed."""
+        prefix = "base." if part == "base" else f"branches.{self._branch}."
+        table, sizes, off = self._table, self._sizes, 0
+        if seed is not None:
+            rng = np.random.default_rng(seed)
+            inside = f"{prefix}encoder." if part == "encoder" else prefix
+            table = changed_table(table, rng, inside)
+            if rng.random() < 0.3:
+                name = str(rng.choice(list(vars(sizes))))
+                sizes = replace(sizes, **{name: int(rng.choice([0, 1, 2, 64, 128, getattr(sizes, name) + 1]))})
+            off = int(rng.choice([0, 0, 0, 1, -1, -self._scales[0].control_size]))
+        parameters = Parameters(table, self._weights, prefix)
+        if part == "encoder":
+            made = encode(self._library, parameters, sizes, [scale.control_size + off for scale in self._scales])
+        else:
+            scales = self._scales[:3] if seed is None else self._scales[:2]
+            made = run_scales(self._library, parameters, sizes, scales, part == "base")
+        assert seed is not None or all(np.isfinite(one).all() for one in made)
 
 
-def main(library: Any, plan: Path, seed: int, count: int) -> None:
+def main(library: Any, root: Path, seed: int, count: int) -> None:
     """See the top of the file."""
-    manifest, tried = read_manifest(plan), Counter[str]()
-    print("the plan's control encoder", flush=True)
-    encode(library, plan, tuple(scale.control_size for scale in manifest.scales))
-    print("the plan's step", flush=True)
-    step(library, plan, manifest.scales[:3], np.random.default_rng(seed))
-    with tempfile.TemporaryDirectory() as name:
-        plain, changed = Path(name) / "plain", Path(name) / "changed"
-        for folder in (plain, changed):
-            folder.mkdir()
-        shutil.copyfile(plan / WEIGHTS, changed / WEIGHTS)
+    plan, tried = OnePlan(library, root), Counter[str]()
+    for part in ("encoder", "base", "branch"):
+        print(f"the plan's {part}", flush=True)
+        plan.run(part)
+    with tempfile.TemporaryDirectory() as folder:
         for i in range(seed, seed + count):
-            kind = ("decoder", "changed decoder", "changed step", "decoder", "changed decoder", "changed control")[
-                i % 6
-            ]
+            kind = KINDS[i % len(KINDS)]
             print(f"{kind}, {i}", flush=True)
             try:
-                if kind.endswith("decoder"):
-                    random_decoder(library, plain, i, kind != "decoder")
+                if kind.endswith("transformer"):
+                    random_transformer(library, i, kind != "transformer")
+                elif kind.endswith("decoder"):
+                    random_decoder(library, Path(folder), i, kind != "decoder")
                 else:
-                    changed_graph(library, plan, changed, kind.partition(" ")[2], i)
-            except (UnsupportedGraphError, MemoryError):
+                    plan.run(kind.partition(" ")[2], i)
+            except (UnsupportedGraphError, MemoryError, ValueError):
+                if not kind.startswith("changed"):  # nothing is wrong with it
+                    raise
                 tried["refused"] += 1
             else:
                 tried["ran"] += 1

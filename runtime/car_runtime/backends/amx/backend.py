@@ -1,16 +1,18 @@
-"""Transformer, control encoder and decoder in kernels of our own, for CPUs with AMX, and OpenVINO for the rest.
+"""Base, branches, control encoders and decoder in kernels of our own, for CPUs with AMX, and OpenVINO for the rest.
 
 The kernels take about half as long as OpenVINO: weights lie in huge pages in the order in which they are multiplied,
 and what comes before and after a matrix product is fused with it. What isn't multiplied, such as the residual stream
 and the decoder's feature maps, stays in float32. The condition and the sampling of tokens are OpenVINO's, as in the
-backend `openvino`, and so are an encoder and a decoder of another architecture than the published one.
+backend `openvino`, and so are encoders and branches of other architectures than the published ones.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -18,20 +20,24 @@ from numpy.typing import NDArray
 
 from car_runtime.backends.amx import build
 from car_runtime.backends.amx.convnet import Convnet, ConvnetBuffers, Sizes
-from car_runtime.backends.amx.convolutions import read_decoder, read_encoder
+from car_runtime.backends.amx.description import Fusion, Linear, UnsupportedGraphError
 from car_runtime.backends.amx.description import Transformer as TransformerGraph
-from car_runtime.backends.amx.description import UnsupportedGraphError
-from car_runtime.backends.amx.match_transformer import read_step
 from car_runtime.backends.amx.memory import Workspace
+from car_runtime.backends.amx.parameters import named_base, named_branch, named_decoder, named_encoder
 from car_runtime.backends.amx.spec import BF16_TERMS
-from car_runtime.backends.amx.transformer import Transformer
+from car_runtime.backends.amx.transformer import Arrays, PackedFusions, Transformer
 from car_runtime.backends.base import Buffer
 from car_runtime.backends.numpy_buffers import array_of, pages_forgotten
 from car_runtime.backends.openvino.backend import Compiled, OpenVino
 from car_runtime.backends.openvino.graphs import LOGITS, keep_cache_in_bfloat16, split_at_sort
 from car_runtime.errors import BackendError, one_line
 from car_runtime.format.manifest import WEIGHTS, Manifest
+from car_runtime.format.parameters import plan_parameters
+from car_runtime.format.schema import FUSIONS
 from car_runtime.system.cpu import physical_cores
+
+MIXES = 4
+"""Mixes of branches whose fusions are kept packed."""
 
 
 class Amx(OpenVino):
@@ -47,6 +53,10 @@ class Amx(OpenVino):
             raise BackendError(
                 f"the plan multiplies in {types}, but {self.name!r} wants float32 plans; use another backend"
             )
+        try:
+            self._parameters = plan_parameters(manifest, root)
+        except UnsupportedGraphError as error:
+            raise BackendError(f"{self.name!r} finds no weights: {one_line(error)}") from error
         build.check_cpu(self.name)
         self._library = build.load(self.bf16_terms)
         self._cores = threads or physical_cores()
@@ -59,46 +69,63 @@ class Amx(OpenVino):
         return {**super().report(), "engine": engine, "threads": self._cores, "own": sorted(self._own)}
 
     def _compile(self, graph: str) -> Compiled:
-        """The step is our transformer, and OpenVINO's model of what comes after it; convnets where we know them."""
-        if graph in ("control", "decoder"):
-            try:
-                with pages_forgotten(self._root / WEIGHTS):
-                    compiled = self._convnet(graph)
-            except (UnsupportedGraphError, MemoryError):  # OpenVINO takes longer for it, and no more
-                return super()._compile(graph)
-            self._own.append(graph)
-            return compiled
-        if graph != "step":
+        """The step is our transformer and OpenVINO's model of what comes after it. The rest is ours where known."""
+        kind, _, branch = graph.partition(".")
+        if kind not in ("control", "decoder", "branch", "step"):
             return super()._compile(graph)
-        file = self._root / self._manifest.graphs[graph].file
+        made: Compiled | None = None
         try:
             with pages_forgotten(self._root / WEIGHTS):
-                step = read_step(file, self._root / WEIGHTS)
-                self._check(step)
-                transformer = Transformer(self._library, step, self._cores)
+                if kind == "step":
+                    made = self._step()
+                elif kind == "branch":
+                    made = self._branch(branch)
+                else:
+                    made = self._convnet(graph, branch)
         except (UnsupportedGraphError, MemoryError) as error:
-            raise BackendError(
-                f"{self.name!r} cannot run the plan's step ({one_line(error)}); export the plan again, "
-                "or use --backend openvino"
-            ) from error
-        drawing = super()._compile(graph)
-        if not drawing.parts:
-            raise BackendError(f"{self.name!r} wants a step that sorts its logits; use --backend openvino")
+            if kind == "step":
+                raise BackendError(
+                    f"{self.name!r} cannot run the plan's step ({one_line(error)}); export the plan again, "
+                    "or use --backend openvino"
+                ) from error
+            return super()._compile(graph)  # OpenVINO takes longer for it, and no more
+        if kind == "step":
+            drawing = super()._compile(graph)
+            if not drawing.parts:
+                raise BackendError(f"{self.name!r} wants a step that sorts its logits; use --backend openvino")
+            made = Compiled([*made.parts, *drawing.parts], drawing.owners)
         self._own.append(graph)
-        first = partial(_TransformerPart, transformer, self._library, self._manifest.model.vocab)
-        return Compiled([first, *drawing.parts], drawing.owners)
+        return made
 
-    def _convnet(self, graph: str) -> Compiled:
-        """The control encoder or the decoder. UnsupportedGraphError if it is of another kind than we know."""
-        ports, weights = self._manifest.graphs[graph], self._root / WEIGHTS
+    def _step(self) -> Compiled:
+        """The base's transformer. UnsupportedGraphError if it is of another kind."""
+        model = self._manifest.model
+        fused = next((one.blocks for one in model.branches.values()), 0)
+        sizes = {"depth": model.depth, "width": model.width, "heads": model.heads, "fused": fused}
+        base = named_base(self._parameters.under("base."), **sizes)
+        self._check(base)
+        mixes = _Mixes(self._library, self._manifest, self._cores)
+        part = partial(_StepPart, Transformer(self._library, base, self._cores), mixes, self._library, model.vocab)
+        return Compiled([part], ())
+
+    def _branch(self, name: str) -> Compiled:
+        """A branch's transformer. UnsupportedGraphError if it is of another kind."""
+        model, parameters = self._manifest.model, self._parameters
+        sizes = {"blocks": model.branches[name].blocks, "width": model.width, "heads": model.heads}
+        branch = named_branch(parameters.under(f"branches.{name}."), **sizes)
+        return Compiled([partial(_BranchPart, Transformer(self._library, branch, self._cores), self._library)], ())
+
+    def _convnet(self, graph: str, branch: str) -> Compiled:
+        """A control encoder or the decoder. UnsupportedGraphError if it is of another kind than we know."""
+        ports = self._manifest.graphs[graph]
         part: type[_EncoderPart] | type[_DecoderPart]
-        if graph == "control":
-            sides = [_size(port.shape[0]) for port in ports.inputs]
-            network, part = read_encoder(self._root / ports.file, weights, tuple(sides)), _EncoderPart
-            tokens, channels = map(_size, ports.output("features").shape)
+        if graph != "decoder":
+            model, sides = self._manifest.model, [_size(port.shape[0]) for port in ports.inputs]
+            network = named_encoder(self._parameters.under(f"branches.{branch}."), model.width, model.patch)
+            part, (tokens, channels) = _EncoderPart, map(_size, ports.output("features").shape)
         else:
             _, channels, *sides = map(_size, ports.input("f_hat").shape[:3])
-            network, part = read_decoder(self._root / ports.file, weights, channels, sides[0]), _DecoderPart
+            network, part = named_decoder(self._parameters.under("vqvae."), channels), _DecoderPart
             _, height, width, channels = map(_size, ports.output("image").shape)
             tokens = height * width
         convnet, sizes = Convnet(self._library, network, self._cores), tuple((side, side) for side in sides)
@@ -116,13 +143,13 @@ class Amx(OpenVino):
         parts = split_at_sort(self._ov, model)  # it looks at the cache's shapes
         return (() if parts is None else parts[1:]), ()
 
-    def _check(self, step: TransformerGraph) -> None:
-        """Raise UnsupportedGraphError unless graph and manifest agree: the loop's buffers are sized by the latter."""
+    def _check(self, base: TransformerGraph) -> None:
+        """Raise UnsupportedGraphError unless weights and manifest agree, by which the loop's buffers are sized."""
         model = self._manifest.model
         rows = self._manifest.graphs["condition"].output("modulation").shape[1]
-        layers = len(step.base) + len(step.branch)
         says = (model.width, model.heads, model.vocab, model.cache_layers, rows)
-        if (step.width, step.heads, len(step.head.matrix), layers, step.modulation_rows) != says:
+        vocab = 0 if base.head is None else len(base.head.matrix)
+        if (base.width, base.heads, vocab, base.layers, base.modulation_rows) != says:
             raise UnsupportedGraphError("it is not of the manifest's width, heads, codes, layers or modulation")
 
 
@@ -136,24 +163,80 @@ class AmxFp32(Amx):
     bf16_terms = BF16_TERMS[name]
 
 
-class _TransformerPart:
-    """The transformer with the workspace of one call after the other."""
+class _Mixes:
+    """The fusions of the branches that a step mixes in, packed when they are first used; the latest are kept."""
 
-    def __init__(self, transformer: Transformer, library: Any, vocab: int) -> None:
-        self._transformer, self._vocab = transformer, vocab
-        self._workspace = Workspace(library)
+    def __init__(self, library: Any, manifest: Manifest, cores: int) -> None:
+        self._library, self._cores, self._width = library, cores, manifest.model.width
+        one = next(iter(manifest.model.branches.values()), None)
+        self._kind, self._blocks = ("", 0) if one is None else (one.fusion, one.blocks)
+        self._lock = Lock()
+        self._kept: OrderedDict[tuple[int, ...], tuple[Any, PackedFusions]] = OrderedDict()
+
+    def of(self, inputs: Arrays) -> PackedFusions | None:
+        """Of a step's inputs `fusion_NAME_i`, whose numbers never change; None where all weights are 0."""
+        if not self._blocks or not inputs["mix"].any():
+            return None
+        names = FUSIONS[self._kind]
+        given = [[inputs[f"fusion_{name}_{i}"] for name in names] for i in range(self._blocks)]
+        key = tuple(id(array) for arrays in given for array in arrays)
+        with self._lock:
+            if key not in self._kept:
+                # The arrays are kept too: so nobody else gets their numbers.
+                self._kept[key] = (given, self._packed([dict(zip(names, some, strict=True)) for some in given]))
+            self._kept.move_to_end(key)
+            while len(self._kept) > MIXES:
+                self._kept.popitem(last=False)
+            return self._kept[key][1]
+
+    def _packed(self, given: Sequence[Arrays]) -> PackedFusions:
+        mixed = len(next(iter(given[0].values())))
+        fusions = [
+            _fusion(self._kind, {name: a[i] for name, a in one.items()}) for i in range(mixed) for one in given
+        ]
+        return PackedFusions(self._library, fusions, mixed, self._width, self._cores)
+
+
+def _fusion(kind: str, given: Arrays) -> Fusion:
+    """𝓖 of one branch before one block, from a step's inputs."""
+    linear = None
+    if "linear_weight" in given:
+        linear = Linear(matrix=given["linear_weight"].T, bias=given["linear_bias"])
+    weight = given.get("gain", given.get("norm_weight"))
+    return Fusion(kind=kind, linear=linear, weight=weight, bias=given.get("norm_bias"))
+
+
+class _StepPart:
+    """A base's transformer, with the workspace of one call after the other."""
+
+    def __init__(self, transformer: Transformer, mixes: _Mixes, library: Any, vocab: int) -> None:
+        self._transformer, self._mixes = transformer, mixes
+        self._workspace, self._vocab = Workspace(library), vocab
         self._logits = np.empty(0, np.float32)
 
     def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> NDArray[np.float32]:
-        """See `openvino.Part`."""
-        given = {name: array_of(buffer) for name, buffer in outputs.items()}
-        if LOGITS not in given:
-            shape = (*array_of(inputs["uniforms"]).shape, self._vocab)
+        """See `openvino.Part`; the logits that are returned have `bias` added."""
+        arrays, given = ({name: array_of(buffer) for name, buffer in some.items()} for some in (inputs, outputs))
+        if LOGITS not in given:  # nobody asked for them
+            shape = (*arrays["uniforms"].shape, self._vocab)
             if self._logits.size < np.prod(shape):
                 self._logits = np.empty(np.prod(shape), np.float32)
             given[LOGITS] = self._logits[: np.prod(shape)].reshape(shape)
-        self._transformer.run({name: array_of(buffer) for name, buffer in inputs.items()}, given, self._workspace)
-        return given[LOGITS]
+        self._transformer.run_step(arrays, given, self._workspace, self._mixes.of(arrays))
+        bias, logits = arrays["bias"], given[LOGITS]
+        return logits + bias[:, None, None] if bias.any() else logits
+
+
+class _BranchPart:
+    """A branch's transformer, with the workspace of one call after the other."""
+
+    def __init__(self, transformer: Transformer, library: Any) -> None:
+        self._transformer, self._workspace = transformer, Workspace(library)
+
+    def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+        """See `openvino.Part`."""
+        arrays, given = ({name: array_of(buffer) for name, buffer in some.items()} for some in (inputs, outputs))
+        self._transformer.run_branch(arrays, given, self._workspace)
 
 
 class _EncoderPart:

@@ -49,28 +49,33 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Fusion:
-    """x ← Linear(LayerNorm([x, c]))."""
+    """𝓖: x ← Linear(LayerNorm([x, c])), x + Linear(c), or x + weight·(c with the mean and variance of x)."""
 
-    weight: Floats
-    bias: Floats
+    kind: str
+    """"concat", "zero" or "cross_norm"."""
+    linear: Linear | None
+    weight: Floats | None
+    """[2C], of the norm; [C] of "cross_norm"."""
+    bias: Floats | None
     """[2C], of the norm."""
-    linear: Linear
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transformer:
+    """A base, which has a head, or a control branch, which begins with a convolution."""
+
     width: int
     heads: int
     eps: float
-    base: list[Block]
-    head: Linear
+    blocks: list[Block]
     modulation_rows: int
-    branch: list[Block]
-    """Empty without control."""
-    fusions: list[Fusion]
-    """Before the last blocks of the base, as many as the branch has."""
-    inject: Linear | None
-    """The branch's 3×3 convolution as a product of nine neighbours, row after row: [C, 9C]."""
+    layers: int
+    """Keys and values that a call brings."""
+    head: Linear | None = None
+    inject: Linear | None = None
+    """A branch's 3×3 convolution as a product of nine neighbours, row after row: [C, 9C]."""
+    fused: int = 0
+    """Of a base's last blocks, those before which branches are mixed in."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ Shapes: C width, H heads, V codes, D blocks of the base, h = D/2 blocks of a bra
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,7 +16,6 @@ from car_runtime.backends.amx.description import (
     Convolution,
     Convolve,
     Floats,
-    Fusion,
     Linear,
     Network,
     Norm,
@@ -34,49 +33,33 @@ LARGEST_SCALE = math.log(100)
 """Of a head's temperature, as its logarithm."""
 
 
-def named_transformer(
-    base: Parameters, branch: Parameters | None, *, depth: int, width: int, heads: int
-) -> Transformer:
-    """The base's transformer, with a branch or none. `depth`, `width`, `heads`: D, C and H.
+def named_base(base: Parameters, *, depth: int, width: int, heads: int, fused: int = 0) -> Transformer:
+    """The base's transformer. `depth`, `width`, `heads`: D, C and H. `fused`: h, 0 without branches.
 
-    Keys and values are numbered as modulation is: the base's blocks first, then the branch's.
-    UnsupportedGraphError for parameters that are missing or of another shape, and for a branch of another kind than
-    transformer blocks and concat fusions.
+    UnsupportedGraphError for parameters that are missing or of another shape.
     """
+    if not 0 <= fused <= depth:
+        raise UnsupportedGraphError(f"branches are mixed in before {fused} of {depth} blocks")
+    made = _transformer(base, depth, width, heads)
+    return replace(made, modulation_rows=6 * depth + 2, head=named_linear(base, "head", None, width), fused=fused)
+
+
+def named_branch(branch: Parameters, *, blocks: int, width: int, heads: int) -> Transformer:
+    """A branch's transformer of so many blocks, h. UnsupportedGraphError also where its blocks are convolutions."""
+    if branch.has("blocks.0.conv1.weight"):
+        raise UnsupportedGraphError("the branch's blocks are convolutions")
+    return replace(_transformer(branch, blocks, width, heads), inject=named_inject(branch, width))
+
+
+def _transformer(module: Parameters, depth: int, width: int, heads: int) -> Transformer:
     if heads < 1 or width % heads or width // heads not in (32, 64):
         raise UnsupportedGraphError(f"{heads} heads of {width} channels; a head has to have 32 or 64")
     if depth < 1:
         raise UnsupportedGraphError(f"{depth} blocks")
-    C, h = width, depth // 2 if branch is not None else 0
-    blocks = [named_block(base.under(f"blocks.{i}."), C, heads, i) for i in range(depth)]
-    steering = []
-    fusions = []
-    inject = None
-    if branch is not None:
-        _check_kind(branch, h)
-        steering = [named_block(branch.under(f"blocks.{j}."), C, heads, depth + j) for j in range(h)]
-        fusions = [named_fusion(branch.under(f"fusions.{j}."), C) for j in range(h)]
-        inject = named_inject(branch, C)
-    if len({len(block.fc1.matrix) for block in [*blocks, *steering]}) != 1:
+    blocks = [named_block(module.under(f"blocks.{i}."), width, heads, i) for i in range(depth)]
+    if len({len(block.fc1.matrix) for block in blocks}) != 1:
         raise UnsupportedGraphError("MLPs of different widths")
-    return Transformer(
-        width=C,
-        heads=heads,
-        eps=EPS,
-        base=blocks,
-        head=named_linear(base, "head", None, C),
-        modulation_rows=6 * (depth + h) + 2,
-        branch=steering,
-        fusions=fusions,
-        inject=inject,
-    )
-
-
-def _check_kind(branch: Parameters, count: int) -> None:
-    if branch.has("blocks.0.conv1.weight"):
-        raise UnsupportedGraphError("the branch's blocks are convolutions")
-    if count and not branch.has("fusions.0.norm.weight"):
-        raise UnsupportedGraphError("the branch isn't fused by Linear(LayerNorm([x, c]))")
+    return Transformer(width=width, heads=heads, eps=EPS, blocks=blocks, modulation_rows=6 * depth, layers=depth)
 
 
 def named_linear(parameters: Parameters, name: str, outputs: int | None, inputs: int) -> Linear:
@@ -100,12 +83,6 @@ def named_block(block: Parameters, width: int, heads: int, layer: int) -> Block:
         modulation=6 * layer,
         layer=layer,
     )
-
-
-def named_fusion(fusion: Parameters, width: int) -> Fusion:
-    """A concat fusion from its own parameters."""
-    weight, bias = (floats(fusion.view(f"norm.{one}", 2 * width)) for one in ("weight", "bias"))
-    return Fusion(weight=weight, bias=bias, linear=named_linear(fusion, "linear", width, 2 * width))
 
 
 def named_inject(branch: Parameters, width: int) -> Linear:
@@ -136,17 +113,20 @@ def named_decoder(vqvae: Parameters, channels: int) -> Network:
     return made.network()
 
 
-def named_encoder(branch: Parameters, width: int, strides: Sequence[int]) -> Network:
-    """A branch's convolutional 𝓕, from pixels to features [C, S, S]. `strides`: of each step between two widths."""
+def named_encoder(branch: Parameters, width: int, patch: int) -> Network:
+    """A branch's convolutional 𝓕, from pixels to features [C, S, S]. `patch`: pixels per token, along one side.
+
+    UnsupportedGraphError for another kind of encoder, and where it isn't certain which of its steps have a stride.
+    """
     if branch.has("encoder.quant_conv.weight"):
         raise UnsupportedGraphError("𝓕 is the tokenizer's encoder")
     made = _Network(branch, 3).inside("encoder.")
     made.convolve("conv_in", None, 3)
     count = made.parameters.numbers("steps.{}.weight")
-    if count != 2 * len(strides) or any(stride not in (1, 2) for stride in strides):
-        raise UnsupportedGraphError(f"{count} convolutions in 𝓕 with strides {list(strides)}")
+    if count % 2 or patch not in (1, 2 ** (count // 2)):
+        raise UnsupportedGraphError(f"{count} convolutions in 𝓕 shrink by {patch}")
     for i in range(count):
-        made.convolve(f"steps.{i}", None, 3, silu=True, stride=strides[i // 2] if i % 2 else 1)
+        made.convolve(f"steps.{i}", None, 3, silu=True, stride=2 if i % 2 and patch > 1 else 1)
     made.convolve("conv_out", width, 3, silu=True)
     return made.network(pixels=True)
 

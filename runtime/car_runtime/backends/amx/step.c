@@ -1,16 +1,17 @@
-/* The transformer of one scale on CPUs with AMX: from a step's embedded input to its logits, and its keys and values.
+/* The transformers of one scale on CPUs with AMX: the base, from a step's embedded input to its logits, and a control
+ * branch, to what the base takes in; and their keys and values.
  *
- * What it computes is what a plan's step graph says, node by node (car_runtime.backends.amx.match_transformer makes sure of that):
- * AdaLN blocks with attention on unit-length queries and keys (VAR, arXiv 2404.02905, section 3.3), the control branch
- * and its fusions (CAR, arXiv 2410.04671, section 3.2), the head, and guidance. Matrix products multiply bf16 and
- * add float32; norms, softmax, GELU, the residual stream and the logits are float32.
+ * AdaLN blocks with attention on unit-length queries and keys (VAR, arXiv 2404.02905, section 3.3), a branch's first
+ * convolution, the fusions of any number of branches (CAR, arXiv 2410.04671, section 3.2), the head, and each image's
+ * guidance. Matrix products multiply bf16 and add float32; norms, softmax, GELU, the residual stream and the logits are
+ * float32.
  *
  * With BF16_TERMS 2 a factor is the sum of two bf16 values, the nearest one and the nearest one to the remainder: 17
  * of float32's 24 bits. A product is then three of bf16, x₁w₁ + x₁w₂ + x₂w₁, and keys and values are kept in
  * float32.
  *
- * Shapes: R rows, N tokens of this scale, P of the past, T = P + N, M = N·R with row m = n·R + r, C width, H heads of
- * width d = 32 or 64, V vocab.
+ * Shapes: R rows, B images, N tokens of this scale, P of the past, T = P + N, M = N·R with row m = n·R + r, C width, H
+ * heads of width d = 32 or 64, V vocab, h fused blocks.
  *
  * Tiles. AMX multiplies a tile of 16 rows × 32 bf16 values by one of 16 pairs × 16 columns. Both operands lie in memory
  * tile after tile, a kilobyte each, so that a tile is 16 neighbouring cache lines:
@@ -41,28 +42,40 @@ struct block {
     int64_t modulation, layer;                /* its first row of six; its keys and values */
 };
 
+enum fusion_kind { CONCAT, ZERO, CROSS_NORM };
+
+/* 𝓖: Linear(LayerNorm([x, c])), x + Linear(c), or x + weight·(c with the mean and variance of x) */
 struct fusion {
     struct packed_matrix linear;
-    const float *weight, *bias; /* [2C] */
+    const float *weight, *bias; /* of the norm [2C]; CROSS_NORM: [C] and none */
 };
 
 struct model {
-    int64_t width, heads, vocab, depth, branch_depth, modulation_rows, threads;
+    int64_t width, heads, depth, layers, modulation_rows, fused, threads; /* layers: of keys and values */
     double eps;
-    const struct block *base, *branch;
-    const struct fusion *fusions;
-    struct packed_matrix inject,
-        head; /* a 3×3 convolution as a product of nine neighbours; the head's modulation is last */
+    const struct block *blocks;
+    /* A branch has `inject`, a 3×3 convolution as a product of nine neighbours; the base has `head`, and a modulation
+     * of the head, the last; the other's is all zero. */
+    struct packed_matrix inject, head;
 };
 
 struct call {
     int64_t rows, images, side, past;
-    const float *x, *modulation, *control, *position; /* [R,N,C], [R,rows,C], [N,C], [N,C] */
-    double guidance;
+    const float *x, *modulation, *position;       /* [R,N,C], [R,rows,C], [N,C] */
     const kv_type *const *past_k, *const *past_v; /* of each layer, [P,R,C] */
     kv_type *const *new_k, *const *new_v;         /* [N,R,C] */
-    float *logits;                                /* [images,N,V] */
     char *workspace;
+    /* of a branch: */
+    const float *control; /* [B,N,C] */
+    const int64_t *image; /* [R], whose control it has */
+    float *fused_c;       /* [depth,M,C], the last block's first */
+    /* of the base: */
+    int64_t mixed, kind;                      /* branches that are mixed in, and their fusion_kind */
+    const float *c, *mix, *keep;              /* [mixed,h,M,C], [mixed,R], [R] */
+    const struct fusion *fusions;             /* [mixed,h] */
+    const float *guidance, *control_guidance; /* [B], t and g */
+    const int64_t *twin, *plain;              /* [B], rows */
+    float *logits;                            /* [B,N,V] */
 };
 
 /* ---- keys and values ------------------------------------------------------------------------------------------ */
@@ -109,18 +122,17 @@ static inline __attribute__((always_inline)) void multiply(int rows, const bf16 
 }
 
 /* What is done with a product's sums. */
-enum epilogue { QKV, RESIDUAL, GELU, LINEAR, INJECT, LOGITS };
+enum epilogue { QKV, RESIDUAL, GELU, MIX, INJECT, LOGITS };
 
 struct run { /* one call, as its threads see it */
     const struct model *model;
     const struct call *call;
-    int64_t N, T, M, padded; /* padded: M up to a multiple of 16 */
-    int64_t head_tiles;      /* tiles that a head is wide, d/32 */
-    float *x, *branch,
-        *row_logits;     /* residual streams [M,C]; the branch's of each of its blocks; logits of the rows [M,V] */
-    bf16 *left, *hidden; /* left operands */
-    bf16 *q, *k, *v;     /* of each row and head: q left, kᵀ and v right operands */
-    char *scratch;       /* scratch, shared out among the threads */
+    int64_t N, T, M, padded;       /* padded: M up to a multiple of 16 */
+    int64_t head_tiles;            /* tiles that a head is wide, d/32 */
+    float *x, *mixed, *row_logits; /* two residual streams [M,C]; logits of the rows [M,V] */
+    bf16 *left, *hidden;           /* left operands */
+    bf16 *q, *k, *v;               /* of each row and head: q left, kᵀ and v right operands */
+    char *scratch;                 /* scratch, shared out among the threads */
     size_t scratch_bytes;
 };
 
@@ -129,7 +141,8 @@ struct gemm {
     const struct packed_matrix *matrix;
     const struct block *block;
     float *x;
-    const float *gamma; /* of row 0; the others are a modulation further on */
+    const float *gamma;      /* of row 0; the others are a modulation further on */
+    const float *mix, *base; /* MIX: x += mix·(base + y), [R] and [M,C] or NULL */
 };
 
 /* Row m of a left operand from column k on, 32 of them. */
@@ -215,9 +228,13 @@ static void apply_epilogue(const struct run *s, const struct gemm *t, const floa
                 const float *gamma = t->gamma + (m % R) * s->model->modulation_rows * C + n + 16 * j;
                 y[j] = _mm512_fmadd_ps(y[j], _mm512_loadu_ps(gamma), _mm512_loadu_ps(at));
             } else if (t->epilogue == INJECT) {
-                const int64_t token = m / R * C + n + 16 * j;
-                y[j] = _mm512_add_ps(y[j], _mm512_loadu_ps(s->call->control + token));
+                const int64_t token = m / R * C + n + 16 * j, image = s->call->image[m % R] * s->N * C;
+                y[j] = _mm512_add_ps(y[j], _mm512_loadu_ps(s->call->control + image + token));
                 y[j] = _mm512_add_ps(y[j], _mm512_loadu_ps(s->call->position + token));
+            } else if (t->epilogue == MIX) {
+                if (t->base)
+                    y[j] = _mm512_add_ps(y[j], _mm512_loadu_ps(t->base + m * C + n + 16 * j));
+                y[j] = _mm512_fmadd_ps(_mm512_set1_ps(t->mix[m % R]), y[j], _mm512_loadu_ps(at));
             }
             _mm512_storeu_ps(at, y[j]);
         }
@@ -338,6 +355,35 @@ static void concat_norm(const struct run *s, const float *x, const float *c, con
     }
 }
 
+/* left = c */
+static void copy_left(const struct run *s, const float *c)
+{
+    const int64_t C = s->model->width;
+    int64_t m, end;
+    for (thread_range(s->M, &m, &end); m < end; m++)
+        for (int64_t i = 0; i < C; i += 32)
+            store_row(left_row(s, s->left, m, i), _mm512_loadu_ps(c + m * C + i), _mm512_loadu_ps(c + m * C + i + 16));
+}
+
+/* to += mix·(x + gain·(LN(c)·σ(x) + mean(x))) */
+static void cross_norm(const struct run *s, const float *x, const float *c, const float *gain, const float *mix,
+                       float *to)
+{
+    const int64_t C = s->model->width, R = s->call->rows;
+    int64_t m, end;
+    for (thread_range(s->M, &m, &end); m < end; m++) {
+        __m512 x_mean, x_root, c_mean, c_root;
+        moments(x + m * C, NULL, C, s->model->eps, &x_mean, &x_root);
+        moments(c + m * C, NULL, C, s->model->eps, &c_mean, &c_root);
+        const __m512 by = _mm512_div_ps(c_root, x_root), share = _mm512_set1_ps(mix[m % R]);
+        for (int64_t i = m * C; i < m * C + C; i += 16) {
+            __m512 y = _mm512_fmadd_ps(_mm512_sub_ps(_mm512_loadu_ps(c + i), c_mean), by, x_mean);
+            y = _mm512_fmadd_ps(_mm512_loadu_ps(gain + i - m * C), y, _mm512_loadu_ps(x + i));
+            _mm512_storeu_ps(to + i, _mm512_fmadd_ps(share, y, _mm512_loadu_ps(to + i)));
+        }
+    }
+}
+
 /* ---- attention --------------------------------------------------------------------------------------------------- */
 
 /* Keys and values of all tokens so far as right operands, 32 tokens at a time. Beyond the last they are zero. */
@@ -443,10 +489,10 @@ static void attention(const struct run *s, char *scratch)
 static void transformer_block(const struct run *s, const struct block *block, float *x, char *scratch)
 {
     const int64_t row = block->modulation;
-    const struct gemm qkv = {QKV, &block->qkv, block, NULL, NULL};
-    const struct gemm proj = {RESIDUAL, &block->proj, block, x, modulation(s, 0, row)};
-    const struct gemm fc1 = {GELU, &block->fc1, block, NULL, NULL};
-    const struct gemm fc2 = {RESIDUAL, &block->fc2, block, x, modulation(s, 0, row + 1)};
+    const struct gemm qkv = {QKV, &block->qkv, block, NULL, NULL, NULL, NULL};
+    const struct gemm proj = {RESIDUAL, &block->proj, block, x, modulation(s, 0, row), NULL, NULL};
+    const struct gemm fc1 = {GELU, &block->fc1, block, NULL, NULL, NULL, NULL};
+    const struct gemm fc2 = {RESIDUAL, &block->fc2, block, x, modulation(s, 0, row + 1), NULL, NULL};
     adaptive_norm(s, x, row + 2, row + 4);
     BARRIER
     gemm(s, &qkv, s->left, (float *)scratch);
@@ -487,71 +533,125 @@ static void im2col(const struct run *s)
     }
 }
 
-/* logits = (1 + t)·conditional − t·unconditional; without guidance both are the same row */
-static void apply_cfg(const struct run *s)
+/* mixed = keep·x + Σ mixᵢ·𝓖ᵢ(x, cᵢ) before fused block j */
+static void fuse(const struct run *s, int64_t j, const float *x, float *mixed, float *sums)
 {
-    const int64_t V = s->model->vocab, R = s->call->rows, B = s->call->images, N = s->N;
-    const __m512 t = _mm512_set1_ps((float)s->call->guidance), more = _mm512_add_ps(t, _mm512_set1_ps(1.0f));
+    const struct model *model = s->model;
+    const struct call *call = s->call;
+    const int64_t C = model->width, R = call->rows;
+    int64_t m, end;
+    for (thread_range(s->M, &m, &end); m < end; m++)
+        for (int64_t i = m * C; i < m * C + C; i += 16)
+            _mm512_storeu_ps(mixed + i, _mm512_mul_ps(_mm512_set1_ps(call->keep[m % R]), _mm512_loadu_ps(x + i)));
+    for (int64_t i = 0; i < call->mixed; i++) {
+        const struct fusion *fusion = call->fusions + i * model->fused + j;
+        const float *c = call->c + (i * model->fused + j) * s->M * C, *mix = call->mix + i * R;
+        int used = 0;
+        for (int64_t r = 0; r < R; r++)
+            used |= mix[r] != 0;
+        if (!used)
+            continue;
+        if (call->kind == CROSS_NORM) {
+            cross_norm(s, x, c, fusion->weight, mix, mixed);
+            continue;
+        }
+        const struct gemm linear = {MIX, &fusion->linear, NULL, mixed, NULL, mix, call->kind == ZERO ? x : NULL};
+        if (call->kind == ZERO)
+            copy_left(s, c);
+        else
+            concat_norm(s, x, c, fusion);
+        BARRIER
+        gemm(s, &linear, s->left, sums);
+        BARRIER
+    }
+    BARRIER
+}
+
+/* logits = (1 + t)·conditional − t·unconditional + g·(conditional − plain) of each image */
+static void apply_guidance(const struct run *s)
+{
+    const struct call *call = s->call;
+    const int64_t V = s->model->head.outputs, R = call->rows, N = s->N;
     int64_t task, end;
-    for (thread_range(B * N, &task, &end); task < end; task++) {
+    for (thread_range(call->images * N, &task, &end); task < end; task++) {
         const int64_t image = task / N, token = task % N;
-        const float *with = s->row_logits + (token * R + image) * V,
-                    *without = s->row_logits + (token * R + R - B + image) * V;
-        float *to = s->call->logits + task * V;
+        const __m512 t = _mm512_set1_ps(call->guidance[image]), more = _mm512_add_ps(t, _mm512_set1_ps(1.0f));
+        const __m512 g = _mm512_set1_ps(call->control_guidance[image]);
+        const int steered = call->control_guidance[image] != 0;
+        const float *rows = s->row_logits + token * R * V, *with = rows + image * V,
+                    *without = rows + call->twin[image] * V, *plain = rows + call->plain[image] * V;
+        float *to = call->logits + task * V;
         for (int64_t i = 0; i < V; i += 16) {
-            const __m512 y = _mm512_mul_ps(t, _mm512_loadu_ps(without + i));
-            _mm512_storeu_ps(to + i, _mm512_fmsub_ps(more, _mm512_loadu_ps(with + i), y));
+            const __m512 own = _mm512_loadu_ps(with + i);
+            __m512 y = _mm512_fmsub_ps(more, own, _mm512_mul_ps(t, _mm512_loadu_ps(without + i)));
+            if (steered)
+                y = _mm512_fmadd_ps(g, _mm512_sub_ps(own, _mm512_loadu_ps(plain + i)), y);
+            _mm512_storeu_ps(to + i, y);
         }
     }
 }
 
-static void run_scale(const struct run *s)
+/* A branch: each block goes on from what the one before gave, which the base takes in later. */
+static void run_branch(const struct run *s, char *scratch)
 {
     const struct model *model = s->model;
-    const int64_t C = model->width, R = s->call->rows, branch = model->branch_depth;
-    /* The system may have given fewer threads than were wanted. */
-    char *scratch = s->scratch + s->scratch_bytes / 64 / omp_get_num_threads() * 64 * omp_get_thread_num();
-    float *sums = (float *)scratch;
+    const int64_t size = s->M * model->width;
+    float *c = s->call->fused_c + (model->depth - 1) * size;
+    const struct gemm inject = {INJECT, &model->inject, NULL, c, NULL, NULL, NULL};
     int64_t m, end;
-    configure_tiles();
+    im2col(s);
+    BARRIER
+    gemm(s, &inject, s->left, (float *)scratch);
+    BARRIER
+    for (int64_t i = 0; i < model->depth; i++) {
+        if (i) {
+            c -= size;
+            thread_range(s->M, &m, &end);
+            memcpy(c + m * model->width, c + size + m * model->width, (end - m) * model->width * sizeof(float));
+            BARRIER
+        }
+        transformer_block(s, &model->blocks[i], c, scratch);
+    }
+}
+
+/* The base. */
+static void run_step(const struct run *s, char *scratch)
+{
+    const struct model *model = s->model;
+    const int64_t C = model->width, R = s->call->rows;
+    float *x = s->x, *other = s->mixed;
+    int64_t m, end;
     for (thread_range(s->M, &m, &end); m < end; m++) {
         const float *from = s->call->x + (m % R * s->N + m / R) * C, *position = s->call->position + m / R * C;
         for (int64_t i = 0; i < C; i += 16)
-            _mm512_storeu_ps(s->x + m * C + i, _mm512_add_ps(_mm512_loadu_ps(from + i), _mm512_loadu_ps(position + i)));
-    }
-    if (branch) {
-        const struct gemm inject = {INJECT, &model->inject, NULL, s->branch, NULL};
-        im2col(s);
-        BARRIER
-        gemm(s, &inject, s->left, sums);
-        BARRIER
-    }
-    for (int64_t i = 0; i < branch; i++) {
-        float *c = s->branch + i * s->M * C;
-        if (i) {
-            thread_range(s->M, &m, &end);
-            memcpy(c + m * C, c + m * C - s->M * C, (end - m) * C * sizeof(float));
-            BARRIER
-        }
-        transformer_block(s, &model->branch[i], c, scratch);
+            _mm512_storeu_ps(x + m * C + i, _mm512_add_ps(_mm512_loadu_ps(from + i), _mm512_loadu_ps(position + i)));
     }
     for (int64_t i = 0; i < model->depth; i++) {
-        const int64_t j = i - (model->depth - branch);
-        if (j >= 0) { /* the branch's last output first */
-            const struct gemm fuse = {LINEAR, &model->fusions[j].linear, NULL, s->x, NULL};
-            concat_norm(s, s->x, s->branch + (branch - 1 - j) * s->M * C, &model->fusions[j]);
-            BARRIER
-            gemm(s, &fuse, s->left, sums);
-            BARRIER
+        const int64_t j = i - (model->depth - model->fused);
+        if (j >= 0) {
+            fuse(s, j, x, other, (float *)scratch);
+            float *const fused = other;
+            other = x, x = fused;
         }
-        transformer_block(s, &model->base[i], s->x, scratch);
+        transformer_block(s, &model->blocks[i], x, scratch);
     }
-    const struct gemm head = {LOGITS, &model->head, NULL, NULL, NULL};
-    adaptive_norm(s, s->x, model->modulation_rows - 2, model->modulation_rows - 1);
+    const struct gemm head = {LOGITS, &model->head, NULL, NULL, NULL, NULL, NULL};
+    adaptive_norm(s, x, model->modulation_rows - 2, model->modulation_rows - 1);
     BARRIER
-    gemm(s, &head, s->left, sums);
+    gemm(s, &head, s->left, (float *)scratch);
     BARRIER
-    apply_cfg(s);
+    apply_guidance(s);
+}
+
+static void run_scale(const struct run *s)
+{
+    /* The system may have given fewer threads than were wanted. */
+    char *scratch = s->scratch + s->scratch_bytes / 64 / omp_get_num_threads() * 64 * omp_get_thread_num();
+    configure_tiles();
+    if (s->model->head.outputs)
+        run_step(s, scratch);
+    else
+        run_branch(s, scratch);
     _tile_release();
 }
 
@@ -584,21 +684,21 @@ static int64_t take(int64_t *end, int64_t bytes)
 static int64_t lay_out(struct run *s, char *at)
 {
     const struct model *model = s->model;
-    const int64_t C = model->width, groups = (s->T + 31) / 32, hidden = model->base[0].fc1.outputs;
-    const int64_t inputs = model->branch_depth ? model->inject.inputs : C; /* the most that a left operand has */
+    const int64_t C = model->width, groups = (s->T + 31) / 32, hidden = model->blocks[0].fc1.outputs;
+    const int64_t inputs = max_i64(model->inject.inputs, 2 * C); /* the most that a left operand has */
     const int64_t left = product(s->padded, BF16_TERMS * sizeof(bf16)), heads = product(s->call->rows, model->heads);
     const int64_t stream = product(s->M, C * sizeof(float)), tiles = s->head_tiles * SPAN * sizeof(bf16);
     int64_t end = 0;
 #define TAKE(field, bytes) s->field = (void *)((uintptr_t)at + (uintptr_t)take(&end, bytes))
     TAKE(x, stream);
-    TAKE(branch, product(model->branch_depth, stream));
-    TAKE(row_logits, product(s->M, model->vocab * sizeof(float)));
-    TAKE(left, product(left, round_up(max_i64(inputs, 2 * C))));
+    TAKE(mixed, model->fused ? stream : 0);
+    TAKE(row_logits, product(s->M, model->head.outputs * sizeof(float)));
+    TAKE(left, product(left, round_up(inputs)));
     TAKE(hidden, product(left, round_up(hidden)));
     TAKE(q, product(product(heads, (s->N + 15) / 16), tiles));
     TAKE(k, product(product(heads, groups), 2 * tiles));
     TAKE(v, product(product(heads, groups), 2 * tiles));
-    const int64_t widest = max_i64(max_i64(3 * C, hidden), model->vocab) / PANEL;
+    const int64_t widest = max_i64(max_i64(3 * C, hidden), model->head.outputs) / PANEL;
     const int64_t rows = s->padded < M_CHUNK ? s->padded : M_CHUNK;
     /* Shared out among fewer threads, each has the more columns. */
     const int64_t sums = product(widest + model->threads, (rows + 16) * PANEL * sizeof(float));
@@ -615,38 +715,62 @@ static int linear_fits(const struct packed_matrix *p, int64_t inputs, int64_t ou
     return p->inputs == inputs && p->outputs == outputs && inputs % DEPTH == 0 && outputs % PANEL == 0;
 }
 
-static int blocks_fit(const struct model *model, const struct block *blocks, int64_t count)
+static int blocks_fit(const struct model *model)
 {
-    const int64_t C = model->width, hidden = model->base[0].fc1.outputs;
-    for (const struct block *b = blocks; b < blocks + count; b++)
+    const int64_t C = model->width, hidden = model->blocks[0].fc1.outputs;
+    for (const struct block *b = model->blocks; b < model->blocks + model->depth; b++)
         if (!linear_fits(&b->qkv, C, 3 * C) || !linear_fits(&b->proj, C, C) || !linear_fits(&b->fc1, C, hidden) ||
             !linear_fits(&b->fc2, hidden, C) || b->modulation < 0 || b->modulation > model->modulation_rows - 6 ||
-            b->layer < 0 || b->layer >= model->depth + model->branch_depth)
+            b->layer < 0 || b->layer >= model->layers)
             return 0;
     return 1;
+}
+
+/* Whether `count` numbers are 0 … below */
+static int all_below(const int64_t *numbers, int64_t count, int64_t below)
+{
+    for (int64_t i = 0; i < count; i++)
+        if (numbers[i] < 0 || numbers[i] >= below)
+            return 0;
+    return 1;
+}
+
+/* Whether what a branch, or the base, has of its own fits. */
+static int own_fits(const struct model *model, const struct call *call)
+{
+    const int64_t C = model->width, V = model->head.outputs, size = 1 << 24;
+    if (!V)
+        return !model->fused && linear_fits(&model->inject, 9 * C, C) &&
+               all_below(call->image, call->rows, call->images);
+    if (V < PANEL || V > size || model->inject.inputs || model->modulation_rows < 2 || model->fused > model->depth)
+        return 0;
+    if (!linear_fits(&model->head, C, V) || call->mixed < 0 || call->mixed > size || (call->mixed && !model->fused))
+        return 0;
+    if (call->kind != CONCAT && call->kind != ZERO && call->kind != CROSS_NORM)
+        return 0;
+    for (int64_t i = 0; call->kind != CROSS_NORM && i < call->mixed * model->fused; i++)
+        if (!linear_fits(&call->fusions[i].linear, call->kind == CONCAT ? 2 * C : C, C))
+            return 0;
+    return all_below(call->twin, call->images, call->rows) && all_below(call->plain, call->images, call->rows);
 }
 
 /* Whether a call's and a model's numbers fit each other, and can be multiplied with each other. */
 static int fits(const struct model *model, const struct call *call)
 {
-    const int64_t C = model->width, branch = model->branch_depth, size = 1 << 24;
-    if (C < PANEL || C % PANEL || C > size || model->heads < 1 || C % model->heads || model->vocab < PANEL)
+    const int64_t C = model->width, size = 1 << 24;
+    if (C < PANEL || C % PANEL || C > size || model->heads < 1 || C % model->heads)
         return 0;
-    if ((C != model->heads * DEPTH && C != 2 * model->heads * DEPTH) || model->vocab > size || model->threads < 1)
+    if ((C != model->heads * DEPTH && C != 2 * model->heads * DEPTH) || model->threads < 1 || model->threads > size)
         return 0;
-    if (model->threads > size || model->depth < 1 || branch < 0 || branch > model->depth || model->modulation_rows < 2)
+    if (model->depth < 1 || model->depth > size || model->fused < 0 || model->modulation_rows > size)
         return 0;
-    if (model->base[0].fc1.outputs < PANEL || model->base[0].fc1.outputs > size)
+    if (model->blocks[0].fc1.outputs < PANEL || model->blocks[0].fc1.outputs > size)
         return 0;
     if (call->rows < 1 || call->rows > size || call->images < 1 || call->images > call->rows)
         return 0;
     if (call->side < 1 || call->side > 1 << 15 || call->past < 0 || call->past > (int64_t)1 << 32)
         return 0;
-    for (int64_t i = 0; i < branch; i++)
-        if (!linear_fits(&model->fusions[i].linear, 2 * C, C))
-            return 0;
-    return (!branch || linear_fits(&model->inject, 9 * C, C)) && linear_fits(&model->head, C, model->vocab) &&
-           blocks_fit(model, model->base, model->depth) && blocks_fit(model, model->branch, branch);
+    return blocks_fit(model) && own_fits(model, call);
 }
 
 static struct run make_run(const struct model *model, const struct call *call)
