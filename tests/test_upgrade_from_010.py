@@ -1,46 +1,52 @@
-"""Plans and scripts of 0.1.0 do now what they did then: docs/upgrading.md.
+"""A plan and a script of 0.1.0 do now what they did then: docs/upgrading.md.
 
-`tests/data/v0.1.0` holds what that version exported and drew: a CAR plan, a VAR plan with weights in half the space,
-and for each the tokens and images of two seeds on ort-cpu.
+The plan is the one that 0.1.0 shipped: its manifest is kept in `tests/data/v0.1.0`, its other files are still those of the
+plan that ships now, and the tokens are what 0.1.0 drew with it on ort-cpu.
 """
 
 from __future__ import annotations
 
+import json
 import runpy
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import car_runtime
-from car_runtime.format.manifest import read_manifest
+from car_runtime.format.manifest import MANIFEST, read_manifest
 
 OLD = Path(__file__).parent / "data/v0.1.0"
-PLANS = ("car", "var-fp16")
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.parametrize("name", PLANS)
-def test_a_plan_of_010_draws_what_it_drew(name: str) -> None:
-    assert read_manifest(OLD / f"{name}.plan").format == 1
-    with (
-        np.load(OLD / f"{name}.npz") as then,
-        car_runtime.open_plan(OLD / f"{name}.plan", "ort-cpu", threads=1) as plan,
-    ):
-        result = plan.generate(then.get("control"), label=1, seed=5, n=2)
-        assert np.array_equal(result.tokens, then["tokens"])
-        off = np.abs(result.images.astype(int) - then["images"])
-        assert off.max() <= 1, "an engine of another version may round a pixel the other way"
+@pytest.fixture(scope="module")
+def old_plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("0.1.0") / "emoji-canny.plan"
+    shutil.copytree(car_runtime.default_plan(), root)
+    shutil.copy(OLD / MANIFEST, root)
+    return root
 
 
-def test_its_control_keeps_the_convention_that_it_was_trained_on() -> None:
-    convention = read_manifest(OLD / "car.plan").model.convention
+def test_a_plan_of_010_draws_what_it_drew(old_plan: Path) -> None:
+    then = json.loads((OLD / "tokens.json").read_text())
+    with car_runtime.open_plan(old_plan, "ort-cpu", threads=1) as plan:
+        result = plan.generate(EXAMPLES / "umbrella.png", label="fluent-travel-places", seed=3, n=2)
+    assert np.array_equal(result.tokens, then)
+
+
+def test_its_control_keeps_the_convention_that_it_was_trained_on(old_plan: Path) -> None:
+    assert "control_convention" not in json.loads((OLD / MANIFEST).read_text())["model"]
+    convention = read_manifest(old_plan).model.convention
     assert convention is not None
-    assert convention.name == "sketch-dark"
+    assert convention.name == "canny-grey"
 
 
-def test_a_script_of_010_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_script_of_010_runs(old_plan: Path) -> None:
     """The programming interface as the README of 0.1.0 showed it."""
-    monkeypatch.chdir(tmp_path)
-    found = runpy.run_path(str(OLD / "script.py"), init_globals={"PLAN": OLD / "car.plan", "OLD": OLD})
-    assert found["shapes"] == [(4, 8, 8, 3), (2, 8, 8, 3), (1, 5)]
-    assert found["scales"] == [0, 1]
+    found = runpy.run_path(
+        str(OLD / "script.py"), init_globals={"PLAN": old_plan, "CONTROL": EXAMPLES / "umbrella.png"}
+    )
+    assert found["shapes"] == [(4, 64, 64, 3), (2, 64, 64, 3), (1, 130)]
+    assert found["scales"] == [0, 1, 2, 3, 4, 5]

@@ -7,6 +7,7 @@ the docstrings of what `car_runtime` exports.
 from __future__ import annotations
 
 import argparse
+import logging
 import shutil
 import sys
 import tempfile
@@ -18,7 +19,7 @@ COPIED = (
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE", "NOTICE"),
     *("docs", "examples", "tests/data/reference/README.md"),
 )
-NOT_PAGES = ("site", "*.py", "__pycache__", "*.json")
+NOT_PAGES = ("site", "__pycache__")
 API = """# Python API
 
 What `import car_runtime` offers, from the docstrings. [Use](../usage.md#python) has examples.
@@ -74,6 +75,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("-o", "--output", type=Path, default=Path("out/site"), help="folder (default: out/site)")
     args = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="docs: %(message)s")
     try:
         build(args.output)
     except Abort as error:

@@ -76,7 +76,7 @@ def _lines(root: Path, manifest: Manifest, report: Mapping[str, Any], licence: s
         yield f"license: {licence}"
     yield from ("library_name: car-deploy", "pipeline_tag: image-to-image")
     yield from ("tags:", "- car", "- var", "- controllable-generation", "---", "")
-    yield from (f"# {_text(manifest.name)}", "", f"![{_picture(manifest)}]({CARD_FILES[1]})", "")
+    yield from (f"# {_text(manifest.name)}", "", f"![{_caption(manifest)}]({CARD_FILES[1]})", "")
     yield (
         f"A plan of car-deploy: {'CAR' if model.control_type else 'VAR'}, {model.image_size}×{model.image_size} "
         f"pixels in {len(manifest.scales)} scales, {model.classes} classes. It runs with numpy and one engine, "
@@ -99,7 +99,7 @@ def _lines(root: Path, manifest: Manifest, report: Mapping[str, Any], licence: s
         yield from (f"| {_text(name)} | {_text(value)} |" for name, value in manifest.provenance.items())
 
 
-def _picture(manifest: Manifest) -> str:
+def _caption(manifest: Manifest) -> str:
     kind = manifest.model.control_type
     return f"{'Control images on the left, and ' if kind else ''}images of seeds 0 to {SEEDS - 1}, not selected"
 
