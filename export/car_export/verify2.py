@@ -29,8 +29,8 @@ class Verifier2(Verifier):
     def check(self, whole: bool, statics: bool) -> None:
         """Compare with PyTorch. Fills `problems`.
 
-        whole: also the graphs and the sampling that are the same for every branch. statics: also the static forms of the
-        step, which are made of the general one, and a branch is of weight 1 or 0 in all of them.
+        whole: also the graphs and the sampling that are the same for every branch. statics: also the static forms of
+        the step, which are made of the general one, and a branch is of weight 1 or 0 in all of them.
         """
         self.draws = whole
         config, classes = self.reference.config.vqvae, self.car.base.config.classes
