@@ -137,7 +137,7 @@ class Batcher:
                 requests = [job.request for job in wanted]
                 for scale in self.plan.stream_many(requests, cancelled=lambda i: wanted[i].cancelled):
                     shown.append(self._decoder.submit(self._take, wanted, scale))
-                    if scale.index == 0:
+                    if scale.index == 0 and any(0 in job.previews for job in wanted):
                         shown[-1].result()
             finally:
                 wait(shown)

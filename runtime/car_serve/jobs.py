@@ -65,7 +65,7 @@ class Job:
         self.ended: float | None = None
         self._cancelled = False
         self._lock = Lock()
-        self._watchers: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
+        self._watchers: set[tuple[asyncio.AbstractEventLoop, asyncio.Event, bool]] = set()
 
     @property
     def finished(self) -> bool:
@@ -118,13 +118,15 @@ class Job:
     def _wake(self) -> None:
         with self._lock:
             watchers = list(self._watchers)
-        for loop, event in watchers:
+        for loop, event, only_end in watchers:
+            if only_end and not self.finished:
+                continue
             with suppress(RuntimeError):  # a loop that was closed has no reader any more
                 loop.call_soon_threadsafe(event.set)
 
-    async def changes(self) -> AsyncIterator[None]:
-        """Yields whenever something happened, at least once, until the job has ended."""
-        watcher = (asyncio.get_running_loop(), asyncio.Event())
+    async def changes(self, *, only_end: bool = False) -> AsyncIterator[None]:
+        """Yields whenever something happened, or at its end alone, at least once, until the job has ended."""
+        watcher = (asyncio.get_running_loop(), asyncio.Event(), only_end)
         with self._lock:
             self._watchers.add(watcher)
         try:
@@ -141,7 +143,7 @@ class Job:
 
     async def wait(self) -> None:
         """Until it has ended."""
-        async for _ in self.changes():
+        async for _ in self.changes(only_end=True):
             pass
 
 
