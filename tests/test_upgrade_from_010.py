@@ -1,6 +1,6 @@
 """A plan and a script of 0.1.0 do now what they did then: docs/upgrading.md.
 
-The plan is the one that 0.1.0 shipped: its manifest is kept in `tests/data/v0.1.0`, its other files are still those of the
+The plan is the one that 0.1.0 shipped: its manifest is kept in `tests/data/v0.1.0`, all other files are those of the
 plan that ships now, and the tokens are what 0.1.0 drew with it on ort-cpu.
 """
 
