@@ -36,7 +36,7 @@ from car_runtime.backends.onnxruntime.cuda import OrtCuda, open_ort_cuda
 from car_runtime.backends.tensorrt import backend as tensorrt_engines
 from car_runtime.backends.tensorrt import runtime_cache, trust
 from car_runtime.backends.tensorrt.backend import TensorRT, open_rtx, open_trt
-from car_runtime.format.goldens import GOLDENS
+from car_runtime.format.goldens import GOLDENS, golden_file
 from car_runtime.format.manifest import Manifest, describe_files, read_manifest, write_manifest
 from car_runtime.plan import Plan
 from car_runtime.system import gpu as nvidia
@@ -262,9 +262,11 @@ def test_the_acceptance_test_passes_on_the_fake(tmp_path: Path, monkeypatch: pyt
     """`car-run verify PLAN --backend rtx`: goldens of PyTorch, by teacher forcing and drawn, logits bound and not."""
     root = shutil.copytree(small_plan("fp16"), tmp_path / "small.plan")
     forms = write_forms(root)
-    write_goldens(root, small_model(depth=2, sides=(1, 2, 4)), cfg=2.0, top_k=0, top_p=0.0)
+    model, names = small_model(depth=2, sides=(1, 2, 4)), {GOLDENS: False, golden_file("sketch"): True}
+    for name, steered in names.items():
+        write_goldens(root, model, cfg=2.0, top_k=0, top_p=0.0, file=name, steered=steered)
     manifest = read_manifest(root)
-    files = manifest.files | describe_files(root, [GOLDENS])
+    files = manifest.files | describe_files(root, list(names))
     write_manifest(root, replace(manifest, files=files))
     write_engines(root)
     device = FakeDevice()
