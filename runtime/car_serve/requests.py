@@ -65,6 +65,11 @@ def _control(plan: Plan, limits: Limits, form: PictureForm) -> tuple[Any, tuple[
     if given is None or given == {}:
         return None, ()
     if isinstance(given, dict):
+        branches = plan.manifest.model.conventions
+        for name in given:  # before any is decoded: a small body can hold many large images
+            if name not in branches:
+                known = ", ".join(branches) or "none"
+                raise bad_request(f"there is no branch {name[:60]!r}; the plan has {known}", "control")
         return {name: _map(limits, text, f"control.{name[:40]}") for name, text in given.items()}, ()
     return _map(limits, given, "control"), ()
 

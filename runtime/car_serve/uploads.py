@@ -35,6 +35,15 @@ def decode(data: bytes, param: str, max_pixels: int) -> Image.Image:
 
     Raises ServeError: 413 too large, 400 no image.
     """
+    check_size(data, param, max_pixels)
+    try:
+        return open_image(io.BytesIO(data))
+    except ImageError as error:
+        raise bad_request(str(error).replace("the image on the input stream", param), param) from error
+
+
+def check_size(data: bytes, param: str, max_pixels: int) -> None:
+    """Raise ServeError (413) for an image of more pixels; none of them is decoded."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as header:
             width, height = header.size
@@ -44,10 +53,6 @@ def decode(data: bytes, param: str, max_pixels: int) -> Image.Image:
         width = height = 0
     if width * height > max_pixels:
         raise _too_large(param, f"{width}×{height}", max_pixels)
-    try:
-        return open_image(io.BytesIO(data))
-    except ImageError as error:
-        raise bad_request(str(error).replace("the image on the input stream", param), param) from error
 
 
 def _too_large(param: str, size: str, most: int) -> ServeError:
