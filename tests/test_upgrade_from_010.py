@@ -20,7 +20,7 @@ def test_its_control_keeps_the_convention_that_it_was_trained_on() -> None:
     assert "control_convention" not in json.loads((PLAN / MANIFEST).read_text())["model"]
     convention = read_manifest(PLAN).model.convention
     assert convention is not None
-    assert convention.name == "sketch-grey"
+    assert convention.name == "sketch-dark"
 
 
 def test_a_script_of_010_runs() -> None:

@@ -13,8 +13,8 @@ from car_runtime.config import key_text
 
 ABOUT = "Say how likely it is that an image has the watermark of a key by chance: a small p means that it is marked."
 EXAMPLES = """examples:
-  car-run detect picture.jpg --key "my key"                 prints p
-  car-run detect picture.png --key @key.txt -e d16.plan     of images that another plan drew; the key is in a file
+  car-run detect image.jpg --key "my key"                 prints p
+  car-run detect image.png --key @key.txt -e d16.plan     of images that another plan drew; the key is in a file
 """
 
 
