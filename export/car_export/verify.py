@@ -330,9 +330,7 @@ class Verifier:
             sizes = [s.control_size for s in self.manifest.scales]
             controls = [np.asarray(Image.fromarray(image).resize((s, s))) for s in sizes]
             pyramid = control_pyramid(Image.fromarray(image), sizes)
-        for batch in sorted(
-            {1, *(int(name.rsplit(".b", 1)[1]) for name in self.manifest.graphs if name.startswith("step."))}
-        ):
+        for batch in sorted({1, *self.manifest.batches}):
             label = torch.from_numpy(rng.integers(0, classes, batch))
             rows = torch.cat([label, torch.full_like(label, classes)])
             uniforms = torch.from_numpy(rng.random((batch, config.tokens), dtype=np.float32))

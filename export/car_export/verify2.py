@@ -32,8 +32,7 @@ class Verifier2(Verifier):
         rng = np.random.default_rng(0)
         image, sizes = scene(config.image_size, rng), [s.control_size for s in self.manifest.scales]
         pyramid = control_pyramid(Image.fromarray(image), sizes) if self.branch else None
-        batches = {int(name.rsplit(".b", 1)[1]) for name in self.manifest.graphs if name.startswith("step.")}
-        for batch in sorted({1, *batches}):
+        for batch in sorted({1, *self.manifest.batches}):
             label = torch.from_numpy(rng.integers(0, classes, batch))
             rows = torch.cat([label, torch.full_like(label, classes)])
             uniforms, record = torch.from_numpy(rng.random((batch, config.tokens), dtype=np.float32)), Recording()

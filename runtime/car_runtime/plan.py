@@ -116,9 +116,13 @@ class ScaleResult:
         """Time that this scale took, in seconds."""
         return float(self._fetch("seconds"))
 
-    def preview(self) -> NDArray[np.uint8]:
-        """The images as they are now, uint8 [B, H, W, 3]; after the last scale, the finished ones."""
-        return self.plan._preview(self.f_hat)
+    def preview(self, rows: Sequence[int] | None = None) -> NDArray[np.uint8]:
+        """The images as they are now, uint8 [B, H, W, 3]; after the last scale, the finished ones.
+
+        rows: decode only these of the B, by position, in this order; each costs a run of the decoder.
+        """
+        f_hat = self.f_hat
+        return self.plan._preview(f_hat if rows is None else f_hat[list(rows)])
 
     def _fetch(self, name: str) -> Any:
         """A value by name, from the engine the first time. Another thread that looks holds up `_keep`."""

@@ -26,6 +26,7 @@ from car_runtime.config import Blend
 from car_runtime.errors import RequestError
 from car_runtime.format.manifest import Manifest
 from car_runtime.images import load_image
+from car_runtime.request import MAX_WEIGHT
 
 if TYPE_CHECKING:
     from car_runtime.request import Request
@@ -173,7 +174,8 @@ def _branches(found: object, manifest: Manifest) -> tuple[tuple[str, float, str]
         if not isinstance(one, list) or len(one) != 3:
             return ()
         name, weight, digest = one
-        if not (isinstance(name, str) and name in manifest.model.branches and isinstance(weight, (int, float))):
+        known = isinstance(name, str) and name in manifest.model.branches
+        if not (known and type(weight) in (int, float) and 0 <= weight <= MAX_WEIGHT):
             return ()
         good.append((name, float(weight), str(digest)[:64]))
     return tuple(good)

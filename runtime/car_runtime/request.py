@@ -33,6 +33,8 @@ MAX_IMAGES = 1024
 MAX_CFG = 1000.0
 """Far above any use (4 is usual); beyond it float32 logits lose what distinguishes them."""
 MAX_SEED = 2**63 - 1
+MAX_COMPARED = 10_000
+"""Class names that a misspelt one is compared with: a million would take minutes."""
 MAX_WEIGHT = 2.0
 """Of a branch that is mixed in."""
 TOP_P_OFF = 2.0
@@ -370,7 +372,7 @@ def _near(manifest: Manifest, label: str) -> str:
     last = manifest.model.classes - 1
     if names is None:
         return f", since this plan has no class names; give an index, 0…{last}"
-    words = {part.strip().casefold(): part.strip() for name in names for part in name.split(",")}
+    words = {part.strip().casefold(): part.strip() for name in names[:MAX_COMPARED] for part in name.split(",")}
     near = [words[key] for key in difflib.get_close_matches(label.strip().casefold(), words, n=3, cutoff=0.6)]
     return (
         f"; did you mean {' or '.join(map(repr, near))}?"

@@ -83,29 +83,31 @@ def run(arguments: Sequence[str]) -> int:
         raise RequestError("--control is given, and the folder's images are controls, too; leave one of them out")
     from car_runtime.cli.jobs import read_jobs
     from car_runtime.receipt import plan_digest
+    from car_runtime.system.files import one_writer
 
     root, manifest = plan_of(args)
     common = settings_of(args)
     jobs = read_jobs(args.jobs, common, manifest, photos=args.photos)
     _check_outputs(args, jobs, common)
-    results = Results(args.output / RESULTS)
-    digest = plan_digest(manifest)
-    left = (
-        [job for job in jobs if not results.has(job, job.digest(common, digest), args.output)]
-        if args.resume
-        else jobs
-    )
-    results.begin({job.name for job in left})
-    failed: list[Failure] = []
-    try:
-        if left:
-            with opened(args, root) as plan:
-                failed = Batch(args, plan, results, common, digest).run(left)
-    except KeyboardInterrupt:
-        note(f"car-run: {results.done} of {len(left)} jobs are done; go on with --resume")
-        raise
-    finally:
-        results.close()
+    with one_writer(args.output / RESULTS):
+        results = Results(args.output / RESULTS)
+        digest = plan_digest(manifest)
+        left = (
+            [job for job in jobs if not results.has(job, job.digest(common, digest), args.output)]
+            if args.resume
+            else jobs
+        )
+        results.begin({job.name for job in left})
+        failed: list[Failure] = []
+        try:
+            if left:
+                with opened(args, root) as plan:
+                    failed = Batch(args, plan, results, common, digest).run(left)
+        except KeyboardInterrupt:
+            note(f"car-run: {results.done} of {len(left)} jobs are done; go on with --resume")
+            raise
+        finally:
+            results.close()
     return _report(args, len(jobs) - len(left), len(left), failed)
 
 

@@ -111,6 +111,8 @@ def _jobs_of_folder(folder: Path, photos: bool) -> list[Job]:
 
 def _text_of(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file():  # a FIFO would wait for a writer
+            raise RequestError(f"{str(path)!r} is not a file; give a .csv or .jsonl file")
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError as error:

@@ -52,12 +52,20 @@ def subcommand(name: str, description: str, examples: str) -> Parser:
 
 
 def image_source(given: str) -> str | io.BytesIO:
-    """What an image is read from: the path, or for "-" all of stdin. Raises RequestError where that is closed."""
+    """What an image is read from: the path, or for "-" all of stdin.
+
+    Raises RequestError where that is closed, or has more bytes than an image may.
+    """
     if given != "-":
         return given
     if sys.stdin is None:
         raise RequestError("the image is to come from stdin, which is closed; pipe it in, or name a file")
-    return io.BytesIO(sys.stdin.buffer.read())
+    from car_runtime.images import MAX_BYTES
+
+    data = sys.stdin.buffer.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise RequestError(f"the image on stdin has over {MAX_BYTES} bytes; make it smaller first")
+    return io.BytesIO(data)
 
 
 def named_source(given: str) -> tuple[str | None, str, float]:

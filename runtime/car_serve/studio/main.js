@@ -144,10 +144,22 @@ function setBusy(on) {
 
 // ---- live: drafts without guidance while the pen moves, a full one when it rests -----------------------------------
 
-const DRAFT_FRAMES = [70, 115]; // ms; a draft that takes longer leaves out its finest scale next time, a faster one gets it back
+const DRAFT_FRAMES = [60, 100]; // ms; a draft that takes longer leaves out its finest scale next time, a faster one gets it back
 let dirty = false;
 let drafting = false;
-let finest = Infinity; // scale of a draft
+let finest = 0; // scale of a draft; the first is as coarse as they get, so that it is there at once
+
+function draft() {
+  const last = plan.scales.length - 1;
+  finest = Math.min(last, Math.max(last >> 1, finest));
+  return { ...request(), n: 1, cfg: 0, previews: false, stop_after: finest };
+}
+
+// A draft that nobody sees when live mode is switched on, so that the first stroke finds everything at work.
+async function warmUp() {
+  if (!$("live").checked || !plan) return;
+  try { for await (const _ of client.stream(draft())); } catch { /* the stroke will say what is wrong */ }
+}
 
 async function live() {
   dirty = true;
@@ -156,9 +168,7 @@ async function live() {
   while (dirty && $("live").checked) {
     dirty = false;
     const began = performance.now();
-    const last = plan.scales.length - 1;
-    finest = Math.min(last, Math.max(last >> 1, finest));
-    const drawn = await run({ ...request(), n: 1, cfg: 0, previews: false, stop_after: finest }, { kind: "draft", quiet: true });
+    const drawn = await run(draft(), { kind: "draft", quiet: true });
     const took = performance.now() - began;
     if (drawn) finest += took > DRAFT_FRAMES[1] ? -1 : took < DRAFT_FRAMES[0] ? 1 : 0;
     await new Promise((resolve) => setTimeout(resolve, DRAFT_MS));
@@ -426,6 +436,7 @@ function listen() {
   });
   form.addEventListener("change", () => { store.keep("form", form.values()).catch(() => {}); rest(); });
   $("controls").addEventListener("submit", (event) => { event.preventDefault(); running && running.kind !== "draft" ? stopped() : draw(); });
+  $("live").addEventListener("change", warmUp);
   $("brush").addEventListener("click", () => pick("brush"));
   $("eraser").addEventListener("click", () => pick("eraser"));
   $("size").addEventListener("input", () => { pad.size = Number($("size").value); });
@@ -433,6 +444,14 @@ function listen() {
   $("redo").addEventListener("click", () => pad.redo());
   $("clear").addEventListener("click", () => { pad.clear(); note("pad-note"); });
   $("upload").addEventListener("click", () => $("file").click());
+  // A stroke may start on an example: who moves the pen there draws.
+  let pressed = null;
+  $("examples").addEventListener("pointerdown", (event) => { pressed = event; });
+  $("pad-frame").addEventListener("pointermove", (event) => {
+    if (!event.buttons || pressed?.pointerId !== event.pointerId || Math.hypot(event.clientX - pressed.clientX, event.clientY - pressed.clientY) < 6) return;
+    pad.begin(pressed, event);
+    pressed = null;
+  });
   $("file").addEventListener("change", () => { if ($("file").files[0]) bring($("file").files[0]); $("file").value = ""; });
   $("theme").addEventListener("click", theme);
   $("help").addEventListener("click", () => $("sheet").showModal());
@@ -465,7 +484,7 @@ function use(chosen) {
 
 async function start() {
   if (localStorage.theme) document.documentElement.dataset.theme = localStorage.theme;
-  $("keys").append(...KEYS.flatMap(([what, keys]) => [make("dt", {}, ...keys.flatMap((key, i) => [i ? "  " : "", make("kbd", {}, key.length === 1 ? key.toUpperCase() : key)])), make("dd", {}, what)]));
+  $("keys").append(...KEYS.flatMap(([what, keys]) => [make("dt", {}, ...keys.map((key) => make("kbd", {}, key.length === 1 ? key.toUpperCase() : key))), make("dd", {}, what)]));
   client.addEventListener?.("progress", ({ detail }) => {
     stage.busy(detail);
     note("message", `Loading the model: ${Math.round(100 * detail)} %`);
@@ -481,7 +500,7 @@ async function start() {
   $("plans").replaceChildren(...capabilities.plans.map((one) => make("option", { value: one.name }, one.name)));
   $("plans-field").hidden = capabilities.plans.length < 2;
   use(capabilities.plans.find((one) => one.name === capabilities.default_plan));
-  $("examples").append(...EXAMPLES.map(([name, label]) => make("button", { type: "button", "aria-label": `Draw the example ${name}`, onclick: () => example(name, label) }, make("img", { src: `studio/${name}.png`, alt: "" }))));
+  $("examples").append(...EXAMPLES.map(([name, label]) => make("button", { type: "button", "aria-label": `Draw the example ${name}`, onclick: () => example(name, label) }, make("img", { src: `studio/${name}.png`, alt: "", draggable: "false" }))));
   listen();
   await store.open();
   results = await store.list();
