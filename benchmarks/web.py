@@ -90,7 +90,7 @@ def visit(context: Any, address: str) -> dict[str, float]:
     page.wait_for_selector("html[data-ready]", state="attached")
     ready = time.perf_counter() - began
     page.click("#draw") if page.locator("#examples").is_hidden() else page.click("#examples button")
-    page.wait_for_function("document.querySelector('#images img')?.src.startsWith('blob:')")
+    page.wait_for_function("() => document.querySelector('#images img')?.src.startsWith('blob:')")
     found = {"ready": ready, "first_image": time.perf_counter() - began}
     page.close()
     return found

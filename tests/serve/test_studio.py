@@ -626,7 +626,7 @@ def test_axe_core_finds_nothing(chromium: Any, server: Any, tmp_path: Path, widt
 def test_the_page_is_ours_alone() -> None:
     """No address but relative ones, no inline script or style, nothing to build."""
     folder = ROOT / "runtime/car_serve/studio"
-    for path in folder.iterdir():
+    for path in folder.rglob("*"):
         if path.suffix in (".js", ".css", ".html", ".svg"):
             text = path.read_text(encoding="utf-8").replace("http://www.w3.org/", "")
             assert not re.search(r"https?://|@import|\bstyle=|\bon[a-z]+=\"", text), path.name

@@ -39,8 +39,8 @@ export class Engine extends EventTarget {
       else ({ threads } = event);
     }
     const backend = { name: `in this browser, ${threads} thread${threads === 1 ? "" : "s"}`, why: "nothing that you draw leaves this page" };
-    const { classes, ...plan } = about.plan;
-    return { version: about.version, default_plan: plan.name, plans: [{ ...plan, classes, backend }], edits: ["branch", "paint", "extend", "restyle"], formats: { preview: "image/png", image: "image/png" } };
+    const plan = { ...about.plan, backend, commands: ["car-run", "Python"] };
+    return { version: about.version, default_plan: plan.name, plans: [plan], edits: ["branch", "paint", "extend", "restyle"], formats: { preview: "image/png", image: "image/png" } };
   }
 
   async controls(form) {

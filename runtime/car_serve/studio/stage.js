@@ -26,6 +26,7 @@ export class Stage {
   build(plan) {
     this.sides = plan.scales;
     this.encoder = plan.has_encoder;
+    this.commands = plan.commands ?? ["car-run", "Python", "curl"];
     this.render();
   }
 
@@ -173,7 +174,7 @@ export class Stage {
     }
     if (this.mode === "extend") return [make("span", { class: "note" }, "Drag the corner"), gap, text("Extend", () => this.act.extend(), true), close];
     if (this.mode === "compare") return [make("span", { class: "note" }, "Before, after"), gap, close];
-    if (this.mode === "copy") return [...["car-run", "Python", "curl"].map((kind) => text(kind, () => this.act.copy(kind))), gap, close];
+    if (this.mode === "copy") return [...this.commands.map((kind) => text(kind, () => this.act.copy(kind))), gap, close];
     if (this.scale !== null && this.current?.scales[this.scale]) {
       const last = this.scale === this.sides.length - 1;
       return [
