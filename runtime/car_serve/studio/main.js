@@ -484,11 +484,7 @@ function use(chosen) {
 
 async function start() {
   if (localStorage.theme) document.documentElement.dataset.theme = localStorage.theme;
-<<<<<<< HEAD
-  $("keys").append(...KEYS.flatMap(([what, keys]) => [make("dt", {}, ...keys.flatMap((key, i) => [i ? "  " : "", make("kbd", {}, key.length === 1 ? key.toUpperCase() : key)])), make("dd", {}, what)]));
-=======
   $("keys").append(...KEYS.flatMap(([what, keys]) => [make("dt", {}, ...keys.map((key) => make("kbd", {}, key.length === 1 ? key.toUpperCase() : key))), make("dd", {}, what)]));
->>>>>>> web24
   client.addEventListener?.("progress", ({ detail }) => {
     stage.busy(detail);
     note("message", `Loading the model: ${Math.round(100 * detail)} %`);
