@@ -42,10 +42,8 @@ COMMANDS: dict[str, tuple[str, list[list[str]]]] = {
         "car_runtime.cli.main",
         [
             [],
-            *(
-                [c]
-                for c in "paint extend restyle vary again blend batch sheet control doctor plan serve verify".split()
-            ),
+            *([c] for c in "paint extend restyle vary again blend batch sheet detect control".split()),
+            *([c] for c in "doctor plan serve verify".split()),
         ],
     ),
     "python -m car_train": (

@@ -13,6 +13,7 @@ from car_export.config import ExportOptions, Int8Options
 from car_export.files import write_file
 from car_export.plan import reference_model
 from car_export.plan2 import build_plan_of_2
+from car_export.published import find_published
 from car_export.quantize.int8 import to_int8
 from car_export.tensorrt import build as engines
 from car_export.tensorrt.compiler import Compiler
@@ -33,6 +34,7 @@ EXAMPLES = """examples:
   python export/build_engines.py runs/car -o emoji.plan --weights fp16
   python export/build_engines.py --vae vae_ch160v4096z32.pth --var var_d16.pth --car car_depth_d16.pth \\
       --control-type depth -o d16.plan
+  python export/build_engines.py --from-published downloads/ -o d16.plan  # finds these files itself
   python export/build_engines.py runs/canny runs/depth -o both.plan  # one base, two control branches
   python export/build_engines.py old.plan --upgrade -o new.plan  # a plan of format 1, without its checkpoint
   python export/build_engines.py runs/car -o emoji.plan --verify  # compare an existing plan with its checkpoint again
@@ -64,6 +66,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="BRANCH",
         help="more checkpoints on the same base, each a further control branch of the plan; "
         "NAME=CHECKPOINT names one, else its control type does",
+    )
+    parser.add_argument(
+        "--from-published",
+        type=Path,
+        metavar="DIR",
+        help="find the published tokenizer, transformer and control branches in a folder, by their tensors",
     )
     parser.add_argument("-o", "--output", type=Path, help="the plan to write, NAME.plan")
     parser.add_argument("--name", help="the model's name in the manifest (default: that of the plan)")
@@ -195,8 +203,23 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ConfigError(f"--upgrade is for a plan, but {args.checkpoint} is none; leave it out")
 
 
+def use_published(args: argparse.Namespace, log: Log) -> None:
+    """Set --vae, --var and --car to what --from-published finds. Raises ConfigError."""
+    folder = args.from_published
+    if folder is None:
+        return
+    if args.checkpoint is not None:
+        raise ConfigError(f"--from-published {folder} and {args.checkpoint} are two models; give one of them")
+    if needless := [name for name in ("vae", "car", "control_type") if getattr(args, name)]:
+        raise ConfigError(f"--from-published finds the files itself; leave out {flags_of(needless)}, or that flag")
+    found = find_published(folder, log, args.var)
+    args.vae, args.var = found.vae, found.var
+    args.car = [Path(f"{kind}={path}") for kind, path in found.cars.items()] or None
+
+
 def run(args: argparse.Namespace, log: Log) -> Path:
     """Do what the arguments say, and sign; returns the plan."""
+    use_published(args, log)
     check_flags(args)
     if args.sign is not None:
         signature.private_key(args.sign)  # whether there is one shows before the work

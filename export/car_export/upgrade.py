@@ -465,14 +465,13 @@ def upgrade(source: Path, output: Path, name: str | None = None, log: Log = lamb
     """
     old = OldPlan.read(source)
     manifest = old.manifest
-    statics = {int(graph.rsplit(".b", 1)[1]) for graph in manifest.graphs if re.fullmatch(r"step\.\d+\.b\d+", graph)}
     sampling = {field.name: getattr(manifest.sampling, field.name) for field in fields(manifest.sampling)}
     options = ExportOptions(
         output=output,
         name=name or manifest.name,
         precision=manifest.precision.compute,
         weights=manifest.precision.weights if manifest.precision.compute == "fp32" else "fp32",
-        batches=tuple(sorted(statics)) or (1,),
+        batches=manifest.batches or (1,),
         more_smooth=manifest.more_smooth,
         provenance={**manifest.provenance, **tool_versions(), UPGRADED: plan_digest(manifest)},
         **sampling,

@@ -54,6 +54,8 @@ class Verifier:
         self.manifest = schema.read_manifest(directory)
         self.tolerance = TOLERANCE[self.manifest.precision.compute]
         self.more_smooth = any(port.name == "smooth" for port in self.manifest.graphs["step"].inputs)
+        self.draws = True
+        """Whether sampling within the step is compared."""
         self.problems: list[str] = []
         self.worst: dict[str, float] = {}
 
@@ -155,7 +157,7 @@ class Verifier:
             self.compare(name, "f_hat_out", got["f_hat_out"], scale["f_hat_out"])
             if k + 1 < len(record.scales):
                 self.compare(name, "next_x", got["next_x"], record.scales[k + 1]["x"])
-        if name == "step":
+        if name == "step" and self.draws:
             self.drawn(session, k, feed, torch.from_numpy(got["logits"]))
             if self.more_smooth:
                 self.smoothed(session, k, feed, torch.from_numpy(got["logits"]))
@@ -202,7 +204,7 @@ class Verifier:
         return False
 
     @torch.no_grad()
-    def steps(self, batch: int, record: Recording, rows: Tensor, uniforms_BL: Tensor) -> None:
+    def steps(self, batch: int, record: Recording, rows: Tensor, uniforms_BL: Tensor, statics: bool = True) -> None:
         modulation = self.car.modulations(rows).numpy()
         feeds = [self._feed(k, record, modulation, uniforms_BL) for k in range(len(record.scales))]
         if batch == 1:
@@ -213,7 +215,7 @@ class Verifier:
             del session
         for k, feed in enumerate(feeds):
             name = f"step.{k:02d}.b{batch}"
-            if name in self.manifest.graphs:
+            if statics and name in self.manifest.graphs:
                 session = self.session(name, ("logits",))
                 self.check_ports(name, session)
                 self.step(name, session, k, feed, record)
@@ -330,9 +332,7 @@ class Verifier:
             sizes = [s.control_size for s in self.manifest.scales]
             controls = [np.asarray(Image.fromarray(image).resize((s, s))) for s in sizes]
             pyramid = control_pyramid(Image.fromarray(image), sizes)
-        for batch in sorted(
-            {1, *(int(name.rsplit(".b", 1)[1]) for name in self.manifest.graphs if name.startswith("step."))}
-        ):
+        for batch in sorted({1, *self.manifest.batches}):
             label = torch.from_numpy(rng.integers(0, classes, batch))
             rows = torch.cat([label, torch.full_like(label, classes)])
             uniforms = torch.from_numpy(rng.random((batch, config.tokens), dtype=np.float32))

@@ -42,7 +42,9 @@ from car_runtime.format.manifest import WEIGHTS, Manifest, manifest_in, open_pla
 from car_runtime.format.parameters import stored_arrays
 from car_runtime.fusions import Fusions
 from car_runtime.generate import ScaleLoop, Step
-from car_runtime.request import Request, check_fit, check_threads, resolve
+from car_runtime.hub import located
+from car_runtime.request import Request, check_fit, check_threads, resolve, resolve_watermark
+from car_runtime.watermark import Detection, Pattern, Watermark
 
 OPENINGS = 5
 """A plan that is replaced while it is opened loses its files; its successor is opened then, so many times in all."""
@@ -116,9 +118,13 @@ class ScaleResult:
         """Time that this scale took, in seconds."""
         return float(self._fetch("seconds"))
 
-    def preview(self) -> NDArray[np.uint8]:
-        """The images as they are now, uint8 [B, H, W, 3]; after the last scale, the finished ones."""
-        return self.plan._preview(self.f_hat)
+    def preview(self, rows: Sequence[int] | None = None) -> NDArray[np.uint8]:
+        """The images as they are now, uint8 [B, H, W, 3]; after the last scale, the finished ones.
+
+        rows: decode only these of the B, by position, in this order; each costs a run of the decoder.
+        """
+        f_hat = self.f_hat
+        return self.plan._preview(f_hat if rows is None else f_hat[list(rows)])
 
     def _fetch(self, name: str) -> Any:
         """A value by name, from the engine the first time. Another thread that looks holds up `_keep`."""
@@ -154,8 +160,10 @@ def open_plan(
     require_signature: str | os.PathLike[str] | None = None,
     trust_engines: bool = False,
 ) -> Plan:
-    """Open a plan directory (by default the one in the package) on a backend: "auto", or a name such as "ort-cpu".
+    """Open a plan on a backend: "auto", or a name such as "ort-cpu".
 
+    `path`: its directory, by default the one in the package, or "hf:ORG/NAME[@REVISION]" for one on the hub, which is
+    fetched unless it is here already (extra `hub`).
     `threads` limits the engine's CPU threads (None: one per core that this process may use). `verify` checks the
     SHA-256 of every file, about a second for 2.5 GB; without it sizes alone are checked. `require_signature`: a
     public key (Ed25519, PEM file) by which the plan must be signed; needs `verify` and the extra `sign`.
@@ -166,9 +174,9 @@ def open_plan(
     """
     check_threads(threads)
     check_name(backend)
-    root = default_plan() if path is None else Path(path)
     if require_signature is not None and not verify:
         raise RequestError("a signature vouches for hashes, and they are not to be checked; leave out verify=False")
+    root = default_plan() if path is None else located(path)
     for left in reversed(range(OPENINGS)):
         folder = open_plan_folder(root)
         try:
@@ -239,6 +247,7 @@ class Plan:
         self._constants = _load_constants(self._folder, manifest, backend)
         self._conditioning = Conditioning(backend, manifest)
         self._fusions = Fusions(backend, manifest, self._folder)
+        self._watermarks: dict[bytes, Watermark] = {}
         self._encoder_checked = False
         self._idle: list[LoopBuffers] = []
         self._lock = Lock()
@@ -481,6 +490,15 @@ class Plan:
             raise RequestError("there are no images to encode; give at least one")
         return np.concatenate([self._encode_one(source, fit) for source in sources])
 
+    def detect(self, image: image_io.Source, key: str | bytes, *, fit: str = "crop") -> Detection:
+        """Whether an image has the watermark of a key (`GenerationConfig.watermark`): encoded, and tested.
+
+        Raises RequestError: a plan of format 1 or without encoder, an empty key. ImageError.
+        """
+        digest = resolve_watermark(self.manifest, key)
+        assert digest is not None
+        return Pattern(self.manifest, self._folder).detect(self.encode(image, fit=fit)[0], digest)
+
     def known_mask(self, repaint: Any, rule: Literal["published", "strict"] = "published") -> NDArray[np.bool_]:
         """The tokens to keep, bool [L], when the pixels where `repaint` (bool [H, W]) is true are to be made anew.
 
@@ -596,7 +614,18 @@ class Plan:
                 modulations=modulations,
                 features=features,
                 fusions=self._fusions.of(tuple(features)),
+                watermarks=self._watermarks_of(batch),
             )
+
+    def _watermarks_of(self, batch: Sequence[Drawing]) -> Sequence[Watermark | None]:
+        """Of each image; empty where none has one. The latest key's is kept."""
+        keys = [drawing.request.watermark for drawing in batch]
+        made = self._watermarks
+        for key in set(keys) - {None} - made.keys():
+            assert key is not None
+            made = {**made, key: Pattern(self.manifest, self._folder).watermark(key)}
+        self._watermarks = {key: made[key] for key in keys if key is not None} or made
+        return [None if key is None else made[key] for key in keys] if any(keys) else ()
 
     @contextmanager
     def _buffers(self, B: int, R: int, logits: bool, branches: tuple[str, ...]) -> Iterator[LoopBuffers]:

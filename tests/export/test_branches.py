@@ -10,10 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from car_export.config import ExportOptions
+from car_export.errors import VerificationError
 from car_export.plan2 import build_plan_of_2
+from car_export.verify2 import verify_plan_of_2
 from car_runtime.cli.main import main as car_run
 from car_runtime.format import manifest as schema
 from car_runtime.format.goldens import read_goldens
@@ -189,3 +192,17 @@ def test_verify_compares_every_branch_and_none(two: Path, tmp_path: Path) -> Non
     failed = [c["name"] for c in verify(plan, "ort-cpu", threads=1, warmup=0, runs=1)["checks"] if not c["passed"]]
     assert failed
     assert all(name.startswith("branch other, ") for name in failed)
+
+
+@pytest.mark.parametrize("graph", ["step.01.b1", "branch.other.01.b1"])
+def test_a_static_form_that_computes_something_else_is_found(two: Path, tmp_path: Path, graph: str) -> None:
+    """Those of the step are compared with the first branch alone, those of a branch with their own."""
+    plan = shutil.copytree(two, tmp_path / "changed.plan")
+    branches = {"sketch": small(), "other": sibling(small())}
+    verify_plan_of_2(plan, branches["sketch"], branches, lambda _: None)
+    model = onnx.load(plan / f"{graph}.onnx", load_external_data=False)
+    norm = next(node for node in model.graph.node if node.op_type == "LayerNormalization")
+    next(attribute for attribute in norm.attribute if attribute.name == "epsilon").f = 0.5
+    (plan / f"{graph}.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(VerificationError, match=f" {graph}: "):
+        verify_plan_of_2(plan, branches["sketch"], branches, lambda _: None)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,12 +22,14 @@ from car_export.config import ExportOptions
 from car_export.errors import ExportError
 from car_export.plan2 import build_plan_of_2
 from car_runtime import GenerationConfig, open_plan
+from car_runtime import receipt as receipts
 from car_runtime.cli.main import main as car_run
 from car_runtime.errors import PlanError, RequestError
 from car_runtime.format import manifest as schema
 from car_runtime.format.folder import open_folder
 from car_runtime.format.graph_check import Checked, check_graph
 from car_runtime.format.parameters import stored_arrays
+from car_runtime.format.sizes import problem_with_sizes
 from car_runtime.request import resolve
 from car_train import checkpoint
 from car_train.config import CARConfig
@@ -215,6 +220,48 @@ def test_a_branch_out_of_its_base_is_refused_by_the_reader(two: Path) -> None:
     wrong = replace(manifest.model.branches["other"], fusion="zero")
     with pytest.raises(PlanError, match="differ in fusion"):
         replace(manifest.model, branches={**manifest.model.branches, "other": wrong})
+
+
+def test_what_branches_make_the_loop_allocate_is_counted(two: Path) -> None:
+    """Entries of the table may all name the same bytes of weights.bin."""
+    both = schema.read_manifest(two)
+    model = replace(both.model, branches={"sketch": both.model.branches["sketch"]})
+    table = {name: entry for name, entry in both.parameters.items() if not name.startswith("branches.other.")}
+    graphs = {name: graph for name, graph in both.graphs.items() if "other" not in name}
+    one = replace(both, model=model, parameters=table, graphs=graphs)
+    taken = []
+    for manifest in (one, both):
+        said = re.search(r"would take (\d+) bytes", str(problem_with_sizes(manifest, 0, 0)))
+        assert said is not None
+        taken.append(int(said[1]))
+    C, L, h = both.model.width, both.tokens, both.model.branches["other"].blocks
+    fusions = h * (2 * C + 2 * C + 2 * C * C + C)
+    cache, outputs = 2 * h * L * 2 * C, h * 2 * 2 * 2 * C  # K and V; `c` at 2 × 2 tokens; both of two rows
+    assert 4 * (fusions + cache + outputs) <= taken[1] - taken[0] <= 4 * (fusions + cache + outputs + 10 * h * C * 6)
+
+
+def test_parameters_that_all_lie_in_one_place_are_refused_where_together_they_are_many(two: Path) -> None:
+    """Who packs the parameters takes memory for each."""
+    manifest = schema.read_manifest(two)
+    total = sum(one.bytes for one in manifest.parameters.values())
+    assert problem_with_sizes(manifest, total, 0) is None
+    assert f"all parameters would take {total} bytes" in str(problem_with_sizes(manifest, total - 1, 0))
+
+
+def test_a_receipt_of_branches_is_believed_within_bounds(two: Path) -> None:
+    manifest = schema.read_manifest(two)
+
+    def branches(weight: object) -> tuple[tuple[str, float, str], ...]:
+        body = {"version": 1, "plan": receipts.plan_digest(manifest), "branches": [["other", weight, "0" * 64]]}
+        plain = json.dumps(body, sort_keys=True, separators=(",", ":"))
+        text = json.dumps({"receipt": body, "sha256": hashlib.sha256(plain.encode()).hexdigest()})
+        found = receipts.receipt_of({receipts.KEY: text}, manifest)
+        assert found is not None
+        return found.branches
+
+    assert branches(0.5) == (("other", 0.5, "0" * 64),)
+    for weight in (10**400, float("nan"), float("inf"), -1, True, "1", None):
+        assert branches(weight) == ()
 
 
 def test_published_files_of_several_branches_are_one_plan(

@@ -1,8 +1,4 @@
-"""A plan of format 1, as exports before format 2 wrote it, is read and drawn as it was.
-
-tests/data/format1.plan is `small_model(depth=2, sides=(1, 2, 3))` with weights stored in half. It is never made
-again.
-"""
+"""A plan of format 1, as version 0.1.0 exported it, is read and drawn as it was: tests/data/v0.1.0/README.md."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ from car_runtime import GenerationConfig, RequestError, open_plan
 from car_runtime.cli.main import main as car_run
 from car_runtime.verify import verify
 
-PLAN = Path(__file__).parents[1] / "data" / "format1.plan"
+PLAN = Path(__file__).parents[1] / "data" / "v0.1.0" / "small.plan"
 CONTROL = np.zeros((12, 12, 3), np.uint8)
 CONTROL[3:9, 4:7] = 255
 TOKENS = [
@@ -40,17 +36,17 @@ def test_its_goldens_pass_and_it_is_described(capsys: pytest.CaptureFixture[str]
     report = verify(PLAN, "ort-cpu", threads=1, warmup=0, runs=1)
     assert report["passed"], report["checks"]
     assert car_run(["plan", "info", str(PLAN)]) == 0
-    assert capsys.readouterr().out.startswith("format1: format 1, ")
+    assert capsys.readouterr().out.startswith("small: format 1, ")
 
 
 def test_an_image_of_the_plan_before_its_upgrade_is_drawn_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """tests/data/old-receipt.png was drawn by the plan in the package while that was of format 1."""
-    old, new = PLAN.with_name("old-receipt.png"), tmp_path / "again.png"
+    old, new = PLAN.parents[1] / "old-receipt.png", tmp_path / "again.png"
     assert car_run(["again", str(old), "--backend", "ort-cpu", "-o", str(new)]) == 0
     assert np.array_equal(np.asarray(Image.open(new)), np.asarray(Image.open(old)))
     capsys.readouterr()
     assert car_run(["again", str(old), "-e", str(PLAN), "-o", str(tmp_path / "x.png")]) == 2
     said = capsys.readouterr().err
-    assert "the image was made by another plan, 'emoji-canny', and this one is 'format1'; name that plan" in said
+    assert "the image was made by another plan, 'emoji-canny', and this one is 'small'; name that plan" in said

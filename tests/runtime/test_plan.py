@@ -209,7 +209,9 @@ def test_stream_yields_every_scale_and_ends_with_the_image(plan: Plan) -> None:
         assert (step.tokens.reshape(len(step.images), -1) == expected).all()
         # The stream is over: results must not be views of buffers that later scales wrote.
         assert step.f_hat.shape == (len(step.images), Z, 4, 4)
-        assert (step.preview() == np.stack([image(f_hat) for f_hat in step.f_hat])).all()
+        images = np.stack([image(f_hat) for f_hat in step.f_hat])
+        assert (step.preview() == images).all()
+        assert (step.preview([len(images) - 1, 0]) == images[[-1, 0]]).all()
     assert (np.concatenate([s.preview() for s in steps if s.last]) == result.images).all()
 
 
