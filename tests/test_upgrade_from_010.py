@@ -48,5 +48,5 @@ def test_a_script_of_010_runs(old_plan: Path) -> None:
     found = runpy.run_path(
         str(OLD / "script.py"), init_globals={"PLAN": old_plan, "CONTROL": EXAMPLES / "umbrella.png"}
     )
-    assert found["shapes"] == [(4, 64, 64, 3), (2, 64, 64, 3), (1, 130)]
+    assert found["shapes"] == [(4, 64, 64, 3), (1, 64, 64, 3), (1, 130)]
     assert found["scales"] == [0, 1, 2, 3, 4, 5]
