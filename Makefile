@@ -36,6 +36,14 @@ QUICK_LEFT := transformer or openvino
 # Seconds of `make fuzz` for each reader.
 FUZZ_SECONDS ?= 60
 
+# `make web`: the plan, and where its site goes. The package comes by npm, pinned; car_serve.site checks its SHA-256.
+WEB_PLAN ?= runtime/car_runtime/plans/emoji-canny.plan
+WEB_SITE ?= out/site
+WEB_PACKAGE := onnxruntime-web
+WEB_VERSION := 1.30.0
+WEB_CACHE := $(HOME)/.cache/car/web
+WEB_ARCHIVE := $(WEB_CACHE)/$(WEB_PACKAGE)-$(WEB_VERSION).tgz
+
 DEMO_ENV := .venv-demo
 STUDIO_ENV := .venv-studio
 DEV_ENV := .venv
@@ -44,11 +52,12 @@ OLDEST_ENV := .venv-oldest
 DOCS_ENV := .venv-docs
 INSTALLED := /.installed
 
-.PHONY: help demo studio test quick check lint types docs kernels fuzz test-slow test-gpu test-oldest clean
+.PHONY: help demo studio web test quick check lint types docs kernels fuzz test-slow test-gpu test-oldest clean
 
 help:
 	@echo 'make demo       images from the control images in examples/, into out/ (installs no PyTorch)'
 	@echo 'make studio     draw in your browser, with the shipped plan (installs no PyTorch); STUDIO_ARGS goes to car-run serve'
+	@echo 'make web        the studio without a server: a static site of the shipped plan, in out/site (fetches onnxruntime-web by npm)'
 	@echo 'make test       all tests that take seconds, on the CPU'
 	@echo 'make quick      lint, types and the tests of the core: for while one works'
 	@echo 'make check      lint (ruff, imports, clang-format), types (mypy), all tests: what a change must pass'
@@ -61,7 +70,7 @@ help:
 	@echo 'make test-gpu   tests that need an NVIDIA GPU (an environment of its own)'
 	@echo 'make test-oldest  the runtime with the oldest packages that pyproject.toml allows (an environment of its own)'
 	@echo 'make clean      remove environments, caches and builds; runs/ and out/ stay'
-	@echo 'Each command does its own set-up. Variables: PYTHON, TORCH, PYTEST_ARGS, TEST_PROCESSES, DEMO_CONTROL, DEMO_CLASS, DEMO_ARGS.'
+	@echo 'Each command does its own set-up. Variables: PYTHON, TORCH, PYTEST_ARGS, TEST_PROCESSES, DEMO_CONTROL, DEMO_CLASS, DEMO_ARGS, WEB_PLAN, WEB_SITE.'
 
 demo: $(DEMO_ENV)$(INSTALLED)
 	@if [ -z "$(strip $(DEMO_CONTROL))" ]; then \
@@ -79,6 +88,16 @@ demo: $(DEMO_ENV)$(INSTALLED)
 
 studio: $(STUDIO_ENV)$(INSTALLED)
 	@$(STUDIO_ENV)/bin/python -m car_runtime serve --open $(STUDIO_ARGS)
+
+web: $(STUDIO_ENV)$(INSTALLED) $(WEB_ARCHIVE)
+	@mkdir -p $(dir $(WEB_SITE))
+	@$(STUDIO_ENV)/bin/python -m car_runtime plan web $(WEB_PLAN) -o $(WEB_SITE)
+
+$(WEB_ARCHIVE):
+	@command -v npm >/dev/null || { echo 'make: npm was not found, which fetches $(WEB_PACKAGE); install it, on Debian and Ubuntu: apt install npm' >&2; exit 1; }
+	@mkdir -p $(WEB_CACHE)/new
+	@npm pack $(WEB_PACKAGE)@$(WEB_VERSION) --ignore-scripts --silent --pack-destination $(WEB_CACHE)/new >/dev/null
+	@mv $(WEB_CACHE)/new/$(notdir $@) $@
 
 test: $(DEV_ENV)$(INSTALLED)
 	@OMP_NUM_THREADS=1 $(DEV_ENV)/bin/python -m pytest -q --durations=15 $(PYTEST_SPREAD) $(PYTEST_ARGS)

@@ -251,7 +251,7 @@ STABLE = {
     *("safetensors", "tqdm", "matplotlib", "tensorboard", "h5py", "resvg-py", "cryptography"),
     *("fastapi", "uvicorn", "python-multipart", "prometheus-client"),
 }
-"""Packages of extras without an upper major: what is used of them has not changed over majors, or they have none."""
+"""Packages of extras without an upper major: a few functions are used of each."""
 
 
 def requirements_of_extras() -> list[Requirement]:
@@ -261,7 +261,7 @@ def requirements_of_extras() -> list[Requirement]:
     return [one for one in wanted if one.name != project()["name"]]
 
 
-def test_a_package_whose_majors_break_has_an_upper_major_and_the_same_in_every_extra() -> None:
+def test_all_other_packages_have_an_upper_major_and_the_same_in_every_extra() -> None:
     uppers: dict[str, set[str]] = {}
     for one in requirements_of_extras():
         bounds = {s.version for s in one.specifier if s.operator in ("<", "==")}

@@ -39,7 +39,9 @@ def test_a_gpu_backend_without_a_driver_is_an_error_with_the_remedy(root: Path, 
 def test_an_unknown_backend_is_named(root: Path) -> None:
     with pytest.raises(BackendError, match="there is no backend 'ort_cpu'; use ort-cpu"):
         open_plan(root, "ort_cpu")
-    with pytest.raises(BackendError, match="there is no backend ''; use one of auto, rtx, trt, ort-cuda, ort-cpu"):
+    with pytest.raises(
+        BackendError, match="there is no backend ''; use one of auto, cuda, rtx, trt, ort-cuda, ort-cpu"
+    ):
         open_plan(root, "")
 
 
@@ -138,7 +140,7 @@ def test_auto_prefers_bfloat16_on_openvino_for_large_plans_alone(root: Path, mon
         return registry.best_first(replace(manifest, precision=replace(manifest.precision, compute=compute)))
 
     usual = registry.by_rank()
-    assert order(size, True) == ["rtx", "trt", "ort-cuda", "amx", "openvino", "amx-fp32", "ort-cpu"]
+    assert order(size, True) == ["cuda", "rtx", "trt", "ort-cuda", "amx", "openvino", "amx-fp32", "ort-cpu"]
     assert order(size + 1, True) == order(size, False) == order(size, True, "fp16") == usual
     assert usual.index("ort-cpu") < usual.index("openvino")
 

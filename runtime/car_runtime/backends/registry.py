@@ -13,7 +13,7 @@ from pathlib import Path
 
 from car_runtime.backends.amx.spec import AMX, AMX_FP32
 from car_runtime.backends.base import Backend
-from car_runtime.backends.onnxruntime.spec import ORT_CPU, ORT_CUDA
+from car_runtime.backends.onnxruntime.spec import CUDA, ORT_CPU, ORT_CUDA
 from car_runtime.backends.openvino.core import has_bfloat16
 from car_runtime.backends.openvino.spec import OPENVINO
 from car_runtime.backends.spec import BackendSpec
@@ -23,7 +23,7 @@ from car_runtime.format.folder import PlanFolder
 from car_runtime.format.manifest import WEIGHTS, Manifest
 
 BACKENDS: dict[str, BackendSpec] = {
-    spec.name: spec for spec in (ORT_CPU, OPENVINO, AMX, AMX_FP32, ORT_CUDA, RTX, TRT)
+    spec.name: spec for spec in (ORT_CPU, OPENVINO, AMX, AMX_FP32, CUDA, ORT_CUDA, RTX, TRT)
 }
 """Name → spec, in the order in which they are listed for people; `by_rank` is that of `auto`."""
 LARGE = 256 * 1024 * 1024

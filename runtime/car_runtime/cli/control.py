@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from car_runtime.cli.errors import note
 from car_runtime.cli.options import Parser, add_setting, add_threads_flag, image_source, plan_path
 from car_runtime.conventions import PRESETS, ControlConvention
 from car_runtime.errors import OutputError, RequestError
@@ -73,7 +73,7 @@ def run(arguments: Sequence[str]) -> int:
         warnings += prepare_control(Image.fromarray(pixels), convention, size, None)[1]
     write_files({args.output: png_bytes(pixels)})
     for warning in warnings:
-        print(f"car-run: warning: {warning}", file=sys.stderr)
+        note(f"car-run: warning: {warning}")
     report = {"path": str(args.output), "convention": convention.name, "size": size, "warnings": list(warnings)}
     print(json.dumps(report) if args.json else args.output, flush=True)
     return 0

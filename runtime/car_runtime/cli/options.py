@@ -67,25 +67,38 @@ def plan_path(given: str | None) -> Path:
 
 
 def image_source(given: str) -> str | io.BytesIO:
-    """What an image is read from: the path, or for "-" all of stdin. Raises RequestError where that is closed."""
+    """What an image is read from: the path, or for "-" all of stdin.
+
+    Raises RequestError where that is closed, or has more bytes than an image may.
+    """
     if given != "-":
         return given
     if sys.stdin is None:
         raise RequestError("the image is to come from stdin, which is closed; pipe it in, or name a file")
-    return io.BytesIO(sys.stdin.buffer.read())
+    from car_runtime.images import MAX_BYTES
+
+    data = sys.stdin.buffer.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise RequestError(f"the image on stdin has over {MAX_BYTES} bytes; make it smaller first")
+    return io.BytesIO(data)
 
 
 def named_source(given: str) -> tuple[str | None, str, float]:
     """BRANCH=IMAGE[:WEIGHT] → branch, file, weight; None and 1 where they aren't there. A file's whole name wins."""
     if given == "-" or os.path.exists(given):
         return None, given, 1.0
-    parts = re.fullmatch(r"([a-z0-9_-]{1,32})=(.+?)(?::([0-9]+\.?[0-9]*|\.[0-9]+))?", given)
+    parts = re.fullmatch(r"([a-z0-9_-]{1,32})=(.+)", given)
     if parts is None:
         return None, given, 1.0
-    branch, file, weight = parts.groups()
-    if weight is not None and os.path.exists(f"{file}:{weight}"):
-        file, weight = f"{file}:{weight}", None
-    return branch, file, 1.0 if weight is None else float(weight)
+    return parts[1], *weighted_source(parts[2])
+
+
+def weighted_source(given: str) -> tuple[str, float]:
+    """IMAGE[:WEIGHT] → file, weight; 1 where there is none. A file's whole name wins."""
+    parts = re.fullmatch(r"(.+?):([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))", given)
+    if parts is None or os.path.exists(given):
+        return given, 1.0
+    return parts[1], float(parts[2])
 
 
 def control_sources(given: Sequence[str]) -> Any:

@@ -1,4 +1,4 @@
-"""`car-run plan ACTION`: what a plan is, the control branches in it, and plans on the hub.
+"""`car-run plan ACTION`: what a plan is, the control branches in it, plans on the hub, and its static site.
 
 Branches are changed by the exporter, `car_export`, which the extra `export` makes run; `pull` and `push` need the
 extra `hub`.
@@ -17,7 +17,7 @@ from car_runtime.cli.errors import note
 from car_runtime.cli.options import Parser, plan_path
 from car_runtime.errors import OutputError, RequestError, printable_lines
 
-ABOUT = "What a plan is, the control branches in it, and plans on the hub."
+ABOUT = "What a plan is, the control branches in it, plans on the hub, and the plan as a site that runs in a browser."
 EXAMPLES = """examples:
   car-run plan info d16.plan                          format, base, branches, precision, sizes, classes
   car-run plan add-branch d16.plan runs/depth         the branch of a checkpoint on the plan's base
@@ -25,8 +25,9 @@ EXAMPLES = """examples:
   car-run plan card d16.plan --license mit            README.md and card.png of the plan, into it
   car-run plan push d16.plan hf:ORG/NAME              the plan and its card to the hub
   car-run plan pull hf:ORG/NAME@v1 -o d16.plan        and from there; without -o into the cache
+  car-run plan web d16.plan -o site/                  the studio without a server, for any static host
 
-info and card need the runtime alone, pull and push pip install 'car-deploy[cpu,hub]', the others the exporter:
+info, card and web need the runtime alone, pull and push pip install 'car-deploy[cpu,hub]', the others the exporter:
 pip install 'car-deploy[cpu,export]'
 """
 ACTIONS: dict[str, tuple[str | None, tuple[str, ...]]] = {
@@ -36,6 +37,7 @@ ACTIONS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "card": (None, ("licence", "backend", "output")),
     "pull": (None, ("output",)),
     "push": ("hf:ORG/NAME", ("private",)),
+    "web": (None, ("onnxruntime", "output")),
 }
 """Action → what stands after the plan, and the flags that are for it."""
 NAMES = 12
@@ -54,7 +56,8 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     add("--license", dest="licence", metavar="ID", help="of the weights, for the card: mit, cc-by-4.0, other …")
     add("--backend", default=None, help="that compares the plan with its goldens, for the card (default: auto)")
     add("--private", action="store_true", help="a repository that push makes is private")
-    add("-o", "--output", type=Path, metavar="PLAN", help="plan to write (default: in place); of card: its folder")
+    add("-o", "--output", type=Path, metavar="PLAN", help="plan (default: in place), site or card's folder to write")
+    add("--onnxruntime", type=Path, metavar="TGZ", help="for web: the npm package onnxruntime-web (see make web)")
     add("--json", action="store_true", help="print one JSON object")
     add("--debug", action="store_true", help="show a traceback when the program itself fails")
     args = parser.parse_args(arguments)
@@ -63,17 +66,20 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(f"{args.action} needs {wanted} after the plan")
     if wanted is None and args.given is not None:
         parser.error(f"{args.action} takes nothing but the plan; leave out {args.given!r}")
-    for name in ("name", "default", "licence", "backend", "private", "output"):
+    for name in ("name", "default", "licence", "backend", "private", "onnxruntime", "output"):
         if getattr(args, name) and name not in flags:
             flag = {"output": "-o", "licence": "--license"}.get(name, f"--{name}")
             parser.error(f"{flag} is not for {args.action}; leave it out")
+    if args.action == "web" and args.output is None:
+        parser.error("web needs -o SITE")
     return args
 
 
 def run(arguments: Sequence[str]) -> int:
     """Facts, paths or the hub's name go to stdout; progress to stderr. Returns the exit code."""
     args = parse_args(arguments)
-    code: int = {"info": _info, "card": _card, "pull": _pull, "push": _push}.get(args.action, _change)(args)
+    actions = {"info": _info, "card": _card, "pull": _pull, "push": _push, "web": _web}
+    code: int = actions.get(args.action, _change)(args)
     return code
 
 
@@ -151,6 +157,16 @@ def _change(args: argparse.Namespace) -> int:
 
     code: int = exporter.run_command("car-run", change)
     return code
+
+
+def _web(args: argparse.Namespace) -> int:
+    """Write a static site. Its path, or with --json facts, go to stdout. Returns the exit code."""
+    site = import_module("car_serve.site")
+    size = site.write_site(plan_path(args.plan), args.output, args.onnxruntime)
+    if size > site.LARGE:
+        note(f"car-run: the site has {_megabytes(size)}, which takes long to load")
+    print(json.dumps({"site": str(args.output), "bytes": size}) if args.json else args.output, flush=True)
+    return 0
 
 
 def _print(args: argparse.Namespace) -> None:

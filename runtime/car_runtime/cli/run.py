@@ -57,6 +57,7 @@ other commands, each with its own --help:
   car-run batch JOBS        many images in one process, from a table or a folder
   car-run sheet             a labelled sheet: classes × seeds × any setting
   car-run control IMAGE     the control map of a photo alone
+  car-run detect IMAGE      does an image have the watermark of a key
   car-run doctor [PLAN]     what this machine can run, and how to install what is missing
   car-run serve [PLAN ...]  the studio in a browser, and an HTTP API
   car-run verify [PLAN]     does a plan do here what it did when it was exported, and how fast
@@ -239,7 +240,8 @@ def opened(args: argparse.Namespace, root: Path) -> Iterator[Plan]:
 def control_of_flags(args: argparse.Namespace, manifest: Manifest) -> tuple[Any, tuple[str, ...]]:
     """The control image as given, or derived from the photo, and warnings; None where neither is given."""
     model = manifest.model
-    unnamed = [one for one in args.control or [args.photo] if one is not None and named_source(one)[0] is None]
+    given = args.control or [args.photo]
+    unnamed = len(given) == 1 and given[0] is not None and named_source(given[0])[0] is None
     if unnamed and len(model.branches) > 1:
         others = ", ".join(name for name in model.branches if name != model.default_branch)
         note(f"car-run: the control is for the branch {model.default_branch!r}; others: {others}")
@@ -288,6 +290,7 @@ def settings_report(manifest: Manifest, request: Request) -> dict[str, Any]:
         "top_p": request.sampling.top_p,
         "schedule": request.schedule.settings(),
         **({"more_smooth": True} if request.more_smooth else {}),
+        **({"watermark": True} if request.watermark else {}),
         **({} if request.blend is None else {"blend_share": request.blend.share, "blend_class": request.blend.label}),
     }
 

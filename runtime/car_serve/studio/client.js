@@ -27,7 +27,8 @@ export class HttpClient {
     return (await this.#send("v1/pictures", this.#post(form, signal))).json();
   }
 
-  // Events as they come: {type: "queued" | "scale" | "picture" | "done", …}. Leaving the loop cancels.
+  // Events as they come: {type: "queued" | "scale" | "picture" | "done", …}. Leaving the loop cancels. An engine may send the
+  // preview of a scale after the scale itself, as {type: "preview", image, index, preview}.
   async *stream(form, signal) {
     const post = this.#post(form, signal);
     post.headers.Accept = "text/event-stream";

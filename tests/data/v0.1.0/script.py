@@ -5,7 +5,7 @@ import car_runtime
 
 shapes, scales = [], []
 with car_runtime.open_plan(PLAN) as plan:
-    result = plan.generate(CONTROL, label="fluent-objects", seed=7, n=4)
+    result = plan.generate(CONTROL, label="cat", seed=7, n=4)
     shapes.append(result.images.shape)
     assert {"control", "condition", "decoder", "total"} <= set(result.timings)
     for step in plan.stream(CONTROL, label=2):

@@ -92,11 +92,16 @@ def targets() -> tuple[str, ...]:
     return tuple(next(iter(kernels().values())).targets)
 
 
-def read_cubins(target: str) -> dict[str, bytes]:
-    """Kernel → its code for a target. BackendError if there is none, or the package is damaged."""
+def check_target(target: str) -> None:
+    """BackendError if there is no code for this kind of GPU."""
     if target not in targets():
         known = ", ".join(targets())
         raise BackendError(f"there are no kernels for {target} (only for {known}); use --backend ort-cuda")
+
+
+def read_cubins(target: str) -> dict[str, bytes]:
+    """Kernel → its code for a target. BackendError if there is none, or the package is damaged."""
+    check_target(target)
     whole = lzma.decompress((FOLDER / f"{target}.xz").read_bytes())
     code = {}
     for name, kernel in kernels().items():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from car_runtime.backends.base import Buffer
 from car_runtime.backends.cuda.buffers import DeviceArray, Memory, device_array
-from car_runtime.backends.cuda.driver import Graph
+from car_runtime.backends.cuda.driver import CudaError, Graph
 from car_runtime.backends.cuda.kernels import Launch, read_cubins
 from car_runtime.backends.cuda.launch_plan import LaunchPlan, problem, sizes_of
 from car_runtime.backends.cuda.weights import DeviceWeights
@@ -45,6 +46,7 @@ class StepKernels:
         self._grown: list[DeviceArray] = []
         self._launches: dict[_Key, list[Launch]] = {}
         self._recorded: dict[_Key, Graph] = {}
+        self._plain: dict[str, str] = {}
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -63,29 +65,47 @@ class StepKernels:
             if key in self._recorded:
                 device.launch(self._recorded[key])
                 return
-            record = key in self._launches and len(self._recorded) < RECORDINGS
-            if key not in self._launches:
+            seen = key in self._launches
+            if not seen:
                 self._launches[key] = self._plan.launches(graph, taken, given, self._room(taken))
-            if record:
-                device.begin_capture()
-            try:
-                for launch in self._launches[key]:
-                    device.put_kernel(launch.kernel, launch.grid, launch.arguments)
-            finally:
-                recorded = device.end_capture() if record else None
-            if record:
+            recorded = self._record(graph, self._launches[key]) if seen and self._records(graph) else None
+            if recorded is None:
+                self._put(self._launches[key])
+            else:
                 self._recorded[key] = recorded
                 device.launch(recorded)
 
+    def _records(self, graph: str) -> bool:
+        return graph not in self._plain and len(self._recorded) < RECORDINGS
+
+    def _record(self, graph: str, launches: Sequence[Launch]) -> Graph | None:
+        """The launches as one; None where they cannot be recorded, and are put one by one from then on."""
+        device = self._memory.device
+        device.begin_capture()
+        try:
+            try:
+                self._put(launches)
+            finally:
+                recorded = device.end_capture()
+        except CudaError as error:
+            self._plain[graph] = str(error)
+            return None
+        return recorded
+
+    def _put(self, launches: Sequence[Launch]) -> None:
+        for launch in launches:
+            self._memory.device.put_kernel(launch.kernel, launch.grid, launch.arguments)
+
     def report(self) -> dict[str, Any]:
-        """What was recorded, and how many kernels the longest graph launches."""
+        """What was recorded and what could not be, and how many kernels the longest graph launches."""
         longest = max((len(launches) for launches in self._launches.values()), default=0)
-        return {"graphs_captured": len(self._recorded), "launches": longest}
+        return {"graphs_captured": len(self._recorded), "not_captured": dict(self._plain), "launches": longest}
 
     def close(self) -> None:
         """Let go of what was recorded; the memory is the backend's."""
-        for graph in self._recorded.values():
-            self._memory.device.free_graph(graph)
+        with suppress(CudaError):  # after a fault of the device every call fails
+            for graph in self._recorded.values():
+                self._memory.device.free_graph(graph)
         self._recorded.clear()
         self._launches.clear()
 

@@ -1,1 +1,1 @@
-"""ONNX Runtime: `ort-cpu`, and `ort-cuda` with CUDA graphs."""
+"""ONNX Runtime: `ort-cpu`, `ort-cuda` with CUDA graphs, and `cuda`, which runs the steps by own kernels."""

@@ -26,7 +26,6 @@ from car_runtime.system.gpu import probe
 GRAPHS = 64
 """Recordings of one session; ONNX Runtime keeps them until the session ends. What comes later runs unrecorded."""
 
-_AT_ONCE = ("step", "condition", "control", "decoder")
 _TENSOR_CORES = {"use_tf32": "1", "cudnn_conv_algo_search": "HEURISTIC"}
 _HALF = {"control": {**_TENSOR_CORES, "prefer_nhwc": "1"}, "decoder": _TENSOR_CORES}
 """Options of graphs that have no product in float32 where the plan is in half precision.
@@ -44,6 +43,8 @@ class OrtCuda(CudaBuffers):
     name = "ort-cuda"
     batches: tuple[int, ...] = (1, 2, 3, 4)
     guided_only = False
+    at_once: tuple[str, ...] = ("step", "condition", "control", "decoder")
+    """Graphs that every image takes: their sessions open with the plan, the others' when they are first run."""
 
     def __init__(self, root: Path, manifest: Manifest, device: Device | None = None, module: Any = None) -> None:
         if manifest.precision.weights == "int8":
@@ -67,7 +68,7 @@ class OrtCuda(CudaBuffers):
         self._plain: dict[str, str] = {}
         self._refused: dict[str, str] = {}
         try:
-            for graph in _AT_ONCE:
+            for graph in self.at_once:
                 if graph in manifest.graphs:
                     self._open(graph)
         except BaseException:

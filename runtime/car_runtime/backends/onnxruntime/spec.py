@@ -1,9 +1,10 @@
-"""`ort-cpu` and `ort-cuda`."""
+"""`ort-cpu`, `ort-cuda` and `cuda`."""
 
 from __future__ import annotations
 
 import warnings
 
+from car_runtime.backends.cuda.kernels import targets
 from car_runtime.backends.spec import BackendSpec, Finding, MachineFacts
 from car_runtime.errors import one_line
 
@@ -38,6 +39,20 @@ ORT_CUDA = BackendSpec(
     status="measured",
 )
 
+CUDA = BackendSpec(
+    name="cuda",
+    device="gpu",
+    rank=0,
+    computes=("fp16",),
+    oldest_format=2,
+    extra="gpu",
+    install=ORT_CUDA.install,
+    opener="car_runtime.backends.onnxruntime.kernels:open_cuda",
+    probe="car_runtime.backends.onnxruntime.spec:probe_kernels",
+    hardware="NVIDIA GPUs from Ampere to Blackwell, driver 580 or newer; plans of format 2, no engines to build",
+    status="built only",
+)
+
 # An ONNX model of one node, float32 x [1] → Identity → y, opset 13: what a provider is tried with.
 _IDENTITY = bytes.fromhex(
     "08083a370a100a017812017922084964656e746974791201675a0f0a0178120a"
@@ -66,6 +81,13 @@ def probe_cuda(spec: BackendSpec, facts: MachineFacts) -> Finding:
         return spec.missing(str(facts.gpu.why), ())
     problem = _try_provider(spec, CUDA_PROVIDER)
     return problem or Finding(usable=True, why=f"onnxruntime {_version(facts)} on {facts.gpu.name}")
+
+
+def probe_kernels(spec: BackendSpec, facts: MachineFacts) -> Finding:
+    """The same, and a GPU that the kernels were compiled for."""
+    if facts.gpu.usable and facts.gpu.target not in targets():
+        return spec.missing(f"there are no kernels for {facts.gpu.target}, only for {', '.join(targets())}", ())
+    return probe_cuda(spec, facts)
 
 
 def _version(facts: MachineFacts) -> str | None:

@@ -1,0 +1,229 @@
+"""The backend `cuda` on the fake GPU: steps in Triton's interpreter, the other graphs in a fake ONNX Runtime.
+
+Wanted are the images of `ort-cpu` from the same fp16 plan. What a step computes is test_cuda_steps.py's.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from car_runtime import GenerationConfig, Plan, open_plan
+from car_runtime.backends.cuda.driver import CudaError
+from car_runtime.backends.onnxruntime.kernels import Cuda
+from car_runtime.backends.registry import BACKENDS, open_backend
+from car_runtime.backends.spec import MachineFacts
+from car_runtime.errors import BackendError, RunError
+from car_runtime.format.manifest import read_manifest
+from car_runtime.system.gpu import GpuFacts, has_driver
+from fixtures.fake_device import GPU, FakeOnnxRuntime
+from fixtures.kernel_device import KernelDevice
+from fixtures.kernel_models import export, narrow, sibling
+from fixtures.runtime_plan import build_plan
+
+SIDES = (1, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def root() -> Path:
+    model = narrow()
+    return export({"one": model, "two": sibling(model)}, "narrow")
+
+
+@pytest.fixture(scope="module")
+def cpu(root: Path) -> Iterator[Plan]:
+    with open_plan(root, "ort-cpu", threads=1) as plan:
+        yield plan
+
+
+class Fake:
+    """A plan opened on the fake GPU."""
+
+    def __init__(self, root: Path, **options: Any) -> None:
+        self.device = KernelDevice(**options)
+        self.ort = FakeOnnxRuntime(self.device)
+        manifest = read_manifest(root)
+        self.backend = Cuda(root, manifest, self.device, self.ort)
+        self.plan = Plan(root, manifest, self.backend, "a test")
+
+
+def drawing(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (12, 12, 3), np.uint8)
+
+
+def configs() -> list[GenerationConfig]:
+    """Requests unlike one another."""
+    a, b = drawing(1), drawing(2)
+    return [
+        GenerationConfig(control={"one": a}, label=1, seed=3, cfg=2.0, top_k=5),
+        GenerationConfig(control={"one": b}, label=4, seed=8, cfg=0, top_p=0.5),
+        GenerationConfig(control={"one": a, "two": (b, 0.4)}, label=0, seed=1, control_cfg=1.0),
+        GenerationConfig(label=2, seed=6, n=2, cfg=3.0, cfg_scales="-1"),
+    ]
+
+
+def test_images_are_those_of_the_plan_on_the_cpu(root: Path, cpu: Plan) -> None:
+    """In shared steps, with one branch, with two, with none; none of ONNX Runtime's steps is opened."""
+    fake = Fake(root)
+    wanted = [cpu.generate(config) for config in configs()]
+    for found, want in zip(fake.plan.generate_many(configs()), wanted, strict=True):
+        assert (found.tokens == want.tokens).all()
+        assert np.abs(found.images.astype(int) - want.images).max() <= 1
+    assert fake.device.loaded
+    assert {"condition", "decoder", "condition.one", "control.one"} <= {s.name for s in fake.ort.sessions}
+    assert not {"step", "branch.one", "branch.two"} & {s.name for s in fake.ort.sessions}
+    fake.plan.close()
+    fake.plan.close()
+    assert fake.device.allocated() == 0
+    with pytest.raises(RunError, match="closed while it was in use"):
+        fake.backend.run("step", {}, {})
+
+
+def test_later_images_launch_what_the_second_recorded(root: Path, cpu: Plan) -> None:
+    fake = Fake(root)
+    for seed in range(4):
+        found = fake.plan.generate({"one": drawing(1)}, 1, seed=seed)
+        assert (found.tokens == cpu.generate({"one": drawing(1)}, 1, seed=seed).tokens).all()
+    steps = [graph for graph in fake.device.graphs if any(work.kind == "kernel" for work in graph.works)]
+    assert [graph.launches for graph in steps] == [3] * 2 * len(SIDES)  # a branch's and the base's
+    report = fake.backend.report()
+    assert report["graphs_captured"] >= 2 * len(SIDES)
+    assert report["not_captured"] == {}
+    assert report["launches"] == max(len(graph.works) for graph in steps)
+    fake.plan.close()
+
+
+def test_what_cannot_be_recorded_is_put_on_the_stream_kernel_by_kernel(root: Path, cpu: Plan) -> None:
+    fake = Fake(root)
+    fake.device.refuse_capture = True
+    for seed in range(3):
+        found = fake.plan.generate(None, 1, seed=seed, cfg=0)
+        assert (found.tokens == cpu.generate(None, 1, seed=seed, cfg=0).tokens).all()
+    assert "operation not permitted" in fake.backend.report()["not_captured"]["step"]
+    fake.plan.close()
+
+
+def test_an_edit_keeps_its_tokens(root: Path, cpu: Plan) -> None:
+    fake = Fake(root)
+    tokens = cpu.generate(None, 2, seed=4).tokens[0]
+    edit = {"known_tokens": tokens, "known_mask": np.arange(len(tokens)) % 2 == 0, "seed": 3}
+    assert (fake.plan.encode(drawing(5)) == cpu.encode(drawing(5))).all()
+    found = fake.plan.generate({"two": drawing(1)}, 0, **edit)
+    assert (found.tokens == cpu.generate({"two": drawing(1)}, 0, **edit).tokens).all()
+    fake.plan.close()
+
+
+# -- what it refuses, each in one line, with the remedy -------------------------------------------------------------
+
+
+def refusal(root: Path, **options: Any) -> str:
+    manifest = read_manifest(root)
+    device = KernelDevice(**options)
+    with pytest.raises(BackendError) as caught:
+        Cuda(root, manifest, device, FakeOnnxRuntime(device))
+    assert "\n" not in str(caught.value)
+    assert device.allocated() == 0
+    return str(caught.value)
+
+
+def test_a_gpu_without_kernels_is_refused_before_anything_is_opened(root: Path) -> None:
+    says = refusal(root, gpu=replace(GPU, capability=(7, 5)))
+    assert says == "there are no kernels for sm75 (only for sm80, sm86, sm89, sm90, sm120); use --backend ort-cuda"
+
+
+@pytest.mark.skipif(has_driver(), reason="this machine has an NVIDIA driver")
+def test_a_machine_without_a_driver_is_refused_with_the_remedy(root: Path) -> None:
+    with pytest.raises(BackendError, match=r"no NVIDIA driver on this machine; install one"):
+        open_backend("cuda", root, read_manifest(root))
+
+
+def test_a_driver_that_refuses_the_kernels_is_too_old(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OldDriver(KernelDevice):
+        def load_kernels(self, code: Any) -> None:
+            raise CudaError("CUDA failed in cuModuleLoadData: no binary for GPU; upgrade the driver, or …", 209)
+
+    device = OldDriver()
+    monkeypatch.setattr("car_runtime.backends.onnxruntime.kernels.probe", lambda: GPU)
+    opened = partial(Cuda, device=device, module=FakeOnnxRuntime(device))
+    monkeypatch.setattr("car_runtime.backends.onnxruntime.kernels.Cuda", opened)
+    with pytest.raises(BackendError, match=r"cuModuleLoadData: .*; upgrade the driver"):
+        open_backend("cuda", root, read_manifest(root))
+    assert device.allocated() == 0
+
+
+def test_plans_of_other_kinds_are_refused(tmp_path: Path, root: Path) -> None:
+    whole = shutil.copytree(root, tmp_path / "x.plan")
+    manifest = read_manifest(whole)
+    for change, says in (
+        ({"compute": "fp32", "weights": "fp32"}, "the plan is fp32 with fp32 weights"),
+        ({"compute": "bf16", "weights": "bf16"}, "the plan is bf16 with bf16 weights"),
+    ):
+        other = replace(manifest, precision=replace(manifest.precision, **change))
+        assert not BACKENDS["cuda"].runs(other)
+        with pytest.raises(BackendError, match=rf"{says}, .*use --backend ort-cuda, or export it with .*fp16"):
+            Cuda(whole, other, KernelDevice())
+    old = build_plan(tmp_path / "old.plan")
+    assert not BACKENDS["cuda"].runs(read_manifest(old))
+    with pytest.raises(BackendError, match=r"plans from format 2 on, .* of format 1; .*--upgrade -o NEW, or"):
+        open_plan(old, "cuda")
+
+
+def test_too_little_memory_is_a_reason_to_take_another_backend(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = KernelDevice(memory=100_000)
+
+    def small(root: Path, manifest: Any, *_: Any) -> Cuda:
+        return Cuda(root, manifest, device, FakeOnnxRuntime(device))
+
+    monkeypatch.setattr("car_runtime.backends.onnxruntime.kernels.Cuda", small)
+    monkeypatch.setattr("car_runtime.backends.onnxruntime.kernels.probe", lambda: GPU)
+    with pytest.raises(BackendError, match=r"out of memory .*; close other programs"):
+        open_backend("cuda", root, read_manifest(root))
+    assert device.allocated() == 0
+    backend, why = open_backend("auto", root, read_manifest(root), 1)
+    assert backend.name == "ort-cpu"
+    assert "cuda: CUDA failed in cudaMalloc: out of memory" in why
+    backend.close()
+
+
+def test_auto_takes_it_first_for_what_it_runs(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    device = KernelDevice()
+
+    def fake(root: Path, manifest: Any) -> Cuda:
+        return Cuda(root, manifest, device, FakeOnnxRuntime(device))
+
+    monkeypatch.setattr("car_runtime.backends.onnxruntime.kernels.open_cuda", lambda r, m, t: fake(r, m))
+    backend, why = open_backend("auto", root, read_manifest(root))
+    assert (backend.name, why) == ("cuda", "auto: cuda, best that opens here")
+    backend.close()
+    old = build_plan(tmp_path / "old.plan")
+    backend, why = open_backend("auto", old, read_manifest(old), 1)
+    assert backend.name == "ort-cpu"
+    assert "cuda: the backend runs plans from format 2 on" in why
+    backend.close()
+
+
+def test_a_damaged_plan_leaves_nothing_open(root: Path, tmp_path: Path) -> None:
+    """A table whose matrix has another shape: found when the parameters are looked up, after sessions opened."""
+    manifest = read_manifest(root)
+    name = "base.blocks.0.attn.proj.weight"
+    bent = replace(manifest.parameters[name], shape=(32, 128))
+    device = KernelDevice()
+    with pytest.raises(BackendError, match=rf"{name}.*; export the plan again, or use --backend ort-cuda"):
+        Cuda(root, replace(manifest, parameters={**manifest.parameters, name: bent}), device, FakeOnnxRuntime(device))
+    assert device.allocated() == 0
+    assert device.closed
+
+
+def test_the_doctor_knows_which_gpus_have_kernels() -> None:
+    packages = {"onnxruntime": None, "onnxruntime-gpu": "1.0"}
+    gpu = GpuFacts(usable=True, name="x", capability="7.5", target="sm75")
+    found = BACKENDS["cuda"].examine(MachineFacts(packages=packages, gpu=gpu))
+    assert (found.usable, found.install) == (False, ())
+    assert found.why == "there are no kernels for sm75, only for sm80, sm86, sm89, sm90, sm120"
