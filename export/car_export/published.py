@@ -85,7 +85,7 @@ def find_published(folder: Path, log: Log, var: Path | None = None) -> Published
             raise ConfigError(f"{var} is no transformer; give one such as var_d16.pth with --var")
     if len(cars) == 1 and cars[0].has_base:
         return _chosen(vae, None, cars, log)
-    base = _base(folder, bases, cars)
+    base = bases[0] if var is not None else _base(folder, bases, cars)
     others = [one for one in cars if one.width != base.width]
     for one in others:
         log(f"left out: {one.path.name}, a branch for width {one.width}, the transformer has {base.width}")

@@ -16,4 +16,4 @@ with car_runtime.open_plan(PLAN) as plan:
     repaint[:, size // 2 :] = True
     tokens = plan.encode(result.images[0])
     known = {"known_tokens": tokens, "known_mask": plan.known_mask(repaint)}
-    shapes += [plan.generate(CONTROL, label=0, n=2, **known).images.shape, tokens.shape]
+    shapes += [plan.generate(CONTROL, label=0, **known).images.shape, tokens.shape]
