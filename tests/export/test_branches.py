@@ -153,8 +153,8 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(
         (["remove-branch", plan, "depth"], "has no branch 'depth'; name one of: sketch, other"),
         (["remove-branch", plan, "other", "--default", "depth"], "--default depth is not one of"),
         (["remove-branch", plan], "needs the name of a branch"),
-        (["info", plan, "sketch"], "info only reads"),
-        (["remove-branch", plan, "other", "--name", "c"], "--name c names a branch that is added"),
+        (["info", plan, "sketch"], "info takes nothing but the plan; leave out 'sketch'"),
+        (["remove-branch", plan, "other", "--name", "c"], "--name is not for remove-branch; leave it out"),
     ):
         assert says in run(arguments, capsys, 2)
     assert {file.name: file.read_bytes() for file in plan.iterdir()} == before

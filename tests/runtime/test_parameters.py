@@ -24,7 +24,7 @@ from fixtures.convolutions import reference
 from fixtures.parameter_table import Entry, parameter_table
 from fixtures.shared import build_once
 
-FORMAT_1 = Path(__file__).parents[1] / "data" / "format1.plan"
+FORMAT_1 = Path(__file__).parents[1] / "data" / "v0.1.0" / "small.plan"
 SIZES = {"depth": 3, "width": 64, "heads": 2}
 BRANCH = {"blocks": 1, "width": 64, "heads": 2}
 

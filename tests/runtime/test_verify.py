@@ -305,7 +305,7 @@ def test_an_older_plan_says_to_export_it_again(
 
 def test_a_step_that_keeps_its_logits_says_to_export_again(tmp_path: Path) -> None:
     """Of format 1; in format 2 every step gives them."""
-    old = Path(__file__).parents[1] / "data" / "format1.plan"
+    old = Path(__file__).parents[1] / "data" / "v0.1.0" / "small.plan"
     plan = Path(shutil.copytree(old, tmp_path / "old.plan"))
 
     def forget(manifest: Manifest) -> Manifest:
@@ -380,7 +380,7 @@ def test_a_header_is_read_as_numpy_writes_it_and_never_evaluated(
         (["--batch", "1,x"], "argument --batch: invalid"),
         (["--runs", "x"], "see car-run verify --help"),
         (["--threads", "0"], "threads is 0"),
-        (["--backend", "cuda"], "there is no backend 'cuda'"),
+        (["--backend", "gpu"], "there is no backend 'gpu'"),
         (["-o", "report.txt"], "but it is written as JSON; name it *.json"),
         (["-o", "no/report.json"], "the output's directory 'no' does not exist"),
         (["--control", "x.png"], "unrecognized arguments"),
@@ -395,7 +395,9 @@ def test_bad_arguments_are_one_line_and_code_2(
     says: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["verify", str(built("fp32")), *arguments]) == 2
+    plan = str(built("fp32"))
+    capsys.readouterr()
+    assert main(["verify", plan, *arguments]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert says in err
