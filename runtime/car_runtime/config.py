@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from car_runtime.errors import RequestError
+from car_runtime.system.files import read_regular
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -33,7 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Name → sampling settings where a request gives none itself. plan: the plan's own. car: of the published CAR.
 var-fid: with which VAR's FID is measured."""
 MAX_KEY = 4096
-"""Bytes of a key's file that are read."""
+"""Bytes that a key's file may have."""
 POSITIONAL = ("control", "label", "seed", "n")
 """Settings that a call may give without their names, in this order."""
 
@@ -76,8 +77,7 @@ def key_text(given: str) -> str:
     if not given.startswith("@"):
         return given
     try:
-        with open(given[1:], "rb") as file:
-            return file.read(MAX_KEY).decode().strip()
+        return read_regular(given[1:], MAX_KEY).decode().strip()
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or "it isn't UTF-8 text"
         raise RequestError(f"the key file {given[1:]!r} can't be read ({why}); name a text file") from error

@@ -23,7 +23,7 @@ from car_runtime.format.hashing import verify_folder
 from car_runtime.format.manifest import MANIFEST, WEIGHTS, Manifest, manifest_in, open_plan_folder
 from car_runtime.plan import DEFAULT_PLAN
 from car_runtime.receipt import plan_digest
-from car_runtime.system.files import aside_of
+from car_runtime.system.files import aside_of, read_regular
 from car_serve.about import plan_about
 
 STUDIO = Path(__file__).parent / "studio"
@@ -34,7 +34,7 @@ PACKAGE_SHA256 = "d2228df7e4616bc3348bf504ee888f3bec43789a273f0a63f3e68d203ce3bf
 ARCHIVE = Path("~/.cache/car/web/onnxruntime-web-1.30.0.tgz")
 """Where `make web` puts it."""
 ENGINE = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
-MEMBER_BYTES = 64 * 1024 * 1024
+ARCHIVE_BYTES = MEMBER_BYTES = 64 * 1024 * 1024
 LARGE = 60_000_000
 """Bytes from which on a site takes long to load."""
 CSP = (
@@ -87,7 +87,7 @@ def _engine(archive: Path) -> dict[str, bytes]:
     """The files of onnxruntime-web that a page loads, by name, and its licence. Raises RequestError."""
     remedy = f"fetch it with `npm pack {PACKAGE}` and name it with --onnxruntime, or run make web"
     try:
-        data = archive.read_bytes()
+        data = read_regular(archive, ARCHIVE_BYTES)
     except OSError as error:
         raise RequestError(f"onnxruntime-web is not at {str(archive)!r} ({error.strerror}); {remedy}") from error
     if hashlib.sha256(data).hexdigest() != PACKAGE_SHA256:
@@ -110,7 +110,7 @@ def _check_plan(manifest: Manifest) -> None:
     if manifest.precision.compute != "fp32":
         raise PlanError(
             f"the plan {manifest.name!r} computes in {manifest.precision.compute}, and a page in float32; export it "
-            "without --fp16 and --bf16, with --weights fp16 for a small one"
+            "without --precision, with --weights fp16 for a small one"
         )
 
 

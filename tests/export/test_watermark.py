@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -192,6 +193,9 @@ def test_the_key_is_in_no_file_and_again_draws_the_image_without_it(
     [
         (["--watermark", ""], "the key of a watermark must be text or bytes, and not empty"),
         (["--watermark", "@gone.txt"], "the key file 'gone.txt' can't be read"),
+        (["--watermark", "@fifo"], "the key file 'fifo' can't be read (it is not a regular file)"),
+        (["detect", "c.png", "--key", "@/dev/zero"], "can't be read (it is not a regular file)"),
+        (["detect", "c.png", "--key", "@long.txt"], "can't be read (it has over 4096 bytes)"),
         (["detect", "c.png", "--key", ""], "must be text or bytes, and not empty"),
         (["detect", "gone.png", "--key", "k"], "there is no image"),
         (["detect", "c.png"], "--key"),
@@ -206,6 +210,8 @@ def test_misuse_is_one_line(
     monkeypatch.chdir(tmp_path)
     control(40).save("c.png")
     build_plan(Path("old.plan"))
+    os.mkfifo("fifo")
+    Path("long.txt").write_text("k" * 4097)
     before = {path.name for path in tmp_path.iterdir()}
     given = args if "-e" in args else [*args, "-e", str(two_branches())]
     assert main(given) == 2

@@ -447,4 +447,6 @@ def test_another_package_than_the_pinned_one_is_refused(tmp_path: Path, capsys: 
     assert "SHA-256 differs" in capsys.readouterr().err
     assert run(SHIPPED, "-o", tmp_path / "site", "--onnxruntime", tmp_path / "none.tgz") == 2
     assert "npm pack onnxruntime-web@" in capsys.readouterr().err
+    assert run(SHIPPED, "-o", tmp_path / "site", "--onnxruntime", "/dev/zero") == 2
+    assert "it is not a regular file" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["onnxruntime-web.tgz"]

@@ -55,7 +55,7 @@ _FILE_NAME = re.compile(r"(engines/)?[A-Za-z0-9_][A-Za-z0-9_.+-]*", re.ASCII)
 BRANCHES = 64
 BRANCH_NAME = re.compile(r"[a-z0-9_-]{1,32}", re.ASCII)
 _STATIC_GRAPH = re.compile(
-    r"(?P<graph>step|branch\.[a-z0-9_-]{1,32})\.(?P<scale>\d\d)\.b(?P<batch>[1-9]\d{0,2})", re.ASCII
+    rf"(?P<graph>step|branch\.{BRANCH_NAME.pattern})\.(?P<scale>\d\d)\.b(?P<batch>[1-9]\d{{0,2}})", re.ASCII
 )
 """A graph for one scale and one batch size."""
 FUSIONS = {

@@ -6,9 +6,11 @@ that are gone (`car_train.files` has the same names, and folders; `tests/test_tw
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -26,6 +28,25 @@ _LEFT = re.compile(r"\..+\.car-(\d+)-part[0-9a-f]{8}")
 
 class BusyError(OutputError):
     """Another process writes to the same place. The message names it."""
+
+
+def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
+    """All of a regular file of at most `limit` bytes.
+
+    Raises OSError: it can't be opened, is larger, or is something else (a FIFO would wait for a writer).
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        with open(descriptor, "rb", closefd=False) as file:
+            data = file.read(limit + 1)
+    finally:
+        os.close(descriptor)
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"it has over {limit} bytes")
+    return data
 
 
 def write_atomically(contents: Mapping[Path, bytes]) -> None:

@@ -4,7 +4,7 @@
 //   page → worker: {key, what: "open" | "controls" | "draw" | "cancel", value}
 //   worker → page: {key, event}, as often as something happened, then {key, end} or {key, error}
 
-import { ClientError } from "./client.js";
+import { ClientError, edited } from "./client.js";
 
 // A module of WebAssembly with one instruction on 128-bit vectors.
 const SIMD = Uint8Array.of(0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11);
@@ -61,14 +61,8 @@ export class Engine extends EventTarget {
     return this.#call("draw", { form, id: crypto.randomUUID() }, signal);
   }
 
-  async *edit(form, edit, image, signal) {
-    try {
-      yield* this.stream({ ...form, edit }, signal);
-    } catch (error) {
-      if (error.status !== 404 || !image) throw error;
-      const { id: _, index: __, ...how } = edit;
-      yield* this.stream({ ...form, edit: { ...how, image } }, signal);
-    }
+  edit(...given) {
+    return edited(this, ...given);
   }
 
   async cancel(id) {
