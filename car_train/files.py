@@ -147,20 +147,21 @@ def sweep(folder: Path) -> None:
     Only names that `_aside` makes are touched. A process is gone if none of its number runs here; one of another
     machine on the same file system could be taken for gone, so that a run's folder belongs on one machine at a time.
     """
-    if fcntl is None or not folder.is_dir():
+    if fcntl is None:
         return
-    for left in list(folder.iterdir()):
-        found = _LEFT.fullmatch(left.name)
-        if found is None or _runs(int(found["process"])):
-            continue
-        target = folder / found["name"]
-        with suppress(OSError):  # another start sweeps, too
-            if found["kind"] == "old" and not target.exists():
-                os.replace(left, target)
-            elif left.is_dir() and not left.is_symlink():
-                shutil.rmtree(left)
-            else:
-                left.unlink()
+    with suppress(OSError):
+        for left in list(folder.iterdir()):
+            found = _LEFT.fullmatch(left.name)
+            if found is None or _runs(int(found["process"])):
+                continue
+            target = folder / found["name"]
+            with suppress(OSError):  # another start sweeps, too
+                if found["kind"] == "old" and not target.exists():
+                    os.replace(left, target)
+                elif left.is_dir() and not left.is_symlink():
+                    shutil.rmtree(left)
+                else:
+                    left.unlink()
 
 
 def _runs(process: int) -> bool:

@@ -26,8 +26,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux" or COMPILER is None, rea
 
 FOLDER = """
 import sys
+from importlib import import_module
 from pathlib import Path
-from car_train import files
+files = import_module(sys.argv[3])
 if sys.argv[2] == "set aside":
     files.exchange = lambda one, other: False
 target = Path(sys.argv[1])
@@ -101,8 +102,11 @@ def campaign(
     return killed
 
 
+@pytest.mark.parametrize("module", ["car_train.files", "car_runtime.system.files"])
 @pytest.mark.parametrize("how", ["exchange", "set aside"])
-def test_a_folder_is_replaced_whole_wherever_the_process_dies(killer: Path, tmp_path: Path, how: str) -> None:
+def test_a_folder_is_replaced_whole_wherever_the_process_dies(
+    killer: Path, tmp_path: Path, how: str, module: str
+) -> None:
     under = tmp_path / "under"
     target = under / "a.plan"
 
@@ -121,7 +125,8 @@ def test_a_folder_is_replaced_whole_wherever_the_process_dies(killer: Path, tmp_
         found = {path.name: path.read_text() for path in place.iterdir()}
         return found in ({n: "old" + n for n in "abc"}, {n: "new" + n for n in "ab"})
 
-    assert campaign(killer, [sys.executable, "-c", FOLDER, str(target), how], under, set_up, whole) > 10
+    command = [sys.executable, "-c", FOLDER, str(target), how, module]
+    assert campaign(killer, command, under, set_up, whole) > 10
 
 
 @pytest.mark.parametrize("program", [FILE, IMAGES], ids=["training", "runtime"])

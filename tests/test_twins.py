@@ -36,6 +36,12 @@ def code_of(module: ModuleType, name: str) -> str:
         (car_train.streams, car_runtime.cli.errors, "open_closed_streams"),
         (car_train.errors, car_runtime.errors, "printable"),
         (car_train.errors, car_runtime.errors, "printable_lines"),
+        (car_train.files, car_runtime.system.files, "_aside"),
+        (car_train.files, car_runtime.system.files, "folder_aside"),
+        (car_train.files, car_runtime.system.files, "new_folder"),
+        (car_train.files, car_runtime.system.files, "put_in_place"),
+        (car_train.files, car_runtime.system.files, "exchange"),
+        (car_train.files, car_runtime.system.files, "sweep"),
         (car_train.files, car_runtime.system.files, "_runs"),
         (car_train.files, car_runtime.system.files, "_sweep_once"),
         (car_train.files, car_runtime.system.files, "one_writer"),
@@ -57,7 +63,5 @@ def test_what_steers_a_terminal_is_the_same() -> None:
 
 
 def test_what_one_leaves_the_other_knows() -> None:
-    target, training, runtime = Path("x.png"), car_train.files, car_runtime.system.files
-    assert training._LEFT.fullmatch(runtime.aside_of(target).name)
-    assert runtime._LEFT.fullmatch(training._aside(target, "part").name)
-    assert not runtime._LEFT.fullmatch(training._aside(target, "new").name), "a folder"
+    assert car_train.files._LEFT.pattern == car_runtime.system.files._LEFT.pattern
+    assert car_train.files._LEFT.fullmatch(car_runtime.system.files.aside_of(Path("x.png")).name)

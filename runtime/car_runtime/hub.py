@@ -5,7 +5,8 @@ links for each commit. A plan holds no links, so what the manifest lists is link
 into a directory in `~/.cache/car/hub` whose name is the digest of the manifest: its bytes say what is in there,
 whoever they are from. A folder of links that is named by its path is taken the same way.
 
-Nothing is fetched but the manifest, the files that it lists and the signature.
+Nothing is fetched but the manifest, the files that it lists and the signature, and of each no more bytes than the
+manifest says, whatever the hub sends.
 """
 
 from __future__ import annotations
@@ -25,18 +26,21 @@ from typing import Any
 from car_runtime.errors import OutputError, PlanError, RequestError, one_line
 from car_runtime.format.hashing import verify_files
 from car_runtime.format.manifest import MANIFEST, MANIFEST_BYTES, Manifest, parse_manifest, read_manifest
-from car_runtime.format.signature import SIGNATURE
-from car_runtime.system.files import aside_of
+from car_runtime.format.signature import SIGNATURE, SIGNATURE_BYTES
+from car_runtime.system.files import aside_of, new_folder
 
 PREFIX = "hf:"
 CACHE = Path("~/.cache/car/hub")
 """Plans that were fetched, as plain files; it can be removed at any time."""
+PLAN_BYTES = 50 * 10**9
+"""A plan of more isn't fetched; a d16's has 2.6 GB. The hub itself sends no longer file by HTTP."""
+SPARE_BYTES = 10**9
+"""Fetching leaves so much room on the disk."""
 CARD_FILES = ("README.md", "card.png")
 """What `car-run plan card` writes next to the manifest; they belong to the repository, not to the plan."""
 _NAME = re.compile(r"([\w-][\w.-]{0,95}/[\w-][\w.-]{0,95})(?:@([\w][\w./-]{0,95}))?", re.ASCII)
 _SNAPSHOT = re.compile(r"models--([\w.-]+)/snapshots/[0-9a-f]{40}", re.ASCII)
 _BLOB = re.compile(r"[0-9a-f]{40,64}", re.ASCII)
-_SIGNATURE_BYTES = 1024
 
 Log = Callable[[str], None]
 
@@ -76,17 +80,20 @@ def located(plan: str | os.PathLike[str], log: Log = lambda line: None) -> Path:
 def pull(name: HubName, log: Log = lambda line: None) -> Path:
     """Fetch a plan and return its directory of plain files. What is there already is not fetched again.
 
-    Raises PlanError: it isn't there, is no plan, or the hub can't be reached; RequestError without the extra `hub`.
+    Raises PlanError: it isn't there, is no plan, is too large, or longer than it says, or the hub can't be reached;
+    RequestError without the extra `hub`.
     """
-    hub = _client()
-    with _hub_errors(name):
-        manifest = Path(hub.hf_hub_download(name.repo, MANIFEST, revision=name.revision))
+    _client()
+    manifest = _fetch(name, name.revision, MANIFEST, MANIFEST_BYTES)
     snapshot = manifest.parent
     commit = snapshot.name
     log(f"{name} is at commit {commit}; {PREFIX}{name.repo}@{commit} is always this one")
     listed = parse_manifest(_Snapshot(snapshot).read(MANIFEST, MANIFEST_BYTES)).files
-    with _hub_errors(name):
-        hub.snapshot_download(name.repo, revision=commit, allow_patterns=[MANIFEST, SIGNATURE, *listed])
+    _check_room(name, snapshot, {file: entry.bytes for file, entry in listed.items()})
+    for file, entry in listed.items():
+        _fetch(name, commit, file, entry.bytes)
+    with suppress(_NotThereError):
+        _fetch(name, commit, SIGNATURE, SIGNATURE_BYTES)
     return of_snapshot(snapshot)
 
 
@@ -108,10 +115,12 @@ def of_snapshot(path: Path) -> Path:
 def copy_plan(root: Path, output: Path) -> None:
     """Copy a plan's own files into a new directory, all or nothing. Raises PlanError, OutputError."""
     manifest = read_manifest(root)
-    names = [MANIFEST, *manifest.files, *([SIGNATURE] if (root / SIGNATURE).is_file() else [])]
-    aside = aside_of(output)
+    names = [MANIFEST, *manifest.files, *_own_files(root, SIGNATURE)]
     try:
-        aside.mkdir(parents=True)
+        aside = new_folder(output)
+    except OSError as error:
+        raise OutputError(f"cannot write {str(output)!r} ({error.strerror}); choose another place") from error
+    try:
         for name in names:
             (aside / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(root / name, aside / name, follow_symlinks=False)
@@ -120,6 +129,15 @@ def copy_plan(root: Path, output: Path) -> None:
         raise OutputError(f"cannot write {str(output)!r} ({error.strerror}); choose another place") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _own_files(root: Path, *names: str) -> list[str]:
+    """Those that a plan's folder has. Raises PlanError for a link, which could lead to any file of this machine."""
+    found = [name for name in names if os.path.lexists(root / name)]
+    for name in found:
+        if not stat.S_ISREG((root / name).lstat().st_mode):
+            raise PlanError(f"{name} in {str(root)!r} is a link or no file; put a file there, or remove it")
+    return found
 
 
 def push(
@@ -139,7 +157,7 @@ def push(
     root = Path(plan)
     manifest = read_manifest(root)
     verify_files(root, manifest)
-    names = [MANIFEST, *manifest.files, *(one for one in (SIGNATURE, *CARD_FILES) if (root / one).is_file())]
+    names = [MANIFEST, *manifest.files, *_own_files(root, SIGNATURE, *CARD_FILES)]
     added = [hub.CommitOperationAdd(path_in_repo=one, path_or_fileobj=root / one) for one in names]
     log(f"sending {len(added)} files of {manifest.name} to {name}")
     api = hub.HfApi(library_name="car-deploy")
@@ -168,9 +186,69 @@ def _client() -> Any:
         ) from error
 
 
+class _NotThereError(PlanError):
+    """The repository has no such file, or, without a connection, the cache."""
+
+
+def _fetch(name: HubName, revision: str | None, file: str, most: int) -> Path:
+    """A file of the repository in the hub's cache. Raises PlanError, also where it has more bytes than `most`."""
+    constants = import_module("huggingface_hub.constants")
+    with _hub_errors(name, file), _set(constants, "HF_HUB_DISABLE_XET", True):  # only HTTP's bytes can be counted
+        return Path(_client().hf_hub_download(name.repo, file, revision=revision, tqdm_class=_counting(file, most)))
+
+
 @contextmanager
-def _hub_errors(name: HubName) -> Iterator[None]:
-    """What the client raises, as PlanError in one line."""
+def _set(holder: Any, name: str, value: object) -> Iterator[None]:
+    before = getattr(holder, name)
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        setattr(holder, name, before)
+
+
+def _counting(file: str, most: int) -> type:
+    """The client's progress bar, which ends a download of more bytes than `most`.
+
+    It is made when the length is known and told of each part before that is written.
+    """
+    shown: Any = import_module("huggingface_hub.utils").tqdm
+
+    class Counting(shown):  # type: ignore[misc]
+        def __init__(self, *args: Any, **more: Any) -> None:
+            super().__init__(*args, **more)
+            self._bytes = more.get("initial") or 0
+            self._check(more.get("total") or 0)
+
+        def update(self, n: int = 1) -> Any:
+            self._bytes += n
+            self._check(self._bytes)
+            return super().update(n)
+
+        def _check(self, length: int) -> None:
+            if length > most:
+                self.close()
+                raise PlanError(f"{file} has more than its {most} bytes on the hub; fetch another plan")
+
+    return Counting
+
+
+def _check_room(name: HubName, snapshot: Path, sizes: dict[str, int]) -> None:
+    """Refuse a plan that is too large for anyone, or for this disk. Raises PlanError."""
+    total, missing = sum(sizes.values()), sum(size for file, size in sizes.items() if not (snapshot / file).exists())
+    if total > PLAN_BYTES:
+        raise PlanError(f"{name} has {total} bytes, over {PLAN_BYTES}; fetch another plan")
+    free = shutil.disk_usage(snapshot).free
+    if missing > max(0, free - SPARE_BYTES):
+        raise PlanError(
+            f"{name} needs {missing / 1e9:.1f} GB more on the disk of {str(snapshot.parents[2])!r}, which has "
+            f"{free / 1e9:.1f} GB; make room, or set HF_HOME to a folder elsewhere"
+        )
+
+
+@contextmanager
+def _hub_errors(name: HubName, file: str) -> Iterator[None]:
+    """What the client raises about a file, as PlanError in one line."""
     errors = import_module("huggingface_hub.errors")
     try:
         yield
@@ -181,12 +259,12 @@ def _hub_errors(name: HubName) -> Iterator[None]:
     except errors.RepositoryNotFoundError as error:
         raise PlanError(f"the hub has no {name.repo}, or it is private; check the name, or hf auth login") from error
     except errors.LocalEntryNotFoundError as error:
-        raise PlanError(
+        raise _NotThereError(
             f"{name} is not in the cache, or not whole, and the hub can't be reached; try again with a connection "
             "and without HF_HUB_OFFLINE"
         ) from error
     except errors.EntryNotFoundError as error:
-        raise PlanError(f"{name} is no plan: it has no {MANIFEST}; give the repository of a plan") from error
+        raise _NotThereError(f"{name} is no plan: it has no {file}; give the repository of a plan") from error
     except Exception as error:
         if isinstance(error, (OSError, ValueError)) or _is_of(error, "httpx"):
             raise PlanError(
@@ -253,7 +331,7 @@ def _as_plain_files(snapshot: Path, repo: str) -> Path:
     source, cache = _Snapshot(snapshot), CACHE.expanduser()
     text = source.read(MANIFEST, MANIFEST_BYTES)
     signed = os.path.lexists(snapshot / SIGNATURE)
-    written = {MANIFEST: text} | ({SIGNATURE: source.read(SIGNATURE, _SIGNATURE_BYTES)} if signed else {})
+    written = {MANIFEST: text} | ({SIGNATURE: source.read(SIGNATURE, SIGNATURE_BYTES)} if signed else {})
     digest = hashlib.sha256(b"".join(hashlib.sha256(one).digest() for one in written.values())).hexdigest()
     target = cache / f"{repo[:80]}-{digest[:32]}.plan"
     if target.is_dir():

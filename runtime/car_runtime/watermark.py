@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import erfc, pi, sqrt
+from math import erfc, inf, pi, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,8 +62,9 @@ class Pattern:
     """The tokenizer's latent as the table of a plan of format 2 has it: codes and φ, and their way into f̂."""
 
     def __init__(self, manifest: Manifest, folder: PlanFolder) -> None:
-        """Raises RequestError, with the remedy, where the plan doesn't say what its codes are."""
+        """Raises RequestError, with the remedy, where the plan doesn't say what its codes are, or nothing usable."""
         check_plan(manifest)
+        self._plan = manifest.name
         entries = {name: manifest.parameters[name] for name in _TABLE}
         constants = {
             (k, port): manifest.tensors[scale.constants[port]]
@@ -76,18 +77,26 @@ class Pattern:
         self._scales, Z = manifest.scales, manifest.model.latent_channels
         self._ups = [stored[f"{k}.up"].reshape(-1, s.side) for k, s in enumerate(self._scales)]
         picked = [int(stored[f"{k}.phi"].reshape(-1)[0]) for k in range(len(self._scales))]
+        for numbers in (self._codes, phi, *self._ups):
+            self._require(bool(np.isfinite(numbers).all()))
+        self._require(all(0 <= i < len(phi) // Z for i in picked) and bool(np.ptp(self._codes) > 0))
         self._phis = [phi[i * Z : (i + 1) * Z] for i in picked]
         self._whiten = _channel_whitening(self._codes)
         E = manifest.model.latent_size
         self._shape, self._cosines, self._weights = (E, E, Z), _cosines(E), _weights(E)
 
+    def _require(self, good: bool) -> None:
+        if not good:
+            raise RequestError(_unknown_codes(self._plan))
+
     def watermark(self, key: bytes) -> Watermark:
-        """Of a key's digest."""
+        """Of a key's digest. Raises RequestError: no code leads anywhere."""
         direction = self._from_pattern(_normal_numbers(key, self._shape))
         centred = self._codes - self._codes.mean(0)
         led = [self._back(k, direction) for k in range(len(self._scales))]
         covariance = centred.T @ centred / len(centred)
         mean_square = sum(float(np.einsum("ijy,yz,ijz->", d, covariance, d)) for d in led) / self._scales[-1].stop
+        self._require(0 < mean_square < inf)
         scale = STRENGTH / sqrt(mean_square)
         return Watermark(directions=[(scale * d).astype(np.float32) for d in led], codes=centred.astype(np.float32))
 
@@ -139,11 +148,15 @@ def check_plan(manifest: Manifest) -> None:
         )
     V, Z = manifest.model.vocab, manifest.model.latent_channels
     codes, phi = (manifest.parameters.get(name) for name in _TABLE)
-    problem = manifest.table_problem
-    if problem is None and (codes is None or phi is None or codes.shape != (V, Z) or phi.shape[1:] != (Z, 3, 3)):
-        problem = f"the plan {manifest.name!r} does not say what its codes are, which watermarks need"
-    if problem is not None:
-        raise RequestError(f"{problem}; export it again")
+    if manifest.table_problem is not None:
+        raise RequestError(f"{manifest.table_problem}; export it again")
+    shaped = codes is not None and phi is not None and codes.shape == (V, Z) and phi.shape[1:] == (Z, 3, 3)
+    if not shaped or any(one is None or one.dtype not in ("float32", "float16") for one in (codes, phi)):
+        raise RequestError(_unknown_codes(manifest.name))
+
+
+def _unknown_codes(plan: str) -> str:
+    return f"the plan {plan!r} does not say what its codes are, which watermarks need; export it again"
 
 
 def _normal_numbers(key: bytes, shape: tuple[int, ...]) -> Floats:

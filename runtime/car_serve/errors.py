@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from car_runtime import CarError, UserError
+from car_runtime.errors import error_line
 
 REMEDIES = {
     "--list-classes shows them": "/v1/capabilities lists them",
@@ -15,12 +16,15 @@ REMEDIES = {
 
 
 class ServeError(Exception):
-    """A request that is not served. `code` is one word for programs; the message ends with the remedy after "; "."""
+    """A request that is not served. `code` is one word for programs; the message ends with the remedy after "; ".
+
+    It may quote the request: it is made one line of at most 280 printable characters.
+    """
 
     def __init__(
         self, status: int, code: str, message: str, *, param: str | None = None, retry_after: float | None = None
     ) -> None:
-        super().__init__(message)
+        super().__init__(error_line(message))
         self.status = status
         self.code = code
         self.param = param

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tarfile
 from importlib.metadata import PackageNotFoundError, files
@@ -23,7 +22,7 @@ from car_runtime.format.hashing import verify_folder
 from car_runtime.format.manifest import MANIFEST, WEIGHTS, Manifest, manifest_in, open_plan_folder
 from car_runtime.plan import DEFAULT_PLAN
 from car_runtime.receipt import plan_digest
-from car_runtime.system.files import aside_of, read_regular
+from car_runtime.system.files import folder_aside, one_writer, read_regular
 from car_serve.about import plan_about
 
 STUDIO = Path(__file__).parent / "studio"
@@ -51,26 +50,21 @@ def write_site(plan: Path, output: Path, archive: Path | None = None) -> int:
     """
     _check_target(output)
     engine = _engine(archive or ARCHIVE.expanduser())
-    aside = aside_of(output.absolute())
     try:
-        aside.mkdir(parents=True)
-        with open_plan_folder(plan) as folder:
+        with one_writer(output), folder_aside(output) as aside, open_plan_folder(plan) as folder:
             manifest = manifest_in(folder)
             _check_plan(manifest)
-            names = [graph.file for name, graph in manifest.graphs.items() if name in _graphs(manifest)] + [WEIGHTS]
+            graphs = {graph.file for name, graph in manifest.graphs.items() if name in _graphs(manifest)}
+            names = [*sorted(graphs), WEIGHTS]
             verify_folder(folder, manifest, hashes=True, names=names)
             for name in (MANIFEST, *names):
                 _copy(folder, name, aside / "plan" / name)
-        for name, content in engine.items():
-            _write(aside / "ort" / name, content)
-        _write_page(aside, manifest)
-        size = sum(path.stat().st_size for path in aside.rglob("*") if path.is_file())
-        _take_place(aside, output)
+            for name, content in engine.items():
+                _write(aside / "ort" / name, content)
+            _write_page(aside, manifest)
+            return sum(path.stat().st_size for path in aside.rglob("*") if path.is_file())
     except OSError as error:
         raise OutputError(f"cannot write {str(output)!r} ({error.strerror}); choose another place") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return size
 
 
 def _check_target(output: Path) -> None:
@@ -193,18 +187,3 @@ def _terms() -> dict[str, bytes]:
         return {}
     found = {path.name: Path(str(path.locate())) for path in listed if path.name in ("LICENSE", "NOTICE")}
     return {f"{name}.txt": path.read_bytes() for name, path in found.items() if path.is_file()}
-
-
-def _take_place(aside: Path, output: Path) -> None:
-    """Put the new folder in place of an old one, which goes at once or not at all."""
-    if not output.is_dir():
-        os.replace(aside, output)
-        return
-    old = aside_of(output.absolute())
-    os.replace(output, old)
-    try:
-        os.replace(aside, output)
-    except OSError:
-        os.replace(old, output)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

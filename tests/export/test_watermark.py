@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,12 +18,12 @@ from car_runtime.backends.openvino.backend import OpenVino
 from car_runtime.cli.main import main
 from car_runtime.errors import RequestError
 from car_runtime.format.folder import open_folder
-from car_runtime.format.manifest import read_manifest
+from car_runtime.format.manifest import WEIGHTS, read_manifest
 from car_runtime.images import text_chunks
 from car_runtime.request import resolve_watermark, uniforms
 from car_runtime.watermark import Pattern
 from car_train.model.sample import draw_kept, keep_top
-from fixtures.runtime_plan import build_plan
+from fixtures.runtime_plan import build_plan, relist
 from fixtures.two_branches import small, two_branches
 
 KEY = "a key of some length"
@@ -102,6 +103,42 @@ def test_drawn_tokens_lean_to_their_own_key(plan: Plan, pattern: Pattern) -> Non
     assert mean(drawn, KEY) > 2
     assert abs(mean(drawn, "other")) < 1.2
     assert abs(mean(plain, KEY)) < 1.2
+
+
+CODES, PHI, NUMBER, UP = "vqvae.quantizer.embedding", "vqvae.quantizer.phi_weight", "phi.0", "up.1"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (CODES, np.nan, "does not say what its codes are"),
+        (CODES, 1.0, "does not say what its codes are"),
+        (PHI, np.inf, "does not say what its codes are"),
+        (UP, np.nan, "does not say what its codes are"),
+        (NUMBER, 99, "the φ of scale 0 is none of the plan's"),
+        (NUMBER, -1, "the φ of scale 0 is none of the plan's"),
+    ],
+)
+@pytest.mark.parametrize("what", ["draw", "detect"])
+def test_a_plan_that_lies_about_its_codes_is_refused_in_one_line(
+    tmp_path: Path, name: str, value: float, message: str, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Numbers of `weights.bin`, whose digests whoever changes them can bring up to date."""
+    root = tmp_path / "theirs.plan"
+    shutil.copytree(two_branches(), root)
+    manifest = read_manifest(root)
+    entry = manifest.parameters.get(name) or manifest.tensors[name]
+    numbers = np.memmap(root / WEIGHTS, entry.dtype, "r+", entry.offset, entry.shape)
+    numbers[:] = value
+    numbers.flush()
+    relist(root, manifest, WEIGHTS)
+    control(64).save(tmp_path / "a.png")
+    arguments = [str(tmp_path / "a.png"), "-e", str(root), "--backend", "ort-cpu", "--threads", "1"]
+    draw = ["--control", *arguments, "--watermark", KEY, "-o", str(tmp_path / "o.png")]
+    assert main(draw if what == "draw" else ["detect", *arguments, "--key", KEY]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if " error: " in line]
+    assert len(errors) == 1
+    assert message in errors[0]
 
 
 def test_p_is_uniform_over_keys(pattern: Pattern) -> None:

@@ -4,8 +4,9 @@
 
 What is changed: values and bytes of the manifest; what it says of branches, fusions, static graphs and parameters;
 bytes of graphs, weights and goldens with their digests brought up to date; and what lies in the place of a file.
-What runs: an image, of one branch and of two, `batch`, `--list-classes`, `plan`, `doctor`, `verify`, and
-`build_engines.py` on a plan. Sources are the shipped plan and two small ones of random weights, of formats 1 and 2.
+What runs: an image, of one branch, of two and with a watermark, `detect`, `batch`, `--list-classes`, `plan`,
+`doctor`, `verify`, and `build_engines.py` on a plan. Sources are the shipped plan and two small ones of random
+weights, of formats 1 and 2.
 
 A command is the very function that the program calls, one after the other in a child of this process, which goes on
 behind a case that ends it: that takes milliseconds, not seconds. Every 50th is a process of its own. Time is the
@@ -65,6 +66,8 @@ def commands(plan: Path, folder: Path, key: Path) -> dict[str, tuple[float, list
         "image": (18, ["car_runtime", *image]),
         "image, hashes not looked at": (5, ["car_runtime", *image, "--no-verify"]),
         "image of two branches": (10, ["car_runtime", *two, *image[4:]]),
+        "watermark": (4, ["car_runtime", *image, "--watermark", "a key"]),
+        "detect": (5, ["car_runtime", "detect", str(CONTROL), "-e", str(plan), "--key", "a key", "--threads", "1"]),
         "batch": (5, ["car_runtime", "batch", *jobs]),
         "list-classes": (14, ["car_runtime", "-e", str(plan), "--list-classes"]),
         "plan info": (12, ["car_runtime", "plan", "info", str(plan)]),

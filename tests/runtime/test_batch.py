@@ -239,6 +239,7 @@ BAD = [
     ("control,more-smooth\nedges0.png,maybe\n", "row 2, column 'more-smooth': 'maybe' is neither true nor false"),
     ("control,fit\nedges0.png,zoom\n", "row 2, column 'fit': fit is 'zoom'"),
     ("control,control-scales\nedges0.png,7-9\n", "row 2, column 'control-scales': control_scales is '7-9'"),
+    ("control,watermark\nedges0.png,@/etc/hostname\n", "row 2, column 'watermark': a table names no key file"),
     ("control,colour\nedges0.png,red\n", "row 1: there is no column 'colour'; the columns are name, photo, control"),
     ("control,seed,Seed\nedges0.png,1,2\n", "row 1: the columns 'seed' and 'Seed' are the same setting"),
     ("control,seed\nedges0.png,1,2\n", "row 2 has 3 cells and the header 2"),

@@ -86,6 +86,12 @@ def test_the_square_covers_what_is_drawn_and_stays_in_the_frame_where_it_fits(
         assert 0 <= square.top <= height - square.side
 
 
+def test_a_part_whose_square_would_take_terabytes_is_refused() -> None:
+    assert square_around(np.ones((8, 8192), np.bool_), 64).side == 8192
+    with pytest.raises(RequestError, match=r"drawn anew is 2000000 pixels long, over 8192; mark less, or make"):
+        square_around(np.ones((8, 2_000_000), np.bool_), 64)
+
+
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
 @pytest.mark.parametrize("feather", [0, 3, None])
 def test_beyond_the_seam_every_byte_is_the_photos(mode: str, feather: int | None) -> None:

@@ -20,8 +20,9 @@ from car_runtime import PlanError, RequestError, default_plan
 from car_runtime import card as card_module
 from car_runtime import hub as hub_module
 from car_runtime.cli.main import main
-from car_runtime.format.manifest import MANIFEST, WEIGHTS, read_manifest
-from car_runtime.hub import HubName, located, parse_name
+from car_runtime.format.manifest import MANIFEST, MANIFEST_BYTES, WEIGHTS, read_manifest
+from car_runtime.format.signature import SIGNATURE, SIGNATURE_BYTES
+from car_runtime.hub import CARD_FILES, HubName, located, parse_name
 from fixtures.hub_server import Hub, running_hub
 from fixtures.runtime_plan import SIZE, build_plan, relist
 
@@ -172,6 +173,18 @@ def test_a_damaged_plan_is_not_pushed(hub: Hub, tiny: Path, car_run: Any, tmp_pa
     assert not hub.asked
 
 
+@pytest.mark.parametrize("name", [*CARD_FILES, SIGNATURE, WEIGHTS])
+def test_no_link_in_a_plan_sends_another_file(hub: Hub, tiny: Path, car_run: Any, tmp_path: Path, name: str) -> None:
+    shutil.copytree(tiny, tmp_path / "theirs.plan")
+    (tmp_path / "secret").write_bytes((tiny / WEIGHTS).read_bytes())
+    (tmp_path / "theirs.plan" / name).unlink(missing_ok=True)
+    (tmp_path / "theirs.plan" / name).symlink_to(tmp_path / "secret")
+    done = car_run("plan", "push", "theirs.plan", f"hf:{REPO}", code=2)
+    assert name in done.stderr
+    assert "is a link" in done.stderr
+    assert not hub.asked
+
+
 def test_what_is_not_on_the_hub_is_said_in_one_line(hub: Hub, tiny: Path, client: Any) -> None:
     hub.commit(REPO, files_of(tiny))
     hub.commit("someone/other", {"weights.bin": b"x"})
@@ -211,6 +224,51 @@ def test_a_plan_that_was_changed_on_the_hub_is_refused_and_nothing_is_kept(
     done = car_run("plan", "pull", f"hf:{REPO}", code=2)
     assert f"{WEIGHTS} was changed after the export" in done.stderr
     assert not [path for path in (tmp_path / "home/.cache/car/hub").iterdir() if path.name != ".lock"]
+
+
+def bytes_under(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+@pytest.mark.parametrize("name", [MANIFEST, WEIGHTS, SIGNATURE])
+@pytest.mark.parametrize("how", ["said", "not said"])
+def test_no_file_is_fetched_beyond_its_length(
+    hub: Hub, tiny: Path, car_run: Any, tmp_path: Path, name: str, how: str
+) -> None:
+    """What the hub says is too long isn't begun; what it sends on and on ends at the file's length."""
+    files = {SIGNATURE: b"x" * 88, **files_of(tiny)}
+    most = {MANIFEST: MANIFEST_BYTES, WEIGHTS: len(files[WEIGHTS]), SIGNATURE: SIGNATURE_BYTES}[name]
+    if how == "said":
+        files[name] += b" " * (most + 30_000_000)
+    else:
+        hub.endless = name
+    hub.commit(REPO, files)
+    done = car_run("plan", "pull", f"hf:{REPO}", code=2)
+    (line,) = [line for line in done.stderr.splitlines() if " error: " in line]
+    assert f"{name} has more than its {most} bytes on the hub; fetch another plan" in line
+    others = sum(len(content) for other, content in files.items() if other != name)
+    kept = most if how == "not said" else 0
+    assert bytes_under(tmp_path / "home") <= others + kept + 100_000
+    assert not list((tmp_path / "home/.cache/car/hub").glob("*.plan"))
+
+
+def test_a_plan_that_is_too_large_is_not_begun(hub: Hub, tiny: Path, client: Any) -> None:
+    """For anyone, by what its manifest says; for this disk, of which here no byte is to spare."""
+    hub.commit(REPO, files_of(tiny), branch="small")
+    said = json.loads((tiny / MANIFEST).read_text())
+    said["files"][WEIGHTS]["bytes"] = said["chunk_bytes"] = 2**40
+    hub.commit(REPO, {**files_of(tiny), MANIFEST: json.dumps(said).encode()}, branch="large")
+    code = (
+        "from car_runtime import PlanError, hub\n"
+        "hub.SPARE_BYTES = 10**18\n"
+        "for branch in ('large', 'small'):\n"
+        f"    try: hub.located(f'hf:{REPO}@{{branch}}')\n"
+        "    except PlanError as error: print(error)\n"
+    )
+    large, small = client("-c", code).stdout.splitlines()
+    assert re.fullmatch(rf"hf:{REPO}@large has 1\d{{12}} bytes, over 50000000000; fetch another plan", large)
+    assert re.search("needs 0.0 GB more on the disk of '.*home.*', which has .* GB; make room, or set HF_HOME", small)
+    assert [name for name in hub.asked if name.startswith("GET")] == [f"GET {MANIFEST}"]
 
 
 # -- a folder of the hub's cache, named by its path ------------------------------------------------------------------

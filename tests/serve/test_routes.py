@@ -204,6 +204,13 @@ def test_an_openai_mask_is_transparent_where_the_image_is_drawn_anew(url: str) -
     assert pixels(made.data[0].b64_json).shape == (64, 64, 3)
 
 
+def long_image64() -> str:
+    """A small file whose square would have 40 billion pixels."""
+    stream = io.BytesIO()
+    Image.new("L", (200_000, 8), 255).save(stream, "PNG")
+    return base64.b64encode(stream.getvalue()).decode()
+
+
 @pytest.mark.parametrize(
     ("changes", "status", "code"),
     [
@@ -217,6 +224,8 @@ def test_an_openai_mask_is_transparent_where_the_image_is_drawn_anew(url: str) -
         ({"control": {"canny": image64(), "depth": image64()}}, 400, "bad_request"),
         ({"edit": {"id": "gone", "scale": 1}}, 404, "not_found"),
         ({"edit": {"image": image64(), "scale": 9}}, 400, "bad_request"),
+        ({"edit": {"image": long_image64(), "mask": image64()}}, 400, "bad_request"),
+        ({"class": "x" * 1_000_000}, 400, "bad_request"),
     ],
 )
 def test_what_cannot_be_used_is_named_with_a_remedy(
@@ -227,6 +236,7 @@ def test_what_cannot_be_used_is_named_with_a_remedy(
     assert (answer.status_code, error["code"]) == (status, code)
     assert error["what"]
     assert error["remedy"]
+    assert len(error["message"]) <= 300
     assert str(ROOT) not in answer.text
     assert "--" not in answer.text  # a flag is no remedy here
     assert "input stream" not in answer.text

@@ -234,6 +234,8 @@ def _value(row: int, column: str, field: str, value: Any) -> Any:
         return value
     if not isinstance(value, (str, int, float)):
         raise RequestError(f"{place}: {str(value)[:60]!r} is no single value; give text or a number")
+    if field == "watermark" and str(value).startswith("@"):
+        raise RequestError(f"{place}: a table names no key file; give the key, or --watermark @FILE to the command")
     return parse_setting(place, field, value) if isinstance(value, str) else value
 
 

@@ -25,7 +25,7 @@ TONE = 24.0
 PLAIN = 16.0
 """Grey levels of deviation from which on an area is not plain."""
 MAX_SIDE = 8192
-"""Pixels on an edge of an extended frame."""
+"""Pixels on an edge of an extended frame, and of what is drawn anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,13 +207,17 @@ def square_around(repaint_HW: NDArray[np.bool_], size: int) -> Square:
     """The square that the model sees, around what is drawn anew.
 
     As large as the frame where that is square; else up to `CONTEXT` times the part's longer side, not below the
-    model's own `size`, within the frame where it fits. Raises RequestError for an empty mask.
+    model's own `size`, within the frame where it fits. Raises RequestError for an empty mask, or one of over `MAX_SIDE`.
     """
     rows, columns = np.flatnonzero(repaint_HW.any(1)), np.flatnonzero(repaint_HW.any(0))
     if not rows.size:
         raise RequestError("the mask is empty, so there is nothing to draw; mark what is to be drawn anew in white")
     H, W = repaint_HW.shape
     longer = max(rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1)
+    if longer > MAX_SIDE:
+        raise RequestError(
+            f"what is to be drawn anew is {longer} pixels long, over {MAX_SIDE}; mark less, or make the image smaller"
+        )
     side = int(max(min(max(CONTEXT * longer, size), H, W), longer))
     if H == W:
         side = H

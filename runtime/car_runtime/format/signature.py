@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SIGNATURE = "manifest.sig"
 CONTEXT = b"car-deploy plan manifest, signature 1\n"
 """Signed before the manifest, so that a signature serves for nothing else."""
+SIGNATURE_BYTES = 1024
 KEY_BYTES = 16 * 1024
 """A key file is not larger."""
 MAKE_KEYS = "openssl genpkey -algorithm ed25519 -out key.pem; openssl pkey -in key.pem -pubout -out pub.pem"
@@ -36,7 +37,7 @@ def check_signature(folder: PlanFolder, manifest: bytes, key: str | os.PathLike[
     from cryptography.exceptions import InvalidSignature
 
     try:
-        text = folder.read(SIGNATURE, 1024)
+        text = folder.read(SIGNATURE, SIGNATURE_BYTES)
     except PlanError as error:
         raise PlanError(
             f"{name!r} has no signature ({SIGNATURE}); get one from who made the plan, or leave out "

@@ -1,16 +1,21 @@
-"""Files that are whole or not there, written under another name and then renamed; and one writer to a place.
+"""Files and folders that are whole or not there, written under another name, then renamed; and one writer to a place.
 
-The other name says whose it is, `.NAME.car-PID-part…`; the next writer in that directory removes those of processes
-that are gone (`car_train.files` has the same names, and folders; `tests/test_twins.py` holds the two together).
+The other name says whose it is, `.NAME.car-PID-…`; the next writer in that directory removes those of processes that
+are gone. A folder that replaces another is exchanged with it where the system can (Linux); elsewhere the old one is
+set aside first, and put back by the next start if the process died in between. (`car_train.files` does the same;
+`tests/test_twins.py` holds the two together.)
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
 import secrets
+import shutil
 import stat
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -20,10 +25,12 @@ from car_runtime.errors import OutputError
 
 try:
     import fcntl
-except ImportError:  # Windows: no locks
+except ImportError:  # Windows: no locks, and nothing is swept
     fcntl = None  # type: ignore[assignment]
 
-_LEFT = re.compile(r"\..+\.car-(\d+)-part[0-9a-f]{8}")
+_LEFT = re.compile(r"\.(?P<name>.+)\.car-(?P<process>\d+)-(?P<kind>new|old|gone|part)[0-9a-f]{8}")
+_EXCHANGE = 2
+"""RENAME_EXCHANGE of Linux's renameat2."""
 
 
 class BusyError(OutputError):
@@ -85,6 +92,66 @@ def aside_of(path: Path) -> Path:
     return path.with_name(f".{path.name[:40]}.car-{os.getpid()}-part{secrets.token_hex(4)}")
 
 
+def _aside(target: Path, kind: str) -> Path:
+    """A hidden name in the folder of `target` that says who made it and what it is."""
+    return target.absolute().parent / f".{target.name}.car-{os.getpid()}-{kind}{secrets.token_hex(4)}"
+
+
+@contextmanager
+def folder_aside(target: Path) -> Iterator[Path]:
+    """A folder next to `target`, to be filled within, that takes its name at the end; on any error it goes.
+
+    A folder of that name is replaced only when the new one is whole. Parents are made. Raises OSError.
+    """
+    aside = new_folder(target)
+    try:
+        yield aside
+        put_in_place(aside, target)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def new_folder(target: Path) -> Path:
+    """An empty hidden folder next to `target`, which the caller removes. Raises OSError."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep_once(target.absolute().parent)
+    folder = _aside(target, "new")
+    folder.mkdir(mode=0o755)
+    return folder
+
+
+def put_in_place(aside: Path, target: Path) -> None:
+    """Rename a finished folder to its name; what was there goes once the new one is in place, or comes back."""
+    if not target.exists():
+        os.replace(aside, target)
+        return
+    if exchange(aside, target):
+        shutil.rmtree(aside, ignore_errors=True)
+        return
+    old = _aside(target, "old")
+    os.replace(target, old)
+    try:
+        os.replace(aside, target)
+    except BaseException:
+        os.replace(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two names change places at once; False where the system or the file system has no such thing."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):  # a C library before 2.28, or another
+        return False
+    here = -100  # AT_FDCWD
+    done = renameat2(here, os.fsencode(one), here, os.fsencode(other), ctypes.c_uint(_EXCHANGE))
+    return int(done) == 0
+
+
 @cache
 def _sweep_once(folder: Path) -> None:
     """`sweep`, the first time that this process writes there: a folder of many images is not listed for each."""
@@ -92,14 +159,25 @@ def _sweep_once(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the files that writers which are gone left in a folder; not on Windows, where asking would end them."""
-    if os.name != "posix":
+    """Remove what processes that are gone left in a folder, or put back what they had set aside.
+
+    Only names that `_aside` makes are touched. A process is gone if none of its number runs here; one of another
+    machine on the same file system could be taken for gone, so that a run's folder belongs on one machine at a time.
+    """
+    if fcntl is None:
         return
     with suppress(OSError):
         for left in list(folder.iterdir()):
             found = _LEFT.fullmatch(left.name)
-            if found is not None and not _runs(int(found[1])) and not left.is_dir():
-                with suppress(OSError):  # another start sweeps, too
+            if found is None or _runs(int(found["process"])):
+                continue
+            target = folder / found["name"]
+            with suppress(OSError):  # another start sweeps, too
+                if found["kind"] == "old" and not target.exists():
+                    os.replace(left, target)
+                elif left.is_dir() and not left.is_symlink():
+                    shutil.rmtree(left)
+                else:
                     left.unlink()
 
 
