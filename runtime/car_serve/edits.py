@@ -34,7 +34,7 @@ def edit_of(plan: Plan, results: Results, limits: Limits, form: EditForm) -> Edi
         return _branch(plan, results, limits, form, form.scale)
     image = _image(plan, results, limits, form)
     if form.frame is not None:
-        return Edit(image=image, extend=_margins(image, form.frame), rule=form.rule)  # type: ignore[arg-type]
+        return Edit(image=image, extend=_margins(image, form.frame, limits.max_pixels), rule=form.rule)  # type: ignore[arg-type]
     mask = decode(from_base64(form.mask or "", "edit.mask"), "edit.mask", limits.max_pixels)
     light = Image.fromarray(repaint_of(mask)).resize(image.size, Image.Resampling.NEAREST)
     if not np.asarray(light).any():
@@ -103,7 +103,9 @@ def _earlier(plan: Plan, results: Results, form: EditForm, id: str) -> Job:
     return job
 
 
-def _margins(image: Image.Image, frame: tuple[float, float, float, float]) -> tuple[int, int, int, int]:
+def _margins(
+    image: Image.Image, frame: tuple[float, float, float, float], max_pixels: int
+) -> tuple[int, int, int, int]:
     """Pixels of the image that the new square goes beyond it: left, top, right, bottom."""
     left, top, right, bottom = frame
     if not (left < right and top < bottom):
@@ -112,6 +114,11 @@ def _margins(image: Image.Image, frame: tuple[float, float, float, float]) -> tu
     if abs(image.height - side * (bottom - top)) > 0.02 * image.height + 1:
         raise bad_request(
             f"edit.frame {list(frame)} has not the image's shape; keep its width ÷ height", "edit.frame"
+        )
+    if side * side > max_pixels:
+        raise bad_request(
+            f"edit.frame makes the image {side:.0f}×{side:.0f}, over {max_pixels} pixels; send a smaller one",
+            "edit.frame",
         )
     before, above = round(left * side), round(top * side)
     after, below = (

@@ -87,6 +87,11 @@ def _sign(root: Path, *names: str) -> None:
         ("graphs/decoder/outputs/0/dtype", "float32", "but the model makes it uint8"),
         ("graphs/step/inputs/0/shape", ["R", "S", "S", 2**40], "the dimension 1099511627776"),
         ("tensors/pos.1/shape", [4, 2, 4], "but pos is [2, 2, 8]"),
+        (
+            "files",
+            {f"f{i}": {"bytes": 0, "sha256": []} for i in range(4097)},
+            "files has 4097 entries, but at most 4096",
+        ),
     ],
 )
 def test_sizes_that_no_model_has_are_refused(manifest: Manifest, path: str, value: Any, says: str) -> None:

@@ -204,10 +204,9 @@ def test_an_openai_mask_is_transparent_where_the_image_is_drawn_anew(url: str) -
     assert pixels(made.data[0].b64_json).shape == (64, 64, 3)
 
 
-def long_image64() -> str:
-    """A small file whose square would have 40 billion pixels."""
+def white64(width: int, height: int) -> str:
     stream = io.BytesIO()
-    Image.new("L", (200_000, 8), 255).save(stream, "PNG")
+    Image.new("L", (width, height), 255).save(stream, "PNG")
     return base64.b64encode(stream.getvalue()).decode()
 
 
@@ -224,7 +223,8 @@ def long_image64() -> str:
         ({"control": {"canny": image64(), "depth": image64()}}, 400, "bad_request"),
         ({"edit": {"id": "gone", "scale": 1}}, 404, "not_found"),
         ({"edit": {"image": image64(), "scale": 9}}, 400, "bad_request"),
-        ({"edit": {"image": long_image64(), "mask": image64()}}, 400, "bad_request"),
+        ({"edit": {"image": white64(200_000, 8), "mask": image64()}}, 400, "bad_request"),
+        ({"edit": {"image": white64(3000, 3000), "frame": [0, 0, 0.6, 0.6]}}, 400, "bad_request"),
         ({"class": "x" * 1_000_000}, 400, "bad_request"),
     ],
 )

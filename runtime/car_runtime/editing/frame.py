@@ -207,7 +207,8 @@ def square_around(repaint_HW: NDArray[np.bool_], size: int) -> Square:
     """The square that the model sees, around what is drawn anew.
 
     As large as the frame where that is square; else up to `CONTEXT` times the part's longer side, not below the
-    model's own `size`, within the frame where it fits. Raises RequestError for an empty mask, or one of over `MAX_SIDE`.
+    model's own `size`, within the frame where it fits. Raises RequestError for an empty mask, or a part of over
+    `MAX_SIDE` pixels.
     """
     rows, columns = np.flatnonzero(repaint_HW.any(1)), np.flatnonzero(repaint_HW.any(0))
     if not rows.size:

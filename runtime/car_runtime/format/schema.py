@@ -51,6 +51,7 @@ DIMENSION = 2**24
 NAME = 200
 """Characters of a plan's, a class's or a dimension's name."""
 FILE_BYTES = 2**44
+FILES = 4096
 _FILE_NAME = re.compile(r"(engines/)?[A-Za-z0-9_][A-Za-z0-9_.+-]*", re.ASCII)
 BRANCHES = 64
 BRANCH_NAME = re.compile(r"[a-z0-9_-]{1,32}", re.ASCII)
@@ -437,6 +438,8 @@ def _check_scales(scales: tuple[Scale, ...], model: Model) -> None:
 
 
 def _check_files(manifest: Manifest) -> None:
+    count = len(manifest.files)
+    _require(count <= FILES, f"files has {count} entries, but at most {FILES} are read")
     for name, entry in manifest.files.items():
         good = _FILE_NAME.fullmatch(name) is not None and name != MANIFEST
         _require(good, f"files names {name!r}, which is not a plain name inside the plan or engines/")
