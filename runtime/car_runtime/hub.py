@@ -216,7 +216,7 @@ def _counting(file: str, most: int) -> type:
 
     class Counting(shown):  # type: ignore[misc]
         def __init__(self, *args: Any, **more: Any) -> None:
-            super().__init__(*args, **more)
+            super().__init__(*args, **more | {"desc": file})  # not what the hub calls it
             self._bytes = more.get("initial") or 0
             self._check(more.get("total") or 0)
 
