@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -221,6 +221,7 @@ def _open_checked(
             weights.result()
             if not getattr(opened, "holds_files", False):  # it opened them by name, after they were hashed or before
                 folder.check_unchanged()
+            _check_phis(folder, manifest)
         except BaseException:
             opened.close()
             raise
@@ -727,12 +728,11 @@ def _load_constants(folder: PlanFolder, manifest: Manifest, backend: Backend) ->
     """Each scale's constants as buffers, step input name → buffer. All of them together are a few MB."""
     names = {name for scale in manifest.scales for name in scale.constants.values()}
     stored = stored_arrays(folder, {name: manifest.tensors[name] for name in names})
-    _check_phis(manifest, stored)
     buffers = {name: backend.constant(values, manifest.tensors[name].dtype) for name, values in stored.items()}
     return [{port: buffers[name] for port, name in scale.constants.items()} for scale in manifest.scales]
 
 
-def _check_phis(manifest: Manifest, stored: Mapping[str, NDArray[np.generic]]) -> None:
+def _check_phis(folder: PlanFolder, manifest: Manifest) -> None:
     """Each scale's φ is among those of the table: a backend's own kernels add its number to an address.
 
     Raises PlanError.
@@ -741,8 +741,10 @@ def _check_phis(manifest: Manifest, stored: Mapping[str, NDArray[np.generic]]) -
     if table is None:
         return
     phis = (table.shape or (0,))[0] // manifest.model.latent_channels
-    for k, scale in enumerate(manifest.scales):
-        phi = stored[scale.constants["phi"]]
+    names = [scale.constants["phi"] for scale in manifest.scales]
+    stored = stored_arrays(folder, {name: manifest.tensors[name] for name in names})
+    for k, name in enumerate(names):
+        phi = stored[name]
         if phi.dtype != np.int64 or phi.size != 1 or not 0 <= phi.item() < phis:
             raise PlanError(f"the φ of scale {k} is none of the plan's {phis}; export the plan again")
 
