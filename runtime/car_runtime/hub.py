@@ -210,7 +210,7 @@ def _set(holder: Any, name: str, value: object) -> Iterator[None]:
 def _counting(file: str, most: int) -> type:
     """The client's progress bar, which ends a download of more bytes than `most`.
 
-    It is made when the length is known and told of each part before that is written.
+    It is made when the length is known, and updated for each part before that is written.
     """
     shown: Any = import_module("huggingface_hub.utils").tqdm
 
