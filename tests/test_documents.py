@@ -39,7 +39,7 @@ LANGUAGES = {"sh", "python", "text", "mermaid"}
 REASONS = {"GPU", "AMX", "hours", "installs", "published weights", "a key pair"}
 """Why a block isn't run: it needs hardware, hours, an environment of its own, or files that we may not include."""
 SLOW = "slow"
-CHECKOUT = ("benchmarks", "car_train", "export", "runtime", "tests", "Makefile", "pyproject.toml")
+CHECKOUT = ("benchmarks", "car_train", "export", "integrations", "runtime", "tests", "Makefile", "pyproject.toml")
 NOT_OURS = {"--extra-index-url", "--fix", "--max-restarts", "--nproc-per-node", "engines/"}
 """Flags of pip, ruff and torchrun that documents name, and a folder inside a plan."""
 OLD_WORDS = r"(?<![a-z.])(?:pictures?|beside|tells?|told|made[-_ ]up|likeliest|eight[- ]bits?)(?![a-z])"
@@ -141,7 +141,8 @@ def test_documents_use_the_glossarys_words(document: Path) -> None:
 
 def test_code_uses_the_glossarys_words() -> None:
     """Names too, all but the keys of reports and logs that earlier versions wrote."""
-    folders = [ROOT / name for name in ("benchmarks", "car_train", "examples", "export", "runtime", "tests")]
+    names = ("benchmarks", "car_train", "examples", "export", "integrations", "runtime", "tests")
+    folders = [ROOT / name for name in names]
     found = []
     for path in [ROOT / "Makefile", ROOT / "pyproject.toml", *(p for f in folders for p in f.rglob("*.py"))]:
         text = re.sub(
