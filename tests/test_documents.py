@@ -341,6 +341,8 @@ def check(words: list[str]) -> None:
             assert names
         case ["make", *rest]:
             check_make(rest)
+        case ["cp", *sources, _]:  # the last one is on the reader's machine
+            assert all((ROOT / source).exists() for source in sources if source != "-r")
         case ["openssl", command, *rest]:
             usage = subprocess.run(["openssl", command, "-help"], capture_output=True, text=True, check=True)
             assert {word for word in rest if word.startswith("-")} <= set((usage.stdout + usage.stderr).split())
