@@ -35,7 +35,7 @@ DOCUMENTS = sorted(
     [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")]
     + [path for path in (ROOT / "docs").rglob("*.md") if path != GENERATED]
 )
-LANGUAGES = {"sh", "python", "text", "mermaid"}
+LANGUAGES = {"sh", "python", "text"}
 REASONS = {"GPU", "AMX", "hours", "installs", "published weights", "a key pair"}
 """Why a block isn't run: it needs hardware, hours, an environment of its own, or files that we may not include."""
 SLOW = "slow"
