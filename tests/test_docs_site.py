@@ -32,3 +32,6 @@ def test_the_site_builds_and_has_every_page_and_every_name(tmp_path: Path) -> No
     last = {anchor.rsplit(".", 1)[-1] for anchor in anchors}
     assert {name for name in car_runtime.__all__ if name != "__version__"} <= last
     assert (site / "docs/images/scales.webp").is_file()
+    for page in site.rglob("*.html"):  # a diagram of Mermaid would make the theme fetch its code
+        text = page.read_text(encoding="utf-8")
+        assert not re.search(r'class="mermaid"|<(script|link rel="stylesheet")[^>]+="(https?:)?//', text), page

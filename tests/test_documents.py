@@ -35,11 +35,11 @@ DOCUMENTS = sorted(
     [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")]
     + [path for path in (ROOT / "docs").rglob("*.md") if path != GENERATED]
 )
-LANGUAGES = {"sh", "python", "text", "mermaid"}
+LANGUAGES = {"sh", "python", "text"}
 REASONS = {"GPU", "AMX", "hours", "installs", "published weights", "a key pair"}
 """Why a block isn't run: it needs hardware, hours, an environment of its own, or files that we may not include."""
 SLOW = "slow"
-CHECKOUT = ("benchmarks", "car_train", "export", "runtime", "tests", "Makefile", "pyproject.toml")
+CHECKOUT = ("benchmarks", "car_train", "export", "integrations", "runtime", "tests", "Makefile", "pyproject.toml")
 NOT_OURS = {"--extra-index-url", "--fix", "--max-restarts", "--nproc-per-node", "engines/"}
 """Flags of pip, ruff and torchrun that documents name, and a folder inside a plan."""
 OLD_WORDS = r"(?<![a-z.])(?:pictures?|beside|tells?|told|made[-_ ]up|likeliest|eight[- ]bits?)(?![a-z])"
@@ -141,7 +141,8 @@ def test_documents_use_the_glossarys_words(document: Path) -> None:
 
 def test_code_uses_the_glossarys_words() -> None:
     """Names too, all but the keys of reports and logs that earlier versions wrote."""
-    folders = [ROOT / name for name in ("benchmarks", "car_train", "examples", "export", "runtime", "tests")]
+    names = ("benchmarks", "car_train", "examples", "export", "integrations", "runtime", "tests")
+    folders = [ROOT / name for name in names]
     found = []
     for path in [ROOT / "Makefile", ROOT / "pyproject.toml", *(p for f in folders for p in f.rglob("*.py"))]:
         text = re.sub(
@@ -340,6 +341,8 @@ def check(words: list[str]) -> None:
             assert names
         case ["make", *rest]:
             check_make(rest)
+        case ["cp", *sources, _]:  # the last one is on the reader's machine
+            assert all((ROOT / source).exists() for source in sources if source != "-r")
         case ["openssl", command, *rest]:
             usage = subprocess.run(["openssl", command, "-help"], capture_output=True, text=True, check=True)
             assert {word for word in rest if word.startswith("-")} <= set((usage.stdout + usage.stderr).split())

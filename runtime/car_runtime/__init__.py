@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from car_runtime.pipeline import CARPipeline
     from car_runtime.plan import Plan, Result, ScaleResult, default_plan, open_plan
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime looks at it when it is first imported
 
 __all__ = [
