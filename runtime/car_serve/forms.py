@@ -36,8 +36,8 @@ class PictureForm(BaseModel):
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True, allow_inf_nan=False)
     plan: str | None = Field(default=None, max_length=200, description="by name; the first plan by default")
-    control: str | dict[str, str] | None = Field(
-        default=None, description="control map, base64; or {branch: base64}, mixed"
+    control: str | dict[str, str | tuple[str, float]] | None = Field(
+        default=None, description="control map, base64; or {branch: base64 or [base64, weight]}, mixed"
     )
     photo: str | None = Field(default=None, description="a photo to derive the control map from, base64")
     label: int | str | None = Field(default=None, alias="class", description="class, by index or name")
@@ -50,6 +50,7 @@ class PictureForm(BaseModel):
     top_p: float | None = None
     preset: str | None = Field(default=None, max_length=40)
     more_smooth: bool = False
+    control_cfg: float = 0.0
     cfg_scales: str | int | None = None
     control_scales: str | int | None = None
     control_strength: float | None = None

@@ -30,6 +30,7 @@ def receipt(job: Job, image: int) -> dict[str, Any]:
         "top_p": request.sampling.top_p,
         **request.schedule.settings(),
         **({"more_smooth": True} if request.more_smooth else {}),
+        **({"control_cfg": request.control_cfg} if request.control_cfg else {}),
         **({"edit": job.about["edit"]} if "edit" in job.about else {}),
     }
 

@@ -26,6 +26,7 @@ SETTINGS = (
     "top_p",
     "preset",
     "more_smooth",
+    "control_cfg",
     "cfg_scales",
     "control_scales",
     "control_strength",
@@ -72,7 +73,8 @@ def _control(plan: Plan, limits: Limits, form: PictureForm) -> tuple[Any, tuple[
             if name not in branches:
                 known = ", ".join(branches) or "none"
                 raise bad_request(f"there is no branch {name[:60]!r}; the plan has {known}", "control")
-        return {name: _map(limits, text, f"control.{name[:40]}") for name, text in given.items()}, ()
+        weighed = {name: (one, 1.0) if isinstance(one, str) else one for name, one in given.items()}
+        return {name: (_map(limits, text, f"control.{name}"), w) for name, (text, w) in weighed.items()}, ()
     return _map(limits, given, "control"), ()
 
 

@@ -10,20 +10,23 @@ import logging
 import socket
 import webbrowser
 from collections.abc import Sequence
-from pathlib import Path
 from time import monotonic
 from types import FrameType
+from urllib.parse import quote
 
 import uvicorn
 
 from car_runtime import Plan, RequestError, default_plan, open_plan
 from car_runtime.errors import printable
+from car_runtime.system.files import read_regular
 from car_serve.app import create_app
 from car_serve.limits import Limits
 from car_serve.security import LOOPBACK, is_loopback
 from car_serve.service import Service
 
 log = logging.getLogger("car_serve")
+MAX_TOKEN_FILE = 4096
+"""Bytes that a token's file may have."""
 
 
 class DrainingServer(uvicorn.Server):
@@ -90,7 +93,7 @@ def serve(
         log.info("%s on %s (%s)", printable(plan.manifest.name), plan.backend_name, plan.why)
     log.info("studio and API: %s", address)
     if browse:
-        webbrowser.open(address if token is None else f"{address}?token={token}")
+        webbrowser.open(address if token is None else f"{address}?token={quote(token, safe='')}")
     with listening:
         DrainingServer(config, app.state.service).run(sockets=[listening])
 
@@ -128,7 +131,7 @@ def _open(paths: Sequence[str], backend: str, threads: int | None) -> list[Plan]
 def read_token(path: str) -> str:
     """The token in a file, of 16 to 256 printable characters without spaces. Raises UserError."""
     try:
-        token = Path(path).read_text(encoding="utf-8").strip()
+        token = read_regular(path, MAX_TOKEN_FILE).decode().strip()
     except (OSError, ValueError) as error:
         raise RequestError(f"cannot read the token file {path!r}; give a text file") from error
     if not (16 <= len(token) <= 256 and token.isascii() and token.isprintable() and " " not in token):

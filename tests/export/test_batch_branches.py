@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -24,17 +25,19 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_each_row_follows_its_own_branches(plan: list[str]) -> None:
     Path("jobs.csv").write_text(
-        "name,class,Control:sketch,control:other,control\n"
-        "one,1,a.png,,\nboth,2,a.png:0.6,b.png:1:0.5,\nother,1,,b.png:1,\nnone,3,,,\ndefault,1,,,a.png\n"
+        "name,class,Control:sketch,control:other,control,control-cfg\n"
+        "one,1,a.png,,,\nboth,2,a.png:0.6,b.png:1:0.5,,0.5\nother,1,,b.png:1,,\nnone,3,,,,\ndefault,1,,,a.png,\n"
     )
     Path("jobs.jsonl").write_text(
-        '{"name": "both", "class": 2, "control:sketch": "a.png:0.6", "control:other": "b.png:1:0.5"}'
+        '{"name": "both", "class": 2, "control:sketch": "a.png:0.6", "control:other": "b.png:1:0.5", '
+        '"control-cfg": 0.5}'
     )
     assert main(["batch", "jobs.csv", *plan, "-o", "out"]) == 0
     assert main(["batch", "jobs.jsonl", *plan, "-o", "json"]) == 0
     alone = {
         "one": ["--class", "1", "--control", "sketch=a.png"],
-        "both": ["--class", "2", "--control", "sketch=a.png:0.6", "--control", "other=b.png:1:0.5"],
+        "both": ["--class", "2", "--control", "sketch=a.png:0.6", "--control", "other=b.png:1:0.5"]
+        + ["--control-cfg", "0.5"],
         "other": ["--class", "1", "--control", "other=b.png:1"],
         "none": ["--class", "3"],
         "default": ["--class", "1", "--control", "a.png"],
@@ -42,6 +45,8 @@ def test_each_row_follows_its_own_branches(plan: list[str]) -> None:
     for name, flags in alone.items():
         assert main([*flags, *plan, "-o", "x.png"]) == 0
         assert Path("out", f"{name}.png").read_bytes() == Path("x.png").read_bytes(), name
+    (report,) = map(json.loads, Path("json/results.jsonl").read_text().splitlines())
+    assert report["control_cfg"] == 0.5
     assert Path("json/both.png").read_bytes() == Path("out/both.png").read_bytes()
     assert (
         Path("out/one.png").read_bytes() == Path("out/default.png").read_bytes() != Path("out/other.png").read_bytes()

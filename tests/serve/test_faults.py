@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -194,15 +195,21 @@ def test_sigterm_under_load_finishes_what_was_accepted(start: Callable[..., Serv
     assert late is not None
 
 
-def test_a_token_is_asked_for_and_other_hosts_need_one(start: Callable[..., Server], tmp_path: Path) -> None:
-    file = tmp_path / "token.txt"
-    file.write_text("a-token-of-24-characters\n")
-    url = start("--token-file", str(file), "--rate", "3").url
+def test_a_token_is_asked_for_and_other_hosts_need_one(
+    start: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, browser_file, shown = tmp_path / "token.txt", tmp_path / "browser", tmp_path / "shown"
+    token = "a+token/of&20=chars;#%"
+    file.write_text(f"{token}\n")
+    browser_file.write_text(f'#!/bin/sh\nprintf %s "$1" > {shown}\n')
+    browser_file.chmod(0o755)
+    monkeypatch.setenv("BROWSER", str(browser_file))
+    url = start("--token-file", str(file), "--rate", "3", "--open").url
     assert httpx.get(f"{url}/v1/capabilities").status_code == 401
     assert httpx.get(f"{url}/?token=wrong").status_code == 401
-    good = {"Authorization": "Bearer a-token-of-24-characters"}
+    good = {"Authorization": f"Bearer {token}"}
     assert httpx.get(f"{url}/v1/capabilities", headers=good).status_code == 200
-    opened = httpx.get(f"{url}/?token=a-token-of-24-characters")
+    opened = httpx.get(shown.read_text())
     assert opened.status_code == 303
     assert "httponly" in opened.headers["set-cookie"].lower()
     with httpx.Client(cookies=opened.cookies) as browser:
@@ -216,6 +223,19 @@ def test_another_host_without_a_token_is_refused(capsys: pytest.CaptureFixture[s
 
     assert main(["serve", "--host", "0.0.0.0", "--port", "0"]) == 2
     assert "--token-file" in capsys.readouterr().err
+
+
+def test_a_token_file_is_read_whole_and_bounded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from car_runtime.cli.main import main
+
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").write_text("a-token-of-24-characters" + " " * 5000)
+    (tmp_path / "short").write_text("short")
+    for name, says in (("pipe", "cannot read"), ("large", "cannot read"), ("short", "has 5 characters")):
+        assert main(["serve", "--port", "0", "--token-file", str(tmp_path / name)]) == 2
+        text = capsys.readouterr().err
+        assert says in text
+        assert text.count("\n") == 1
 
 
 @pytest.fixture

@@ -55,6 +55,14 @@ def test_an_image_is_the_one_that_generate_makes(url: str, expected: Any) -> Non
     assert answer["images"][0]["receipt"]["class"] == {"index": 8, "name": "fluent-travel-places"}
 
 
+def test_a_branch_has_a_weight_and_guidance_by_the_control(url: str) -> None:
+    with open_plan(SHIPPED, threads=1) as plan:
+        wanted = plan.generate({"canny": (ROOT / "examples/umbrella.png", 0.4)}, 8, 5, control_cfg=1.5)
+    image = draw(url, control={"canny": [image64(), 0.4]}, control_cfg=1.5)["images"][0]
+    assert np.array_equal(pixels(image["png"]), wanted.images[0])
+    assert image["receipt"]["control_cfg"] == 1.5
+
+
 def test_events_are_the_scales_in_order_and_then_the_image(url: str, expected: Any) -> None:
     got = events(url, body())
     assert [name for name, _ in got] == ["queued", *["scale"] * 6, "picture", "done"]
@@ -221,6 +229,9 @@ def white64(width: int, height: int) -> str:
         ({"colour": "red"}, 422, "bad_field"),
         ({"plan": "/etc/passwd"}, 404, "no_plan"),
         ({"control": {"canny": image64(), "depth": image64()}}, 400, "bad_request"),
+        ({"control": {"canny": [image64(), 2.5]}}, 400, "bad_request"),
+        ({"control": {"canny": [image64()]}}, 422, "bad_field"),
+        ({"control_cfg": -1}, 400, "bad_request"),
         ({"edit": {"id": "gone", "scale": 1}}, 404, "not_found"),
         ({"edit": {"image": image64(), "scale": 9}}, 400, "bad_request"),
         ({"edit": {"image": white64(200_000, 8), "mask": image64()}}, 400, "bad_request"),

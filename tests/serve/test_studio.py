@@ -303,6 +303,23 @@ def test_stop_here_gives_the_coarse_image(studio: Studio) -> None:
     assert np.abs(studio.image(0) - studio.scales(1)[3]).max() == 0  # previews of small images are exact
 
 
+def test_a_branch_leaves_a_locked_seed_and_stops_where_it_is_told(studio: Studio) -> None:
+    page = studio.page
+    page.click("#examples button >> nth=1")
+    studio.done()
+    page.fill("#seed", "77")
+    page.click("#film li:nth-child(3) button")
+    page.click("text=Branch here")
+    studio.done(2)
+    assert page.input_value("#seed") == "77"
+    assert studio.bodies[-1]["seed"] != 77
+    page.click("#film li:nth-child(5) button")
+    shown = studio.shown()
+    page.click("text=Stop here")
+    studio.done(3)
+    assert np.array_equal(studio.image(0), shown)
+
+
 def test_in_painting_changes_what_was_painted_over(studio: Studio) -> None:
     page = studio.page
     page.click("#examples button >> nth=1")

@@ -20,6 +20,7 @@ from car_runtime.cli.run import (
     control_of_flags,
     image_files,
     input_files,
+    note_branch,
     opened,
     plan_of,
 )
@@ -116,6 +117,7 @@ def run(arguments: Sequence[str]) -> int:
     for warning in (*said, *request.warnings):
         note(f"car-run: warning: {printable(warning)}")
     with opened(args, root) as plan:
+        note_branch(args, manifest)
         results = plan.generate_many(requests)
     contents: dict[Path, bytes] = {}
     for path, result in zip(paths, results, strict=True):

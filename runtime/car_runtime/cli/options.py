@@ -87,7 +87,7 @@ def named_source(given: str) -> tuple[str | None, str, float]:
     """BRANCH=IMAGE[:WEIGHT] → branch, file, weight; None and 1 where they aren't there. A file's whole name wins."""
     if given == "-" or os.path.exists(given):
         return None, given, 1.0
-    parts = re.fullmatch(r"([a-z0-9_-]{1,32})=(.+)", given)
+    parts = re.fullmatch(r"([a-z0-9_-]{1,32})=(.*)", given)
     if parts is None:
         return None, given, 1.0
     return parts[1], *weighted_source(parts[2])
@@ -114,6 +114,8 @@ def control_sources(given: Sequence[str]) -> Any:
     for one, (branch, file, weight) in zip(given, parts, strict=True):
         if branch is None:
             raise RequestError(f"--control {one!r} names no branch; with several of them give BRANCH=IMAGE")
+        if not file:
+            raise RequestError(f"--control {one!r} names no image; give BRANCH=IMAGE or BRANCH=IMAGE:WEIGHT")
         if branch in found:
             raise RequestError(f"--control names the branch {branch!r} twice; give each branch once")
         found[branch] = (image_source(file), weight)

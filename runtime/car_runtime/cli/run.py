@@ -194,6 +194,7 @@ def generate(
     timings = {"read": perf_counter() - began}
     with opened(args, root) as plan:
         timings["open"] = perf_counter() - began - timings["read"]
+        note_branch(args, manifest)
         for warning in request.warnings:
             note(f"car-run: warning: {printable(warning)}")
         first(plan)
@@ -240,11 +241,6 @@ def opened(args: argparse.Namespace, root: Path) -> Iterator[Plan]:
 def control_of_flags(args: argparse.Namespace, manifest: Manifest) -> tuple[Any, tuple[str, ...]]:
     """The control image as given, or derived from the photo, and warnings; None where neither is given."""
     model = manifest.model
-    given = args.control or [args.photo]
-    unnamed = len(given) == 1 and given[0] is not None and named_source(given[0])[0] is None
-    if unnamed and len(model.branches) > 1:
-        others = ", ".join(name for name in model.branches if name != model.default_branch)
-        note(f"car-run: the control is for the branch {model.default_branch!r}; others: {others}")
     if args.annotator is not None and args.photo is None:
         raise RequestError("--annotator makes a control of a photo, and none is given; add --photo FILE")
     if args.photo is None:
@@ -258,6 +254,15 @@ def control_of_flags(args: argparse.Namespace, manifest: Manifest) -> tuple[Any,
     settings: dict[str, Any] = {"fit": args.fit, "annotator": args.annotator, "threads": args.threads}
     made, said = control_of_photo(image_source(file), manifest, branch=branch, **settings)
     return (made if branch is None else {branch: (made, weight)}), said
+
+
+def note_branch(args: argparse.Namespace, manifest: Manifest) -> None:
+    """A line on stderr where a control names no branch and there are several."""
+    model, given = manifest.model, args.control or [args.photo]
+    unnamed = len(given) == 1 and given[0] is not None and named_source(given[0])[0] is None
+    if unnamed and len(model.branches) > 1:
+        others = ", ".join(name for name in model.branches if name != model.default_branch)
+        note(f"car-run: the control is for the branch {model.default_branch!r}; others: {others}")
 
 
 def input_files(args: argparse.Namespace) -> list[Path]:
@@ -290,6 +295,7 @@ def settings_report(manifest: Manifest, request: Request) -> dict[str, Any]:
         "top_p": request.sampling.top_p,
         "schedule": request.schedule.settings(),
         **({"more_smooth": True} if request.more_smooth else {}),
+        **({"control_cfg": request.control_cfg} if request.control_cfg else {}),
         **({"watermark": True} if request.watermark else {}),
         **({} if request.blend is None else {"blend_share": request.blend.share, "blend_class": request.blend.label}),
     }

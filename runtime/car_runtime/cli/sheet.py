@@ -30,6 +30,7 @@ from car_runtime.cli.run import (
     add_source_flags,
     control_of_flags,
     input_files,
+    note_branch,
     opened,
     plan_of,
 )
@@ -119,6 +120,7 @@ def run(arguments: Sequence[str]) -> int:
     for warning in (*said, *request.warnings):
         note(f"car-run: warning: {printable(warning)}")
     with opened(args, root) as plan:
+        note_branch(args, manifest)
         images = _drawn(plan, requests)
     down, across = _labels(rows), _labels(columns)
     title = _title(manifest, request, axes)

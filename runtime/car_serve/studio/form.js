@@ -68,8 +68,15 @@ export class Form extends EventTarget {
     $("lock").querySelector("use").setAttribute("href", `studio/icons.svg#${on ? "lock" : "unlock"}`);
   }
 
+  // A seed for what must differ from what there is; a locked one stays in its field for the next drawing.
+  another() {
+    if (this.locked) return random();
+    this.roll();
+    return Number($("seed").value);
+  }
+
   roll() {
-    $("seed").value = crypto.getRandomValues(new Uint32Array(1))[0] >>> 1;
+    $("seed").value = random();
     this.dispatchEvent(new Event("change"));
   }
 
@@ -141,3 +148,5 @@ export class Form extends EventTarget {
     $("class").removeAttribute("aria-activedescendant");
   }
 }
+
+const random = () => crypto.getRandomValues(new Uint32Array(1))[0] >>> 1;

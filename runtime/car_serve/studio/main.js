@@ -196,8 +196,7 @@ async function edited(kind, how, changes = {}) {
 }
 
 async function branch(scale) {
-  form.roll();
-  await edited("branch", { scale });
+  await edited("branch", { scale }, { seed: form.another() });
 }
 
 // Another class on the same coarse scales and the same seed.
@@ -209,23 +208,23 @@ async function restyle(scale) {
   await edited("restyle", { scale }, { seed: stage.current.seed, n: 1 });
 }
 
+// As far as a scale. An edit's coarse scales are not those of its seed alone: they are kept as they are.
 async function stop(scale) {
-  const { form: made, control } = stage.result;
-  const values = { ...made, control, seed: stage.current.seed, n: 1, stop_after: scale };
-  await run(values, { kind: "stop", before: stage.current.png });
+  const { form: made, control } = stage.result, { current } = stage;
+  const values = { ...made, control, seed: current.seed, n: 1, stop_after: scale };
+  if (!current.receipt?.edit) return run(values, { kind: "stop", before: current.png });
+  return run(values, { kind: "stop", edit: { ...source(), scale }, image: await toBase64(current.png), before: current.png });
 }
 
 async function paint() {
   if (stage.mask.blank) { note("image-note", "Paint over what is to be drawn anew.", "warn"); return; }
   const mask = stage.mask.mask((await createImageBitmap(stage.current.png)).width);
-  form.roll();
-  await edited("paint", { mask }, { n: 1 });
+  await edited("paint", { mask }, { n: 1, seed: form.another() });
 }
 
 async function extend() {
   pad.place(stage.frame);
-  form.roll();
-  await edited("extend", { frame: stage.frame }, { n: 1 });
+  await edited("extend", { frame: stage.frame }, { n: 1, seed: form.another() });
 }
 
 async function remix() {
