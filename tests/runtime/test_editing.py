@@ -181,7 +181,9 @@ def test_a_shape_that_ends_at_the_border_leaves_its_colour_outside() -> None:
     """What differs from most of the border is something else, such as a tail, and not a step."""
     image = np.full((64, 64, 3), 200, np.uint8)
     image[24:40, :32] = (220, 60, 90)
-    frame = Frame(image=Image.fromarray(image), repaint=marked(64, 64, (32, 0, 64, 64)), square=Square(left=0, top=0, side=64))
+    frame = Frame(
+        image=Image.fromarray(image), repaint=marked(64, 64, (32, 0, 64, 64)), square=Square(left=0, top=0, side=64)
+    )
     drawn = image.copy()
     drawn[:, 32:] = 200
     found = frame.matched(drawn).astype(int)
