@@ -209,7 +209,11 @@ export class Frame {
     const plain = Math.min(1, (2 * sum(smooth)) / Math.max(sum(inside), 1));
     const fade = softened(kept, N, N, Math.floor(N / 2));
     const step = spread(left, weight, inside, N, width);
-    return { ...drawn, data: Uint8Array.from(values, (value, i) => round(Math.min(255, Math.max(0, value + plain * fade[Math.floor(i / 3)] * anew[Math.floor(i / 3)] * step[i])))) };
+    step.forEach((value, i) => { values[i] += plain * fade[Math.floor(i / 3)] * anew[Math.floor(i / 3)] * value; });
+    // Of the drawing's colour, which runs a little over the border.
+    const over = meanNear(photo.map((value, i) => value - values[i]), ring, N, 1).mean;
+    const part = ring.map((value, i) => value * trust(over, i, 2 * TONE));
+    return { ...drawn, data: Uint8Array.from(values, (value, i) => round(Math.min(255, Math.max(0, value + part[Math.floor(i / 3)] * over[i])))) };
   }
 }
 
