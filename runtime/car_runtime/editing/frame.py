@@ -133,7 +133,8 @@ class Frame:
             weight *= _trust(kept - new - np.median((kept - new)[smooth], axis=0), 2 * TONE)
         fade_NN1 = plain * (softened(~anew, N // 2) * anew)[..., None]
         drawn += fade_NN1 * _spread(kept - new, weight, inside, width)
-        left, _ = _mean_near(photo_NN3 - drawn, ring, 1)  # of the drawing's colour, which runs a little over the border
+        # The drawing's colour runs a little over the border, where the seam would show it.
+        left, _ = _mean_near(photo_NN3 - drawn, ring, 1)
         drawn += (ring * _trust(left, 2 * TONE))[..., None] * left
         return np.rint(np.clip(drawn, 0, 255)).astype(np.uint8)
 
