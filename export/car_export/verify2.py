@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import car_runtime
 from car_export.bf16_to_fp32 import runnable
 from car_export.errors import VerificationError
-from car_export.verify import CFG, Arrays, Log, Verifier, check_same_model, scene
+from car_export.goldens import greedy_run
+from car_export.verify import CFG, Arrays, Control, Greedy, Log, Verifier, check_same_model, scene
 from car_runtime.format import manifest as schema
 from car_runtime.format.schema import FUSIONS, WEIGHTS, Parameter
 from car_train.model import Model
@@ -28,13 +30,13 @@ class Verifier2(Verifier):
         self.depth = len(self.car.base.blocks)
         self.fused = next(iter(self.manifest.model.branches.values()), None)
 
-    def check(self, whole: bool, statics: bool) -> None:
-        """Compare with PyTorch. Fills `problems`.
+    def check(self, *, shared: bool = True, statics: bool = True) -> None:
+        """Compare with PyTorch, but for whole images, which `whole_runs` draws. Fills `problems`.
 
-        whole: also the graphs and the sampling that are the same for every branch. statics: also the static forms of
+        shared: also the graphs and the sampling that are the same for every branch. statics: also the static forms of
         the step, which are made of the general one, and a branch is of weight 1 or 0 in all of them.
         """
-        self.draws = whole
+        self.draws = shared
         config, classes = self.reference.config.vqvae, self.car.base.config.classes
         rng = np.random.default_rng(0)
         image, sizes = scene(config.image_size, rng), [s.control_size for s in self.manifest.scales]
@@ -54,9 +56,9 @@ class Verifier2(Verifier):
                 self.run_branch(batch, record, rows)
             self.steps(batch, record, rows, uniforms, statics)
             if batch == 1:
-                control = {self.branch: image} if self.branch else None
-                self.whole_run(control, int(label[0]), tokens, pixels, record)
-            if whole and batch == 1:
+                control: Control = {self.branch: image} if self.branch else None
+                self.greedy = Greedy(control, int(label[0]), CFG, tokens, pixels, record)
+            if shared and batch == 1:
                 self.decoder(record, pixels)
                 self.encoder(image[None])
 
@@ -180,26 +182,32 @@ class Verifier2(Verifier):
         return feed
 
 
-def verify_plan_of_2(directory: Path, base: Model, branches: Mapping[str, Model], log: Log) -> None:
+def verify_plan_of_2(
+    directory: Path, base: Model, branches: Mapping[str, Model], log: Log, unsteered: Greedy | None = None
+) -> None:
     """Raise VerificationError if the plan at `directory` doesn't compute what the models (float32, eval) do.
 
-    base: any of the models, or the one without a branch. branches: name → model.
+    base: any of the models, or the one without a branch. branches: name → model. unsteered: what the base draws
+    without control, where that is known.
     """
     manifest = schema.read_manifest(directory)
     check_same_model(manifest, base, len(base.car.base.blocks) if base.car is not None else 0)
     with runnable(directory) as plan:
-        _compare(plan, base, branches, log)
+        _compare(plan, base, branches, log, unsteered)
 
 
-def _compare(directory: Path, base: Model, branches: Mapping[str, Model], log: Log) -> None:
-    problems: list[str] = []
+def _compare(directory: Path, base: Model, branches: Mapping[str, Model], log: Log, unsteered: Greedy | None) -> None:
     worst: dict[str, float] = {}
-    runs: list[tuple[str | None, Model]] = [(None, base), *branches.items()]
-    statics = next(iter(branches), None)
-    for name, model in runs:
-        verifier = Verifier2(directory, model, name, log)
-        verifier.check(whole=name is None, statics=name == statics)
-        problems += verifier.problems
+    alone = Verifier2(directory, base, None, log)
+    verifiers = [Verifier2(directory, model, name, log) for name, model in branches.items()]
+    if verifiers:  # without a branch a step is the same graph, with branches of weight 0: a whole run tells
+        alone.greedy = unsteered or greedy_run(base, CFG, steered=False)
+    for i, verifier in enumerate(verifiers or [alone]):
+        verifier.check(shared=i == 0, statics=i == 0)
+    verifiers.append(alone)
+    whole_runs(directory, verifiers)
+    problems = [problem for verifier in verifiers for problem in verifier.problems]
+    for verifier in verifiers:
         for kind, error in verifier.worst.items():
             worst[kind] = max(worst.get(kind, 0.0), error)
     if problems:
@@ -209,3 +217,10 @@ def _compare(directory: Path, base: Model, branches: Mapping[str, Model], log: L
             + "\ndon't use this plan; export it again with other package versions, and report it"
         )
     log("verified against PyTorch: " + ", ".join(f"{kind} {error:.1e}" for kind, error in worst.items()))
+
+
+def whole_runs(directory: Path, verifiers: Sequence[Verifier2]) -> None:
+    """Draw what each of them has checked on one plan, as users draw. Fills their `problems`."""
+    with car_runtime.open_plan(directory, backend="ort-cpu", verify=False) as plan:
+        for verifier in verifiers:
+            verifier.whole_run(plan, verifier.greedy)
