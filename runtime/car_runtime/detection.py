@@ -10,8 +10,9 @@ Shapes: n encodings; L tokens of an image; Z latent channels; V vocabulary; N pi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +20,10 @@ from numpy.typing import NDArray
 from car_runtime.config import GenerationConfig
 from car_runtime.controls import derive
 from car_runtime.errors import ImageError
+from car_runtime.format.manifest import Manifest
 from car_runtime.images import WHITE, Source, fitted, load_image
 from car_runtime.request import check_fit
-
-if TYPE_CHECKING:
-    from car_runtime.plan import Plan
-    from car_runtime.watermark import Floats
+from car_runtime.watermark import Floats
 
 ENCODINGS = 4
 """More of them find hardly more."""
@@ -32,7 +31,17 @@ NOISE = 12.0
 """Standard deviation in grey levels: found 0.95 of 20 images of the shipped plan, 20 levels 0.85, none 0.70."""
 
 
-def unexpected_codes(plan: Plan, image: Source, codes_VZ: Floats, fit: str) -> Floats:
+class Model(Protocol):
+    """What of an opened plan is used here: `car_runtime.plan.Plan`."""
+
+    manifest: Manifest
+
+    def encode(self, images: Any) -> NDArray[np.int64]: ...
+
+    def stream(self, config: GenerationConfig, *, logits: bool) -> Iterator[Any]: ...
+
+
+def unexpected_codes(plan: Model, image: Source, codes_VZ: Floats, fit: str) -> Floats:
     """The codes of an image without those that the model expects, f64 [L, Z].
 
     Raises RequestError: a plan without encoder, `fit`. ImageError.
@@ -49,7 +58,7 @@ def unexpected_codes(plan: Plan, image: Source, codes_VZ: Floats, fit: str) -> F
     return np.asarray(found_nLZ.mean(0) - expected_LZ)
 
 
-def _logits(plan: Plan, pixels_NN3: NDArray[np.uint8]) -> NDArray[np.float32]:
+def _logits(plan: Model, pixels_NN3: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Teacher forcing on an image's tokens, f32 [L, V]."""
     model, tokens_L = plan.manifest.model, plan.encode(pixels_NN3)[0]
     control = None
@@ -57,6 +66,7 @@ def _logits(plan: Plan, pixels_NN3: NDArray[np.uint8]) -> NDArray[np.float32]:
     if name is not None and convention is not None:
         with suppress(ImageError):  # of a type that needs more than pixels, such as depth
             control = {name: derive(pixels_NN3, convention, model.image_size)}
-    known = {"known_tokens": tokens_L, "known_mask": np.ones(tokens_L.shape, np.bool_)}
-    scales = plan.stream(GenerationConfig(control=control, cfg=0, **known), logits=True)
+    mask_L = np.ones(tokens_L.shape, np.bool_)
+    config = GenerationConfig(control=control, cfg=0, known_tokens=tokens_L, known_mask=mask_L)
+    scales = plan.stream(config, logits=True)
     return np.concatenate([np.asarray(scale.logits).reshape(-1, model.vocab) for scale in scales])
