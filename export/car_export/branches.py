@@ -111,7 +111,8 @@ class AddedBranch(PlanBuilder2):
         self.table = self._parameters()
         self.store.close()
         (name,) = self.branches
-        write_goldens(self.directory, self.reference, file=golden_file(name), **asdict(self.old.sampling))
+        sampling = asdict(self.old.sampling)
+        self.greedy[name] = write_goldens(self.directory, self.reference, file=golden_file(name), **sampling)
         return replace(self._manifest(), scales=self.old.scales)
 
     def _model_facts(self) -> schema.Model:
@@ -160,8 +161,8 @@ def add_branch(
         _finish(builder.build(), aside, default)
         with runnable(aside) as whole:
             verifier = Verifier2(whole, builder.reference, name, log)
-            verifier.check(shared=False, statics=False)
-            whole_runs(whole, [verifier])
+            verifier.check(builder.greedy[name], shared=False, statics=False)
+            whole_runs(whole, {name: verifier}, builder.greedy)
         if verifier.problems:
             raise VerificationError(
                 f"{len(verifier.problems)} differences between the plan and {path}:\n  "
