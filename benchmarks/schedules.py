@@ -269,6 +269,10 @@ def draw_seeds(generator: Generator, chosen: Sequence[Candidate], workload: Work
     return drawn
 
 
+Draw = Callable[[Candidate, Pixels | None, int, int], Result]
+"""An image of a candidate: of a control, a class and a seed."""
+
+
 class HeldOut:
     """The images of a split with their controls, and what measures drawn ones by them."""
 
@@ -311,7 +315,7 @@ class HeldOut:
         self.truth: list[NDArray[Any]] = []
         """Features of the real images, in batches."""
 
-    def draw(self, generator: Generator, chosen: Sequence[Candidate], seed: int, log: Log) -> dict[str, Drawn]:
+    def draw(self, generator: Draw, chosen: Sequence[Candidate], seed: int, log: Log) -> dict[str, Drawn]:
         """Every image on every schedule."""
         drawn = {c.name: Drawn() for c in chosen}
         began = time.monotonic()
@@ -324,7 +328,7 @@ class HeldOut:
 
     def _draw_batch(
         self,
-        generator: Generator,
+        generator: Draw,
         chosen: Sequence[Candidate],
         positions: Sequence[int],
         seed: int,

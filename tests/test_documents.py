@@ -223,6 +223,35 @@ def test_what_a_document_shows_runs(document: Path, checkout: Path) -> None:
     for block in blocks_of(document):
         if block.language in ("sh", "python") and block.mark is None:
             run(block, checkout)
+    if document.name == "usage.md":
+        check_figures(checkout)
+
+
+FIGURES = {
+    "edit-paint": "painted-grid.png",
+    "edit-extend": "extended-grid.png",
+    "edit-restyle": "restyled-grid.png",
+    "edit-vary": "varied-grid.png",
+    "sheet": "styles.png",
+}
+"""Figure in docs/images → what its command in docs/usage.md writes."""
+
+
+def check_figures(checkout: Path) -> None:
+    """Fail unless figures are what the commands wrote, but for what WebP loses: a grey level in the mean."""
+
+    def pixels(path: Path) -> np.ndarray:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"), np.int16)
+
+    shown = {name: pixels(ROOT / "docs" / "images" / f"{name}.webp") for name in FIGURES}
+    for name, file in FIGURES.items():
+        assert shown[name].shape == pixels(checkout / file).shape
+        assert np.abs(shown[name] - pixels(checkout / file)).mean() < 1.5, name
+    readme = pixels(ROOT / "docs" / "images" / "edits.webp")
+    for row, name in enumerate(("edit-paint", "edit-extend", "edit-restyle")):
+        top, height = row * (len(shown[name]) + 8), len(shown[name])
+        assert np.abs(shown[name] - readme[top : top + height]).mean() < 1.5, name
 
 
 @pytest.mark.slow

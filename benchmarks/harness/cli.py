@@ -31,7 +31,7 @@ from car_runtime.errors import BackendError
 from car_runtime.plan import default_plan
 from car_runtime.system.cpu import usable_cores
 
-LEAST = {"runs": 1, "warmup": 0, "timed_steps": 1, "batch": 1, "depth": 1, "limit": 0, "seed": 0}
+LEAST = {"runs": 1, "warmup": 0, "timed_steps": 1, "batch": 1, "depth": 1, "limit": 0, "seed": 0, "keys": 0}
 """Option → its least value, where a benchmark has it and it is given."""
 
 

@@ -33,6 +33,7 @@ from car_runtime.batch import Drawing, Rows, batches, rows_of
 from car_runtime.buffers import LoopBuffers, Steering
 from car_runtime.conditioning import Conditioning
 from car_runtime.config import GenerationConfig, config_of
+from car_runtime.detection import unexpected_codes
 from car_runtime.editing.edit import composite
 from car_runtime.editing.masks import known_mask_of
 from car_runtime.errors import CarError, ImageError, PlanError, RequestError
@@ -494,11 +495,13 @@ class Plan:
     def detect(self, image: image_io.Source, key: str | bytes, *, fit: str = "crop") -> Detection:
         """Whether an image has the watermark of a key (`GenerationConfig.watermark`): encoded, and tested.
 
-        Raises RequestError: a plan of format 1 or without encoder, an empty key. ImageError.
+        Raises RequestError: a plan of format 1, without encoder or logits, an empty key. ImageError.
         """
+        self._check_open()
         digest = resolve_watermark(self.manifest, key)
         assert digest is not None
-        return Pattern(self.manifest, self._folder).detect(self.encode(image, fit=fit)[0], digest)
+        pattern = Pattern(self.manifest, self._folder)
+        return pattern.detect(unexpected_codes(self, image, pattern.codes, fit), digest)
 
     def known_mask(self, repaint: Any, rule: Literal["published", "strict"] = "published") -> NDArray[np.bool_]:
         """The tokens to keep, bool [L], when the pixels where `repaint` (bool [H, W]) is true are to be made anew.

@@ -3,8 +3,9 @@
 The key gives a pattern of standard normal numbers for the latent f̂. While an image is drawn, each code's logit gets
 more or less by how far it takes f̂ along the pattern (Kirchenbauer et al., arXiv 2301.10226, add a constant to
 "green" tokens; codes that encoding swaps for similar ones keep a graded score, where green lists lose it). To test an
-image it is encoded: the pattern of the right key correlates with f̂. Any other key's doesn't, and since its numbers
-are normal and independent of the image, the correlation is normal, too: that makes p exact.
+image it is encoded, and what the model expects is taken off (`car_runtime.detection`): the pattern of the right key
+correlates with the rest of f̂. Any other key's doesn't, and since its numbers are normal and independent of the image,
+the correlation is normal, too: that makes p exact.
 
 Shapes: E side of f̂; Z latent channels; S side of a scale, N = S·S; L tokens of an image; V vocabulary.
 """
@@ -26,7 +27,7 @@ from car_runtime.format.parameters import stored_arrays
 
 Floats = NDArray[np.float64]
 
-STRENGTH = 1.5
+STRENGTH = 1.0
 """Root mean square of what is added to an image's logits, over all tokens and codes."""
 CLIP = 3.0
 """Of f̂'s root mean square: few large values, which images have, don't decide alone."""
@@ -73,15 +74,16 @@ class Pattern:
         }
         named = {f"{k}.{port}": entry for (k, port), entry in constants.items()}
         stored = {name: np.asarray(a, np.float64) for name, a in stored_arrays(folder, {**entries, **named}).items()}
-        self._codes, phi = (stored[name] for name in _TABLE)
+        self.codes, phi = (stored[name] for name in _TABLE)
+        """f64 [V, Z]."""
         self._scales, Z = manifest.scales, manifest.model.latent_channels
         self._ups = [stored[f"{k}.up"].reshape(-1, s.side) for k, s in enumerate(self._scales)]
         picked = [int(stored[f"{k}.phi"].reshape(-1)[0]) for k in range(len(self._scales))]
-        for numbers in (self._codes, phi, *self._ups):
+        for numbers in (self.codes, phi, *self._ups):
             self._require(bool(np.isfinite(numbers).all()))
-        self._require(all(0 <= i < len(phi) // Z for i in picked) and bool(np.ptp(self._codes) > 0))
+        self._require(all(0 <= i < len(phi) // Z for i in picked) and bool(np.ptp(self.codes) > 0))
         self._phis = [phi[i * Z : (i + 1) * Z] for i in picked]
-        self._whiten = _channel_whitening(self._codes)
+        self._whiten = _channel_whitening(self.codes)
         E = manifest.model.latent_size
         self._shape, self._cosines, self._weights = (E, E, Z), _cosines(E), _weights(E)
 
@@ -92,7 +94,7 @@ class Pattern:
     def watermark(self, key: bytes) -> Watermark:
         """Of a key's digest. Raises RequestError: no code leads anywhere."""
         direction = self._from_pattern(_normal_numbers(key, self._shape))
-        centred = self._codes - self._codes.mean(0)
+        centred = self.codes - self.codes.mean(0)
         led = [self._back(k, direction) for k in range(len(self._scales))]
         covariance = centred.T @ centred / len(centred)
         mean_square = sum(float(np.einsum("ijy,yz,ijz->", d, covariance, d)) for d in led) / self._scales[-1].stop
@@ -100,20 +102,20 @@ class Pattern:
         scale = STRENGTH / sqrt(mean_square)
         return Watermark(directions=[(scale * d).astype(np.float32) for d in led], codes=centred.astype(np.float32))
 
-    def detect(self, tokens_L: NDArray[np.int64], key: bytes) -> Detection:
-        """Whether an image that was encoded leans to a key's pattern."""
-        found = self._to_pattern(self._latent(tokens_L)).reshape(-1)
+    def detect(self, codes_LZ: Floats, key: bytes) -> Detection:
+        """Whether an image's codes, or what is unexpected of them, lean to a key's pattern."""
+        found = self._to_pattern(self._latent(codes_LZ)).reshape(-1)
         limit = CLIP * sqrt(float((found**2).mean())) or 1.0
         found = found.clip(-limit, limit)
         norm = sqrt(float(found @ found)) or 1.0
         score = float(found @ _normal_numbers(key, self._shape).reshape(-1)) / norm
         return Detection(p=erfc(score / sqrt(2)) / 2, score=score)
 
-    def _latent(self, tokens_L: NDArray[np.int64]) -> Floats:
-        """f̂ of an image's tokens but for φ's constants, [E, E, Z]."""
+    def _latent(self, codes_LZ: Floats) -> Floats:
+        """f̂ of an image's codes but for φ's constants, [E, E, Z]."""
         f_hat = np.zeros(self._shape)
         for s, up, phi in zip(self._scales, self._ups, self._phis, strict=True):
-            codes = self._codes[tokens_L[s.start : s.stop]].reshape(s.side, s.side, -1)
+            codes = codes_LZ[s.start : s.stop].reshape(s.side, s.side, -1)
             h = np.einsum("ia,jb,abz->ijz", up, up, codes, optimize=True)
             f_hat += 0.5 * h + 0.5 * _convolved(h, phi)
         return f_hat
@@ -149,7 +151,7 @@ def check_plan(manifest: Manifest) -> None:
     V, Z = manifest.model.vocab, manifest.model.latent_channels
     codes, phi = (manifest.parameters.get(name) for name in _TABLE)
     if manifest.table_problem is not None:
-        raise RequestError(f"{manifest.table_problem}; export it again")
+        raise RequestError(manifest.table_problem)
     shaped = codes is not None and phi is not None and codes.shape == (V, Z) and phi.shape[1:] == (Z, 3, 3)
     if not shaped or any(one is None or one.dtype not in ("float32", "float16") for one in (codes, phi)):
         raise RequestError(_unknown_codes(manifest.name))

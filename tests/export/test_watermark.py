@@ -21,11 +21,12 @@ from car_runtime.format.folder import open_folder
 from car_runtime.format.manifest import WEIGHTS, read_manifest
 from car_runtime.images import text_chunks
 from car_runtime.request import resolve_watermark, uniforms
-from car_runtime.watermark import Pattern
+from car_runtime.watermark import STRENGTH, Pattern
 from car_train.model.sample import draw_kept, keep_top
 from fixtures.runtime_plan import build_plan, relist
 from fixtures.two_branches import small, two_branches
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 KEY = "a key of some length"
 
 
@@ -98,9 +99,9 @@ def test_drawn_tokens_lean_to_their_own_key(plan: Plan, pattern: Pattern) -> Non
     plain = plan.generate(control(), 1, 3, n=12).tokens
 
     def mean(tokens_nL: np.ndarray, key: str) -> float:
-        return float(np.mean([pattern.detect(tokens, digest(key)).score for tokens in tokens_nL]))
+        return float(np.mean([pattern.detect(pattern.codes[tokens], digest(key)).score for tokens in tokens_nL]))
 
-    assert mean(drawn, KEY) > 2
+    assert mean(drawn, KEY) > 1.2
     assert abs(mean(drawn, "other")) < 1.2
     assert abs(mean(plain, KEY)) < 1.2
 
@@ -141,11 +142,30 @@ def test_a_plan_that_lies_about_its_codes_is_refused_in_one_line(
     assert message in errors[0]
 
 
+def test_what_the_model_expects_hides_no_watermark() -> None:
+    """Of images of the shipped plan: their own keys are found, and more clearly than in all that they show."""
+    own, other, shown = [], [], []
+    with open_plan(backend="ort-cpu", threads=1) as plan:
+        pattern = Pattern(plan.manifest, plan._folder)
+        for seed, name in enumerate(["umbrella", "heart", "clock", "guitar"] * 2):
+            key = f"key {seed}"
+            drawn = plan.generate(EXAMPLES / f"{name}.png", 4 + seed, seed, watermark=key).images[0]
+            own.append(plan.detect(drawn, key).score)
+            other.append(plan.detect(drawn, f"other {seed}").score)
+            mark = resolve_watermark(plan.manifest, key)
+            assert mark is not None
+            shown.append(pattern.detect(pattern.codes[plan.encode(drawn)[0]], mark).score)
+    print(own, other, shown)
+    assert np.mean(own) > 2.3
+    assert abs(np.mean(other)) < 1
+    assert np.mean(own) > np.mean(shown) + 0.2
+
+
 def test_p_is_uniform_over_keys(pattern: Pattern) -> None:
     """Of one image without a watermark, whatever it looks like: Kolmogorov and Smirnov's distance at 1 in 10,000."""
     tokens = np.zeros(5, np.int64)
     tokens[1:] = [3, 3, 3, 9]
-    found = np.sort([pattern.detect(tokens, digest(f"key {i}")).p for i in range(1000)])
+    found = np.sort([pattern.detect(pattern.codes[tokens], digest(f"key {i}")).p for i in range(1000)])
     distance = np.abs(found - (np.arange(1000) + 0.5) / 1000).max()
     assert distance < 2.23 / 1000**0.5
 
@@ -165,14 +185,14 @@ def test_the_pattern_sees_f_hat_as_the_model_makes_it(pattern: Pattern) -> None:
         return f_hat[0].permute(1, 2, 0).double().numpy()
 
     wanted = by_model(one) - by_model(other)  # φ's constants go
-    found = pattern._latent(one) - pattern._latent(other)
+    found = pattern._latent(pattern.codes[one]) - pattern._latent(pattern.codes[other])
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     direction, codes = rng.standard_normal(wanted.shape), quantizer.embedding.double().numpy()
     for k, (start, stop) in enumerate(bounds):
         changed = one.copy()
         changed[start:stop] = rng.integers(0, V, stop - start)
         step = (codes[changed] - codes[one])[start:stop].reshape(k + 1, k + 1, -1)
-        gained = ((pattern._latent(changed) - pattern._latent(one)) * direction).sum()
+        gained = (pattern._latent(pattern.codes[changed] - pattern.codes[one]) * direction).sum()
         np.testing.assert_allclose((pattern._back(k, direction) * step).sum(), gained, rtol=1e-8)
 
 
@@ -180,7 +200,7 @@ def test_strength_does_not_depend_on_the_key(pattern: Pattern) -> None:
     for key in ("a", "b"):
         mark = pattern.watermark(digest(key))
         bias = np.concatenate([mark.bias(k).reshape(-1, 48) for k in range(2)])
-        np.testing.assert_allclose((bias.astype(np.float64) ** 2).mean(), 1.5**2, rtol=1e-5)
+        np.testing.assert_allclose((bias.astype(np.float64) ** 2).mean(), STRENGTH**2, rtol=1e-5)
 
 
 def test_the_key_is_in_no_file_and_again_draws_the_image_without_it(

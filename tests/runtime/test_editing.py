@@ -178,9 +178,25 @@ def test_a_step_between_plain_areas_fades_into_what_is_drawn() -> None:
     assert np.abs(row[:34] - 200).max() <= 4
     assert (np.diff(row[32:]) <= 0).all()
     assert row[63] <= 155
+    drawn[:, 30:32] = 160  # its colour runs over the border
+    assert np.abs(frame.matched(drawn)[32, :34, 0].astype(int) - 200).max() <= 20
     rough = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     rough[:, :32] = np.asarray(frame.image)[:, :32]
     assert np.abs(frame.matched(rough).astype(int) - rough).mean() < 4, "no step is seen next to texture"
+
+
+def test_a_shape_that_ends_at_the_border_leaves_its_colour_outside() -> None:
+    """What differs from most of the border is something else, such as a tail, and not a step."""
+    image = np.full((64, 64, 3), 200, np.uint8)
+    image[24:40, :32] = (220, 60, 90)
+    frame = Frame(
+        image=Image.fromarray(image), repaint=marked(64, 64, (32, 0, 64, 64)), square=Square(left=0, top=0, side=64)
+    )
+    drawn = image.copy()
+    drawn[:, 32:] = 200
+    found = frame.matched(drawn).astype(int)
+    assert np.abs(found - 200)[:, 32:].max() <= 12
+    assert np.abs(np.diff(found[:, 34:], axis=0)).max() <= 2, "no border of its own"
 
 
 def test_tones_are_left_alone_where_nothing_is_kept_or_it_is_asked_for() -> None:

@@ -22,6 +22,8 @@ REACH = 1 / 16
 """Of the square: over how much a difference in colour is smoothed; it is taken twice as far around what is drawn."""
 TONE = 24.0
 """Grey levels: what differs by more is another shape, not another tone."""
+DOUBT = 0.3
+"""Weight of no difference at a place whose own says nothing, such as at another shape."""
 PLAIN = 16.0
 """Grey levels of deviation from which on an area is not plain."""
 MAX_SIDE = 8192
@@ -112,7 +114,8 @@ class Frame:
 
         Around what is drawn anew the square shows the photo once more, as the tokenizer gives it back: the difference
         there is added everywhere. Then, where photo and drawing are both plain along their border, what is left of a
-        step between them is added too, less and less with the distance. Nothing changes where nothing is kept.
+        step between them is added too, less and less with the distance, if it is about that of most of the border.
+        Nothing changes where nothing is kept.
         """
         N, photo_NN3 = len(drawn_NN3), np.asarray(self.view(len(drawn_NN3))).astype(np.float64)
         anew = np.asarray(Image.fromarray(self.repaint_view()).resize((N, N), Image.Resampling.NEAREST))
@@ -120,14 +123,19 @@ class Frame:
         ring = ~anew & (softened(anew, 2 * width) > 0)
         if not ring.any():
             return drawn_NN3
-        drawn += _spread(photo_NN3 - drawn, ring / (1 + (np.abs(photo_NN3 - drawn).max(-1) / TONE) ** 4), width)
+        drawn += _spread(photo_NN3 - drawn, ring * _trust(photo_NN3 - drawn, TONE), ring, width)
         narrow = max(1, width // 2)
         outside, inside = ring & (softened(anew, narrow) > 0), anew & (softened(~anew, narrow) > 0)
         (kept, rough), (new, uneven) = (_mean_near(*pair, narrow) for pair in ((photo_NN3, outside), (drawn, inside)))
         weight = inside / (1 + ((rough + uneven) / PLAIN) ** 4)
         plain = min(1.0, 2 * weight.sum() / max(inside.sum(), 1))  # a border that is plain for the most part
+        if (smooth := weight > 0.5).any():
+            weight *= _trust(kept - new - np.median((kept - new)[smooth], axis=0), 2 * TONE)
         fade_NN1 = plain * (softened(~anew, N // 2) * anew)[..., None]
-        drawn += fade_NN1 * _spread(kept - new, weight, width)
+        drawn += fade_NN1 * _spread(kept - new, weight, inside, width)
+        # The drawing's colour runs a little over the border, where the seam would show it.
+        left, _ = _mean_near(photo_NN3 - drawn, ring, 1)
+        drawn += (ring * _trust(left, 2 * TONE))[..., None] * left
         return np.rint(np.clip(drawn, 0, 255)).astype(np.uint8)
 
     def _places(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -166,16 +174,27 @@ def _blurred(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
     return values
 
 
-def _spread(values_NN3: NDArray[np.float64], weight_NN: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    """The weighted mean of the values around each place, f64 [N, N, 3]: of far ones where there are no near ones."""
+def _trust(difference_NN3: NDArray[np.float64], level: float) -> NDArray[np.float64]:
+    """1 where colours differ by little, near 0 where by more than `level` grey levels, f64 [N, N]."""
+    return np.asarray(1 / (1 + (np.abs(difference_NN3).max(-1) / level) ** 4))
+
+
+def _spread(
+    values_NN3: NDArray[np.float64], weight_NN: NDArray[np.float64], among_NN: NDArray[np.bool_], width: int
+) -> NDArray[np.float64]:
+    """The weighted mean of the values around each place, f64 [N, N, 3]: of far ones where there are no near ones.
+
+    among: where values can be from; what their weight lacks of 1 counts as zeros, by `DOUBT`.
+    """
     weight = weight_NN[..., None]
-    both = np.concatenate([values_NN3 * weight, weight], -1)
+    counted = weight + DOUBT * (among_NN[..., None] - weight)
+    both = np.concatenate([values_NN3 * weight, counted], -1)
     total, reach, share = np.zeros_like(both), width, 1.0
     while True:
         total += share * _blurred(both, reach)
         if reach >= len(both):
             return np.asarray(total[..., :3] / np.maximum(total[..., 3:], 1e-12))
-        reach, share = 2 * reach, share / 16
+        reach, share = 2 * reach, share / 8
 
 
 def softened(mask_HW: NDArray[np.bool_], width: int) -> NDArray[np.float64]:

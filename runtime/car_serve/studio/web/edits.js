@@ -12,6 +12,7 @@ const FEATHER = 0.02; // width of the seam, as a share of the square's side
 const CONTEXT = 4; // the square is that many times as wide as what is drawn anew, where there is room
 const REACH = 1 / 16; // of the square: over how much a difference in colour is smoothed
 const TONE = 24; // grey levels: what differs by more is another shape
+const DOUBT = 0.3; // weight of no difference at a place whose own says nothing
 const PLAIN = 16; // grey levels of deviation from which on an area is not plain
 const MAX_SIDE = 8192;
 
@@ -191,21 +192,28 @@ export class Frame {
     const ring = anew.map((value, i) => (!value && around[i] > 0 ? 1 : 0));
     if (!ring.includes(1)) return drawn;
     const values = Float64Array.from(drawn.data);
-    const off = (i) => Math.max(...[0, 1, 2].map((c) => Math.abs(photo[3 * i + c] - values[3 * i + c])));
     const error = photo.map((value, i) => value - values[i]);
-    const tone = spread(error, ring.map((value, i) => value / (1 + (off(i) / TONE) ** 4)), N, width);
+    const tone = spread(error, ring.map((value, i) => value * trust(error, i, TONE)), ring, N, width);
     tone.forEach((value, i) => { values[i] += value; });
     const narrow = Math.max(1, Math.floor(width / 2));
     const [near, beyond] = [softened(anew, N, N, narrow), softened(kept, N, N, narrow)];
     const outside = ring.map((value, i) => (value && near[i] > 0 ? 1 : 0));
     const inside = anew.map((value, i) => (value && beyond[i] > 0 ? 1 : 0));
     const [old, fresh] = [meanNear(photo, outside, N, narrow), meanNear(values, inside, N, narrow)];
-    const weight = inside.map((value, i) => value / (1 + ((old.rough[i] + fresh.rough[i]) / PLAIN) ** 4));
+    const left = old.mean.map((value, i) => value - fresh.mean[i]);
+    const smooth = inside.map((value, i) => value / (1 + ((old.rough[i] + fresh.rough[i]) / PLAIN) ** 4));
+    const most = [0, 1, 2].map((c) => median(left.filter((_, i) => i % 3 === c && smooth[Math.floor(i / 3)] > 0.5)));
+    const apart = left.map((value, i) => value - most[i % 3]);
+    const weight = Number.isNaN(most[0]) ? smooth : smooth.map((value, i) => value * trust(apart, i, 2 * TONE));
     const sum = (list) => list.reduce((total, value) => total + value, 0);
-    const plain = Math.min(1, (2 * sum(weight)) / Math.max(sum(inside), 1));
+    const plain = Math.min(1, (2 * sum(smooth)) / Math.max(sum(inside), 1));
     const fade = softened(kept, N, N, Math.floor(N / 2));
-    const step = spread(old.mean.map((value, i) => value - fresh.mean[i]), weight, N, width);
-    return { ...drawn, data: Uint8Array.from(values, (value, i) => round(Math.min(255, Math.max(0, value + plain * fade[Math.floor(i / 3)] * anew[Math.floor(i / 3)] * step[i])))) };
+    const step = spread(left, weight, inside, N, width);
+    step.forEach((value, i) => { values[i] += plain * fade[Math.floor(i / 3)] * anew[Math.floor(i / 3)] * value; });
+    // Of the drawing's colour, which runs a little over the border.
+    const over = meanNear(photo.map((value, i) => value - values[i]), ring, N, 1).mean;
+    const part = ring.map((value, i) => value * trust(over, i, 2 * TONE));
+    return { ...drawn, data: Uint8Array.from(values, (value, i) => round(Math.min(255, Math.max(0, value + part[Math.floor(i / 3)] * over[i])))) };
   }
 }
 
@@ -312,12 +320,23 @@ function blurred(values, N, channels, width) {
   return values;
 }
 
-// The weighted mean of the values around each place, [N·N·3]: of far ones where there are no near ones.
-function spread(values, weight, N, width) {
+function median(values) {
+  const sorted = Float64Array.from(values).sort();
+  return (sorted[(sorted.length - 1) >> 1] + sorted[sorted.length >> 1]) / 2;
+}
+
+// 1 where a pixel's colours differ by little, near 0 where by more than `level` grey levels.
+function trust(difference, i, level) {
+  return 1 / (1 + (Math.max(...[0, 1, 2].map((c) => Math.abs(difference[3 * i + c]))) / level) ** 4);
+}
+
+// The weighted mean of the values around each place, [N·N·3]: of far ones where there are no near ones. among: where
+// values can be from; what their weight lacks of 1 counts as zeros, by DOUBT.
+function spread(values, weight, among, N, width) {
   const both = new Float64Array(4 * N * N);
-  weight.forEach((share, i) => both.set([values[3 * i] * share, values[3 * i + 1] * share, values[3 * i + 2] * share, share], 4 * i));
+  weight.forEach((share, i) => both.set([values[3 * i] * share, values[3 * i + 1] * share, values[3 * i + 2] * share, share + DOUBT * (among[i] - share)], 4 * i));
   const total = new Float64Array(both.length);
-  for (let reach = width, share = 1; ; reach *= 2, share /= 16) {
+  for (let reach = width, share = 1; ; reach *= 2, share /= 8) {
     blurred(both, N, 4, reach).forEach((value, i) => { total[i] += share * value; });
     if (reach >= N) return Float64Array.from({ length: 3 * N * N }, (_, i) => total[4 * Math.floor(i / 3) + (i % 3)] / Math.max(total[4 * Math.floor(i / 3) + 3], 1e-12));
   }
