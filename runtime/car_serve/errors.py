@@ -11,6 +11,8 @@ REMEDIES = {
     "--list-classes shows them": "/v1/capabilities lists them",
     "see --list-classes": "/v1/capabilities lists them",
     "give control=…, on the command line --control FILE or --photo FILE": "send control or photo",
+    "give the control image with --control": "send the map itself as control",
+    "give it with --annotator": "send a map of that network's as control",
 }
 """What of the runtime's remedies is a flag of its command, and what it is over HTTP."""
 
@@ -56,15 +58,19 @@ def bad_request(message: str, param: str | None = None) -> ServeError:
     return ServeError(400, "bad_request", message, param=param)
 
 
+def over_http(message: str) -> str:
+    """A line of the runtime's with the remedies that there are here."""
+    for of_command, here in REMEDIES.items():
+        message = message.replace(of_command, here)
+    return message
+
+
 def served(error: BaseException) -> ServeError:
     """An error of the runtime as an answer; of what is not meant for a client nothing but its kind is said."""
     if isinstance(error, ServeError):
         return error
     if isinstance(error, UserError):
-        message = str(error)
-        for of_command, here in REMEDIES.items():
-            message = message.replace(of_command, here)
-        return bad_request(message)
+        return bad_request(over_http(str(error)))
     if isinstance(error, CarError):
         return ServeError(
             500, "engine_error", "the engine failed while it drew; try again, the server's log says more"

@@ -39,7 +39,9 @@ class PictureForm(BaseModel):
     control: str | dict[str, str | tuple[str, float]] | None = Field(
         default=None, description="control map, base64; or {branch: base64 or [base64, weight]}, mixed"
     )
-    photo: str | None = Field(default=None, description="a photo to derive the control map from, base64")
+    photo: str | dict[str, str | tuple[str, float]] | None = Field(
+        default=None, description="a photo to derive the control map from, likewise"
+    )
     label: int | str | None = Field(default=None, alias="class", description="class, by index or name")
     seed: int | None = Field(
         default=None, ge=0, lt=2**63, description="of the first image; drawn by chance where left out"
@@ -67,8 +69,8 @@ class ControlForm(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     plan: str | None = Field(default=None, max_length=200)
-    photo: str | None = Field(default=None, description="base64")
-    control: str | None = Field(default=None, description="base64")
+    photo: str | dict[str, str] | None = Field(default=None, description="base64, or {branch: base64}")
+    control: str | dict[str, str] | None = Field(default=None, description="base64, or {branch: base64}")
     fit: str | None = Field(default=None, max_length=16)
     invert: bool = Field(default=False, description="swap light and dark")
 

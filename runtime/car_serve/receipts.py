@@ -13,9 +13,14 @@ from car_serve.uploads import to_base64
 
 
 def receipt(job: Job, image: int) -> dict[str, Any]:
-    """All settings of one image by the names of `generate`; sent again they make the same image."""
+    """All settings of one image by the names of `generate`; sent again they make the same image.
+
+    Where it is not the default branch at weight 1 that it follows, `branches` has each one's weight.
+    """
     request, plan, model = job.request, job.plan, job.plan.manifest.model
     known = not request.classless
+    weights = {control.branch: control.weight for control in request.controls}
+    usual = not weights or weights == {model.default_branch or model.control_type: 1.0}
     name = model.names[request.label] if known and model.names else None
     return {
         "id": job.id,
@@ -24,6 +29,7 @@ def receipt(job: Job, image: int) -> dict[str, Any]:
         "plan": plan.manifest.name,
         "backend": plan.backend_name,
         "class": {"index": request.label, "name": name} if known else None,
+        **({} if usual else {"branches": weights}),
         "seed": request.seeds[image],
         "cfg": request.sampling.cfg,
         "top_k": request.sampling.top_k,

@@ -6,7 +6,6 @@ import secrets
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from car_runtime import GenerationConfig, Plan
 from car_runtime.images import png_bytes
@@ -14,7 +13,7 @@ from car_runtime.photo import control_of_photo
 from car_runtime.request import resolve
 from car_serve import uploads
 from car_serve.edits import edit_of
-from car_serve.errors import bad_request
+from car_serve.errors import bad_request, over_http
 from car_serve.forms import ControlForm, PictureForm
 from car_serve.jobs import Job, Results
 from car_serve.limits import Limits
@@ -59,46 +58,59 @@ def job_of(plan: Plan, results: Results, limits: Limits, form: PictureForm) -> J
 
 def _control(plan: Plan, limits: Limits, form: PictureForm) -> tuple[Any, tuple[str, ...]]:
     """The control image, and warnings about the photo it is from."""
-    given = form.control
-    if form.photo is not None:
-        if given is not None:
-            raise bad_request("control and photo are both given; send one of them", "photo")
-        photo = uploads.decode(uploads.from_base64(form.photo, "photo"), "photo", limits.max_pixels)
-        return control_of_photo(photo, plan.manifest, fit=form.fit)
+    if form.control is not None and form.photo is not None:
+        raise bad_request("control and photo are both given; send one of them", "photo")
+    param, given = ("control", form.control) if form.photo is None else ("photo", form.photo)
     if given is None or given == {}:
         return None, ()
-    if isinstance(given, dict):
-        branches = plan.manifest.model.conventions
-        for name in given:  # before any is decoded: a small body can hold many large images
-            if name not in branches:
-                known = ", ".join(branches) or "none"
-                raise bad_request(f"there is no branch {name[:60]!r}; the plan has {known}", "control")
-        weighed = {name: (one, 1.0) if isinstance(one, str) else one for name, one in given.items()}
-        return {name: (_map(limits, text, f"control.{name}"), w) for name, (text, w) in weighed.items()}, ()
-    return _map(limits, given, "control"), ()
+    if isinstance(given, str):
+        return _map(plan, limits, param, given, form.fit)
+    branches = plan.manifest.model.conventions
+    for name in given:  # before any is decoded: a small body can hold many large images
+        if name not in branches:
+            known = ", ".join(branches) or "none"
+            raise bad_request(f"there is no branch {name[:60]!r}; the plan has {known}", param)
+    controls, said = {}, []
+    for name, one in given.items():
+        text, weight = (one, 1.0) if isinstance(one, str) else one
+        image, warnings = _map(plan, limits, f"{param}.{name}", text, form.fit, name)
+        controls[name] = (image, weight)
+        said += [warning if len(given) == 1 else f"{name}: {warning}" for warning in warnings]
+    return controls, tuple(said)
 
 
-def _map(limits: Limits, text: str, param: str) -> Image.Image:
-    return uploads.decode(uploads.from_base64(text, param), param, limits.max_pixels)
+def _map(
+    plan: Plan, limits: Limits, param: str, text: str, fit: str | None, branch: str | None = None
+) -> tuple[Any, tuple[str, ...]]:
+    """A map as it was sent, or made of a photo, and warnings about that."""
+    image = uploads.decode(uploads.from_base64(text, param), param, limits.max_pixels)
+    if param.startswith("control"):
+        return image, ()
+    made, warnings = control_of_photo(image, plan.manifest, branch=branch, fit=fit)
+    return made, tuple(map(over_http, warnings))
 
 
 def map_of(plan: Plan, limits: Limits, form: ControlForm) -> dict[str, Any]:
     """The control map that a plan would follow, as base64 PNG, and what is probably wrong with it."""
-    if (form.photo is None) == (form.control is None):
+    if bool(form.photo) == bool(form.control):
         raise bad_request("there is nothing to make a map of; send exactly one of photo and control", "photo")
-    asked = PictureForm(photo=form.photo, control=form.control, fit=form.fit)
+    asked = PictureForm.model_validate(form.model_dump(include={"photo", "control", "fit"}))
     made, said = _control(plan, limits, asked)
+    model = plan.manifest.model
     request = resolve(plan.manifest, GenerationConfig(control=made, fit=form.fit))
     if request.control is None:
         raise bad_request("this plan follows no control; draw without one", "plan")
+    if len(request.controls) > 1:
+        raise bad_request("several branches are named; ask for the map of one at a time", "control")
+    branch = request.controls[0].branch
     pixels = np.array(request.control, np.uint8)
     warnings = [*said, *request.warnings]
     if form.invert:
         pixels = 255 - pixels
-        warnings = list(resolve(plan.manifest, GenerationConfig(control=pixels)).warnings)
+        warnings = list(resolve(plan.manifest, GenerationConfig(control={branch: pixels})).warnings)
     return {
         "control": uploads.to_base64(png_bytes(pixels)),
-        "type": plan.manifest.model.control_type,
+        "type": model.branches[branch].control_type if model.branches else model.control_type,
         "size": len(pixels),
         "warnings": warnings,
     }

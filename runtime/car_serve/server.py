@@ -18,15 +18,12 @@ import uvicorn
 
 from car_runtime import Plan, RequestError, default_plan, open_plan
 from car_runtime.errors import printable
-from car_runtime.system.files import read_regular
 from car_serve.app import create_app
 from car_serve.limits import Limits
 from car_serve.security import LOOPBACK, is_loopback
 from car_serve.service import Service
 
 log = logging.getLogger("car_serve")
-MAX_TOKEN_FILE = 4096
-"""Bytes that a token's file may have."""
 
 
 class DrainingServer(uvicorn.Server):
@@ -126,14 +123,3 @@ def _open(paths: Sequence[str], backend: str, threads: int | None) -> list[Plan]
             plan.close()
         raise
     return plans
-
-
-def read_token(path: str) -> str:
-    """The token in a file, of 16 to 256 printable characters without spaces. Raises UserError."""
-    try:
-        token = read_regular(path, MAX_TOKEN_FILE).decode().strip()
-    except (OSError, ValueError) as error:
-        raise RequestError(f"cannot read the token file {path!r}; give a text file") from error
-    if not (16 <= len(token) <= 256 and token.isascii() and token.isprintable() and " " not in token):
-        raise RequestError(f"the token in {path!r} has {len(token)} characters; give 16 to 256, letters and digits")
-    return token

@@ -61,6 +61,8 @@ def test_a_branch_has_a_weight_and_guidance_by_the_control(url: str) -> None:
     image = draw(url, control={"canny": [image64(), 0.4]}, control_cfg=1.5)["images"][0]
     assert np.array_equal(pixels(image["png"]), wanted.images[0])
     assert image["receipt"]["control_cfg"] == 1.5
+    assert image["receipt"]["branches"] == {"canny": 0.4}
+    assert "branches" not in draw(url, control={"canny": image64()})["images"][0]["receipt"]
 
 
 def test_events_are_the_scales_in_order_and_then_the_image(url: str, expected: Any) -> None:
@@ -158,6 +160,12 @@ def test_a_photo_becomes_the_control_that_the_command_makes(url: str) -> None:
 
     made, warnings = control_of_photo(photo, read_manifest(SHIPPED))
     assert np.array_equal(pixels(answer.json()["control"]), made)
+    text = base64.b64encode(photo.read_bytes()).decode()
+    named = httpx.post(f"{url}/v1/controls", json={"photo": {"canny": text}}).json()
+    assert named == answer.json()
+    by_photo = draw(url, control=None, photo={"canny": [text, 0.5]})
+    by_map = draw(url, control={"canny": [named["control"], 0.5]})
+    assert by_photo["images"][0]["png"][-200:] == by_map["images"][0]["png"][-200:]
     assert set(warnings) <= set(answer.json()["warnings"])
 
 
@@ -232,6 +240,7 @@ def white64(width: int, height: int) -> str:
         ({"control": {"canny": [image64(), 2.5]}}, 400, "bad_request"),
         ({"control": {"canny": [image64()]}}, 422, "bad_field"),
         ({"control_cfg": -1}, 400, "bad_request"),
+        ({"control": None, "photo": {"depth": image64()}}, 400, "bad_request"),
         ({"edit": {"id": "gone", "scale": 1}}, 404, "not_found"),
         ({"edit": {"image": image64(), "scale": 9}}, 400, "bad_request"),
         ({"edit": {"image": white64(200_000, 8), "mask": image64()}}, 400, "bad_request"),

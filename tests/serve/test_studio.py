@@ -10,12 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from car_runtime import open_plan
-from fixtures.serving import ROOT
+from fixtures.serving import ROOT, body, image64
 from fixtures.studio import HEART, SCALES, Studio, pixels
 
 
@@ -427,6 +428,16 @@ def test_a_png_restores_everything_and_draws_the_same_again(
     other.done(2)
     assert np.array_equal(other.image(0), studio.image(0))
     other.close()
+
+
+def test_a_png_that_the_studio_cannot_draw_again_says_so(studio: Studio, server: Any, tmp_path: Path) -> None:
+    request = body(control={"canny": [image64(), 0.4]})
+    made = httpx.post(f"{server.address}/v1/pictures", json=request, timeout=60).json()
+    (tmp_path / "a.png").write_bytes(base64.b64decode(made["images"][0]["png"]))
+    studio.page.set_input_files("#file", str(tmp_path / "a.png"))
+    studio.done()
+    assert "that the studio does not draw with" in studio.page.inner_text("#pad-note")
+    assert np.array_equal(studio.image(), pixels(made["images"][0]["png"]))
 
 
 def test_variations_are_chosen_by_a_click(studio: Studio) -> None:

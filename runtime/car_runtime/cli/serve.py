@@ -8,8 +8,11 @@ from typing import Any
 
 from car_runtime.cli.options import Parser, add_backend_flag, add_threads_flag, plan_path
 from car_runtime.errors import RequestError
+from car_runtime.system.files import read_regular
 
 ABOUT = "Serve plans over HTTP: the studio in a browser, our own API with every scale, and OpenAI's images API."
+MAX_TOKEN_FILE = 4096
+"""Bytes that a token's file may have."""
 EXAMPLES = """examples:
   car-run serve --open                                   the plan that ships with the package, in your browser
   car-run serve d16.plan --port 9000 --max-batch 8
@@ -67,8 +70,19 @@ def run(arguments: Sequence[str]) -> int:
             batch_wait_ms=args.batch_wait_ms,
             rate_per_minute=args.rate,
         ),
-        token=None if args.token_file is None else server.read_token(args.token_file),
+        token=None if args.token_file is None else read_token(args.token_file),
         allow_hosts=args.allow_host,
         browse=args.browse,
     )
     return 0
+
+
+def read_token(path: str) -> str:
+    """The token in a file, of 16 to 256 printable characters without spaces. Raises UserError."""
+    try:
+        token = read_regular(path, MAX_TOKEN_FILE).decode().strip()
+    except (OSError, ValueError) as error:
+        raise RequestError(f"cannot read the token file {path!r}; give a text file") from error
+    if not (16 <= len(token) <= 256 and token.isascii() and token.isprintable() and " " not in token):
+        raise RequestError(f"the token in {path!r} has {len(token)} characters; give 16 to 256, letters and digits")
+    return token

@@ -319,7 +319,8 @@ async function restore(blob, { receipt, "car-control": control }) {
   const result = { key: Date.now(), id: about.id, form: values, control: control ?? null, images: [{ seed: about.seed, png: blob, receipt: about, scales: [] }], before: null };
   await remember(result);
   await recall(result);
-  note("pad-note", "Restored: the drawing, the settings and the image.");
+  if (about.branches || about.control_cfg) note("pad-note", "The image is restored. It follows branches or guidance that the studio does not draw with.", "warn");
+  else note("pad-note", "Restored: the drawing, the settings and the image.");
   await replay(result, blob);
 }
 
