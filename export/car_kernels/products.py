@@ -249,3 +249,28 @@ def embed(a, w, bias, image, out, M, T, C, Z, BM: tl.constexpr, BN: tl.constexpr
         acc = tl.dot(a_tile, w_tile, acc)
     acc += tl.load(bias + outs, mask=outs < C, other=0.0)[None, :].to(tl.float32)
     tl.store(out + rows[:, None] * C + outs[None, :], acc, mask=(rows < M)[:, None] & (outs < C)[None, :])
+
+
+@triton.jit
+def condition(
+    label, embedding, w, bias, offset, out, R, N, K, out_stride, offsets, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    """AdaLN's modulation: row r of out f32 [·, N], `out_stride` apart, = SiLU(embedding[label[r]]) · w + bias.
+
+    label: int64 [R]; embedding: fp16 [classes + 1, K]. offset: fp16 [N], added if `offsets`.
+    """
+    outs = tl.program_id(0) * BN + tl.arange(0, BN)
+    rows = tl.program_id(1) * BM + tl.arange(0, BM)
+    classes = tl.load(label + rows, mask=rows < R, other=0)
+    acc = tl.zeros([BM, BN], tl.float32)
+    for k in range(0, K, BK):
+        ks = k + tl.arange(0, BK)
+        live = (rows < R)[:, None] & (ks < K)[None, :]
+        v = tl.load(embedding + classes[:, None] * K + ks[None, :], mask=live, other=0.0).to(tl.float32)
+        w_tile = tl.load(w + ks[:, None] * N + outs[None, :], mask=(ks < K)[:, None] & (outs < N)[None, :], other=0.0)
+        acc = tl.dot((v / (1.0 + tl.exp(-v))).to(tl.float16), w_tile, acc)
+    acc += tl.load(bias + outs, mask=outs < N, other=0.0)[None, :].to(tl.float32)
+    if offsets:
+        acc += tl.load(offset + outs, mask=outs < N, other=0.0)[None, :].to(tl.float32)
+    tl.store(out + rows[:, None] * out_stride + outs[None, :], acc, mask=(rows < R)[:, None] & (outs < N)[None, :])

@@ -125,3 +125,15 @@ def add_position(x, pos, out, tokens, C, R, BC: tl.constexpr):
         live = cs < C
         v = tl.load(x + (r * tokens + token) * C + cs, mask=live, other=0.0)
         tl.store(out + row * C + cs, v + tl.load(pos + token * C + cs, mask=live, other=0.0), mask=live)
+
+
+@triton.jit
+def start(label, embedding, first, out, C, BC: tl.constexpr):
+    """Start tokens out f32 [R, C] = embedding[label] + first, in fp16. embedding: fp16 [classes + 1, C]."""
+    row = tl.program_id(0)
+    embedding += tl.load(label + row) * C
+    for c in range(0, C, BC):
+        cs = c + tl.arange(0, BC)
+        live = cs < C
+        v = tl.load(embedding + cs, mask=live, other=0.0) + tl.load(first + cs, mask=live, other=0.0)
+        tl.store(out + row * C + cs, v.to(tl.float16).to(tl.float32), mask=live)

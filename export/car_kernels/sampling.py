@@ -25,14 +25,14 @@ def from_ordered_bits(key):
 @triton.jit
 def draw(
     logits, cfg, control_cfg, cfg_ratio, twin, plain, extra, top_k, top_p, uniforms, known, known_mask, tokens,
-    guided, cells, R, V, N, steered, store, VP: tl.constexpr,
+    guided, border, cells, R, V, N, steered, store, keep, VP: tl.constexpr,
 ):  # fmt: skip
     """Guidance, top-k, top-p and the inverse CDF: one token a program. Grid: cells × B.
 
     logits: f32 [cells, R, N], of which V count. cfg, control_cfg, top_p: f32 [B]; top_k, twin, plain: int64 [B];
     cfg_ratio: f32 [1]; extra: f32 [B, V], added before top-k. uniforms: f32 [B, cells]; known, tokens: int64
-    [B, cells]; known_mask: bool. guided: f32 [B, cells, V], written if `store`. `steered`: whether a control guides
-    too.
+    [B, cells]; known_mask: bool. guided: f32 [B, cells, V], written if `store`; border: f32 [B, cells], the least
+    logit that top-k and top-p keep, written if `keep`. `steered`: whether a control guides too.
 
     The k-th largest logit and the border of top-p are found by bisection on integers in the order of the floats, so
     ties at a border stay together, as in the plan's graph.
@@ -73,6 +73,9 @@ def draw(
         high = tl.where(within, middle, high)
         low = tl.where(within, low, middle + 1)
     p = tl.where(ok & (key >= high.to(tl.int32)), p, 0.0)
+    if keep:
+        least_kept = tl.min(tl.where(p > 0.0, key, 0x7FFFFFFF))
+        tl.store(border + at, from_ordered_bits(least_kept))
     cdf = tl.cumsum(p, 0)
     beyond = (cdf > tl.load(uniforms + at) * tl.max(cdf)) & (p > 0.0)
     # The last kept token where rounding of the sums leaves none beyond: never a token outside of the vocabulary.
@@ -83,10 +86,35 @@ def draw(
 
 
 @triton.jit
-def upsample(tokens, codes, up, out, S, E, Z, V, SP: tl.constexpr, EP: tl.constexpr):
+def smooth(guided, extra, border, noise, cfg_ratio, codes, out, cells, V, Z, VP: tl.constexpr):
+    """`more_smooth`: out f32 [B, cells, Z], a Gumbel-softmax mixture of the kept codes. Grid: cells × B.
+
+    guided, noise: f32 [B, cells, V]; extra: f32 [B, V]; border: f32 [B, cells], what `draw` kept; cfg_ratio: f32 [1].
+    """
+    cell, b = tl.program_id(0), tl.program_id(1)
+    v = tl.arange(0, VP)
+    ok = v < V
+    at = b * cells + cell
+    ratio = tl.load(cfg_ratio)
+    z = tl.load(guided + at * V + v, mask=ok, other=0.0) + tl.load(extra + b * V + v, mask=ok, other=0.0)
+    kept = ok & (z >= tl.load(border + at))
+    z = z * (1.0 + ratio) + tl.load(noise + at * V + v, mask=ok, other=0.0)
+    z = tl.where(kept, z / tl.maximum(0.27 * (1.0 - 0.95 * ratio), 0.005), float("-inf"))
+    p = tl.exp(z - tl.max(z))
+    total = tl.sum(p)
+    for channel in range(Z):
+        code = tl.load(codes + v * Z + channel, mask=ok, other=0.0)
+        tl.store(out + at * Z + channel, tl.sum(p * code) / total)
+
+
+@triton.jit
+def upsample(
+    tokens, codes, up, smoothed, smooth, known_mask, out, S, E, Z, V, smooths, SP: tl.constexpr, EP: tl.constexpr
+):
     """out f32 [B, Z, E, E] = up · codes[tokens] · upᵀ. codes: f32 [V, Z]; up: f32 [E, S]. Grid: Z × B.
 
-    A token outside of 0…V−1 counts as the nearest one inside.
+    A token outside of 0…V−1 counts as the nearest one inside. If `smooths`, images of `smooth` (bool [B]) take
+    `smoothed` f32 [B, S·S, Z] instead where no token is known.
     """
     z, b = tl.program_id(0), tl.program_id(1)
     s, e = tl.arange(0, SP), tl.arange(0, EP)
@@ -94,6 +122,10 @@ def upsample(tokens, codes, up, out, S, E, Z, V, SP: tl.constexpr, EP: tl.conste
     token = tl.load(tokens + b * S * S + s[:, None] * S + s[None, :], mask=grid, other=0)
     token = tl.minimum(tl.maximum(token, 0), V - 1)
     code = tl.load(codes + token * Z + z, mask=grid, other=0.0)
+    if smooths:
+        place = b * S * S + s[:, None] * S + s[None, :]
+        free = grid & (tl.load(known_mask + place, mask=grid, other=1) == 0) & (tl.load(smooth + b) != 0)
+        code = tl.where(free, tl.load(smoothed + place * Z + z, mask=grid, other=0.0), code)
     inside = (e < E)[:, None] & (s < S)[None, :]
     matrix = tl.load(up + e[:, None] * S + s[None, :], mask=inside, other=0.0)
     rows = tl.dot(matrix, code, input_precision="ieee")

@@ -13,7 +13,7 @@ import pytest
 
 from car_kernels.variants import EPS, variants
 from car_runtime.backends.cuda.buffers import DeviceArray, Memory
-from car_train.model.sample import draw_kept, keep_top
+from car_train.model.sample import draw_kept, keep_top, smooth_codes
 from fixtures.fake_device import DeviceFault
 from fixtures.kernel_device import KernelDevice
 
@@ -320,19 +320,186 @@ def test_the_next_tokens_are_embedded_for_each_row(gpu: Gpu, T: int, R: int, Z: 
     check(gpu.read(out), want.reshape(M, C), SUMS)
 
 
+# -- the class, and feature maps ----------------------------------------------------------------------------------
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize("offsets", [False, True])
+@pytest.mark.parametrize(
+    ("R", "C", "N"), [(1, 32, 64), (5, 96, 192), pytest.param(18, 160, 320, marks=pytest.mark.slow)]
+)
+def test_modulation_is_a_product_with_the_class(gpu: Gpu, R: int, C: int, N: int, offsets: bool) -> None:
+    embedding, label = gpu.normal(9, C, dtype=np.float16), gpu.rng.integers(0, 9, R)
+    w, bias = gpu.normal(C, N, size=C**-0.5, dtype=np.float16), gpu.normal(N, dtype=np.float16)
+    offset, out = gpu.normal(N, dtype=np.float16), gpu.empty(R, 3, N)
+    sizes = {"R": R, "N": N, "K": C, "out_stride": 3 * N, "offsets": int(offsets)}
+    arrays = {"label": label, "embedding": embedding, "w": w, "bias": bias, "offset": offset if offsets else 0}
+    gpu.run("condition.s", gpu.tiles("condition.s", R, N), out=out.address + 4 * N, **arrays, **sizes)
+    rows = gpu.device.blocks[out.address].content.view(np.float32)  # all but the middle rows stay unwritten
+    gpu.device.synchronize()
+    want = half(silu(embedding[label].astype(np.float64))) @ w.astype(np.float64) + bias + (offset if offsets else 0)
+    check(rows[: 3 * R * N].reshape(R, 3, N)[:, 1], want)
+
+
+def test_start_tokens_are_the_class_and_where_it_stands(gpu: Gpu) -> None:
+    embedding, first, out = (
+        gpu.normal(4, 1056, dtype=np.float16),
+        gpu.normal(1056, dtype=np.float16),
+        gpu.empty(3, 1056),
+    )
+    gpu.run("start.row", (3,), label=np.array([3, 0, 3]), embedding=embedding, first=first, out=out, C=1056)
+    np.testing.assert_array_equal(gpu.read(out), (embedding[[3, 0, 3]] + first).astype(np.float32))
+
+
+def stored(channels: int) -> int:
+    return -(-channels // 16) * 16
+
+
+def as_rows(maps: list[np.ndarray]) -> np.ndarray:
+    """Maps [side, side, C] row after row, with zeros in the channels that are stored but do not count."""
+    flat = np.concatenate([m.reshape(-1, m.shape[-1]) for m in maps])
+    return np.pad(flat, ((0, 0), (0, stored(flat.shape[1]) - flat.shape[1])))
+
+
+def convolved(x: np.ndarray, w: np.ndarray, stride: int = 1, lead: int = 1, doubled: bool = False) -> np.ndarray:
+    """[side, side, K] by w [reach, reach, K, N] in float64."""
+    x = x.astype(np.float64)
+    x = x.repeat(2, 0).repeat(2, 1) if doubled else x
+    side, reach = (len(x) - 1) // stride + 1, len(w)
+    padded = np.pad(x, ((lead, reach), (lead, reach), (0, 0)))
+    last = stride * (side - 1) + 1
+    taps = ((i, j) for i in range(reach) for j in range(reach))
+    return sum(padded[i : i + last : stride, j : j + last : stride] @ w[i, j].astype(np.float64) for i, j in taps)
+
+
+CONVOLUTIONS = [
+    ({}, (3, 5), 8, 40),
+    ({"reach": 1}, (4,), 40, 8),
+    ({"stride": 2, "silu": True}, (4, 7), 3, 16),
+    ({"stride": 2, "lead": 0}, (6, 6), 16, 16),
+    ({"doubled": True, "adds": True}, (3, 3), 24, 20),
+    pytest.param({"adds": True, "silu": True}, (17, 2), 72, 136, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("size", [*SIZES, "wide.s", "wide.m"])
+@pytest.mark.parametrize(("how", "sides", "K", "N"), CONVOLUTIONS)
+def test_convolutions_of_several_maps(
+    gpu: Gpu, how: dict[str, Any], sides: tuple[int, ...], K: int, N: int, size: str
+) -> None:
+    wide = size.startswith("wide")
+    if wide and {"silu", "adds", "doubled"} & how.keys():
+        pytest.skip("the last layer of a control encoder has none of these")
+    reach, stride = how.get("reach", 3), how.get("stride", 1)
+    lead, doubled = how.get("lead", reach // 2), how.get("doubled", False)
+    maps = [gpu.normal(side, side, K, dtype=np.float16) for side in sides]
+    w = gpu.normal(reach, reach, K, N, size=(reach * reach * K) ** -0.5, dtype=np.float16)
+    bias = np.pad(gpu.normal(N, dtype=np.float16), (0, stored(N) - N))
+    wants = [convolved(m, w, stride, lead, doubled) + bias[:N] for m in maps]
+    outs = [len(want) for want in wants]
+    firsts = [np.cumsum([0, *(s * s for s in each)])[:-1] for each in (outs, sides)]
+    places = np.stack([firsts[0], outs, firsts[1], sides], 1).astype(np.int32)
+    matrix = np.pad(w, ((0, 0), (0, 0), (0, stored(K) - K), (0, stored(N) - N))).reshape(-1, stored(N))
+    rows = sum(side * side for side in outs)
+    out = gpu.empty(rows, stored(N), dtype="float32" if wide else "float16")
+    name = f"conv_{size}" if wide else f"conv.{size}"
+    tile = VARIANTS[name].constants
+    grid = (-(-stored(N) // tile["BN"]), -(-(max(outs) ** 2) // tile["BM"]), len(sides))
+    arrays = {"a": as_rows(maps), "w": matrix, "bias": bias, "out": out, "maps": places}
+    sizes = {"K": stored(K), "N": stored(N), "reach": reach, "lead": lead, "stride": stride}
+    x = gpu.normal(rows, stored(N), dtype=np.float16)
+    if not wide:
+        arrays["x"] = x if "adds" in how else 0
+        sizes |= {name: int(how.get(name, False)) for name in ("doubled", "silu", "adds")}
+    gpu.run(name, grid, **arrays, **sizes)
+    want = np.concatenate([each.reshape(-1, N) for each in wants])
+    want = silu(want) if how.get("silu") else want
+    got = gpu.read(out)
+    check(got[:, :N], want + x[:, :N] if "adds" in how else want, SUMS if wide else ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("side", "channels"), [(1, 40), (3, 8), (17, 96), pytest.param(33, 640, marks=pytest.mark.slow)]
+)
+def test_group_norms(gpu: Gpu, side: int, channels: int) -> None:
+    B, P, N, groups = 2, side * side, stored(channels), int(np.gcd(32, channels))
+    x = (gpu.normal(B, P, channels) + gpu.normal(channels, size=4)).astype(np.float16)
+    weight, bias = gpu.normal(channels), gpu.normal(channels)
+    tile = VARIANTS["group_moments.all"].constants
+    chunks = -(-P // tile["BP"])
+    a = gpu.up(as_rows([x.reshape(B * P, 1, channels)]))
+    moments, affine, out = gpu.empty(B, chunks, 2, N), gpu.empty(B, 2, N), gpu.empty(B * P, N, dtype="float16")
+    grid = (chunks, -(-N // tile["BN"]), B)
+    gpu.run("group_moments.all", grid, a=a, out=moments, P=P, N=N, chunks=chunks)
+    sizes = {"P": P, "channels": channels, "N": N, "groups": groups, "chunks": chunks}
+    gpu.run("group_affine.all", (groups, B), moments=moments, weight=weight, bias=bias, out=affine, **sizes)
+    last = VARIANTS["group_norm.all"].constants
+    grid = (-(-P // last["BP"]), -(-N // last["BN"]), B)
+    gpu.run("group_norm.all", grid, a=a, affine=affine, out=out, P=P, N=N, silu=1)
+    grouped = x.astype(np.float64).reshape(B, P, groups, -1)
+    centred = grouped - grouped.mean((1, 3), keepdims=True)
+    normed = centred / np.sqrt((centred**2).mean((1, 3), keepdims=True) + EPS)
+    got = gpu.read(out)
+    check(got[:, :channels], silu(normed.reshape(B * P, channels) * weight + bias))
+    assert not got[:, channels:].any()
+
+
+@pytest.mark.parametrize(("side", "channels"), [(2, 8), (9, 72), pytest.param(16, 160, marks=pytest.mark.slow)])
+def test_attention_over_pixels(gpu: Gpu, side: int, channels: int) -> None:
+    B, P, N = 2, side * side, stored(channels)
+    parts = gpu.normal(B, P, 3, channels, dtype=np.float16)
+    a = np.pad(parts, ((0, 0), (0, 0), (0, 0), (0, N - channels)))
+    out, tile = gpu.empty(B, P, N, dtype="float16"), VARIANTS["pixel_attention.all"].constants
+    grid = (-(-N // tile["BN"]), -(-P // tile["BM"]), B)
+    gpu.run("pixel_attention.all", grid, a=a, out=out, P=P, channels=channels, N=N)
+    q, k, v = parts.astype(np.float64).transpose(2, 0, 1, 3)
+    scores = q @ k.transpose(0, 2, 1) / np.sqrt(channels)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    check(gpu.read(out)[..., :channels], p / p.sum(-1, keepdims=True) @ v)
+
+
+def test_pixels_go_in_and_come_out(gpu: Gpu) -> None:
+    image = np.arange(300 * 3).astype(np.uint8).reshape(300, 3)
+    maps, back = gpu.empty(300, 16, dtype="float16"), gpu.empty(300, 3, dtype="uint8")
+    gpu.run("from_pixels.all", (3,), pixels=image, out=maps, P=300)
+    got = gpu.read(maps)
+    np.testing.assert_array_equal(got[:, :3], (image.astype(np.float32) / 255 * 2 - 1).astype(np.float16))
+    assert not got[:, 3:].any()
+    values = np.zeros((300, 16), np.float16)
+    values[:, :3] = np.linspace(-1.2, 1.2, 900).reshape(300, 3)
+    values[:2, :3] = [[0, 1 / 127.5, np.float16(-1)], [1, -0.5, 0.5]]  # 127.5 is a tie
+    gpu.run("to_pixels.all", (1,), a=values, pixels=back, P=300)
+    want = np.rint((np.clip(values[:, :3].astype(np.float32), -1, 1) + 1) * np.float32(127.5)).astype(np.uint8)
+    np.testing.assert_array_equal(gpu.read(back), want)
+
+
+@pytest.mark.parametrize(("side", "Z"), [(3, 8), (9, 32)])
+def test_latents_come_channels_last(gpu: Gpu, side: int, Z: int) -> None:
+    B, P, N = 2, side * side, stored(Z)
+    f_hat, out = gpu.normal(B, Z, P), gpu.empty(B, P, N, dtype="float16")
+    tile = VARIANTS["channels_last.all"].constants
+    gpu.run("channels_last.all", (-(-P // tile["BP"]), -(-N // tile["BN"]), B), f_hat=f_hat, out=out, P=P, Z=Z, N=N)
+    want = np.pad(f_hat.transpose(0, 2, 1).astype(np.float16), ((0, 0), (0, 0), (0, N - Z)))
+    np.testing.assert_array_equal(gpu.read(out), want)
+
+
 # -- sampling --------------------------------------------------------------------------------------------------------
 
 
 def drawn(gpu: Gpu, V: int, logits: np.ndarray, given: dict[str, Any], keep: bool = True) -> tuple[np.ndarray, ...]:
-    """(tokens [B, cells], guided logits [B, cells, V]) by the kernel; logits f32 [cells, R, N]."""
+    """(tokens [B, cells], guided [B, cells, V], borders [B, cells]) by the kernel; logits f32 [cells, R, N]."""
     cells, R, N = logits.shape
     B = len(given["cfg"])
     tokens, guided = gpu.empty(B, cells, dtype="int64"), gpu.empty(B, cells, V)
     name = next(f"draw.v{size}" for size in (512, 4096, 16384) if size >= V)
-    arrays = {"logits": logits, "tokens": tokens, "guided": guided if keep else 0, **given}
+    border = gpu.empty(B, cells)
+    arrays = {"logits": logits, "tokens": tokens, "guided": guided if keep else 0, "border": border, **given}
     steered = int(bool(given["control_cfg"].any()))
-    gpu.run(name, (cells, B), **arrays, cells=cells, R=R, V=V, N=N, steered=steered, store=int(keep))
-    return gpu.read(tokens), gpu.read(guided) if keep else np.empty(0)
+    gpu.run(name, (cells, B), **arrays, cells=cells, R=R, V=V, N=N, steered=steered, store=int(keep), keep=1)
+    return gpu.read(tokens), gpu.read(guided) if keep else np.empty(0), gpu.read(border)
 
 
 def sampling(gpu: Gpu, B: int, cells: int, R: int, V: int) -> dict[str, Any]:
@@ -370,7 +537,7 @@ def test_tokens_are_drawn_as_the_plans_graph_draws(gpu: Gpu, V: int, cells: int)
     given["extra"][2, :5] = 4.0
     given["uniforms"][:, -1] = 1 - 2**-24  # the largest there is
     given["known"][:, 1], given["known_mask"][:, 1] = 17, True
-    tokens, guided = drawn(gpu, V, logits, given)
+    tokens, guided, border = drawn(gpu, V, logits, given)
     z = logits.astype(np.float64)[:, :, :V]
     t, g = given["cfg"] * given["cfg_ratio"], given["control_cfg"] * given["cfg_ratio"]
     cond = z[:, :B].transpose(1, 0, 2)
@@ -385,12 +552,13 @@ def test_tokens_are_drawn_as_the_plans_graph_draws(gpu: Gpu, V: int, cells: int)
         expected = draw_kept(kept, torch.from_numpy(given["uniforms"][b])).numpy()
         expected[1] = 17
         np.testing.assert_array_equal(tokens[b], expected)
+        np.testing.assert_array_equal(border[b], torch.where(kept.isinf(), torch.inf, kept).amin(-1).numpy())
 
 
 def test_a_draw_without_guided_logits_writes_none(gpu: Gpu) -> None:
     logits = gpu.normal(3, 1, 48)
     given = sampling(gpu, 1, 3, 1, 48) | {"top_k": np.array([1])}
-    tokens, _ = drawn(gpu, 48, logits, given, keep=False)
+    tokens, *_ = drawn(gpu, 48, logits, given, keep=False)
     np.testing.assert_array_equal(tokens[0], logits[:, 0].argmax(-1))
 
 
@@ -398,7 +566,7 @@ def test_a_draw_without_guided_logits_writes_none(gpu: Gpu) -> None:
 def test_logits_that_are_no_numbers_draw_a_token_of_the_vocabulary(gpu: Gpu) -> None:
     """What a broken plan computes must not become an address."""
     logits = np.full((2, 1, 48), np.nan, np.float32)
-    tokens, _ = drawn(gpu, 40, logits, sampling(gpu, 1, 2, 1, 40))
+    tokens, *_ = drawn(gpu, 40, logits, sampling(gpu, 1, 2, 1, 40))
     assert ((tokens >= 0) & (tokens < 40)).all()
 
 
@@ -408,6 +576,9 @@ LATENTS = [
     (3, 5, 4, 40),
     *(pytest.param(*sides, marks=pytest.mark.slow) for sides in [(16, 16, 1, 32), (20, 32, 32, 32), (40, 40, 36, 8)]),
 ]
+
+
+PLAIN = {"smoothed": 0, "smooth": 0, "known_mask": 0, "smooths": 0}
 
 
 def edge(size: int) -> int:
@@ -422,7 +593,9 @@ def test_codes_are_added_to_f_hat_and_become_the_next_input(gpu: Gpu, S: int, E:
     h = gpu.empty(B, Z, E, E)
     side = min(edge(S), edge(E))
     sizes = {"E": E, "Z": Z}
-    gpu.run(f"upsample.s{side}.e{edge(E)}", (Z, B), tokens=tokens, codes=codes, up=up, out=h, S=S, V=V, **sizes)
+    gpu.run(
+        f"upsample.s{side}.e{edge(E)}", (Z, B), tokens=tokens, codes=codes, up=up, out=h, S=S, V=V, **PLAIN, **sizes
+    )
     want = np.einsum("es,bstz,ft->bzef", up.astype(np.float64), codes.astype(np.float64)[tokens], up)
     check(gpu.read(h), want, SUMS)
     f_hat, w, bias = gpu.normal(B, Z, E, E), gpu.normal(phis * Z, Z, 3, 3, size=0.1), gpu.normal(phis * Z)
@@ -442,10 +615,36 @@ def test_codes_are_added_to_f_hat_and_become_the_next_input(gpu: Gpu, S: int, E:
     check(gpu.read(following), small)
 
 
+@pytest.mark.parametrize("V", [48, 600, pytest.param(9000, marks=pytest.mark.slow)])
+def test_smoothed_codes_are_a_mixture_of_what_is_kept(gpu: Gpu, V: int) -> None:
+    """As the model mixes them, and taken where an image asks for it and no token is known."""
+    import torch
+
+    B, S, E, Z = 2, 3, 4, 8
+    cells, ratio = S * S, np.array([0.6], np.float32)
+    guided, noise = gpu.normal(B, cells, V, size=2), gpu.rng.gumbel(size=(B, cells, V)).astype(np.float32)
+    extra, codes, up = gpu.normal(B, V), gpu.normal(V, Z), gpu.normal(E, S)
+    border = np.quantile(guided + extra[:, None], 0.7, axis=2, method="nearest").astype(np.float32)
+    out = gpu.empty(B, cells, Z)
+    name = next(f"smooth.v{size}" for size in (512, 4096, 16384) if size >= V)
+    given = {"guided": guided, "extra": extra, "border": border, "noise": noise, "cfg_ratio": ratio, "codes": codes}
+    gpu.run(name, (cells, B), out=out, cells=cells, V=V, Z=Z, **given)
+    z = torch.from_numpy(guided + extra[:, None])
+    kept = z.masked_fill(z < torch.from_numpy(border)[..., None], -torch.inf)
+    want = smooth_codes(kept, torch.from_numpy(noise), torch.from_numpy(ratio), torch.from_numpy(codes)).numpy()
+    check(gpu.read(out), want, 2e-5)
+    tokens, known = gpu.rng.integers(0, V, (B, S, S)), gpu.rng.random((B, S, S)) < 0.3
+    h, smooth = gpu.empty(B, Z, E, E), np.array([True, False])
+    arrays = {"tokens": tokens, "codes": codes, "up": up, "smoothed": out, "smooth": smooth, "known_mask": known}
+    gpu.run("upsample.s16.e16", (Z, B), out=h, S=S, V=V, E=E, Z=Z, smooths=1, **arrays)
+    mixed = np.where((~known & smooth[:, None, None])[..., None], want.reshape(B, S, S, Z), codes[tokens])
+    check(gpu.read(h), np.einsum("es,bstz,ft->bzef", up, mixed.astype(np.float64), up), 2e-5)
+
+
 def test_tokens_outside_of_the_codebook_read_nothing_else(gpu: Gpu) -> None:
     tokens, codes, up = np.array([[[-5, 99], [0, 23]]]), gpu.normal(24, 8), np.eye(2, dtype=np.float32)
     h = gpu.empty(1, 8, 2, 2)
-    gpu.run("upsample.s16.e16", (8, 1), tokens=tokens, codes=codes, up=up, out=h, S=2, V=24, E=2, Z=8)
+    gpu.run("upsample.s16.e16", (8, 1), tokens=tokens, codes=codes, up=up, out=h, S=2, V=24, E=2, Z=8, **PLAIN)
     np.testing.assert_array_equal(gpu.read(h)[0], codes[[[0, 23], [0, 23]]].transpose(2, 0, 1))
 
 

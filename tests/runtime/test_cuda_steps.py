@@ -277,7 +277,7 @@ class Kernels:
         self.launched: dict[str, list[int]] = {}
 
     def __call__(self, graph: str, feed: Arrays) -> Arrays:
-        if graph not in self.plan.graphs:
+        if graph != "step" and not graph.startswith("branch."):
             return self.source(graph, feed)
         inputs = {name: self._up(values) for name, values in feed.items() if not name.startswith("past_")}
         R, S, _, C = feed["x"].shape

@@ -1,4 +1,4 @@
-"""What a plan's step and its branches launch: kernels, grids and addresses, as data.
+"""What a plan's graphs launch: kernels, grids and addresses, as data.
 
 A graph of the plan (format 2) with the buffers that it is bound to becomes a list of launches, in order. Nothing is
 launched here, and no value on the device is looked at: the same buffers give the same list, which may be recorded.
@@ -12,19 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from car_runtime.backends.cuda.buffers import DeviceArray
 from car_runtime.backends.cuda.kernels import Launch, kernels, launch
+from car_runtime.backends.cuda.maps import FILLS, Net, Shapes, decode, encode_control
 from car_runtime.backends.cuda.weights import Weights, padded
 from car_runtime.errors import RunError
+from car_runtime.format.graph_check import conv_strides
 from car_runtime.format.manifest import Manifest
 from car_runtime.format.parameters import UnsupportedGraphError
 from car_runtime.format.schema import Branch
 
 FEW = 64
 """Up to so many rows the norm is part of the product that follows: one launch less, and the rows are read from L1."""
-FILLS = 108
-"""Programs that fill a GPU once: the multiprocessors of an A100; an RTX 4090 has 128, an H100 132."""
 LARGEST_VOCAB, LARGEST_SIDE = 16_384, 64
 HEAD_WIDTHS = (32, 64)
 _INDEX = 2**31
@@ -42,8 +43,6 @@ def problem(manifest: Manifest) -> str | None:
         return f"the plan is {kind}, but the kernels multiply in fp16; {remedy}, or export it with --precision fp16"
     if manifest.table_problem is not None:
         return manifest.table_problem
-    if manifest.more_smooth:
-        return f"the plan was exported with --more-smooth; {remedy}"
     if model.width % model.heads or model.width // model.heads not in HEAD_WIDTHS:
         return f"the plan's heads are {model.width / model.heads:g} wide, but the kernels' 32 or 64; {remedy}"
     if model.vocab > LARGEST_VOCAB:
@@ -99,10 +98,19 @@ class Sizes:
     largest: int
     """Tokens of the largest scale."""
     branches: Mapping[str, Branch]
+    classes: int
+    control_sides: tuple[int, ...]
+    """Of the control images of all scales."""
+    strides: Mapping[str, tuple[int, ...]]
+    """Branch → strides of its control encoder's steps; absent where it is none of steps."""
+    shapes: Shapes
 
 
-def sizes_of(manifest: Manifest) -> Sizes:
-    """A plan's sizes. UnsupportedGraphError if its table lacks the parameters that have them."""
+def sizes_of(manifest: Manifest, strides: Mapping[str, tuple[int, ...]] | None = None) -> Sizes:
+    """A plan's sizes, with strides as `strides_of` has them.
+
+    UnsupportedGraphError if its table lacks the parameters that have them.
+    """
     model = manifest.model
     hidden, phis = (
         manifest.parameters[name].shape[:1] if name in manifest.parameters else ()
@@ -121,7 +129,23 @@ def sizes_of(manifest: Manifest) -> Sizes:
         phis=phis[0] // model.latent_channels,
         largest=max(scale.tokens for scale in manifest.scales),
         branches=model.branches,
+        classes=model.classes,
+        control_sides=tuple(scale.control_size for scale in manifest.scales),
+        strides=strides or {},
+        shapes={name: entry.shape for name, entry in manifest.parameters.items()},
     )
+
+
+def strides_of(manifest: Manifest, root: Path) -> dict[str, tuple[int, ...]]:
+    """Branch → strides of its control encoder's steps, from its graph, which alone says them."""
+    found = {}
+    for name in manifest.model.branches:
+        strides = conv_strides((root / manifest.graphs[f"control.{name}"].file).read_bytes())
+        names = [f"branch.encoder.steps.{i}.weight" for i in range(len(strides))]
+        steps = tuple(strides[step] for step in names if step in strides)
+        if steps and f"branches.{name}.encoder.steps.{len(steps)}.weight" not in manifest.parameters:
+            found[name] = steps
+    return found
 
 
 class LaunchPlan:
@@ -134,7 +158,7 @@ class LaunchPlan:
         self.Z, self.E = model.latent_channels, model.latent_size
         self.H, self.depth = model.heads, model.depth
         self._largest, self.F, self._phis = model.largest, model.hidden, model.phis
-        self._branches = model.branches
+        self._branches, self._model = model.branches, model
         self._base = [self._block(weights, f"base.blocks.{i}.") for i in range(model.depth)]
         self._steering = {
             name: [self._block(weights, f"branches.{name}.blocks.{i}.") for i in range(branch.blocks)]
@@ -152,11 +176,33 @@ class LaunchPlan:
             weights.matrix("base.word_embedding.weight", self.Z, self.C),
             weights.vector("base.word_embedding.bias", self.C),
         )
+        self._embedding = weights.rows("base.class_embedding.weight", model.classes + 1, self.C)
+        self._first = weights.vector("base.pos_start", self.C)
+        self._shared = None
+        if "base.shared_ada_linear.weight" in model.shapes:
+            self._shared = self._ada("base.shared_ada_linear", 6)
         self._codes = weights.floats("vqvae.quantizer.embedding", self.V, self.Z)
         self._phi = (
             weights.floats("vqvae.quantizer.phi_weight", self._phis * self.Z, self.Z, 3, 3),
             weights.floats("vqvae.quantizer.phi_bias", self._phis * self.Z),
         )
+
+        if model.shapes:
+            self._look_up()
+
+    def _look_up(self) -> None:
+        """Find the parameters of all other graphs, by making their launches for nothing."""
+        label, nowhere = DeviceArray((1,), "int64", 0, None), DeviceArray((1, 1, 1, self.C), "float32", 0, None)
+        rows = {"condition": 6 * self.depth + 2}
+        rows |= {f"condition.{name}": 6 * branch.blocks for name, branch in self._branches.items()}
+        for graph, M in rows.items():
+            modulation = DeviceArray((1, M, self.C), "float32", 0, None)
+            self._condition(graph, label, {"modulation": modulation, "start": nowhere})
+        f_hat = DeviceArray((1, self.Z, self.E, self.E), "float32", 0, None)
+        self._decoder(f_hat, 0, Net(self._weights))
+        for name in self._model.strides:
+            controls = {f"control_{k}": 0 for k in range(len(self._model.control_sides))}
+            self._control(f"control.{name}", controls, 0, Net(self._weights))
 
     def _block(self, weights: Weights, at: str) -> _Block:
         C, F = self.C, self.F
@@ -173,8 +219,26 @@ class LaunchPlan:
             fc2_bias=weights.vector(f"{at}mlp.fc2.bias", C),
         )
 
-    def scratch_bytes(self, R: int, B: int, m: int) -> dict[str, int]:
-        """What `launches` needs for its largest scale: name → bytes. m: branches at once."""
+    def _ada(self, module: str, rows: int) -> tuple[int, int]:
+        """Addresses of a linear layer from the class to rows of modulation."""
+        C = self.C
+        return self._weights.matrix(f"{module}.weight", C, rows * C), self._weights.vector(f"{module}.bias", rows * C)
+
+    def scratch(self, graph: str, inputs: Arrays) -> dict[str, int]:
+        """What `launches` needs to keep to itself: name → bytes. Of steps and branches, for their largest scale."""
+        if graph == "decoder":
+            return self._decoder(inputs["f_hat"], 0, Net(self._weights)).sizes
+        if graph.startswith("control."):
+            return self._control(graph, dict.fromkeys(inputs, 0), 0, Net(self._weights)).sizes
+        if "x" not in inputs:
+            return {}
+        R = inputs["x"].shape[0]
+        B = inputs["uniforms"].shape[0] if "uniforms" in inputs else R
+        smooth = "smooth" in inputs
+        return self.scratch_bytes(R, B, inputs["c"].shape[0] if "c" in inputs else 1, smooth)
+
+    def scratch_bytes(self, R: int, B: int, m: int, smooth: bool = False) -> dict[str, int]:
+        """What a step or a branch needs for its largest scale: name → bytes. m: branches at once."""
         M, C = self._largest * R, self.C
         latent = B * self.Z
         return {
@@ -188,18 +252,32 @@ class LaunchPlan:
             "logits": 4 * M * self.N,
             "upsampled": 4 * latent * self.E**2,
             "following": 2 * latent * self._largest,
+            "guided": 4 * B * self._largest * self.V if smooth else 0,
+            "border": 4 * B * self._largest if smooth else 0,
+            "smoothed": 4 * latent * self._largest if smooth else 0,
         }
 
     @property
     def graphs(self) -> tuple[str, ...]:
         """The graphs that `launches` knows."""
-        return ("step", *(f"branch.{name}" for name in self._branches))
+        own = ("step", "condition", "decoder")
+        branches = [f"{kind}.{name}" for name in self._branches for kind in ("branch", "condition")]
+        return (*own, *branches, *(f"control.{name}" for name in self._model.strides))
 
     def launches(self, graph: str, inputs: Arrays, outputs: Arrays, scratch: Scratch) -> list[Launch]:
         """What a graph on these buffers launches. RunError where they are not as the kernels need them."""
         try:
             if graph == "step":
                 return self._step(inputs, outputs, scratch)
+            if graph == "decoder":
+                image = outputs["image"].address
+                return self._decoder(inputs["f_hat"], image, Net(self._weights, scratch)).launches
+            if graph.startswith("control."):
+                controls = {name: array.address for name, array in inputs.items()}
+                features = outputs["features"].address
+                return self._control(graph, controls, features, Net(self._weights, scratch)).launches
+            if graph.startswith("condition"):
+                return self._condition(graph, inputs["label"], outputs)
             return self._branch(graph.removeprefix("branch."), inputs, outputs, scratch)
         except KeyError as error:
             raise RunError(
@@ -257,6 +335,48 @@ class LaunchPlan:
             )  # fmt: skip
         launches += self._logits(stream, modulation, rows, scratch)
         return launches + self._sample(inputs, outputs, rows, scratch)
+
+    def _condition(self, graph: str, label: DeviceArray, outputs: Arrays) -> list[Launch]:
+        """The class's start tokens, and the modulation of the base's blocks and head, or of a branch's blocks."""
+        R, C, out = label.shape[0], self.C, outputs["modulation"]
+        stride = out.shape[1] * C
+        where = f"branches.{graph.removeprefix('condition.')}." if "." in graph else "base."
+        launches = []
+        for i in range(out.shape[1] // 6):
+            block = f"{where}blocks.{i}"
+            offset = 0
+            if self._shared is None:
+                linear = self._ada(f"{block}.ada_linear", 6)
+            else:
+                linear, offset = self._shared, self._weights.rows(f"{block}.ada_offset", 6, C)
+            launches.append(self._modulate(label, linear, offset, out.address + 24 * i * C, 6 * C, stride))
+        if where == "base.":
+            head = self._ada("base.head_ada_linear", 2)
+            launches.append(self._modulate(label, head, 0, out.address + 4 * (out.shape[1] - 2) * C, 2 * C, stride))
+            given = {"label": label.address, "embedding": self._embedding, "first": self._first}
+            launches.append(launch("start.row", (R,), out=outputs["start"].address, C=C, **given))
+        return launches
+
+    def _modulate(
+        self, label: DeviceArray, linear: tuple[int, int], offset: int, out: int, N: int, stride: int
+    ) -> Launch:
+        R = label.shape[0]
+        return self._product(
+            "condition.s", R, N,
+            label=label.address, embedding=self._embedding, w=linear[0], bias=linear[1], offset=offset, out=out, R=R,
+            N=N, K=self.C, out_stride=stride, offsets=int(offset != 0),
+        )  # fmt: skip
+
+    def _decoder(self, f_hat: DeviceArray, image: int, net: Net) -> Net:
+        B, Z, E, _ = f_hat.shape
+        decode(net, self._model.shapes, f_hat.address, image, B, Z, E)
+        return net
+
+    def _control(self, graph: str, controls: Mapping[str, int], features: int, net: Net) -> Net:
+        name, sides = graph.removeprefix("control."), self._model.control_sides
+        images = [controls[f"control_{k}"] for k in range(len(sides))]
+        encode_control(net, self._model.shapes, name, self._model.strides[name], images, sides, features)
+        return net
 
     # -- their parts -------------------------------------------------------------------------------------------------
 
@@ -391,21 +511,39 @@ class LaunchPlan:
             for n in ("cfg", "cfg_ratio", "twin", "top_k", "top_p", "uniforms", "known", "known_mask")
         }
         given |= {n: inputs[n].address if steered else 0 for n in ("control_cfg", "plain")}
-        given |= {"extra": inputs["bias"].address, "guided": 0 if guided is None else guided.address}
+        smooths = "smooth" in inputs
+        stored = scratch["guided"] if guided is None and smooths else 0 if guided is None else guided.address
+        given |= {"extra": inputs["bias"].address, "guided": stored, "border": scratch["border"] if smooths else 0}
         vocab = next(size for size in (512, 4096, LARGEST_VOCAB) if size >= self.V)
         side, small, smaller = _edge(E), min(_edge(S), _edge(E)), min(_edge(T), _edge(E))
         h, following = scratch["upsampled"], scratch["following"]
         weight, bias = self._phi
         word, word_bias = self._word
         f_hat, M = outputs["f_hat_out"].address, rows.R * T * T
-        return [
+        mixed = {"smoothed": 0, "smooth": 0, "known_mask": 0}
+        launches = [
             launch(
                 f"draw.v{vocab}", (rows.N, B), logits=scratch["logits"], tokens=tokens, **given,
-                cells=rows.N, R=rows.R, V=self.V, N=self.N, steered=int(steered), store=int(guided is not None),
-            ),
+                cells=rows.N, R=rows.R, V=self.V, N=self.N, steered=int(steered), store=int(stored != 0),
+                keep=int(smooths),
+            )
+        ]  # fmt: skip
+        if smooths:
+            shared = {name: given[name] for name in ("guided", "extra", "border", "cfg_ratio")}
+            smoothed = scratch["smoothed"]
+            launches.append(
+                launch(
+                    f"smooth.v{vocab}", (rows.N, B), noise=inputs["smooth_noise"].address, codes=self._codes,
+                    out=smoothed, cells=rows.N, V=self.V, Z=Z, **shared,
+                )
+            )  # fmt: skip
+            mixed = {"smoothed": smoothed, "smooth": inputs["smooth"].address, "known_mask": given["known_mask"]}
+        return [
+            *launches,
             launch(
-                f"upsample.s{small}.e{side}", (Z, B),
+                f"upsample.s{small}.e{side}", (Z, B), **mixed,
                 tokens=tokens, codes=self._codes, up=inputs["up"].address, out=h, S=S, E=E, Z=Z, V=self.V,
+                smooths=int(smooths),
             ),
             launch(
                 "accumulate.z32", (-(-E * E // 32), -(-Z // 32), B),

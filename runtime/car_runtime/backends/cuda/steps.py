@@ -1,4 +1,4 @@
-"""A plan's step and branches by the package's own kernels: put on the stream, recorded, launched again."""
+"""A plan's graphs by the package's own kernels: put on the stream, recorded, launched again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from car_runtime.backends.base import Buffer
 from car_runtime.backends.cuda.buffers import DeviceArray, Memory, device_array
 from car_runtime.backends.cuda.driver import CudaError, Graph
 from car_runtime.backends.cuda.kernels import Launch, read_cubins
-from car_runtime.backends.cuda.launch_plan import LaunchPlan, problem, sizes_of
+from car_runtime.backends.cuda.launch_plan import LaunchPlan, problem, sizes_of, strides_of
 from car_runtime.backends.cuda.weights import DeviceWeights
 from car_runtime.errors import BackendError
 from car_runtime.format.manifest import Manifest
@@ -19,6 +19,8 @@ from car_runtime.format.parameters import UnsupportedGraphError, plan_parameters
 
 RECORDINGS = 64
 """What comes later is put on the stream kernel by kernel."""
+LISTS = 256
+"""Lists of launches that are kept to be recorded when they come again."""
 _Key = tuple[object, ...]
 
 
@@ -29,7 +31,9 @@ def open_steps(root: Path, manifest: Manifest, memory: Memory) -> StepKernels:
         raise BackendError(reason)
     code = read_cubins(memory.device.gpu.target)
     try:
-        plan = LaunchPlan(sizes_of(manifest), DeviceWeights(plan_parameters(manifest, root), memory))
+        plan = LaunchPlan(
+            sizes_of(manifest, strides_of(manifest, root)), DeviceWeights(plan_parameters(manifest, root), memory)
+        )
     except UnsupportedGraphError as error:
         raise BackendError(f"{error}; export the plan again, or use --backend ort-cuda") from error
     memory.device.load_kernels(code)
@@ -45,6 +49,7 @@ class StepKernels:
         self._scratch: dict[str, DeviceArray] = {}
         self._grown: list[DeviceArray] = []
         self._launches: dict[_Key, list[Launch]] = {}
+        self._longest = 0
         self._recorded: dict[_Key, Graph] = {}
         self._plain: dict[str, str] = {}
 
@@ -67,12 +72,16 @@ class StepKernels:
                 return
             seen = key in self._launches
             if not seen:
-                self._launches[key] = self._plan.launches(graph, taken, given, self._room(taken))
+                if len(self._launches) >= LISTS:
+                    self._launches.clear()
+                self._launches[key] = self._plan.launches(graph, taken, given, self._room(graph, taken))
+                self._longest = max(self._longest, len(self._launches[key]))
             recorded = self._record(graph, self._launches[key]) if seen and self._records(graph) else None
             if recorded is None:
                 self._put(self._launches[key])
             else:
                 self._recorded[key] = recorded
+                del self._launches[key]
                 device.launch(recorded)
 
     def _records(self, graph: str) -> bool:
@@ -98,8 +107,11 @@ class StepKernels:
 
     def report(self) -> dict[str, Any]:
         """What was recorded and what could not be, and how many kernels the longest graph launches."""
-        longest = max((len(launches) for launches in self._launches.values()), default=0)
-        return {"graphs_captured": len(self._recorded), "not_captured": dict(self._plain), "launches": longest}
+        return {
+            "graphs_captured": len(self._recorded),
+            "not_captured": dict(self._plain),
+            "launches": self._longest,
+        }
 
     def close(self) -> None:
         """Let go of what was recorded; the memory is the backend's."""
@@ -109,12 +121,9 @@ class StepKernels:
         self._recorded.clear()
         self._launches.clear()
 
-    def _room(self, inputs: Mapping[str, DeviceArray]) -> dict[str, int]:
+    def _room(self, graph: str, inputs: Mapping[str, DeviceArray]) -> dict[str, int]:
         """Addresses for what a graph keeps to itself. What was too small stays, since recordings are on it."""
-        R = inputs["x"].shape[0]
-        B = inputs["uniforms"].shape[0] if "uniforms" in inputs else R
-        m = inputs["c"].shape[0] if "c" in inputs else 1
-        for name, size in self._plan.scratch_bytes(R, B, m).items():
+        for name, size in self._plan.scratch(graph, inputs).items():
             there = self._scratch.get(name)
             if size and (there is None or there.nbytes < size):
                 self._grown += [there] if there is not None else []

@@ -36,6 +36,25 @@ class Weights(Protocol):
         """float32, as the model has it."""
         ...
 
+    def rows(self, name: str, number: int, C: int) -> int:
+        """fp16 [number, C], as the model has it."""
+        ...
+
+    def conv(self, name: str, N: int, K: int, reach: int) -> int:
+        """A convolution's kernel as a matrix: fp16 [reach² · K, N], tap after tap, K and N rounded up to 16."""
+        ...
+
+    def parts(self, name: str, number: int, C: int) -> int:
+        """A 1×1 convolution's kernel from C to number · C channels, or its bias.
+
+        fp16 [C, number · C] or [number · C], each C rounded up to 16.
+        """
+        ...
+
+    def numbers(self, values: NDArray[np.int32]) -> int:
+        """Whole numbers that the kernels look up."""
+        ...
+
 
 class DeviceWeights:
     """Parameters that are copied to the device when they are first asked for."""
@@ -59,6 +78,34 @@ class DeviceWeights:
     def floats(self, name: str, *shape: int) -> int:
         """See `Weights`."""
         return self._put("floats", name, lambda: self._view(name, "float32", *shape))
+
+    def rows(self, name: str, number: int, C: int) -> int:
+        """See `Weights`."""
+        return self._put("rows", name, lambda: self._half(name, number, C))
+
+    def conv(self, name: str, N: int, K: int, reach: int) -> int:
+        """See `Weights`."""
+
+        def matrix() -> NDArray[Any]:
+            taps = self._half(name, N, K, reach, reach).transpose(2, 3, 1, 0)
+            return _grown(taps, 2, 3).reshape(reach * reach * padded(K), padded(N))
+
+        return self._put("conv", name, matrix)
+
+    def parts(self, name: str, number: int, C: int) -> int:
+        """See `Weights`."""
+
+        def parts() -> NDArray[Any]:
+            if name.endswith("bias"):
+                return _grown(self._half(name, number * C).reshape(number, C), 1).reshape(-1)
+            matrices = self._half(name, number * C, C, 1, 1).reshape(number, C, C).transpose(2, 0, 1)
+            return _grown(matrices, 0, 2).reshape(padded(C), number * padded(C))
+
+        return self._put("parts", name, parts)
+
+    def numbers(self, values: NDArray[np.int32]) -> int:
+        """See `Weights`."""
+        return self._put("numbers", f"{values.shape} {values.tobytes().hex()}", lambda: values)
 
     def _half(self, name: str, *shape: int) -> NDArray[Any]:
         return self._view(name, "float16", *shape)
@@ -85,7 +132,10 @@ def padded(size: int) -> int:
 
 def _padded(values: NDArray[Any]) -> NDArray[Any]:
     """Zeros after the last axis, up to `padded`."""
-    missing = padded(values.shape[-1]) - values.shape[-1]
-    if not missing:
-        return values
-    return np.pad(values, [*[(0, 0)] * (values.ndim - 1), (0, missing)])
+    return _grown(values, values.ndim - 1)
+
+
+def _grown(values: NDArray[Any], *axes: int) -> NDArray[Any]:
+    """Zeros after some axes, up to `padded`."""
+    missing = [padded(size) - size if axis in axes else 0 for axis, size in enumerate(values.shape)]
+    return np.pad(values, [(0, more) for more in missing]) if any(missing) else values
