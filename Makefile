@@ -36,30 +36,41 @@ QUICK_LEFT := transformer or openvino
 # Seconds of `make fuzz` for each reader.
 FUZZ_SECONDS ?= 60
 
+# `make web`: the plan, and where its site goes. The package comes by npm, pinned; car_serve.site checks its SHA-256.
+WEB_PLAN ?= runtime/car_runtime/plans/emoji-canny.plan
+WEB_SITE ?= out/site
+WEB_PACKAGE := onnxruntime-web
+WEB_VERSION := 1.30.0
+WEB_CACHE := $(HOME)/.cache/car/web
+WEB_ARCHIVE := $(WEB_CACHE)/$(WEB_PACKAGE)-$(WEB_VERSION).tgz
+
 DEMO_ENV := .venv-demo
 STUDIO_ENV := .venv-studio
 DEV_ENV := .venv
 GPU_ENV := .venv-gpu
 OLDEST_ENV := .venv-oldest
+DOCS_ENV := .venv-docs
 INSTALLED := /.installed
 
-.PHONY: help demo studio test quick check lint types kernels fuzz test-slow test-gpu test-oldest clean
+.PHONY: help demo studio web test quick check lint types docs kernels fuzz test-slow test-gpu test-oldest clean
 
 help:
 	@echo 'make demo       images from the control images in examples/, into out/ (installs no PyTorch)'
 	@echo 'make studio     draw in your browser, with the shipped plan (installs no PyTorch); STUDIO_ARGS goes to car-run serve'
+	@echo 'make web        the studio without a server: a static site of the shipped plan, in out/site (fetches onnxruntime-web by npm)'
 	@echo 'make test       all tests that take seconds, on the CPU'
 	@echo 'make quick      lint, types and the tests of the core: for while one works'
 	@echo 'make check      lint (ruff, imports, clang-format), types (mypy), all tests: what a change must pass'
 	@echo 'make lint       ruff, the arrows between packages (import-linter), clang-format'
 	@echo 'make types      mypy'
+	@echo 'make docs       the docs site, into out/site (an environment of its own)'
 	@echo 'make kernels    compile the cuda kernels again, byte for byte the ones in the tree (minutes, no GPU)'
 	@echo 'make fuzz       changed manifests, configs, graphs, goldens and tables, guided by coverage, FUZZ_SECONDS each'
 	@echo 'make test-slow  tests that take minutes or gigabytes of memory'
 	@echo 'make test-gpu   tests that need an NVIDIA GPU (an environment of its own)'
 	@echo 'make test-oldest  the runtime with the oldest packages that pyproject.toml allows (an environment of its own)'
 	@echo 'make clean      remove environments, caches and builds; runs/ and out/ stay'
-	@echo 'Each command does its own set-up. Variables: PYTHON, TORCH, PYTEST_ARGS, TEST_PROCESSES, DEMO_CONTROL, DEMO_CLASS, DEMO_ARGS.'
+	@echo 'Each command does its own set-up. Variables: PYTHON, TORCH, PYTEST_ARGS, TEST_PROCESSES, DEMO_CONTROL, DEMO_CLASS, DEMO_ARGS, WEB_PLAN, WEB_SITE.'
 
 demo: $(DEMO_ENV)$(INSTALLED)
 	@if [ -z "$(strip $(DEMO_CONTROL))" ]; then \
@@ -78,8 +89,21 @@ demo: $(DEMO_ENV)$(INSTALLED)
 studio: $(STUDIO_ENV)$(INSTALLED)
 	@$(STUDIO_ENV)/bin/python -m car_runtime serve --open $(STUDIO_ARGS)
 
+web: $(STUDIO_ENV)$(INSTALLED) $(WEB_ARCHIVE)
+	@mkdir -p $(dir $(WEB_SITE))
+	@$(STUDIO_ENV)/bin/python -m car_runtime plan web $(WEB_PLAN) -o $(WEB_SITE)
+
+$(WEB_ARCHIVE):
+	@command -v npm >/dev/null || { echo 'make: npm was not found, which fetches $(WEB_PACKAGE); install it, on Debian and Ubuntu: apt install npm' >&2; exit 1; }
+	@mkdir -p $(WEB_CACHE)/new
+	@npm pack $(WEB_PACKAGE)@$(WEB_VERSION) --ignore-scripts --silent --pack-destination $(WEB_CACHE)/new >/dev/null
+	@mv $(WEB_CACHE)/new/$(notdir $@) $@
+
 test: $(DEV_ENV)$(INSTALLED)
 	@OMP_NUM_THREADS=1 $(DEV_ENV)/bin/python -m pytest -q --durations=15 $(PYTEST_SPREAD) $(PYTEST_ARGS)
+
+docs: $(DOCS_ENV)$(INSTALLED)
+	@$(DOCS_ENV)/bin/python docs/site/build.py -o out/site
 
 kernels: $(DEV_ENV)$(INSTALLED)
 	@cd export && $(abspath $(DEV_ENV))/bin/python -m car_kernels.build
@@ -150,10 +174,13 @@ $(STUDIO_ENV)$(INSTALLED): pyproject.toml Makefile
 	$(call install,$(STUDIO_ENV),-e '.[cpu$(comma)serve]',the runtime$(comma) ONNX Runtime and the server$(comma) some 250 MB)
 
 $(DEV_ENV)$(INSTALLED): pyproject.toml Makefile
-	$(call install,$(DEV_ENV),'$(TORCH)' -e '.[cpu$(comma)openvino$(comma)lab$(comma)export$(comma)bench$(comma)rtx$(comma)serve$(comma)sign$(comma)dev]',everything with PyTorch$(comma) over 1 GB; this takes minutes)
+	$(call install,$(DEV_ENV),'$(TORCH)' -e '.[cpu$(comma)openvino$(comma)lab$(comma)export$(comma)bench$(comma)rtx$(comma)serve$(comma)sign$(comma)hub$(comma)docs$(comma)dev]',everything with PyTorch$(comma) over 1 GB; this takes minutes)
 
 $(GPU_ENV)$(INSTALLED): pyproject.toml Makefile
 	$(call install,$(GPU_ENV),-e '.[gpu$(comma)rtx$(comma)lab$(comma)export$(comma)dev]',everything for NVIDIA GPUs$(comma) several GB; this takes minutes)
+
+$(DOCS_ENV)$(INSTALLED): pyproject.toml Makefile
+	$(call install,$(DOCS_ENV),-e '.[docs]',the runtime and the site generator$(comma) some 120 MB)
 
 $(OLDEST_ENV)$(INSTALLED): pyproject.toml Makefile
 	$(call install,$(OLDEST_ENV),$(OLDEST),the oldest packages that the runtime and the server run on)

@@ -46,7 +46,14 @@ def counted(manifest: Manifest, batch: int) -> int:
     """The bytes of a plan's cache for a guided batch, from its manifest."""
     item = np.dtype(cache_type(manifest).replace("bfloat16", "uint16")).itemsize
     model = manifest.model
-    return kv_bytes(model.cache_layers, manifest.tokens, 2 * batch, model.width, item)
+    return kv_bytes(cache_layers(manifest), manifest.tokens, 2 * batch, model.width, item)
+
+
+def cache_layers(manifest: Manifest) -> int:
+    """Pairs of keys and values with the default branch in use: those of format 1 are all the step's."""
+    model = manifest.model
+    branch = model.branches.get(model.default_branch or "")
+    return model.cache_layers + (branch.cache_layers if branch is not None else 0)
 
 
 def cache_type(manifest: Manifest) -> str:
@@ -63,7 +70,7 @@ def measured(path: Path, manifest: Manifest, batch: int, backend: str) -> tuple[
             model = manifest.model
             shape = (manifest.tokens, 2 * batch, model.heads, model.width // model.heads)
             dtype = cache_type(manifest)
-            cache = [np.asarray(opened.allocate(shape, dtype)) for _ in range(2 * model.cache_layers)]
+            cache = [np.asarray(opened.allocate(shape, dtype)) for _ in range(2 * cache_layers(manifest))]
             before = resident()
             for array in cache:
                 array.fill(1)

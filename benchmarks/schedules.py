@@ -142,13 +142,19 @@ def default_schedules(K: int, steered: bool) -> dict[str, str]:
     return {"exact": "", **guidance, **(control if steered else {}), **ends, **(both if steered else {})}
 
 
+def _drawn_alike(request: Request) -> object:
+    """What is equal for schedules that come to the same."""
+    return request.sampling, request.schedule, request.control_cfg, request.watermark
+
+
 def candidates(manifest: Manifest, named: Mapping[str, str], base: Mapping[str, Any]) -> list[Candidate]:
     """The schedules, exact first; of several that come to the same, as short plans have them, the first.
 
     base: guidance and draws of all. BenchmarkError or RequestError for flags that are none, or don't fit the plan.
     """
     parser = _Parser(prog="--schedule", add_help=False, allow_abbrev=False)
-    add_setting(parser, "cfg")
+    for setting in ("cfg", "control_cfg", "watermark"):
+        add_setting(parser, setting)
     add_settings(parser, "schedule")
     control = None if manifest.model.control_type is None else draw_control(manifest.model.image_size)
     found: list[Candidate] = []
@@ -157,7 +163,7 @@ def candidates(manifest: Manifest, named: Mapping[str, str], base: Mapping[str, 
         settings = {**base, **given}
         # Of any class: without one there is no guidance, and images are drawn with theirs.
         request = resolve(manifest, GenerationConfig(control=control, label=0, **settings))
-        if all((request.sampling, request.schedule) != (c.request.sampling, c.request.schedule) for c in found):
+        if all(_drawn_alike(request) != _drawn_alike(c.request) for c in found):
             found.append(Candidate(name=name, flags=flags, settings=settings, request=request))
     return found
 

@@ -16,7 +16,8 @@ turns, so that both meet the same machine; seconds and MB:
     batch4_per_s      images a second of `Plan.generate(n=4)`; saturation_ratio: median of 8 users over HTTP ÷ that
     waves             for each number of users: images_per_s, p50, p95, failed, images so far, and the server's memory
     batch_images      size of a batch (at most) → batches
-    rss_mb_per_1000   memory's slope over the images of all waves but the first, in which kept results fill up
+    rss_mb_per_1000   memory's slope over the images of five more waves of 8 users: by now kept results and buffers of
+                      all users are there
     studio            with --studio, in Chromium: from pressing the pen to the first image, ms, and images a second
                       while it moves, live mode, three strokes
 """
@@ -37,8 +38,10 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 from car_runtime import GenerationConfig, Plan, default_plan, open_plan
 from car_serve.uploads import webp
@@ -87,13 +90,42 @@ def rss(pid: int) -> float:
     return int(found[1]) / 1024 if found else 0.0
 
 
-def in_turns(plan: Plan, control: Path, client: Any, url: str, runs: int = 30) -> dict[str, float]:
+class Caller:
+    """A connection that stays open. The standard library's own: what the caller costs, the server does not get."""
+
+    def __init__(self, url: str) -> None:
+        self._connection = HTTPConnection(url.removeprefix("http://"), timeout=120)
+
+    def post(self, body: dict[str, Any], accept: str = "application/json") -> int:
+        """Ask for an image, read the whole answer, return its status."""
+        answer = self._ask(body, accept)
+        answer.read()
+        return answer.status
+
+    def first_preview(self, body: dict[str, Any]) -> float:
+        """Seconds from the request to its first scale; the whole stream is read."""
+        began, found, data = time.perf_counter(), 0.0, b""
+        answer = self._ask(body, "text/event-stream")
+        while part := answer.read1(65536):
+            data += part
+            if not found and b"event: scale" in data:
+                found = time.perf_counter() - began
+        return found
+
+    def _ask(self, body: dict[str, Any], accept: str) -> HTTPResponse:
+        headers = {"Content-Type": "application/json", "Accept": accept}
+        self._connection.request("POST", "/v1/pictures", json.dumps(body), headers)
+        return self._connection.getresponse()
+
+
+def in_turns(plan: Plan, control: Path, url: str, runs: int = 30) -> dict[str, float]:
     """An image in this process, over HTTP, and as a stream, in turns, so that all meet the same machine.
 
     Both keep the control's features, as they are of the same pixels each time.
     """
     names = ("generate", "http", "overhead", "first_scale", "first_preview")
     taken: dict[str, list[float]] = {name: [] for name in names}
+    caller = Caller(url)
     encoded = base64.b64encode(control.read_bytes()).decode()
     for seed in range(runs):
         config = GenerationConfig(control=control, label=0, seed=seed)
@@ -102,18 +134,23 @@ def in_turns(plan: Plan, control: Path, client: Any, url: str, runs: int = 30) -
         taken["generate"].append(time.perf_counter() - began)
         body = {"control": encoded, "class": 0, "seed": seed}
         began = time.perf_counter()
-        client.post(f"{url}/v1/pictures", json=body).raise_for_status()
+        _expect(caller.post(body))
         taken["http"].append(time.perf_counter() - began)
         taken["overhead"].append(taken["http"][-1] - taken["generate"][-1])
         taken["first_scale"].append(first_scale(plan, config))
-        taken["first_preview"].append(first_preview(client, url, body))
+        taken["first_preview"].append(caller.first_preview(body))
     medians = {f"{name}_p50": statistics.median(values) for name, values in taken.items()}
     ratios = [after / before for before, after in zip(taken["first_scale"], taken["first_preview"], strict=True)]
     overhead = 1000 * medians.pop("overhead_p50")
     return {**medians, "overhead_ms": overhead, "first_preview_ratio": statistics.median(ratios)}
 
 
-def cpu_ms(plan: Plan, control: Path, client: Any, url: str, pid: int, runs: int = 30) -> dict[str, float]:
+def _expect(status: int) -> None:
+    if status != 200:
+        raise SystemExit(f"benchmarks.serving: the server answered {status}; see its messages")
+
+
+def cpu_ms(plan: Plan, control: Path, url: str, pid: int, runs: int = 30) -> dict[str, float]:
     """Processor time of an image in this process and in the server's, milliseconds."""
 
     def server() -> float:
@@ -125,12 +162,12 @@ def cpu_ms(plan: Plan, control: Path, client: Any, url: str, pid: int, runs: int
     for seed in range(runs):
         plan.generate(GenerationConfig(control=control, label=0, seed=seed))
     found = {"generate": time.process_time() - began}
-    draft = {"cfg": 0, "previews": False}
-    for name, changes, headers in (("http", {}, {}), ("draft", draft, {"Accept": "text/event-stream"})):
+    draft, caller = {"cfg": 0, "previews": False}, Caller(url)
+    for name, changes, accept in (("http", {}, "application/json"), ("draft", draft, "text/event-stream")):
         before = server()
         for seed in range(runs):
             body = {"control": encoded, "class": 0, "seed": seed, **changes}
-            client.post(f"{url}/v1/pictures", json=body, headers=headers).raise_for_status()
+            _expect(caller.post(body, accept))
         found[name] = server() - before
     return {name: 1000 * seconds / runs for name, seconds in found.items()}
 
@@ -143,18 +180,7 @@ def first_scale(plan: Plan, config: GenerationConfig) -> float:
     return time.perf_counter() - began
 
 
-def first_preview(client: Any, url: str, body: dict[str, Any]) -> float:
-    """Seconds from the request to its first scale."""
-    began, found, text = time.perf_counter(), 0.0, ""
-    with client.stream("POST", f"{url}/v1/pictures", json=body, headers={"Accept": "text/event-stream"}) as answer:
-        for part in answer.iter_text():
-            text += part
-            if "event: scale" in text and not found:
-                found = time.perf_counter() - began
-    return found
-
-
-def saturation(plan: Plan, control: Path, client: Any, url: str, turns: int = 5) -> dict[str, float]:
+def saturation(plan: Plan, control: Path, url: str, turns: int = 5) -> dict[str, float]:
     """Images a second of batches of 4 in this process and of 8 users over HTTP, in turns."""
     encoded = base64.b64encode(control.read_bytes()).decode()
     batches, ratios = [], []
@@ -163,19 +189,20 @@ def saturation(plan: Plan, control: Path, client: Any, url: str, turns: int = 5)
         while time.perf_counter() - began < 2:
             images += len(plan.generate(GenerationConfig(control=control, label=0, seed=4 * images, n=4)).images)
         batches.append(images / (time.perf_counter() - began))
-        ratios.append(wave(client, url, encoded, 8, 2, first=turn * 1000)["images_per_s"] / batches[-1])
+        ratios.append(wave(url, encoded, 8, 2, first=turn * 1000)["images_per_s"] / batches[-1])
     return {"batch4_per_s": statistics.median(batches), "saturation_ratio": statistics.median(ratios)}
 
 
-def wave(client: Any, url: str, control: str, users: int, seconds: float, first: int = 0) -> dict[str, float]:
+def wave(url: str, control: str, users: int, seconds: float, first: int = 0) -> dict[str, float]:
     """So many users, each asking again as soon as it is answered."""
     until = time.perf_counter() + seconds
 
     def user(number: int) -> list[tuple[float, bool]]:
         taken: list[tuple[float, bool]] = []
+        caller = Caller(url)
         while (began := time.perf_counter()) < until:
             body = {"control": control, "class": 0, "seed": first + number * 10_000 + len(taken)}
-            status = client.post(f"{url}/v1/pictures", json=body).status_code
+            status = caller.post(body)
             taken.append((time.perf_counter() - began, status == 200))
         return taken
 
@@ -216,16 +243,17 @@ def live(url: str) -> dict[str, list[float]]:
         page.wait_for_selector("html[data-ready]")
         page.evaluate(watch)
         page.click(".switch")
+        page.wait_for_timeout(1000)  # a hand on its way to the canvas
         box = page.locator("#pad").bounding_box()
         assert box is not None
         for stroke in range(3):
             radius = (0.2 + 0.1 * stroke) * box["width"]
             middle = (box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-            page.mouse.move(middle[0] + radius, middle[1])
+            page.mouse.move(middle[0], middle[1] - radius)  # the examples are below
             page.mouse.down()
             began = time.perf_counter()
             while (passed := time.perf_counter() - began) < 2:
-                page.mouse.move(middle[0] + radius * math.cos(3 * passed), middle[1] + radius * math.sin(3 * passed))
+                page.mouse.move(middle[0] + radius * math.sin(3 * passed), middle[1] - radius * math.cos(3 * passed))
                 time.sleep(0.02)
             count = page.evaluate("shown.length")
             page.wait_for_function("() => shown.length > 0")
@@ -256,7 +284,7 @@ def plot(report: dict[str, Any]) -> bytes:
         panels[2].bar(list(sizes), list(sizes.values()), color=OURS)
         panels[3].plot(users, [found["rss_mb"] for found in waves], "o-", color=OURS)
         for axes in (panels[0], panels[1], panels[3]):
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
         return finished()
 
 
@@ -280,30 +308,24 @@ def slope(waves: Sequence[dict[str, float]]) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and report."""
-    import httpx
-
     args = parse_args(arguments)
     path = args.plan or default_plan()
     report: dict[str, Any] = {"plan": path.name, "cores": os.cpu_count(), "threads": args.threads}
     load = [os.getloadavg()[0]]
     control = base64.b64encode(args.control.read_bytes()).decode()
-    limits = httpx.Limits(max_connections=256)
-    with (
-        served(path, args.threads) as (url, pid),
-        httpx.Client(timeout=120, limits=limits) as client,
-        open_plan(path, threads=args.threads) as plan,
-    ):
-        report |= in_turns(plan, args.control, client, url) | saturation(plan, args.control, client, url)
-        report["cpu_ms"] = cpu_ms(plan, args.control, client, url, pid)
+    with served(path, args.threads) as (url, pid), open_plan(path, threads=args.threads) as plan:
+        report |= in_turns(plan, args.control, url) | saturation(plan, args.control, url)
+        report["cpu_ms"] = cpu_ms(plan, args.control, url, pid)
         report["waves"] = []
         for users in [int(text) for text in args.users.split(",")]:
-            found = wave(client, url, control, users, args.seconds)
+            found = wave(url, control, users, args.seconds)
             report["waves"].append({**found, "rss_mb": rss(pid)})
             print(
                 f"{users:3} users: {found['images_per_s']:6.2f} images/s, p50 {found['p50']:.3f} s", file=sys.stderr
             )
-        report["batch_images"] = histogram(client.get(f"{url}/metrics").text)
-        report["rss_mb_per_1000"] = slope(report["waves"][1:])
+        report["batch_images"] = histogram(urlopen(f"{url}/metrics").read().decode())
+        steady = [{**wave(url, control, 8, args.seconds / 2), "rss_mb": rss(pid)} for _ in range(5)]
+        report["rss_mb_per_1000"] = slope(steady)
         if args.studio:
             report["studio"] = live(url)
     report["load"] = [round(value, 1) for value in (*load, os.getloadavg()[0])]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from car_train.data import annotate, datasets, pretrained
-from car_train.errors import UserError, printable_lines
+from car_train.errors import UserError, error_lines
 from car_train.evaluation import curves, evaluate, generate
 from car_train.interop import command as interop
 from car_train.streams import (
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         return after_broken_pipe()
     except (UserError, OSError) as error:
-        print(f"car_train: error: {printable_lines(str(error))}", file=sys.stderr)
+        print(f"car_train: error: {error_lines(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print("car_train: interrupted; a training run continues with --resume, `controls` by itself", file=sys.stderr)

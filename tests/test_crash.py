@@ -11,10 +11,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from car_runtime.system import files as runtime_files
 from car_train import files as train_files
+from fixtures.runtime_plan import build_plan
 from fixtures.small import small_model
 
 ROOT = Path(__file__).parents[1]
@@ -215,6 +218,118 @@ def test_sigterm_clears_up(tmp_path: Path) -> None:
     assert "interrupted" in error
     assert len(error.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+DRAW = """
+import sys
+from car_runtime.cli.main import main
+plan, control, out = sys.argv[1:]
+flags = ["-e", plan, "--control", control, "--threads", "1", "-n", "2", "-o", f"{out}/o.png"]
+sys.exit(main([*flags, "--grid", "--tokens", f"{out}/t.npz", "--preview", f"{out}/steps"]))
+"""
+BATCH = """
+import sys
+from pathlib import Path
+from car_runtime.cli.main import main
+plan, control, out = sys.argv[1:]
+jobs = Path(out).with_name("jobs.csv")
+jobs.write_text(f"control,n\\n{control},1\\n{control},2\\n{control},1\\n")
+sys.exit(main(["batch", str(jobs), "-e", plan, "-o", out, "--resume", "--threads", "1"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("program", "files"), [(DRAW, 10), (BATCH, 5)], ids=["car-run", "batch"])
+def test_results_are_whole_wherever_a_command_dies(killer: Path, tmp_path: Path, program: str, files: int) -> None:
+    """Every file under its own name can be read; a batch that goes on does what is missing."""
+    plan, under = build_plan(tmp_path / "tiny.plan"), tmp_path / "under"
+    control = ROOT / "examples/umbrella.png"
+
+    def set_up() -> None:
+        shutil.rmtree(under, ignore_errors=True)
+        under.mkdir()
+
+    def whole() -> bool:
+        for path in under.rglob("[!.]*"):
+            if path.suffix == ".png":
+                with Image.open(path) as image:
+                    image.load()
+            elif path.suffix == ".npz":
+                with np.load(path) as arrays:
+                    assert arrays["tokens"].shape == (2, 21)
+        return True
+
+    command = [sys.executable, "-c", program, str(plan), str(control), str(under)]
+    assert campaign(killer, command, under, set_up, whole) > 10
+    assert sum(path.is_file() for path in under.rglob("*")) == files
+
+
+TRAIN = """
+import sys
+from pathlib import Path
+from car_train.cli import main
+data, run = sys.argv[1:]
+model = ["--patch-nums", "1,2", "--channels", "8", "--multipliers", "1,2", "--vocab", "16", "--batch", "2"]
+steps = ["--steps", "3", "--save-every", "1", "--keep", "2", "--workers", "0", "--validate-every", "1000"]
+resume = ["--resume"] if any(Path(run).glob("step-*")) else []
+sys.exit(main(["vqvae", "--data", data, "-o", run, *model, *steps, *resume]))
+"""
+
+
+@pytest.mark.slow
+def test_a_training_run_goes_on_wherever_it_dies(killer: Path, tmp_path: Path) -> None:
+    from car_train import checkpoint
+
+    under, data = tmp_path / "under", tmp_path / "data" / "one"
+    data.mkdir(parents=True)
+    for i in range(8):
+        Image.new("RGB", (16, 16), (30 * i, 99, 0)).save(data / f"{i}.png")
+
+    def set_up() -> None:
+        shutil.rmtree(under, ignore_errors=True)
+        under.mkdir()
+
+    def whole() -> bool:
+        for step in under.glob("step-*"):
+            checkpoint.load(step)
+            checkpoint.load_trainer(step)
+        return True
+
+    command = [sys.executable, "-c", TRAIN, str(data.parent), str(under)]
+    campaign(killer, command, under, set_up, whole, kills=12)
+    assert sorted(step.name for step in under.glob("step-*"))[-1] == "step-0000003"
+
+
+REMOVE = """
+import sys
+from pathlib import Path
+from car_runtime.cli.main import main
+from car_runtime.format.manifest import read_manifest
+plan = sys.argv[1]
+if "other" in read_manifest(plan).model.branches:
+    sys.exit(main(["plan", "remove-branch", plan, "other"]))
+"""
+
+
+@pytest.mark.slow
+def test_a_plan_has_all_its_branches_or_one_less_wherever_a_change_dies(killer: Path, tmp_path: Path) -> None:
+    from car_runtime.format.hashing import verify_files
+    from car_runtime.format.manifest import read_manifest
+    from fixtures.two_branches import two_branches
+
+    source, under = two_branches(), tmp_path / "under"
+    target = under / "a.plan"
+
+    def set_up() -> None:
+        shutil.rmtree(under, ignore_errors=True)
+        shutil.copytree(source, target)
+
+    def whole() -> bool:
+        manifest = read_manifest(target)
+        verify_files(target, manifest)
+        return list(manifest.model.branches) in (["sketch"], ["sketch", "other"])
+
+    campaign(killer, [sys.executable, "-c", REMOVE, str(target)], under, set_up, whole, kills=8)
 
 
 @pytest.mark.slow

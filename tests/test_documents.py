@@ -343,6 +343,10 @@ def check(words: list[str]) -> None:
         case ["openssl", command, *rest]:
             usage = subprocess.run(["openssl", command, "-help"], capture_output=True, text=True, check=True)
             assert {word for word in rest if word.startswith("-")} <= set((usage.stdout + usage.stderr).split())
+        case ["locust", "-f", file, *rest]:  # in a process of its own: it patches sockets
+            helped = [sys.executable, "-m", "locust", "-f", str(ROOT / file), "--host", "http://127.0.0.1", "--help"]
+            usage = subprocess.run(helped, capture_output=True, text=True, check=True).stdout
+            assert {word for word in rest if word.startswith("-")} <= set(re.findall(r"(?<!\S)--?[\w-]+", usage))
         case ["serve", "run", target]:  # Ray's
             module, _, name = target.partition(":")
             assert re.search(rf"^{name} = ", (ROOT / "runtime" / f"{module.replace('.', '/')}.py").read_text(), re.M)

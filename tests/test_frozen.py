@@ -26,6 +26,7 @@ import pytest
 from safetensors import safe_open
 
 import car_runtime
+from car_runtime.format.goldens import golden_file
 from car_train import checkpoint
 from fixtures.golden import Golden
 from fixtures.small import small_model
@@ -41,10 +42,8 @@ COMMANDS: dict[str, tuple[str, list[list[str]]]] = {
         "car_runtime.cli.main",
         [
             [],
-            *(
-                [c]
-                for c in "paint extend restyle vary again blend batch sheet control doctor plan serve verify".split()
-            ),
+            *([c] for c in "paint extend restyle vary again blend batch sheet detect control".split()),
+            *([c] for c in "doctor plan serve verify".split()),
         ],
     ),
     "python -m car_train": (
@@ -74,19 +73,23 @@ def export_hashes(plan: Path) -> dict[str, str]:
     """
     found = {}
     for path in sorted(plan.rglob("*")):
-        if not path.is_file() or path.name == "goldens.npz":
+        if not path.is_file() or path.suffix == ".npz":
             continue
         content = path.read_bytes()
         if path.name == "manifest.json":
             manifest = json.loads(content)
-            del manifest["provenance"], manifest["files"]["goldens.npz"]
+            del manifest["provenance"]
+            for name in [name for name in manifest["files"] if name.endswith(".npz")]:
+                del manifest["files"][name]
             content = json.dumps(manifest, indent=1).encode()
         found[path.relative_to(plan).as_posix()] = hashlib.sha256(content).hexdigest()
     return found
 
 
 def golden_tokens(plan: Path) -> dict[str, list[int]]:
-    with np.load(plan / "goldens.npz") as arrays:
+    """Of the default branch, or of a plan without one."""
+    branch = json.loads((plan / "manifest.json").read_text())["model"]["default_branch"]
+    with np.load(plan / golden_file(branch or "")) as arrays:
         return {name: arrays[name].tolist() for name in ("tokens", "sampled_tokens")}
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,82 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     assert {Path(name).name for name in names if "/cubins/" in name} == cubins
     licences = {Path(name).name for name in names if ".dist-info/licenses/" in name}
     assert licences == {"LICENSE", "NOTICE"}
+
+
+def test_the_bill_of_materials_has_every_file_of_the_wheel_in_one_component(wheel: Path) -> None:
+    bill = json.loads((ROOT / "sbom.cdx.json").read_text(encoding="utf-8"))
+    assert bill["metadata"]["component"]["version"] == project()["version"]
+    patterns = {
+        part["bom-ref"]: [
+            p for one in part.get("properties", ()) if one["name"] == "files" for p in one["value"].split()
+        ]
+        for part in bill["components"]
+    }
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if ".dist-info/" not in name]
+    found = {
+        name: [part for part, globs in patterns.items() if any(fnmatch(name, g) for g in globs)] for name in names
+    }
+    assert {name: parts for name, parts in found.items() if len(parts) != 1} == {}
+    assert {part for parts in found.values() for part in parts} == {part for part, globs in patterns.items() if globs}
+    wanted = names_of(project()["dependencies"])
+    assert {part for part, globs in patterns.items() if not globs} == wanted
+    assert set(bill["dependencies"][0]["dependsOn"]) == wanted
+    assert all(part["licenses"] for part in bill["components"])
+
+
+@pytest.mark.slow
+def test_two_builds_of_one_source_are_the_same_bytes(wheel: Path) -> None:
+    """In folders of different names; `SOURCE_DATE_EPOCH` takes the place of the files' times."""
+    built = []
+    for name in ("one", "two"):
+        source = wheel.parent / name
+        shutil.copytree(wheel.parent / "source", source, ignore=shutil.ignore_patterns("*.egg-info", "build"))
+        for path in source.rglob("*.py"):
+            path.touch()
+        done = command(
+            *(sys.executable, "-m", "build", "--wheel", "--outdir", source / "dist", source),
+            SOURCE_DATE_EPOCH="1764374400",
+        )
+        assert done.returncode == 0, done.stderr
+        (path,) = (source / "dist").glob("*.whl")
+        built.append(path.read_bytes())
+    assert built[0] == built[1]
+
+
+OUTSIDE = """
+from pathlib import Path
+
+import numpy as np
+
+from car_runtime import CARPipeline, GenerationConfig, Plan, Result, open_plan
+
+
+def draw(path: Path) -> np.ndarray:
+    with open_plan(path, "ort-cpu", threads=1) as plan:
+        reveal_type(plan.generate(GenerationConfig(label=3)))
+        reveal_type(plan.generate("edges.png", "cat").tokens.shape)
+    with CARPipeline.from_pretrained() as pipe:
+        reveal_type(pipe("edges.png", generator=7).seeds)
+    return np.zeros(1)
+
+
+plan: Plan = open_plan(threads="two")
+"""
+
+
+@pytest.mark.slow
+def test_types_are_there_for_who_installs_it(fresh: Path, tmp_path: Path) -> None:
+    """mypy --strict on a script outside, with the package as installed: all is typed, and a mistake is found."""
+    (tmp_path / "outside.py").write_text(OUTSIDE)
+    arguments = ("--strict", "--python-executable", fresh / "python", "--disable-error-code", "type-arg")
+    done = command(sys.executable, "-m", "mypy", *arguments, "outside.py", cwd=tmp_path)
+    lines = done.stdout.splitlines()
+    assert 'note: Revealed type is "car_runtime.plan.Result"' in done.stdout
+    assert 'note: Revealed type is "builtins.list[builtins.int]"' in done.stdout
+    errors = [line for line in lines if ": error:" in line]
+    assert len(errors) == 1, done.stdout
+    assert 'Argument "threads" to "open_plan" has incompatible type "str"' in errors[0]
 
 
 @needs_shipped_plan
@@ -174,7 +251,7 @@ STABLE = {
     *("safetensors", "tqdm", "matplotlib", "tensorboard", "h5py", "resvg-py", "cryptography"),
     *("fastapi", "uvicorn", "python-multipart", "prometheus-client"),
 }
-"""Packages of extras without an upper major: what is used of them has not changed over majors, or they have none."""
+"""Packages of extras without an upper major: a few functions are used of each."""
 
 
 def requirements_of_extras() -> list[Requirement]:
@@ -184,7 +261,7 @@ def requirements_of_extras() -> list[Requirement]:
     return [one for one in wanted if one.name != project()["name"]]
 
 
-def test_a_package_whose_majors_break_has_an_upper_major_and_the_same_in_every_extra() -> None:
+def test_all_other_packages_have_an_upper_major_and_the_same_in_every_extra() -> None:
     uppers: dict[str, set[str]] = {}
     for one in requirements_of_extras():
         bounds = {s.version for s in one.specifier if s.operator in ("<", "==")}

@@ -38,6 +38,8 @@ def code_of(module: ModuleType, name: str) -> str:
         (car_train.errors, car_runtime.errors, "printable_lines"),
         (car_train.files, car_runtime.system.files, "_runs"),
         (car_train.files, car_runtime.system.files, "_sweep_once"),
+        (car_train.files, car_runtime.system.files, "one_writer"),
+        (car_train.files, car_runtime.system.files, "_locked"),
         (car_train.data.images, car_runtime.images, "_strips"),
     ],
 )

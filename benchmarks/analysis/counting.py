@@ -7,15 +7,16 @@ rows.
 An operation is a multiplication or an addition; a matrix product of M×K by K×N has 2·M·N·K. Only products and
 convolutions are counted so. All else is given in bytes: what a node reads and writes if nothing is fused, which is
 the most that it can be. Nodes on weights alone (casts of stored FP16 or BF16) are an engine's work when it opens a
-graph and are left out of both. B images; R rows; S side of a scale; T tokens seen; C width.
+graph and are left out of both. In a plan of format 2 the default branch is in use, and what a graph of its costs is
+counted with the base's. B images; R rows; S side of a scale; T tokens seen; C width.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,8 @@ VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Shape")
 """Nodes that give the same bytes another shape."""
 PICKS = ("Gather", "Slice")
 """Nodes that read no more of their first input than they write."""
+FUSION = "fusion_"
+"""What the names of a step's inputs begin with that are parameters of a branch."""
 FUSED = ("Gelu", "LayerNormalization", "InstanceNormalization", "Softmax", "TopK", "CumSum")
 """Nodes that would be several if the exporter wrote them out, and whose number is therefore watched."""
 
@@ -55,7 +58,7 @@ class Gemm:
 
 @dataclass(frozen=True, kw_only=True)
 class GraphCount:
-    """One run of one graph."""
+    """One run of one graph, or of several that are one stage."""
 
     graph: str
     nodes: int
@@ -86,6 +89,20 @@ class GraphCount:
     @property
     def weight_elements(self) -> int:
         return sum(self.weights.values())
+
+    def __add__(self, other: GraphCount) -> GraphCount:
+        """Both, one after the other; weights of the second are called by its graph where they have the same name."""
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.type == "int"}
+        for name in ("ops", "flops_by_op", "activation_bytes"):
+            sums[name] = dict(Counter(getattr(self, name)) + Counter(getattr(other, name)))
+        renamed = {f"{other.graph}/{k}" if k in self.weights else k: v for k, v in other.weights.items()}
+        return GraphCount(
+            graph=self.graph,
+            gemms=self.gemms + other.gemms,
+            weights=self.weights | renamed,
+            stored=self.stored | other.stored,
+            **sums,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,19 +149,19 @@ def open_manifest(plan: Path) -> Manifest:
 def static_graph(plan: Path, manifest: Manifest, name: str, batch: int) -> onnx.ModelProto:
     """A graph of the plan for `batch` images with every dimension a number; weights stay where they are.
 
-    name: a graph of the manifest, or "step.KK" for one scale.
+    name: a graph of the manifest, or "step.KK" or "branch.NAME.KK" for one scale.
     """
     static = f"{name}.b{batch}"
     if static in manifest.graphs:
         return onnx.load(plan / manifest.graphs[static].file, load_external_data=False)
-    sizes, constants = {"B": batch, "R": 2 * batch}, {}
-    if name.startswith("step."):
-        scale = manifest.scales[int(name.removeprefix("step."))]
+    sizes, constants = {"B": batch, "R": 2 * batch, "m": 1}, {}
+    if name.startswith(("step.", "branch.")):
+        name, _, k = name.rpartition(".")
+        scale = manifest.scales[int(k)]
         sizes |= {"S": scale.side, "P": scale.start, "T": scale.next_side}
         for port, tensor in scale.constants.items():
             t = manifest.tensors[tensor]
             constants[port] = external(tensor, np.dtype(t.dtype), t.shape, t.offset, t.bytes, plan)
-        name = "step"
     model = onnx.load(plan / manifest.graphs[name].file, load_external_data=False)
     return ir.to_proto(specialise(ir.from_proto(model), sizes, constants))
 
@@ -188,7 +205,7 @@ def _tensors(model: onnx.ModelProto, name: str) -> dict[str, _Tensor]:
 def count_graph(model: onnx.ModelProto, name: str) -> GraphCount:
     """Count one static graph."""
     tensors, graph = _tensors(model, name), model.graph
-    fixed = {i.name for i in graph.initializer}
+    fixed = {i.name for i in graph.initializer} | {i.name for i in graph.input if i.name.startswith(FUSION)}
     weights: dict[str, int] = {}
     weight_bytes = 0
     flops: Counter[str] = Counter()
@@ -212,7 +229,7 @@ def count_graph(model: onnx.ModelProto, name: str) -> GraphCount:
     other = [
         tensors[v.name].bytes
         for v in (*graph.input, *graph.output)
-        if not v.name.startswith(("past_", "new_")) and v.name != "logits"
+        if not v.name.startswith(("past_", "new_", FUSION)) and v.name != "logits"
     ]
     return GraphCount(
         graph=name,
@@ -280,12 +297,19 @@ def count_image(plan: Path, batch: int = 1) -> ImageCount:
         raise BenchmarkError(f"batch is {batch}; give a number from 1")
     manifest = open_manifest(plan)
 
-    def stage(name: str, graph: str, of: int, runs: int = 1) -> Stage:
-        return Stage(name=name, count=count_graph(static_graph(plan, manifest, graph, of), graph), runs=runs)
+    def stage(name: str, graphs: Sequence[str], of: int = batch, runs: int = 1) -> Stage:
+        first, *others = (count_graph(static_graph(plan, manifest, graph, of), graph) for graph in graphs)
+        return Stage(name=name, count=sum(others, first), runs=runs)
 
-    control = [stage("control", "control", batch)] if "control" in manifest.graphs else []
-    scales = [stage(f"scale_{k}", f"step.{k:02d}", batch) for k in range(len(manifest.scales))]
-    stages = [*control, stage("condition", "condition", batch), *scales, stage("decoder", "decoder", 1, batch)]
+    branch = manifest.model.default_branch
+    controls = [name for name in ("control", f"control.{branch}") if name in manifest.graphs]
+    conditions = [name for name in ("condition", f"condition.{branch}") if name in manifest.graphs]
+    scales = [
+        stage(f"scale_{k}", [f"step.{k:02d}", *([f"branch.{branch}.{k:02d}"] if branch is not None else [])])
+        for k in range(len(manifest.scales))
+    ]
+    stages = [*([stage("control", controls)] if controls else []), stage("condition", conditions), *scales]
+    stages.append(stage("decoder", ["decoder"], 1, batch))
     return ImageCount(batch=batch, stages=tuple(stages))
 
 
@@ -293,6 +317,8 @@ def stored_weights(plan: Path, batch: int = 1) -> tuple[int, int]:
     """(bytes of weights.bin that some graph of the plan refers to, each once; bytes of the whole file)."""
     manifest = open_manifest(plan)
     ranges: dict[int, int] = {t.offset: t.bytes for t in manifest.tensors.values()}
+    for one in manifest.parameters.values():
+        ranges[one.offset] = max(one.bytes, ranges.get(one.offset, 0))
     for graph in manifest.graphs.values():
         for offset, length in _stored(onnx.load(plan / graph.file, load_external_data=False).graph):
             ranges[offset] = max(length, ranges.get(offset, 0))

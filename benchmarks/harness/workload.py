@@ -5,6 +5,7 @@ torch and the exporter are imported where they are needed: processes that measur
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import inspect
@@ -180,7 +181,7 @@ def random_weights(
     model can have, or if the export fails.
     """
     from car_export.config import ExportOptions
-    from car_export.plan import build_plan
+    from car_export.plan2 import build_plan_of_2
 
     try:
         source = Source(model=model, depth=depth)
@@ -197,11 +198,29 @@ def random_weights(
             batches=batches,
             provenance={"weights": f"random, seed {SEED}"},
         )
-        build_plan(source.load(), options, log)
+        build_plan_of_2(source.load(), options, log)
 
     name = f"{model}-depth{config.var.depth}-{precision}-b{'.'.join(map(str, batches))}"
     plan = _made_once(cache, name, _key(config), export, log)
     return Workload(plan=plan, manifest=read(plan), source=source)
+
+
+def random_branches(model: str, cache: Path, log: Callable[[str], None]) -> Path:
+    """A plan of one base with the branches "depth" and "other", exported once into `cache`. BenchmarkError."""
+    from car_export.config import ExportOptions
+    from car_export.plan2 import build_plan_of_2
+
+    def export(plan: Path) -> None:
+        one = random_model(MODELS[model])
+        other = copy.deepcopy(one)
+        assert other.car is not None
+        assert other.car.branch is not None
+        for parameter in other.car.branch.parameters():
+            parameter.data.mul_(0.9)
+        options = ExportOptions(output=plan, name=plan.name.removesuffix(".plan"))
+        build_plan_of_2({"depth": one, "other": other}, options, log)
+
+    return _made_once(cache, f"{model}-branches", _key(MODELS[model]), export, log)
 
 
 def int8(workload: Workload, cache: Path, log: Callable[[str], None]) -> Workload:

@@ -50,6 +50,7 @@ from car_train import checkpoint
 from car_train.data.dataset import ControlledImages, select_classes
 from car_train.data.folder import text_of
 from car_train.data.pretrained import fetch
+from car_train.errors import printable_lines
 from car_train.evaluation.features import EfficientNetLite0, FeatureNetwork, Inception
 from car_train.evaluation.legibility import legibility
 from car_train.evaluation.measure import Measurements
@@ -263,12 +264,11 @@ def run(args: argparse.Namespace) -> None:
         if options.tokenizer:
             perceptual = Perceptual(fetch("squeezenet"))
         report = evaluate(options, features=features, inception=inception, perceptual=perceptual, sheet=args.sheet)
-    text = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     if args.output is not None:
-        write_text(args.output, text)
-    print(table(report), file=sys.stderr if args.json else sys.stdout)
+        write_text(args.output, json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    print(printable_lines(table(report)), file=sys.stderr if args.json else sys.stdout)
     if args.json:
-        print(text, end="")
+        print(json.dumps(report, indent=2, allow_nan=False))
 
 
 def _check(args: argparse.Namespace, options: EvalOptions, drawn: bool) -> None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from car_train import checkpoint
-from car_train.errors import UserError, printable_lines
+from car_train.errors import UserError, error_lines
 from car_train.evaluation.generate import uniform_numbers
 from car_train.images import save_png, to_pixels
 from car_train.model import Model
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with terminated_politely():
             _run(args)
     except (UserError, OSError) as error:
-        print(f"car_train: error: {printable_lines(str(error))}", file=sys.stderr)
+        print(f"car_train: error: {error_lines(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         return 143 if isinstance(stop, Terminated) else 130

@@ -25,6 +25,19 @@ _TYPES = {TensorProto.BFLOAT16: TensorProto.FLOAT}
 
 
 @contextlib.contextmanager
+def runnable(plan: Path) -> Iterator[Path]:
+    """The plan, or in its place a float32 copy where ONNX Runtime, which has no bfloat16 on CPUs, can't run it.
+
+    What is left to find in that copy is everything but rounding.
+    """
+    if schema.read_manifest(plan).precision.compute != "bf16":
+        yield plan
+        return
+    with float32_copy(plan) as copy:
+        yield copy
+
+
+@contextlib.contextmanager
 def float32_copy(plan: Path) -> Iterator[Path]:
     """A float32 copy of a plan, in a folder next to it that is removed afterwards."""
     with scratch(plan) as folder:
@@ -40,6 +53,12 @@ def _copy(plan: Path, folder: Path) -> None:
     for name, tensor in manifest.tensors.items():
         offset, _ = weights.copy(tensor.offset, tensor.bytes)
         tensors[name] = dataclasses.replace(tensor, offset=offset)
+    parameters = {}
+    for name, one in manifest.parameters.items():
+        narrow = one.dtype == "bfloat16"
+        offset, size = weights.copy(one.offset, one.bytes, _as_float32 if narrow else None)
+        dtype = "float32" if narrow else one.dtype
+        parameters[name] = dataclasses.replace(one, dtype=dtype, offset=offset, bytes=size)
     for name, graph in graphs.items():
         _widen_graph(graph.graph, weights)
         (folder / manifest.graphs[name].file).write_bytes(graph.SerializeToString())
@@ -53,13 +72,16 @@ def _copy(plan: Path, folder: Path) -> None:
         for name, graph in manifest.graphs.items()
     }
     names = [schema.WEIGHTS, *(graph.file for graph in copied.values())]
+    files = schema.describe_files(folder, names, manifest.chunk_bytes)
     whole = dataclasses.replace(
         manifest,
         precision=schema.Precision(compute="fp32", weights="fp32"),
         tensors=tensors,
         graphs=copied,
         engines=(),
-        files=schema.describe_files(folder, names, manifest.chunk_bytes),
+        files=files,
+        parameters=parameters,
+        parameters_digest=schema.graphs_digest(copied, files) if parameters else "",
     )
     schema.write_manifest(folder, whole)
 

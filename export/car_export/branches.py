@@ -16,6 +16,7 @@ import onnx
 import torch
 from onnx import TensorProto
 
+from car_export.bf16_to_fp32 import runnable
 from car_export.command import run_command
 from car_export.config import ExportOptions
 from car_export.errors import ExportError, VerificationError
@@ -24,10 +25,11 @@ from car_export.goldens import write_goldens
 from car_export.plan import Log, reference_model
 from car_export.plan2 import PlanBuilder2, check_branches
 from car_export.verify2 import Verifier2
-from car_export.weights import Place, WeightStore, alignment, external, place, refer
+from car_export.weights import Place, WeightStore, alignment, as_array, external, place, refer
 from car_runtime.format import manifest as schema
 from car_runtime.format.goldens import golden_file
 from car_runtime.format.signature import SIGNATURE
+from car_runtime.receipt import UPGRADED
 from car_train import checkpoint
 from car_train.model import Model
 from car_train.model.var import MAX_LOG_SCALE
@@ -49,11 +51,6 @@ def read_plan(plan: Path) -> schema.Manifest:
         raise ExportError(manifest.table_problem)
     schema.verify_files(plan, manifest)
     return manifest
-
-
-def batches_of(manifest: schema.Manifest) -> tuple[int, ...]:
-    """The batch sizes with static graphs."""
-    return tuple(sorted({int(name.rsplit(".b", 1)[1]) for name in manifest.graphs if name.startswith("step.")}))
 
 
 def graphs_of(manifest: schema.Manifest, branch: str) -> list[str]:
@@ -149,10 +146,10 @@ def add_branch(
         name=old.name,
         precision=old.precision.compute,
         weights=old.precision.weights if old.precision.compute == "fp32" else "fp32",
-        batches=batches_of(old),
+        batches=old.batches,
         more_smooth=old.more_smooth,
         provenance={
-            **old.provenance,
+            **_provenance(old, default),
             **{f"sha256 {name} {file}": digest for file, digest in checkpoint.fingerprint(path).items()},
         },
         **asdict(old.sampling),
@@ -161,8 +158,9 @@ def add_branch(
         _copy(plan, old, aside)
         builder = AddedBranch(name, model, old, options, aside, log)
         _finish(builder.build(), aside, default)
-        verifier = Verifier2(aside, builder.reference, name, log)
-        verifier.check(whole=False)
+        with runnable(aside) as whole:
+            verifier = Verifier2(whole, builder.reference, name, log)
+            verifier.check(whole=False, statics=False)
         if verifier.problems:
             raise VerificationError(
                 f"{len(verifier.problems)} differences between the plan and {path}:\n  "
@@ -208,7 +206,7 @@ def check_base(old: schema.Manifest, plan: Path, model: Model, path: Path) -> No
     for name in sorted(table & found.keys() - {"base.pos_LC", "base.level_KC"}):
         one = old.parameters[name]
         value = _stored(weights, one).T if one.layout == "transposed" else _stored(weights, one)
-        mine = found[name].to(getattr(torch, one.dtype)).numpy()
+        mine = as_array(found[name].to(getattr(torch, one.dtype)))
         if name.endswith("log_scale_H"):
             value, mine = (np.exp(np.minimum(x.astype("f4"), np.float32(MAX_LOG_SCALE))) for x in (value, mine))
         if not np.array_equal(value, mine):
@@ -223,6 +221,12 @@ def check_base(old: schema.Manifest, plan: Path, model: Model, path: Path) -> No
 def _stored(weights: np.ndarray, one: schema.Parameter | schema.Tensor) -> np.ndarray:
     """An array of weights.bin as it is stored."""
     return weights[one.offset : one.offset + one.bytes].view(one.dtype).reshape(one.shape)
+
+
+def _provenance(old: schema.Manifest, default: str | None) -> dict[str, str]:
+    """Of the plan; not the one it was upgraded from, whose receipts name no branch, where the default moves."""
+    stays = default in (None, old.model.default_branch)
+    return {name: value for name, value in old.provenance.items() if stays or name != UPGRADED}
 
 
 def _copy(plan: Path, manifest: schema.Manifest, aside: Path) -> None:
@@ -300,6 +304,7 @@ def remove_branch(
             parameters_digest=schema.graphs_digest(graphs, files),
             graphs=graphs,
             files=files,
+            provenance=_provenance(old, default),
         )
         _finish(manifest, aside, None)
     log(f"{output or plan} has the branches {', '.join(branches)}")

@@ -11,8 +11,9 @@ from pathlib import Path
 from car_export.command import add_model_arguments, flags_of, load_model, run_command
 from car_export.config import ExportOptions, Int8Options
 from car_export.files import write_file
-from car_export.plan import build_plan, reference_model
+from car_export.plan import reference_model
 from car_export.plan2 import build_plan_of_2
+from car_export.published import find_published
 from car_export.quantize.int8 import to_int8
 from car_export.tensorrt import build as engines
 from car_export.tensorrt.compiler import Compiler
@@ -33,8 +34,9 @@ EXAMPLES = """examples:
   python export/build_engines.py runs/car -o emoji.plan --weights fp16
   python export/build_engines.py --vae vae_ch160v4096z32.pth --var var_d16.pth --car car_depth_d16.pth \\
       --control-type depth -o d16.plan
+  python export/build_engines.py --from-published downloads/ -o d16.plan  # finds these files itself
   python export/build_engines.py runs/canny runs/depth -o both.plan  # one base, two control branches
-  python export/build_engines.py old.plan --upgrade -o new.plan  # format 1 to format 2, without a checkpoint
+  python export/build_engines.py old.plan --upgrade -o new.plan  # a plan of format 1, without its checkpoint
   python export/build_engines.py runs/car -o emoji.plan --verify  # compare an existing plan with its checkpoint again
   python export/build_engines.py runs/car -o emoji.plan --target rtx --sm 89  # and engines (no GPU is needed)
   python export/build_engines.py emoji.plan --target rtx --sm 89,120  # engines of an existing plan
@@ -62,8 +64,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         nargs="*",
         metavar="BRANCH",
-        help="more checkpoints on the same base, each a further control branch of the plan (format 2); "
+        help="more checkpoints on the same base, each a further control branch of the plan; "
         "NAME=CHECKPOINT names one, else its control type does",
+    )
+    parser.add_argument(
+        "--from-published",
+        type=Path,
+        metavar="DIR",
+        help="find the published tokenizer, transformer and control branches in a folder, by their tensors",
     )
     parser.add_argument("-o", "--output", type=Path, help="the plan to write, NAME.plan")
     parser.add_argument("--name", help="the model's name in the manifest (default: that of the plan)")
@@ -75,13 +83,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=(),
         metavar="PATH",
         help="with --weights int8: control images, or folders of them, to calibrate on (default: synthetic images)",
-    )
-    parser.add_argument(
-        "--format",
-        type=int,
-        choices=(1, 2),
-        help="plan format: 2 has control branches in graphs of their own, 1 is for older readers and for engines "
-        "(default: 1, or 2 with several branches)",
     )
     parser.add_argument(
         "--upgrade", action="store_true", help="write a plan of format 1 as one of format 2; no checkpoint is needed"
@@ -198,14 +199,27 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.verify and args.sign is not None:
         raise ConfigError("--verify changes nothing; leave out --sign, or leave out --verify")
     check_int8(args)
-    if not is_plan(args.checkpoint):
-        if args.upgrade:
-            raise ConfigError(f"--upgrade is for a plan, but {args.checkpoint} is none; leave it out")
-        _format_of(args)
+    if args.upgrade and not is_plan(args.checkpoint):
+        raise ConfigError(f"--upgrade is for a plan, but {args.checkpoint} is none; leave it out")
+
+
+def use_published(args: argparse.Namespace, log: Log) -> None:
+    """Set --vae, --var and --car to what --from-published finds. Raises ConfigError."""
+    folder = args.from_published
+    if folder is None:
+        return
+    if args.checkpoint is not None:
+        raise ConfigError(f"--from-published {folder} and {args.checkpoint} are two models; give one of them")
+    if needless := [name for name in ("vae", "car", "control_type") if getattr(args, name)]:
+        raise ConfigError(f"--from-published finds the files itself; leave out {flags_of(needless)}, or that flag")
+    found = find_published(folder, log, args.var)
+    args.vae, args.var = found.vae, found.var
+    args.car = [Path(f"{kind}={path}") for kind, path in found.cars.items()] or None
 
 
 def run(args: argparse.Namespace, log: Log) -> Path:
     """Do what the arguments say, and sign; returns the plan."""
+    use_published(args, log)
     check_flags(args)
     if args.sign is not None:
         signature.private_key(args.sign)  # whether there is one shows before the work
@@ -233,7 +247,8 @@ def build(args: argparse.Namespace, log: Log) -> Path:
     if is_plan(args.checkpoint):
         if args.upgrade:
             return make_upgrade(args, log)
-        _check_plan(args)
+        if args.others:
+            raise ConfigError(f"{args.checkpoint} is a plan, and {args.others[0]} a second input; give one plan")
         return make_int8(args, log) if args.weights == "int8" else build_engines_only(args, log)
     # Whatever can be wrong with the targets shows before the export, which takes minutes.
     targets = engines.choose_targets(args.target, args.sm) if args.target else []
@@ -250,13 +265,10 @@ def build(args: argparse.Namespace, log: Log) -> Path:
         )
     if args.verify:
         return verify_again(models, args.output, log)
-    of_2 = _format_of(args) == 2
     if args.weights == "int8":
-        return export_int8(models, of_2, options, tuple(args.calibrate), log)
-    if of_2:
-        return build_plan_of_2(models, options, log)
+        return export_int8(models, options, tuple(args.calibrate), log)
     with engines.keeping_engines(args.output, log):
-        build_plan(model, options, log)
+        build_plan_of_2(models, options, log)
     if targets:
         engines.build_engines(args.output, targets, log)
     return args.output
@@ -330,32 +342,6 @@ def _named(given_path: Path) -> tuple[str | None, Path]:
     return (name, Path(path)) if equals and not given_path.exists() else (None, given_path)
 
 
-def _check_plan(args: argparse.Namespace) -> None:
-    """Raise ConfigError for a plan that engines can't be made of, or a second input."""
-    if args.others:
-        raise ConfigError(f"{args.checkpoint} is a plan, and {args.others[0]} a second input; give one plan")
-    if schema.read_manifest(args.checkpoint).format == 2:
-        wanted = "an int8 plan" if args.weights == "int8" else "engines"
-        raise ConfigError(
-            f"{args.checkpoint} is of format 2; {wanted} can be made of format 1: export with --format 1"
-        )
-
-
-def _format_of(args: argparse.Namespace) -> int:
-    """The format to write. Raises ConfigError for what isn't exported in it, or belongs to the other alone."""
-    several = bool(args.others) or len(args.car or ()) > 1
-    if args.format == 1 and several:
-        raise ConfigError("--format 1 holds one control branch; leave it out, or give one checkpoint")
-    chosen: int = args.format or (2 if several else 1)
-    of_1 = "--target" if args.target else "--precision bf16" if args.precision == "bf16" else None
-    of_1 = "--weights int8" if args.weights == "int8" else of_1
-    if of_1 is not None and chosen == 2:
-        raise ConfigError(f"{of_1} needs a plan of format 1; leave it out, or export one checkpoint with --format 1")
-    if chosen == 1 and args.default_branch is not None and not args.verify:
-        raise ConfigError(f"--default-branch {args.default_branch} belongs to format 2; add --format 2")
-    return chosen
-
-
 def verify_again(models: dict[str, Model], plan: Path, log: Log) -> Path:
     """Compare an existing plan with its model. Raises VerificationError."""
     manifest = schema.read_manifest(plan)
@@ -377,16 +363,11 @@ def verify_again(models: dict[str, Model], plan: Path, log: Log) -> Path:
     return plan
 
 
-def export_int8(
-    models: dict[str, Model], of_2: bool, options: ExportOptions, controls: tuple[Path, ...], log: Log
-) -> Path:
+def export_int8(models: dict[str, Model], options: ExportOptions, controls: tuple[Path, ...], log: Log) -> Path:
     """Export a float32 plan aside, verified, and make the int8 one of it."""
     output = options.output
     with scratch(output) as aside:
-        float32 = dataclasses.replace(options, output=aside / "fp32.plan")
-        exact = (
-            build_plan_of_2(models, float32, log) if of_2 else build_plan(next(iter(models.values())), float32, log)
-        )
+        exact = build_plan_of_2(models, dataclasses.replace(options, output=aside / "fp32.plan"), log)
         return to_int8(Int8Options(source=exact, output=output, controls=controls), log)
 
 

@@ -12,7 +12,7 @@ from car_export.errors import ExportError, VerificationError
 from car_runtime.errors import CarError, printable_lines
 from car_train import checkpoint
 from car_train.config import ConfigError
-from car_train.errors import UserError
+from car_train.errors import UserError, error_lines
 from car_train.files import sha256
 from car_train.interop.command import add_official_arguments, load_official
 from car_train.model import Model
@@ -70,7 +70,7 @@ def run_command(name: str, command: Callable[[Log], int], stopped: str = "nothin
     began = time.monotonic()
 
     def log(text: str) -> None:
-        print(f"[{time.monotonic() - began:6.1f} s] {text}", file=sys.stderr, flush=True)
+        print(f"[{time.monotonic() - began:6.1f} s] {printable_lines(text)}", file=sys.stderr, flush=True)
 
     try:
         with terminated_politely():
@@ -80,10 +80,10 @@ def run_command(name: str, command: Callable[[Log], int], stopped: str = "nothin
     except BrokenPipeError:
         return after_broken_pipe()
     except VerificationError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{name}: {error_lines(error)}", file=sys.stderr)
         return 1
     except (UserError, ExportError, CarError, OSError) as error:
-        print(f"{name}: error: {printable_lines(str(error))}", file=sys.stderr)
+        print(f"{name}: error: {error_lines(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"{name}: interrupted; {stopped}", file=sys.stderr)

@@ -326,7 +326,7 @@ class BaseStepGraph(StepGraph):
         side = i["x"].shape[1]
         cache = TracedCache([(i[f"past_k_{n}"], i[f"past_v_{n}"]) for n in range(self.layers)])
         logits_BSSV = self._guided(self._logits(i, cache), i).unflatten(1, (side, side))
-        kept_BSSV = _keep_top_of_each(logits_BSSV + i["bias"][:, None, None], i["top_k"], i["top_p"])
+        kept_BSSV = _keep_top_of_each(logits_BSSV + i["bias"], i["top_k"], i["top_p"])
         tokens_BSS = torch.where(i["known_mask"], i["known"], draw_kept(kept_BSSV, i["uniforms"]))
         codes_BSSZ = F.embedding(tokens_BSS, self.quantizer.embedding)
         if self.more_smooth:

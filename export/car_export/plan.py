@@ -329,7 +329,7 @@ def tool_versions() -> dict[str, str]:
 
 
 def build_plan(model: Model, options: ExportOptions, log: Log = lambda _: None) -> Path:
-    """Build, verify and put a plan in place; returns its path. Nothing is left at `options.output` if anything fails.
+    """As `plan2.build_plan_of_2`, of format 1: for what is held to plans of older exports.
 
     Raises ExportError or verify.VerificationError.
     """

@@ -44,7 +44,7 @@ DIMS: dict[str, Names] = STEP_DIMS | {
     "top_k": ("B",),
     "top_p": ("B",),
     "smooth": ("B",),
-    "bias": ("B", None),
+    "bias": ("B", "S", "S", None),
     "mix": ("m", "R"),
     "keep": ("R",),
     "c": ("m", None, "S", "S", "R", None),
@@ -283,7 +283,7 @@ def example_inputs_of_2(
         "top_k": torch.ones(B, dtype=torch.int64),
         "top_p": torch.ones(B),
         "smooth": torch.zeros(B, dtype=torch.bool),
-        "bias": torch.zeros(B, model.config.vqvae.vocab),
+        "bias": torch.zeros(B, side, side, model.config.vqvae.vocab),
         "mix": torch.ones(m, R),
         "keep": torch.zeros(R),
         "c": torch.zeros(m, module.fused, side, side, R, C),
@@ -307,15 +307,16 @@ def _branch_inputs(made: Model, every: Mapping[str, Tensor]) -> dict[str, Tensor
     }
 
 
-def build_plan_of_2(models: Mapping[str, Model], options: ExportOptions, log: Log = lambda _: None) -> Path:
-    """As `build_plan`, of format 2. models: branch name → model on one base, the default branch first.
+def build_plan_of_2(models: Model | Mapping[str, Model], options: ExportOptions, log: Log = lambda _: None) -> Path:
+    """Build, verify and put a plan in place; returns its path. Nothing is left at `options.output` if anything fails.
 
-    {"": model} makes a plan without branches. Raises ExportError or verify.VerificationError.
+    models: branch name → model on one base, the default branch first; {"": model} makes a plan without branches. Of
+    one model alone the branch is called as its control type is. Raises ExportError or verify.VerificationError.
     """
+    if isinstance(models, Model):
+        models = {models.config.car.control_type if models.config.car is not None else "": models}
     if "" not in models:
         check_branches(models)
-    if options.precision == "bf16":
-        raise ExportError("bf16 plans are of format 1; choose --precision fp16 or fp32, or --format 1")
     with plan_written_aside(options.output) as aside:
         builder = PlanBuilder2(models, options, aside, log)
         builder.build()

@@ -34,6 +34,7 @@ from car_export.weights import place
 from car_runtime.format import manifest as schema
 from car_runtime.format.goldens import GOLDENS, golden_file
 from car_runtime.format.graph_check import Checked, check_graph
+from car_runtime.receipt import UPGRADED, plan_digest
 from car_train.config import CARConfig, ConfigError, ModelConfig, VARConfig, VQVAEConfig
 from car_train.conventions import FIRST, PRESETS
 from car_train.model import Model
@@ -195,7 +196,9 @@ class OldPlan:
             raise ExportError(f"{root} is of format {manifest.format} already; use it as it is")
         if precision.weights in ("int8", "bf16"):
             exact = "the float32 plan that it was made of" if precision.weights == "int8" else "one in fp16 or fp32"
-            raise ExportError(f"{root} stores {precision.weights}, which format 2 doesn't have; upgrade {exact}")
+            raise ExportError(
+                f"{root} stores {precision.weights}, of which no model can be made again; upgrade {exact}"
+            )
         if "encoder" not in manifest.graphs:
             raise ExportError(f"{root} has no encoder, which is part of its model; {REMEDY}")
         schema.verify_files(root, manifest)
@@ -462,16 +465,15 @@ def upgrade(source: Path, output: Path, name: str | None = None, log: Log = lamb
     """
     old = OldPlan.read(source)
     manifest = old.manifest
-    statics = {int(graph.rsplit(".b", 1)[1]) for graph in manifest.graphs if re.fullmatch(r"step\.\d+\.b\d+", graph)}
     sampling = {field.name: getattr(manifest.sampling, field.name) for field in fields(manifest.sampling)}
     options = ExportOptions(
         output=output,
         name=name or manifest.name,
         precision=manifest.precision.compute,
         weights=manifest.precision.weights if manifest.precision.compute == "fp32" else "fp32",
-        batches=tuple(sorted(statics)) or (1,),
+        batches=manifest.batches or (1,),
         more_smooth=manifest.more_smooth,
-        provenance={**manifest.provenance, **tool_versions(), "upgraded from": f"format {manifest.format}"},
+        provenance={**manifest.provenance, **tool_versions(), UPGRADED: plan_digest(manifest)},
         **sampling,
     )
     if manifest.engines:

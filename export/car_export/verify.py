@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 import car_runtime
-from car_export.bf16_to_fp32 import float32_copy
+from car_export.bf16_to_fp32 import runnable
 from car_export.errors import VerificationError
 from car_runtime import GenerationConfig
 from car_runtime.backends.onnxruntime.session import needless_optimizers
@@ -54,6 +54,8 @@ class Verifier:
         self.manifest = schema.read_manifest(directory)
         self.tolerance = TOLERANCE[self.manifest.precision.compute]
         self.more_smooth = any(port.name == "smooth" for port in self.manifest.graphs["step"].inputs)
+        self.draws = True
+        """Whether sampling within the step is compared."""
         self.problems: list[str] = []
         self.worst: dict[str, float] = {}
 
@@ -155,7 +157,7 @@ class Verifier:
             self.compare(name, "f_hat_out", got["f_hat_out"], scale["f_hat_out"])
             if k + 1 < len(record.scales):
                 self.compare(name, "next_x", got["next_x"], record.scales[k + 1]["x"])
-        if name == "step":
+        if name == "step" and self.draws:
             self.drawn(session, k, feed, torch.from_numpy(got["logits"]))
             if self.more_smooth:
                 self.smoothed(session, k, feed, torch.from_numpy(got["logits"]))
@@ -202,7 +204,7 @@ class Verifier:
         return False
 
     @torch.no_grad()
-    def steps(self, batch: int, record: Recording, rows: Tensor, uniforms_BL: Tensor) -> None:
+    def steps(self, batch: int, record: Recording, rows: Tensor, uniforms_BL: Tensor, statics: bool = True) -> None:
         modulation = self.car.modulations(rows).numpy()
         feeds = [self._feed(k, record, modulation, uniforms_BL) for k in range(len(record.scales))]
         if batch == 1:
@@ -213,7 +215,7 @@ class Verifier:
             del session
         for k, feed in enumerate(feeds):
             name = f"step.{k:02d}.b{batch}"
-            if name in self.manifest.graphs:
+            if statics and name in self.manifest.graphs:
                 session = self.session(name, ("logits",))
                 self.check_ports(name, session)
                 self.step(name, session, k, feed, record)
@@ -330,9 +332,7 @@ class Verifier:
             sizes = [s.control_size for s in self.manifest.scales]
             controls = [np.asarray(Image.fromarray(image).resize((s, s))) for s in sizes]
             pyramid = control_pyramid(Image.fromarray(image), sizes)
-        for batch in sorted(
-            {1, *(int(name.rsplit(".b", 1)[1]) for name in self.manifest.graphs if name.startswith("step."))}
-        ):
+        for batch in sorted({1, *self.manifest.batches}):
             label = torch.from_numpy(rng.integers(0, classes, batch))
             rows = torch.cat([label, torch.full_like(label, classes)])
             uniforms = torch.from_numpy(rng.random((batch, config.tokens), dtype=np.float32))
@@ -363,28 +363,32 @@ class Verifier:
 
 def verify_plan(directory: Path, reference: Model, log: Log) -> None:
     """Raise VerificationError if the plan at `directory` does not compute what `reference` (float32, eval) does."""
+    manifest = schema.read_manifest(directory)
+    check_same_model(manifest, reference, reference.car.layers if reference.car is not None else 0)
+    made = manifest.model
+    if (made.control_type is not None) != (reference.car is not None and reference.car.branch is not None):
+        raise VerificationError(
+            "one of plan and checkpoint has no control branch; give the one that the plan was made from"
+        )
+    with runnable(directory) as plan:
+        Verifier(plan, reference, log).run()
+
+
+def check_same_model(manifest: schema.Manifest, reference: Model, layers: int) -> None:
+    """Raise VerificationError where a plan is of another model. layers: of K/V that its step has."""
     if reference.car is None:
         raise VerificationError("the checkpoint holds a tokenizer only; give the one that the plan was made from")
-    manifest = schema.read_manifest(directory)
     made = manifest.model
     facts = (made.depth, made.width, made.heads, made.vocab, made.latent_channels, made.image_size, made.classes)
     config, base = reference.config.vqvae, reference.car.base.config
     wanted = (base.depth, base.C, base.H, config.vocab, config.latent_channels, config.image_size, base.classes)
-    control = (made.control_type is not None, reference.car.branch is not None)
-    layers = (made.cache_layers, reference.car.layers)
     sides = tuple(s.side for s in manifest.scales)
-    if facts != wanted or sides != config.sides or control[0] != control[1] or layers[0] != layers[1]:
+    if facts != wanted or sides != config.sides or made.cache_layers != layers:
         raise VerificationError(
             f"the plan is of another model: depth, width, heads, codes, channels, pixels, classes are {facts}, "
-            f"the checkpoint's {wanted}, K/V pairs {layers[0]} and {layers[1]}; give the one that the plan was made "
-            "from"
+            f"the checkpoint's {wanted}, K/V pairs {made.cache_layers} and {layers}; give the one that the plan was "
+            "made from"
         )
-    if manifest.precision.compute != "bf16":
-        Verifier(directory, reference, log).run()
-        return
-    # ONNX Runtime has no bfloat16 on CPUs. What is left to find in a float32 copy is everything but rounding.
-    with float32_copy(directory) as copy:
-        Verifier(copy, reference, log).run()
 
 
 _NUMPY: Mapping[str, str] = {

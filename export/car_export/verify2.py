@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from car_export.bf16_to_fp32 import runnable
 from car_export.errors import VerificationError
-from car_export.verify import CFG, Arrays, Log, Verifier, scene
+from car_export.verify import CFG, Arrays, Log, Verifier, check_same_model, scene
+from car_runtime.format import manifest as schema
 from car_runtime.format.schema import FUSIONS, WEIGHTS, Parameter
 from car_train.model import Model
 from car_train.model.sample import Recording, control_pyramid, sample
@@ -26,14 +28,18 @@ class Verifier2(Verifier):
         self.depth = len(self.car.base.blocks)
         self.fused = next(iter(self.manifest.model.branches.values()), None)
 
-    def check(self, whole: bool) -> None:
-        """Compare with PyTorch. whole: also the graphs that are the same for every branch. Fills `problems`."""
+    def check(self, whole: bool, statics: bool) -> None:
+        """Compare with PyTorch. Fills `problems`.
+
+        whole: also the graphs and the sampling that are the same for every branch. statics: also the static forms of
+        the step, which are made of the general one, and a branch is of weight 1 or 0 in all of them.
+        """
+        self.draws = whole
         config, classes = self.reference.config.vqvae, self.car.base.config.classes
         rng = np.random.default_rng(0)
         image, sizes = scene(config.image_size, rng), [s.control_size for s in self.manifest.scales]
         pyramid = control_pyramid(Image.fromarray(image), sizes) if self.branch else None
-        batches = {int(name.rsplit(".b", 1)[1]) for name in self.manifest.graphs if name.startswith("step.")}
-        for batch in sorted({1, *batches}):
+        for batch in sorted({1, *self.manifest.batches} if statics or self.branch else {1}):
             label = torch.from_numpy(rng.integers(0, classes, batch))
             rows = torch.cat([label, torch.full_like(label, classes)])
             uniforms, record = torch.from_numpy(rng.random((batch, config.tokens), dtype=np.float32)), Recording()
@@ -46,7 +52,7 @@ class Verifier2(Verifier):
             self.base_condition(rows)
             if self.branch:
                 self.run_branch(batch, record, rows)
-            self.steps(batch, record, rows, uniforms)
+            self.steps(batch, record, rows, uniforms, statics)
             if batch == 1:
                 control = {self.branch: image} if self.branch else None
                 self.whole_run(control, int(label[0]), tokens, pixels, record)
@@ -145,7 +151,7 @@ class Verifier2(Verifier):
         B, R = len(feed["uniforms"]), len(feed["x"])
         feed |= {name: np.repeat(feed[name], B) for name in ("cfg", "top_k", "top_p")}
         feed |= {"rows": np.tile(np.arange(B), 2), "twin": np.arange(B, 2 * B)}
-        feed["bias"] = np.zeros((B, self.manifest.model.vocab), np.float32)
+        feed["bias"] = np.zeros((*feed["uniforms"].shape, self.manifest.model.vocab), np.float32)
         if self.more_smooth:
             feed["smooth"] = np.repeat(feed["smooth"], B)
         if self.fused is not None:
@@ -179,12 +185,20 @@ def verify_plan_of_2(directory: Path, base: Model, branches: Mapping[str, Model]
 
     base: any of the models, or the one without a branch. branches: name → model.
     """
+    manifest = schema.read_manifest(directory)
+    check_same_model(manifest, base, len(base.car.base.blocks) if base.car is not None else 0)
+    with runnable(directory) as plan:
+        _compare(plan, base, branches, log)
+
+
+def _compare(directory: Path, base: Model, branches: Mapping[str, Model], log: Log) -> None:
     problems: list[str] = []
     worst: dict[str, float] = {}
     runs: list[tuple[str | None, Model]] = [(None, base), *branches.items()]
+    statics = next(iter(branches), None)
     for name, model in runs:
         verifier = Verifier2(directory, model, name, log)
-        verifier.check(whole=name is None)
+        verifier.check(whole=name is None, statics=name == statics)
         problems += verifier.problems
         for kind, error in verifier.worst.items():
             worst[kind] = max(worst.get(kind, 0.0), error)

@@ -30,7 +30,7 @@ def draw(
     """Guidance, top-k, top-p and the inverse CDF: one token a program. Grid: cells × B.
 
     logits: f32 [cells, R, N], of which V count. cfg, control_cfg, top_p: f32 [B]; top_k, twin, plain: int64 [B];
-    cfg_ratio: f32 [1]; extra: f32 [B, V], added before top-k. uniforms: f32 [B, cells]; known, tokens: int64
+    cfg_ratio: f32 [1]; extra: f32 [B, cells, V], added before top-k. uniforms: f32 [B, cells]; known, tokens: int64
     [B, cells]; known_mask: bool. guided: f32 [B, cells, V], written if `store`; border: f32 [B, cells], the least
     logit that top-k and top-p keep, written if `keep`. `steered`: whether a control guides too.
 
@@ -52,7 +52,7 @@ def draw(
         z += g * (cond - tl.load(logits + tl.load(plain + b) * N + v, mask=stored, other=0.0))
     if store:
         tl.store(guided + at * V + v, z, mask=ok)
-    z = tl.where(ok, z + tl.load(extra + b * V + v, mask=ok, other=0.0), float("-inf"))
+    z = tl.where(ok, z + tl.load(extra + at * V + v, mask=ok, other=0.0), float("-inf"))
     key = ordered_bits(z)
     least, most = tl.min(tl.where(ok, key, 0x7FFFFFFF)), tl.max(tl.where(ok, key, -0x7FFFFFFF))
     k = tl.load(top_k + b)
@@ -89,14 +89,14 @@ def draw(
 def smooth(guided, extra, border, noise, cfg_ratio, codes, out, cells, V, Z, VP: tl.constexpr):
     """`more_smooth`: out f32 [B, cells, Z], a Gumbel-softmax mixture of the kept codes. Grid: cells × B.
 
-    guided, noise: f32 [B, cells, V]; extra: f32 [B, V]; border: f32 [B, cells], what `draw` kept; cfg_ratio: f32 [1].
+    guided, extra, noise: f32 [B, cells, V]; border: f32 [B, cells], what `draw` kept; cfg_ratio: f32 [1].
     """
     cell, b = tl.program_id(0), tl.program_id(1)
     v = tl.arange(0, VP)
     ok = v < V
     at = b * cells + cell
     ratio = tl.load(cfg_ratio)
-    z = tl.load(guided + at * V + v, mask=ok, other=0.0) + tl.load(extra + b * V + v, mask=ok, other=0.0)
+    z = tl.load(guided + at * V + v, mask=ok, other=0.0) + tl.load(extra + at * V + v, mask=ok, other=0.0)
     kept = ok & (z >= tl.load(border + at))
     z = z * (1.0 + ratio) + tl.load(noise + at * V + v, mask=ok, other=0.0)
     z = tl.where(kept, z / tl.maximum(0.27 * (1.0 - 0.95 * ratio), 0.005), float("-inf"))

@@ -23,6 +23,7 @@ from car_runtime.batch import Drawing, Rows
 from car_runtime.conditioning import Condition
 from car_runtime.format.manifest import Graph, Manifest
 from car_runtime.request import SmoothNoise, noise_of
+from car_runtime.watermark import Watermark
 
 SLOT = 256
 """TensorRT wants addresses that are multiples of 256 bytes."""
@@ -40,6 +41,8 @@ class Steering:
     """Branch → f32 [L, C] per image; in format 1 one for all images."""
     fusions: Mapping[str, Buffer]
     """Step input name → [m, …], the parameters of 𝓖; empty in format 1."""
+    watermarks: Sequence[Watermark | None] = ()
+    """Per image; empty where no image has one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +89,7 @@ class LoopBuffers:
         model = manifest.model
         *self._slots, size = accumulate((-(-batch * s.tokens // SLOT) * SLOT for s in manifest.scales), initial=0)
         self._allocate_inputs(size)
+        self._watermarks: Sequence[Watermark | None] = ()
         self._noise: SmoothNoise | None = None
         self._smooth: Buffer | None = None
         if manifest.more_smooth:
@@ -148,6 +152,9 @@ class LoopBuffers:
                     self._load_features(branch, i, one)
                     loaded.features[branch, i] = one
         self.fusions = steering.fusions
+        if self._watermarks and not steering.watermarks:
+            backend.write(self._bias, np.zeros(self._bias.shape, np.float32))
+        self._watermarks = steering.watermarks
         noise = np.concatenate([noise_of(drawing.request, [drawing.index]) for drawing in batch])
         backend.write(self._uniforms, self._scale_major(noise))
         edited = any(bool(drawing.request.known_mask[drawing.index].any()) for drawing in batch)
@@ -161,13 +168,21 @@ class LoopBuffers:
         self.drawn = batch[0].request.schedule.drawn
         backend.copy(self._zeros, self.f_hat[0])
 
-    def write_noise(self, k: int) -> None:
-        """Before scale k, and for every scale in turn: the noise that its codes are mixed by, where they are."""
-        if self._noise is None:
-            return
-        values = self._noise.next(self._scales[k].tokens, self._manifest.model.vocab)
-        target = self.inputs[k]["smooth_noise"]
-        self._backend.write(target, values.reshape(target.shape))
+    def write_codes(self, k: int) -> None:
+        """Before scale k, and for every scale in turn: what there is for each code of each token.
+
+        The noise that codes are mixed by, and what watermarks add to their logits.
+        """
+        inputs = self.inputs[k]
+        if self._noise is not None:
+            values = self._noise.next(self._scales[k].tokens, self._manifest.model.vocab)
+            self._backend.write(inputs["smooth_noise"], values.reshape(inputs["smooth_noise"].shape))
+        if self._watermarks:
+            bias = np.zeros(inputs["bias"].shape, np.float32)
+            for image, watermark in enumerate(self._watermarks):
+                if watermark is not None:
+                    bias[image] = watermark.bias(k)
+            self._backend.write(inputs["bias"], bias)
 
     def narrowed(
         self, k: int, x: Buffer, old: RowBuffers, rows: Rows, kept: Sequence[int]
@@ -220,9 +235,7 @@ class LoopBuffers:
         self._cfg = allocate((len(self._scales), -(-count // SLOT) * SLOT), "float32")
         self._settings = {"top_k": allocate((count,), "int64"), "top_p": allocate((count,), "float32")}
         if self.own_settings:
-            V = self._manifest.model.vocab
-            self._settings |= {"bias": allocate((count, V), "float32")}
-            self._backend.write(self._settings["bias"], np.zeros((count, V), np.float32))
+            self._bias = self._per_code()
             if self._manifest.model.branches:
                 self._settings |= {"control_cfg": allocate((count,), "float32")}
 
@@ -232,16 +245,25 @@ class LoopBuffers:
         The step reads it even where nothing is mixed; then it is zeros.
         """
         self._smooth = self._backend.allocate((self.batch if self.own_settings else 1,), "bool")
-        largest = self.batch * max(s.tokens for s in self._scales) * self._manifest.model.vocab
-        self._smooth_noise = self._backend.allocate((largest,), "float32")
-        self._backend.write(self._smooth_noise, np.zeros(largest, np.float32))
+        self._smooth_noise = self._per_code()
 
-    def _smooth_inputs(self, k: int) -> dict[str, Buffer]:
-        if self._smooth is None:
-            return {}
-        s, V = self._scales[k], self._manifest.model.vocab
-        noise = self._smooth_noise[: self.batch * s.tokens * V].reshape((self.batch, s.side, s.side, V))
-        return {"smooth": self._smooth, "smooth_noise": noise}
+    def _per_code(self) -> Buffer:
+        """Zeros for every code of every token of the largest scale, which all scales take in turn."""
+        largest = self.batch * max(s.tokens for s in self._scales) * self._manifest.model.vocab
+        flat = self._backend.allocate((largest,), "float32")
+        self._backend.write(flat, np.zeros(largest, np.float32))
+        return flat
+
+    def _code_inputs(self, k: int) -> dict[str, Buffer]:
+        """What scale k takes for every code of every token, f32 [B, S, S, V], and whether codes are mixed by it."""
+        s, V, inputs = self._scales[k], self._manifest.model.vocab, {}
+        shape = (self.batch, s.side, s.side, V)
+        if self.own_settings:
+            inputs["bias"] = self._bias[: math.prod(shape)].reshape(shape)
+        if self._smooth is not None:
+            noise = self._smooth_noise[: math.prod(shape)].reshape(shape)
+            inputs |= {"smooth": self._smooth, "smooth_noise": noise}
+        return inputs
 
     def _step_inputs(self) -> list[dict[str, Buffer]]:
         """`cfg` has a place for each scale, so that a schedule changes no address."""
@@ -251,7 +273,7 @@ class LoopBuffers:
         return [
             {
                 **{name: per_scale[k] for name, per_scale in views.items()},
-                **self._smooth_inputs(k),
+                **self._code_inputs(k),
                 "cfg": self._cfg[k : k + 1].reshape((padded,))[:count],
                 **self._settings,
             }

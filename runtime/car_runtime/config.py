@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from car_runtime.errors import RequestError
+from car_runtime.system.files import read_regular
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -32,6 +33,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Name → sampling settings where a request gives none itself. plan: the plan's own. car: of the published CAR.
 var-fid: with which VAR's FID is measured."""
+MAX_KEY = 4096
+"""Bytes that a key's file may have."""
 POSITIONAL = ("control", "label", "seed", "n")
 """Settings that a call may give without their names, in this order."""
 
@@ -67,6 +70,17 @@ def _flag(group: str, spelling: str, type: Callable[[str], object], help: str) -
     names = tuple(word for word in words if word.startswith("-"))
     metavar = None if names == tuple(words) else words[-1]
     return {"flag": Flag(group=group, names=names, metavar=metavar, type=type, help=help)}
+
+
+def key_text(given: str) -> str:
+    """A watermark's key: as given, or the text of the file that follows an @. Raises RequestError."""
+    if not given.startswith("@"):
+        return given
+    try:
+        return read_regular(given[1:], MAX_KEY).decode().strip()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "it isn't UTF-8 text"
+        raise RequestError(f"the key file {given[1:]!r} can't be read ({why}); name a text file") from error
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -131,6 +145,18 @@ class GenerationConfig:
     )
     """Strength of guidance by the control, 0…1000: what the control changes is exaggerated; takes a row more per
     image. For plans of format 2."""
+    watermark: str | bytes | None = field(
+        default=None,
+        repr=False,
+        metadata=_flag(
+            "sampling",
+            "--watermark KEY",
+            key_text,
+            "mark images so that car-run detect finds it; @FILE reads the key",
+        ),
+    )
+    """Key of a watermark: the drawn codes lean to a pattern that `Plan.detect` finds with the same key. None: no
+    watermark. For plans of format 2."""
     cfg_scales: Scales | None = field(
         default=None,
         metadata=_flag(

@@ -16,11 +16,14 @@ from car_runtime.format.parameters import stored_arrays
 from car_runtime.format.schema import FUSIONS
 
 KEPT = 4
-"""Mixes of branches whose parameters are kept; at d16 each holds 67 MB a branch."""
+"""Mixes of branches whose parameters are kept; at d16 each holds 67 MB a branch, unless it is mapped (`Fusions`)."""
 
 
 class Fusions:
-    """Makes the buffers of a mix of branches when it is first asked for, and keeps the latest."""
+    """Makes the buffers of a mix of branches when it is first asked for, and keeps the latest.
+
+    Of one branch alone a CPU reads them where the file is mapped, unless they are stored in another type.
+    """
 
     def __init__(self, backend: Backend, manifest: Manifest, folder: PlanFolder) -> None:
         self._backend, self._manifest, self._folder = backend, manifest, folder
@@ -51,7 +54,9 @@ class Fusions:
             for kind in FUSIONS[one.fusion]:
                 name = f"fusion_{kind}_{i}"
                 parts = [stored[f"{prefix}{i}.{kind.replace('_', '.', 1)}"] for prefix in wanted]
-                dtype = self._manifest.graphs["step"].input(name).dtype  # stored in half, they are cast
-                made[name] = self._backend.allocate((len(parts), *parts[0].shape), dtype)
-                self._backend.write(made[name], np.stack(parts).astype(dtype))
+                stacked = np.stack(parts) if len(parts) > 1 else parts[0][None]
+                dtype = self._manifest.graphs["step"].input(name).dtype
+                if dtype == "float32":  # stored in half, they are cast
+                    stacked = stacked.astype(np.float32, copy=False)
+                made[name] = self._backend.constant(stacked, dtype)
         return made

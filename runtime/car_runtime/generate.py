@@ -83,7 +83,7 @@ class ScaleLoop:
                 inputs["control"] = features[k]
         if buffers.logits is not None:
             outputs["logits"] = buffers.logits[k]
-        buffers.write_noise(k)
+        buffers.write_codes(k)
         backend.run(backend.step_graph(k, buffers.batch), inputs, outputs)
         self._next, self._x = k + 1, rows.next_x[k]
         return Step(

@@ -71,20 +71,17 @@ def open_image(source: Source) -> Image.Image:
             return _decoded(source, name)
         if isinstance(source, np.ndarray):
             return _decoded(_from_array(source), name)
-        _check_file(source, name)
-        with Image.open(source, formats=FORMATS) as image:
+        with Image.open(_checked_file(source, name), formats=FORMATS) as image:
             return _decoded(image, name, ours=True)
 
 
 def text_chunks(source: Source) -> dict[str, str]:
     """The text of a PNG file by keyword; {} for other kinds of file. Limits and errors as for `load_image`."""
     name = _name(source)
-    with _explained(name):
-        _check_file(source, name)
-        with Image.open(source, formats=FORMATS) as image:  # type: ignore[arg-type]
-            _check_size(image, name)
-            image.load()  # chunks may stand after the pixels
-            return {str(keyword): str(text) for keyword, text in getattr(image, "text", {}).items()}
+    with _explained(name), Image.open(_checked_file(source, name), formats=FORMATS) as image:
+        _check_size(image, name)
+        image.load()  # chunks may stand after the pixels
+        return {str(keyword): str(text) for keyword, text in getattr(image, "text", {}).items()}
 
 
 def on_ground(image: Image.Image, ground: Sequence[int]) -> Image.Image:
@@ -140,10 +137,10 @@ def _decoded(image: Image.Image, name: str, *, ours: bool = False) -> Image.Imag
     return image if image.mode == mode else image.convert(mode)
 
 
-def _check_file(source: Any, name: str) -> None:
+def _checked_file(source: Any, name: str) -> Any:
     """A file by its path: a regular one, or the shell's pipe, as others would be waited for; and not too long."""
     if not isinstance(source, (str, os.PathLike)):
-        return
+        return source
     if source == "":  # Pillow before 11 takes it for a file object
         raise FileNotFoundError
     found = os.stat(source)
@@ -152,8 +149,14 @@ def _check_file(source: Any, name: str) -> None:
     piped = stat.S_ISFIFO(found.st_mode) and os.fspath(source).startswith(("/dev/", "/proc/"))  # a shell's <(…)
     if not (stat.S_ISREG(found.st_mode) or piped):
         raise ImageError(f"{name} is not a file; give an image file")
-    if found.st_size > MAX_BYTES:
-        raise ImageError(f"{name} has {found.st_size} bytes, over {MAX_BYTES}; make it smaller first")
+    if not piped and found.st_size <= MAX_BYTES:
+        return source
+    if piped:  # which says no size
+        with open(source, "rb") as pipe:
+            data = pipe.read(MAX_BYTES + 1)
+        if len(data) <= MAX_BYTES:
+            return io.BytesIO(data)
+    raise ImageError(f"{name} has over {MAX_BYTES} bytes; make it smaller first")
 
 
 @contextmanager

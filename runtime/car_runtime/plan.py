@@ -42,7 +42,9 @@ from car_runtime.format.manifest import WEIGHTS, Manifest, manifest_in, open_pla
 from car_runtime.format.parameters import stored_arrays
 from car_runtime.fusions import Fusions
 from car_runtime.generate import ScaleLoop, Step
-from car_runtime.request import Request, check_fit, check_threads, resolve
+from car_runtime.hub import located
+from car_runtime.request import Request, check_fit, check_threads, resolve, resolve_watermark
+from car_runtime.watermark import Detection, Pattern, Watermark
 
 OPENINGS = 5
 """A plan that is replaced while it is opened loses its files; its successor is opened then, so many times in all."""
@@ -116,9 +118,13 @@ class ScaleResult:
         """Time that this scale took, in seconds."""
         return float(self._fetch("seconds"))
 
-    def preview(self) -> NDArray[np.uint8]:
-        """The images as they are now, uint8 [B, H, W, 3]; after the last scale, the finished ones."""
-        return self.plan._preview(self.f_hat)
+    def preview(self, rows: Sequence[int] | None = None) -> NDArray[np.uint8]:
+        """The images as they are now, uint8 [B, H, W, 3]; after the last scale, the finished ones.
+
+        rows: decode only these of the B, by position, in this order; each costs a run of the decoder.
+        """
+        f_hat = self.f_hat
+        return self.plan._preview(f_hat if rows is None else f_hat[list(rows)])
 
     def _fetch(self, name: str) -> Any:
         """A value by name, from the engine the first time. Another thread that looks holds up `_keep`."""
@@ -154,8 +160,10 @@ def open_plan(
     require_signature: str | os.PathLike[str] | None = None,
     trust_engines: bool = False,
 ) -> Plan:
-    """Open a plan directory (by default the one in the package) on a backend: "auto", or a name such as "ort-cpu".
+    """Open a plan on a backend: "auto", or a name such as "ort-cpu".
 
+    `path`: its directory, by default the one in the package, or "hf:ORG/NAME[@REVISION]" for one on the hub, which is
+    fetched unless it is here already (extra `hub`).
     `threads` limits the engine's CPU threads (None: one per core that this process may use). `verify` checks the
     SHA-256 of every file, about a second for 2.5 GB; without it sizes alone are checked. `require_signature`: a
     public key (Ed25519, PEM file) by which the plan must be signed; needs `verify` and the extra `sign`.
@@ -166,9 +174,9 @@ def open_plan(
     """
     check_threads(threads)
     check_name(backend)
-    root = default_plan() if path is None else Path(path)
     if require_signature is not None and not verify:
         raise RequestError("a signature vouches for hashes, and they are not to be checked; leave out verify=False")
+    root = default_plan() if path is None else located(path)
     for left in reversed(range(OPENINGS)):
         folder = open_plan_folder(root)
         try:
@@ -192,6 +200,8 @@ def _open_checked(
     verify: bool,
     trust_engines: bool,
 ) -> Plan:
+    if manifest.model.branches and manifest.table_problem is not None:
+        raise PlanError(manifest.table_problem)  # a step takes the parameters of its branches from the table
     # All but the content of the weights, so that engines read no graph that was changed.
     verify_folder(folder, manifest, hashes=False, names=[WEIGHTS])
     verify_folder(folder, manifest, hashes=verify, names=[name for name in manifest.files if name != WEIGHTS])
@@ -237,6 +247,7 @@ class Plan:
         self._constants = _load_constants(self._folder, manifest, backend)
         self._conditioning = Conditioning(backend, manifest)
         self._fusions = Fusions(backend, manifest, self._folder)
+        self._watermarks: dict[bytes, Watermark] = {}
         self._encoder_checked = False
         self._idle: list[LoopBuffers] = []
         self._lock = Lock()
@@ -385,7 +396,8 @@ class Plan:
         return replace(plain, known=np.where(mask, known, 0), known_mask=mask)
 
     def _edited(self, request: Request) -> Request:
-        """The request with the tokens of the image that it changes, if it changes one."""
+        """The request, which the backend can draw, with the tokens of the image that it changes, if it does."""
+        self._check_backend(request)
         edit = request.edit
         if edit is None or request.encoded:
             return request
@@ -437,7 +449,8 @@ class Plan:
         """Like `generate_many`, one scale at a time; `images` and `requests` of a scale say whose it is.
 
         cancelled: asked before each scale with the position of a config, whose remaining scales are left out from
-            the first True on: the others go on without its rows. It is called from this thread alone.
+            the first True on: the others go on without its rows, where the backend has steps for so many images as
+            are left. It is called from this thread alone.
         logits: as `stream` has it.
 
         A bad config raises here, not at the first scale.
@@ -477,6 +490,15 @@ class Plan:
             raise RequestError("there are no images to encode; give at least one")
         return np.concatenate([self._encode_one(source, fit) for source in sources])
 
+    def detect(self, image: image_io.Source, key: str | bytes, *, fit: str = "crop") -> Detection:
+        """Whether an image has the watermark of a key (`GenerationConfig.watermark`): encoded, and tested.
+
+        Raises RequestError: a plan of format 1 or without encoder, an empty key. ImageError.
+        """
+        digest = resolve_watermark(self.manifest, key)
+        assert digest is not None
+        return Pattern(self.manifest, self._folder).detect(self.encode(image, fit=fit)[0], digest)
+
     def known_mask(self, repaint: Any, rule: Literal["published", "strict"] = "published") -> NDArray[np.bool_]:
         """The tokens to keep, bool [L], when the pixels where `repaint` (bool [H, W]) is true are to be made anew.
 
@@ -509,7 +531,7 @@ class Plan:
         request = given[0]
         if given[1:] or settings:
             raise RequestError("a request stands alone; give a GenerationConfig to change settings of it")
-        if (request.schedule.scales, request.known.shape[1]) != (len(self.manifest.scales), self.manifest.tokens):
+        if request.manifest is not self.manifest and request.manifest != self.manifest:
             raise RequestError(
                 f"the request is not for the plan {self.manifest.name!r}; resolve it against this plan"
             )
@@ -559,7 +581,7 @@ class Plan:
                     kept = waited_for(loop.batch)
                     if not kept:
                         break
-                    if len(kept) < len(loop.batch) and not loop.done:
+                    if len(kept) < len(loop.batch) and len(kept) in self._backend.batches and not loop.done:
                         self._keep(loop, kept, logits, clock)
 
     def _keep(self, loop: ScaleLoop, images: Sequence[int], logits: bool, clock: _Clock) -> None:
@@ -592,7 +614,18 @@ class Plan:
                 modulations=modulations,
                 features=features,
                 fusions=self._fusions.of(tuple(features)),
+                watermarks=self._watermarks_of(batch),
             )
+
+    def _watermarks_of(self, batch: Sequence[Drawing]) -> Sequence[Watermark | None]:
+        """Of each image; empty where none has one. The latest key's is kept."""
+        keys = [drawing.request.watermark for drawing in batch]
+        made = self._watermarks
+        for key in set(keys) - {None} - made.keys():
+            assert key is not None
+            made = {**made, key: Pattern(self.manifest, self._folder).watermark(key)}
+        self._watermarks = {key: made[key] for key in keys if key is not None} or made
+        return [None if key is None else made[key] for key in keys] if any(keys) else ()
 
     @contextmanager
     def _buffers(self, B: int, R: int, logits: bool, branches: tuple[str, ...]) -> Iterator[LoopBuffers]:
@@ -641,6 +674,20 @@ class Plan:
         """Whether this is a copy, made by a fork, of a plan that another process opened."""
         return self._opened_in != os.getpid()
 
+    def _check_backend(self, request: Request) -> None:
+        """Raise RequestError for what the engines of this backend have no shapes for."""
+        backend, mixed = self._backend, len(request.controls)
+        if backend.max_mixed is not None and mixed > backend.max_mixed:
+            raise RequestError(
+                f"the backend {backend.name!r} mixes {backend.max_mixed} control branch into a step, not {mixed}; "
+                "give one control, or use another backend, e.g. ort-cuda or ort-cpu"
+            )
+        if backend.guided_only and request.control_cfg > 0:
+            raise RequestError(
+                f"the backend {backend.name!r} has no rows without control, which control_cfg "
+                f"{request.control_cfg:g} needs; leave it at 0, or use another backend, e.g. ort-cuda or ort-cpu"
+            )
+
     def _check_logits(self) -> None:
         if not any(port.name == "logits" for port in self.manifest.graphs["step"].outputs):
             raise RequestError(f"the plan {self.manifest.name!r} gives no logits; export it again with this version")
@@ -679,10 +726,8 @@ if hasattr(os, "register_at_fork"):
 def _load_constants(folder: PlanFolder, manifest: Manifest, backend: Backend) -> list[dict[str, Buffer]]:
     """Each scale's constants as buffers, step input name → buffer. All of them together are a few MB."""
     names = {name for scale in manifest.scales for name in scale.constants.values()}
-    buffers: dict[str, Buffer] = {}
-    for name, values in stored_arrays(folder, {name: manifest.tensors[name] for name in names}).items():
-        buffers[name] = backend.allocate(values.shape, values.dtype.name)
-        backend.write(buffers[name], values)
+    stored = stored_arrays(folder, {name: manifest.tensors[name] for name in names})
+    buffers = {name: backend.constant(values, manifest.tensors[name].dtype) for name, values in stored.items()}
     return [{port: buffers[name] for port, name in scale.constants.items()} for scale in manifest.scales]
 
 

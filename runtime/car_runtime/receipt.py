@@ -26,6 +26,7 @@ from car_runtime.config import Blend
 from car_runtime.errors import RequestError
 from car_runtime.format.manifest import Manifest
 from car_runtime.images import load_image
+from car_runtime.request import MAX_WEIGHT
 
 if TYPE_CHECKING:
     from car_runtime.request import Request
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 KEY = "car-receipt"
 CONTROL_KEY = "car-control"
 VERSION = 1
+UPGRADED = "upgraded from plan"
+"""Key in a manifest's provenance: the digest of the plan of format 1 that this one was made from, and draws as."""
 MAX_RECEIPT = 64 * 1024
 """Characters of a receipt that are read; one of a d16's image has about 2,000."""
 MAX_CONTROL = 4 * 1024 * 1024
@@ -40,10 +43,10 @@ MAX_CONTROL = 4 * 1024 * 1024
 SETTINGS = (
     *("label", "seed", "cfg", "top_k", "top_p", "more_smooth"),
     *("cfg_scales", "control_scales", "control_strength", "stop_after"),
-    *("control_cfg", "blend_share", "blend_label", "blend_seed"),
+    *("control_cfg", "blend_share", "blend_label", "blend_seed", "watermarked"),
 )
-"""Settings that a receipt has, those of `Blend` with its name before them; nothing else of `GenerationConfig` is
-taken from a file, no path above all."""
+"""Settings that a receipt has, those of `Blend` with its name before them, and whether there was a watermark, not its
+key; nothing else of `GenerationConfig` is taken from a file, no path above all."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -116,13 +119,14 @@ def text_of(receipt: Receipt, vocab: int) -> str:
 def receipt_of(chunks: Mapping[str, str], manifest: Manifest) -> Receipt | None:
     """The receipt among the text chunks of a PNG, checked against a plan; None where there is none.
 
+    The plan may be the upgraded form of the receipt's, which draws the same.
     Raises RequestError: altered, of another plan, or of a newer version.
     """
     text = chunks.get(KEY)
     if text is None:
         return None
     body = _body(text)
-    if body.get("plan") != plan_digest(manifest):
+    if body.get("plan") not in (plan_digest(manifest), manifest.provenance.get(UPGRADED)):
         raise RequestError(
             f"the image was made by another plan, {str(body.get('name'))[:60]!r}, and this one is {manifest.name!r}; "
             "name that plan with -e"
@@ -173,7 +177,8 @@ def _branches(found: object, manifest: Manifest) -> tuple[tuple[str, float, str]
         if not isinstance(one, list) or len(one) != 3:
             return ()
         name, weight, digest = one
-        if not (isinstance(name, str) and name in manifest.model.branches and isinstance(weight, (int, float))):
+        known = isinstance(name, str) and name in manifest.model.branches
+        if not (known and type(weight) in (int, float) and 0 <= weight <= MAX_WEIGHT):
             return ()
         good.append((name, float(weight), str(digest)[:64]))
     return tuple(good)
@@ -206,6 +211,7 @@ def receipts_of(
         **request.schedule.settings(),
         **({"more_smooth": True} if request.more_smooth else {}),
         **({"control_cfg": request.control_cfg} if request.control_cfg else {}),
+        **({"watermarked": True} if request.watermark else {}),
         **({} if request.edit is None else request.edit.facts()),
     }
     enclosed = {} if control is None else {CONTROL_KEY: control_text(control)}

@@ -9,6 +9,7 @@ Shapes: n images asked for, L tokens per image over all scales.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -27,12 +28,15 @@ from car_runtime.errors import RequestError
 from car_runtime.format.manifest import Manifest
 from car_runtime.images import BLACK, open_image
 from car_runtime.schedule import MAX_STRENGTH, Schedule, parse_scales
+from car_runtime.watermark import check_plan
 
 MAX_IMAGES = 1024
 """Images of one request: they are all held in memory until it ends (200 MB at 256×256)."""
 MAX_CFG = 1000.0
 """Far above any use (4 is usual); beyond it float32 logits lose what distinguishes them."""
 MAX_SEED = 2**63 - 1
+MAX_COMPARED = 10_000
+"""Class names that a misspelt one is compared with: a million would take minutes."""
 MAX_WEIGHT = 2.0
 """Of a branch that is mixed in."""
 TOP_P_OFF = 2.0
@@ -85,6 +89,8 @@ class BranchControl:
 class Request:
     """Images for a plan to make: a control, a class, consecutive seeds, and the tokens that are given, not drawn."""
 
+    manifest: Manifest = field(repr=False)
+    """Of the plan that it was checked against."""
     controls: tuple[BranchControl, ...]
     """What is followed, in the order of the plan's branches; empty for plain VAR."""
     label: int
@@ -102,6 +108,8 @@ class Request:
     """Whether codes are mixed by `smooth_noise`."""
     control_cfg: float = 0.0
     """Strength of guidance by the control."""
+    watermark: bytes | None = field(default=None, repr=False)
+    """The SHA-256 of its key."""
     blend: ResolvedBlend | None = None
     """Towards which other class and seeds the images go."""
     warnings: tuple[str, ...] = ()
@@ -136,7 +144,7 @@ def resolve(manifest: Manifest, config: GenerationConfig) -> Request:
     Raises RequestError, which names the value and its range, and ImageError for a control that cannot be read.
     """
     request = resolve_settings(manifest, config)
-    named = _named_controls(manifest, config.control)
+    named = named_controls(manifest, config.control)
     check_control(manifest, bool(named))
     if request.control_cfg and not named:
         raise RequestError(
@@ -158,6 +166,7 @@ def resolve_settings(manifest: Manifest, config: GenerationConfig) -> Request:
     blend = _resolve_blend(manifest, config, label, seeds)
     classless = label == manifest.model.classes and (blend is None or blend.label == label)
     return Request(
+        manifest=manifest,
         controls=(),
         label=label,
         classless=classless,
@@ -168,6 +177,7 @@ def resolve_settings(manifest: Manifest, config: GenerationConfig) -> Request:
         known_mask=mask_nL,
         more_smooth=_resolve_smooth(manifest, config.more_smooth),
         control_cfg=_resolve_control_cfg(manifest, config.control_cfg),
+        watermark=resolve_watermark(manifest, config.watermark),
         blend=blend,
     )
 
@@ -199,8 +209,11 @@ def _resolve_edit(manifest: Manifest, config: GenerationConfig) -> PreparedEdit 
     return prepare(manifest, config.edit)
 
 
-def _named_controls(manifest: Manifest, given: object) -> dict[str, tuple[Any, float]]:
-    """Branch → control image and weight, in the order of the plan's branches."""
+def named_controls(manifest: Manifest, given: object) -> dict[str, tuple[Any, float]]:
+    """Branch → control image and weight, in the order of the plan's branches.
+
+    given: as `GenerationConfig.control` has it; no image is looked at. Raises RequestError: branch, weight.
+    """
     branches = list(manifest.model.conventions)
     if given is None:
         return {}
@@ -254,6 +267,16 @@ def _resolve_control_cfg(manifest: Manifest, given: object) -> float:
             "leave it out, or upgrade the plan with export/build_engines.py --upgrade"
         )
     return strength
+
+
+def resolve_watermark(manifest: Manifest, key: object) -> bytes | None:
+    """The SHA-256 of a watermark's key. Raises RequestError: no key, or a plan that marks no images."""
+    if key is None:
+        return None
+    if not isinstance(key, (str, bytes)) or not key:
+        raise RequestError("the key of a watermark must be text or bytes, and not empty; give one, or leave it out")
+    check_plan(manifest)
+    return hashlib.sha256(key.encode(errors="surrogateescape") if isinstance(key, str) else key).digest()
 
 
 def check_fit(fit: object) -> None:
@@ -370,7 +393,7 @@ def _near(manifest: Manifest, label: str) -> str:
     last = manifest.model.classes - 1
     if names is None:
         return f", since this plan has no class names; give an index, 0…{last}"
-    words = {part.strip().casefold(): part.strip() for name in names for part in name.split(",")}
+    words = {part.strip().casefold(): part.strip() for name in names[:MAX_COMPARED] for part in name.split(",")}
     near = [words[key] for key in difflib.get_close_matches(label.strip().casefold(), words, n=3, cutoff=0.6)]
     return (
         f"; did you mean {' or '.join(map(repr, near))}?"

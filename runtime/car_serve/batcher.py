@@ -137,7 +137,7 @@ class Batcher:
                 requests = [job.request for job in wanted]
                 for scale in self.plan.stream_many(requests, cancelled=lambda i: wanted[i].cancelled):
                     shown.append(self._decoder.submit(self._take, wanted, scale))
-                    if scale.index == 0:
+                    if scale.index == 0 and any(0 in job.previews for job in wanted):
                         shown[-1].result()
             finally:
                 wait(shown)
@@ -160,9 +160,10 @@ class Batcher:
     def _take(self, jobs: Sequence[Job], scale: ScaleResult) -> None:
         """Decode a scale and hand it to its jobs, on the decoder's thread."""
         taking = [jobs[request] for request in scale.requests]
-        if not any(job.awaits for job in taking):
-            return
-        pixels = scale.preview() if scale.last or any(job.previews for job in taking) else None
+        shown_rows = [
+            row for row, job in enumerate(taking) if job.awaits and (scale.last or scale.index in job.previews)
+        ]
+        previews = dict(zip(shown_rows, scale.preview(shown_rows), strict=True)) if shown_rows else {}
         place = self.plan.manifest.scales[scale.index]
         firsts = list(accumulate((len(job.images) for job in jobs), initial=0))
         for row, (image, request) in enumerate(zip(scale.images, scale.requests, strict=True)):
@@ -170,7 +171,7 @@ class Batcher:
             if not job.awaits:
                 continue
             job.tokens[own, place.start : place.stop] = scale.tokens[row].reshape(-1)
-            shown = None if pixels is None else pixels[row]
+            shown = previews.get(row)
             if scale.last and shown is not None and job.request.edit is not None:
                 shown = job.request.edit.finished(shown)
             first = not job.scales

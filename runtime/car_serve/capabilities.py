@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from car_runtime import __version__
 from car_runtime.plan import DEFAULT_PLAN
-from car_runtime.request import MAX_CFG
-from car_runtime.schedule import MAX_STRENGTH
+from car_serve.about import plan_about
 from car_serve.service import Service
 
 
@@ -38,30 +36,8 @@ def _plan(service: Service, name: str) -> dict[str, Any]:
     batcher = service.batchers.get(name)
     plan = None if batcher is None else batcher.plan
     manifest = service.shelf[name] if plan is None else plan.manifest
-    model, K = manifest.model, len(manifest.scales)
-    controls = [
-        {"type": branch, "convention": None if convention is None else asdict(convention)}
-        for branch, convention in model.conventions.items()
-    ]
     return {
-        "name": manifest.name,
+        **plan_about(manifest),
         "shipped": plan is not None and plan.path == DEFAULT_PLAN,
-        "image_size": model.image_size,
-        "classes": list(model.names) if model.names else [str(i) for i in range(model.classes)],
-        "controls": controls,
-        "scales": [scale.side for scale in manifest.scales],
-        "tokens": manifest.tokens,
-        "vocab": model.vocab,
-        "has_encoder": "encoder" in manifest.graphs,
-        "defaults": {**asdict(manifest.sampling), "control_strength": 1.0, "n": 1, "stop_after": K - 1},
-        "ranges": {
-            "cfg": [0, MAX_CFG],
-            "top_k": [0, model.vocab],
-            "top_p": [0, 1],
-            "control_strength": [0, MAX_STRENGTH],
-            "stop_after": [0, K - 1],
-            "seed": [0, 2**53 - 1],
-        },
-        "more_smooth": bool(manifest.more_smooth),
         "backend": None if plan is None else {"name": plan.backend_name, "why": plan.why},
     }

@@ -21,7 +21,7 @@ from car_serve.errors import bad_request
 from car_serve.forms import EditForm
 from car_serve.jobs import Job, Results
 from car_serve.limits import Limits
-from car_serve.uploads import decode, from_base64
+from car_serve.uploads import check_size, decode, from_base64
 
 
 def edit_of(plan: Plan, results: Results, limits: Limits, form: EditForm) -> Edit:
@@ -61,7 +61,7 @@ def _branch(plan: Plan, results: Results, limits: Limits, form: EditForm, scale:
     if not 0 <= scale < len(scales):
         raise bad_request(f"edit.scale is {scale}; give 0…{len(scales) - 1}, the last scale to keep", "edit.scale")
     if form.id is None:
-        tokens_L, part = _receipt_tokens(plan, from_base64(form.image or "", "edit.image"))
+        tokens_L, part = _receipt_tokens(plan, limits, from_base64(form.image or "", "edit.image"))
     else:
         job = _earlier(plan, results, form, form.id)
         tokens_L, part = job.tokens[form.index].copy(), job.request.edit is not None and not job.request.edit.whole
@@ -73,8 +73,9 @@ def _branch(plan: Plan, results: Results, limits: Limits, form: EditForm, scale:
     return Edit(image=Image.new("RGB", (size, size)), from_scale=scale + 1, tokens=tokens_L)
 
 
-def _receipt_tokens(plan: Plan, data: bytes) -> tuple[NDArray[np.int64] | None, bool]:
+def _receipt_tokens(plan: Plan, limits: Limits, data: bytes) -> tuple[NDArray[np.int64] | None, bool]:
     """Tokens [L] of a PNG of this very plan, if it has them, and whether it was put back into a photo."""
+    check_size(data, "edit.image", limits.max_pixels)
     try:
         receipt = receipt_of(text_chunks(io.BytesIO(data)), plan.manifest)
     except CarError:

@@ -56,7 +56,9 @@ class PictureForm(BaseModel):
     stop_after: int | None = None
     fit: str | None = Field(default=None, max_length=16)
     edit: EditForm | None = None
-    previews: bool = Field(default=True, description="whether scale events carry previews")
+    previews: bool | Annotated[list[int], Field(max_length=1024)] = Field(
+        default=True, description="whether scale events carry previews, or those of which scales do"
+    )
 
 
 class ControlForm(BaseModel):

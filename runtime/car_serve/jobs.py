@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Lock
@@ -30,7 +30,7 @@ class ScaleEvent:
     index: int
     last: bool
     pixels: NDArray[np.uint8] | None
-    """uint8 [H, W, 3]; None where nobody asked for previews."""
+    """uint8 [H, W, 3]; None where nobody asked for this scale's preview."""
     seconds: float
 
 
@@ -43,7 +43,8 @@ class Job:
 
     request: Request
     plan: Plan
-    previews: bool = True
+    previews: Collection[int] = ()
+    """The scales whose previews are wanted; the last one's image is decoded in any case."""
     about: dict[str, Any] = field(default_factory=dict)
     """What a receipt says beyond the request: edits."""
     id: str = field(default_factory=lambda: secrets.token_urlsafe(12))
@@ -64,7 +65,7 @@ class Job:
         self.ended: float | None = None
         self._cancelled = False
         self._lock = Lock()
-        self._watchers: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
+        self._watchers: set[tuple[asyncio.AbstractEventLoop, asyncio.Event, bool]] = set()
 
     @property
     def finished(self) -> bool:
@@ -117,13 +118,15 @@ class Job:
     def _wake(self) -> None:
         with self._lock:
             watchers = list(self._watchers)
-        for loop, event in watchers:
+        for loop, event, only_end in watchers:
+            if only_end and not self.finished:
+                continue
             with suppress(RuntimeError):  # a loop that was closed has no reader any more
                 loop.call_soon_threadsafe(event.set)
 
-    async def changes(self) -> AsyncIterator[None]:
-        """Yields whenever something happened, at least once, until the job has ended."""
-        watcher = (asyncio.get_running_loop(), asyncio.Event())
+    async def changes(self, *, only_end: bool = False) -> AsyncIterator[None]:
+        """Yields whenever something happened, or at its end alone, at least once, until the job has ended."""
+        watcher = (asyncio.get_running_loop(), asyncio.Event(), only_end)
         with self._lock:
             self._watchers.add(watcher)
         try:
@@ -140,7 +143,7 @@ class Job:
 
     async def wait(self) -> None:
         """Until it has ended."""
-        async for _ in self.changes():
+        async for _ in self.changes(only_end=True):
             pass
 
 

@@ -124,7 +124,7 @@ def _our_form(plan: Plan, max_pixels: int, form: GenerationForm) -> PictureForm:
         "plan": plan.manifest.name,
         "label": form.prompt.strip() or None,
         "n": form.n or 1,
-        "previews": bool(form.stream and form.partial_images),
+        "previews": _partial(len(plan.manifest.scales), (form.partial_images or 0) if form.stream else 0),
         **{name: getattr(form, name) for name in ("seed", "cfg", "top_k", "top_p", "control_strength")},
         "control": form.control,
         "photo": form.photo,

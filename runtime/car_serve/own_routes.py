@@ -145,7 +145,7 @@ def _scale(job: Job, scale: ScaleEvent) -> bytes:
         "tokens": job.tokens[scale.image, place.start : place.stop].tolist(),
         "seconds": round(scale.seconds, 6),
     }
-    if scale.pixels is not None and job.previews:
+    if scale.pixels is not None and scale.index in job.previews:
         data["preview"] = to_base64(webp(scale.pixels))
     return event("scale", data)
 

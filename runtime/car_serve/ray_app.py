@@ -94,6 +94,8 @@ def _wait(opening: Future[OpenPlan]) -> None:
         "min_replicas": int(os.environ.get("CAR_MIN_REPLICAS", "1")),
         "max_replicas": int(os.environ.get("CAR_MAX_REPLICAS", "4")),
         "target_ongoing_requests": 4,  # that wait or are drawn, for each replica
+        "metrics_interval_s": 2,  # Ray's defaults, 10 and 30 s, see a wave of requests when it is over
+        "look_back_period_s": 6,
         "upscale_delay_s": 5,
         "downscale_delay_s": 120,
     },

@@ -51,7 +51,9 @@ def job_of(plan: Plan, results: Results, limits: Limits, form: PictureForm) -> J
             about["edit"]["extend"] = list(edit.extend)
     request = resolve(plan.manifest, GenerationConfig(control=control, **settings))
     about["warnings"] = [*warnings, *request.warnings]
-    return Job(request=request, plan=plan, previews=form.previews, about=about)
+    scales = range(len(plan.manifest.scales)) if form.previews else ()
+    previews = scales if isinstance(form.previews, bool) else frozenset(form.previews)
+    return Job(request=request, plan=plan, previews=previews, about=about)
 
 
 def _control(plan: Plan, limits: Limits, form: PictureForm) -> tuple[Any, tuple[str, ...]]:
@@ -65,6 +67,11 @@ def _control(plan: Plan, limits: Limits, form: PictureForm) -> tuple[Any, tuple[
     if given is None or given == {}:
         return None, ()
     if isinstance(given, dict):
+        branches = plan.manifest.model.conventions
+        for name in given:  # before any is decoded: a small body can hold many large images
+            if name not in branches:
+                known = ", ".join(branches) or "none"
+                raise bad_request(f"there is no branch {name[:60]!r}; the plan has {known}", "control")
         return {name: _map(limits, text, f"control.{name[:40]}") for name, text in given.items()}, ()
     return _map(limits, given, "control"), ()
 

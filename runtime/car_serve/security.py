@@ -106,7 +106,7 @@ class Guard:
                 403, "bad_host", f"the host {host[:80]!r} is not this server's; allow it with --allow-host"
             )
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _netloc(origin) != host:
             raise ServeError(
                 403, "bad_origin", f"the page {origin[:80]!r} is not this server's; open the studio here"
             )
@@ -123,6 +123,14 @@ class Guard:
                 cookie = None
             token = cookie.value if cookie is not None else ""
         return same_token(token, self._token or "")
+
+
+def _netloc(origin: str) -> str | None:
+    """Host and port of an origin; None for what is none."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def same_token(given: str, wanted: str) -> bool:

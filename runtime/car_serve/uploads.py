@@ -35,6 +35,15 @@ def decode(data: bytes, param: str, max_pixels: int) -> Image.Image:
 
     Raises ServeError: 413 too large, 400 no image.
     """
+    check_size(data, param, max_pixels)
+    try:
+        return open_image(io.BytesIO(data))
+    except ImageError as error:
+        raise bad_request(str(error).replace("the image on the input stream", param), param) from error
+
+
+def check_size(data: bytes, param: str, max_pixels: int) -> None:
+    """Raise ServeError (413) for an image of more pixels; none of them is decoded."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as header:
             width, height = header.size
@@ -44,10 +53,6 @@ def decode(data: bytes, param: str, max_pixels: int) -> Image.Image:
         width = height = 0
     if width * height > max_pixels:
         raise _too_large(param, f"{width}×{height}", max_pixels)
-    try:
-        return open_image(io.BytesIO(data))
-    except ImageError as error:
-        raise bad_request(str(error).replace("the image on the input stream", param), param) from error
 
 
 def _too_large(param: str, size: str, most: int) -> ServeError:
@@ -55,7 +60,7 @@ def _too_large(param: str, size: str, most: int) -> ServeError:
 
 
 def webp(pixels: NDArray[np.uint8]) -> bytes:
-    """A preview, uint8 [H, W, 3], as WebP."""
+    """A preview, uint8 [H, W, 3], as WebP; a small one, which is looked at enlarged, without loss."""
     stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "WEBP", quality=80, method=0)
+    Image.fromarray(pixels).save(stream, "WEBP", quality=80, method=0, lossless=max(pixels.shape) <= 128)
     return stream.getvalue()

@@ -64,6 +64,7 @@ def rows(found: dict[str, Any], question: str, **wanted: Any) -> list[dict[str, 
     return [row for row in chosen if all(row[key] == value for key, value in wanted.items())]
 
 
+@pytest.mark.slow
 def test_every_method_is_measured_in_every_tier_alongside_ours(found: dict[str, Any]) -> None:
     works = [("ControlNet", 20), ("ControlNet", 50), ("T2I-Adapter", 20), ("LCM + ControlNet", 4)]
     theirs = rows(found, "end_to_end", whose="theirs")
@@ -88,6 +89,7 @@ def test_every_method_is_measured_in_every_tier_alongside_ours(found: dict[str, 
     )
 
 
+@pytest.mark.slow
 def test_a_ratio_lies_between_the_extremes_of_the_times_that_it_is_made_of(found: dict[str, Any]) -> None:
     for row in rows(found, "ratio"):
         group = f"{row['method']} {row['size']}² {row['tier']} {row['precision']}"
@@ -100,6 +102,7 @@ def test_a_ratio_lies_between_the_extremes_of_the_times_that_it_is_made_of(found
         assert row["compares"] == "theirs of 16×16 with ours of 8×8: not the same number of pixels"
 
 
+@pytest.mark.slow
 def test_steps_that_were_not_run_are_scaled_and_the_row_says_so(found: dict[str, Any]) -> None:
     for row in rows(found, "end_to_end", whose="theirs"):
         assert row["timed_steps"] == min(5, row["steps"])
@@ -127,6 +130,7 @@ def test_the_lower_precision_and_our_int8_plan_are_measured_as_well(tmp_path: Pa
     assert [r["candidate"] for r in rows(found, "ratio", steps=20)] == list(ours)
 
 
+@pytest.mark.slow
 def test_settings_name_what_was_compared_and_toys_are_called_toys(found: dict[str, Any]) -> None:
     settings = found["settings"]
     assert settings["theirs"] == "small, not Stable Diffusion 1.5"

@@ -95,7 +95,8 @@ def test_weights_of_a_step_are_the_transformer_without_adaln() -> None:
     parts = {**dict(model.car.named_parameters()), **dict(model.vqvae.quantizer.named_parameters())}
     expected = [p.numel() for name, p in parts.items() if not any(word in name for word in elsewhere)]
     expected.remove(facts.vocab * facts.latent_channels)  # of the codebook the drawn rows alone are read
-    expected += [scale.tokens * facts.latent_channels, scale.tokens * facts.width]  # and the scale's positions
+    positions = scale.tokens * facts.width  # of the scale, read by the base and by the branch
+    expected += [scale.tokens * facts.latent_channels, positions, positions]
     large = sorted(n for n in step.weights.values() if n >= 100)
     assert large == sorted(n for n in expected if n >= 100)
     assert sum(large) > 0.9 * step.weight_elements

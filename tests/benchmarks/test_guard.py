@@ -32,53 +32,69 @@ from fixtures.toy_plan import toy
 WATCHED = (*FUSED, "Transpose", "Concat", "Cast")
 
 # Operations and bytes are those of one image with guidance, bytes in the type computed in (stored_bytes: in
-# weights.bin); allocations are buffers, on ort-cpu; "transposes" are the last step's, per attention layer.
+# weights.bin); allocations are buffers, on ort-cpu; "transposes" are the last step's, per block.
 SHIPPED: dict[str, Any] = {
-    "allocations": {"first image": 44, "next seed": 0, "open": 30, "other class": 3, "other control": 7},
-    "flops": 4_712_678_912,
+    "allocations": {"first image": 55, "next seed": 0, "open": 0, "other class": 5, "other control": 7},
+    "flops": 4_713_563_648,
     "kv_bytes": 6_801_408,
-    "nodes": {"condition": 39, "control": 195, "decoder": 346, "step": 601, "step.00.b1": 542, "step.05.b1": 560},
-    "stored_bytes": 20_301_192,
-    "transposes": 4.888888888888889,
+    "nodes": {
+        "branch": 181,
+        "condition": 43,
+        "control": 195,
+        "decoder": 341,
+        "step": 481,
+        "step.00.b1": 440,
+        "step.05.b1": 453,
+    },
+    "stored_bytes": 20_277_580,
+    "transposes": 4.833333333333333,
     "watched": {
-        "decoder": {"Cast": 39, "Concat": 2, "InstanceNormalization": 24, "Softmax": 3, "Transpose": 7},
+        "decoder": {"Cast": 39, "InstanceNormalization": 24, "Softmax": 3, "Transpose": 7},
         "step.05.b1": {
-            "Cast": 61,
-            "Concat": 21,
+            "Cast": 36,
+            "Concat": 15,
             "CumSum": 2,
-            "Gelu": 9,
-            "LayerNormalization": 22,
-            "Softmax": 11,
+            "Gelu": 6,
+            "LayerNormalization": 16,
+            "Softmax": 8,
             "TopK": 1,
-            "Transpose": 44,
+            "Transpose": 29,
         },
     },
-    "weight_bytes": 129_412_824,
-    "weight_bytes_of_a_step": 19_061_232,
+    "weight_bytes": 130_431_240,
+    "weight_bytes_of_a_step": 19_066_616,
 }
 # Nodes of the toy depend on the versions of torch and onnxscript that exported it, those of CI and `make test`.
 TOY: dict[str, Any] = {
-    "allocations": {"first image": 29, "next seed": 0, "open": 15, "other class": 3, "other control": 4},
+    "allocations": {"first image": 40, "next seed": 0, "open": 0, "other class": 5, "other control": 4},
     "flops": 6_465_088,
     "kv_bytes": 41_472,
-    "nodes": {"condition": 15, "control": 58, "decoder": 197, "step": 236, "step.00.b1": 209, "step.02.b1": 216},
-    "stored_bytes": 523_684,
-    "transposes": 6.666666666666667,
+    "nodes": {
+        "branch": 68,
+        "condition": 18,
+        "control": 58,
+        "decoder": 197,
+        "step": 226,
+        "step.00.b1": 192,
+        "step.02.b1": 198,
+    },
+    "stored_bytes": 544_168,
+    "transposes": 6.5,
     "watched": {
         "decoder": {"Cast": 1, "Concat": 1, "InstanceNormalization": 16, "Softmax": 3, "Transpose": 7},
         "step.02.b1": {
             "Cast": 1,
-            "Concat": 7,
+            "Concat": 5,
             "CumSum": 2,
-            "Gelu": 3,
-            "LayerNormalization": 8,
-            "Softmax": 5,
+            "Gelu": 2,
+            "LayerNormalization": 6,
+            "Softmax": 4,
             "TopK": 1,
-            "Transpose": 20,
+            "Transpose": 13,
         },
     },
-    "weight_bytes": 874_760,
-    "weight_bytes_of_a_step": 212_096,
+    "weight_bytes": 879_288,
+    "weight_bytes_of_a_step": 212_752,
 }
 PLANS = {"shipped": SHIPPED, "toy": TOY}
 
@@ -123,13 +139,13 @@ def measured(plan: Path) -> dict[str, Any]:
     """All the numbers of a plan."""
     manifest, counts = read_manifest(plan), count_image(plan)
     ops = {name: _ops(plan / graph.file) for name, graph in manifest.graphs.items()}
-    last = f"step.{len(manifest.scales) - 1:02d}.b1"
-    shown = ("control", "condition", "step", "step.00.b1", last, "decoder")
+    last, branch = f"step.{len(manifest.scales) - 1:02d}.b1", manifest.model.default_branch
+    shown = ("control", "condition", "branch", "step", "step.00.b1", last, "decoder")
     step = next(stage.count for stage in counts.stages if stage.name == "scale_0")
     return {
-        "nodes": {name: ops[name].total() for name in shown},
+        "nodes": {name: sum(ops[one].total() for one in (name, f"{name}.{branch}") if one in ops) for name in shown},
         "watched": {name: {op: ops[name][op] for op in WATCHED if ops[name][op]} for name in (last, "decoder")},
-        "transposes": ops[last]["Transpose"] / manifest.model.cache_layers,
+        "transposes": ops[last]["Transpose"] / manifest.model.depth,
         "flops": counts.total("flops"),
         "weight_bytes": counts.total("weight_bytes"),
         "weight_bytes_of_a_step": step.weight_bytes,
@@ -153,16 +169,19 @@ def test_an_image_costs_what_it_cost_before(name: str) -> None:
 def test_a_second_image_allocates_nothing(name: str) -> None:
     found, scales = allocations(path_of(name)), len(read_manifest(path_of(name)).scales)
     assert found["next seed"] == 0
-    assert found["other class"] == 3  # the label, start tokens and modulation
+    assert found["other class"] == 5  # the label, start tokens and modulation; of the branch the label and modulation
     assert found["other control"] == scales + 1  # a control image per scale, and the features
 
 
 @pytest.mark.parametrize("name", list(PLANS))
 def test_what_engines_fuse_is_one_node_each(name: str) -> None:
     manifest = read_manifest(path_of(name))
-    layers, depth = manifest.model.cache_layers, manifest.model.depth
-    model = onnx.load(path_of(name) / manifest.graphs["step"].file, load_external_data=False)
-    ops = Counter(node.op_type for node in model.graph.node)
+    branch, depth = str(manifest.model.default_branch), manifest.model.depth
+    layers = depth + manifest.model.branches[branch].cache_layers
+    ops: Counter[str] = Counter()
+    for graph in ("step", f"branch.{branch}"):
+        model = onnx.load(path_of(name) / manifest.graphs[graph].file, load_external_data=False)
+        ops.update(node.op_type for node in model.graph.node)
     assert ops["Gelu"] == layers
     assert ops["LayerNormalization"] == 2 * layers + 1 + depth // 2  # two a block, the head's, one a fusion
     assert ops["Softmax"] == layers + 2  # attention, and two when a token is drawn

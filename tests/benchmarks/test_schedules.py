@@ -252,7 +252,7 @@ def test_what_cannot_be_measured_is_said_in_one_line(
         ("--threads 0", "threads is 0; give 1…1024"),
         ("--depth 4", "--depth cuts --model; give one"),
         ("--model tiny --data x", "images of random weights show nothing, leave one out"),
-        ("--backend cuda", "there is no backend 'cuda'; use"),
+        ("--backend gpu", "there is no backend 'gpu'; use"),
     ],
 )
 def test_misuse_is_an_error_with_its_remedy(flags: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,14 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from car_export.config import ExportOptions
+from car_export.errors import VerificationError
 from car_export.plan2 import build_plan_of_2
+from car_export.verify2 import verify_plan_of_2
 from car_runtime.cli.main import main as car_run
 from car_runtime.format import manifest as schema
 from car_runtime.format.goldens import read_goldens
 from car_runtime.format.graph_check import Checked, check_graph
+from car_runtime.receipt import UPGRADED
 from car_runtime.verify import verify
 from car_train import checkpoint
 from fixtures.shared import build_once
@@ -91,9 +95,16 @@ def test_another_default_is_named_where_it_goes(
     two: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = tmp_path / "x.plan"
+    shutil.copytree(two, tmp_path / "two.plan")
+    two = tmp_path / "two.plan"
+    upgraded = schema.read_manifest(two)
+    schema.write_manifest(two, replace(upgraded, provenance={**upgraded.provenance, UPGRADED: "7" * 64}))
     assert "is the default branch" in run(["remove-branch", two, "sketch", "-o", plan], capsys, 2)
     run(["remove-branch", two, "sketch", "--default", "other", "-o", plan], capsys)
     assert check_whole(plan).model.default_branch == "other"
+    assert UPGRADED not in schema.read_manifest(plan).provenance  # its receipts would be of another branch
+    run(["remove-branch", two, "other", "-o", tmp_path / "y.plan"], capsys)
+    assert UPGRADED in schema.read_manifest(tmp_path / "y.plan").provenance
     assert "other is the last branch" in run(["remove-branch", plan, "other"], capsys, 2)
 
 
@@ -138,12 +149,12 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(
         (["add-branch", plan, deeper, "--name", "c"], "and the plan's branches concat in 1"),
         (["add-branch", plan, tmp_path / "nowhere"], "no checkpoint there"),
         (["add-branch", plan], "needs a checkpoint after the plan"),
-        (["add-branch", small_plan("steered"), elsewhere], "is of format 1, which holds one branch"),
+        (["add-branch", small_plan("steered", 1), elsewhere], "is of format 1, which holds one branch"),
         (["remove-branch", plan, "depth"], "has no branch 'depth'; name one of: sketch, other"),
         (["remove-branch", plan, "other", "--default", "depth"], "--default depth is not one of"),
         (["remove-branch", plan], "needs the name of a branch"),
-        (["info", plan, "sketch"], "info only reads"),
-        (["remove-branch", plan, "other", "--name", "c"], "--name c names a branch that is added"),
+        (["info", plan, "sketch"], "info takes nothing but the plan; leave out 'sketch'"),
+        (["remove-branch", plan, "other", "--name", "c"], "--name is not for remove-branch; leave it out"),
     ):
         assert says in run(arguments, capsys, 2)
     assert {file.name: file.read_bytes() for file in plan.iterdir()} == before
@@ -157,7 +168,7 @@ def test_info_says_what_a_plan_is(two: Path, capsys: pytest.CaptureFixture[str])
     lines = run(["info", two], capsys).splitlines()
     assert lines[0].startswith("two: format 2, ")
     assert any(line.startswith("branch other: sketch, maps sketch, ") for line in lines)
-    old = json.loads(run(["info", small_plan("steered"), "--json"], capsys))
+    old = json.loads(run(["info", small_plan("steered", 1), "--json"], capsys))
     assert old["format"] == 1
     assert old["branches"] == {"sketch": {"control_type": "sketch", "convention": "sketch", "bytes": None}}
 
@@ -181,3 +192,17 @@ def test_verify_compares_every_branch_and_none(two: Path, tmp_path: Path) -> Non
     failed = [c["name"] for c in verify(plan, "ort-cpu", threads=1, warmup=0, runs=1)["checks"] if not c["passed"]]
     assert failed
     assert all(name.startswith("branch other, ") for name in failed)
+
+
+@pytest.mark.parametrize("graph", ["step.01.b1", "branch.other.01.b1"])
+def test_a_static_form_that_computes_something_else_is_found(two: Path, tmp_path: Path, graph: str) -> None:
+    """Those of the step are compared with the first branch alone, those of a branch with their own."""
+    plan = shutil.copytree(two, tmp_path / "changed.plan")
+    branches = {"sketch": small(), "other": sibling(small())}
+    verify_plan_of_2(plan, branches["sketch"], branches, lambda _: None)
+    model = onnx.load(plan / f"{graph}.onnx", load_external_data=False)
+    norm = next(node for node in model.graph.node if node.op_type == "LayerNormalization")
+    next(attribute for attribute in norm.attribute if attribute.name == "epsilon").f = 0.5
+    (plan / f"{graph}.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(VerificationError, match=f" {graph}: "):
+        verify_plan_of_2(plan, branches["sketch"], branches, lambda _: None)

@@ -511,7 +511,7 @@ def sampling(gpu: Gpu, B: int, cells: int, R: int, V: int) -> dict[str, Any]:
         "cfg_ratio": np.array([0.75], np.float32),
         "twin": (R - B + image),
         "plain": image,
-        "extra": np.zeros((B, V), np.float32),
+        "extra": np.zeros((B, cells, V), np.float32),
         "top_k": np.array([V, 1, 20, 7])[:B],
         "top_p": np.array([0.9, 2.0, 2.0, 0.5], np.float32)[:B],
         "uniforms": gpu.rng.random((B, cells), dtype=np.float32),
@@ -534,7 +534,7 @@ def test_tokens_are_drawn_as_the_plans_graph_draws(gpu: Gpu, V: int, cells: int)
     given = sampling(gpu, B, cells, R, V)
     given["control_cfg"] = np.array([0.0, 0.7, 0.0, 2.0], np.float32)
     given["plain"] = np.array([0, 5, 2, 6])
-    given["extra"][2, :5] = 4.0
+    given["extra"][2, 1:, :5] = 4.0
     given["uniforms"][:, -1] = 1 - 2**-24  # the largest there is
     given["known"][:, 1], given["known_mask"][:, 1] = 17, True
     tokens, guided, border = drawn(gpu, V, logits, given)

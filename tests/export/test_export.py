@@ -20,8 +20,9 @@ from PIL import Image
 import car_runtime
 from car_export import verify
 from car_export.cli import main as build_engines
+from car_export.config import ExportOptions
 from car_export.graphs import PhasedUp, phases_of
-from car_export.plan import ExportOptions, build_plan
+from car_export.plan2 import build_plan_of_2
 from car_runtime.editing.edit import Edit, prepare
 from car_runtime.format import manifest as schema
 from car_train import checkpoint
@@ -52,7 +53,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def build(kind: str) -> Path:
         if kind not in plans:
             output = tmp_path_factory.mktemp("plan") / f"{kind}.plan"
-            plans[kind] = build_plan(
+            plans[kind] = build_plan_of_2(
                 small_model(control=kind != "var"), ExportOptions(output=output, name="small", **KINDS[kind])
             )
         return plans[kind]
@@ -69,7 +70,7 @@ def test_files_are_what_the_manifest_says(plan: Path) -> None:
     manifest = schema.read_manifest(plan)
     schema.verify_files(plan, manifest)
     assert {p.name for p in plan.iterdir()} == {*manifest.files, "manifest.json"}
-    assert ("control" in manifest.graphs) == (manifest.model.control_type is not None)
+    assert ("control.sketch" in manifest.graphs) == (manifest.model.control_type is not None)
 
 
 def test_every_scale_has_a_static_step_without_free_dimensions(plan: Path) -> None:
@@ -128,7 +129,7 @@ def test_fp16_survives_a_residual_stream_ten_times_as_large(tmp_path: Path) -> N
     for block in (*model.car.base.blocks, *model.car.branch_blocks):
         block.mlp.fc2.weight.mul_(10)
         block.attn.proj.weight.mul_(10)
-    plan = build_plan(model, ExportOptions(output=tmp_path / "loud.plan", name="loud", precision="fp16"))
+    plan = build_plan_of_2(model, ExportOptions(output=tmp_path / "loud.plan", name="loud", precision="fp16"))
     with car_runtime.open_plan(plan) as opened:
         for step in opened.stream(np.full((20, 20, 3), 90, np.uint8), label=1, seed=0):
             assert np.isfinite(step.f_hat).all()
@@ -246,7 +247,9 @@ def test_an_interrupted_export_leaves_nothing(saved: Path, tmp_path: Path, monke
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("car_export.plan.PlanBuilder._condition", interrupt)  # half-way: weights.bin is being written
+    monkeypatch.setattr(
+        "car_export.plan2.PlanBuilder2._condition", interrupt
+    )  # half-way: weights.bin is being written
     assert build_engines([str(saved), "-o", str(tmp_path / "i.plan")]) == 130
     assert list(tmp_path.iterdir()) == []
 
@@ -337,8 +340,12 @@ def test_matrices_are_stored_for_cpus_as_pytorch_has_them_and_for_gpus_transpose
 
 
 def test_reshapes_read_constants(plan: Path) -> None:
-    """All but one, which takes S × S logits apart: an engine can infer the shapes of a run before it starts."""
-    for graph, computed in (("step", 1), ("condition", 0)):
+    """All but those that take S × S logits apart, and tokens and rows where a branch is mixed in.
+
+    So an engine can infer the shapes of a run before it starts.
+    """
+    branches = schema.read_manifest(plan).model.branches.values()
+    for graph, computed in (("step", 1 + sum(branch.blocks for branch in branches)), ("condition", 0)):
         model = onnx.load(plan / f"{graph}.onnx", load_external_data=False).graph
         known = {tensor.name for tensor in model.initializer}
         reshapes = [node for node in model.node if node.op_type == "Reshape"]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +14,23 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from PIL import Image
 
+from car_export.branches import add_branch, remove_branch
 from car_export.cli import main as build_engines
 from car_export.config import ExportOptions
 from car_export.errors import ExportError
 from car_export.plan2 import build_plan_of_2
-from car_runtime.errors import PlanError
+from car_runtime import GenerationConfig, open_plan
+from car_runtime import receipt as receipts
+from car_runtime.cli.main import main as car_run
+from car_runtime.errors import PlanError, RequestError
 from car_runtime.format import manifest as schema
+from car_runtime.format.folder import open_folder
 from car_runtime.format.graph_check import Checked, check_graph
+from car_runtime.format.parameters import stored_arrays
+from car_runtime.format.sizes import problem_with_sizes
+from car_runtime.request import resolve
 from car_train import checkpoint
 from car_train.config import CARConfig
 from car_train.model import Model
@@ -112,6 +125,28 @@ def test_other_fusions_agree_with_pytorch(kind: dict[str, str], tmp_path: Path) 
     build_plan_of_2({"sketch": model}, ExportOptions(output=tmp_path / "one.plan", name="one"))
 
 
+def test_a_bf16_plan_stores_its_branches_in_bfloat16_and_takes_another(tmp_path: Path) -> None:
+    model = small()
+    plan = build_plan_of_2(
+        {"sketch": model}, ExportOptions(output=tmp_path / "half.plan", name="half", precision="bf16")
+    )
+    manifest = schema.read_manifest(plan)
+    step = manifest.graphs["step"]
+    for name, dtype in (("linear_weight", "bfloat16"), ("norm_weight", "float32")):
+        assert manifest.parameters[f"branches.sketch.fusions.0.{name.replace('_', '.')}"].dtype == dtype
+        assert step.input(f"fusion_{name}_0").dtype == dtype
+    folder = open_folder(plan)
+    one = manifest.parameters["branches.sketch.fusions.0.linear.weight"]
+    bits = stored_arrays(folder, {"w": one})["w"].astype(np.uint32) << 16
+    folder.close()
+    assert model.car is not None
+    assert model.car.branch is not None
+    weight = model.car.branch.fusions[0].get_parameter("linear.weight").T.numpy()
+    assert np.abs(bits.view(np.float32) - weight).max() <= 2**-8 * np.abs(weight).max()
+    both = add_branch(plan, checkpoint.save(sibling(small()), tmp_path / "other"), name="other")
+    assert list(schema.read_manifest(both).model.branches) == ["sketch", "other"]
+
+
 def test_what_is_no_branch_of_one_base_is_refused(tmp_path: Path) -> None:
     options, model = ExportOptions(output=tmp_path / "no.plan", name="no"), small()
     stranger = sibling(model)
@@ -129,15 +164,53 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
     for arguments, says in (
         ([str(one), str(other), *out], "two branches are called 'sketch'"),
         ([str(one), f"b={other}", "--default-branch", "c", *out], "--default-branch c is not one of"),
-        ([str(one), f"b={other}", "--precision", "bf16", *out], "needs a plan of format 1"),
-        ([str(one), "--default-branch", "sketch", *out], "add --format 2"),
-        ([str(two), "--target", "rtx", "--sm", "89"], "is of format 2"),
+        ([str(one), "--default-branch", "other", *out], "--default-branch other is not one of"),
     ):
         assert build_engines(arguments) == 2
         text = capsys.readouterr().err
         assert says in text, text
         assert text.count("\n") == 1
     assert not (tmp_path / "x.plan").exists()
+
+
+def test_the_runtime_refuses_what_a_plan_cannot_follow_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], two: Path
+) -> None:
+    """Unknown and missing branches, one named twice, weights out of range, a table that doesn't fit its graphs."""
+    edges, out = str(tmp_path / "e.png"), ["-o", str(tmp_path / "out.png")]
+    Image.new("RGB", (12, 12)).save(edges)
+    edited = tmp_path / "edited.plan"
+    shutil.copytree(two, edited)
+    (edited / "step.onnx").write_bytes((edited / "step.onnx").read_bytes() + b"\x32\x00")  # an empty doc_string
+    manifest = schema.read_manifest(two)
+    files = {**manifest.files, **schema.describe_files(edited, ["step.onnx"])}
+    schema.write_manifest(edited, replace(manifest, files=files))
+    for plan, controls, says in (
+        (two, [f"depth={edges}"], "there is no branch 'depth' in the plan 'two'; it has sketch, other"),
+        (two, [edges, f"other={edges}"], "names no branch; with several of them give BRANCH=IMAGE"),
+        (two, [f"other={edges}", f"other={edges}"], "names the branch 'other' twice; give each branch once"),
+        (two, [f"other={edges}:2.5"], "the weight of other is 2.5, but must be a number in 0…2; 1 is what the"),
+        (two, [f"other={edges}:-0.1"], "the weight of other is -0.1, but must be a number in 0…2"),
+        (edited, [edges], "the table of parameters of 'two' belongs to other graphs than the plan's; export"),
+    ):
+        flags = [flag for control in controls for flag in ("--control", control)]
+        assert car_run(["-e", str(plan), "--backend", "ort-cpu", *flags, *out]) == 2
+        text = capsys.readouterr().err
+        assert says in text, text
+        lines = [line for line in text.splitlines() if "the control is for the branch 'sketch'" not in line]
+        assert len(lines) == 1
+        assert lines[0].startswith("car-run: error: ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e.png", "edited.plan"]
+    foreign = resolve(read_plan_of_one(tmp_path), GenerationConfig(control=Image.open(edges)))
+    message = "config 1: the request is not for the plan 'two'; resolve it against this plan"
+    with open_plan(two, "ort-cpu", threads=1) as opened, pytest.raises(RequestError, match=message):
+        opened.generate_many([GenerationConfig(), foreign])
+
+
+def read_plan_of_one(folder: Path) -> schema.Manifest:
+    """Of a plan whose scales and vocabulary are those of `two`."""
+    one = remove_branch(two_branches(), "other", output=folder / "one.plan")
+    return schema.read_manifest(one)
 
 
 def test_a_branch_out_of_its_base_is_refused_by_the_reader(two: Path) -> None:
@@ -147,6 +220,48 @@ def test_a_branch_out_of_its_base_is_refused_by_the_reader(two: Path) -> None:
     wrong = replace(manifest.model.branches["other"], fusion="zero")
     with pytest.raises(PlanError, match="differ in fusion"):
         replace(manifest.model, branches={**manifest.model.branches, "other": wrong})
+
+
+def test_what_branches_make_the_loop_allocate_is_counted(two: Path) -> None:
+    """Entries of the table may all name the same bytes of weights.bin."""
+    both = schema.read_manifest(two)
+    model = replace(both.model, branches={"sketch": both.model.branches["sketch"]})
+    table = {name: entry for name, entry in both.parameters.items() if not name.startswith("branches.other.")}
+    graphs = {name: graph for name, graph in both.graphs.items() if "other" not in name}
+    one = replace(both, model=model, parameters=table, graphs=graphs)
+    taken = []
+    for manifest in (one, both):
+        said = re.search(r"would take (\d+) bytes", str(problem_with_sizes(manifest, 0, 0)))
+        assert said is not None
+        taken.append(int(said[1]))
+    C, L, h = both.model.width, both.tokens, both.model.branches["other"].blocks
+    fusions = h * (2 * C + 2 * C + 2 * C * C + C)
+    cache, outputs = 2 * h * L * 2 * C, h * 2 * 2 * 2 * C  # K and V; `c` at 2 × 2 tokens; both of two rows
+    assert 4 * (fusions + cache + outputs) <= taken[1] - taken[0] <= 4 * (fusions + cache + outputs + 10 * h * C * 6)
+
+
+def test_parameters_that_all_lie_in_one_place_are_refused_where_together_they_are_many(two: Path) -> None:
+    """Who packs the parameters takes memory for each."""
+    manifest = schema.read_manifest(two)
+    total = sum(one.bytes for one in manifest.parameters.values())
+    assert problem_with_sizes(manifest, total, 0) is None
+    assert f"all parameters would take {total} bytes" in str(problem_with_sizes(manifest, total - 1, 0))
+
+
+def test_a_receipt_of_branches_is_believed_within_bounds(two: Path) -> None:
+    manifest = schema.read_manifest(two)
+
+    def branches(weight: object) -> tuple[tuple[str, float, str], ...]:
+        body = {"version": 1, "plan": receipts.plan_digest(manifest), "branches": [["other", weight, "0" * 64]]}
+        plain = json.dumps(body, sort_keys=True, separators=(",", ":"))
+        text = json.dumps({"receipt": body, "sha256": hashlib.sha256(plain.encode()).hexdigest()})
+        found = receipts.receipt_of({receipts.KEY: text}, manifest)
+        assert found is not None
+        return found.branches
+
+    assert branches(0.5) == (("other", 0.5, "0" * 64),)
+    for weight in (10**400, float("nan"), float("inf"), -1, True, "1", None):
+        assert branches(weight) == ()
 
 
 def test_published_files_of_several_branches_are_one_plan(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from car_runtime import GenerationConfig, open_plan
 from car_runtime.cli.main import main as car_run
 from car_train.model import Model
 from car_train.model.sample import Recording, control_pyramid, sample
@@ -98,6 +99,15 @@ def test_greedy_tokens_are_equal_and_the_image_is_close(engine: Engine, golden: 
     tokens, pixels = engine.greedy(golden, control)
     np.testing.assert_array_equal(tokens, golden[f"{prefix}_greedy_tokens"])
     assert np.abs(pixels - golden[f"{prefix}_greedy_image"].astype(np.float32)).max() <= engine.pixels
+
+
+def test_a_plan_with_a_branch_draws_plain_var_where_no_control_is_given(
+    golden: Golden, plans: Callable[..., Path]
+) -> None:
+    with open_plan(plans(golden, car=True), "ort-cpu", threads=1) as plan:
+        configs = [GenerationConfig(label=int(label), cfg=CFG, top_k=1, seed=5) for label in golden["label"]]
+        tokens = np.concatenate([result.tokens for result in plan.generate_many(configs)])
+    np.testing.assert_array_equal(tokens, golden["var_greedy_tokens"])
 
 
 def test_encoded_tokens_are_equal(golden: Golden, models: Callable[..., Model]) -> None:

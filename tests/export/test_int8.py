@@ -32,7 +32,7 @@ from car_runtime import verify as acceptance
 from car_runtime.backends.onnxruntime import cpu as ort_cpu
 from car_runtime.backends.onnxruntime.cuda import OrtCuda
 from car_runtime.backends.onnxruntime.session import needless_optimizers
-from car_runtime.format.manifest import WEIGHTS, Precision, read_manifest, verify_files, write_manifest
+from car_runtime.format.manifest import WEIGHTS, Precision, read_manifest, verify_files
 from car_runtime.plan import default_plan
 from car_train import checkpoint
 from fixtures.small import small_model
@@ -208,16 +208,16 @@ def kernels(plan: Path, graph: str, tmp_path: Path) -> Counter[str]:
 
 def test_products_and_convolutions_become_int8_kernels(shipped: tuple[Path, list[str]], tmp_path: Path) -> None:
     plan, said = shipped
-    step, exact = (kernels(p, "step", tmp_path) for p in (plan, default_plan()))
-    blocks = 9
+    graphs, blocks = ("step", "branch.canny"), 9
+    step, exact = (sum((kernels(p, g, tmp_path) for g in graphs), Counter[str]()) for p in (plan, default_plan()))
     assert step["MatMulIntegerToFloat"] + step["DynamicQuantizeMatMul"] == 4 * blocks + 1  # and the head
     assert exact["MatMul"] + exact["FusedMatMul"] - step["MatMul"] - step["FusedMatMul"] == 4 * blocks + 1
-    condition = kernels(plan, "condition", tmp_path)
-    assert condition["MatMulIntegerToFloat"] == 2
+    condition = kernels(plan, "condition", tmp_path) + kernels(plan, "condition.canny", tmp_path)
+    assert condition["MatMulIntegerToFloat"] == 3  # the AdaLN that blocks share is in both, the head's in one
     assert not condition["Gemm"] + condition["MatMul"]  # nor is a matrix widened in every run
-    assert kernels(plan, "control", tmp_path)["QLinearConv"] == 30
+    assert kernels(plan, "control.canny", tmp_path)["QLinearConv"] == 30
     assert kernels(plan, "decoder", tmp_path)["QLinearConv"] == 27
-    assert any("fusions" in line for line in said)
+    assert not [line for line in said if "still in float32" in line]
 
 
 # ---- Plans ----
@@ -231,10 +231,8 @@ def test_the_plan_that_ships_draws_nearly_the_same_in_int8(shipped: tuple[Path, 
     assert manifest.files[WEIGHTS].bytes < 0.8 * read_manifest(default_plan()).files[WEIGHTS].bytes  # fp16 there
     assert not [name for name in manifest.graphs if name.startswith("step.")]
     assert manifest.provenance["int8 calibration"] == f"{int8.IMAGES} images, synthetic"
-    # What errs most is what comes in where the branch joins; the rest is in INT8.
-    assert set(manifest.provenance["int8 leaves"].split(", ")) == {
-        f"car.branch.fusions.{i}.linear.weight" for i in range(3)
-    }
+    # What errs most is what comes in where the branch joins: the step takes it in as it is. The rest is in INT8.
+    assert "int8 leaves" not in manifest.provenance
     report = acceptance.verify(plan, "ort-cpu", warmup=0, runs=1)
     assert report["passed"]
     assert report["settings"]["limits"] == "int8"
@@ -302,6 +300,7 @@ def test_openvino_multiplies_int8_too(shipped: tuple[Path, list[str]]) -> None:
         if not {"avx512_vnni", "amx_int8", "avx_vnni"} & set(acceptance.machine()["flags"] or cpu_flags()):
             pytest.skip("this CPU multiplies no INT8")
         backend: Any = plan._backend
+        blocks = plan.manifest.model.depth
         made = [node.get_rt_info() for node in backend._models["step"].parts[0]().model.get_runtime_model().get_ops()]
         kinds = Counter(
             str(info["primitiveType"].astype(str)).rsplit("_", 1)[-1]
@@ -309,7 +308,7 @@ def test_openvino_multiplies_int8_too(shipped: tuple[Path, list[str]]) -> None:
             if info["layerType"].astype(str) == "FullyConnected"
         )
     # Queries, keys and values are products of their own, as they are in float32.
-    assert kinds["I8"] >= 9 * (3 + 3) + 1
+    assert kinds["I8"] >= blocks * (3 + 3) + 1
 
 
 def cpu_flags() -> set[str]:
@@ -320,6 +319,9 @@ def cpu_flags() -> set[str]:
 def test_a_steered_plan_of_an_export_and_its_few_channels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sites, "MIN_CHANNELS", 4)
     monkeypatch.setattr(rewrite, "MAX_ERROR", 1.0)
+    # A decoder of random weights whose every convolution is rounded is farther off than one that is left alone.
+    loose = dataclasses.replace(acceptance.LIMITS["int8"], levels=128)
+    monkeypatch.setitem(acceptance.LIMITS, "int8", loose)
     said: list[str] = []
     source = small_plan("steered")
     plan = to_int8(Int8Options(source=source, output=tmp_path / "s.plan"), said.append)
@@ -404,24 +406,14 @@ def test_flags_that_do_not_go_together_name_the_remedy(
 
 @pytest.mark.parametrize("kind", ["fp16", "bf16"])
 def test_half_precision_plans_are_refused(kind: str, tmp_path: Path) -> None:
-    source = rewritten(tmp_path / "half.plan", precision=Precision(compute=kind, weights=kind))
     with pytest.raises(ExportError, match=r"an int8 plan is made from a float32 one \(--precision fp32\)"):
-        to_int8(Int8Options(source=source, output=tmp_path / "o.plan"))
-    assert [p.name for p in tmp_path.iterdir()] == ["half.plan"]
+        to_int8(Int8Options(source=small_plan(kind), output=tmp_path / "o.plan"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_controls_for_a_plan_that_takes_none(tmp_path: Path) -> None:
-    model = dataclasses.replace(read_manifest(default_plan()).model, control_type=None)
-    source = rewritten(tmp_path / "var.plan", model=model)
     with pytest.raises(ExportError, match="takes no control image; leave out --calibrate"):
-        to_int8(Int8Options(source=source, output=tmp_path / "o.plan", controls=(EXAMPLE,)))
-
-
-def rewritten(root: Path, **changes: Any) -> Path:
-    """The plan that ships with another manifest, and nothing but that."""
-    root.mkdir()
-    write_manifest(root, dataclasses.replace(read_manifest(default_plan()), **changes))
-    return root
+        to_int8(Int8Options(source=small_plan("fp32"), output=tmp_path / "o.plan", controls=(EXAMPLE,)))
 
 
 def test_a_model_that_int8_is_too_coarse_for_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

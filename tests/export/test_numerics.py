@@ -37,7 +37,7 @@ ROUNDED = {"fp16": 5 * 9 * 2.0**-11, "bf16": 5 * 9 * 2.0**-8}
 
 
 def small() -> Model:
-    """The model of `small_plan("fp16")`, its weights rounded as that plan has them."""
+    """The model of `small_plan("fp16", 1)`, its weights rounded as that plan has them."""
     return reference_model(small_model(depth=2, sides=(1, 2, 4)), "fp16", "fp16")
 
 
@@ -47,7 +47,7 @@ def small() -> Model:
 def test_the_chain_of_graphs_agrees_with_pytorch() -> None:
     model = small()
     case = make_case(model, 4.0, 12, 0.9)
-    found = compare(case, ProbedOrtCpu(small_plan("fp16")).logits(case), model.config.vqvae.sides)
+    found = compare(case, ProbedOrtCpu(small_plan("fp16", 1)).logits(case), model.config.vqvae.sides)
     assert [scale["side"] for scale in found["scales"]] == [1, 2, 4]
     assert 0 < found["all"]["relative_max"] <= ROUNDED["fp16"]
     assert found["all"]["max"] == max(scale["max"] for scale in found["scales"])
@@ -57,7 +57,7 @@ def test_the_chain_of_graphs_agrees_with_pytorch() -> None:
 
 
 def test_probes_change_nothing_and_find_the_largest_values() -> None:
-    model, plan = small(), small_plan("fp16")
+    model, plan = small(), small_plan("fp16", 1)
     case = make_case(model, 4.0, 12, 0.9)
     probed = ProbedOrtCpu(plan, probe=True)
     with_probes, without = probed.logits(case), ProbedOrtCpu(plan).logits(case)
@@ -71,7 +71,7 @@ def test_probes_change_nothing_and_find_the_largest_values() -> None:
 
 
 def test_every_half_precision_result_of_the_step_is_probed() -> None:
-    model = onnx.load(small_plan("fp16") / "step.onnx", load_external_data=False)
+    model = onnx.load(small_plan("fp16", 1) / "step.onnx", load_external_data=False)
     products = {name for node in model.graph.node if node.op_type in ("MatMul", "Gelu") for name in node.output}
     probes = probe.add_probes(model)
     halves = {name for name, is_stream in probes if not is_stream}
@@ -84,7 +84,7 @@ def test_every_half_precision_result_of_the_step_is_probed() -> None:
 
 
 def test_all_that_writes_into_the_stream_is_scaled() -> None:
-    model, plan = small(), small_plan("fp16")
+    model, plan = small(), small_plan("fp16", 1)
     case = make_case(model, 4.0, 12, 0.9)
     plain, loud = ProbedOrtCpu(plan, probe=True), ProbedOrtCpu(plan, probe=True, factor=10.0)
     plain.logits(case)
@@ -101,7 +101,7 @@ def test_all_that_writes_into_the_stream_is_scaled() -> None:
 
 def test_a_value_beyond_half_precision_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that are too loud by far must be seen, whether ONNX Runtime rounds the value to inf or not."""
-    model, plan = small(), small_plan("fp16")
+    model, plan = small(), small_plan("fp16", 1)
     case = make_case(model, 4.0, 12, 0.9)
     found = largest_values(ProbedOrtCpu(plan, probe=True, factor=60_000.0), case)
     assert found["overflows"] or not found["finite"]

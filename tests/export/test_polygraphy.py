@@ -74,7 +74,7 @@ def test_a_sanitised_decoder_agrees_with_the_plans_decoder(plan: Path) -> None:
 
 
 @needs("tensorrt_rtx")
-@pytest.mark.parametrize("graph", ["control", "condition", "decoder", "encoder", "step"])
+@pytest.mark.parametrize("graph", ["control.sketch", "condition", "decoder", "encoder", "step"])
 def test_inspect_capability_finds_every_form_supported(plan: Path, graph: str) -> None:
     said = polygraphy(plan, "inspect", "capability", f"{graph}.form.onnx", POLYGRAPHY_USE_TENSORRT_RTX="1")
     assert "Graph is fully supported by TensorRT" in said

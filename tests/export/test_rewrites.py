@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 from car_export import errors
 from car_export.tensorrt import build as engines
 from car_export.tensorrt import rewrites
+from car_runtime.backends.tensorrt.engine_metadata import STATIC
 from car_runtime.format import manifest as schema
 from fixtures.small_plans import small_plan
 
@@ -49,12 +50,14 @@ def original(plan: Path, graph: str) -> bytes:
     return (plan / schema.read_manifest(plan).graphs[graph].file).read_bytes()
 
 
-def random_feed(plan: Path, manifest: schema.Manifest, k: int, batch: int, rng: np.random.Generator) -> Arrays:
+def random_feed(
+    plan: Path, manifest: schema.Manifest, graph: str, k: int, batch: int, rng: np.random.Generator
+) -> Arrays:
     """Inputs of one scale: ordinary numbers, some tokens known, a real past."""
-    scale, sizes = manifest.scales[k], {"B": batch, "R": 2 * batch}
+    scale, sizes = manifest.scales[k], {"B": batch, "R": 2 * batch, "m": 1}
     sizes |= {"S": manifest.scales[k].side, "T": scale.next_side, "P": scale.start}
     feed: Arrays = {}
-    for port in manifest.graphs["step"].inputs:
+    for port in manifest.graphs[graph].inputs:
         shape = [d if isinstance(d, int) else sizes[d] for d in port.shape]
         feed[port.name] = rng.normal(0, 0.5, shape).astype(port.dtype)
     for name, tensor in scale.constants.items():
@@ -64,7 +67,9 @@ def random_feed(plan: Path, manifest: schema.Manifest, k: int, batch: int, rng: 
     feed["uniforms"] = rng.random(grid, dtype=np.float32)
     feed["known"] = rng.integers(0, manifest.model.vocab, grid)
     feed["known_mask"] = rng.random(grid) < 0.3
-    return feed
+    feed |= {"rows": np.tile(np.arange(batch), 2), "twin": np.arange(batch, 2 * batch), "plain": np.arange(batch)}
+    names = {port.name for port in manifest.graphs[graph].inputs}
+    return {name: values for name, values in feed.items() if name in names}
 
 
 def assert_same(got: Arrays, expected: Arrays, tolerance: float) -> None:
@@ -81,15 +86,22 @@ def assert_same(got: Arrays, expected: Arrays, tolerance: float) -> None:
 
 @pytest.mark.parametrize("target", ["sm89", "sm75"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_the_form_of_the_step_computes_the_step_at_every_scale(plan: Path, batch: int, target: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "format", "graph"),
+    [("fp16", 2, "step"), ("fp32", 2, "step"), ("fp16", 2, "branch.sketch"), ("fp16", 1, "step")],
+)
+def test_the_form_of_a_step_computes_the_step_at_every_scale(
+    kind: str, format: int, graph: str, batch: int, target: str
+) -> None:
+    plan = small_plan(kind, format)
     manifest, rng = schema.read_manifest(plan), np.random.default_rng(5)
-    step, engine = session(original(plan, "step"), plan), session(form(plan, "step", target), plan)
-    names = [port.name for port in manifest.graphs["step"].outputs]
+    step, engine = session(original(plan, graph), plan), session(form(plan, graph, target), plan)
+    names = [port.name for port in manifest.graphs[graph].outputs]
     assert [o.name for o in engine.get_outputs()] == [o.name for o in step.get_outputs()] == names
     assert [i.name for i in engine.get_inputs()] == [*(i.name for i in step.get_inputs()), rewrites.KEY_BIAS]
     vocab = manifest.model.vocab
     for k, scale in enumerate(manifest.scales):
-        feed = random_feed(plan, manifest, k, batch, rng)
+        feed = random_feed(plan, manifest, graph, k, batch, rng)
         sizes = engines.step_sizes(scale, batch)
         bias = np.zeros(sizes["N"], np.float32)
         mine = dict(feed)
@@ -97,9 +109,10 @@ def test_the_form_of_the_step_computes_the_step_at_every_scale(plan: Path, batch
             bias[0] = rewrites.DUMMY_BIAS
             mine |= {n: np.zeros((1, *a.shape[1:]), a.dtype) for n, a in feed.items() if n.startswith("past_")}
         mine[rewrites.KEY_BIAS] = bias
-        for top_k, top_p, cfg in ((1, 2.0, 4.0), (vocab // 5, 0.9, 1.5), (vocab, 0.6, 0.0), (vocab, 2.0, 3.0)):
-            sampling = {"top_k": np.array([top_k]), "top_p": np.array([top_p], np.float32)}
-            sampling["cfg"] = np.array([cfg], np.float32)
+        settings = ((1, 2.0, 4.0), (vocab // 5, 0.9, 1.5), (vocab, 0.6, 0.0), (vocab, 2.0, 3.0))
+        for top_k, top_p, cfg in settings if graph == "step" else settings[:1]:
+            values = {"top_k": np.int64(top_k), "top_p": np.float32(top_p), "cfg": np.float32(cfg)}
+            sampling = {name: np.full_like(feed[name], value) for name, value in values.items() if name in feed}
             got = dict(zip(names, engine.run(names, mine | sampling), strict=True))
             expected = dict(zip(names, step.run(names, feed | sampling), strict=True))
             assert_same(got, expected, TOLERANCE[manifest.precision.compute])
@@ -113,7 +126,7 @@ def test_the_form_holds_no_sort_longer_than_the_limit_and_no_row_numbers(plan: P
 
 
 @pytest.mark.parametrize("target", ["sm89", "sm75"])
-@pytest.mark.parametrize("graph", ["control", "condition", "decoder", "encoder"])
+@pytest.mark.parametrize("graph", ["control.sketch", "condition", "condition.sketch", "decoder", "encoder"])
 def test_the_forms_of_the_other_graphs_compute_the_same(graph: str, target: str) -> None:
     plan, rng = small_plan("fp16"), np.random.default_rng(2)
     manifest = schema.read_manifest(plan)
@@ -211,8 +224,11 @@ def test_profiles_list_every_scale_and_batch_with_the_first_scales_dummy(plan: P
     step = next(recipe for recipe in engines.recipes(plan, manifest) if recipe.graph == "step")
     sizes = (1, 2) if plan.stem == "fp16" else (1,)
     assert [p.name for p in step.profiles] == [f"step.{k:02d}.b{b}" for b in sizes for k in range(3)]
-    assert dict(step.profiles[0].sizes) == {"R": 2, "B": 1, "S": 1, "T": 2, "P": 1, "N": 2}
-    assert dict(step.profiles[2].sizes) == {"R": 2, "B": 1, "S": 4, "T": 1, "P": 5, "N": 21}
-    bare = dataclasses.replace(manifest, graphs={n: g for n, g in manifest.graphs.items() if "." not in n})
+    mixed = {"m": 1} if manifest.model.branches else {}
+    assert dict(step.profiles[0].sizes) == {"R": 2, "B": 1, "S": 1, "T": 2, "P": 1, "N": 2, **mixed}
+    assert dict(step.profiles[2].sizes) == {"R": 2, "B": 1, "S": 4, "T": 1, "P": 5, "N": 21, **mixed}
+    bare = dataclasses.replace(
+        manifest, graphs={n: g for n, g in manifest.graphs.items() if STATIC.fullmatch(n) is None}
+    )
     with pytest.raises(engines.EngineError, match="no static steps"):
         engines.recipes(plan, bare)

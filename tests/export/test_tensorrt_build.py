@@ -36,7 +36,7 @@ if importlib.util.find_spec("tensorrt_rtx") is None:
     pytest.skip("tensorrt_rtx is not installed: pip install 'car-deploy[rtx]'", allow_module_level=True)
 
 SM89 = [engines.Target(flavour="rtx", name="sm89")]
-GRAPHS = ("control", "condition", "decoder", "encoder", "step")
+GRAPHS = ("control.sketch", "condition", "condition.sketch", "decoder", "encoder", "branch.sketch", "step")
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_a_sidecar_describes_its_engine(compiled: Path, graph: str) -> None:
     assert facts["key"] == entry(compiled, graph).key
     assert facts["bytes"] == (compiled / facts["file"]).stat().st_size
     declared = manifest.graphs[graph]
-    extra = [{"name": "key_bias", "dtype": "float32", "shape": ["N"]}] if graph == "step" else []
+    extra = [{"name": "key_bias", "dtype": "float32", "shape": ["N"]}] if graph in ("step", "branch.sketch") else []
     assert facts["inputs"] == [port_facts(p) for p in declared.inputs] + extra
     assert facts["outputs"] == [port_facts(p) for p in declared.outputs]
     for profile in facts["profiles"]:

@@ -152,8 +152,11 @@ def test_what_cannot_be_upgraded_is_refused_in_one_line(tmp_path: Path, capsys: 
     renamed = copy_of(source, tmp_path / "wrong.plan", ("model", "vocab"), 48)
     (renamed / "encoder.onnx").write_bytes((renamed / "decoder.onnx").read_bytes())
     for arguments, says in (
-        ([str(int8), "--upgrade", *out], "stores int8, which format 2 doesn't have; upgrade the float32 plan"),
-        ([str(small_plan("bf16")), "--upgrade", *out], "stores bf16"),
+        (
+            [str(int8), "--upgrade", *out],
+            "stores int8, of which no model can be made again; upgrade the float32 plan",
+        ),
+        ([str(small_plan("bf16", 1)), "--upgrade", *out], "stores bf16"),
         ([str(new_plan("concat")), "--upgrade", *out], "is of format 2 already"),
         ([str(renamed), "--upgrade", *out], "encoder.onnx"),
         ([str(source), "--upgrade", "-o", str(source)], "is another one; name it"),

@@ -2,8 +2,9 @@
 
     python tests/fuzz/plans.py --count 10000
 
-What is changed: values and bytes of the manifest, bytes of graphs, weights and goldens with their digests brought up
-to date, and what lies in the place of a file. What runs: an image, `--list-classes`, `doctor`, `verify`, and
+What is changed: values and bytes of the manifest; what it says of branches, fusions, static graphs and parameters;
+bytes of graphs, weights and goldens with their digests brought up to date; and what lies in the place of a file.
+What runs: an image, of one branch and of two, `batch`, `--list-classes`, `plan`, `doctor`, `verify`, and
 `build_engines.py` on a plan. Sources are the shipped plan and two small ones of random weights, of formats 1 and 2.
 
 A command is the very function that the program calls, one after the other in a child of this process, which goes on
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import resource
@@ -44,8 +46,8 @@ CPU_SECONDS = 10
 MEGABYTES = 1000
 LINE = 300
 CONTROL = ROOT / "examples" / "umbrella.png"
-COMPILING = "build_engines --target rtx"
-"""It takes its time for what is a plan, and has no limit of seconds."""
+SLOW = ("build_engines --target rtx", "build_engines --upgrade")
+"""These take their time for what is a plan, and have no limit of seconds."""
 WHOLE = 50
 """One in so many is a process of its own."""
 
@@ -53,21 +55,38 @@ WHOLE = 50
 # Commands.
 
 
-def commands(plan: Path, folder: Path, key: Path) -> dict[str, list[str]]:
-    """Name → program and arguments."""
+def commands(plan: Path, folder: Path, key: Path) -> dict[str, tuple[float, list[str]]]:
+    """Name → how often it is tried, and program and arguments."""
     image = ["-e", str(plan), "--control", str(CONTROL), "-o", str(folder / "o.png"), "--threads", "1"]
+    two = ["-e", str(plan), "--control", f"sketch={CONTROL}:0.7", "--control", f"other={CONTROL}:0.4"]
+    jobs = [str(folder / "jobs.jsonl"), "-e", str(plan), "-o", str(folder / "out"), "--threads", "1"]
+    other = [str(plan), "other", "-o", str(folder / "o.plan")]
     return {
-        "image": ["car_runtime", *image],
-        "image, hashes not looked at": ["car_runtime", *image, "--no-verify"],
-        "list-classes": ["car_runtime", "-e", str(plan), "--list-classes"],
-        "doctor": ["car_runtime", "doctor", str(plan)],
-        "verify": ["car_runtime", "verify", str(plan), "--runs", "1", "--warmup", "0", "--threads", "1"],
-        "build_engines --sign": ["car_export", str(plan), "--sign", str(key)],
-        COMPILING: ["car_export", str(plan), "--target", "rtx", "--sm", "89"],
+        "image": (18, ["car_runtime", *image]),
+        "image, hashes not looked at": (5, ["car_runtime", *image, "--no-verify"]),
+        "image of two branches": (10, ["car_runtime", *two, *image[4:]]),
+        "batch": (5, ["car_runtime", "batch", *jobs]),
+        "list-classes": (14, ["car_runtime", "-e", str(plan), "--list-classes"]),
+        "plan info": (12, ["car_runtime", "plan", "info", str(plan)]),
+        "plan remove-branch": (6, ["car_runtime", "plan", "remove-branch", *other]),
+        "doctor": (12, ["car_runtime", "doctor", str(plan)]),
+        "verify": (10, ["car_runtime", "verify", str(plan), "--runs", "1", "--warmup", "0", "--threads", "1"]),
+        "build_engines --sign": (9, ["car_export", str(plan), "--sign", str(key)]),
+        SLOW[0]: (0.1, ["car_export", str(plan), "--target", "rtx", "--sm", "89"]),
+        SLOW[1]: (0.1, ["car_export", str(plan), "--upgrade", "-o", str(folder / "o.plan")]),
     }
 
 
-WEIGHTS_OF_COMMANDS = (30, 5, 20, 12, 22, 10, 0.3)
+def may_try(name: str, source: Path) -> bool:
+    """Whether a command is for a source: the small plan of format 2 has two branches; the shipped one is large."""
+    small = source.stem != "source-0"
+    return {"image of two branches": source.stem == "source-2", SLOW[1]: small}.get(name, True)
+
+
+JOBS = """\
+{"name": "a", "seed": 3, "cfg": 1.5}
+{"name": "b", "control": "%s", "n": 2, "class": 1}
+"""
 
 
 def run_here(command: Sequence[str]) -> int:
@@ -98,14 +117,14 @@ class Outcome:
     stderr: str
 
 
-def called(command: Sequence[str], stderr: Path) -> Outcome:
-    """A command in this process, whose file descriptors 1 and 2 are taken."""
+def called(command: Sequence[str], stderr: Path, most: int) -> Outcome:
+    """A command in this process, whose file descriptors 1 and 2 are taken. most: CPU seconds until it is ended."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(stderr, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), 2)
     sys.stdout, sys.stderr = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(2), "w", errors="backslashreplace")
     Path("/proc/self/clear_refs").write_text("5")  # its peak begins anew
     began, before, code = time.process_time(), resident("VmRSS"), 99
-    signal.setitimer(signal.ITIMER_PROF, 4 * CPU_SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, most)
     try:
         code = run_here(command)
     except SystemExit as error:
@@ -113,10 +132,10 @@ def called(command: Sequence[str], stderr: Path) -> Outcome:
     except BaseException:
         traceback.print_exc()
     signal.setitimer(signal.ITIMER_PROF, 0)
-    seconds, megabytes = time.process_time() - began, resident("VmHWM") - before
+    took, megabytes = time.process_time() - began, resident("VmHWM") - before
     for stream in (sys.stdout, sys.stderr):
         stream.close()
-    return Outcome(code, seconds, megabytes, stderr.read_text(errors="replace"))
+    return Outcome(code, took, megabytes, stderr.read_text(errors="replace"))
 
 
 def resident(what: str) -> int:
@@ -125,7 +144,7 @@ def resident(what: str) -> int:
     return int(next(line for line in lines if line.startswith(what)).split()[1]) // 1024
 
 
-def spawned(command: Sequence[str], stderr: Path) -> Outcome:
+def spawned(command: Sequence[str], stderr: Path, most: int) -> Outcome:
     """A command as a process of its own."""
     with stderr.open("w") as file:
         process = subprocess.Popen(
@@ -133,13 +152,13 @@ def spawned(command: Sequence[str], stderr: Path) -> Outcome:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=file,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (4 * CPU_SECONDS, 4 * CPU_SECONDS)),
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (most, most)),
             env={**os.environ, "PYTHONPATH": os.pathsep.join(PATHS)},
         )
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-    seconds, megabytes = usage.ru_utime + usage.ru_stime, usage.ru_maxrss // 1024
-    return Outcome(process.returncode, seconds, megabytes, stderr.read_text(errors="replace"))
+    took, megabytes = usage.ru_utime + usage.ru_stime, usage.ru_maxrss // 1024
+    return Outcome(process.returncode, took, megabytes, stderr.read_text(errors="replace"))
 
 
 def problem(name: str, outcome: Outcome, usual: int) -> str | None:
@@ -161,9 +180,7 @@ def problem(name: str, outcome: Outcome, usual: int) -> str | None:
         return "a long line of error"
     if any((ord(c) < 32 and c not in "\t\r\n") or c == "\x7f" for c in outcome.stderr):
         return "control characters"
-    if (
-        outcome.seconds > CPU_SECONDS and name != "build_engines --target rtx"
-    ):  # compiling what it was given takes long
+    if outcome.seconds > CPU_SECONDS and name not in SLOW:
         return f"takes {outcome.seconds:.0f} s"
     if outcome.megabytes > usual + MEGABYTES:
         return f"takes {outcome.megabytes} MB, {usual} MB unchanged"
@@ -196,10 +213,132 @@ def relist(root: Path, name: str) -> None:
     replace(root / "manifest.json", json.dumps(manifest).encode())
 
 
+Json = dict[str, Any]
+
+
+def _at_places(m: Json, rng: random.Random) -> str:
+    """Where parameters and constants lie, and as what, to no sum or to another true one."""
+    table = m.get("parameters", {})
+    names = [*table] * 2 + [name for name in table if ".fusions." in name] * 8
+    entries: list[Json] = [table[name] for name in names] + list(m["tensors"].values())
+    total, one, other = m["files"]["weights.bin"]["bytes"], rng.choice(entries), rng.choice(entries)
+    kind = rng.randrange(8)
+    if kind == 0:
+        one["offset"] = rng.choice((0, 1, -8, total, total - one["bytes"], total - 1, 2**63, one["offset"] + 4))
+    elif kind == 1:
+        one["offset"] = 0 if rng.random() < 0.5 else other["offset"]
+    elif kind == 2:
+        one["bytes"] = rng.choice((0, 1, total, one["bytes"] * 2, -1, 2**62))
+    elif kind == 3 and one["shape"]:
+        one["shape"][rng.randrange(len(one["shape"]))] = rng.choice((0, 1, 7, -1, 2**24, 2**40))
+    elif kind == 4 and one["shape"]:  # as many numbers in another shape
+        one["shape"] = rng.choice((one["shape"][::-1], [one["bytes"] // 4], [1, *one["shape"]], []))
+    elif kind == 5:
+        one["dtype"] = rng.choice(("float16", "bfloat16", "int64", "bool", "object", "<f4"))
+        if rng.random() < 0.5:  # of as many bytes as that makes
+            item = {"int64": 8, "bool": 1}.get(one["dtype"], 2)
+            one["bytes"] = item * math.prod(one["shape"])
+    elif kind == 6:
+        one["layout"] = rng.choice(("transposed", "plain", "x"))
+    else:
+        kept = one | {}
+        one |= other
+        other |= kept
+    return "places"
+
+
+def _branches(m: Json, rng: random.Random) -> str:
+    """What branches are called, are made of and belong to."""
+    branches = m["model"]["branches"]
+    name = rng.choice(list(branches))
+    kind = rng.randrange(8)
+    if kind == 0:
+        key = rng.choice(("fusion", "transformer", "blocks", "cache_layers", "control_type"))
+        values = ("concat", "zero", "cross_norm", "blocks", "conv", 0, 1, 2, 3, 512, 2**40, "x\x1b[2J", None)
+        for one in branches.values() if rng.random() < 0.5 else (branches[name],):
+            one[key] = rng.choice(values)
+    elif kind == 1:
+        m["model"]["default_branch"] = rng.choice((None, "other", "sketch", "x", "", "\x1b[2J", 5))
+    elif kind == 2:  # under a new name, here alone
+        branches[rng.choice(("x", "../x", "a.b", "A", "\x1b[2J", "x" * 33, ""))] = branches.pop(name)
+    elif kind == 3:  # under a new name, wherever it stands
+        text = (
+            json.dumps(m).replace(f"{name}.", "x.").replace(f'"{name}"', '"x"').replace('.x.onnx"', f'.{name}.onnx"')
+        )
+        m.clear()
+        m |= json.loads(text)
+    elif kind == 4:
+        del branches[name]
+    elif kind == 5:
+        for i in range(rng.choice((1, 63, 64, 70_000))):
+            branches[f"b{i}"] = branches[name]
+    elif kind == 6:
+        m["model"]["branches"] = {}
+    else:
+        graph = rng.choice(("control", "condition", "branch"))
+        m["graphs"][f"{graph}.sketch"], m["graphs"][f"{graph}.other"] = (
+            m["graphs"][f"{graph}.{one}"] for one in ("other", "sketch")
+        )
+    return "branches"
+
+
+def _ports(m: Json, rng: random.Random) -> str:
+    """Fusions and other inputs of graphs, by name, type and size."""
+    graph = m["graphs"][rng.choice(list(m["graphs"]))]
+    ports = graph[rng.choice(("inputs", "outputs"))]
+    if "step" in m["graphs"] and rng.random() < 0.6:
+        fusions = [port for port in m["graphs"]["step"]["inputs"] if port["name"].startswith("fusion_")]
+        ports = fusions or ports
+    one = rng.choice(ports)
+    kind = rng.randrange(5)
+    if kind == 0:
+        one["name"] = rng.choice(("fusion_gain_0", "fusion_linear_weight_1", "fusion_", "c", "x", "", "\x1b[2J"))
+    elif kind == 1:
+        one["dtype"] = rng.choice(("float16", "bfloat16", "int64", "float32", "bool"))
+    elif kind == 2 and one["shape"]:
+        one["shape"][rng.randrange(len(one["shape"]))] = rng.choice((0, 1, 2**24, "R", "B", -1))
+    elif kind == 3:
+        ports.append(one | {"name": f"fusion_linear_weight_{rng.randrange(9)}"})
+    else:
+        one["name"] += "0"
+    return "ports"
+
+
+def _static_graphs(m: Json, rng: random.Random) -> str:
+    """Names of graphs, and which file is whose."""
+    graphs = m["graphs"]
+    name = rng.choice(list(graphs))
+    kind = rng.randrange(3)
+    if kind == 0:
+        new = ("step.x", "step.00.bx", "step.99.b1", "step.00.b0", "step.00.b999999", "step.", "branch.other.0", "x")
+        graphs[rng.choice(new)] = graphs[name] if rng.random() < 0.5 else graphs.pop(name)
+    elif kind == 1:
+        graphs[name]["file"] = graphs[rng.choice(list(graphs))]["file"]
+    else:
+        other = rng.choice(list(graphs))
+        graphs[name], graphs[other] = graphs[other], graphs[name]
+    return "static graphs"
+
+
+def _structure(file: Path, rng: random.Random) -> str:
+    """One of a plan's own structures changed, with or without the table's digest brought up to date."""
+    m = json.loads(file.read_bytes())
+    of_2 = m["format"] == 2 and bool(m["model"]["branches"])
+    kinds = (_at_places, _ports, _static_graphs) + ((_branches, _branches, _at_places) if of_2 else ())
+    what = rng.choice(kinds)(m, rng)
+    if m.get("parameters_digest") and rng.random() < 0.2:
+        m["parameters_digest"] = rng.choice(("", "0" * 64, m["parameters_digest"][::-1], 7))
+    replace(file, json.dumps(m).encode())
+    return f"manifest, {what}"
+
+
 def spoil(root: Path, rng: random.Random) -> str:
     """Change something of a plan; returns what."""
     graphs = sorted(file.name for file in root.glob("*.onnx"))
-    kind = rng.choices(("values", "bytes", "graph", "weights", "goldens", "place"), (45, 8, 30, 7, 5, 5))[0]
+    kinds = {"values": 25, "bytes": 6, "structure": 30, "graph": 25, "weights": 5, "goldens": 5, "place": 4}
+    kind = rng.choices(list(kinds), list(kinds.values()))[0]
+    if kind == "structure":
+        return _structure(root / "manifest.json", rng)
     if kind in ("values", "bytes"):
         file = root / "manifest.json"
         data = file.read_bytes()
@@ -223,7 +362,8 @@ def spoil(root: Path, rng: random.Random) -> str:
         }
         makers[how]()
         return f"{name} is {how}"
-    name = {"weights": "weights.bin", "goldens": "goldens.npz"}.get(kind) or rng.choice(graphs)
+    goldens = rng.choice(sorted(file.name for file in root.glob("goldens*.npz")) or ["goldens.npz"])
+    name = {"weights": "weights.bin", "goldens": goldens}.get(kind) or rng.choice(graphs)
     if not (root / name).exists():
         return "nothing"
     data = (root / name).read_bytes()
@@ -260,7 +400,9 @@ def warm_up() -> None:
     """Import here what every child would import."""
     import PIL.Image
 
-    import car_export.cli  # noqa: F401
+    import car_export.branches
+    import car_export.cli
+    import car_export.upgrade  # noqa: F401
     import car_runtime.backends.onnxruntime.cpu
     import car_runtime.cli.main
     import car_runtime.controls
@@ -297,6 +439,7 @@ def main() -> int:
 def campaign(arguments: argparse.Namespace, folder: Path) -> int:
     """Try all cases, print what was answered wrong and the sum; returns the exit code."""
     write_key(folder / "key.pem")
+    (folder / "jobs.jsonl").write_text(JOBS % CONTROL)
     made = list(arguments.plan)
     if not made:  # elsewhere: a process that has run an engine does not fork well
         subprocess.run([sys.executable, "-c", EXPORT.format(paths=PATHS, folder=str(folder))], check=True)
@@ -355,17 +498,18 @@ def case(arguments: argparse.Namespace, i: int, sources: Sequence[Path], folder:
     rng = random.Random(f"{arguments.seed} {i}")
     root, stderr = folder / "a.plan", folder / "stderr"
     source = rng.choices(sources, [1] + [4] * (len(sources) - 1))[0]
-    wanted = commands(root, folder, folder / "key.pem")
-    name = rng.choices(list(wanted), WEIGHTS_OF_COMMANDS)[0]
+    wanted = {k: v for k, v in commands(root, folder, folder / "key.pem").items() if may_try(k, source)}
+    name = rng.choices(list(wanted), [often for often, _ in wanted.values()])[0]
+    command, most = wanted[name][1], (60 if name in SLOW else 4) * CPU_SECONDS
     run = spawned if i % WHOLE == 0 else called
     usual = folder / f"usual {source.stem} {name} {run.__name__}".replace("/", " ")
     if not usual.exists():
         copied(source, root)
-        usual.write_text(str(run(wanted[name], stderr).megabytes))
+        usual.write_text(str(run(command, stderr, most).megabytes))
     copied(source, root)
     what = f"{source.stem} {name}: {spoil(root, rng)}"
     print(json.dumps({"what": what, "command": name}), file=file, flush=True)
-    ended = answer(what, name, run(wanted[name], stderr), int(usual.read_text()))
+    ended = answer(what, name, run(command, stderr, most), int(usual.read_text()))
     print(json.dumps(ended), file=file, flush=True)
     if ended["problem"] is not None and arguments.keep is not None:
         shutil.copytree(root, arguments.keep / f"{arguments.seed}-{i}.plan", symlinks=True)
@@ -376,7 +520,7 @@ def answer(what: str, command: str, outcome: Outcome, usual: int) -> dict[str, A
     return {
         "what": what,
         "code": outcome.code,
-        "seconds": 0 if command == COMPILING else outcome.seconds,
+        "seconds": 0 if command in SLOW else outcome.seconds,
         "more": outcome.megabytes - usual,
         "problem": problem(command, outcome, usual),
         "said": (outcome.stderr.strip().splitlines() or [""])[-1][:240],

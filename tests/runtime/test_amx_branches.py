@@ -151,16 +151,21 @@ class _Facts:
         self.fusion, self.blocks, self.width = fusion, blocks, 128
 
 
+def base_of(model: Model, parameters: Parameters, terms: int) -> tuple[Transformer, Workspace, _Mixes]:
+    """The base in our kernels, where it works, and its fusions."""
+    assert model.config.car is not None
+    library = build.load(terms)
+    base = named_base(parameters.under("base."), depth=5, width=128, heads=4, fused=2)
+    mixes = _Mixes(library, _Facts(model.config.car.fusion, 2), 2)  # type: ignore[arg-type]
+    return Transformer(library, base, 2), Workspace(library), mixes
+
+
 @needs_kernels
 @pytest.mark.parametrize("terms", [1, 2])
 def test_a_base_computes_what_its_graph_does(steered: tuple[Model, Parameters], terms: int) -> None:
     """With one branch and two, idle ones, and rows of every kind."""
     model, parameters = steered
-    assert model.config.car is not None
-    library = build.load(terms)
-    base = named_base(parameters.under("base."), depth=5, width=128, heads=4, fused=2)
-    transformer, workspace = Transformer(library, base, 2), Workspace(library)
-    mixes = _Mixes(library, _Facts(model.config.car.fusion, 2), 2)  # type: ignore[arg-type]
+    transformer, workspace, mixes = base_of(model, parameters, terms)
     for m, past, idle in product((1, 2), (0, 5), (False, True)):
         inputs = rounded(step_inputs(model, m, 10 * m + past, past))
         if idle:
@@ -175,11 +180,7 @@ def test_a_base_computes_what_its_graph_does(steered: tuple[Model, Parameters], 
 @needs_kernels
 def test_a_branch_of_weight_0_changes_no_bit(steered: tuple[Model, Parameters]) -> None:
     model, parameters = steered
-    assert model.config.car is not None
-    library = build.load(1)
-    base = named_base(parameters.under("base."), depth=5, width=128, heads=4, fused=2)
-    transformer, workspace = Transformer(library, base, 2), Workspace(library)
-    mixes = _Mixes(library, _Facts(model.config.car.fusion, 2), 2)  # type: ignore[arg-type]
+    transformer, workspace, mixes = base_of(model, parameters, 1)
     two = step_inputs(model, 2, 3, 5)
     two |= {"mix": torch.tensor([[1.0] * 6, [0.0] * 6]), "keep": torch.zeros(6)}
     one = {name: v[:1] if name in ("c", "mix") or name.startswith("fusion_") else v for name, v in two.items()}
@@ -220,11 +221,7 @@ def test_a_branch_computes_what_its_graph_does(steered: tuple[Model, Parameters]
 def test_numbers_that_do_not_fit_are_refused(steered: tuple[Model, Parameters]) -> None:
     """Rows that there aren't, and arrays of other shapes: before a kernel reads them."""
     model, parameters = steered
-    assert model.config.car is not None
-    library = build.load(1)
-    base = named_base(parameters.under("base."), depth=5, width=128, heads=4, fused=2)
-    transformer, workspace = Transformer(library, base, 2), Workspace(library)
-    mixes = _Mixes(library, _Facts(model.config.car.fusion, 2), 2)  # type: ignore[arg-type]
+    transformer, workspace, mixes = base_of(model, parameters, 1)
     inputs = step_inputs(model, 2, 1, 5)
     given, places = ours(transformer, inputs, computed(BaseStepGraph(model), inputs))
     fusions = mixes.of(given)

@@ -19,6 +19,7 @@ from car_runtime import plan as plan_module
 from car_runtime.cli.main import main
 from car_runtime.cli.progress import Bar, duration
 from car_runtime.request import Request
+from car_runtime.system.files import one_writer
 from fixtures.runtime_plan import build_plan
 
 RUNTIME = Path(__file__).parents[2] / "runtime"
@@ -294,6 +295,7 @@ def test_a_bad_object_is_named_with_its_key(
         (["gone.csv", "-o", "out"], "there is no file of jobs 'gone.csv'"),
         (["edges0.png", "-o", "out"], "is no folder, .csv or .jsonl file"),
         (["empty", "-o", "out"], "the folder 'empty' holds no image"),
+        (["fifo.csv", "-o", "out"], "'fifo.csv' is not a file"),
         (["latin.csv", "-o", "out"], "row 2 of 'latin.csv' is not UTF-8"),
         (["good.csv"], "the following arguments are required: -o/--output"),
         (["good.csv", "-o", "edges0.png"], "is a file; name a folder"),
@@ -312,6 +314,7 @@ def test_misuse_is_one_line_and_writes_nothing(
 ) -> None:
     Path("empty").mkdir()
     Path("twice").mkdir()
+    os.mkfifo("fifo.csv")
     for suffix in ("png", "jpg"):
         Image.new("RGB", (9, 9)).save(f"twice/a.{suffix}")
     Path("latin.csv").write_bytes(b"name\n\xe4\n")
@@ -352,3 +355,16 @@ def test_the_bar_says_how_much_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
         bar.advance(failed=i == 3)
     assert bar.line(100.0) == "██████░░░░░░░░░░░░░░░░░░ 50/200 jobs, 1 failed, 0.50/s, 5:00 left"
     assert [duration(seconds) for seconds in (0.4, 59.7, 185, 7209)] == ["0 s", "1:00", "3:05", "2:00:09"]
+
+
+def test_a_second_batch_in_a_folder_is_refused_and_the_first_named(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each would take the other's lines of results.jsonl away."""
+    Path("jobs.csv").write_text("control\nedges0.png\n")
+    Path("out").mkdir()
+    with one_writer(Path("out/results.jsonl")):
+        assert main(["batch", "jobs.csv", *PLAN, "-o", "out", "--resume"]) == 2
+        assert f"results.jsonl is being written by process {os.getpid()}; wait for it" in capsys.readouterr().err
+    assert main(["batch", "jobs.csv", *PLAN, "-o", "out", "--resume"]) == 0
+    assert sorted(path.name for path in Path("out").iterdir()) == ["0002.png", "results.jsonl"]

@@ -231,7 +231,7 @@ def test_version_and_help_succeed(flag: str, says: str, capsys: pytest.CaptureFi
         ([*GIVEN, "--threads", "0"], "threads is 0"),
         ([*GIVEN, "--class", "3"], "class is 3, but must be a whole number in 0…2"),
         ([*GIVEN, "--class", "cta"], "there is no class 'cta'; did you mean 'cat'?"),
-        ([*GIVEN, "--backend", "cuda"], "there is no backend 'cuda'; use"),
+        ([*GIVEN, "--backend", "gpu"], "there is no backend 'gpu'; use"),
         ([*GIVEN, "-o", "no/out.png"], "the output's directory 'no' does not exist; create it"),
         ([*GIVEN, "-o", "out.jpg"], "the output is 'out.jpg', but images are written as PNG; name it *.png"),
         ([*GIVEN, "-o", ""], "images are written as PNG"),

@@ -222,7 +222,7 @@ class Loop:
                 "cfg": np.array(request.cfg * B if request.guided else [0] * B, np.float32)[:B],
                 "top_k": np.full(B, request.top_k),
                 "top_p": np.full(B, request.top_p, np.float32),
-                "bias": np.zeros((B, model.vocab), np.float32),
+                "bias": 3 * rng.standard_normal((*grid, model.vocab), dtype=np.float32),
                 "known": rng.integers(0, model.vocab, grid),
                 "known_mask": known_mask,
             }
@@ -433,7 +433,7 @@ def test_plans_that_the_kernels_cannot_run_are_refused_in_one_line(tmp_path: Pat
         BackendError, match=r"the plan is fp32 with fp32 weights, .*; use --backend ort-cuda, or export"
     ):
         open_steps(tmp_path, manifest, memory)
-    with pytest.raises(BackendError, match="no table of parameters; export the plan again with --format 2"):
+    with pytest.raises(BackendError, match="no table of parameters; export the plan again, or upgrade it"):
         open_steps(tmp_path, half, memory)
 
 

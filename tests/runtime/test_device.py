@@ -26,7 +26,7 @@ import pytest
 
 from car_export.goldens import write_goldens
 from car_export.tensorrt.build import Target, build_engines, recipes
-from car_runtime import BackendError, PlanError, RunError, open_plan
+from car_runtime import BackendError, GenerationConfig, PlanError, RequestError, RunError, open_plan
 from car_runtime import verify as acceptance
 from car_runtime.backends.cuda import driver as cuda
 from car_runtime.backends.cuda.buffers import DeviceArray, Memory
@@ -36,7 +36,7 @@ from car_runtime.backends.onnxruntime.cuda import OrtCuda, open_ort_cuda
 from car_runtime.backends.tensorrt import backend as tensorrt_engines
 from car_runtime.backends.tensorrt import runtime_cache, trust
 from car_runtime.backends.tensorrt.backend import TensorRT, open_rtx, open_trt
-from car_runtime.format.goldens import GOLDENS
+from car_runtime.format.goldens import GOLDENS, golden_file
 from car_runtime.format.manifest import Manifest, describe_files, read_manifest, write_manifest
 from car_runtime.plan import Plan
 from car_runtime.system import gpu as nvidia
@@ -46,6 +46,7 @@ from fixtures.runtime_plan import LAYERS, SIDES, SIZE, C, D, E, H, L, V, Z, buil
 from fixtures.small import small_model
 from fixtures.small_plans import small_plan
 from fixtures.threads import run_in_threads
+from fixtures.two_branches import two_branches
 
 CONTROL = np.random.default_rng(1).integers(0, 256, (40, 50, 3), np.uint8)
 OTHER_CONTROL = 255 - CONTROL
@@ -211,6 +212,43 @@ def test_the_engine_form_makes_the_cpus_images(tmp_path: Path, kind: str, built:
         assert fake.backend.report()["graphs_launched"] > len(manifest.scales)
 
 
+@pytest.mark.parametrize("built", ["by hand", pytest.param("by TensorRT for RTX", marks=pytest.mark.slow)])
+def test_the_engine_form_of_branches_makes_the_cpus_images(tmp_path: Path, built: str) -> None:
+    """A plan of format 2: a branch is an engine of its own, loaded when it is named, and a step takes one of them."""
+    root = shutil.copytree(two_branches(), tmp_path / "two.plan")
+    forms, version, batches = write_forms(root), "1.2.3", (1, 2)
+    if built == "by hand":
+        write_engines(root, batches=batches)
+    else:
+        version, batches = (
+            pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed").__version__,
+            (1,),
+        )
+        build_engines(root, [Target(flavour="rtx", name="sm89")])
+    with Fake(root, computed_by=forms, version=version) as fake, open_plan(root, "ort-cpu", threads=1) as cpu:
+        own = ["control.sketch", "condition.sketch", "branch.sketch"]
+        assert sorted(fake.trt.loads) == sorted(["step", "condition", "decoder", *own])
+        for seed, control in enumerate([CONTROL, {"other": CONTROL}, None, CONTROL, {"other": (CONTROL, 0.4)}]):
+            settings = {"cfg": 0.0} if seed == 1 else {"n": 3, "top_k": 5} if seed == 3 else {"cfg": 3.0}
+            for again in (1, 2):
+                found = fake.plan.generate(control, 1, 10 * seed + again, **settings)
+                expected = cpu.generate(control, 1, 10 * seed + again, **settings)
+                assert (found.tokens == expected.tokens).all(), (seed, again)
+                # Sums in another order round differently.
+                assert np.abs(found.images.astype(int) - expected.images).max() <= 1
+        assert {"branch.other", "control.other", "condition.other"} <= set(fake.trt.loads)
+        assert fake.backend.report()["graphs_launched"] > 0
+        many = [GenerationConfig(control=CONTROL, label=i, cfg=float(i), seed=i) for i in range(3)]
+        for found, expected in zip(fake.plan.generate_many(many), cpu.generate_many(many), strict=True):
+            assert (found.tokens == expected.tokens).all()
+        stopped = list(fake.plan.stream_many(many[:2], cancelled=lambda owner: owner == 1))
+        assert stopped[-1].requests in ((0,), (0, 1))
+        with pytest.raises(RequestError, match="'rtx' mixes 1 control branch into a step, not 2; give one control"):
+            fake.plan.generate({"sketch": CONTROL, "other": CONTROL})
+        with pytest.raises(RequestError, match="no rows without control, which control_cfg 2 needs; leave it at 0"):
+            fake.plan.generate(CONTROL, control_cfg=2.0)
+
+
 def write_forms(root: Path) -> dict[str, Path]:
     """The graphs of a plan as a compiler gets them, in files next to the plan's own: graph → file."""
     forms = {recipe.graph: recipe.onnx for recipe in recipes(root, read_manifest(root))}
@@ -224,9 +262,11 @@ def test_the_acceptance_test_passes_on_the_fake(tmp_path: Path, monkeypatch: pyt
     """`car-run verify PLAN --backend rtx`: goldens of PyTorch, by teacher forcing and drawn, logits bound and not."""
     root = shutil.copytree(small_plan("fp16"), tmp_path / "small.plan")
     forms = write_forms(root)
-    write_goldens(root, small_model(depth=2, sides=(1, 2, 4)), cfg=2.0, top_k=0, top_p=0.0)
+    model, names = small_model(depth=2, sides=(1, 2, 4)), {GOLDENS: False, golden_file("sketch"): True}
+    for name, steered in names.items():
+        write_goldens(root, model, cfg=2.0, top_k=0, top_p=0.0, file=name, steered=steered)
     manifest = read_manifest(root)
-    files = manifest.files | describe_files(root, [GOLDENS])
+    files = manifest.files | describe_files(root, list(names))
     write_manifest(root, replace(manifest, files=files))
     write_engines(root)
     device = FakeDevice()
@@ -1180,9 +1220,11 @@ def test_ort_cuda_lets_halves_on_the_tensor_cores(kind: str) -> None:
     """No product in float32 may get there: TF32 keeps ten bits of a number."""
     fake = FakeOrt(small_plan(kind))
     fake.plan.encode(CONTROL)
-    assert {session.name for session in fake.ort.sessions} == {"step", "condition", "control", "decoder", "encoder"}
+    fake.plan.generate(CONTROL, 0)  # loads the branch
+    own = {"control.sketch", "condition.sketch", "branch.sketch"}
+    assert {session.name for session in fake.ort.sessions} == {"step", "condition", "decoder", "encoder", *own}
     for session in fake.ort.sessions:
-        special = HALF.get(session.name, {}) if kind == "fp16" else {}
+        special = HALF.get(session.name.removesuffix(".sketch"), {}) if kind == "fp16" else {}
         names = ("use_tf32", "cudnn_conv_algo_search", "prefer_nhwc")
         assert {n: session.settings[n] for n in names if n in session.settings} == {"use_tf32": "0", **special}
     assert fake.backend.report()["options_refused"] == {}
@@ -1193,7 +1235,10 @@ def test_ort_cuda_lets_halves_on_the_tensor_cores(kind: str) -> None:
 def test_what_goes_on_the_tensor_cores_has_no_product_in_float32(graph: str) -> None:
     onnx = pytest.importorskip("onnx")
     model = onnx.shape_inference.infer_shapes(
-        onnx.load(small_plan("fp16") / f"{graph}.onnx", load_external_data=False)
+        onnx.load(
+            small_plan("fp16") / {"control": "control.sketch.onnx"}.get(graph, f"{graph}.onnx"),
+            load_external_data=False,
+        )
     )
     types = {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
     products = [
@@ -1224,18 +1269,18 @@ def test_ort_cuda_does_without_options_that_are_refused(
         assert (found.tokens == expected.tokens).all()
         assert (found.images == expected.images).all()
     report = fake.backend.report()
-    assert list(report["options_refused"]) == ["control"]
-    assert reason in report["options_refused"]["control"]
+    assert list(report["options_refused"]) == ["control.sketch"]
+    assert reason in report["options_refused"]["control.sketch"]
     assert report["not_captured"] == {}
     used = {session.name: session for session in fake.ort.sessions}  # the last of each
-    assert used["control"].settings["use_tf32"] == "0"
+    assert used["control.sketch"].settings["use_tf32"] == "0"
     assert used["decoder"].settings["use_tf32"] == "1"
     assert used["decoder"].launches
     assert capsys.readouterr().out == ""
     fake.ort.fail = True  # what has run does not fail because of its options
-    with pytest.raises(RunError, match="failed in the graph 'condition' on the GPU"):
+    with pytest.raises(RunError, match=r"failed in the graph 'condition\.sketch' on the GPU"):
         fake.plan.generate(CONTROL, 1, seed=1)
-    assert list(fake.backend.report()["options_refused"]) == ["control"]
+    assert list(fake.backend.report()["options_refused"]) == ["control.sketch"]
     fake.plan.close()
 
 

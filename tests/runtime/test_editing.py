@@ -383,6 +383,22 @@ def test_no_receipt_leaves_it_out(drawn: Path, capsys: pytest.CaptureFixture[str
     assert "has no receipt" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["saved.jpg", "saved.png", "saved.webp"])
+def test_an_image_that_was_saved_anew_has_no_receipt(
+    name: str, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`again` says so; `vary` encodes it instead."""
+    monkeypatch.chdir(tmp_path)
+    with Image.open(drawn) as image:
+        image.save(name)
+    assert main(["again", name, "-o", "x.png"]) == 2
+    error = capsys.readouterr().err
+    assert f"'{name}' has no receipt; only PNG files that car-run wrote have one" in error
+    assert len(error.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert main(["vary", name, "--control", str(CONTROL), "--from-scale", "3", "-o", "x.png"]) == 0
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [

@@ -6,8 +6,10 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from car_runtime.format.manifest import (
     MANIFEST,
     WEIGHTS,
     Manifest,
+    Port,
+    Tensor,
     describe_files,
     parse_manifest,
     read_manifest,
@@ -102,9 +106,50 @@ def test_sizes_that_no_model_has_are_refused(manifest: Manifest, path: str, valu
 def test_buffers_out_of_proportion_to_the_weights_are_refused() -> None:
     shipped = read_manifest(DEFAULT_PLAN)
     cache = 2 * 9 * 130 * 2 * 192 * 4  # K and V, layers, tokens, guidance, width, float32
-    assert problem_with_sizes(shipped, 2 * cache, 0) is None
-    assert "one image's buffers would take" in str(problem_with_sizes(shipped, cache, 0))
-    assert problem_with_sizes(shipped, cache, 1) is None
+    assert cache < _taken(shipped) < 2 * cache
+    assert problem_with_sizes(shipped, 0, 1) is None
+
+
+def _taken(manifest: Manifest) -> int:
+    """Bytes that one image's buffers would take, as a refusal has them."""
+    said = re.search(r"would take (\d+) bytes", str(problem_with_sizes(manifest, 0, 0)))
+    assert said is not None
+    return int(said[1])
+
+
+def test_what_the_weights_file_holds_once_may_not_be_allocated_many_times(manifest: Manifest) -> None:
+    """An input of the step that no export has, at each scale: constants of the whole file, over and over."""
+    size = manifest.files[WEIGHTS].bytes // 4
+    large = {f"large.{k}": Tensor(dtype="float32", shape=(size,), offset=0, bytes=4 * size) for k in range(3)}
+    step = manifest.graphs["step"]
+    more = replace(step, inputs=(*step.inputs, Port(name="more", dtype="float32", shape=(size,))))
+    scales = [
+        replace(scale, constants={**scale.constants, "more": f"large.{k}"}) for k, scale in enumerate(manifest.scales)
+    ]
+    hostile = replace(
+        manifest,
+        scales=tuple(scales),
+        tensors={**manifest.tensors, **large},
+        graphs={**manifest.graphs, "step": more},
+    )
+    assert _taken(hostile) - _taken(manifest) == 3 * 4 * size
+
+
+def test_noise_for_each_code_is_counted(manifest: Manifest) -> None:
+    """`smooth_noise` of the largest scale, S² × V in float32, is allocated wherever a step takes it."""
+    step = manifest.graphs["step"]
+    ports = (
+        Port(name="smooth", dtype="bool", shape=(1,)),
+        Port(name="smooth_noise", dtype="float32", shape=("B", "S", "S", manifest.model.vocab)),
+    )
+    noisy = replace(manifest, graphs={**manifest.graphs, "step": replace(step, inputs=(*step.inputs, *ports))})
+    assert _taken(noisy) - _taken(manifest) == 4 * 4 * 4 * manifest.model.vocab
+
+
+@pytest.mark.parametrize("name", ["step.x", "step.", "step.00.bx", "step.00.b0", "step.07.b1", "branch.a.00.b1"])
+def test_a_static_graph_that_no_scale_has_is_refused(manifest: Manifest, name: str) -> None:
+    with pytest.raises(PlanError, match=r"graphs has the name .*; a static graph of this plan is e\.g\."):
+        replace(manifest, graphs={**manifest.graphs, name: manifest.graphs["step"]})
 
 
 def test_a_large_manifest_is_not_read(plan: Path) -> None:

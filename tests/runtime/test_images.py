@@ -6,7 +6,7 @@ import io
 import os
 import struct
 import zlib
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from car_runtime.errors import ImageError, OutputError
+from car_runtime.cli.options import image_source
+from car_runtime.errors import ImageError, OutputError, RequestError
 from car_runtime.format.manifest import Scale
 from car_runtime.images import (
     check_writable,
@@ -202,6 +203,21 @@ def test_any_damage_to_a_file_gives_an_image_or_an_image_error(tmp_path: Path) -
                 content[at] = rng.integers(256)
             with suppress(ImageError):
                 assert load_image(io.BytesIO(bytes(content))).mode == "RGB"
+
+
+def test_what_says_no_size_is_read_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = png_bytes(np.zeros((16, 16, 3), np.uint8))
+    for limit, good in ((len(content), True), (len(content) - 1, False)):
+        monkeypatch.setattr("car_runtime.images.MAX_BYTES", limit)
+        reader, writer = os.pipe()
+        os.write(writer, content)
+        os.close(writer)
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+        with nullcontext() if good else pytest.raises(ImageError, match=f"over {limit} bytes; make"):
+            assert load_image(f"/dev/fd/{reader}").size == (16, 16)
+        os.close(reader)
+        with nullcontext() if good else pytest.raises(RequestError, match=f"over {limit} bytes; make"):
+            assert load_image(image_source("-")).size == (16, 16)
 
 
 def test_png_text_can_be_read_again() -> None:

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from car_runtime.backends.amx import build
+from car_runtime.plan import default_plan
 from fixtures.amx_machine import EMULATED, EMULATED_FLAGS, needs_kernels, without_emulation, without_sanitizers
 from fixtures.convolutions import reference
 from fixtures.kernel_graphs import random_decoder
 from fixtures.shared import build_once
-from fixtures.shipped import shipped_plan
 
 ROOT = Path(__file__).parents[2]
 SANITIZED = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -45,7 +45,7 @@ def run_sanitized(terms: int, seed: int, count: int) -> str:
         "OMP_NUM_THREADS": "2",
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "runtime", ROOT / "tests"))),
     }
-    command = [sys.executable, EMULATED / "run_graphs.py", sanitized_library(terms), shipped_plan()]
+    command = [sys.executable, EMULATED / "run_graphs.py", sanitized_library(terms), default_plan()]
     command += [str(seed), str(count)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)
     case = (done.stdout.splitlines() or [""])[-1]

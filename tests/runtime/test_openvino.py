@@ -72,7 +72,7 @@ def test_an_output_that_is_not_asked_for_again_is_not_written_again() -> None:
     with on_openvino("f32") as plan:
         manifest, backend = plan.manifest, plan._backend
         rng = np.random.default_rng(0)
-        scale, sizes = manifest.scales[1], {"B": 1, "R": 2, "S": 2, "P": 1, "T": 3, "S*S": 4}
+        scale, sizes = manifest.scales[1], {"B": 1, "R": 2, "S": 2, "P": 1, "T": 3, "S*S": 4, "m": 1}
 
         def shape(port: Port) -> tuple[int, ...]:
             return tuple(sizes[d] if isinstance(d, str) else d for d in port.shape)

@@ -18,13 +18,13 @@ from car_runtime.backends.amx.description import Network, UnsupportedGraphError
 from car_runtime.backends.amx.parameters import named_base, named_branch, named_decoder, named_encoder
 from car_runtime.format.manifest import read_manifest
 from car_runtime.format.parameters import Parameters, plan_parameters
-from car_runtime.plan import default_plan
 from car_train.config import CARConfig, ModelConfig, VARConfig, VQVAEConfig
 from car_train.model import Model
 from fixtures.convolutions import reference
 from fixtures.parameter_table import Entry, parameter_table
 from fixtures.shared import build_once
 
+FORMAT_1 = Path(__file__).parents[1] / "data" / "v0.1.0" / "small.plan"
 SIZES = {"depth": 3, "width": 64, "heads": 2}
 BRANCH = {"blocks": 1, "width": 64, "heads": 2}
 
@@ -236,4 +236,4 @@ def test_a_table_of_other_graphs_is_refused(plan: Path) -> None:
 
 def test_without_a_table_the_remedy_is_said() -> None:
     with pytest.raises(UnsupportedGraphError, match=r"no table of parameters; export the plan again"):
-        plan_parameters(read_manifest(default_plan()), default_plan())
+        plan_parameters(read_manifest(FORMAT_1), FORMAT_1)

@@ -308,7 +308,7 @@ def test_the_control_comes_in_as_features_made_by_hand(
     plan: Plan = request.getfixturevalue(which)
     found = plan.generate(CONTROL, 0, seed=3, n=2, **settings)
     square = fitted(load_image(CONTROL), plan.manifest.model.image_size, "crop", (0, 0, 0))
-    by_hand = np.array(plan._conditioning.compute_features(square, "sketch"))
+    by_hand = np.array(plan._conditioning.compute_features(square, plan.manifest.model.default_branch or ""))
     for scale, factor in zip(plan.manifest.scales, factors, strict=True):
         by_hand[scale.start : scale.stop] *= np.float32(factor)
     plan.forget()

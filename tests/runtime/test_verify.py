@@ -25,7 +25,7 @@ from car_runtime import agreement as acceptance
 from car_runtime.agreement import LIMITS
 from car_runtime.cli.main import main
 from car_runtime.conditioning import Conditioning
-from car_runtime.format.goldens import GOLDENS, Goldens, read_goldens
+from car_runtime.format.goldens import GOLDENS, Goldens, golden_file, read_goldens
 from car_runtime.format.manifest import WEIGHTS, Manifest, describe_files, read_manifest, write_manifest
 from car_runtime.system.process import peak_rss
 from car_runtime.verify import verify
@@ -57,7 +57,9 @@ def relist(root: Path, *names: str) -> None:
 def altered(source: Path, target: Path, graph: str, tensor: str, change: Callable[[np.ndarray], np.ndarray]) -> Path:
     """A copy of a plan in which one weight is another, with hashes that agree."""
     plan = Path(shutil.copytree(source, target))
-    for found in onnx.load(plan / f"{graph}.onnx", load_external_data=False).graph.initializer:
+    manifest = read_manifest(plan)
+    file = manifest.graphs[graph if graph in manifest.graphs else f"{graph}.{manifest.model.default_branch}"].file
+    for found in onnx.load(plan / file, load_external_data=False).graph.initializer:
         if found.name.removesuffix(".T") == tensor:  # half-precision plans store matrices transposed
             place = {entry.key: entry.value for entry in found.external_data}
             dtype = onnx.helper.tensor_dtype_to_np_dtype(found.data_type)
@@ -76,7 +78,7 @@ def test_goldens_are_those_of_the_reference_loop(
     built: Callable[[str], Path], models: Callable[..., Any], tiny: Golden
 ) -> None:
     plan, model = built("fp32"), models(tiny)
-    stored = read_goldens(plan, read_manifest(plan))
+    stored = read_goldens(plan, read_manifest(plan), "canny")
     assert stored.control is not None
     pyramid = control_pyramid(Image.fromarray(stored.control), [16 * side for side in tiny.sides])
     noise = torch.from_numpy(np.random.default_rng(stored.seed).random((1, L), dtype=np.float32))
@@ -301,8 +303,10 @@ def test_an_older_plan_says_to_export_it_again(
         verify(tiny_plan(tmp_path / "tiny.plan"))
 
 
-def test_a_step_that_keeps_its_logits_says_to_export_again(built: Callable[[str], Path], tmp_path: Path) -> None:
-    plan = Path(shutil.copytree(built("fp32"), tmp_path / "old.plan"))
+def test_a_step_that_keeps_its_logits_says_to_export_again(tmp_path: Path) -> None:
+    """Of format 1; in format 2 every step gives them."""
+    old = Path(__file__).parents[1] / "data" / "v0.1.0" / "small.plan"
+    plan = Path(shutil.copytree(old, tmp_path / "old.plan"))
 
     def forget(manifest: Manifest) -> Manifest:
         step = manifest.graphs["step"]
@@ -325,17 +329,17 @@ def test_a_backend_that_cannot_run_the_plan_is_an_error_of_its_own(built: Callab
         ({"logit_value": np.zeros((L, 16))}, r"logit_value is float64"),
         ({"control": None}, "control is missing"),
         ({"sampled_tokens": np.full(L, 128)}, r"sampled_tokens leaves 0…127"),
-        ({"label": np.array([{}])}, "cannot read goldens.npz"),
+        ({"label": np.array([{}])}, "cannot read goldens.canny.npz"),
     ],
 )
 def test_goldens_that_do_not_fit_are_refused(
     built: Callable[[str], Path], tmp_path: Path, change: dict[str, Any], says: str
 ) -> None:
-    plan = Path(shutil.copytree(built("fp32"), tmp_path / "bad.plan"))
-    with np.load(plan / GOLDENS) as stored:
+    plan, file = Path(shutil.copytree(built("fp32"), tmp_path / "bad.plan")), golden_file("canny")
+    with np.load(plan / file) as stored:
         arrays = {name: value for name, value in {**stored, **change}.items() if value is not None}
-    np.savez(plan / GOLDENS, **arrays)
-    relist(plan, GOLDENS)
+    np.savez(plan / file, **arrays)
+    relist(plan, file)
     with pytest.raises(PlanError, match=f"{says}.*; export the plan again"):
         verify(plan)
 
@@ -376,7 +380,7 @@ def test_a_header_is_read_as_numpy_writes_it_and_never_evaluated(
         (["--batch", "1,x"], "argument --batch: invalid"),
         (["--runs", "x"], "see car-run verify --help"),
         (["--threads", "0"], "threads is 0"),
-        (["--backend", "cuda"], "there is no backend 'cuda'"),
+        (["--backend", "gpu"], "there is no backend 'gpu'"),
         (["-o", "report.txt"], "but it is written as JSON; name it *.json"),
         (["-o", "no/report.json"], "the output's directory 'no' does not exist"),
         (["--control", "x.png"], "unrecognized arguments"),
@@ -391,7 +395,9 @@ def test_bad_arguments_are_one_line_and_code_2(
     says: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["verify", str(built("fp32")), *arguments]) == 2
+    plan = str(built("fp32"))
+    capsys.readouterr()
+    assert main(["verify", plan, *arguments]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert says in err

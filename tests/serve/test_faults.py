@@ -6,11 +6,14 @@ import asyncio
 import json
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -257,3 +260,45 @@ def test_an_engine_error_in_mid_batch_ends_one_job_alone(batcher: Any, monkeypat
     for i in (0, 2, 3):
         assert np.array_equal(jobs[i].images[0], expected[i])
     assert batcher.alive
+
+
+def test_only_previews_that_are_shown_are_decoded(batcher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from car_runtime.request import resolve
+    from car_serve.jobs import Job
+
+    plan, decoded = batcher.plan, []
+    run = plan._backend.run
+
+    def counting(graph: str, *tensors: Any) -> None:
+        if graph == "decoder":
+            decoded.append(graph)
+        run(graph, *tensors)
+
+    monkeypatch.setattr(plan._backend, "run", counting)
+    request = resolve(plan.manifest, GenerationConfig(control=ROOT / "examples/heart.png", n=2))
+    jobs = [Job(request=request, plan=plan, previews=previews) for previews in ((), (1, 4))]
+    for job in jobs:
+        batcher.submit(job)
+    until = time.monotonic() + 30
+    while not all(job.finished for job in jobs) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert len(decoded) == 2 * (1 + 2 + 1)  # each job's last scale, and two of one job's, of two images each
+    shown = [sorted({scale.index for scale in job.scales if scale.pixels is not None}) for job in jobs]
+    assert shown == [[5], [1, 4, 5]]
+
+
+def test_people_of_every_kind_at_once(url: str) -> None:
+    """Those of `locust`, bounded, on loopback; another machine is refused."""
+    if find_spec("locust") is None:  # to import it would patch this process
+        pytest.skip("locust is not installed")
+    command = [sys.executable, "-m", "locust", "-f", str(ROOT / "benchmarks/locustfile.py"), "--headless", "--json"]
+    flags = ["-u", "6", "-r", "6", "-t", "8s", "--stop-timeout", "30"]
+    done = subprocess.run([*command, *flags, "--host", url], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    counts = {entry["name"]: entry["num_requests"] for entry in json.loads(done.stdout)}
+    assert counts["draw"] > 0
+    assert counts["first preview"] > 0
+    empty(url)
+    other = subprocess.run([*command, "--host", "http://192.0.2.1"], capture_output=True, text=True, timeout=60)
+    assert other.returncode != 0
+    assert "give one of this machine" in other.stderr

@@ -210,11 +210,11 @@ def test_an_openai_mask_is_transparent_where_the_image_is_drawn_anew(url: str) -
         ({"class": "no such class"}, 400, "bad_request"),
         ({"control": "!"}, 400, "bad_request"),
         ({"control": base64.b64encode(b"no image").decode()}, 400, "bad_request"),
-        ({"control": None}, 400, "bad_request"),
         ({"n": 17}, 400, "bad_request"),
         ({"cfg": -1}, 400, "bad_request"),
         ({"colour": "red"}, 422, "bad_field"),
         ({"plan": "/etc/passwd"}, 404, "no_plan"),
+        ({"control": {"canny": image64(), "depth": image64()}}, 400, "bad_request"),
         ({"edit": {"id": "gone", "scale": 1}}, 404, "not_found"),
         ({"edit": {"image": image64(), "scale": 9}}, 400, "bad_request"),
     ],
@@ -241,15 +241,32 @@ def test_a_body_or_an_image_too_large_is_refused_before_it_is_decoded(url: str) 
     assert connection.getresponse().status == 413  # on the header alone: nothing was sent
     stream = io.BytesIO()
     Image.new("1", (30_000, 30_000)).save(stream, "PNG")  # 112 kB as a file, 2.7 GB decoded
-    began = time.perf_counter()
-    answer = httpx.post(f"{url}/v1/pictures", json=body(control=base64.b64encode(stream.getvalue()).decode()))
+    began, large = time.perf_counter(), base64.b64encode(stream.getvalue()).decode()
+    answer = httpx.post(f"{url}/v1/pictures", json=body(control=large))
     assert answer.status_code == 413
     assert time.perf_counter() - began < 1
+    stream = io.BytesIO()
+    Image.new("1", (5000, 5000)).save(stream, "PNG")  # an image's receipt is read before the image itself
+    large = base64.b64encode(stream.getvalue()).decode()
+    answer = httpx.post(f"{url}/v1/pictures", json=body(edit={"image": large, "scale": 1}))
+    assert answer.status_code == 413
+
+
+def test_of_many_controls_none_is_decoded_before_their_branches_are_known(url: str) -> None:
+    """A megabyte of text can hold hundreds of images of 16 Mpixel."""
+    stream = io.BytesIO()
+    Image.new("1", (4000, 4000)).save(stream, "PNG")
+    large = base64.b64encode(stream.getvalue()).decode()
+    began = time.perf_counter()
+    answer = httpx.post(f"{url}/v1/pictures", json=body(control={f"b{i}": large for i in range(300)}), timeout=60)
+    assert answer.status_code == 400
+    assert "there is no branch 'b0'" in answer.text
+    assert time.perf_counter() - began < 5
 
 
 def test_other_hosts_and_other_sites_are_refused(url: str) -> None:
     assert httpx.get(f"{url}/v1/capabilities", headers={"Host": "evil.example"}).status_code == 403
-    for origin in ("http://evil.example", "null", "http://127.0.0.1:1"):
+    for origin in ("http://evil.example", "null", "http://127.0.0.1:1", "http://["):
         assert httpx.post(f"{url}/v1/pictures", json=body(), headers={"Origin": origin}).status_code == 403
     assert httpx.get(f"{url}/v1/capabilities", headers={"Origin": url}).status_code == 200
 

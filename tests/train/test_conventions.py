@@ -64,6 +64,12 @@ def _manifest(**changes: Any) -> dict[str, Any]:
     return whole
 
 
+def _of_type(whole: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The manifest with another control type, which is its default branch's."""
+    whole["model"]["control_type"] = whole["model"]["branches"]["canny"]["control_type"] = kind
+    return whole
+
+
 def test_the_shipped_plan_states_its_convention() -> None:
     assert read_manifest(default_plan()).model.convention == runtime.PRESETS["canny-grey"]
 
@@ -73,13 +79,11 @@ def test_a_plan_that_states_none_is_of_0_1_0() -> None:
     del whole["model"]["control_convention"]
     assert parse_manifest(json.dumps(whole)).model.convention == runtime.PRESETS["canny-grey"]
     assert "control_convention" not in json.loads(parse_manifest(json.dumps(whole)).to_json())["model"]
-    whole["model"]["control_type"] = "pose"
-    assert parse_manifest(json.dumps(whole)).model.convention is None
+    assert parse_manifest(json.dumps(_of_type(whole, "pose"))).model.convention is None
 
 
 def test_a_convention_of_another_type_than_the_plans_is_ignored() -> None:
-    whole = _manifest()
-    whole["model"]["control_type"] = "sketch"
+    whole = _of_type(_manifest(), "sketch")
     assert parse_manifest(json.dumps(whole)).model.convention == runtime.PRESETS["sketch-dark"]
 
 

@@ -18,6 +18,8 @@ from car_train import checkpoint
 from car_train.checkpoint import CheckpointError
 from car_train.cli import main as train_main
 from car_train.config import CARConfig, ModelConfig, VARConfig, VQVAEConfig
+from car_train.errors import error_lines
+from car_train.evaluation import evaluate
 from car_train.interop.official import OfficialCheckpointError, build_model, load_pth
 from car_train.model import Model
 
@@ -151,6 +153,32 @@ def test_what_a_file_says_steers_no_terminal(tmp_path: Path, capsys: pytest.Capt
     torch.save({"a": _Executed(tmp_path / "ran")}, tmp_path / "code.pth")
     assert train_main(["import", "--vae", str(tmp_path / "code.pth"), "-o", str(tmp_path / "out")]) == 2
     assert "\x1b" not in capsys.readouterr().err
+
+
+def test_an_error_is_at_most_20_lines_of_300_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_main(["sample", str(tmp_path / "/".join(["\x1b[2J" + "n" * 200] * 4)), "--class", "0"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert len(line) <= 300
+    assert "\x1b" not in line
+    lines = error_lines("\n".join(f"{i}: {'x' * i * 100}" for i in range(50))).split("\n")
+    assert len(lines) == 20
+    assert (lines[0], lines[10]) == ("0: ", "  … 31 more")
+    assert lines[-1].startswith("49: x")
+    assert max(map(len, lines)) == 280
+
+
+def test_the_table_of_an_evaluation_steers_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], good: Path
+) -> None:
+    report = {"name": "plan\x1b[2J\x9b2J"}
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: report)
+    monkeypatch.setattr(evaluate, "table", lambda found: found["name"])
+    command = ["eval", str(good), "--data", "x", "--features", "none"]
+    for flags in ([], ["--json"]):
+        assert train_main([*command, *flags]) == 0
+        out, err = capsys.readouterr()
+        assert not {"\x1b", "\x9b"} & set(out + err)
+        assert r"plan\x1b[2J\x9b2J" in (err if flags else out)
 
 
 class _Executed:

@@ -111,6 +111,8 @@ def recipes(plan: Path, manifest: schema.Manifest, target: str = "sm89") -> list
         model = rewrites.load_graph(plan / manifest.graphs[graph].file)
         if graph == "step":
             rewrites.engine_step(model, manifest.model.vocab)
+        elif graph.startswith("branch."):
+            rewrites.engine_branch(model)
         else:
             rewrites.engine_form(model)
         if target == "sm75" and manifest.precision.compute != "fp32":
@@ -134,17 +136,23 @@ def _profiles(manifest: schema.Manifest) -> dict[str, tuple[Profile, ...]]:
             "the plan has no static steps, so no batch sizes to build for; export it again with --batch"
         )
     found: dict[str, tuple[Profile, ...]] = {}
-    if "control" in manifest.graphs:
-        found["control"] = (Profile(name="control", sizes={}),)
-    found["condition"] = tuple(Profile(name=f"condition.b{b}", sizes={"R": 2 * b}) for b in sizes)
+    branches = list(manifest.model.branches)
+    mixed = {"m": 1} if branches else {}
+    for graph in ["control", *(f"control.{name}" for name in branches)]:
+        if graph in manifest.graphs:
+            found[graph] = (Profile(name=graph, sizes={}),)
+    for graph in ["condition", *(f"condition.{name}" for name in branches)]:
+        if graph in manifest.graphs:
+            found[graph] = tuple(Profile(name=f"{graph}.b{b}", sizes={"R": 2 * b}) for b in sizes)
     found["decoder"] = tuple(Profile(name=f"decoder.b{b}", sizes={"B": b}) for b in sizes)
     if "encoder" in manifest.graphs:
         found["encoder"] = (Profile(name="encoder.b1", sizes={"B": 1}),)
-    found["step"] = tuple(
-        Profile(name=f"step.{k:02d}.b{b}", sizes=step_sizes(scale, b))
-        for b in sizes
-        for k, scale in enumerate(manifest.scales)
-    )
+    for graph in [*(f"branch.{name}" for name in branches), "step"]:
+        found[graph] = tuple(
+            Profile(name=f"{graph}.{k:02d}.b{b}", sizes=step_sizes(scale, b) | mixed)
+            for b in sizes
+            for k, scale in enumerate(manifest.scales)
+        )
     return found
 
 

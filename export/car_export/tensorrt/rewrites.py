@@ -60,8 +60,8 @@ def engine_step(model: ir.Model, vocab: int) -> ir.Model:
     - `key_bias` f32 [N], a new last input, is added to the attention scores: the first scale gets one dummy token as
       its past (zeros, with `DUMMY_BIAS`), so that no input is ever empty.
     - A sort of more than `TOPK_LIMIT` codes becomes two of half as many.
-    - Rows are always R = 2B: guidance takes halves of the logits, the next input is doubled. Nothing is computed from
-      a shape any more that would have to be copied to the device.
+    - Rows are always R = 2B: guidance takes halves of the logits, the next input is doubled in format 1 (in format 2
+      it is taken by `rows`). Nothing is computed from a shape any more that would have to be copied to the device.
     - Queries, keys and values are split on an axis of their own: an engine holds their matrices once.
 
     Raises GraphError, or TopKError for a vocabulary that two halves don't hold.
@@ -69,6 +69,18 @@ def engine_step(model: ir.Model, vocab: int) -> ir.Model:
     _add_key_bias(model.graph)
     _split_sorts(model.graph, vocab)
     _halve_rows(model.graph)
+    engine_form(model)
+    _split_by_segments(model.graph)
+    return model
+
+
+def engine_branch(model: ir.Model) -> ir.Model:
+    """Rewrite a graph `branch.NAME` of a plan (in place) as `engine_step` does a step, and return it.
+
+    One without attention has no past, and no `key_bias` either.
+    """
+    if any(str(value.name).startswith("past_k_") for value in model.graph.inputs):
+        _add_key_bias(model.graph)
     engine_form(model)
     _split_by_segments(model.graph)
     return model

@@ -41,11 +41,17 @@ class Backend(Protocol):
     """How many images a step can make at once, ascending, from 1."""
     guided_only: bool
     """Whether steps always have 2B rows. A request without guidance then runs with cfg 0, for the same image."""
+    max_mixed: int | None
+    """Control branches that a step can mix; None: any number."""
     cache_dtype: str | None
     """What this backend keeps K and V in; None: what the plan's graphs have."""
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """An uninitialised buffer; `dtype` is a numpy name."""
+        ...
+
+    def constant(self, values: NDArray[Any], dtype: str) -> Buffer:
+        """A buffer of these values, which nobody writes to: on a CPU the array itself, mapped where it is."""
         ...
 
     def write(self, buffer: Buffer, values: NDArray[Any]) -> None:

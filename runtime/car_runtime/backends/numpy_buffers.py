@@ -24,11 +24,17 @@ class NumpyBuffers:
 
     batches: tuple[int, ...] = (1, 2, 3, 4)  # at d16 one guided image's K/V cache is 270 MB in float32
     guided_only = False
+    max_mixed: int | None = None
     cache_dtype: str | None = None
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """An uninitialised array; "bfloat16", which numpy has no name for, is kept as uint16."""
         array: NDArray[Any] = np.empty(shape, np.dtype("uint16" if dtype == "bfloat16" else dtype))
+        return array
+
+    def constant(self, values: NDArray[Any], dtype: str) -> Buffer:
+        """The array itself, unless it lies at an odd address: what is mapped takes no memory of its own."""
+        array: NDArray[Any] = np.require(values, requirements=["C", "A"])
         return array
 
     def write(self, buffer: Buffer, values: NDArray[Any]) -> None:

@@ -55,8 +55,7 @@ class BackendSpec:
     int8: bool = False
     """Whether it runs int8 plans."""
     oldest_format: int = 1
-    newest_format: int = 2
-    """The oldest and the newest plan format that it runs."""
+    """The oldest plan format that it runs."""
     needs_engines: bool = False
     """Whether a plan must hold engines compiled for this GPU; else the plan's own graphs do."""
     reads_folder: bool = False
@@ -87,11 +86,6 @@ class BackendSpec:
         folder: the files as they were checked, for backends that read no others (`reads_folder`).
         trust_engines: whether compiled engines may be loaded that were not built here (`needs_engines`).
         """
-        if manifest.format > self.newest_format:
-            raise BackendError(
-                f"the backend runs plans up to format {self.newest_format}, and this one is of format "
-                f"{manifest.format}; use another backend, or export the plan with --format 1"
-            )
         if manifest.format < self.oldest_format:
             raise BackendError(
                 f"the backend runs plans from format {self.oldest_format} on, and this one is of format "
@@ -120,7 +114,7 @@ class BackendSpec:
 
     def runs(self, manifest: Manifest) -> bool:
         """Whether it reads the format of a plan and computes in its precision; engines are another matter."""
-        precision, readable = manifest.precision, self.oldest_format <= manifest.format <= self.newest_format
+        precision, readable = manifest.precision, self.oldest_format <= manifest.format
         return readable and precision.compute in self.computes and (self.int8 or precision.weights != "int8")
 
 

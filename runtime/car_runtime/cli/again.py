@@ -57,7 +57,10 @@ def run(arguments: Sequence[str]) -> int:
         changes["control"] = control_of(chunks, receipt, manifest.model.image_size)
         if changes["control"] is None:
             raise RequestError(f"{args.image!r} encloses no control image, or another; give it with --control")
+    marked = bool(receipt.settings.get("watermarked"))
     if _changed(parser, asked) or receipt.tokens is None:
+        if marked and asked.watermark is None:
+            note("car-run: the image has a watermark, but no receipt has its key; --watermark KEY gives one again")
         if edit is not None:
             raise RequestError(f"{args.image!r} was made from another image; change it with car-run vary or restyle")
         print_report(asked, generate(asked, root, manifest, began, changes, [args.image]))
@@ -65,7 +68,7 @@ def run(arguments: Sequence[str]) -> int:
     anew = settings_of(asked) | changes
 
     def compare(plan: Plan) -> None:
-        if edit is None:  # else the seed alone doesn't make it
+        if edit is None and not marked:  # else the seed alone doesn't make it
             _note_agreement(plan, receipt.tokens, anew)
 
     given = {"known_tokens": receipt.tokens.clip(0), "known_mask": receipt.tokens >= 0}

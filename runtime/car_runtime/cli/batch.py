@@ -35,6 +35,7 @@ ABOUT = "Draw many images in one process: a job per row of a file, or per image 
 EXAMPLES = """examples:
   car-run batch edges/ -o drawn --class cat -n 4      every control image of a folder, 4 seeds each
   car-run batch jobs.csv -o drawn                     columns: control, class, seed, cfg … or any other setting
+                                                      (control:canny, control:depth … for single branches)
   car-run batch jobs.jsonl -o drawn --resume          go on where it was interrupted; failed jobs are tried again
 """
 RESULTS = "results.jsonl"
@@ -83,29 +84,31 @@ def run(arguments: Sequence[str]) -> int:
         raise RequestError("--control is given, and the folder's images are controls, too; leave one of them out")
     from car_runtime.cli.jobs import read_jobs
     from car_runtime.receipt import plan_digest
+    from car_runtime.system.files import one_writer
 
     root, manifest = plan_of(args)
     common = settings_of(args)
     jobs = read_jobs(args.jobs, common, manifest, photos=args.photos)
     _check_outputs(args, jobs, common)
-    results = Results(args.output / RESULTS)
-    digest = plan_digest(manifest)
-    left = (
-        [job for job in jobs if not results.has(job, job.digest(common, digest), args.output)]
-        if args.resume
-        else jobs
-    )
-    results.begin({job.name for job in left})
-    failed: list[Failure] = []
-    try:
-        if left:
-            with opened(args, root) as plan:
-                failed = Batch(args, plan, results, common, digest).run(left)
-    except KeyboardInterrupt:
-        note(f"car-run: {results.done} of {len(left)} jobs are done; go on with --resume")
-        raise
-    finally:
-        results.close()
+    with one_writer(args.output / RESULTS):
+        results = Results(args.output / RESULTS)
+        digest = plan_digest(manifest)
+        left = (
+            [job for job in jobs if not results.has(job, job.digest(common, digest), args.output)]
+            if args.resume
+            else jobs
+        )
+        results.begin({job.name for job in left})
+        failed: list[Failure] = []
+        try:
+            if left:
+                with opened(args, root) as plan:
+                    failed = Batch(args, plan, results, common, digest).run(left)
+        except KeyboardInterrupt:
+            note(f"car-run: {results.done} of {len(left)} jobs are done; go on with --resume")
+            raise
+        finally:
+            results.close()
     return _report(args, len(jobs) - len(left), len(left), failed)
 
 
@@ -142,7 +145,7 @@ def _check_outputs(args: argparse.Namespace, jobs: Sequence[Job], common: Mappin
                     f"row {job.row}: {path.name!r} is an image of row {other.row}, too; rename one of these jobs"
                 )
     # Inputs are compared by the folders that they are in: resolving each of 10,000 files would take seconds.
-    inputs = [args.jobs, *(Path(given) for job in jobs for given in (job.given.get("control"), job.photo) if given)]
+    inputs = [args.jobs, *(path for job in jobs for path in job.inputs)]
     inputs += [Path(common["control"])] if common["control"] else []
     folders = {parent: parent.resolve() for parent in {path.parent for path in inputs}}
     close = [path for path in inputs if folders[path.parent] == out.resolve() or path.is_symlink()]

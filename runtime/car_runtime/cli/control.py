@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from car_runtime.cli.options import Parser, add_setting, add_threads_flag, image_source
+from car_runtime.cli.errors import note
+from car_runtime.cli.options import Parser, add_setting, add_threads_flag, image_source, plan_path
 from car_runtime.conventions import PRESETS, ControlConvention
 from car_runtime.errors import OutputError, RequestError
 
@@ -73,7 +73,7 @@ def run(arguments: Sequence[str]) -> int:
         warnings += prepare_control(Image.fromarray(pixels), convention, size, None)[1]
     write_files({args.output: png_bytes(pixels)})
     for warning in warnings:
-        print(f"car-run: warning: {warning}", file=sys.stderr)
+        note(f"car-run: warning: {warning}")
     report = {"path": str(args.output), "convention": convention.name, "size": size, "warnings": list(warnings)}
     print(json.dumps(report) if args.json else args.output, flush=True)
     return 0
@@ -82,11 +82,10 @@ def run(arguments: Sequence[str]) -> int:
 def _wanted(args: argparse.Namespace) -> tuple[ControlConvention, int]:
     """The convention and the side: the named ones, else the plan's."""
     from car_runtime.format.manifest import read_manifest
-    from car_runtime.plan import default_plan
 
     if args.type is not None and args.size is not None:
         return PRESETS[args.type], args.size
-    manifest = read_manifest(args.engine if args.engine is not None else default_plan())
+    manifest = read_manifest(plan_path(args.engine))
     convention = PRESETS[args.type] if args.type is not None else manifest.model.convention
     if convention is None:
         raise RequestError(f"the plan {manifest.name!r} has no convention of maps; name one with --type")

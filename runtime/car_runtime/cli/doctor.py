@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from car_runtime.cli.options import subcommand
+from car_runtime.cli.options import plan_path, subcommand
 from car_runtime.errors import printable_lines
 
 ABOUT = "What this machine can run, what is missing, and how to install it."
@@ -22,6 +22,6 @@ def run(arguments: Sequence[str]) -> int:
     args = subcommand("doctor", ABOUT, EXAMPLES).parse_args(arguments)
     from car_runtime import doctor
 
-    report = doctor.examine(args.plan)
+    report = doctor.examine(None if args.plan is None else plan_path(args.plan))
     print(json.dumps(report) if args.json else printable_lines(doctor.table(report)), flush=True)
     return 0 if report["works"] else 1

@@ -1,7 +1,8 @@
 """The jobs of `car-run batch`: rows of a CSV or JSON Lines file, or the images of a folder, checked one by one.
 
-A column is a setting, by its flag's name or its field's. What a row does not give is the command's own. Everything
-but the images is checked here, before an engine opens; an image that cannot be read fails its own job only.
+A column is a setting, by its flag's name or its field's, or "control:BRANCH", the control of one of the plan's
+branches. What a row does not give is the command's own. Everything but the images is checked here, before an engine
+opens; an image that cannot be read fails its own job only.
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ import csv
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from car_runtime.cli.options import parse_setting, spelled, spellings
+from car_runtime.cli.options import parse_setting, spelled, spellings, weighted_source
 from car_runtime.config import GenerationConfig, flags
 from car_runtime.errors import RequestError, printable
 from car_runtime.format.manifest import Manifest
 from car_runtime.images import FORMATS
-from car_runtime.request import check_control, resolve_settings
+from car_runtime.request import check_control, named_controls, resolve_settings
 
 MAX_BYTES = 64 * 1024 * 1024
 """Of a file of jobs."""
@@ -55,6 +57,13 @@ class Job:
         settings = {name: value for name, value in self.settings(common).items() if value is not None}
         text = json.dumps([plan, self.photo, settings], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The images that it reads of its own."""
+        control = self.given.get("control")
+        controls = [file for file, _ in control.values()] if isinstance(control, dict) else [control]
+        return [Path(file) for file in (*controls, self.photo) if file]
 
     def paths(self, out: Path, n: int) -> list[Path]:
         """Where its n images go."""
@@ -111,6 +120,8 @@ def _jobs_of_folder(folder: Path, photos: bool) -> list[Job]:
 
 def _text_of(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file():  # a FIFO would wait for a writer
+            raise RequestError(f"{str(path)!r} is not a file; give a .csv or .jsonl file")
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError as error:
@@ -161,6 +172,8 @@ def _rows_of_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 COLUMNS = {"name": "name", "photo": "photo", **spellings()}
 """Column, lower case and with hyphens → field of the config, or "name" or "photo"."""
+BRANCH = "control:"
+"""Begins the columns of the controls of single branches."""
 
 
 def _check_header(header: Sequence[str]) -> None:
@@ -172,9 +185,13 @@ def _check_header(header: Sequence[str]) -> None:
 
 
 def _field(row: int, column: str) -> str:
+    if spelled(column).startswith(BRANCH):
+        return BRANCH + column.strip()[len(BRANCH) :].strip()
     field = COLUMNS.get(spelled(column))
     if field is None:
-        wanted = ", ".join(dict.fromkeys(["name", "photo", *(f.names[-1][2:] for f in flags().values())]))
+        wanted = ", ".join(
+            dict.fromkeys(["name", "photo", *(f.names[-1][2:] for f in flags().values()), "control:BRANCH"])
+        )
         raise RequestError(f"row {row}: there is no column {column[:40]!r}; the columns are {wanted}")
     return field
 
@@ -190,8 +207,14 @@ def _job(base: Path, row: int, cells: Mapping[str, Any]) -> Job:
     for field in ("control", "photo"):
         if field in given:
             given[field] = str(base / given[field])
-    if "control" in given and "photo" in given:
-        raise RequestError(f"row {row}: control and photo are both given; leave one of these columns empty")
+    named = {field: given.pop(field) for field in list(given) if field.startswith(BRANCH)}
+    sources = [*(field for field in ("control", "photo") if field in given), *list(named)[:1]]
+    if len(sources) > 1:
+        raise RequestError(
+            f"row {row}: {sources[0]} and {sources[1]} are both given; leave one of these columns empty"
+        )
+    if named:
+        given["control"] = {f[len(BRANCH) :]: weighted_source(str(base / value)) for f, value in named.items()}
     name, photo = given.pop("name", f"{row:04d}"), given.pop("photo", None)
     return Job(row=row, name=name, given=given, photo=photo)
 
@@ -201,7 +224,7 @@ def _value(row: int, column: str, field: str, value: Any) -> Any:
     place = f"row {row}, column {printable(column[:40])!r}"
     if isinstance(value, str) and len(value) > MAX_CELL:
         raise RequestError(f"{place}: {len(value)} characters, over {MAX_CELL}; give a shorter one")
-    if field in ("name", "control", "photo"):
+    if field in ("name", "control", "photo") or field.startswith(BRANCH):
         if not isinstance(value, str):
             raise RequestError(f"{place}: {str(value)[:60]!r} is no text; put it in quotes")
         if field == "name":
@@ -236,21 +259,31 @@ class _Checked:
         other = self._names.setdefault(job.name.casefold(), row)
         if other != row:
             raise RequestError(f"row {row}, column 'name': {job.name!r} is the name of row {other}, too; rename one")
-        columns = {_field(row, column): column for column in cells}
+        places = {_field(row, column): f"row {row}, column {printable(column[:40])!r}" for column in cells}
+        control = job.given.get("control")
+        for branch, source in control.items() if isinstance(control, dict) else ():
+            with _placed(places[BRANCH + branch]):
+                named_controls(self._manifest, {branch: source})
         for field, value in job.given.items():
             if field != "control" and (field, value) not in self._good:
-                self._try(f"row {row}, column {printable(columns[field][:40])!r}", {**self._common, field: value})
+                with _placed(places[field]):
+                    self._resolve({**self._common, field: value})
                 if field != "seed":  # of which there are as many as rows
                     self._good.add((field, value))
         settings = job.settings(self._common)
-        self._try(f"row {row}", settings)
-        try:
+        with _placed(f"row {row}"):
+            self._resolve(settings)
+        with _placed(f"row {row}, column 'control'"):
             check_control(self._manifest, settings["control"] is not None or job.photo is not None)
-        except RequestError as error:
-            raise RequestError(f"row {row}, column 'control': {error}") from error
 
-    def _try(self, place: str, settings: Mapping[str, Any]) -> None:
-        try:
-            resolve_settings(self._manifest, GenerationConfig(**settings))
-        except RequestError as error:
-            raise RequestError(f"{place}: {error}") from error
+    def _resolve(self, settings: Mapping[str, Any]) -> None:
+        resolve_settings(self._manifest, GenerationConfig(**settings))
+
+
+@contextmanager
+def _placed(place: str) -> Iterator[None]:
+    """A RequestError says where it is about."""
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError(f"{place}: {error}") from error

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from car_runtime.cli import again, batch, blend, control, doctor, edit, plan, run, serve, sheet, verify
+from car_runtime.cli import again, batch, blend, control, detect, doctor, edit, plan, run, serve, sheet, verify
 from car_runtime.cli.errors import run_command
 
 COMMANDS = {
@@ -24,6 +24,7 @@ COMMANDS = {
     "batch": batch.run,
     "sheet": sheet.run,
     "control": control.run,
+    "detect": detect.run,
     "doctor": doctor.run,
     "plan": plan.run,
     "serve": serve.run,

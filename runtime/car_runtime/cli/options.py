@@ -9,10 +9,12 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn
 
+from car_runtime.cli.errors import note
 from car_runtime.config import GenerationConfig, flags
-from car_runtime.errors import RequestError
+from car_runtime.errors import RequestError, printable
 
 GROUPS = {
     "input": "what to run",
@@ -45,32 +47,58 @@ class Parser(argparse.ArgumentParser):
 def subcommand(name: str, description: str, examples: str) -> Parser:
     """The parser of `car-run NAME [PLAN]`, with the flags that all have."""
     parser = Parser(f"car-run {name}", description, examples)
-    parser.add_argument("plan", nargs="?", metavar="PLAN", help="plan directory")
+    parser.add_argument("plan", nargs="?", metavar="PLAN", help="plan directory, or hf:ORG/NAME")
     parser.add_argument("--json", action="store_true", help="print the whole report on stdout, as one JSON object")
     parser.add_argument("--debug", action="store_true", help="show a traceback when the program itself fails")
     return parser
 
 
+def plan_path(given: str | None) -> Path:
+    """The directory of the plan that was named: a directory, or hf:ORG/NAME; None for the one in the package."""
+    from car_runtime.plan import default_plan
+
+    if given is None:
+        return default_plan()
+    from car_runtime.hub import located
+
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # before the client is imported
+    return located(given, lambda line: note(f"car-run: {printable(line)}"))
+
+
 def image_source(given: str) -> str | io.BytesIO:
-    """What an image is read from: the path, or for "-" all of stdin. Raises RequestError where that is closed."""
+    """What an image is read from: the path, or for "-" all of stdin.
+
+    Raises RequestError where that is closed, or has more bytes than an image may.
+    """
     if given != "-":
         return given
     if sys.stdin is None:
         raise RequestError("the image is to come from stdin, which is closed; pipe it in, or name a file")
-    return io.BytesIO(sys.stdin.buffer.read())
+    from car_runtime.images import MAX_BYTES
+
+    data = sys.stdin.buffer.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise RequestError(f"the image on stdin has over {MAX_BYTES} bytes; make it smaller first")
+    return io.BytesIO(data)
 
 
 def named_source(given: str) -> tuple[str | None, str, float]:
     """BRANCH=IMAGE[:WEIGHT] → branch, file, weight; None and 1 where they aren't there. A file's whole name wins."""
     if given == "-" or os.path.exists(given):
         return None, given, 1.0
-    parts = re.fullmatch(r"([a-z0-9_-]{1,32})=(.+?)(?::([0-9]+\.?[0-9]*|\.[0-9]+))?", given)
+    parts = re.fullmatch(r"([a-z0-9_-]{1,32})=(.+)", given)
     if parts is None:
         return None, given, 1.0
-    branch, file, weight = parts.groups()
-    if weight is not None and os.path.exists(f"{file}:{weight}"):
-        file, weight = f"{file}:{weight}", None
-    return branch, file, 1.0 if weight is None else float(weight)
+    return parts[1], *weighted_source(parts[2])
+
+
+def weighted_source(given: str) -> tuple[str, float]:
+    """IMAGE[:WEIGHT] → file, weight; 1 where there is none. A file's whole name wins."""
+    parts = re.fullmatch(r"(.+?):([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))", given)
+    if parts is None or os.path.exists(given):
+        return given, 1.0
+    return parts[1], float(parts[2])
 
 
 def control_sources(given: Sequence[str]) -> Any:

@@ -1,6 +1,7 @@
-"""`car-run plan info|add-branch|remove-branch`: what a plan is, and the control branches in it.
+"""`car-run plan ACTION`: what a plan is, the control branches in it, plans on the hub, and its static site.
 
-Branches are changed by the exporter, `car_export`, which the extra `export` makes run.
+Branches are changed by the exporter, `car_export`, which the extra `export` makes run; `pull` and `push` need the
+extra `hub`.
 """
 
 from __future__ import annotations
@@ -12,17 +13,33 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from car_runtime.cli.options import Parser
-from car_runtime.errors import RequestError, printable_lines
+from car_runtime.cli.errors import note
+from car_runtime.cli.options import Parser, plan_path
+from car_runtime.errors import OutputError, RequestError, printable_lines
 
-ABOUT = "What a plan is, and the control branches in it."
+ABOUT = "What a plan is, the control branches in it, plans on the hub, and the plan as a site that runs in a browser."
 EXAMPLES = """examples:
   car-run plan info d16.plan                          format, base, branches, precision, sizes, classes
   car-run plan add-branch d16.plan runs/depth         the branch of a checkpoint on the plan's base
   car-run plan remove-branch d16.plan canny -o depth.plan
+  car-run plan card d16.plan --license mit            README.md and card.png of the plan, into it
+  car-run plan push d16.plan hf:ORG/NAME              the plan and its card to the hub
+  car-run plan pull hf:ORG/NAME@v1 -o d16.plan        and from there; without -o into the cache
+  car-run plan web d16.plan -o site/                  the studio without a server, for any static host
 
-info needs the runtime alone, the others the exporter: pip install 'car-deploy[cpu,export]'
+info, card and web need the runtime alone, pull and push pip install 'car-deploy[cpu,hub]', the others the exporter:
+pip install 'car-deploy[cpu,export]'
 """
+ACTIONS: dict[str, tuple[str | None, tuple[str, ...]]] = {
+    "info": (None, ()),
+    "add-branch": ("a checkpoint", ("name", "default", "output")),
+    "remove-branch": ("the name of a branch", ("default", "output")),
+    "card": (None, ("licence", "backend", "output")),
+    "pull": (None, ("output",)),
+    "push": ("hf:ORG/NAME", ("private",)),
+    "web": (None, ("onnxruntime", "output")),
+}
+"""Action → what stands after the plan, and the flags that are for it."""
 NAMES = 12
 """Class names that are shown to people."""
 
@@ -31,32 +48,89 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line. Raises RequestError on misuse."""
     parser = Parser("car-run plan", ABOUT, EXAMPLES)
     add = parser.add_argument
-    add("action", choices=("info", "add-branch", "remove-branch"), metavar="ACTION", help="info, add-branch, …")
-    add("plan", metavar="PLAN", help="plan directory")
-    add("given", nargs="?", metavar="WHAT", help="checkpoint or run to add, or name of the branch to remove")
+    add("action", choices=tuple(ACTIONS), metavar="ACTION", help=", ".join(ACTIONS))
+    add("plan", metavar="PLAN", help="plan directory, or hf:ORG/NAME[@REVISION]")
+    add("given", nargs="?", metavar="WHAT", help="checkpoint or run to add, branch to remove, hf:ORG/NAME to push to")
     add("--name", metavar="NAME", help="of the branch to add (default: its control type)")
     add("--default", metavar="NAME", help="branch of a control that names none, from now on")
-    add("-o", "--output", type=Path, metavar="PLAN", help="plan to write (default: in place)")
+    add("--license", dest="licence", metavar="ID", help="of the weights, for the card: mit, cc-by-4.0, other …")
+    add("--backend", default=None, help="that compares the plan with its goldens, for the card (default: auto)")
+    add("--private", action="store_true", help="a repository that push makes is private")
+    add("-o", "--output", type=Path, metavar="PLAN", help="plan (default: in place), site or card's folder to write")
+    add("--onnxruntime", type=Path, metavar="TGZ", help="for web: the npm package onnxruntime-web (see make web)")
     add("--json", action="store_true", help="print one JSON object")
     add("--debug", action="store_true", help="show a traceback when the program itself fails")
     args = parser.parse_args(arguments)
-    wanted = {"info": None, "add-branch": "a checkpoint", "remove-branch": "the name of a branch"}[args.action]
+    wanted, flags = ACTIONS[args.action]
     if wanted is not None and args.given is None:
         parser.error(f"{args.action} needs {wanted} after the plan")
-    if wanted is None and (args.given or args.output or args.default):
-        parser.error("info only reads: give nothing but the plan")
-    if args.name is not None and args.action != "add-branch":
-        parser.error(f"--name {args.name} names a branch that is added; leave it out")
+    if wanted is None and args.given is not None:
+        parser.error(f"{args.action} takes nothing but the plan; leave out {args.given!r}")
+    for name in ("name", "default", "licence", "backend", "private", "onnxruntime", "output"):
+        if getattr(args, name) and name not in flags:
+            flag = {"output": "-o", "licence": "--license"}.get(name, f"--{name}")
+            parser.error(f"{flag} is not for {args.action}; leave it out")
+    if args.action == "web" and args.output is None:
+        parser.error("web needs -o SITE")
     return args
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Facts, or the changed plan's path or facts, go to stdout; progress to stderr. Returns the exit code."""
+    """Facts, paths or the hub's name go to stdout; progress to stderr. Returns the exit code."""
     args = parse_args(arguments)
-    if args.action != "info":
-        return _change(args)
+    actions = {"info": _info, "card": _card, "pull": _pull, "push": _push, "web": _web}
+    code: int = actions.get(args.action, _change)(args)
+    return code
+
+
+def _info(args: argparse.Namespace) -> int:
+    args.plan = plan_path(args.plan)
     _print(args)
     return 0
+
+
+def _card(args: argparse.Namespace) -> int:
+    """Write the card into the plan, or another folder."""
+    from car_runtime.card import card
+    from car_runtime.images import write_files
+
+    root = plan_path(args.plan)
+    folder = root if args.output is None else args.output
+    made = card(root, licence=args.licence, backend=args.backend or "auto")
+    paths = {folder / name: text for name, text in made.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_files(paths)
+    _print_paths(args, *paths)
+    return 0
+
+
+def _pull(args: argparse.Namespace) -> int:
+    """Fetch a plan into the cache, or from there into a directory of its own."""
+    from car_runtime.hub import PREFIX, copy_plan
+
+    if not args.plan.startswith(PREFIX):
+        raise RequestError(f"{args.plan[:120]!r} is not on the hub; write hf:ORG/NAME or hf:ORG/NAME@REVISION")
+    if args.output is not None and args.output.exists():
+        raise OutputError(f"{str(args.output)!r} is there already; remove it, or choose another -o")
+    root = plan_path(args.plan)
+    if args.output is not None:
+        copy_plan(root, args.output)
+    _print_paths(args, args.output or root)
+    return 0
+
+
+def _push(args: argparse.Namespace) -> int:
+    """Send a plan to the hub."""
+    from car_runtime.hub import parse_name, push
+
+    made = push(args.plan, parse_name(args.given), private=args.private, log=lambda line: note(f"car-run: {line}"))
+    print(json.dumps({"name": made}) if args.json else made, flush=True)
+    return 0
+
+
+def _print_paths(args: argparse.Namespace, *paths: Path) -> None:
+    names = [str(path) for path in paths]
+    print(json.dumps({"paths": names}) if args.json else "\n".join(names), flush=True)
 
 
 def _change(args: argparse.Namespace) -> int:
@@ -83,6 +157,16 @@ def _change(args: argparse.Namespace) -> int:
 
     code: int = exporter.run_command("car-run", change)
     return code
+
+
+def _web(args: argparse.Namespace) -> int:
+    """Write a static site. Its path, or with --json facts, go to stdout. Returns the exit code."""
+    site = import_module("car_serve.site")
+    size = site.write_site(plan_path(args.plan), args.output, args.onnxruntime)
+    if size > site.LARGE:
+        note(f"car-run: the site has {_megabytes(size)}, which takes long to load")
+    print(json.dumps({"site": str(args.output), "bytes": size}) if args.json else args.output, flush=True)
+    return 0
 
 
 def _print(args: argparse.Namespace) -> None:

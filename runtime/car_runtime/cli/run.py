@@ -26,6 +26,7 @@ from car_runtime.cli.options import (
     control_sources,
     image_source,
     named_source,
+    plan_path,
     settings_of,
 )
 from car_runtime.cli.outputs import check_distinct
@@ -56,6 +57,7 @@ other commands, each with its own --help:
   car-run batch JOBS        many images in one process, from a table or a folder
   car-run sheet             a labelled sheet: classes × seeds × any setting
   car-run control IMAGE     the control map of a photo alone
+  car-run detect IMAGE      does an image have the watermark of a key
   car-run doctor [PLAN]     what this machine can run, and how to install what is missing
   car-run serve [PLAN ...]  the studio in a browser, and an HTTP API
   car-run verify [PLAN]     does a plan do here what it did when it was exported, and how fast
@@ -108,7 +110,12 @@ def add_source_flags(inputs: argparse._ArgumentGroup) -> None:
 
 def add_plan_flag(inputs: argparse._ActionsContainer) -> None:
     """The plan of everything that draws."""
-    inputs.add_argument("-e", "--engine", metavar="PLAN", help="plan directory (default: the plan in the package)")
+    inputs.add_argument(
+        "-e",
+        "--engine",
+        metavar="PLAN",
+        help="plan directory, or hf:ORG/NAME[@REVISION] (default: the plan in the package)",
+    )
 
 
 def add_engine_flags(inputs: argparse._ActionsContainer) -> None:
@@ -214,9 +221,8 @@ def generate(
 def plan_of(args: argparse.Namespace) -> tuple[Path, Manifest]:
     """The plan that the flags name, by default the one in the package, and its manifest."""
     from car_runtime.format.manifest import read_manifest
-    from car_runtime.plan import default_plan
 
-    root = Path(args.engine) if args.engine is not None else default_plan()
+    root = plan_path(args.engine)
     return root, read_manifest(root, args.require_signature)
 
 
@@ -234,7 +240,8 @@ def opened(args: argparse.Namespace, root: Path) -> Iterator[Plan]:
 def control_of_flags(args: argparse.Namespace, manifest: Manifest) -> tuple[Any, tuple[str, ...]]:
     """The control image as given, or derived from the photo, and warnings; None where neither is given."""
     model = manifest.model
-    unnamed = [one for one in args.control or [args.photo] if one is not None and named_source(one)[0] is None]
+    given = args.control or [args.photo]
+    unnamed = len(given) == 1 and given[0] is not None and named_source(given[0])[0] is None
     if unnamed and len(model.branches) > 1:
         others = ", ".join(name for name in model.branches if name != model.default_branch)
         note(f"car-run: the control is for the branch {model.default_branch!r}; others: {others}")
@@ -283,6 +290,7 @@ def settings_report(manifest: Manifest, request: Request) -> dict[str, Any]:
         "top_p": request.sampling.top_p,
         "schedule": request.schedule.settings(),
         **({"more_smooth": True} if request.more_smooth else {}),
+        **({"watermark": True} if request.watermark else {}),
         **({} if request.blend is None else {"blend_share": request.blend.share, "blend_class": request.blend.label}),
     }
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from car_runtime.cli.options import Parser, add_backend_flag, add_threads_flag
+from car_runtime.cli.options import Parser, add_backend_flag, add_threads_flag, plan_path
 from car_runtime.errors import RequestError
 
 ABOUT = "Serve plans over HTTP: the studio in a browser, our own API with every scale, and OpenAI's images API."
@@ -21,7 +21,7 @@ def parse_args(arguments: Sequence[str]) -> Any:
     """Parse the command line. Raises RequestError on misuse."""
     parser = Parser("car-run serve", ABOUT, EXAMPLES)
     parser.add_argument(
-        "plans", nargs="*", metavar="PLAN", help="plan directories (default: the plan in the package)"
+        "plans", nargs="*", metavar="PLAN", help="plan directories, or hf:ORG/NAME (default: the plan in the package)"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8080, metavar="N", help="0 takes a free one (default: 8080)")
@@ -56,7 +56,7 @@ def run(arguments: Sequence[str]) -> int:
             f"serving needs {error.name!r}, which is not installed; pip install 'car-deploy[cpu,serve]'"
         ) from error
     server.serve(
-        args.plans,
+        [str(plan_path(plan)) for plan in args.plans],
         host=args.host,
         port=args.port,
         backend=args.backend,

@@ -53,7 +53,7 @@ MAX_IMAGES = 1024
 VARIED = {
     name: field
     for name, field in spellings().items()
-    if field in flags("sampling") | flags("schedule") and field not in ("seed", "n")
+    if field in flags("sampling") | flags("schedule") and field not in ("seed", "n", "watermark")
 }
 """What `--vary` names → field."""
 

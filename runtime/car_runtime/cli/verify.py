@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from car_runtime.cli.errors import note
-from car_runtime.cli.options import add_backend_flag, add_threads_flag, add_trust_flags, subcommand
+from car_runtime.cli.options import add_backend_flag, add_threads_flag, add_trust_flags, plan_path, subcommand
 from car_runtime.cli.outputs import check_distinct
 
 ABOUT = "Compare a plan on this machine with what PyTorch computed when it was exported, and measure it."
@@ -51,13 +51,13 @@ def run(arguments: Sequence[str]) -> int:
     from car_runtime.images import check_writable, write_files
     from car_runtime.verify import table, verify
 
+    root = plan_path(args.plan)
     if args.output is not None:
-        if args.plan is not None:
-            check_distinct([("-o", args.output)], [Path(args.plan) / MANIFEST])
+        check_distinct([("-o", args.output)], [root / MANIFEST])
         check_writable(args.output)
     settings = {"threads": args.threads, "warmup": args.warmup, "runs": args.runs, "batches": args.batch}
     settings |= {"require_signature": args.require_signature, "trust_engines": args.trust_engines}
-    report = verify(args.plan, args.backend, **settings, log=_log)
+    report = verify(root, args.backend, **settings, log=_log)
     if args.output is not None:
         write_files({args.output: f"{json.dumps(report, allow_nan=False, ensure_ascii=False)}\n".encode()})
     note(table(report))

@@ -34,7 +34,7 @@ def plan_facts(root: str | os.PathLike[str]) -> dict[str, Any]:
         "precision": asdict(manifest.precision),
         "sampling": asdict(manifest.sampling),
         "more_smooth": manifest.more_smooth,
-        "batches": sorted({int(name.rsplit(".b", 1)[1]) for name in manifest.graphs if name.startswith("step.")}),
+        "batches": list(manifest.batches),
         "engines": len(manifest.engines),
         "classes": model.classes,
         "class_names": None if model.names is None else list(model.names),

@@ -116,11 +116,14 @@ class Parameters:
 
 
 def stored_arrays(folder: PlanFolder, entries: Mapping[str, Tensor | Parameter]) -> dict[str, NDArray[np.generic]]:
-    """Arrays as `weights.bin` holds them, mapped and not read. entries: of the manifest, which has checked them."""
+    """Arrays as `weights.bin` holds them, mapped and not read; bfloat16, which numpy lacks, as uint16.
+
+    entries: of the manifest, which has checked them.
+    """
     weights = np.frombuffer(map_file(folder, WEIGHTS), np.uint8) if entries else np.empty(0, np.uint8)
     return {
         name: weights[entry.offset : entry.offset + entry.bytes]
-        .view(np.dtype(entry.dtype).newbyteorder("<"))
+        .view(np.dtype("uint16" if entry.dtype == "bfloat16" else entry.dtype).newbyteorder("<"))
         .reshape(entry.shape)
         for name, entry in entries.items()
     }

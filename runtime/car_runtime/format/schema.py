@@ -54,6 +54,10 @@ FILE_BYTES = 2**44
 _FILE_NAME = re.compile(r"(engines/)?[A-Za-z0-9_][A-Za-z0-9_.+-]*", re.ASCII)
 BRANCHES = 64
 BRANCH_NAME = re.compile(r"[a-z0-9_-]{1,32}", re.ASCII)
+_STATIC_GRAPH = re.compile(
+    rf"(?P<graph>step|branch\.{BRANCH_NAME.pattern})\.(?P<scale>\d\d)\.b(?P<batch>[1-9]\d{{0,2}})", re.ASCII
+)
+"""A graph for one scale and one batch size."""
 FUSIONS = {
     "concat": ("norm_weight", "norm_bias", "linear_weight", "linear_bias"),
     "zero": ("linear_weight", "linear_bias"),
@@ -313,6 +317,12 @@ class Manifest:
         return self.scales[-1].stop
 
     @property
+    def batches(self) -> tuple[int, ...]:
+        """The batch sizes that static steps are for, ascending."""
+        statics = [_STATIC_GRAPH.fullmatch(name) for name in self.graphs]
+        return tuple(sorted({int(one["batch"]) for one in statics if one is not None and one["graph"] == "step"}))
+
+    @property
     def more_smooth(self) -> bool:
         """Whether the step can mix codes by noise: it then has the inputs `smooth` and `smooth_noise`."""
         return any(port.name == "smooth" for port in self.graphs["step"].inputs)
@@ -332,13 +342,14 @@ class Manifest:
         else:
             _check_parameters(self)
             _check_graphs_of_2(self)
+        _check_static_names(self)
         _check_ports(self)
 
     @property
     def table_problem(self) -> str | None:
         """Why the table of parameters can't be read, in words with the remedy; None if it can."""
         if not self.parameters:
-            return f"the plan {self.name!r} has no table of parameters; {REMEDY} with --format 2"
+            return f"the plan {self.name!r} has no table of parameters; {REMEDY}, or upgrade it (--upgrade)"
         if graphs_digest(self.graphs, self.files) != self.parameters_digest:
             return f"the table of parameters of {self.name!r} belongs to other graphs than the plan's; {REMEDY}"
         return None
@@ -551,14 +562,23 @@ def _check_branch_sizes(manifest: Manifest, name: str, branch: Branch) -> None:
             _require(one is not None, f"parameters.{key[:NAME]} is missing")
             assert one is not None
             halved = port.dtype == "float32" and one.dtype == "float16"
-            read = one.dtype in ("float32", "float16")  # numpy has no bfloat16
-            good = read and (one.dtype == port.dtype or halved) and one.shape == port.shape[1:]
+            good = (one.dtype == port.dtype or halved) and one.shape == port.shape[1:]
             _require(good, f"parameters.{key[:NAME]} is {one.dtype} {list(one.shape)}, unlike the step's {port.name}")
 
 
 def _require_numbers(at: str, port: Port, dims: tuple[int, ...]) -> None:
     good = len(port.shape) == dims[-1] + 1 and all(isinstance(port.shape[i], int) for i in dims)
     _require(good, f"graphs.{at} has the shape {list(port.shape)}, but dimensions {dims} must be numbers")
+
+
+def _check_static_names(manifest: Manifest) -> None:
+    """Whatever is called as a part of a step or of a branch is a graph of one scale and batch size."""
+    for name in manifest.graphs:
+        if name.startswith("step.") or (name.startswith("branch.") and name.count(".") > 1):
+            static = _STATIC_GRAPH.fullmatch(name)
+            known = static is not None and static["graph"] in manifest.graphs
+            good = known and static is not None and int(static["scale"]) < len(manifest.scales)
+            _require(good, f"graphs has the name {name[:NAME]!r}; a static graph of this plan is e.g. 'step.00.b1'")
 
 
 def _require_ports(manifest: Manifest, wanted: dict[str, tuple[list[str], list[str]]]) -> None:

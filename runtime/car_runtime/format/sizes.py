@@ -6,6 +6,7 @@ past its end. Letters as in docs/reference/plan-format.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 from car_runtime.format.schema import FUSIONS, WEIGHTS, Manifest, Port
@@ -43,6 +44,9 @@ def _problems(manifest: Manifest, limit: int) -> Iterator[str]:
     taken = _buffer_bytes(manifest)
     if taken > limit:
         yield f"one image's buffers would take {taken} bytes, but with these weights at most {limit} are allocated"
+    packed = sum(one.bytes for one in manifest.parameters.values())  # many may lie in one place
+    if packed > limit:
+        yield f"all parameters would take {packed} bytes, but with these weights at most {limit} are taken"
 
 
 def _expected(manifest: Manifest) -> dict[str, dict[str, tuple[str, Shape]]]:
@@ -91,7 +95,7 @@ def _expected_of_2(manifest: Manifest) -> dict[str, dict[str, tuple[str, Shape]]
     del step["control"]
     step |= {name: ("float32", (None,)) for name in ("cfg", "top_p", "keep", "control_cfg")}
     step |= {name: ("int64", (None,)) for name in ("rows", "twin", "plain", "top_k")} | {"smooth": ("bool", (None,))}
-    step |= {"bias": ("float32", (None, V)), "mix": ("float32", (None, None))}
+    step |= {"bias": ("float32", (None, None, None, V)), "mix": ("float32", (None, None))}
     kv = step["past_k_0"]
     for name, branch in model.branches.items():
         h = branch.blocks
@@ -143,12 +147,20 @@ def _constants(manifest: Manifest) -> Iterator[str]:
 
 
 def _buffer_bytes(manifest: Manifest) -> int:
-    """What the scale loop allocates for one image with guidance, but for what is small: K, V, images and rows."""
+    """What is allocated for one image with guidance and all branches, but for what is small."""
     model, L = manifest.model, manifest.tokens
+    C, V, largest = model.width, model.vocab, max(scale.tokens for scale in manifest.scales)
     item = 4 if manifest.precision.compute == "fp32" else 2
-    cache = 2 * model.cache_layers * L * 2 * model.width * item
+    branches = model.branches.values()
+    cache = 2 * (model.cache_layers + sum(one.cache_layers for one in branches)) * L * 2 * C * item
     modulation = manifest.graphs["condition"].output("modulation").shape[1]
-    rows = 2 * 4 * model.width * (L + (modulation if isinstance(modulation, int) else 0)) * 2
+    rows = 2 * 4 * C * (L + (modulation if isinstance(modulation, int) else 0)) * 2
     images = 3 * (model.image_size**2 + sum(scale.control_size**2 for scale in manifest.scales))
     latent = 3 * 4 * model.latent_channels * model.latent_size**2
-    return cache + rows + images + latent
+    of_vocab = 4 * V * (L + (largest if manifest.more_smooth else 0))
+    named = {name for scale in manifest.scales for name in scale.constants.values()}
+    constants = sum(manifest.tensors[name].bytes for name in named)
+    ports = [port.shape[1:] for port in manifest.graphs["step"].inputs if port.name.startswith("fusion_")]
+    fusions = 4 * sum(math.prod(size for size in shape if isinstance(size, int)) for shape in ports)
+    steering = sum(fusions + 4 * C * (L + one.blocks * (2 * largest + 12)) for one in branches)
+    return cache + rows + images + latent + of_vocab + constants + steering

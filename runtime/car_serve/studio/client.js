@@ -1,5 +1,5 @@
 // All talk with the server. Another engine may stand behind the same interface:
-// capabilities(), controls(form), draw(form, signal), stream(form, signal), edit(form, edit, signal), cancel(id).
+// capabilities(), controls(form), draw(form, signal), stream(form, signal), edit(form, edit, image, signal), cancel(id).
 // A form has the fields of POST /v1/pictures; images are base64 without the data: prefix.
 
 export class ClientError extends Error {
@@ -9,6 +9,17 @@ export class ClientError extends Error {
     this.status = status;
     this.code = about.code ?? "unreachable";
     this.retryAfter = retryAfter;
+  }
+}
+
+// The events of an edit; a result that the client no longer keeps is sent as an image.
+export async function* edited(client, form, edit, image, signal) {
+  try {
+    yield* client.stream({ ...form, edit }, signal);
+  } catch (error) {
+    if (error.status !== 404 || !image) throw error;
+    const { id: _, index: __, ...how } = edit;
+    yield* client.stream({ ...form, edit: { ...how, image } }, signal);
   }
 }
 
@@ -27,7 +38,8 @@ export class HttpClient {
     return (await this.#send("v1/pictures", this.#post(form, signal))).json();
   }
 
-  // Events as they come: {type: "queued" | "scale" | "picture" | "done", …}. Leaving the loop cancels.
+  // Events as they come: {type: "queued" | "scale" | "picture" | "done", …}. Leaving the loop cancels. An engine may send the
+  // preview of a scale after the scale itself, as {type: "preview", image, index, preview}.
   async *stream(form, signal) {
     const post = this.#post(form, signal);
     post.headers.Accept = "text/event-stream";
@@ -38,15 +50,9 @@ export class HttpClient {
     }
   }
 
-  // edit: {id, index} or {image}, with {scale}, {mask} or {frame}. A result that the server no longer keeps is sent as an image.
-  async *edit(form, edit, image, signal) {
-    try {
-      yield* this.stream({ ...form, edit }, signal);
-    } catch (error) {
-      if (error.status !== 404 || !image) throw error;
-      const { id: _, index: __, ...how } = edit;
-      yield* this.stream({ ...form, edit: { ...how, image } }, signal);
-    }
+  // edit: {id, index} or {image}, with {scale}, {mask} or {frame}.
+  edit(...given) {
+    return edited(this, ...given);
   }
 
   async cancel(id) {

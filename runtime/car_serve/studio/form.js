@@ -84,7 +84,7 @@ export class Form extends EventTarget {
 
   #combo() {
     const input = $("class");
-    input.addEventListener("input", () => { note("class-note"); this.#show(input.value); });
+    input.addEventListener("input", () => { note("class-note"); input.setAttribute("aria-invalid", "false"); this.#show(input.value); });
     input.addEventListener("click", () => this.#show(""));
     input.addEventListener("blur", () => this.#hide());
     input.addEventListener("keydown", (event) => {

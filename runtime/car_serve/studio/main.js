@@ -12,7 +12,9 @@ import * as store from "./store.js";
 const EXAMPLES = [["umbrella", "fluent-travel-places"], ["heart", "fluent-smileys-emotion"], ["guitar", "fluent-objects"]];
 const DRAFT_MS = 0; // of rest between two drafts: a turn of the event loop, in which the pen is heard
 
-const client = new HttpClient();
+// A site without a server says so in its page, and runs the plan there.
+const site = document.querySelector("meta[name=site]")?.content;
+export const client = site ? new (await import("./engine.js")).Engine(site) : new HttpClient();
 const form = new Form();
 const pad = new Paper($("pad"), { ink: "#fff", ground: "#000" });
 const stage = new Stage({ branch, restyle, stop, paint, extend, remix, download, copy });
@@ -81,9 +83,9 @@ function take(event, result, mine, quiet) {
     mine.id = result.id = event.id;
     if (!quiet && event.place > 0) note("message", `${event.place} ahead in the queue.`);
     if (!quiet || event.warnings.length) warn(event.warnings);
-  } else if (event.type === "scale") {
+  } else if (event.type === "scale" || event.type === "preview") {
     if (!event.preview) return;
-    result.images[event.image].scales[event.index] = fromBase64(event.preview, "image/webp");
+    result.images[event.image].scales[event.index] = fromBase64(event.preview, capabilities.formats.preview);
     const drawn = result.images.reduce((sum, image) => sum + image.scales.length, 0);
     if (!quiet) stage.busy(drawn / (result.images.length * ((result.form.stop_after ?? plan.scales.length - 1) + 1)));
     stage.show(result);
@@ -142,10 +144,22 @@ function setBusy(on) {
 
 // ---- live: drafts without guidance while the pen moves, a full one when it rests -----------------------------------
 
-const DRAFT_FRAMES = [70, 115]; // ms; a draft that takes longer leaves out its finest scale next time, a faster one gets it back
+const DRAFT_FRAMES = [60, 100]; // ms; a draft that takes longer leaves out its finest scale next time, a faster one gets it back
 let dirty = false;
 let drafting = false;
-let finest = Infinity; // scale of a draft
+let finest = 0; // scale of a draft; the first is as coarse as they get, so that it is there at once
+
+function draft() {
+  const last = plan.scales.length - 1;
+  finest = Math.min(last, Math.max(last >> 1, finest));
+  return { ...request(), n: 1, cfg: 0, previews: false, stop_after: finest };
+}
+
+// A draft that nobody sees when live mode is switched on, so that the first stroke finds everything at work.
+async function warmUp() {
+  if (!$("live").checked || !plan) return;
+  try { for await (const _ of client.stream(draft())); } catch { /* the stroke will say what is wrong */ }
+}
 
 async function live() {
   dirty = true;
@@ -154,9 +168,7 @@ async function live() {
   while (dirty && $("live").checked) {
     dirty = false;
     const began = performance.now();
-    const last = plan.scales.length - 1;
-    finest = Math.min(last, Math.max(last >> 1, finest));
-    const drawn = await run({ ...request(), n: 1, cfg: 0, previews: false, stop_after: finest }, { kind: "draft", quiet: true });
+    const drawn = await run(draft(), { kind: "draft", quiet: true });
     const took = performance.now() - began;
     if (drawn) finest += took > DRAFT_FRAMES[1] ? -1 : took < DRAFT_FRAMES[0] ? 1 : 0;
     await new Promise((resolve) => setTimeout(resolve, DRAFT_MS));
@@ -318,7 +330,7 @@ async function replay(result, blob) {
   const form = { ...result.form, ...(result.control ? { control: result.control } : {}) };
   try {
     for await (const event of client.stream({ ...form, edit: { image: await toBase64(blob), scale: planOf(result).scales.length - 1 } })) {
-      if (event.type === "scale" && event.preview) image.scales[event.index] = fromBase64(event.preview, "image/webp");
+      if (event.preview) image.scales[event.index] = fromBase64(event.preview, capabilities.formats.preview);
     }
   } catch { return; } // of another plan, or nobody has time: the image is there without them
   if (stage.result === result) stage.render();
@@ -424,6 +436,7 @@ function listen() {
   });
   form.addEventListener("change", () => { store.keep("form", form.values()).catch(() => {}); rest(); });
   $("controls").addEventListener("submit", (event) => { event.preventDefault(); running && running.kind !== "draft" ? stopped() : draw(); });
+  $("live").addEventListener("change", warmUp);
   $("brush").addEventListener("click", () => pick("brush"));
   $("eraser").addEventListener("click", () => pick("eraser"));
   $("size").addEventListener("input", () => { pad.size = Number($("size").value); });
@@ -431,6 +444,14 @@ function listen() {
   $("redo").addEventListener("click", () => pad.redo());
   $("clear").addEventListener("click", () => { pad.clear(); note("pad-note"); });
   $("upload").addEventListener("click", () => $("file").click());
+  // A stroke may start on an example: who moves the pen there draws.
+  let pressed = null;
+  $("examples").addEventListener("pointerdown", (event) => { pressed = event; });
+  $("pad-frame").addEventListener("pointermove", (event) => {
+    if (!event.buttons || pressed?.pointerId !== event.pointerId || Math.hypot(event.clientX - pressed.clientX, event.clientY - pressed.clientY) < 6) return;
+    pad.begin(pressed, event);
+    pressed = null;
+  });
   $("file").addEventListener("change", () => { if ($("file").files[0]) bring($("file").files[0]); $("file").value = ""; });
   $("theme").addEventListener("click", theme);
   $("help").addEventListener("click", () => $("sheet").showModal());
@@ -463,9 +484,15 @@ function use(chosen) {
 
 async function start() {
   if (localStorage.theme) document.documentElement.dataset.theme = localStorage.theme;
-  $("keys").append(...KEYS.flatMap(([what, keys]) => [make("dt", {}, ...keys.flatMap((key, i) => [i ? "  " : "", make("kbd", {}, key.length === 1 ? key.toUpperCase() : key)])), make("dd", {}, what)]));
+  $("keys").append(...KEYS.flatMap(([what, keys]) => [make("dt", {}, ...keys.map((key) => make("kbd", {}, key.length === 1 ? key.toUpperCase() : key))), make("dd", {}, what)]));
+  client.addEventListener?.("progress", ({ detail }) => {
+    stage.busy(detail);
+    note("message", `Loading the model: ${Math.round(100 * detail)} %`);
+  });
   try {
     capabilities = await client.capabilities();
+    note("message");
+    stage.busy(null);
   } catch (error) {
     note("message", sentence(error.message), "bad", ["Try again", () => location.reload()]);
     return;
@@ -473,7 +500,7 @@ async function start() {
   $("plans").replaceChildren(...capabilities.plans.map((one) => make("option", { value: one.name }, one.name)));
   $("plans-field").hidden = capabilities.plans.length < 2;
   use(capabilities.plans.find((one) => one.name === capabilities.default_plan));
-  $("examples").append(...EXAMPLES.map(([name, label]) => make("button", { type: "button", "aria-label": `Draw the example ${name}`, onclick: () => example(name, label) }, make("img", { src: `studio/${name}.png`, alt: "" }))));
+  $("examples").append(...EXAMPLES.map(([name, label]) => make("button", { type: "button", "aria-label": `Draw the example ${name}`, onclick: () => example(name, label) }, make("img", { src: `studio/${name}.png`, alt: "", draggable: "false" }))));
   listen();
   await store.open();
   results = await store.list();

@@ -13,6 +13,12 @@ export function make(tag, attributes = {}, ...children) {
   return node;
 }
 
+// An attribute, touched only where it changes; true and false: there or not.
+export function set(node, name, value) {
+  if (typeof value === "boolean") { if (node.hasAttribute(name) !== value) node.toggleAttribute(name, value); }
+  else if (node.getAttribute(name) !== value) node.setAttribute(name, value);
+}
+
 export function icon(name) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   svg.setAttribute("aria-hidden", "true");
@@ -51,10 +57,15 @@ export async function toBase64(blob) {
   return url.slice(url.indexOf(",") + 1);
 }
 
-// One object URL for each blob; those that are no longer shown go with their blob.
+// One object URL for each blob. An address keeps its bytes in the browser, so that it is given back when nobody has the
+// blob any more: live mode alone makes ten a second.
 const urls = new WeakMap();
+const gone = new FinalizationRegistry((address) => URL.revokeObjectURL(address));
 export function url(blob) {
-  if (!urls.has(blob)) urls.set(blob, URL.createObjectURL(blob));
+  if (!urls.has(blob)) {
+    urls.set(blob, URL.createObjectURL(blob));
+    gone.register(blob, urls.get(blob));
+  }
   return urls.get(blob);
 }
 

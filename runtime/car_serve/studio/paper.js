@@ -33,6 +33,12 @@ export class Paper extends EventTarget {
     return true;
   }
 
+  // A stroke that began on something in front of the canvas, by its first two events; the others come to the canvas.
+  begin(pressed, moved) {
+    this.#down(pressed);
+    this.#move(moved);
+  }
+
   undo() { this.#swap(this.#undo, this.#redo); }
   redo() { this.#swap(this.#redo, this.#undo); }
   clear() { this.change(() => this.#wipe()); }
@@ -88,14 +94,17 @@ export class Paper extends EventTarget {
     const { data, width } = this.#read();
     const f = width / side;
     const small = new ImageData(side, side);
-    for (let y = 0; y < side; y++) {
-      for (let x = 0; x < side; x++) {
-        for (let c = 0; c < 4; c++) {
-          let sum = 0;
-          for (let v = 0; v < f; v++) for (let u = 0; u < f; u++) sum += data[((y * f + v) * width + x * f + u) * 4 + c];
-          small.data[(y * side + x) * 4 + c] = Math.round(sum / (f * f));
+    const sums = new Uint32Array(side * 4);
+    for (let y = 0, at = 0; y < side; y++) {
+      sums.fill(0);
+      for (let v = 0; v < f; v++) {
+        for (let x = 0; x < side * 4; x += 4) {
+          let r = 0, g = 0, b = 0, a = 0;
+          for (let u = 0; u < f; u++, at += 4) { r += data[at]; g += data[at + 1]; b += data[at + 2]; a += data[at + 3]; }
+          sums[x] += r; sums[x + 1] += g; sums[x + 2] += b; sums[x + 3] += a;
         }
       }
+      for (let i = 0; i < sums.length; i++) small.data[y * side * 4 + i] = Math.round(sums[i] / (f * f));
     }
     const canvas = document.createElement("canvas");
     canvas.width = canvas.height = side;

@@ -2,7 +2,7 @@
 //
 // A result: {key, id, form, control, images: [{seed, png, receipt, scales: [Blob]}], before, live}.
 
-import { $, button, icon, make, text, url } from "./page.js";
+import { $, button, icon, make, set, text, url } from "./page.js";
 import { Paper } from "./paper.js";
 
 export class Stage {
@@ -26,6 +26,7 @@ export class Stage {
   build(plan) {
     this.sides = plan.scales;
     this.encoder = plan.has_encoder;
+    this.commands = plan.commands ?? ["car-run", "Python", "curl"];
     this.render();
   }
 
@@ -83,13 +84,13 @@ export class Stage {
     }
     images.forEach((image, i) => {
       const cell = box.children[i];
-      cell.hidden = alone && i !== this.image;
+      set(cell, "hidden", alone && i !== this.image);
       const shown = this.#blob(image, i === this.image ? this.#hover ?? this.scale : this.scale);
-      cell.setAttribute("aria-pressed", i === this.image);
-      cell.setAttribute("aria-label", `Image ${i + 1} of ${images.length}, seed ${image.seed}`);
+      set(cell, "aria-pressed", String(i === this.image));
+      set(cell, "aria-label", `Image ${i + 1} of ${images.length}, seed ${image.seed}`);
       const img = cell.firstChild;
-      img.hidden = !shown;
-      if (shown && img.src !== url(shown)) img.src = url(shown);
+      set(img, "hidden", !shown);
+      if (shown) set(img, "src", url(shown));
     });
   }
 
@@ -109,8 +110,8 @@ export class Stage {
     const sides = this.sides ?? [];
     if (film.children.length !== sides.length) {
       film.replaceChildren(...sides.map((side, i) => make("li", {},
-        make("button", { type: "button", tabindex: i ? "-1" : "0", onclick: () => this.pin(this.scale === i ? null : i) }),
-        make("button", { type: "button", class: "fork", tabindex: "-1", "aria-label": `Branch at scale ${i + 1}`, title: "Branch here: keep the coarse scales, draw the fine ones anew", onclick: () => this.act.branch(i) }, icon("branch")))));
+        make("button", { type: "button", tabindex: i ? "-1" : "0", title: `${side} × ${side}`, "aria-label": `Scale ${i + 1} of ${sides.length}, ${side} × ${side} tokens`, onclick: () => this.pin(this.scale === i ? null : i) }),
+        make("button", { type: "button", class: "fork", hidden: i === sides.length - 1, tabindex: "-1", "aria-label": `Branch at scale ${i + 1}`, title: "Branch here: keep the coarse scales, draw the fine ones anew", onclick: () => this.act.branch(i) }, icon("branch")))));
       [...film.children].forEach((item, i) => {
         item.addEventListener("pointerenter", () => this.#peek(i));
         item.addEventListener("pointerleave", () => this.#peek(null));
@@ -120,16 +121,13 @@ export class Stage {
     [...film.children].forEach((item, i) => {
       const [cell, fork] = item.children;
       const blob = image?.scales[i];
-      cell.disabled = !blob;
-      cell.setAttribute("aria-pressed", this.scale === i);
-      cell.setAttribute("aria-label", `Scale ${i + 1} of ${sides.length}, ${sides[i]} × ${sides[i]} tokens`);
-      cell.title = `${sides[i]} × ${sides[i]}`;
-      fork.disabled = !blob || i === sides.length - 1 || !this.result.id;
-      fork.hidden = i === sides.length - 1;
+      set(cell, "disabled", !blob);
+      set(cell, "aria-pressed", String(this.scale === i));
+      set(fork, "disabled", !blob || !this.result.id);
       const img = cell.querySelector("img");
-      if (blob && img) { if (img.src !== url(blob)) img.src = url(blob); }
+      if (blob && img) set(img, "src", url(blob));
       else if (blob) cell.replaceChildren(make("img", { src: url(blob), alt: "" }));
-      else cell.replaceChildren(String(sides[i]));
+      else if (img || !cell.textContent) cell.replaceChildren(String(sides[i]));
     });
   }
 
@@ -150,8 +148,13 @@ export class Stage {
     if (!cells[to].disabled) this.pin(to);
   }
 
+  // Built anew only when they change: in live mode this is asked ten times a second.
   #actions() {
     const bar = $("actions");
+    const { current, scale } = this;
+    const state = [this.mode, this.mask.tool, Boolean(current?.png), scale !== null && current?.scales[scale] ? scale : -1, Boolean(this.result?.before), this.encoder, this.sides?.length].join();
+    if (bar.dataset.state === state) return;
+    bar.dataset.state = state;
     const focused = bar.contains(document.activeElement) ? document.activeElement.getAttribute("aria-label") ?? document.activeElement.textContent : null;
     bar.replaceChildren(...this.#tools());
     if (focused) [...bar.querySelectorAll("button")].find((b) => (b.getAttribute("aria-label") ?? b.textContent) === focused)?.focus({ preventScroll: true });
@@ -163,13 +166,15 @@ export class Stage {
     const gap = make("span", { class: "gap" });
     if (this.mode === "mask") {
       const size = make("input", { type: "range", min: 16, max: 160, value: this.mask.size, "aria-label": "Mask brush size" });
-      size.addEventListener("input", () => { this.mask.size = Number(size.value); });
+      const fill = () => size.style.setProperty("--at", `${(100 * (size.value - size.min)) / (size.max - size.min)}%`);
+      size.addEventListener("input", () => { this.mask.size = Number(size.value); fill(); });
+      fill();
       const tool = (name, label) => button(name, label, () => { this.mask.tool = name; this.render(); }, { "aria-pressed": String(this.mask.tool === name) });
       return [tool("brush", "Mask brush"), tool("eraser", "Mask eraser"), size, gap, text("In-paint", () => this.act.paint(), true), close];
     }
     if (this.mode === "extend") return [make("span", { class: "note" }, "Drag the corner"), gap, text("Extend", () => this.act.extend(), true), close];
     if (this.mode === "compare") return [make("span", { class: "note" }, "Before, after"), gap, close];
-    if (this.mode === "copy") return [...["car-run", "Python", "curl"].map((kind) => text(kind, () => this.act.copy(kind))), gap, close];
+    if (this.mode === "copy") return [...this.commands.map((kind) => text(kind, () => this.act.copy(kind))), gap, close];
     if (this.scale !== null && this.current?.scales[this.scale]) {
       const last = this.scale === this.sides.length - 1;
       return [

@@ -224,7 +224,7 @@ class _StepPart:
             given[LOGITS] = self._logits[: np.prod(shape)].reshape(shape)
         self._transformer.run_step(arrays, given, self._workspace, self._mixes.of(arrays))
         bias, logits = arrays["bias"], given[LOGITS]
-        return logits + bias[:, None, None] if bias.any() else logits
+        return logits + bias if bias.any() else logits
 
 
 class _BranchPart:

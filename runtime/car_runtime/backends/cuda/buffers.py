@@ -340,12 +340,19 @@ def device_array(buffer: Buffer) -> DeviceArray:
 class CudaBuffers:
     """The part of a backend that handles buffers, for engines that work in a GPU's memory."""
 
+    max_mixed: int | None = None
     cache_dtype: str | None = None
     _memory: Memory
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """An uninitialised buffer on the GPU; `dtype` may be "bfloat16"."""
         return self._memory.allocate(shape, dtype)
+
+    def constant(self, values: NDArray[Any], dtype: str) -> Buffer:
+        """A copy of the array on the GPU."""
+        buffer = self._memory.allocate(values.shape, dtype)
+        self._memory.write(buffer, values)
+        return buffer
 
     def write(self, buffer: Buffer, values: NDArray[Any]) -> None:
         """Copy an array to the GPU."""

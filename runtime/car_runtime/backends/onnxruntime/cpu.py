@@ -156,7 +156,7 @@ class OrtCpu(NumpyBuffers):
             # CPUs without VNNI add products of u8 and s8 in 16 bits, which is too few; those of u8 and u8 they don't.
             # With VNNI ONNX Runtime leaves it at that by itself, but takes AMX for a CPU without.
             options.add_session_config_entry("session.x64quantprecision", "1")
-        if graph == "condition" and self._manifest.precision.weights != "int8":
+        if graph.partition(".")[0] == "condition" and self._manifest.precision.weights != "int8":
             # It runs once a class, on a few rows: its matrices, a quarter of a CAR's weights, are read where the file
             # is mapped, not packed into memory of their own first. Int8 ones would be packed in every run.
             options.add_session_config_entry("session.disable_prepacking", "1")

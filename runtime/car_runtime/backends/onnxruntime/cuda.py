@@ -192,7 +192,7 @@ class OrtCuda(CudaBuffers):
         """What this graph gets beyond the options of all, unless it was refused."""
         if self._manifest.precision.compute == "fp32" or graph in self._refused:
             return {}
-        return _HALF.get(graph, {})
+        return _HALF.get(graph.partition(".")[0], {})
 
     def _make_session(self, graph: str, record: bool) -> Any:
         own = self._options(graph)

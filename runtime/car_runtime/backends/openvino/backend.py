@@ -220,7 +220,7 @@ class EnginePart:
         array, element = array_of(buffer), port.get_element_type()
         if array.size == 0:  # the first scale's past: OpenVINO shares no empty memory
             return self._ov.Tensor(element, self._ov.Shape(array.shape))
-        if element == self._ov.Type.bf16:  # numpy has no name for it
+        if element == self._ov.Type.bf16 or not array.flags.writeable:  # numpy lacks the one, what is mapped is read
             return self._ov.Tensor(array, self._ov.Shape(array.shape), element)
         return self._ov.Tensor(array, shared_memory=True)
 

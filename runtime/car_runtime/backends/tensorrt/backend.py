@@ -35,11 +35,13 @@ from car_runtime.system.gpu import probe
 
 GRAPHS = 128
 """Recordings kept, the latest used: ten scales at two batch sizes are twenty, for each set of buffers in use."""
+_KEY_BIAS = "key_bias"
 MASKED = -1e9
 """`key_bias` of a key that nobody may see: its share is exactly 0 in float32."""
 
-# The encoder serves editing only; it is loaded when somebody encodes.
+# The encoder serves editing only, and all branches but the default one those who name them: loaded when asked for.
 _AT_ONCE = ("step", "condition", "control", "decoder")
+_OF_A_BRANCH = ("control", "condition", "branch")
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32"}
 
 
@@ -47,6 +49,7 @@ class TensorRT(CudaBuffers):
     """The backends `rtx` and `trt`. `device` and `module` are given by tests alone."""
 
     guided_only = True
+    max_mixed = 1
 
     def __init__(
         self,
@@ -80,7 +83,8 @@ class TensorRT(CudaBuffers):
         self._engines: dict[str, _Engine] = {}
         try:
             self._runtime = self._make_runtime()
-            for graph in _AT_ONCE:
+            default = manifest.model.default_branch
+            for graph in [*_AT_ONCE, *(f"{kind}.{default}" for kind in _OF_A_BRANCH)]:
                 if graph in self._metadata:
                     self._load(graph)
         except BaseException:
@@ -199,7 +203,7 @@ class TensorRT(CudaBuffers):
 
     def _find(self, graph: str, inputs: Mapping[str, Buffer]) -> tuple[_Engine, int]:
         """The engine of a graph, and the profile of that name or, where the graph has none, of these shapes."""
-        name = graph.partition(".")[0]
+        name = graph if graph in self._metadata else graph.partition(".")[0]
         if name not in self._engines:
             if name not in self._metadata:
                 raise RunError(
@@ -211,7 +215,7 @@ class TensorRT(CudaBuffers):
         if graph in engine.index:
             return engine, engine.index[graph]
         for index, profile in enumerate(engine.metadata.profiles):
-            if all(port in inputs and inputs[port].shape == shape for port, shape in profile.inputs.items()):
+            if all(port == _KEY_BIAS or _fits(inputs.get(port), shape) for port, shape in profile.inputs.items()):
                 return engine, index
         given = ", ".join(f"{port} {list(buffer.shape)}" for port, buffer in inputs.items())
         raise RunError(
@@ -292,11 +296,11 @@ class TensorRT(CudaBuffers):
         bound = {}
         for port, shape in profile.inputs.items():
             given = inputs.get(port)
-            if port == "key_bias" and given is None:
+            if port == _KEY_BIAS and given is None:
                 bound[port] = self._key_bias(profile, inputs)
             elif given is None:
                 raise RunError(f"{profile.name} was not given {port}; give it {list(shape)}")
-            elif given.shape[0] == 0 and shape[0] == 1:
+            elif _is_no_past(given, shape):
                 bound[port] = self._mine(f"past {metadata.inputs[port]} {shape}", shape, metadata.inputs[port])
             else:
                 bound[port] = _fitting(profile, port, given, shape, metadata.inputs[port])
@@ -310,7 +314,7 @@ class TensorRT(CudaBuffers):
 
     def _key_bias(self, profile: Profile, inputs: Mapping[str, Buffer]) -> DeviceArray:
         """Zeros, after MASKED for the past that stands where there is none."""
-        (N,) = profile.inputs["key_bias"]
+        (N,) = profile.inputs[_KEY_BIAS]
         past = next((port for port in profile.inputs if port.startswith("past_")), None)
         masked = past is not None and past in inputs and inputs[past].shape[0] == 0
         values = np.zeros(N, np.float32)
@@ -524,6 +528,16 @@ def _batch(profile: str) -> int:
     """The batch size of `step.00.b4`; 1 for `control`, which has none."""
     ending = profile.rpartition(".b")[2]
     return int(ending) if ending.isdecimal() else 1
+
+
+def _is_no_past(given: Buffer, shape: tuple[int, ...]) -> bool:
+    """Whether a past of no tokens is given where the engine has one of a single token, which nobody sees."""
+    return given.shape[0] == 0 and shape[0] == 1 and given.shape[1:] == shape[1:]
+
+
+def _fits(given: Buffer | None, shape: tuple[int, ...]) -> bool:
+    """Whether a buffer can be bound to an input of this shape."""
+    return given is not None and (given.shape == shape or _is_no_past(given, shape))
 
 
 def _fitting(profile: Profile, port: str, given: Buffer, shape: tuple[int, ...], dtype: str) -> DeviceArray:

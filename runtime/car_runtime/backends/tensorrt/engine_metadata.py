@@ -8,6 +8,7 @@ library is imported here.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from car_runtime.format.manifest import Engine, Manifest
 from car_runtime.format.typed_json import parse_json
 
 FORMAT = 1
+STATIC = re.compile(r".+\.\d+\.b\d+")
+"""Names of static forms, NAME.KK.bB."""
 FLAVOURS = {"rtx": "TensorRT for RTX", "trt": "TensorRT"}
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "bool", "uint8")
 
@@ -100,7 +103,8 @@ def engines_for(root: Path, manifest: Manifest, flavour: str, target: str, versi
             f"build them: {command}"
         )
     fitting = {engine.graph: engine for engine in here if engine.version == version}
-    wanted = ["step", "condition", "decoder", *(["control"] if manifest.model.control_type is not None else [])]
+    # Without the encoder a plan draws; static forms are profiles of the engine of their graph.
+    wanted = [name for name in manifest.graphs if name != "encoder" and not STATIC.fullmatch(name)]
     missing = [graph for graph in wanted if graph not in fitting]
     if missing:
         versions = sorted({engine.version for engine in here if engine.graph in missing} - {version})

@@ -1,0 +1,312 @@
+"""Plans on a hub: "hf:ORG/NAME[@REVISION]" becomes a directory of plain files, and a plan becomes a repository.
+
+`huggingface_hub` (extra `hub`) fetches into its own cache, which holds a file once, under its digest, and a folder of
+links for each commit. A plan holds no links, so what the manifest lists is linked hard (where that can't be: copied)
+into a directory in `~/.cache/car/hub` whose name is the digest of the manifest: its bytes say what is in there,
+whoever they are from. A folder of links that is named by its path is taken the same way.
+
+Nothing is fetched but the manifest, the files that it lists and the signature.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from car_runtime.errors import OutputError, PlanError, RequestError, one_line
+from car_runtime.format.hashing import verify_files
+from car_runtime.format.manifest import MANIFEST, MANIFEST_BYTES, Manifest, parse_manifest, read_manifest
+from car_runtime.format.signature import SIGNATURE
+from car_runtime.system.files import aside_of
+
+PREFIX = "hf:"
+CACHE = Path("~/.cache/car/hub")
+"""Plans that were fetched, as plain files; it can be removed at any time."""
+CARD_FILES = ("README.md", "card.png")
+"""What `car-run plan card` writes next to the manifest; they belong to the repository, not to the plan."""
+_NAME = re.compile(r"([\w-][\w.-]{0,95}/[\w-][\w.-]{0,95})(?:@([\w][\w./-]{0,95}))?", re.ASCII)
+_SNAPSHOT = re.compile(r"models--([\w.-]+)/snapshots/[0-9a-f]{40}", re.ASCII)
+_BLOB = re.compile(r"[0-9a-f]{40,64}", re.ASCII)
+_SIGNATURE_BYTES = 1024
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubName:
+    """A repository of the hub, and one state of it."""
+
+    repo: str
+    """ORG/NAME."""
+    revision: str | None
+    """Branch, tag or commit; None for the default branch."""
+
+    def __str__(self) -> str:
+        return f"{PREFIX}{self.repo}" + (f"@{self.revision}" if self.revision is not None else "")
+
+
+def parse_name(text: str) -> HubName:
+    """ "hf:ORG/NAME[@REVISION]" in its parts. Raises RequestError."""
+    found = _NAME.fullmatch(text.removeprefix(PREFIX))
+    if found is None or not text.startswith(PREFIX) or ".." in text:
+        raise RequestError(f"{text[:120]!r} names no plan on the hub; write hf:ORG/NAME or hf:ORG/NAME@REVISION")
+    return HubName(repo=found[1], revision=found[2])
+
+
+def located(plan: str | os.PathLike[str], log: Log = lambda line: None) -> Path:
+    """The directory of a plan that is named by its path, or by "hf:…"; that one is fetched unless it is here already.
+
+    log: is called with the commit that was taken. Raises PlanError, RequestError.
+    """
+    text = os.fspath(plan)
+    if text.startswith(PREFIX):
+        return pull(parse_name(text), log)
+    return of_snapshot(Path(text))
+
+
+def pull(name: HubName, log: Log = lambda line: None) -> Path:
+    """Fetch a plan and return its directory of plain files. What is there already is not fetched again.
+
+    Raises PlanError: it isn't there, is no plan, or the hub can't be reached; RequestError without the extra `hub`.
+    """
+    hub = _client()
+    with _hub_errors(name):
+        manifest = Path(hub.hf_hub_download(name.repo, MANIFEST, revision=name.revision))
+    snapshot = manifest.parent
+    commit = snapshot.name
+    log(f"{name} is at commit {commit}; {PREFIX}{name.repo}@{commit} is always this one")
+    listed = parse_manifest(_Snapshot(snapshot).read(MANIFEST, MANIFEST_BYTES)).files
+    with _hub_errors(name):
+        hub.snapshot_download(name.repo, revision=commit, allow_patterns=[MANIFEST, SIGNATURE, *listed])
+    return of_snapshot(snapshot)
+
+
+def of_snapshot(path: Path) -> Path:
+    """The same path, or for a folder of links in the hub's cache: the directory of plain files that it stands for.
+
+    Raises PlanError: a link leads elsewhere than to the cache's own files, one is missing, or what is there is no
+    plan, or damaged.
+    """
+    try:
+        if not (path / MANIFEST).is_symlink():
+            return path
+        found = _SNAPSHOT.fullmatch("/".join(path.resolve().parts[-3:]))
+    except (OSError, ValueError, RuntimeError):
+        return path  # opening it says so
+    return path if found is None else _as_plain_files(path.resolve(), found[1])
+
+
+def copy_plan(root: Path, output: Path) -> None:
+    """Copy a plan's own files into a new directory, all or nothing. Raises PlanError, OutputError."""
+    manifest = read_manifest(root)
+    names = [MANIFEST, *manifest.files, *([SIGNATURE] if (root / SIGNATURE).is_file() else [])]
+    aside = aside_of(output)
+    try:
+        aside.mkdir(parents=True)
+        for name in names:
+            (aside / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(root / name, aside / name, follow_symlinks=False)
+        os.rename(aside, output)
+    except OSError as error:
+        raise OutputError(f"cannot write {str(output)!r} ({error.strerror}); choose another place") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def push(
+    plan: str | os.PathLike[str],
+    name: HubName,
+    *,
+    private: bool = False,
+    message: str | None = None,
+    log: Log = lambda line: None,
+) -> str:
+    """Send a plan, and its card where it has one, as one commit; returns that commit's name, "hf:ORG/NAME@COMMIT".
+
+    The repository is made where there is none. Files that the hub has already are not sent again. Raises PlanError:
+    the plan is damaged; OutputError: the hub refuses, or can't be reached; RequestError without the extra `hub`.
+    """
+    hub = _client()
+    root = Path(plan)
+    manifest = read_manifest(root)
+    verify_files(root, manifest)
+    names = [MANIFEST, *manifest.files, *(one for one in (SIGNATURE, *CARD_FILES) if (root / one).is_file())]
+    added = [hub.CommitOperationAdd(path_in_repo=one, path_or_fileobj=root / one) for one in names]
+    log(f"sending {len(added)} files of {manifest.name} to {name}")
+    api = hub.HfApi(library_name="car-deploy")
+    try:
+        api.create_repo(name.repo, private=private, exist_ok=True)
+        made = api.create_commit(
+            name.repo, added, commit_message=message or f"Plan {manifest.name}", revision=name.revision
+        )
+    except Exception as error:
+        if isinstance(error, (OSError, RuntimeError, ValueError)) or _is_of(error, "httpx"):
+            raise OutputError(
+                f"the hub does not take {name} ({_reason(error)}); log in with hf auth login, check the name, and "
+                "push again, which goes on where it stopped"
+            ) from error
+        raise
+    return f"{PREFIX}{name.repo}@{made.oid}"
+
+
+def _client() -> Any:
+    """huggingface_hub. Raises RequestError where it isn't installed."""
+    try:
+        return import_module("huggingface_hub")
+    except ModuleNotFoundError as error:
+        raise RequestError(
+            f"plans on the hub need {error.name!r}, which is not installed; pip install 'car-deploy[cpu,hub]'"
+        ) from error
+
+
+@contextmanager
+def _hub_errors(name: HubName) -> Iterator[None]:
+    """What the client raises, as PlanError in one line."""
+    errors = import_module("huggingface_hub.errors")
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise PlanError(f"{name} asks for its terms to be accepted; do so on its page, then hf auth login") from error
+    except errors.RevisionNotFoundError as error:
+        raise PlanError(f"{name}: there is no such branch, tag or commit; check what follows the @") from error
+    except errors.RepositoryNotFoundError as error:
+        raise PlanError(f"the hub has no {name.repo}, or it is private; check the name, or hf auth login") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise PlanError(
+            f"{name} is not in the cache, or not whole, and the hub can't be reached; try again with a connection "
+            "and without HF_HUB_OFFLINE"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise PlanError(f"{name} is no plan: it has no {MANIFEST}; give the repository of a plan") from error
+    except Exception as error:
+        if isinstance(error, (OSError, ValueError)) or _is_of(error, "httpx"):
+            raise PlanError(
+                f"{name} can't be fetched ({_reason(error)}); try again, which goes on where it stopped"
+            ) from error
+        raise
+
+
+def _reason(error: Exception) -> str:
+    return one_line(error)[:120]
+
+
+def _is_of(error: Exception, package: str) -> bool:
+    """Whether an error, or what it derives from, is of that package, whichever version of it."""
+    return any(kind.__module__.split(".")[0].startswith(package) for kind in type(error).__mro__)
+
+
+class _Snapshot:
+    """A folder of the hub's cache: names of files, and the cache's files that they lead to.
+
+    A link is believed if it says exactly what the hub's client writes, `../../blobs/DIGEST`, and what is there is a
+    regular file. Where the client made no links (Windows) the files are in the folder itself.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._blobs = root.parent.parent / "blobs"
+
+    def path(self, name: str) -> Path:
+        """The regular file behind a name. Raises PlanError."""
+        path = self.root / name
+        try:
+            if path.is_symlink():
+                up, _, digest = os.readlink(path).replace(os.sep, "/").rpartition("/blobs/")
+                if up != "/".join([".."] * (2 + name.count("/"))) or not _BLOB.fullmatch(digest):
+                    raise PlanError(f"{name} is a link to elsewhere than the hub's cache; fetch the plan again")
+                path = self._blobs / digest
+            found = path.lstat()
+        except OSError as error:
+            raise PlanError(f"{name} is missing from {str(self.root)!r}; fetch the plan again") from error
+        if not stat.S_ISREG(found.st_mode):
+            raise PlanError(f"{name} in {str(self.root)!r} is not a file; fetch the plan again")
+        return path
+
+    def open(self, name: str) -> int:
+        """A descriptor of it, which is the caller's. Raises PlanError."""
+        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        try:
+            return os.open(self.path(name), flags)
+        except OSError as error:
+            raise PlanError(f"cannot open {name} ({error.strerror}); fetch the plan again") from error
+
+    def read(self, name: str, limit: int) -> bytes:
+        """All of it. Raises PlanError where it has more than `limit` bytes."""
+        with os.fdopen(self.open(name), "rb") as file:
+            text = file.read(limit + 1)
+        if len(text) > limit:
+            raise PlanError(f"{name} has more than {limit} bytes, which is no plan's; fetch another one")
+        return text
+
+
+def _as_plain_files(snapshot: Path, repo: str) -> Path:
+    """The directory of plain files of a snapshot, made now or before."""
+    source, cache = _Snapshot(snapshot), CACHE.expanduser()
+    text = source.read(MANIFEST, MANIFEST_BYTES)
+    signed = os.path.lexists(snapshot / SIGNATURE)
+    written = {MANIFEST: text} | ({SIGNATURE: source.read(SIGNATURE, _SIGNATURE_BYTES)} if signed else {})
+    digest = hashlib.sha256(b"".join(hashlib.sha256(one).digest() for one in written.values())).hexdigest()
+    target = cache / f"{repo[:80]}-{digest[:32]}.plan"
+    if target.is_dir():
+        return target
+    manifest = parse_manifest(text)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _alone(cache):
+            if not target.is_dir():
+                _gather(source, manifest, written, target)
+    except OSError as error:
+        raise PlanError(f"cannot put the plan into {str(cache)!r} ({error.strerror}); make room there") from error
+    return target
+
+
+def _gather(source: _Snapshot, manifest: Manifest, written: dict[str, bytes], target: Path) -> None:
+    """Make the directory, all of it or nothing, its files checked by their hashes."""
+    aside = aside_of(target)
+    aside.mkdir()
+    try:
+        for name, text in written.items():
+            (aside / name).write_bytes(text)
+        for name, entry in manifest.files.items():
+            place = aside / name
+            place.parent.mkdir(exist_ok=True)
+            _link_or_copy(source, name, entry.bytes, place)
+        verify_files(aside, manifest)
+        os.rename(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _link_or_copy(source: _Snapshot, name: str, size: int, place: Path) -> None:
+    """Another name of the cache's file where the file system has that, else its bytes. Raises PlanError, OSError."""
+    with suppress(OSError, NotImplementedError):
+        os.link(source.path(name), place, follow_symlinks=False)
+        return
+    with os.fdopen(source.open(name), "rb") as file, place.open("xb") as copy:
+        if os.fstat(file.fileno()).st_size != size:
+            raise PlanError(f"{name} has another size than the manifest says; fetch the plan again")
+        shutil.copyfileobj(file, copy, 1024 * 1024)
+
+
+@contextmanager
+def _alone(cache: Path) -> Iterator[None]:
+    """Within, no other process gathers a plan: a link that is made moves a time by which openings see changes."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows: two make the same, and the second finds it there
+        yield
+        return
+    with (cache / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in cache.glob(".*.car-*-part*"):  # of a process that was killed: who has the lock has none yet
+            shutil.rmtree(left, ignore_errors=True)
+        yield

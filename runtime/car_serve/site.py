@@ -1,0 +1,210 @@
+"""A plan as a static site: the studio, the plan's graphs and weights, and onnxruntime-web, which runs them.
+
+    car-run plan web emoji.plan -o site/
+
+Any static host serves the folder; nothing is fetched from elsewhere, and nothing is sent (docs/web.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+from typing import Any
+
+from car_runtime import __version__
+from car_runtime.errors import OutputError, PlanError, RequestError
+from car_runtime.format.folder import PlanFolder
+from car_runtime.format.hashing import verify_folder
+from car_runtime.format.manifest import MANIFEST, WEIGHTS, Manifest, manifest_in, open_plan_folder
+from car_runtime.plan import DEFAULT_PLAN
+from car_runtime.receipt import plan_digest
+from car_runtime.system.files import aside_of, read_regular
+from car_serve.about import plan_about
+
+STUDIO = Path(__file__).parent / "studio"
+SITE = "site.json"
+PACKAGE = "onnxruntime-web@1.30.0"
+"""The npm package that runs the graphs; MIT."""
+PACKAGE_SHA256 = "d2228df7e4616bc3348bf504ee888f3bec43789a273f0a63f3e68d203ce3bf71"
+ARCHIVE = Path("~/.cache/car/web/onnxruntime-web-1.30.0.tgz")
+"""Where `make web` puts it."""
+ENGINE = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+ARCHIVE_BYTES = MEMBER_BYTES = 64 * 1024 * 1024
+LARGE = 60_000_000
+"""Bytes from which on a site takes long to load."""
+CSP = (
+    "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; img-src 'self' blob: data:; object-src 'none'; "
+    "base-uri 'none'; form-action 'self'"
+)
+
+
+def write_site(plan: Path, output: Path, archive: Path | None = None) -> int:
+    """Write the site of a plan, whole or not at all, in place of an older site. Returns its bytes.
+
+    archive: the npm package `PACKAGE` as a .tgz. Raises PlanError: not of format 2, not float32; RequestError: no
+    such package; OutputError: something else is there.
+    """
+    _check_target(output)
+    engine = _engine(archive or ARCHIVE.expanduser())
+    aside = aside_of(output.absolute())
+    try:
+        aside.mkdir(parents=True)
+        with open_plan_folder(plan) as folder:
+            manifest = manifest_in(folder)
+            _check_plan(manifest)
+            names = [graph.file for name, graph in manifest.graphs.items() if name in _graphs(manifest)] + [WEIGHTS]
+            verify_folder(folder, manifest, hashes=True, names=names)
+            for name in (MANIFEST, *names):
+                _copy(folder, name, aside / "plan" / name)
+        for name, content in engine.items():
+            _write(aside / "ort" / name, content)
+        _write_page(aside, manifest)
+        size = sum(path.stat().st_size for path in aside.rglob("*") if path.is_file())
+        _take_place(aside, output)
+    except OSError as error:
+        raise OutputError(f"cannot write {str(output)!r} ({error.strerror}); choose another place") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return size
+
+
+def _check_target(output: Path) -> None:
+    """Refuse what is there and no site, and a place that does not exist."""
+    if not output.absolute().parent.is_dir():
+        raise OutputError(f"the output's directory {str(output.absolute().parent)!r} does not exist; create it first")
+    if (output.exists() or output.is_symlink()) and not (output.is_dir() and not output.is_symlink()):
+        raise OutputError(f"{str(output)!r} is no directory; choose another place")
+    if output.is_dir() and any(output.iterdir()) and not (output / SITE).is_file():
+        raise OutputError(f"{str(output)!r} holds other things than a site; choose a new directory")
+
+
+def _engine(archive: Path) -> dict[str, bytes]:
+    """The files of onnxruntime-web that a page loads, by name, and its licence. Raises RequestError."""
+    remedy = f"fetch it with `npm pack {PACKAGE}` and name it with --onnxruntime, or run make web"
+    try:
+        data = read_regular(archive, ARCHIVE_BYTES)
+    except OSError as error:
+        raise RequestError(f"onnxruntime-web is not at {str(archive)!r} ({error.strerror}); {remedy}") from error
+    if hashlib.sha256(data).hexdigest() != PACKAGE_SHA256:
+        raise RequestError(f"{str(archive)!r} is not {PACKAGE}, as its SHA-256 differs; {remedy}")
+    found = {"LICENSE": (STUDIO / "web" / "onnxruntime-web.LICENSE").read_bytes()}
+    with tarfile.open(archive) as package:
+        for name in ENGINE:
+            member = package.extractfile(f"package/dist/{name}")
+            assert member is not None, name
+            found[name] = member.read(MEMBER_BYTES)
+    return found
+
+
+def _check_plan(manifest: Manifest) -> None:
+    if manifest.format < 2:
+        raise PlanError(
+            f"the plan {manifest.name!r} is of format 1, and a page runs format 2; upgrade it with "
+            "export/build_engines.py PLAN --upgrade -o NEW"
+        )
+    if manifest.precision.compute != "fp32":
+        raise PlanError(
+            f"the plan {manifest.name!r} computes in {manifest.precision.compute}, and a page in float32; export it "
+            "without --precision, with --weights fp16 for a small one"
+        )
+
+
+def _graphs(manifest: Manifest) -> set[str]:
+    """The graphs that a page runs: those without a fixed batch."""
+    branches = manifest.model.branches
+    wanted = {"step", "condition", "decoder", "encoder"}
+    return wanted | {f"{kind}.{branch}" for kind in ("condition", "control", "branch") for branch in branches}
+
+
+def _copy(folder: PlanFolder, name: str, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.file(name), "rb", closefd=False) as source, open(target, "xb") as copy:
+        source.seek(0)
+        shutil.copyfileobj(source, copy, 1 << 20)
+
+
+def _write(path: Path, content: bytes | str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def _write_page(root: Path, manifest: Manifest) -> None:
+    """The studio, the list of all files with their digests, and the service worker, whose version is that list's."""
+    for path in sorted(STUDIO.rglob("*")):
+        if path.is_file() and path.name not in ("index.html", "sw.js", "onnxruntime-web.LICENSE"):
+            _write(root / "studio" / path.relative_to(STUDIO), path.read_bytes())
+    page = (STUDIO / "index.html").read_text(encoding="utf-8")
+    head = f'<meta http-equiv="Content-Security-Policy" content="{CSP}">\n  <meta name="site" content="{SITE}">\n  '
+    _write(root / "index.html", page.replace("<title>", f"{head}<title>", 1))
+    _write(root / ".nojekyll", "")
+    for name, content in _terms().items():
+        _write(root / name, content)
+    _write(root / SITE, json.dumps(_about(root, manifest), ensure_ascii=False))
+    version = hashlib.sha256((root / SITE).read_bytes()).hexdigest()[:16]
+    paths = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.is_file()]
+    first = [f"./{path}" for path in paths if path.startswith("studio/") or path == SITE]
+    constants = f"const VERSION = {json.dumps(version)};\nconst PAGE = {json.dumps(['./', *first])};\n"
+    _write(root / "sw.js", constants + (STUDIO / "web" / "sw.js").read_text(encoding="utf-8"))
+
+
+def _about(root: Path, manifest: Manifest) -> dict[str, Any]:
+    """What the page reads first."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(root.rglob("*")):
+        if path.is_file():
+            with open(path, "rb") as file:
+                digest = _sha256(file)
+            found[path.relative_to(root).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+    about = plan_about(manifest) | {
+        "shipped": manifest == _shipped(),
+        "digest": plan_digest(manifest),
+        "defaultBranch": manifest.model.default_branch,
+        "named": bool(manifest.model.names),
+    }
+    return {"version": __version__, "plan": about, "files": found}
+
+
+def _sha256(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _shipped() -> Manifest | None:
+    """The manifest of the plan in the package."""
+    try:
+        with open_plan_folder(DEFAULT_PLAN) as folder:
+            return manifest_in(folder)
+    except PlanError:
+        return None
+
+
+def _terms() -> dict[str, bytes]:
+    """LICENSE and NOTICE of this package, where its installation has them."""
+    try:
+        listed = files("car-deploy") or []
+    except PackageNotFoundError:
+        return {}
+    found = {path.name: Path(str(path.locate())) for path in listed if path.name in ("LICENSE", "NOTICE")}
+    return {f"{name}.txt": path.read_bytes() for name, path in found.items() if path.is_file()}
+
+
+def _take_place(aside: Path, output: Path) -> None:
+    """Put the new folder in place of an old one, which goes at once or not at all."""
+    if not output.is_dir():
+        os.replace(aside, output)
+        return
+    old = aside_of(output.absolute())
+    os.replace(output, old)
+    try:
+        os.replace(aside, output)
+    except OSError:
+        os.replace(old, output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

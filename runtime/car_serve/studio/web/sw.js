@@ -1,0 +1,42 @@
+// The service worker of a site of `car-run plan web`, which puts VERSION and PAGE before it: files are kept, so that the page works
+// offline, and carry the headers that threads of WebAssembly need. A site that was made anew has another VERSION.
+
+/* global VERSION, PAGE */
+
+const NAME = `car-${VERSION}`;
+const HEADERS = {
+  "Cross-Origin-Opener-Policy": "same-origin",
+  "Cross-Origin-Embedder-Policy": "require-corp",
+  "Cross-Origin-Resource-Policy": "same-origin",
+  "Content-Security-Policy": "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; form-action 'self'",
+};
+
+self.addEventListener("install", (event) => {
+  self.skipWaiting();
+  event.waitUntil(caches.open(NAME).then((cache) => cache.addAll(PAGE.map((path) => new Request(path, { cache: "no-cache" })))));
+});
+
+self.addEventListener("activate", (event) => {
+  const old = (name) => name.startsWith("car-") && name !== NAME;
+  event.waitUntil(caches.keys().then((names) => Promise.all(names.filter(old).map((name) => caches.delete(name)))).then(() => self.clients.claim()));
+});
+
+self.addEventListener("fetch", (event) => {
+  const { method, url } = event.request;
+  if (method === "GET" && url.startsWith(self.registration.scope)) event.respondWith(answer(event));
+});
+
+async function answer(event) {
+  const { scope } = self.registration;
+  const address = event.request.url.split(/[?#]/)[0];
+  const path = address === `${scope}index.html` ? scope : address;
+  const cache = await caches.open(NAME);
+  let found = await cache.match(path);
+  if (!found) {
+    found = await fetch(event.request);
+    if (found.ok) event.waitUntil(cache.put(path, found.clone()));
+  }
+  const headers = new Headers(found.headers);
+  for (const [name, value] of Object.entries(HEADERS)) headers.set(name, value);
+  return new Response(found.body, { status: found.status, statusText: found.statusText, headers });
+}
