@@ -623,13 +623,13 @@ def test_smoothed_codes_are_a_mixture_of_what_is_kept(gpu: Gpu, V: int) -> None:
     B, S, E, Z = 2, 3, 4, 8
     cells, ratio = S * S, np.array([0.6], np.float32)
     guided, noise = gpu.normal(B, cells, V, size=2), gpu.rng.gumbel(size=(B, cells, V)).astype(np.float32)
-    extra, codes, up = gpu.normal(B, V), gpu.normal(V, Z), gpu.normal(E, S)
-    border = np.quantile(guided + extra[:, None], 0.7, axis=2, method="nearest").astype(np.float32)
+    extra, codes, up = gpu.normal(B, cells, V), gpu.normal(V, Z), gpu.normal(E, S)
+    border = np.quantile(guided + extra, 0.7, axis=2, method="nearest").astype(np.float32)
     out = gpu.empty(B, cells, Z)
     name = next(f"smooth.v{size}" for size in (512, 4096, 16384) if size >= V)
     given = {"guided": guided, "extra": extra, "border": border, "noise": noise, "cfg_ratio": ratio, "codes": codes}
     gpu.run(name, (cells, B), out=out, cells=cells, V=V, Z=Z, **given)
-    z = torch.from_numpy(guided + extra[:, None])
+    z = torch.from_numpy(guided + extra)
     kept = z.masked_fill(z < torch.from_numpy(border)[..., None], -torch.inf)
     want = smooth_codes(kept, torch.from_numpy(noise), torch.from_numpy(ratio), torch.from_numpy(codes)).numpy()
     check(gpu.read(out), want, 2e-5)

@@ -85,12 +85,49 @@ def test_images_are_those_of_the_plan_on_the_cpu(root: Path, cpu: Plan) -> None:
 
 
 def test_later_images_launch_what_the_second_recorded(root: Path, cpu: Plan) -> None:
+    """All scales and the decoder as one, whatever control, class and settings are in the buffers."""
     fake = Fake(root)
     for seed in range(4):
-        found = fake.plan.generate({"one": drawing(1)}, 1, seed=seed)
-        assert (found.tokens == cpu.generate({"one": drawing(1)}, 1, seed=seed).tokens).all()
+        config = GenerationConfig(control={"one": drawing(seed)}, label=seed, seed=seed, cfg=1.0 + seed, top_k=9)
+        found, want = fake.plan.generate(config), cpu.generate(config)
+        assert (found.tokens == want.tokens).all()
+        assert np.abs(found.images.astype(int) - want.images).max() <= 1
+        assert list(found.timings) == list(want.timings)
+        assert min(found.timings[f"scale_{k}"] for k in range(len(SIDES))) > 0
+    (graph,) = [graph for graph in fake.device.graphs if len(graph.works) > 100]
+    assert graph.launches == 3
+    assert sum(work.kind == "kernel" for work in graph.works) > len(SIDES) * fake.backend.report()["launches"] / 2
+    assert fake.backend.report()["not_captured"] == {}
+    plain = GenerationConfig(control={"one": drawing(0)}, label=2, seed=5)
+    for _ in range(2):  # guidance at the last scale alone: rows go, step by step
+        found = fake.plan.generate(replace(plain, cfg=2.0, cfg_scales="0"))
+        assert (found.tokens == cpu.generate(replace(plain, cfg=2.0, cfg_scales="0")).tokens).all()
+    assert graph.launches == 3
+    fake.plan.close()
+    assert all(graph.freed for graph in fake.device.graphs)
+
+
+def test_a_recording_goes_with_its_buffers(root: Path, cpu: Plan) -> None:
+    """Another batch takes other buffers; the first ones' memory and recording are given back."""
+    fake = Fake(root)
+    one, two = (GenerationConfig(label=1, seed=3, n=n, cfg=2.0) for n in (1, 2))
+    for config in (one, one, two, one, one, two, two, two):
+        assert (fake.plan.generate(config).tokens == cpu.generate(config).tokens).all()
+    images = [graph for graph in fake.device.graphs if len(graph.works) > 100]
+    assert [graph.launches for graph in images] == [1, 1, 2]
+    assert [graph.freed for graph in images] == [True, True, False]
+    fake.plan.close()
+    assert fake.device.allocated() == 0
+
+
+def test_a_stream_records_each_step(root: Path, cpu: Plan) -> None:
+    fake = Fake(root)
+    for seed in range(4):
+        scales = list(fake.plan.stream({"one": drawing(1)}, 1, seed=seed))
+        want = cpu.generate({"one": drawing(1)}, 1, seed=seed)
+        assert (np.concatenate([s.tokens.reshape(-1) for s in scales]) == want.tokens[0]).all()
     graphs = fake.device.graphs
-    assert [graph.launches for graph in graphs] == [3] * (2 * len(SIDES) + 1)  # branch and base, decoder
+    assert [graph.launches for graph in graphs] == [3] * (2 * len(SIDES))  # branch and base
     report = fake.backend.report()
     assert report["graphs_captured"] == len(graphs)
     assert report["not_captured"] == {}
@@ -104,6 +141,9 @@ def test_what_cannot_be_recorded_is_put_on_the_stream_kernel_by_kernel(root: Pat
     for seed in range(3):
         found = fake.plan.generate(None, 1, seed=seed, cfg=0)
         assert (found.tokens == cpu.generate(None, 1, seed=seed, cfg=0).tokens).all()
+    assert "operation not permitted" in fake.backend.report()["not_captured"]["images"]
+    for _ in range(3):
+        assert len(list(fake.plan.stream(None, 1, seed=1, cfg=0))) == len(SIDES)
     assert "operation not permitted" in fake.backend.report()["not_captured"]["step"]
     fake.plan.close()
 

@@ -53,7 +53,8 @@ def gpu() -> Gpu:
 def root(request: pytest.FixtureRequest, gpu: Gpu, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A backend's name, and a plan with what it needs for the GPU that is present."""
     name, kind = request.param
-    root = shutil.copytree(narrow_plan() if name == "cuda" else small_plan(kind), tmp_path_factory.mktemp("gpu") / "small.plan")
+    made = narrow_plan() if name == "cuda" else small_plan(kind)
+    root = shutil.copytree(made, tmp_path_factory.mktemp("gpu") / "small.plan")
     if name in FLAVOURS:
         try:
             import_module(FLAVOURS[name].module)

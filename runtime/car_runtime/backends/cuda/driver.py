@@ -101,6 +101,10 @@ class Device(Protocol):
         """Put the event on the stream, here."""
         ...
 
+    def record_in_graph(self, event: Event) -> None:
+        """While recording: put the event into the recording; each launch of that gives it a time."""
+        ...
+
     def done(self, event: Event) -> bool:
         """Whether the stream has got there."""
         ...
@@ -214,6 +218,11 @@ class CudaDevice:
     def record(self, event: Event) -> None:
         """cudaEventRecord."""
         self._call("cudaEventRecord", event, self._stream)
+
+    def record_in_graph(self, event: Event) -> None:
+        """cudaEventRecordWithFlags: without the flag it would only be a dependency of what is recorded."""
+        flag = self._runtime.cudaEventRecordExternal
+        self._call("cudaEventRecordWithFlags", event, self._stream, flag)
 
     def done(self, event: Event) -> bool:
         """cudaEventQuery."""

@@ -1,15 +1,21 @@
-"""A plan's graphs by the package's own kernels: put on the stream, recorded, launched again."""
+"""A plan's graphs by the package's own kernels: put on the stream, recorded, put there again.
+
+What is recorded is a graph of the plan on its buffers or, where nobody looks in between, a whole image.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections import deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from car_runtime.backends.base import Buffer
-from car_runtime.backends.cuda.buffers import DeviceArray, Memory, device_array
-from car_runtime.backends.cuda.driver import CudaError, Graph
+from car_runtime.backends.base import Buffer, T
+from car_runtime.backends.cuda.buffers import DeviceArray, Memory, Recording, device_array
+from car_runtime.backends.cuda.driver import CudaError
 from car_runtime.backends.cuda.kernels import Launch, read_cubins
 from car_runtime.backends.cuda.launch_plan import LaunchPlan, problem, sizes_of, strides_of
 from car_runtime.backends.cuda.weights import DeviceWeights
@@ -21,6 +27,9 @@ RECORDINGS = 64
 """What comes later is put on the stream kernel by kernel."""
 LISTS = 256
 """Lists of launches that are kept to be recorded when they come again."""
+IMAGES = 4
+"""Recordings of whole images that one set of buffers keeps: with guidance, without, of other branches."""
+_WHOLE = "images"
 _Key = tuple[object, ...]
 
 
@@ -40,6 +49,14 @@ def open_steps(root: Path, manifest: Manifest, memory: Memory) -> StepKernels:
     return StepKernels(plan, memory)
 
 
+@dataclass(frozen=True)
+class _Whole:
+    """A recorded piece of work, and what it returned."""
+
+    recording: Recording
+    result: Any
+
+
 class StepKernels:
     """Runs some graphs of a plan on the memory and the stream of a backend that runs the others."""
 
@@ -50,8 +67,11 @@ class StepKernels:
         self._grown: list[DeviceArray] = []
         self._launches: dict[_Key, list[Launch]] = {}
         self._longest = 0
-        self._recorded: dict[_Key, Graph] = {}
+        self._recorded: dict[_Key, Recording] = {}
         self._plain: dict[str, str] = {}
+        self._whole: dict[int, dict[Hashable, _Whole | None]] = {}
+        # Finalisers run at any time, in any thread: they only note what to let go.
+        self._returned: deque[Recording] = deque()
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -64,11 +84,11 @@ class StepKernels:
         given = {name: device_array(buffer) for name, buffer in outputs.items()}
         ports = [(name, array.address, array.shape) for one in (taken, given) for name, array in sorted(one.items())]
         key: _Key = (graph, *ports)
-        device = self._memory.device
-        with self._memory.lock:
-            self._memory.check_open()
-            if key in self._recorded:
-                device.launch(self._recorded[key])
+        memory = self._memory
+        with memory.lock:
+            memory.check_open()
+            if key in self._recorded and not memory.recording:
+                memory.replay(self._recorded[key])
                 return
             seen = key in self._launches
             if not seen:
@@ -76,30 +96,53 @@ class StepKernels:
                     self._launches.clear()
                 self._launches[key] = self._plan.launches(graph, taken, given, self._room(graph, taken))
                 self._longest = max(self._longest, len(self._launches[key]))
-            recorded = self._record(graph, self._launches[key]) if seen and self._records(graph) else None
-            if recorded is None:
-                self._put(self._launches[key])
-            else:
-                self._recorded[key] = recorded
-                del self._launches[key]
-                device.launch(recorded)
-
-    def _records(self, graph: str) -> bool:
-        return graph not in self._plain and len(self._recorded) < RECORDINGS
-
-    def _record(self, graph: str, launches: Sequence[Launch]) -> Graph | None:
-        """The launches as one; None where they cannot be recorded, and are put one by one from then on."""
-        device = self._memory.device
-        device.begin_capture()
-        try:
-            try:
+            launches = self._launches[key]
+            records = seen and not memory.recording and len(self._recorded) < RECORDINGS
+            made = self._record(graph, lambda: self._put(launches)) if records else None
+            if made is None:
                 self._put(launches)
-            finally:
-                recorded = device.end_capture()
-        except CudaError as error:
-            self._plain[graph] = str(error)
+            else:
+                self._recorded[key] = made[1]
+                del self._launches[key]
+                memory.replay(made[1])
+
+    def repeated(self, owner: object, key: Hashable, work: Callable[[], T]) -> T:
+        """See `Backend`. What comes the second time is recorded, and put on the stream as one from then on."""
+        with self._memory.lock:
+            self._memory.check_open()
+            self._let_go()
+            if id(owner) not in self._whole:
+                self._whole[id(owner)] = {}
+                weakref.finalize(owner, self._forget, id(owner)).atexit = False
+            pieces = self._whole[id(owner)]
+            piece = pieces.get(key)
+            if piece is None and key in pieces:
+                made = self._record(_WHOLE, work)
+                piece = pieces[key] = None if made is None else _Whole(made[1], made[0])
+            elif len(pieces) < IMAGES:
+                pieces.setdefault(key, None)
+            if piece is not None:
+                self._memory.replay(piece.recording)
+                result: T = piece.result
+                return result
+        return work()
+
+    def _record(self, what: str, work: Callable[[], T]) -> tuple[T, Recording] | None:
+        """None where it cannot be recorded: then its launches are put one by one from then on."""
+        if what in self._plain:
             return None
-        return recorded
+        try:
+            return self._memory.record(work)
+        except CudaError as error:
+            self._plain[what] = str(error)
+            return None
+
+    def _forget(self, owner: int) -> None:
+        self._returned += [piece.recording for piece in self._whole.pop(owner, {}).values() if piece is not None]
+
+    def _let_go(self) -> None:
+        while self._returned:
+            self._memory.device.free_graph(self._returned.popleft().graph)
 
     def _put(self, launches: Sequence[Launch]) -> None:
         for launch in launches:
@@ -108,7 +151,7 @@ class StepKernels:
     def report(self) -> dict[str, Any]:
         """What was recorded and what could not be, and how many kernels the longest graph launches."""
         return {
-            "graphs_captured": len(self._recorded),
+            "graphs_captured": len(self._recorded) + len(self._wholes()),
             "not_captured": dict(self._plain),
             "launches": self._longest,
         }
@@ -116,10 +159,15 @@ class StepKernels:
     def close(self) -> None:
         """Let go of what was recorded; the memory is the backend's."""
         with suppress(CudaError):  # after a fault of the device every call fails
-            for graph in self._recorded.values():
-                self._memory.device.free_graph(graph)
+            self._let_go()
+            for recording in (*self._recorded.values(), *(piece.recording for piece in self._wholes())):
+                self._memory.device.free_graph(recording.graph)
         self._recorded.clear()
+        self._whole.clear()
         self._launches.clear()
+
+    def _wholes(self) -> list[_Whole]:
+        return [piece for pieces in list(self._whole.values()) for piece in pieces.values() if piece is not None]
 
     def _room(self, graph: str, inputs: Mapping[str, DeviceArray]) -> dict[str, int]:
         """Addresses for what a graph keeps to itself. What was too small stays, since recordings are on it."""

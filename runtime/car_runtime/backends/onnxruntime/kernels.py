@@ -7,11 +7,11 @@ stream; `onnxruntime-gpu` is asked for when that is first needed.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
-from car_runtime.backends.base import Buffer
+from car_runtime.backends.base import Buffer, T
 from car_runtime.backends.cuda.buffers import CudaBuffers, Memory
 from car_runtime.backends.cuda.driver import CudaDevice, Device, opening
 from car_runtime.backends.cuda.kernels import check_target
@@ -59,6 +59,10 @@ class Cuda(CudaBuffers):
             self._kernels.run(graph, inputs, outputs)
         else:
             self._rest().run(graph, inputs, outputs)
+
+    def repeated(self, owner: object, key: Hashable, work: Callable[[], T]) -> T:
+        """See `Backend`. `work` must need no graph but those with kernels."""
+        return self._kernels.repeated(owner, key, work)
 
     def report(self) -> dict[str, Any]:
         """The engine, the GPU, memory in bytes, what was recorded, and the kernels of the longest graph."""
