@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from car_kernels.build import waits
 from car_kernels.variants import SHARED_LIMITS, TARGETS, variants
 from car_runtime.backends.cuda import kernels as cuda
 from car_runtime.backends.cuda.kernels import kernels, launch, markdown_table, read_cubins
@@ -86,10 +87,25 @@ def test_no_kernel_spills_and_products_are_on_the_tensor_cores(target: str) -> N
         assert binary.spills == SPILLS.get((name, target), 0), name
         assert (binary.stack == 0) == (binary.spills == 0), name
         assert (binary.tensor > 0) == kernel.product, name
+        assert binary.waits == (target in ("sm90", "sm120")), name
         if not name.startswith(NO_WHOLE_LOADS):
             assert binary.loads_16 > 0, name
         if kernel.product and kernel.kernel != "embed":
             assert binary.loads_16 > binary.loads / 3, name  # the others: biases, a number for a row
+
+
+@pytest.mark.parametrize(
+    ("code", "good"),
+    [
+        ("ULDC S2R PREEXIT ACQBULK LDG.E.128 STG.E", True),
+        ("ULDC LDG.E.128 ACQBULK STG.E", False),
+        ("ULDC LDGSTS.E ACQBULK", False),
+        ("ULDC BRA ACQBULK LDG.E", False),
+        ("ULDC LDG.E", False),
+    ],
+)
+def test_a_kernel_that_starts_early_waits_before_it_touches_memory(code: str, good: bool) -> None:
+    assert waits(code.split()) == good
 
 
 def test_the_page_has_the_table() -> None:

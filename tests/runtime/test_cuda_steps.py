@@ -443,7 +443,8 @@ def test_the_driver_is_given_what_the_cubins_take(monkeypatch: pytest.MonkeyPatc
     calls: list[tuple[Any, ...]] = []
 
     class Driver:
-        CUfunction_attribute = real.CUfunction_attribute
+        CUfunction_attribute, CUlaunchConfig, CUstream = real.CUfunction_attribute, real.CUlaunchConfig, real.CUstream
+        CUlaunchAttribute, CUlaunchAttributeID = real.CUlaunchAttribute, real.CUlaunchAttributeID
         fails: str | None = None
 
         def __getattr__(self, name: str) -> Any:
@@ -470,10 +471,19 @@ def test_the_driver_is_given_what_the_cubins_take(monkeypatch: pytest.MonkeyPatc
     assert [call[3] for call in large] == wanted
     values = tuple(range(16, 16 + len(described()["gate.s"].arguments)))
     device.put_kernel("gate.s", (3, 2, 1), values)
-    name, _, *rest, (given, types), extra = calls[-1]
-    assert (name, rest, extra) == ("cuLaunchKernel", [3, 2, 1, 128, 1, 1, 49152, 7], 0)
+    name, config, function, (given, types), extra = calls[-1]
+    assert (name, function, extra) == ("cuLaunchKernelEx", "cuModuleGetFunction", 0)
+    assert (config.gridDimX, config.gridDimY, config.gridDimZ) == (3, 2, 1)
+    assert (config.blockDimX, config.blockDimY, config.blockDimZ) == (128, 1, 1)
+    assert (config.sharedMemBytes, int(config.hStream), config.numAttrs) == (49152, 7, 0)
     assert given == (*values, 0, 0)
     assert [t.__name__ for t in types] == ["c_void_p"] * 6 + ["c_int"] * 5 + ["c_void_p"] * 2
+    monkeypatch.setattr(device, "gpu", replace(GPU, capability=(9, 0)))
+    device.load_kernels(read_cubins("sm90"))
+    device.put_kernel("gate.s", (3, 2, 1), values)
+    (attribute,) = calls[-1][1].attrs
+    assert attribute.id == real.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    assert attribute.value.programmaticStreamSerializationAllowed == 1
     driver.fails = "cuModuleLoadData"
     with pytest.raises(
         CudaError, match="no kernel image is available; upgrade the driver, or use --backend ort-cuda"

@@ -46,6 +46,8 @@ class Binary:
     """Instructions that load 16 bytes a thread from global memory."""
     loads: int
     """All that load from there."""
+    waits: bool
+    """Whether it may start while the kernel before it ends, for which it waits before it touches memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
