@@ -133,6 +133,7 @@ def d16(branches: int = 1, depth: int = 16) -> Sizes:
         control_type="canny", fusion="concat", transformer="blocks", blocks=depth // 2, cache_layers=depth // 2
     )
     return Sizes(
+        half="fp16",
         depth=depth,
         width=64 * depth,
         heads=depth,

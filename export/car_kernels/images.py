@@ -60,7 +60,7 @@ def conv(
     where = (first + rows)[:, None] * N + outs[None, :]
     if adds:
         acc += tl.load(x + where, mask=live, other=0.0).to(tl.float32)
-    tl.store(out + where, acc.to(tl.float16), mask=live)
+    tl.store(out + where, acc.to(out.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -151,7 +151,7 @@ def group_norm(a, affine, out, P, N, silu, BP: tl.constexpr, BN: tl.constexpr):
     v += tl.load(affine + N + cs, mask=cs < N, other=0.0)[None, :]
     if silu:
         v = v / (1.0 + tl.exp(-v))
-    tl.store(out + where, v.to(tl.float16), mask=live)
+    tl.store(out + where, v.to(out.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -188,10 +188,12 @@ def pixel_attention(a, out, P, channels, N, BM: tl.constexpr, BN: tl.constexpr, 
         v = tl.load(
             a + ts[:, None] * 3 * N + 2 * N + outs[None, :], mask=(ts < P)[:, None] & (outs < N)[None, :], other=0.0
         )
-        acc = tl.dot(p.to(tl.float16), v, acc * shrink[:, None])
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
         top = new
     live = (rows < P)[:, None] & (outs < N)[None, :]
-    tl.store(out + (b * P + rows)[:, None] * N + outs[None, :], (acc / total[:, None]).to(tl.float16), mask=live)
+    tl.store(
+        out + (b * P + rows)[:, None] * N + outs[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=live
+    )
 
 
 @triton.jit
@@ -202,7 +204,11 @@ def from_pixels(pixels, out, P, BP: tl.constexpr):
     colours = (rows < P)[:, None] & (cs < 3)[None, :]
     v = tl.load(pixels + rows[:, None] * 3 + cs[None, :], mask=colours, other=0).to(tl.float32) / 255.0 * 2.0 - 1.0
     v = tl.where(colours, v, 0.0)
-    tl.store(out + rows[:, None] * 16 + cs[None, :], v.to(tl.float16), mask=(rows < P)[:, None] & (cs < 16)[None, :])
+    tl.store(
+        out + rows[:, None] * 16 + cs[None, :],
+        v.to(out.dtype.element_ty),
+        mask=(rows < P)[:, None] & (cs < 16)[None, :],
+    )
 
 
 @triton.jit
@@ -228,4 +234,4 @@ def channels_last(f_hat, out, P, Z, N, BP: tl.constexpr, BN: tl.constexpr):
     there = (rows < P)[:, None] & (cs < Z)[None, :]
     v = tl.load(f_hat + (b * Z + cs)[None, :] * P + rows[:, None], mask=there, other=0.0)
     live = (rows < P)[:, None] & (cs < N)[None, :]
-    tl.store(out + (b * P + rows)[:, None] * N + cs[None, :], v.to(tl.float16), mask=live)
+    tl.store(out + (b * P + rows)[:, None] * N + cs[None, :], v.to(out.dtype.element_ty), mask=live)

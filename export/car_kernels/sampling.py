@@ -180,4 +180,4 @@ def downsample(f_hat, down, out, T, E, Z, TP: tl.constexpr, EP: tl.constexpr):
     matrix = tl.load(down + t[:, None] * E + e[None, :], mask=(t < T)[:, None] & (e < E)[None, :], other=0.0)
     small = tl.dot(tl.dot(matrix, f, input_precision="ieee"), tl.trans(matrix), input_precision="ieee")
     where = (b * T * T + t[:, None] * T + t[None, :]) * Z + z
-    tl.store(out + where, small.to(tl.float16), mask=(t < T)[:, None] & (t < T)[None, :])
+    tl.store(out + where, small.to(out.dtype.element_ty), mask=(t < T)[:, None] & (t < T)[None, :])

@@ -7,7 +7,7 @@ A variant is a kernel with its constants. Sizes of a model are run-time argument
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from car_kernels import attention, images, products, rows, sampling
@@ -80,7 +80,9 @@ class Variant:
     warps: int
     stages: int
     product: bool = False
-    """Whether it multiplies fp16 matrices, and so must be on the tensor cores."""
+    """Whether it multiplies matrices of half precision, and so must be on the tensor cores."""
+    half: str = "fp16"
+    """What is in half precision: fp16, or bf16."""
 
     @property
     def kernel_name(self) -> str:
@@ -92,7 +94,8 @@ class Variant:
         """Run-time arguments in their order: name → type, as Triton writes it."""
         own = OWN_TYPES[self.kernel_name]
         names = [name for name in self.kernel.arg_names if name not in self.constants]
-        return {name: own.get(name) or TYPES.get(name, "i32") for name in names}
+        types = {name: own.get(name) or TYPES.get(name, "i32") for name in names}
+        return {name: f"*{self.half}" if kind == _F16 else kind for name, kind in types.items()}
 
     @property
     def multiples(self) -> list[str]:
@@ -102,8 +105,10 @@ class Variant:
 
 
 def variants() -> dict[str, Variant]:
-    """All of them by name: KERNEL.TILES."""
+    """All of them by name: KERNEL.TILES, and KERNEL.TILES.bf16 of those that have anything in half precision."""
     found = {variant.name: variant for variant in _variants()}
+    twins = [replace(v, name=f"{v.name}.bf16", half="bf16") for v in found.values() if _F16 in v.arguments.values()]
+    found |= {twin.name: twin for twin in twins}
     assert set(OWN_TYPES) == {variant.kernel_name for variant in found.values()}
     return found
 

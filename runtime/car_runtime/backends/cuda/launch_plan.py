@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from car_runtime.backends.cuda.buffers import DeviceArray
-from car_runtime.backends.cuda.kernels import Launch, kernels, launch
+from car_runtime.backends.cuda.kernels import Launch, kernels, launch, named
 from car_runtime.backends.cuda.maps import FILLS, Net, Shapes, decode, encode_control
 from car_runtime.backends.cuda.weights import Weights, padded
 from car_runtime.errors import RunError
@@ -28,6 +28,7 @@ FEW = 64
 """Up to so many rows the norm is part of the product that follows: one launch less, and the rows are read from L1."""
 LARGEST_VOCAB, LARGEST_SIDE = 16_384, 64
 HEAD_WIDTHS = (32, 64)
+HALVES = ("fp16", "bf16")
 _INDEX = 2**31
 
 Arrays = Mapping[str, DeviceArray]
@@ -38,9 +39,13 @@ Scratch = Mapping[str, int]
 def problem(manifest: Manifest) -> str | None:
     """Why these kernels can't run a plan, in words with the remedy; None if they can."""
     model, remedy = manifest.model, "use --backend ort-cuda"
-    if manifest.precision.compute != "fp16" or manifest.precision.weights != "fp16":
-        kind = f"{manifest.precision.compute} with {manifest.precision.weights} weights"
-        return f"the plan is {kind}, but the kernels multiply in fp16; {remedy}, or export it with --precision fp16"
+    compute, weights = manifest.precision.compute, manifest.precision.weights
+    if compute not in HALVES or weights != compute:
+        kind = f"{compute} with {weights} weights"
+        return (
+            f"the plan is {kind}, but the kernels multiply in half precision; {remedy}, or export it with "
+            "--precision fp16"
+        )
     if manifest.table_problem is not None:
         return manifest.table_problem
     if model.width % model.heads or model.width // model.heads not in HEAD_WIDTHS:
@@ -85,6 +90,8 @@ class _Rows:
 class Sizes:
     """A model's sizes that launches depend on."""
 
+    half: str
+    """What it multiplies in: "fp16" or "bf16"."""
     depth: int
     width: int
     heads: int
@@ -119,6 +126,7 @@ def sizes_of(manifest: Manifest, strides: Mapping[str, tuple[int, ...]] | None =
     if not hidden or not phis:
         raise UnsupportedGraphError("the plan's table lacks parameters of the base or the tokenizer")
     return Sizes(
+        half=manifest.precision.compute,
         depth=model.depth,
         width=model.width,
         heads=model.heads,
@@ -199,10 +207,10 @@ class LaunchPlan:
             modulation = DeviceArray((1, M, self.C), "float32", 0, None)
             self._condition(graph, label, {"modulation": modulation, "start": nowhere})
         f_hat = DeviceArray((1, self.Z, self.E, self.E), "float32", 0, None)
-        self._decoder(f_hat, 0, Net(self._weights))
+        self._decoder(f_hat, 0, self._net())
         for name in self._model.strides:
             controls = {f"control_{k}": 0 for k in range(len(self._model.control_sides))}
-            self._control(f"control.{name}", controls, 0, Net(self._weights))
+            self._control(f"control.{name}", controls, 0, self._net())
 
     def _block(self, weights: Weights, at: str) -> _Block:
         C, F = self.C, self.F
@@ -227,9 +235,9 @@ class LaunchPlan:
     def scratch(self, graph: str, inputs: Arrays) -> dict[str, int]:
         """What `launches` needs to keep to itself: name → bytes. Of steps and branches, for their largest scale."""
         if graph == "decoder":
-            return self._decoder(inputs["f_hat"], 0, Net(self._weights)).sizes
+            return self._decoder(inputs["f_hat"], 0, self._net()).sizes
         if graph.startswith("control."):
-            return self._control(graph, dict.fromkeys(inputs, 0), 0, Net(self._weights)).sizes
+            return self._control(graph, dict.fromkeys(inputs, 0), 0, self._net()).sizes
         if "x" not in inputs:
             return {}
         R = inputs["x"].shape[0]
@@ -271,11 +279,11 @@ class LaunchPlan:
                 return self._step(inputs, outputs, scratch)
             if graph == "decoder":
                 image = outputs["image"].address
-                return self._decoder(inputs["f_hat"], image, Net(self._weights, scratch)).launches
+                return self._decoder(inputs["f_hat"], image, self._net(scratch)).launches
             if graph.startswith("control."):
                 controls = {name: array.address for name, array in inputs.items()}
                 features = outputs["features"].address
-                return self._control(graph, controls, features, Net(self._weights, scratch)).launches
+                return self._control(graph, controls, features, self._net(scratch)).launches
             if graph.startswith("condition"):
                 return self._condition(graph, inputs["label"], outputs)
             return self._branch(graph.removeprefix("branch."), inputs, outputs, scratch)
@@ -319,7 +327,7 @@ class LaunchPlan:
         self._check_indices(rows)
         stream = scratch["stream"]
         launches = [
-            launch(
+            self._launch(
                 "add_position.row", (rows.M,),
                 x=inputs["x"].address, pos=inputs["pos"].address, out=stream, tokens=rows.N, C=self.C, R=rows.R,
             )
@@ -354,7 +362,7 @@ class LaunchPlan:
             head = self._ada("base.head_ada_linear", 2)
             launches.append(self._modulate(label, head, 0, out.address + 4 * (out.shape[1] - 2) * C, 2 * C, stride))
             given = {"label": label.address, "embedding": self._embedding, "first": self._first}
-            launches.append(launch("start.row", (R,), out=outputs["start"].address, C=C, **given))
+            launches.append(self._launch("start.row", (R,), out=outputs["start"].address, C=C, **given))
         return launches
 
     def _modulate(
@@ -409,11 +417,11 @@ class LaunchPlan:
         else:
             normed = scratch["normed"]
             qkv = [
-                launch("ln_mod.row", (M,), x=x, out=normed, **first),
+                self._launch("ln_mod.row", (M,), x=x, out=normed, **first),
                 self._heads(f"qkv.{_size(M, 3 * C, self.D)}.d{self.D}", M, a=normed, **heads),
             ]
             fc1 = [
-                launch("ln_mod.row", (M,), x=middle, out=normed, **second),
+                self._launch("ln_mod.row", (M,), x=middle, out=normed, **second),
                 self._product(f"gelu.{_size(M, F)}", M, F, a=normed, K=C, **mlp),
             ]
         attention = self._attend(q, k[0], v[0], mixed, rows)
@@ -451,7 +459,7 @@ class LaunchPlan:
         size = "m" if groups * -(-rows.N // 64) >= FILLS else "s"
         name = f"attention.{size}.d{self.D}"
         grid = (groups, -(-rows.N // kernels()[name].constants["BM"]))
-        return launch(name, grid, q=q, k=k, v=v, out=out, tokens=rows.N, past=rows.P, C=self.C, R=rows.R)
+        return self._launch(name, grid, q=q, k=k, v=v, out=out, tokens=rows.N, past=rows.P, C=self.C, R=rows.R)
 
     def _fuse(self, x: int, at: int, inputs: Arrays, rows: _Rows, scratch: Scratch) -> list[Launch]:
         """x ← keep·x + Σ mixᵢ·𝓖ᵢ(x, cᵢ) before the block that fuses as number `at`."""
@@ -464,14 +472,14 @@ class LaunchPlan:
             return inputs[f"fusion_{name}_{at}"].address
 
         if branch.fusion == "cross_norm":
-            return [launch("cross_norm.row", (M,), x=x, gain=own("gain"), **strided, **shares)]
+            return [self._launch("cross_norm.row", (M,), x=x, gain=own("gain"), **strided, **shares)]
         K = 2 * C if branch.fusion == "concat" else C
         h = scratch["fused"]
         if branch.fusion == "concat":
             norm = {"x": x, "weight": own("norm_weight"), "bias": own("norm_bias")}
-            first = launch("fusion_norm.row", (M, m), **norm, out=h, M=M, **strided)
+            first = self._launch("fusion_norm.row", (M, m), **norm, out=h, M=M, **strided)
         else:
-            first = launch("fusion_round.row", (M, m), out=h, M=M, **strided)
+            first = self._launch("fusion_round.row", (M, m), out=h, M=M, **strided)
         size = "m" if _tiles(M, C, 64, 64) >= FILLS else "s"
         linear = {"w": own("linear_weight"), "bias": own("linear_bias")}
         adds = int(branch.fusion == "zero")
@@ -486,7 +494,7 @@ class LaunchPlan:
         weight, bias = self._head
         size = _size(M, N)
         return [
-            launch(
+            self._launch(
                 "ln_mod.row",
                 (M,),
                 x=x,
@@ -522,7 +530,7 @@ class LaunchPlan:
         f_hat, M = outputs["f_hat_out"].address, rows.R * T * T
         mixed = {"smoothed": 0, "smooth": 0, "known_mask": 0}
         launches = [
-            launch(
+            self._launch(
                 f"draw.v{vocab}", (rows.N, B), logits=scratch["logits"], tokens=tokens, **given,
                 cells=rows.N, R=rows.R, V=self.V, N=self.N, steered=int(steered), store=int(stored != 0),
                 keep=int(smooths),
@@ -532,7 +540,7 @@ class LaunchPlan:
             shared = {name: given[name] for name in ("guided", "extra", "border", "cfg_ratio")}
             smoothed = scratch["smoothed"]
             launches.append(
-                launch(
+                self._launch(
                     f"smooth.v{vocab}", (rows.N, B), noise=inputs["smooth_noise"].address, codes=self._codes,
                     out=smoothed, cells=rows.N, V=self.V, Z=Z, **shared,
                 )
@@ -540,17 +548,17 @@ class LaunchPlan:
             mixed = {"smoothed": smoothed, "smooth": inputs["smooth"].address, "known_mask": given["known_mask"]}
         return [
             *launches,
-            launch(
+            self._launch(
                 f"upsample.s{small}.e{side}", (Z, B), **mixed,
                 tokens=tokens, codes=self._codes, up=inputs["up"].address, out=h, S=S, E=E, Z=Z, V=self.V,
                 smooths=int(smooths),
             ),
-            launch(
+            self._launch(
                 "accumulate.z32", (-(-E * E // 32), -(-Z // 32), B),
                 h=h, f_hat=inputs["f_hat"].address, w=weight, bias=bias, phi=inputs["phi"].address, out=f_hat,
                 E=E, Z=Z,
             ),
-            launch(
+            self._launch(
                 f"downsample.t{smaller}.e{side}", (Z, B),
                 f_hat=f_hat, down=inputs["down"].address, out=following, T=T, E=E, Z=Z,
             ),
@@ -589,10 +597,16 @@ class LaunchPlan:
 
     def _product(self, name: str, M: int, N: int, /, **arguments: int) -> Launch:
         tile = kernels()[name].constants
-        return launch(name, (-(-N // tile["BN"]), -(-M // tile["BM"])), **arguments)
+        return self._launch(name, (-(-N // tile["BN"]), -(-M // tile["BM"])), **arguments)
+
+    def _launch(self, name: str, grid: tuple[int, ...], /, **arguments: int) -> Launch:
+        return launch(named(name, self._model.half), grid, **arguments)
+
+    def _net(self, scratch: Scratch | None = None) -> Net:
+        return Net(self._weights, self._model.half, scratch)
 
     def _heads(self, name: str, M: int, /, **arguments: int) -> Launch:
-        return launch(name, (3 * self.H, -(-M // kernels()[name].constants["BM"])), **arguments)
+        return self._launch(name, (3 * self.H, -(-M // kernels()[name].constants["BM"])), **arguments)
 
 
 def _tiles(M: int, N: int, BM: int, BN: int) -> int:

@@ -15,7 +15,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from car_runtime.backends.cuda.kernels import Launch, kernels, launch
+from car_runtime.backends.cuda.kernels import Launch, kernels, launch, named
 from car_runtime.backends.cuda.weights import Weights, padded
 from car_runtime.errors import RunError
 from car_runtime.format.parameters import UnsupportedGraphError
@@ -59,10 +59,10 @@ class Maps:
 
 
 class Net:
-    """Layers on maps. `scratch`: addresses of the slots and of `moments` and `affine`."""
+    """Layers on maps. `half`: fp16 or bf16; `scratch`: addresses of the slots and of `moments` and `affine`."""
 
-    def __init__(self, weights: Weights, scratch: Mapping[str, int] | None = None) -> None:
-        self._weights, self._scratch = weights, scratch or {}
+    def __init__(self, weights: Weights, half: str, scratch: Mapping[str, int] | None = None) -> None:
+        self._weights, self._half, self._scratch = weights, half, scratch or {}
         self.launches: list[Launch] = []
         self.sizes: dict[str, int] = {}
         """Scratch memory's names → bytes that the layers so far need."""
@@ -87,7 +87,7 @@ class Net:
 
     def put(self, name: str, grid: tuple[int, ...], **arguments: int) -> None:
         """Add a launch."""
-        self.launches.append(launch(name, grid, **arguments))
+        self.launches.append(launch(named(name, self._half), grid, **arguments))
 
     def conv(
         self,

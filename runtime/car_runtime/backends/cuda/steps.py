@@ -18,6 +18,7 @@ from car_runtime.backends.cuda.buffers import DeviceArray, Memory, Recording, de
 from car_runtime.backends.cuda.driver import CudaError
 from car_runtime.backends.cuda.kernels import Launch, read_cubins
 from car_runtime.backends.cuda.launch_plan import LaunchPlan, problem, sizes_of, strides_of
+from car_runtime.backends.cuda.tiles import Tiles
 from car_runtime.backends.cuda.weights import DeviceWeights
 from car_runtime.errors import BackendError
 from car_runtime.format.manifest import Manifest
@@ -33,20 +34,22 @@ _WHOLE = "images"
 _Key = tuple[object, ...]
 
 
-def open_steps(root: Path, manifest: Manifest, memory: Memory) -> StepKernels:
-    """Load kernels and weights. BackendError with the remedy for a plan or a GPU that the kernels are not for."""
+def open_steps(root: Path, manifest: Manifest, memory: Memory, tiles: Tiles | None = None) -> StepKernels:
+    """Load kernels and weights. BackendError with the remedy for a plan or a GPU that the kernels are not for.
+
+    tiles: those of this GPU; None: as the launch plan's rule has them.
+    """
     reason = problem(manifest)
     if reason is not None:
         raise BackendError(reason)
     code = read_cubins(memory.device.gpu.target)
     try:
-        plan = LaunchPlan(
-            sizes_of(manifest, strides_of(manifest, root)), DeviceWeights(plan_parameters(manifest, root), memory)
-        )
+        sizes = sizes_of(manifest, strides_of(manifest, root))
+        plan = LaunchPlan(sizes, DeviceWeights(plan_parameters(manifest, root), memory, sizes.half))
     except UnsupportedGraphError as error:
         raise BackendError(f"{error}; export the plan again, or use --backend ort-cuda") from error
     memory.device.load_kernels(code)
-    return StepKernels(plan, memory)
+    return StepKernels(plan, memory, tiles)
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,9 @@ class _Whole:
 class StepKernels:
     """Runs some graphs of a plan on the memory and the stream of a backend that runs the others."""
 
-    def __init__(self, plan: LaunchPlan, memory: Memory) -> None:
+    def __init__(self, plan: LaunchPlan, memory: Memory, tiles: Tiles | None = None) -> None:
         """The kernels are loaded already."""
-        self._plan, self._memory = plan, memory
+        self._plan, self._memory, self._tiles = plan, memory, tiles
         self._scratch: dict[str, DeviceArray] = {}
         self._grown: list[DeviceArray] = []
         self._launches: dict[_Key, list[Launch]] = {}
@@ -94,7 +97,7 @@ class StepKernels:
             if not seen:
                 if len(self._launches) >= LISTS:
                     self._launches.clear()
-                self._launches[key] = self._plan.launches(graph, taken, given, self._room(graph, taken))
+                self._launches[key] = self._tiled(self._plan.launches(graph, taken, given, self._room(graph, taken)))
                 self._longest = max(self._longest, len(self._launches[key]))
             launches = self._launches[key]
             records = seen and not memory.recording and len(self._recorded) < RECORDINGS
@@ -105,6 +108,15 @@ class StepKernels:
                 self._recorded[key] = made[1]
                 del self._launches[key]
                 memory.replay(made[1])
+
+    def _tiled(self, launches: list[Launch]) -> list[Launch]:
+        """With this GPU's tiles. To time them the launches are done, and once more: a graph writes over no input."""
+        if self._tiles is None:
+            return launches
+        if self._tiles.lack(launches) and not self._memory.recording:
+            self._put(launches)
+            self._tiles.measure(self._memory, launches)
+        return self._tiles.chosen(launches)
 
     def repeated(self, owner: object, key: Hashable, work: Callable[[], T]) -> T:
         """See `Backend`. What comes the second time is recorded, and put on the stream as one from then on."""

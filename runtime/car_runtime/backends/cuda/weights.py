@@ -1,6 +1,6 @@
-"""A plan's parameters in a GPU's memory, as the kernels read them: matrices fp16, inputs first; vectors; constants.
+"""A plan's parameters in a GPU's memory, as the kernels read them: matrices, inputs first; vectors; constants.
 
-Shapes: C width, K inputs, N outputs.
+Shapes: C width, K inputs, N outputs. What is fp16 here is bf16 for a plan in that.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ class Weights(Protocol):
 class DeviceWeights:
     """Parameters that are copied to the device when they are first asked for."""
 
-    def __init__(self, parameters: Parameters, memory: Memory) -> None:
+    def __init__(self, parameters: Parameters, memory: Memory, half: str = "fp16") -> None:
         self._parameters, self._memory = parameters, memory
+        self._bf16 = half == "bf16"
         self._arrays: dict[tuple[str, str], DeviceArray] = {}
 
     def matrix(self, name: str, K: int, N: int) -> int:
@@ -108,7 +109,7 @@ class DeviceWeights:
         return self._put("numbers", f"{values.shape} {values.tobytes().hex()}", lambda: values)
 
     def _half(self, name: str, *shape: int) -> NDArray[Any]:
-        return self._view(name, "float16", *shape)
+        return self._parameters.bits(name, *shape) if self._bf16 else self._view(name, "float16", *shape)
 
     def _view(self, name: str, dtype: str, *shape: int) -> NDArray[Any]:
         values = self._parameters.view(name, *shape)
@@ -119,7 +120,8 @@ class DeviceWeights:
     def _put(self, kind: str, name: str, make: Any) -> int:
         if (kind, name) not in self._arrays:
             values = np.ascontiguousarray(make())
-            array = self._memory.allocate(values.shape, values.dtype.name)
+            dtype = "bfloat16" if values.dtype == np.uint16 else values.dtype.name
+            array = self._memory.allocate(values.shape, dtype)
             self._memory.write(array, values)
             self._arrays[kind, name] = array
         return self._arrays[kind, name].address

@@ -17,6 +17,7 @@ from car_runtime.backends.cuda.driver import CudaDevice, Device, opening
 from car_runtime.backends.cuda.kernels import check_target
 from car_runtime.backends.cuda.launch_plan import problem
 from car_runtime.backends.cuda.steps import open_steps
+from car_runtime.backends.cuda.tiles import Tiles
 from car_runtime.backends.onnxruntime.cuda import OrtCuda
 from car_runtime.errors import BackendError, CarError
 from car_runtime.format.manifest import Manifest
@@ -24,24 +25,34 @@ from car_runtime.system.gpu import probe
 
 
 class Cuda(CudaBuffers):
-    """The backend `cuda`. `device` and `module` (onnxruntime) are given by tests alone."""
+    """The backend `cuda`. `device`, `module` (onnxruntime) and `tiles` are given by tests alone."""
 
     name = "cuda"
     batches: tuple[int, ...] = (1, 2, 3, 4)
     guided_only = False
 
-    def __init__(self, root: Path, manifest: Manifest, device: Device | None = None, module: Any = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        manifest: Manifest,
+        device: Device | None = None,
+        module: Any = None,
+        tiles: Tiles | None = None,
+    ) -> None:
         reason = problem(manifest)
         if reason is not None:
             raise BackendError(reason)
         check_target((probe() if device is None else device.gpu).target)
         self._root, self._manifest, self._module = root, manifest, module
         self._others: OrtCuda | None = None
-        self._device = device if device is not None else CudaDevice()
+        if device is None:
+            device = CudaDevice()
+            tiles = Tiles(device.gpu)
+        self._device = device
         self._free_at_start = self._device.free_memory()
         self._memory = Memory(self._device)
         try:
-            self._kernels = open_steps(root, manifest, self._memory)
+            self._kernels = open_steps(root, manifest, self._memory, tiles)
             controls = [f"control.{name}" for name in manifest.model.branches]
             if any(graph not in self._kernels.graphs for graph in controls):
                 self._rest()
