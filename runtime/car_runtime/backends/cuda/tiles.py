@@ -82,9 +82,8 @@ class Tiles:
                 found = json.loads(self._path.read_text(encoding="utf-8"))
         if not isinstance(found, dict) or found.get("for") != self._facts or not isinstance(found.get("tiles"), dict):
             return {}
-        return {
-            key: name for key, name in found["tiles"].items() if name in kernels() and _family(name) == key.split()[0]
-        }
+        pairs = [(key, name) for key, name in found["tiles"].items() if isinstance(name, str) and name in kernels()]
+        return {key: name for key, name in pairs if key.partition(" ")[0] == _family(name)}
 
     def _save(self) -> None:
         if not self._changed or self._path is None:
@@ -126,7 +125,7 @@ def _key(launch: Launch) -> str:
 def _extent(launch: Launch) -> tuple[int, int]:
     """(columns, rows) that a launch covers; rows of maps rounded up to the largest tile."""
     kernel, numbers = kernels()[launch.kernel], _numbers(launch)
-    columns = numbers.get("N", numbers["C"] if "C" in numbers else 0)
+    columns = numbers.get("N", numbers.get("C", 0))
     if kernel.kernel == "attention":
         return columns, numbers["tokens"]
     if kernel.kernel == "inject":
