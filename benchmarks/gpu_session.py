@@ -4,8 +4,9 @@
 
 Plans are fp16 ones of format 2, exported before, since that takes no GPU. Each step is a process of its own, stopped
 when its time or the session's is up, so that a fault of one leaves the others; a session that is cut off leaves the
-lines that it had written. Steps: what the machine is; the kernels loaded; each plan verified and measured, one image
-and four, by `cuda` and by `ort-cuda`; each product timed with each of its tiles.
+lines that it had written. Steps: what the machine is; the kernels loaded, and each compared with numpy; each plan
+verified and measured, one image and four, by `cuda` and by `ort-cuda`; the last plan's stages and next seed; each
+product timed with each of its tiles; and, if time is left, ControlNet under `torch.compile`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -40,7 +42,7 @@ LAUNCHES = 50
 
 @dataclass(frozen=True)
 class Step:
-    """A command that prints JSON."""
+    """A command whose last line is JSON."""
 
     name: str
     command: tuple[str, ...]
@@ -48,14 +50,22 @@ class Step:
 
 def steps(plans: Sequence[Path], backends: Sequence[str], runs: int) -> Iterator[Step]:
     """In the order of what would be missed most."""
-    car_run, own = (sys.executable, "-m", "car_runtime"), (sys.executable, "-m", "benchmarks.gpu_session", "--step")
+    python, on_gpu = (sys.executable, "-m"), ("--device", "cuda", "--runs", str(runs))
+    car_run, own = (*python, "car_runtime"), (*python, "benchmarks.gpu_session", "--step")
     yield Step("machine", (*car_run, "doctor", "--json"))
     yield Step("load", (*own, "load"))
+    yield Step("kernels", (*own, "kernels"))
     for plan in plans:
         for backend in backends:
             settings = ("--backend", backend, "--batch", "1,4", "--runs", str(runs), "--json")
             yield Step(f"verify {plan.name} {backend}", (*car_run, "verify", str(plan), *settings))
+    for plan in plans[-1:]:
+        settings = ("--plan", str(plan), "--backends", ",".join(backends), "--batch", "1,4", "--no-reference")
+        yield Step(f"latency {plan.name}", (*python, "benchmarks.latency", *settings, *on_gpu))
     yield Step("tiles", (*own, "tiles"))
+    if plans:
+        settings = ("--methods", "controlnet", "--tiers", "compiled", "--sizes", "256")
+        yield Step("controlnet", (*python, "benchmarks.controlnet", *settings, *on_gpu))
 
 
 def session(todo: Sequence[Step], output: Path, seconds: float, step_seconds: float) -> int:
@@ -83,7 +93,7 @@ def run(step: Step, seconds: float) -> dict[str, Any]:
     took = {"seconds": round(monotonic() - began, 2)}
     last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
     try:
-        found = {"result": json.loads(done.stdout)}
+        found = {"result": json.loads((done.stdout.strip().splitlines() or [""])[-1])}
     except ValueError:
         return {**took, "error": last[0]}
     return {**took, **found, **({} if done.returncode == 0 else {"error": last[0]})}
@@ -95,6 +105,22 @@ def load(device: Device) -> dict[str, Any]:
     began = monotonic()
     device.load_kernels(code)
     return {"target": device.gpu.target, "kernels": len(code), "seconds": monotonic() - began}
+
+
+def check_kernels() -> dict[str, Any]:
+    """Outcome → names of the tests that compare the compiled kernels with numpy, those that passed counted."""
+    import pytest
+
+    found: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
+
+    class Outcomes:
+        def pytest_runtest_logreport(self, report: Any) -> None:
+            if report.when == "call" or report.outcome != "passed":
+                found[report.outcome].append(report.nodeid.rpartition("::")[2])
+
+    with redirect_stdout(sys.stderr):
+        pytest.main(["-q", "-m", "gpu", "tests/export/test_cuda_kernels.py"], plugins=[Outcomes()])
+    return {**found, "passed": len(found["passed"])}
 
 
 def tiles(
@@ -119,7 +145,7 @@ def tiles(
             given["out"] = half[1].address if kind == "gelu" else stream.address
             times = {}
             for name, kernel in kernels().items():
-                if kernel.kernel != kind:
+                if kernel.kernel != kind or name.endswith(".bf16"):
                     continue
                 tile = kernel.constants
                 grid = (-(-N // tile["BN"]), -(-M // tile["BM"]), 1)
@@ -157,10 +183,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=20, metavar="N", help="measured images of each (%(default)s)")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of the whole session (%(default)s)")
     parser.add_argument("--step-seconds", type=float, default=STEP_SECONDS, help="of one step (%(default)s)")
-    parser.add_argument("--step", choices=("load", "tiles"), help="one of the session's own steps, to stdout")
+    parser.add_argument(
+        "--step", choices=("load", "kernels", "tiles"), help="one of the session's own steps, to stdout"
+    )
     options = parser.parse_args(arguments)
     if options.step is not None:
-        print(json.dumps({"load": load, "tiles": tiles}[options.step](CudaDevice())))
+        on_device: dict[str, Callable[[Device], Any]] = {"load": load, "tiles": tiles}
+        kernels_step = options.step == "kernels"
+        print(json.dumps(check_kernels() if kernels_step else on_device[options.step](CudaDevice())))
         return 0
     todo = list(steps(options.plans, options.backends.split(","), options.runs))
     return min(1, session(todo, options.output, options.seconds, options.step_seconds))

@@ -73,40 +73,53 @@ _PLACES: list[NDArray[np.int32]] = []
 
 
 class CountedWeights:
-    """Parameters that nobody loads: addresses alone."""
+    """Parameters that nobody loads: how many bytes they take on a GPU."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[tuple[str, str], int] = {}
+
+    @property
+    def bytes(self) -> int:
+        """Of all that were asked for."""
+        return sum(self._sizes.values())
 
     def matrix(self, name: str, K: int, N: int) -> int:
         """See `Weights`."""
-        return 0
+        return self._count("matrix", name, 2 * K * padded(N))
 
     def vector(self, name: str, size: int) -> int:
         """See `Weights`."""
-        return 0
+        return self._count("vector", name, 2 * padded(size))
 
     def neighbours(self, name: str, C: int) -> int:
         """See `Weights`."""
-        return 0
+        return self._count("matrix", name, 2 * 9 * C * C)
 
     def floats(self, name: str, *shape: int) -> int:
         """See `Weights`."""
-        return 0
+        return self._count("floats", name, 4 * math.prod(shape))
 
     def rows(self, name: str, number: int, C: int) -> int:
         """See `Weights`."""
-        return 0
+        return self._count("rows", name, 2 * number * C)
 
     def conv(self, name: str, N: int, K: int, reach: int) -> int:
         """See `Weights`."""
-        return 0
+        return self._count("conv", name, 2 * reach**2 * padded(K) * padded(N))
 
     def parts(self, name: str, number: int, C: int) -> int:
         """See `Weights`."""
-        return 0
+        return self._count("parts", name, 2 * number * padded(C) * (1 if name.endswith("bias") else padded(C)))
 
     def numbers(self, values: NDArray[np.int32]) -> int:
         """See `Weights`. The first address is 16."""
         _PLACES.append(values)
+        self._count("numbers", values.tobytes().hex(), values.nbytes)
         return 16 * len(_PLACES)
+
+    def _count(self, kind: str, name: str, size: int) -> int:
+        self._sizes[kind, name] = size
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +216,32 @@ def others(model: Sizes, batch: int) -> dict[str, list[Launch]]:
     f_hat = at((1, model.latent_channels, E, E))
     found["decoder"] = batch * plan.launches("decoder", {"f_hat": f_hat}, {"image": label}, {})
     return found
+
+
+def memory(model: Sizes, batch: int, tokens: int) -> dict[str, int]:
+    """Bytes on the GPU for `batch` guided images of so many tokens, with all branches mixed, by what they are for.
+
+    Without the driver's context, ONNX Runtime, recordings, and what is kept of earlier controls and classes.
+    """
+    weights = CountedWeights()
+    plan, B, R, C, m = LaunchPlan(model, weights), batch, 2 * batch, model.width, len(model.branches)
+    branches, largest = list(model.branches.values()), model.largest
+    fused = branches[0].blocks if branches else 0
+    f_hat = DeviceArray((1, model.latent_channels, model.latent_size, model.latent_size), "float32", 0, None)
+    scratch = [plan.scratch_bytes(R, B, max(m, 1)), plan.scratch("decoder", {"f_hat": f_hat})]
+    controls = {f"control_{k}": f_hat for k in range(len(model.control_sides))}
+    scratch += [plan.scratch(f"control.{name}", controls) for name in model.strides]
+    names = {name for sizes in scratch for name in sizes}
+    layers = model.depth + sum(branch.blocks for branch in branches)
+    per_code = 4 * B * largest * model.vocab
+    steering = 4 * R * C * (6 * model.depth + 2 + sum(6 * branch.blocks for branch in branches))
+    outputs = 4 * max(m, 1) * fused * largest * R * C
+    return {
+        "weights": weights.bytes + m * fused * (2 * 2 * C * 4 + 2 * C * C * 2 + 2 * C),
+        "keys and values": 2 * 2 * layers * tokens * R * C,
+        "scratch": sum(max(sizes.get(name, 0) for sizes in scratch) for name in names),
+        "loop": per_code + steering + outputs + 4 * m * B * tokens * C + 8 * largest * R * C,
+    }
 
 
 def _ports(model: Sizes, B: int, S: int, P: int, T: int) -> tuple[Arrays, Arrays]:
@@ -338,8 +377,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="for machines")
     options = parser.parse_args(arguments)
     rows = table(d16(options.branches), options.batch, GPUS[options.gpu])
+    held = memory(d16(options.branches), options.batch, sum(side * side for side in SIDES))
     if options.json:
-        print(json.dumps({"computed": True, "gpu": asdict(GPUS[options.gpu]), "graphs": rows}))
+        print(json.dumps({"computed": True, "gpu": asdict(GPUS[options.gpu]), "graphs": rows, "memory": held}))
         return 0
     print(f"d16, {options.branches} branches, batch {options.batch}, {options.gpu}: computed, not measured")
     print(f"assumed: {GPUS[options.gpu]}")
@@ -350,6 +390,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, row in (rows | totals).items():
         sizes = (row["flops"] / 1e9, row["weight_bytes"] / 1e6, row["bytes"] / 1e6, row["ms"])
         print(f"{name:>15}  {row['launches']:8.0f}  {'  '.join(f'{size:8.1f}' for size in sizes)}")
+    print(f"MB of memory: {', '.join(f'{size / 1e6:.0f} of {name}' for name, size in held.items())}")
     return 0
 
 

@@ -25,14 +25,14 @@ def from_ordered_bits(key):
 @triton.jit
 def draw(
     logits, cfg, control_cfg, cfg_ratio, twin, plain, extra, top_k, top_p, uniforms, known, known_mask, tokens,
-    guided, border, cells, R, V, N, steered, store, keep, VP: tl.constexpr,
+    guided, border, cells, R, V, N, steered, store, keeps, VP: tl.constexpr,
 ):  # fmt: skip
     """Guidance, top-k, top-p and the inverse CDF: one token a program. Grid: cells × B.
 
     logits: f32 [cells, R, N], of which V count. cfg, control_cfg, top_p: f32 [B]; top_k, twin, plain: int64 [B];
     cfg_ratio: f32 [1]; extra: f32 [B, cells, V], added before top-k. uniforms: f32 [B, cells]; known, tokens: int64
     [B, cells]; known_mask: bool. guided: f32 [B, cells, V], written if `store`; border: f32 [B, cells], the least
-    logit that top-k and top-p keep, written if `keep`. `steered`: whether a control guides too.
+    logit that top-k and top-p keep, written if `keeps`. `steered`: whether a control guides too.
 
     The k-th largest logit and the border of top-p are found by bisection on integers in the order of the floats, so
     ties at a border stay together, as in the plan's graph.
@@ -73,7 +73,7 @@ def draw(
         high = tl.where(within, middle, high)
         low = tl.where(within, low, middle + 1)
     p = tl.where(ok & (key >= high.to(tl.int32)), p, 0.0)
-    if keep:
+    if keeps:
         least_kept = tl.min(tl.where(p > 0.0, key, 0x7FFFFFFF))
         tl.store(border + at, from_ordered_bits(least_kept))
     cdf = tl.cumsum(p, 0)

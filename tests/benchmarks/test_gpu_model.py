@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
 from benchmarks.analysis.gpu_model import (
@@ -15,13 +16,21 @@ from benchmarks.analysis.gpu_model import (
     NOTHING,
     SIDES,
     Cost,
+    CountedWeights,
     cost,
     d16,
     main,
+    memory,
     others,
     seconds,
     steps,
 )
+from car_runtime.backends.cuda.launch_plan import LaunchPlan, sizes_of, strides_of
+from car_runtime.backends.onnxruntime.kernels import Cuda
+from car_runtime.format.manifest import read_manifest
+from car_runtime.plan import Plan
+from fixtures.kernel_device import KernelDevice
+from fixtures.kernel_models import narrow_plan
 
 C, DEPTH, BLOCKS = 1024, 16, 8
 
@@ -100,6 +109,33 @@ def test_flops_of_a_control_encoder_and_of_the_class() -> None:
     assert sum(cost(launch).flops for launch in found["condition"]) == 2 * 4 * C * C * (6 * (DEPTH + BLOCKS) + 2)
 
 
+def test_memory_is_what_the_backend_takes() -> None:
+    """Weights to the byte; what an image takes beyond them within the rounding of small buffers."""
+    root = narrow_plan()
+    manifest = read_manifest(root)
+    model, counted = sizes_of(manifest, strides_of(manifest, root)), CountedWeights()
+    LaunchPlan(model, counted)
+    device = KernelDevice()
+    backend = Cuda(root, manifest, device)
+    assert 0 <= backend.report()["buffer_bytes"] - counted.bytes < 512 * 400  # pieces of 512 bytes
+    before = device.allocated()
+    with Plan(root, manifest, backend, "a test") as plan:
+        control = np.zeros((12, 12, 3), np.uint8)
+        plan.generate({"one": control, "two": (control, 0.5)}, 1, cfg=2.0)
+        held = memory(model, 1, manifest.tokens)
+        wanted = sum(held.values()) - counted.bytes
+        assert 0.8 * wanted < device.allocated() - before < 1.2 * wanted + 512 * 200
+
+
+def test_memory_of_a_d16() -> None:
+    one, four = (memory(d16(), batch, 680) for batch in (1, 4))
+    assert one["weights"] == four["weights"]
+    assert 1.0e9 < one["weights"] < 1.2e9
+    assert one["keys and values"] == 2 * 2 * 24 * 680 * 2 * C
+    assert four["keys and values"] == 4 * one["keys and values"]
+    assert sum(four.values()) < 3e9
+
+
 def test_times_follow_from_the_assumptions() -> None:
     gpu = GPUS["h100"]
     launches = steps(d16(), 1)[-1]
@@ -119,6 +155,7 @@ def test_the_command_says_that_nothing_was_measured(capsys: pytest.CaptureFixtur
     assert main(["--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["computed"] is True
+    assert answer["memory"] == memory(d16(), 1, 680)
     sides, rest = list(answer["graphs"])[: len(SIDES)], list(answer["graphs"])[len(SIDES) :]
     assert sides == [str(side) for side in SIDES]
     assert rest == ["condition", "control.branch0", "decoder"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,9 +32,11 @@ def test_each_step_leaves_a_line_whatever_the_others_do(tmp_path: Path) -> None:
         python("fault", "import os; os.abort()"),
         python("refused", "import sys; sys.exit('no GPU; use one')"),
         python("slow", "import time; time.sleep(60)"),
+        python("wordy", "print('a table'); print('{\"b\": 2}')"),
     ]
     assert session(todo, output, 100, 3) == 3
-    good, fault, refused, slow = lines(output)
+    good, fault, refused, slow, wordy = lines(output)
+    assert wordy["result"] == {"b": 2}
     assert good["result"] == {"a": 1}
     assert "error" not in good
     assert fault["error"] == "it said nothing"
@@ -44,8 +48,17 @@ def test_each_step_leaves_a_line_whatever_the_others_do(tmp_path: Path) -> None:
 
 def test_the_most_wanted_comes_first() -> None:
     names = [step.name for step in steps([Path("a/tiny.plan"), Path("d16.plan")], ("cuda", "ort-cuda"), 5)]
-    assert names[:3] == ["machine", "load", "verify tiny.plan cuda"]
-    assert names[-2:] == ["verify d16.plan ort-cuda", "tiles"]
+    assert names[:4] == ["machine", "load", "kernels", "verify tiny.plan cuda"]
+    assert names[-4:] == ["verify d16.plan ort-cuda", "latency d16.plan", "tiles", "controlnet"]
+
+
+@pytest.mark.parametrize("module", ["latency", "controlnet"])
+def test_the_comparisons_are_commands_that_exist(module: str) -> None:
+    (command,) = [s.command for s in steps([Path("d16.plan")], ("cuda", "ort-cuda"), 5) if s.name.startswith(module)]
+    arguments = list(command[command.index(f"benchmarks.{module}") + 1 :])
+    arguments = [str(Path(__file__)) if value == "d16.plan" else value for value in arguments]
+    options = import_module(f"benchmarks.{module}").parse_args(arguments)
+    assert (options.device, options.runs) == ("cuda", 5)
 
 
 @pytest.mark.skipif(has_driver(), reason="this machine has an NVIDIA driver")
@@ -53,10 +66,13 @@ def test_without_a_gpu_every_step_says_so(tmp_path: Path, monkeypatch: pytest.Mo
     output = tmp_path / "session.jsonl"
     monkeypatch.chdir(Path(__file__).parents[2])
     assert gpu_session.main(["-o", str(output)]) == 1
-    machine, load, timed = lines(output)
+    machine, load, checked, timed = lines(output)
     assert machine["result"]["gpu"]["usable"] is False  # type: ignore[index]
     for step in (load, timed):
         assert "there is no NVIDIA driver on this machine" in str(step["error"])
+    outcomes: Any = checked["result"]
+    assert (outcomes["passed"], outcomes["failed"]) == (0, [])
+    assert len(outcomes["skipped"]) > 100
 
 
 def test_every_tile_of_every_product_is_timed() -> None:

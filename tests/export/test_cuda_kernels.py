@@ -553,7 +553,7 @@ def drawn(gpu: Gpu, V: int, logits: np.ndarray, given: dict[str, Any], keep: boo
     border = gpu.empty(B, cells)
     arrays = {"logits": logits, "tokens": tokens, "guided": guided if keep else 0, "border": border, **given}
     steered = int(bool(given["control_cfg"].any()))
-    gpu.run(name, (cells, B), **arrays, cells=cells, R=R, V=V, N=N, steered=steered, store=int(keep), keep=1)
+    gpu.run(name, (cells, B), **arrays, cells=cells, R=R, V=V, N=N, steered=steered, store=int(keep), keeps=1)
     return gpu.read(tokens), gpu.read(guided) if keep else np.empty(0), gpu.read(border)
 
 

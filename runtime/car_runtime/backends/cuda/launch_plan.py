@@ -266,6 +266,11 @@ class LaunchPlan:
         }
 
     @property
+    def half(self) -> str:
+        """The dtype of what is in half precision, keys and values above all."""
+        return {"fp16": "float16", "bf16": "bfloat16"}[self._model.half]
+
+    @property
     def graphs(self) -> tuple[str, ...]:
         """The graphs that `launches` knows."""
         own = ("step", "condition", "decoder")
@@ -533,7 +538,7 @@ class LaunchPlan:
             self._launch(
                 f"draw.v{vocab}", (rows.N, B), logits=scratch["logits"], tokens=tokens, **given,
                 cells=rows.N, R=rows.R, V=self.V, N=self.N, steered=int(steered), store=int(stored != 0),
-                keep=int(smooths),
+                keeps=int(smooths),
             )
         ]  # fmt: skip
         if smooths:
