@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,6 +117,10 @@ class CountedWeights:
         _PLACES.append(values)
         self._count("numbers", values.tobytes().hex(), values.nbytes)
         return 16 * len(_PLACES)
+
+    def constant(self, name: str, values: NDArray[Any]) -> int:
+        """See `Weights`."""
+        return self._count("constant", name, values.nbytes)
 
     def _count(self, kind: str, name: str, size: int) -> int:
         self._sizes[kind, name] = size

@@ -135,6 +135,53 @@ def upsample(
 
 
 @triton.jit
+def residual(latent, f_hat, down, out, T, E, Z, N, EP: tl.constexpr):
+    """out f32 [B, T·T, Z] = down · (latent − f̂) · downᵀ: what a scale is to quantise, channels last. Grid: Z × B.
+
+    latent: fp16 [B, E·E, N], of which Z count; f_hat: f32 [B, Z, E, E]; down: f32 [T, E], T at most E.
+    """
+    z, b = tl.program_id(0), tl.program_id(1)
+    t, e = tl.arange(0, EP), tl.arange(0, EP)
+    place = e[:, None] * E + e[None, :]
+    whole = (e < E)[:, None] & (e < E)[None, :]
+    rest = tl.load(latent + (b * E * E + place) * N + z, mask=whole, other=0.0).to(tl.float32)
+    rest -= tl.load(f_hat + (b * Z + z) * E * E + place, mask=whole, other=0.0)
+    matrix = tl.load(down + t[:, None] * E + e[None, :], mask=(t < T)[:, None] & (e < E)[None, :], other=0.0)
+    small = tl.dot(tl.dot(matrix, rest, input_precision="ieee"), tl.trans(matrix), input_precision="ieee")
+    where = (b * T * T + t[:, None] * T + t[None, :]) * Z + z
+    tl.store(out + where, small, mask=(t < T)[:, None] & (t < T)[None, :])
+
+
+@triton.jit
+def nearest(rest, codes, grid, tokens, cells, first, L, V, Z, BV: tl.constexpr, BZ: tl.constexpr):
+    """The nearest code of each cell by Euclidean distance, the first of several. Grid: cells × B.
+
+    rest: f32 [B, cells, Z]; codes: f32 [V, Z]; grid: int64 [B, cells]; tokens: int64 [B, L], written from `first` on.
+    """
+    cell, b = tl.program_id(0), tl.program_id(1)
+    at = b * cells + cell
+    best = tl.full([BV], float("inf"), tl.float32)
+    index = tl.zeros([BV], tl.int32)
+    for start in range(0, V, BV):
+        v = start + tl.arange(0, BV)
+        distance = tl.zeros([BV], tl.float32)
+        for z in range(0, Z, BZ):
+            zs = z + tl.arange(0, BZ)
+            live = (v < V)[:, None] & (zs < Z)[None, :]
+            code = tl.load(codes + v[:, None] * Z + zs[None, :], mask=live, other=0.0)
+            x = tl.load(rest + at * Z + zs, mask=zs < Z, other=0.0)
+            distance += tl.sum(code * (code - 2.0 * x[None, :]), 1)
+        closer = (v < V) & (distance < best)
+        best = tl.where(closer, distance, best)
+        index = tl.where(closer, v, index)
+    least = tl.min(best)
+    token = tl.min(tl.where(best == least, index, V)).to(tl.int64)
+    token = tl.minimum(token, V - 1)
+    tl.store(grid + at, token)
+    tl.store(tokens + b * L + first + cell, token)
+
+
+@triton.jit
 def accumulate(h, f_hat, w, bias, phi, out, E, Z, BP: tl.constexpr, BZ: tl.constexpr):
     """out = f_hat + ½h + ½(conv3(h) + bias) with the φ of number `phi`; f32 [B, Z, E, E]. Grid: pixels × Z × B.
 

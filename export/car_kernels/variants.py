@@ -22,10 +22,10 @@ PIXELS, GROUP = 128, 32
 
 _F16, _F32, _I64, _I32, _FLAG, _PIXELS = "*fp16", "*fp32", "*i64", "*i32", "*i8", "*u8"
 _POINTERS = {
-    _F16: "a w q k v q_bias v_bias log_scale k_slot v_slot h gain embedding first",
+    _F16: "a w q k v q_bias v_bias log_scale k_slot v_slot h gain embedding latent",
     _F32: "x scale shift gamma mix keep control pos c logits cfg control_cfg cfg_ratio extra top_p uniforms guided "
-    "codes up down f_hat border noise smoothed moments affine",
-    _I64: "twin plain top_k known tokens image phi label",
+    "codes up down f_hat border noise smoothed moments affine rest",
+    _I64: "twin plain top_k known tokens image phi label grid",
     _I32: "maps",
     _FLAG: "known_mask smooth",
     _PIXELS: "pixels",
@@ -54,7 +54,9 @@ OWN_TYPES: dict[str, dict[str, str]] = {
     "downsample": {"out": _F16},
     "smooth": {"out": _F32},
     "condition": {"bias": _F16, "offset": _F16, "out": _F32},
-    "start": {"out": _F32},
+    "start": {"out": _F32, "first": _F16},
+    "residual": {"out": _F32},
+    "nearest": {},
     "conv": {"bias": _F16, "x": _F16, "out": _F16},
     "conv_wide": {"bias": _F16, "out": _F32},
     "group_moments": {"out": _F32},
@@ -177,6 +179,10 @@ def _variants() -> Iterator[Variant]:
                 yield Variant(
                     name=f"downsample.t{SP}.e{EP}", kernel=sampling.downsample, constants=small, warps=warps, stages=1
                 )
+    for EP in (16, 32, 64):
+        warps = 4 if EP < 64 else 16
+        yield Variant(name=f"residual.e{EP}", kernel=sampling.residual, constants={"EP": EP}, warps=warps, stages=1)
+    yield Variant(name="nearest.z32", kernel=sampling.nearest, constants={"BV": 128, "BZ": 32}, warps=4, stages=1)
     yield Variant(
         name="accumulate.z32", kernel=sampling.accumulate, constants={"BP": 32, "BZ": 32}, warps=4, stages=2
     )

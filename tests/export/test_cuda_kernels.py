@@ -670,6 +670,35 @@ def test_codes_are_added_to_f_hat_and_become_the_next_input(gpu: Gpu, S: int, E:
     gpu.check(gpu.read(following), small)
 
 
+@pytest.mark.parametrize(("S", "E", "T", "Z"), LATENTS)
+def test_what_is_left_over_is_quantised(gpu: Gpu, S: int, E: int, T: int, Z: int) -> None:
+    """The latent less f̂ at a scale's size, and its nearest codes, with ties to the first."""
+    B, V, side, before, N = 2, 300, min(T, E), 3, stored(Z)
+    L = before + side * side + 1
+    latent = np.pad(gpu.normal(B, E * E, Z, dtype=np.float16), ((0, 0), (0, 0), (0, N - Z)))
+    f_hat, down, codes = gpu.normal(B, Z, E, E), gpu.normal(side, E, size=E**-0.5), gpu.normal(V, Z)
+    codes[200] = codes[7]
+    rest, grid = gpu.empty(B, side * side, Z), gpu.empty(B, side * side, dtype="int64")
+    sizes = {"T": side, "E": E, "Z": Z, "N": N}
+    gpu.run(f"residual.e{edge(E)}", (Z, B), latent=latent, f_hat=f_hat, down=down, out=rest, **sizes)
+    left = latent[..., :Z].astype(np.float64).transpose(0, 2, 1).reshape(B, Z, E, E) - f_hat
+    want = np.einsum("te,bzef,uf->btuz", down.astype(np.float64), left, down).reshape(B, side * side, Z)
+    gpu.check(gpu.read(rest), want, 2 * SUMS)
+    z = want.astype(np.float32)
+    z[:, 0] = codes[7]
+    tokens = gpu.up(np.full((B, L), -1))
+    arrays = {"rest": z, "codes": codes, "grid": grid, "tokens": tokens}
+    gpu.run("nearest.z32", (side * side, B), cells=side * side, first=before, L=L, V=V, Z=Z, **arrays)
+    distance = ((z[:, :, None].astype(np.float64) - codes) ** 2).sum(-1)
+    best = distance.argmin(-1)
+    np.testing.assert_array_equal(gpu.read(grid), best)
+    assert (best[:, 0] == 7).all()
+    whole = gpu.read(tokens)
+    np.testing.assert_array_equal(whole[:, before : before + side * side], best)
+    assert (whole[:, :before] == -1).all()
+    assert (whole[:, before + side * side :] == -1).all()
+
+
 @pytest.mark.parametrize("V", [48, 600, pytest.param(9000, marks=pytest.mark.slow)])
 def test_smoothed_codes_are_a_mixture_of_what_is_kept(gpu: Gpu, V: int) -> None:
     """As the model mixes them, and taken where an image asks for it and no token is known."""

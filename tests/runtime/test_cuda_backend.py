@@ -1,4 +1,4 @@
-"""The backend `cuda` on the fake GPU: its kernels in Triton's interpreter, the encoder in a fake ONNX Runtime.
+"""The backend `cuda` on the fake GPU: its kernels in Triton's interpreter, and ONNX Runtime for what has none.
 
 Wanted are the images of `ort-cpu` from the same fp16 plan. What a step computes is test_cuda_steps.py's.
 """
@@ -152,12 +152,24 @@ def test_an_edit_keeps_its_tokens(root: Path, cpu: Plan) -> None:
     fake = Fake(root)
     tokens = cpu.generate(None, 2, seed=4).tokens[0]
     edit = {"known_tokens": tokens, "known_mask": np.arange(len(tokens)) % 2 == 0, "seed": 3}
-    assert (fake.plan.encode(drawing(5)) == cpu.encode(drawing(5))).all()
-    assert [session.name for session in fake.ort.sessions] == ["encoder"]
-    assert fake.backend.report()["engine"] == "own kernels, onnxruntime 1.99"
+    for seed in range(5, 8):
+        assert (fake.plan.encode(drawing(seed)) == cpu.encode(drawing(seed))).all()
+    assert fake.backend.report()["engine"] == "own kernels"
     found = fake.plan.generate({"two": drawing(1)}, 0, **edit)
     assert (found.tokens == cpu.generate({"two": drawing(1)}, 0, **edit).tokens).all()
     fake.plan.close()
+
+
+def test_what_has_no_kernels_runs_in_onnx_runtime(root: Path, cpu: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the same memory and on the same stream; its session opens when it is first needed."""
+    monkeypatch.setattr("car_runtime.backends.cuda.steps.scale_constants", lambda *_: [])
+    fake = Fake(root)
+    assert fake.ort.sessions == []
+    assert (fake.plan.encode(drawing(5)) == cpu.encode(drawing(5))).all()
+    assert [session.name for session in fake.ort.sessions] == ["encoder"]
+    assert fake.backend.report()["engine"] == "own kernels, onnxruntime 1.99"
+    fake.plan.close()
+    assert fake.device.allocated() == 0
 
 
 # -- what it refuses, each in one line, with the remedy -------------------------------------------------------------

@@ -19,9 +19,10 @@ from car_runtime.errors import BackendError
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET_NAMES = [f"sm{number}" for number in TARGETS]
-SPILLS = {("draw.v16384", "sm120"): 8}
-"""Instructions that spill: the largest vocabulary on RTX 50, where a thread has 64 registers."""
-NO_WHOLE_LOADS = ("draw.v512", "upsample", "downsample", "accumulate")
+SPILLS = {("draw.v16384", "sm120"): 22, ("smooth.v16384", "sm90"): 26, ("smooth.v16384", "sm80"): 10}
+SPILLS |= {("smooth.v16384", "sm86"): 2, ("smooth.v16384", "sm89"): 2}
+"""Instructions that spill: of the largest vocabulary, where a thread has 64 or 128 registers."""
+NO_WHOLE_LOADS = ("draw.v512", "smooth", "upsample", "downsample", "accumulate", "residual", "nearest")
 """Kernels of small or scattered data: channels last, any vocabulary, f̂'s sides."""
 
 

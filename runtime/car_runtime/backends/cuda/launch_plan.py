@@ -10,18 +10,23 @@ width of an MLP, Z latent channels, E side of f̂, V vocabulary, m branches that
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from car_runtime.backends.cuda.buffers import DeviceArray
 from car_runtime.backends.cuda.kernels import Launch, kernels, launch, named
-from car_runtime.backends.cuda.maps import FILLS, Net, Shapes, decode, encode_control
+from car_runtime.backends.cuda.maps import FILLS, Net, Shapes, decode, encode, encode_control
 from car_runtime.backends.cuda.weights import Weights, padded
 from car_runtime.errors import RunError
+from car_runtime.format.folder import PlanFolder
 from car_runtime.format.graph_check import conv_strides
 from car_runtime.format.manifest import Manifest
-from car_runtime.format.parameters import UnsupportedGraphError
+from car_runtime.format.parameters import UnsupportedGraphError, stored_arrays
 from car_runtime.format.schema import Branch
 
 FEW = 64
@@ -144,6 +149,31 @@ def sizes_of(manifest: Manifest, strides: Mapping[str, tuple[int, ...]] | None =
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScaleConstants:
+    """Of one scale, S tokens a side."""
+
+    up: NDArray[np.float32]
+    """[E, S]."""
+    down: NDArray[np.float32]
+    """[S, E]."""
+    phi: NDArray[np.int64]
+    """[1], the number of its φ."""
+
+
+def scale_constants(manifest: Manifest, root: Path) -> list[ScaleConstants]:
+    """Of all scales, from the plan's tensors: a scale's constants have the matrix to the size of the next one."""
+    names = {scale.constants[port] for scale in manifest.scales for port in ("up", "down", "phi")}
+    with PlanFolder(root) as folder:
+        stored = stored_arrays(folder, {name: manifest.tensors[name] for name in names})
+        arrays: dict[str, NDArray[Any]] = {name: np.array(values) for name, values in stored.items()}
+    given = [scale.constants for scale in manifest.scales]
+    return [
+        ScaleConstants(up=arrays[one["up"]], down=arrays[given[k - 1]["down"]], phi=arrays[one["phi"]])
+        for k, one in enumerate(given)
+    ]
+
+
 def strides_of(manifest: Manifest, root: Path) -> dict[str, tuple[int, ...]]:
     """Branch → strides of its control encoder's steps, from its graph, which alone says them."""
     found = {}
@@ -159,8 +189,12 @@ def strides_of(manifest: Manifest, root: Path) -> dict[str, tuple[int, ...]]:
 class LaunchPlan:
     """A plan's parameters, and what its graphs launch."""
 
-    def __init__(self, model: Sizes, weights: Weights) -> None:
-        """Parameters are looked up here, once. UnsupportedGraphError where one is missing or of another shape."""
+    def __init__(self, model: Sizes, weights: Weights, scales: Sequence[ScaleConstants] = ()) -> None:
+        """Parameters are looked up here, once. UnsupportedGraphError where one is missing or of another shape.
+
+        scales: what the tokenizer's encoder needs of each; without them it is not among `graphs`.
+        """
+        self._scales = scales
         self._weights = weights  # what the addresses below belong to
         self.C, self.D, self.V, self.N = model.width, model.width // model.heads, model.vocab, padded(model.vocab)
         self.Z, self.E = model.latent_channels, model.latent_size
@@ -208,6 +242,8 @@ class LaunchPlan:
             self._condition(graph, label, {"modulation": modulation, "start": nowhere})
         f_hat = DeviceArray((1, self.Z, self.E, self.E), "float32", 0, None)
         self._decoder(f_hat, 0, self._net())
+        if self._scales:
+            self._encoder(0, 0, self._net())
         for name in self._model.strides:
             controls = {f"control_{k}": 0 for k in range(len(self._model.control_sides))}
             self._control(f"control.{name}", controls, 0, self._net())
@@ -236,6 +272,8 @@ class LaunchPlan:
         """What `launches` needs to keep to itself: name → bytes. Of steps and branches, for their largest scale."""
         if graph == "decoder":
             return self._decoder(inputs["f_hat"], 0, self._net()).sizes
+        if graph == "encoder":
+            return self._encoder(0, 0, self._net()).sizes
         if graph.startswith("control."):
             return self._control(graph, dict.fromkeys(inputs, 0), 0, self._net()).sizes
         if "x" not in inputs:
@@ -273,7 +311,7 @@ class LaunchPlan:
     @property
     def graphs(self) -> tuple[str, ...]:
         """The graphs that `launches` knows."""
-        own = ("step", "condition", "decoder")
+        own = ("step", "condition", "decoder", *(["encoder"] if self._scales else []))
         branches = [f"{kind}.{name}" for name in self._branches for kind in ("branch", "condition")]
         return (*own, *branches, *(f"control.{name}" for name in self._model.strides))
 
@@ -285,6 +323,11 @@ class LaunchPlan:
             if graph == "decoder":
                 image = outputs["image"].address
                 return self._decoder(inputs["f_hat"], image, self._net(scratch)).launches
+            if graph == "encoder":
+                image = inputs["image"]
+                if image.shape[0] != 1:
+                    raise RunError(f"the kernels encode one image at a time, not {image.shape[0]}; give one")
+                return self._encoder(image.address, outputs["tokens"].address, self._net(scratch)).launches
             if graph.startswith("control."):
                 controls = {name: array.address for name, array in inputs.items()}
                 features = outputs["features"].address
@@ -383,6 +426,46 @@ class LaunchPlan:
     def _decoder(self, f_hat: DeviceArray, image: int, net: Net) -> Net:
         B, Z, E, _ = f_hat.shape
         decode(net, self._model.shapes, f_hat.address, image, B, Z, E)
+        return net
+
+    def _encoder(self, image: int, tokens: int, net: Net) -> Net:
+        """Multi-scale residual quantisation of an image's latent (VAR, algorithm 1)."""
+        E, Z, scales = self.E, self.Z, self._scales
+        latent = encode(net, self._model.shapes, image, self._model.control_sides[-1], Z)
+        whole = 4 * Z * E * E
+        net.sizes |= {"upsampled": whole, "f_hat": whole, "rest": 4 * self._largest * Z, "grid": 8 * self._largest}
+        h, f_hat, rest, grid = (net.scratch(name) for name in ("upsampled", "f_hat", "rest", "grid"))
+        before = self._weights.constant("zeros", np.zeros((Z, E, E), np.float32))
+        weight, bias = self._phi
+        first, L = 0, sum(len(scale.down) ** 2 for scale in scales)
+        for k, scale in enumerate(scales):
+            S = len(scale.down)
+            small, edge = min(_edge(S), _edge(E)), _edge(E)
+            up, down, phi = (
+                self._weights.constant(f"{name}_{k}", values)
+                for name, values in (("up", scale.up), ("down", scale.down), ("phi", scale.phi))
+            )
+            net.put(
+                f"residual.e{edge}", (Z, 1),
+                latent=net.address(latent), f_hat=before, down=down, out=rest, T=S, E=E, Z=Z, N=latent.N,
+            )  # fmt: skip
+            net.put(
+                "nearest.z32", (S * S, 1),
+                rest=rest, codes=self._codes, grid=grid, tokens=tokens, cells=S * S, first=first, L=L, V=self.V, Z=Z,
+            )  # fmt: skip
+            first += S * S
+            if k + 1 == len(scales):
+                break
+            net.put(
+                f"upsample.s{small}.e{edge}", (Z, 1),
+                tokens=grid, codes=self._codes, up=up, smoothed=0, smooth=0, known_mask=0, out=h, S=S, E=E, Z=Z,
+                V=self.V, smooths=0,
+            )  # fmt: skip
+            net.put(
+                "accumulate.z32", (-(-E * E // 32), -(-Z // 32), 1),
+                h=h, f_hat=before, w=weight, bias=bias, phi=phi, out=f_hat, E=E, Z=Z,
+            )  # fmt: skip
+            before = f_hat
         return net
 
     def _control(self, graph: str, controls: Mapping[str, int], features: int, net: Net) -> Net:

@@ -1,4 +1,4 @@
-"""What graphs of feature maps launch: the control encoder 𝓕 and the tokenizer's decoder.
+"""What graphs of feature maps launch: the control encoder 𝓕, and the tokenizer's encoder and decoder.
 
 A layer is a function of maps and returns maps, whose launches it appends to the net's list. Maps lie in a few slots
 of scratch memory; with all of them at address 0 the same code says how large the slots have to be.
@@ -70,6 +70,10 @@ class Net:
     def address(self, maps: Maps) -> int:
         """Of the first row."""
         return self._scratch.get(f"map{maps.slot}", 0)
+
+    def scratch(self, name: str) -> int:
+        """Address of scratch memory."""
+        return self._scratch.get(name, 0)
 
     def new(
         self, channels: int, sides: tuple[int, ...], live: Sequence[Maps] = (), stored: int | None = None
@@ -219,20 +223,43 @@ def decode(net: Net, shapes: Shapes, f_hat: int, image: int, B: int, Z: int, E: 
     at = "vqvae.decoder"
     h = net.conv(net.latent_in(f_hat, B, Z, E), "vqvae.post_quant_conv", Z)
     h = net.conv(h, f"{at}.conv_in", _outputs(shapes, f"{at}.conv_in"))
-    h = net.residual(h, f"{at}.mid.block_1", h.channels)
-    h = net.attention(h, f"{at}.mid.attn_1")
-    h = net.residual(h, f"{at}.mid.block_2", h.channels)
+    h = _middle(net, f"{at}.mid", h)
     levels = _count(shapes, at + ".levels.{}.block.0.conv1.weight")
     for level in reversed(range(levels)):
         here = f"{at}.levels.{level}"
-        for i in range(_count(shapes, here + ".block.{}.conv1.weight")):
-            h = net.residual(h, f"{here}.block.{i}", _outputs(shapes, f"{here}.block.{i}.conv1"))
-            if f"{here}.attn.{i}.qkv.weight" in shapes:
-                h = net.attention(h, f"{here}.attn.{i}")
+        h = _level(net, shapes, here, h)
         if level:
             h = net.conv(h, f"{here}.resample.conv", h.channels, doubled=True)
     h = net.conv(net.norm(h, f"{at}.norm_out"), f"{at}.conv_out", 3)
     net.pixels_out(h, image)
+
+
+def encode(net: Net, shapes: Shapes, image: int, size: int, Z: int) -> Maps:
+    """The tokenizer's encoder: an image uint8 [size, size, 3] → the latent's maps, of Z channels."""
+    at = "vqvae.encoder"
+    h = net.conv(net.pixels_in([image], (size,)), f"{at}.conv_in", _outputs(shapes, f"{at}.conv_in"))
+    levels = _count(shapes, at + ".levels.{}.block.0.conv1.weight")
+    for level in range(levels):
+        here = f"{at}.levels.{level}"
+        h = _level(net, shapes, here, h)
+        if level + 1 < levels:  # one zero right and below
+            h = net.conv(h, f"{here}.resample.conv", h.channels, stride=2, lead=0)
+    h = net.norm(_middle(net, f"{at}.mid", h), f"{at}.norm_out")
+    return net.conv(net.conv(h, f"{at}.conv_out", Z), "vqvae.quant_conv", Z)
+
+
+def _level(net: Net, shapes: Shapes, at: str, h: Maps) -> Maps:
+    """Residual blocks of one resolution, each with attention where it has one."""
+    for i in range(_count(shapes, at + ".block.{}.conv1.weight")):
+        h = net.residual(h, f"{at}.block.{i}", _outputs(shapes, f"{at}.block.{i}.conv1"))
+        if f"{at}.attn.{i}.qkv.weight" in shapes:
+            h = net.attention(h, f"{at}.attn.{i}")
+    return h
+
+
+def _middle(net: Net, at: str, h: Maps) -> Maps:
+    h = net.attention(net.residual(h, f"{at}.block_1", h.channels), f"{at}.attn_1")
+    return net.residual(h, f"{at}.block_2", h.channels)
 
 
 def encode_control(

@@ -17,7 +17,7 @@ from car_runtime.backends.base import Buffer, T
 from car_runtime.backends.cuda.buffers import DeviceArray, Memory, Recording, device_array
 from car_runtime.backends.cuda.driver import CudaError
 from car_runtime.backends.cuda.kernels import Launch, read_cubins
-from car_runtime.backends.cuda.launch_plan import LaunchPlan, problem, sizes_of, strides_of
+from car_runtime.backends.cuda.launch_plan import LaunchPlan, problem, scale_constants, sizes_of, strides_of
 from car_runtime.backends.cuda.tiles import Tiles
 from car_runtime.backends.cuda.weights import DeviceWeights
 from car_runtime.errors import BackendError
@@ -45,7 +45,8 @@ def open_steps(root: Path, manifest: Manifest, memory: Memory, tiles: Tiles | No
     code = read_cubins(memory.device.gpu.target)
     try:
         sizes = sizes_of(manifest, strides_of(manifest, root))
-        plan = LaunchPlan(sizes, DeviceWeights(plan_parameters(manifest, root), memory, sizes.half))
+        weights = DeviceWeights(plan_parameters(manifest, root), memory, sizes.half)
+        plan = LaunchPlan(sizes, weights, scale_constants(manifest, root) if "encoder" in manifest.graphs else ())
     except UnsupportedGraphError as error:
         raise BackendError(f"{error}; export the plan again, or use --backend ort-cuda") from error
     memory.device.load_kernels(code)

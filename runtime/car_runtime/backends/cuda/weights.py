@@ -55,6 +55,10 @@ class Weights(Protocol):
         """Whole numbers that the kernels look up."""
         ...
 
+    def constant(self, name: str, values: NDArray[Any]) -> int:
+        """What is no parameter, always the same under a name."""
+        ...
+
 
 class DeviceWeights:
     """Parameters that are copied to the device when they are first asked for."""
@@ -107,6 +111,10 @@ class DeviceWeights:
     def numbers(self, values: NDArray[np.int32]) -> int:
         """See `Weights`."""
         return self._put("numbers", f"{values.shape} {values.tobytes().hex()}", lambda: values)
+
+    def constant(self, name: str, values: NDArray[Any]) -> int:
+        """See `Weights`."""
+        return self._put("constant", name, lambda: values)
 
     def _half(self, name: str, *shape: int) -> NDArray[Any]:
         return self._parameters.bits(name, *shape) if self._bf16 else self._view(name, "float16", *shape)

@@ -1,7 +1,7 @@
 """The backend `cuda`: a plan's graphs by the package's own kernels.
 
-What has no kernels, the tokenizer's encoder above all, runs in ONNX Runtime in the same memory and on the same
-stream; `onnxruntime-gpu` is asked for when that is first needed.
+What has no kernels, control encoders made of the tokenizer's, runs in ONNX Runtime in the same memory and on the same
+stream; `onnxruntime-gpu` is asked for where a plan has that.
 """
 
 from __future__ import annotations
