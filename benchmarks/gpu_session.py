@@ -60,12 +60,12 @@ def steps(plans: Sequence[Path], backends: Sequence[str], runs: int) -> Iterator
             settings = ("--backend", backend, "--batch", "1,4", "--runs", str(runs), "--json")
             yield Step(f"verify {plan.name} {backend}", (*car_run, "verify", str(plan), *settings))
     for plan in plans[-1:]:
-        settings = ("--plan", str(plan), "--backends", ",".join(backends), "--batch", "1,4", "--no-reference")
-        yield Step(f"latency {plan.name}", (*python, "benchmarks.latency", *settings, *on_gpu))
+        measured = ("--plan", str(plan), "--backends", ",".join(backends), "--batch", "1,4", "--no-reference")
+        yield Step(f"latency {plan.name}", (*python, "benchmarks.latency", *measured, *on_gpu))
     yield Step("tiles", (*own, "tiles"))
     if plans:
-        settings = ("--methods", "controlnet", "--tiers", "compiled", "--sizes", "256")
-        yield Step("controlnet", (*python, "benchmarks.controlnet", *settings, *on_gpu))
+        theirs = ("--methods", "controlnet", "--tiers", "compiled", "--sizes", "256")
+        yield Step("controlnet", (*python, "benchmarks.controlnet", *theirs, *on_gpu))
 
 
 def session(todo: Sequence[Step], output: Path, seconds: float, step_seconds: float) -> int:

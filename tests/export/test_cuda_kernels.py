@@ -79,7 +79,7 @@ class Gpu:
     def empty(self, *shape: int, dtype: str = "float32") -> DeviceArray:
         return self.memory.allocate(shape, "bfloat16" if self.bf16 and dtype == "float16" else dtype)
 
-    def run(self, name: str, grid: tuple[int, ...], **arguments: Any) -> None:
+    def run(self, name: str, grid: tuple[int, ...], /, **arguments: Any) -> None:
         name = f"{name}.bf16" if self.bf16 and f"{name}.bf16" in VARIANTS else name
         variant = VARIANTS[name]
         values = []

@@ -233,8 +233,9 @@ class Memory:
         """
         with self.lock:
             self.check_open()
-            marks = self._recorded_marks = []
             self.device.begin_capture()
+            marks: list[Mark] = []
+            self._recorded_marks = marks
             try:
                 result = work()
             except BaseException:

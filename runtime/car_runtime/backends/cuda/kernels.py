@@ -120,7 +120,7 @@ def named(name: str, half: str) -> str:
     return twin if twin in kernels() else name
 
 
-def launch(name: str, grid: tuple[int, ...], **arguments: int) -> Launch:
+def launch(name: str, grid: tuple[int, ...], /, **arguments: int) -> Launch:
     """A launch with its arguments put in order and checked: what the compiler was promised holds."""
     kernel = kernels()[name]
     assert arguments.keys() == kernel.arguments.keys(), (name, arguments.keys() ^ kernel.arguments.keys())

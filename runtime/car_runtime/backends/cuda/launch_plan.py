@@ -324,10 +324,10 @@ class LaunchPlan:
                 image = outputs["image"].address
                 return self._decoder(inputs["f_hat"], image, self._net(scratch)).launches
             if graph == "encoder":
-                image = inputs["image"]
-                if image.shape[0] != 1:
-                    raise RunError(f"the kernels encode one image at a time, not {image.shape[0]}; give one")
-                return self._encoder(image.address, outputs["tokens"].address, self._net(scratch)).launches
+                photo = inputs["image"]
+                if photo.shape[0] != 1:
+                    raise RunError(f"the kernels encode one image at a time, not {photo.shape[0]}; give one")
+                return self._encoder(photo.address, outputs["tokens"].address, self._net(scratch)).launches
             if graph.startswith("control."):
                 controls = {name: array.address for name, array in inputs.items()}
                 features = outputs["features"].address

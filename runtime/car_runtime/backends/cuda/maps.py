@@ -89,7 +89,7 @@ class Net:
         self._need(f"map{slot}", 2 * maps.rows * N)
         return maps
 
-    def put(self, name: str, grid: tuple[int, ...], **arguments: int) -> None:
+    def put(self, name: str, grid: tuple[int, ...], /, **arguments: int) -> None:
         """Add a launch."""
         self.launches.append(launch(named(name, self._half), grid, **arguments))
 
