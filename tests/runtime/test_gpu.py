@@ -155,7 +155,8 @@ def test_the_third_image_launches_what_the_second_recorded(plan: Plan) -> None:
     plan.generate(_control(plan), 1, seed=2)
     seconds = plan._backend.seconds(began, plan._backend.mark())
     after = plan._backend.report()
-    assert after["graphs_captured"] == before["graphs_captured"] > len(plan.manifest.scales)
+    least = 1 if plan.backend_name == "cuda" else len(plan.manifest.scales) + 1  # an image, or its graphs
+    assert after["graphs_captured"] == before["graphs_captured"] >= least
     if plan.backend_name in FLAVOURS:
         assert after["graphs_launched"] - before["graphs_launched"] == len(plan.manifest.scales) + 1
         assert after["contexts"] == before["contexts"]
