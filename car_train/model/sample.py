@@ -117,6 +117,7 @@ def sample(
     smooth_noise_BLV: Tensor | None = None,
     known_BL: Tensor | None = None,
     known_mask_BL: Tensor | None = None,
+    decoded: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Generate: (tokens int64 [B, L], pixels f32 [B, 3, H, W] in [-1, 1]).
 
@@ -127,6 +128,7 @@ def sample(
     for evaluation); None is off.
     known, known_mask: int64 and bool [B, L], tokens to keep instead of drawn ones where the mask is true (VAR section
     6).
+    decoded: False for the tokens alone; the pixels are then f32 [B, 3, 0, 0].
     """
     quantizer, base = vqvae.quantizer, model.base
     config, B = vqvae.config, label_B.shape[0]
@@ -172,4 +174,4 @@ def sample(
             record.cache = cache
         if k + 1 < len(config.sides):
             x_RSSC = base.embed(quantizer.next_input(f_hat, k)).repeat(R // B, 1, 1, 1)
-    return join_tokens(grids), vqvae.decode_latent(f_hat)
+    return join_tokens(grids), vqvae.decode_latent(f_hat) if decoded else f_hat.new_zeros(B, 3, 0, 0)

@@ -24,7 +24,7 @@ from car_export.files import plan_written_aside
 from car_export.goldens import write_goldens
 from car_export.plan import Log, reference_model
 from car_export.plan2 import PlanBuilder2, check_branches
-from car_export.verify2 import Verifier2
+from car_export.verify2 import Verifier2, whole_runs
 from car_export.weights import Place, WeightStore, alignment, as_array, external, place, refer
 from car_runtime.format import manifest as schema
 from car_runtime.format.goldens import golden_file
@@ -111,7 +111,8 @@ class AddedBranch(PlanBuilder2):
         self.table = self._parameters()
         self.store.close()
         (name,) = self.branches
-        write_goldens(self.directory, self.reference, file=golden_file(name), **asdict(self.old.sampling))
+        sampling = asdict(self.old.sampling)
+        self.greedy[name] = write_goldens(self.directory, self.reference, file=golden_file(name), **sampling)
         return replace(self._manifest(), scales=self.old.scales)
 
     def _model_facts(self) -> schema.Model:
@@ -160,7 +161,8 @@ def add_branch(
         _finish(builder.build(), aside, default)
         with runnable(aside) as whole:
             verifier = Verifier2(whole, builder.reference, name, log)
-            verifier.check(whole=False, statics=False)
+            verifier.check(builder.greedy[name], shared=False, statics=False)
+            whole_runs(whole, {name: verifier}, builder.greedy)
         if verifier.problems:
             raise VerificationError(
                 f"{len(verifier.problems)} differences between the plan and {path}:\n  "

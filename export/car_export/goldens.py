@@ -16,12 +16,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
-from car_export.verify import scene
+from car_export.verify import Greedy, scene
 from car_runtime.controls import derive
 from car_runtime.format.goldens import GOLDENS
 from car_train.model import Model
+from car_train.model.car import CAR
 from car_train.model.sample import Recording, control_pyramid, sample
+from car_train.model.vqvae import VQVAE
 
 KEPT = 16
 """Logits kept per token: the largest. At d16 that is 65 kB of 11 MB, and holds what sampling looks at first."""
@@ -39,34 +42,52 @@ def write_goldens(
     top_p: float,
     file: str = GOLDENS,
     steered: bool = True,
-) -> None:
+) -> Greedy:
     """Write `directory/goldens.npz` from a float32 model in eval mode; cfg, top_k, top_p are the plan's defaults.
 
     Guidance is at least 1, so that both rows count. steered: with control, if the model has a branch.
-    docs/reference/plan-format.md lists the arrays.
+    docs/reference/plan-format.md lists the arrays. Returns the greedy run.
     """
-    arrays = goldens(reference, cfg=max(cfg, 1.0), top_k=top_k, top_p=top_p, steered=steered)
-    (directory / file).write_bytes(npz_bytes(arrays))
+    greedy = greedy_run(reference, max(cfg, 1.0), steered)
+    (directory / file).write_bytes(npz_bytes(goldens(reference, greedy, top_k=top_k, top_p=top_p)))
+    return greedy
 
 
-def goldens(reference: Model, *, cfg: float, top_k: int, top_p: float, steered: bool = True) -> dict[str, np.ndarray]:
-    """The arrays by name: a greedy run with its logits, which are those of teacher forcing too, and a sampled run."""
+def greedy_run(reference: Model, cfg: float, steered: bool = True) -> Greedy:
+    """The likeliest tokens of the class in the middle, and the control image of the goldens if steered."""
     car, config = reference.car, reference.config.vqvae
     assert car is not None
-    top_k = min(top_k, config.vocab)
-    control = pyramid = None
+    control = None
     if car.branch is not None and steered:
         image = Image.fromarray(scene(config.image_size, np.random.default_rng(0)))
         control = derive(image, "canny-grey", config.image_size)
+    label, record = car.base.config.classes // 2, Recording()
+    tokens, pixels = sample(*_given(reference, label, control, cfg), top_k=1, record=record)
+    return Greedy(control, label, cfg, tokens, pixels, record)
+
+
+def _given(
+    reference: Model, label: int, control: np.ndarray | None, cfg: float
+) -> tuple[VQVAE, CAR, Tensor, Tensor, list[Tensor] | None, float]:
+    """What `sample` is given."""
+    assert reference.car is not None
+    config = reference.config.vqvae
+    pyramid = None
+    if control is not None:
         pyramid = control_pyramid(Image.fromarray(control), [side * config.patch for side in config.sides])
-    label = car.base.config.classes // 2
     noise = np.random.default_rng(SEED).random((1, config.tokens), dtype=np.float32)
-    given = (reference.vqvae, car, torch.tensor([label]), torch.from_numpy(noise), pyramid, cfg)
-    record = Recording()
-    tokens, pixels = sample(*given, top_k=1, record=record)
-    sampled, _ = sample(*given, top_k=top_k, top_p=top_p)
+    return reference.vqvae, reference.car, torch.tensor([label]), torch.from_numpy(noise), pyramid, cfg
+
+
+def goldens(reference: Model, greedy: Greedy, *, top_k: int, top_p: float) -> dict[str, np.ndarray]:
+    """The arrays by name: a greedy run with its logits, which are those of teacher forcing too, and a sampled run."""
+    label, cfg, tokens, pixels, record = greedy[1:]
+    control, vocab = greedy.control, reference.config.vqvae.vocab
+    assert not isinstance(control, dict)
+    top_k = min(top_k, vocab)
+    sampled, _ = sample(*_given(reference, label, control, cfg), top_k=top_k, top_p=top_p, decoded=False)
     logits_LV = torch.cat([scale["logits"] for scale in record.scales], 1)[0]
-    value, index = logits_LV.topk(min(KEPT, config.vocab), dim=-1)
+    value, index = logits_LV.topk(min(KEPT, vocab), dim=-1)
     arrays = {
         "label": np.int64(label),
         "cfg": np.float32(cfg),

@@ -28,6 +28,7 @@ from car_export.plan import (
     example_step_inputs,
 )
 from car_export.trace import Names, optimise, specialise
+from car_export.verify import Greedy
 from car_export.weights import HALVED, as_array
 from car_runtime.conventions import ControlConvention
 from car_runtime.format import manifest as schema
@@ -102,6 +103,8 @@ class PlanBuilder2(PlanBuilder):
         self.references: dict[str, Model] = {}
         self.placed: dict[str, schema.Parameter] = {}
         """Parameters that were stored apart from the graphs, by name."""
+        self.greedy: dict[str, Greedy] = {}
+        """What the models of the goldens draw, by branch; "" without control."""
         for name, model in models.items():
             if not name:
                 continue
@@ -259,7 +262,9 @@ class PlanBuilder2(PlanBuilder):
     def _goldens(self) -> None:
         sampling = asdict(self.options.sampling(self.config.vocab))
         for name, model in {"": self.reference, **self.references}.items():
-            write_goldens(self.directory, model, file=golden_file(name), steered=bool(name), **sampling)
+            self.greedy[name] = write_goldens(
+                self.directory, model, file=golden_file(name), steered=bool(name), **sampling
+            )
 
     def _manifest(self) -> schema.Manifest:
         self.format = 2
@@ -320,5 +325,5 @@ def build_plan_of_2(models: Model | Mapping[str, Model], options: ExportOptions,
     with plan_written_aside(options.output) as aside:
         builder = PlanBuilder2(models, options, aside, log)
         builder.build()
-        verify2.verify_plan_of_2(aside, builder.reference, builder.references, log)
+        verify2.verify_plan_of_2(aside, builder.reference, builder.references, log, builder.greedy)
     return options.output

@@ -482,7 +482,7 @@ def upgrade(source: Path, output: Path, name: str | None = None, log: Log = lamb
         builder = Upgrade(old, manifest.model.control_type or "", options, aside, log)
         builder.build()
         _check_temperatures(old, aside, builder)
-        verify2.verify_plan_of_2(aside, builder.reference, builder.references, log)
+        verify2.verify_plan_of_2(aside, builder.reference, builder.references, log, builder.greedy)
     return output
 
 

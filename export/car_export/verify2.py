@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+import car_runtime
 from car_export.bf16_to_fp32 import runnable
 from car_export.errors import VerificationError
-from car_export.verify import CFG, Arrays, Log, Verifier, check_same_model, scene
+from car_export.goldens import greedy_run
+from car_export.verify import CFG, Arrays, Greedy, Log, Verifier, check_same_model, scene
 from car_runtime.format import manifest as schema
 from car_runtime.format.schema import FUSIONS, WEIGHTS, Parameter
 from car_train.model import Model
@@ -28,45 +31,52 @@ class Verifier2(Verifier):
         self.depth = len(self.car.base.blocks)
         self.fused = next(iter(self.manifest.model.branches.values()), None)
 
-    def check(self, whole: bool, statics: bool) -> None:
-        """Compare with PyTorch. Fills `problems`.
+    def check(self, greedy: Greedy, *, shared: bool = True, statics: bool = True) -> None:
+        """Compare with PyTorch, but for whole images, which `whole_runs` draws. Fills `problems`.
 
-        whole: also the graphs and the sampling that are the same for every branch. statics: also the static forms of
-        the step, which are made of the general one, and a branch is of weight 1 or 0 in all of them.
+        greedy: what the model draws of one class, with the branch's control if there is one. shared: also the graphs
+        and the sampling that are the same for every branch. statics: also the static forms of the step, which are
+        made of the general one, and a branch is of weight 1 or 0 in all of them.
         """
-        self.draws = whole
+        self.draws, self.cfg = shared, greedy.cfg
         config, classes = self.reference.config.vqvae, self.car.base.config.classes
         rng = np.random.default_rng(0)
-        image, sizes = scene(config.image_size, rng), [s.control_size for s in self.manifest.scales]
-        pyramid = control_pyramid(Image.fromarray(image), sizes) if self.branch else None
+        image = scene(config.image_size, rng)
+        if self.branch:
+            self.control_of_branch(image)
         for batch in sorted({1, *self.manifest.batches} if statics or self.branch else {1}):
-            label = torch.from_numpy(rng.integers(0, classes, batch))
+            label, record = torch.tensor([greedy.label]), greedy.record
+            uniforms = torch.from_numpy(rng.random((batch, config.tokens), dtype=np.float32))
+            if batch > 1:
+                label, record = torch.from_numpy(rng.integers(0, classes, batch)), Recording()
+                pyramid = self.pyramid(image) if self.branch else None
+                given = (self.reference.vqvae, self.car, label, uniforms, pyramid, self.cfg)
+                sample(*given, top_k=1, record=record, decoded=False)
             rows = torch.cat([label, torch.full_like(label, classes)])
-            uniforms, record = torch.from_numpy(rng.random((batch, config.tokens), dtype=np.float32)), Recording()
-            tokens, pixels = sample(
-                self.reference.vqvae, self.car, label, uniforms, pyramid, CFG, top_k=1, record=record
-            )
-            if self.branch and batch == 1:
-                images = [np.asarray(Image.fromarray(image).resize((s, s))) for s in sizes]
-                self.control_of_branch(images, record)
             self.base_condition(rows)
             if self.branch:
                 self.run_branch(batch, record, rows)
             self.steps(batch, record, rows, uniforms, statics)
-            if batch == 1:
-                control = {self.branch: image} if self.branch else None
-                self.whole_run(control, int(label[0]), tokens, pixels, record)
-            if whole and batch == 1:
-                self.decoder(record, pixels)
-                self.encoder(image[None])
+        if shared:
+            self.decoder(greedy.record, greedy.pixels)
+            self.encoder(image[None])
+
+    def pyramid(self, image: np.ndarray) -> list[Tensor]:
+        """A control image at every scale, as the branch takes it."""
+        return control_pyramid(Image.fromarray(image), [s.control_size for s in self.manifest.scales])
 
     @torch.no_grad()
-    def control_of_branch(self, images: list[np.ndarray], record: Recording) -> None:
-        name = f"control.{self.branch}"
+    def control_of_branch(self, image: np.ndarray) -> None:
+        """The control encoder on an image of many colours, uint8 [H, W, 3]."""
+        name, branch = f"control.{self.branch}", self.car.branch
+        assert branch is not None
         session = self.session(name)
         self.check_ports(name, session)
+        sizes = [s.control_size for s in self.manifest.scales]
+        images = [np.asarray(Image.fromarray(image).resize((s, s))) for s in sizes]
         (features,) = session.run(None, {f"control_{k}": image for k, image in enumerate(images)})
-        self.compare(name, "features", features, torch.cat([s["control"][0] for s in record.scales]))
+        expected = torch.cat([branch.features(control)[0] for control in self.pyramid(image)])
+        self.compare(name, "features", features, expected)
 
     @torch.no_grad()
     def base_condition(self, rows: Tensor) -> None:
@@ -180,26 +190,42 @@ class Verifier2(Verifier):
         return feed
 
 
-def verify_plan_of_2(directory: Path, base: Model, branches: Mapping[str, Model], log: Log) -> None:
+def verify_plan_of_2(
+    directory: Path,
+    base: Model,
+    branches: Mapping[str, Model],
+    log: Log,
+    greedy: Mapping[str, Greedy] = MappingProxyType({}),
+) -> None:
     """Raise VerificationError if the plan at `directory` doesn't compute what the models (float32, eval) do.
 
-    base: any of the models, or the one without a branch. branches: name → model.
+    base: any of the models, or the one without a branch. branches: name → model. greedy: by branch, and by "" without
+    one, what the models draw, where that is known.
     """
     manifest = schema.read_manifest(directory)
     check_same_model(manifest, base, len(base.car.base.blocks) if base.car is not None else 0)
     with runnable(directory) as plan:
-        _compare(plan, base, branches, log)
+        runs = {name: greedy_run(model, CFG, bool(name)) for name, model in _missing(base, branches, greedy).items()}
+        _compare(plan, base, branches, log, {**greedy, **runs})
 
 
-def _compare(directory: Path, base: Model, branches: Mapping[str, Model], log: Log) -> None:
-    problems: list[str] = []
+def _missing(base: Model, branches: Mapping[str, Model], greedy: Mapping[str, Greedy]) -> dict[str, Model]:
+    return {name: model for name, model in {"": base, **branches}.items() if name not in greedy}
+
+
+def _compare(
+    directory: Path, base: Model, branches: Mapping[str, Model], log: Log, greedy: Mapping[str, Greedy]
+) -> None:
     worst: dict[str, float] = {}
-    runs: list[tuple[str | None, Model]] = [(None, base), *branches.items()]
-    statics = next(iter(branches), None)
-    for name, model in runs:
-        verifier = Verifier2(directory, model, name, log)
-        verifier.check(whole=name is None, statics=name == statics)
-        problems += verifier.problems
+    verifiers = {name: Verifier2(directory, model, name, log) for name, model in branches.items()}
+    unsteered = Verifier2(directory, base, None, log)
+    # With branches the step without one is the same graph, with branches of weight 0: a whole run tells.
+    for i, (name, verifier) in enumerate((verifiers or {"": unsteered}).items()):
+        verifier.check(greedy[name], shared=i == 0, statics=i == 0)
+    verifiers[""] = unsteered
+    whole_runs(directory, verifiers, greedy)
+    problems = [problem for verifier in verifiers.values() for problem in verifier.problems]
+    for verifier in verifiers.values():
         for kind, error in verifier.worst.items():
             worst[kind] = max(worst.get(kind, 0.0), error)
     if problems:
@@ -209,3 +235,12 @@ def _compare(directory: Path, base: Model, branches: Mapping[str, Model], log: L
             + "\ndon't use this plan; export it again with other package versions, and report it"
         )
     log("verified against PyTorch: " + ", ".join(f"{kind} {error:.1e}" for kind, error in worst.items()))
+
+
+def whole_runs(directory: Path, verifiers: Mapping[str, Verifier2], greedy: Mapping[str, Greedy]) -> None:
+    """Draw what each of them has checked on one plan, as users draw. Fills their `problems`."""
+    with car_runtime.open_plan(directory, backend="ort-cpu", verify=False) as plan:
+        for name, verifier in verifiers.items():
+            wanted = greedy[name]
+            control = {name: wanted.control} if isinstance(wanted.control, np.ndarray) else None
+            verifier.whole_run(plan, wanted._replace(control=control))

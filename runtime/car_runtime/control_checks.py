@@ -81,23 +81,29 @@ def aspect_warning(what: str, given: tuple[int, int], size: int, fit: str, least
 
 def _content(rgb: NDArray[np.uint8], convention: ControlConvention | None, kind: str) -> str | None:
     """The first thing that is wrong with the map itself; rgb: uint8 [S, S, 3]."""
-    spread = int((rgb.max(axis=(0, 1)).astype(int) - rgb.min(axis=(0, 1))).max())
+    planes = _planes(rgb)
+    spread = int((planes.max(axis=(1, 2)) - planes.min(axis=(1, 2))).max())
     if spread < CONTRAST and not (spread and kind == "depth"):
         return f"the control is blank: all of it is {_name(rgb[0, 0])}; there is nothing to follow"
     if convention is None:
         return None
     if convention.polarity == "vectors":
         return _normals(rgb, convention, kind)
-    coloured = float((rgb.max(axis=2).astype(int) - rgb.min(axis=2) > COLOURED).mean())
+    coloured = float((planes.max(axis=0) - planes.min(axis=0) > COLOURED).mean())
     if coloured > COLOURED_SHARE:
         return (
             f"the control is coloured ({coloured:.0%} of it), but {kind} maps are grey; "
             "for a photo use --photo, and save depth without a colour map"
         )
-    grey = rgb.mean(axis=2)
+    grey = planes.mean(axis=0)
     if convention.polarity in ("near-is-light", "far-is-light"):
         return _depth(grey if convention.polarity == "near-is-light" else 255 - grey, kind)
     return _lines(grey if convention.polarity == "light-on-dark" else 255 - grey, convention)
+
+
+def _planes(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The channels, uint8 [3, S, S]: numpy is twenty times as fast along a last axis that isn't of three."""
+    return np.ascontiguousarray(np.moveaxis(rgb, 2, 0))
 
 
 def _lines(grey: Floats, convention: ControlConvention) -> str | None:
@@ -113,7 +119,7 @@ def _lines(grey: Floats, convention: ControlConvention) -> str | None:
 
 def _few_lines(rgb: NDArray[np.uint8]) -> str | None:
     """Whether next to nothing is off the ground, the commonest grey level."""
-    grey = rgb.mean(axis=2)
+    grey = _planes(rgb).mean(axis=0)
     off = int((np.abs(grey - np.median(grey)) > LINE).sum())
     if off >= FEW * grey.size:
         return None
@@ -139,7 +145,8 @@ def _depth(near: Floats, kind: str) -> str | None:
 
 def _normals(rgb: NDArray[np.uint8], convention: ControlConvention, kind: str) -> str | None:
     n = rgb / 127.5 - 1
-    empty = (rgb.max(axis=2) < 16) | (rgb.min(axis=2) > 239)
+    planes = _planes(rgb)
+    empty = (planes.max(axis=0) < 16) | (planes.min(axis=0) > 239)
     length = np.linalg.norm(n, axis=2)
     if (~empty).mean() < 0.02 or (np.abs(length[~empty] - 1) < 0.3).mean() < 0.6 or n[..., 2][~empty].mean() < 0:
         return f"the control is no {kind} map: its colours are not unit vectors to the viewer; see docs/inputs.md"

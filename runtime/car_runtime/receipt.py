@@ -247,7 +247,7 @@ def blend_of(receipt: Receipt, classes: int) -> Blend | None:
 def control_text(control: Image.Image) -> str:
     """A control image as the text of its chunk: PNG in base64."""
     stream = io.BytesIO()
-    control.save(stream, "PNG", optimize=True)
+    control.save(stream, "PNG")
     return base64.b64encode(stream.getvalue()).decode()
 
 

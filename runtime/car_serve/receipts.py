@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import numpy as np
-
 from car_runtime import __version__
 from car_runtime.images import png_bytes
 from car_runtime.receipt import receipts_of
@@ -37,9 +35,9 @@ def receipt(job: Job, image: int) -> dict[str, Any]:
 
 
 def png(job: Job, image: int) -> bytes:
-    """A finished image as PNG, with its receipt and its control map as text chunks.
+    """A finished image as PNG, with its receipt as a text chunk.
 
-    Next to them the runtime's own receipt, for `car-run again`, `vary` and `restyle`.
+    Next to it the runtime's own, which encloses the control map, for `car-run again`, `vary` and `restyle`.
     """
     pixels = job.images[image]
     if pixels is None:
@@ -48,8 +46,6 @@ def png(job: Job, image: int) -> bytes:
         "Software": f"car_runtime {__version__}",
         "receipt": json.dumps(receipt(job, image)),
     }
-    if job.request.control is not None:
-        about["control"] = to_base64(png_bytes(np.array(job.request.control, np.uint8)))
     about |= receipts_of(job.plan.manifest, job.request, job.tokens, [image])[0]
     return png_bytes(pixels, about)
 

@@ -74,7 +74,7 @@ def test_a_png_carries_its_receipt_and_control(url: str) -> None:
     assert receipt == image["receipt"]
     again = draw(
         url,
-        control=text["control"],
+        control=text["car-control"],
         seed=receipt["seed"],
         cfg=receipt["cfg"],
         top_k=receipt["top_k"],

@@ -312,7 +312,7 @@ async function bring(blob) {
 }
 
 // A PNG of the studio's holds its settings and its control.
-async function restore(blob, { receipt, control }) {
+async function restore(blob, { receipt, "car-control": control }) {
   const about = JSON.parse(receipt);
   const given = {};
   for (const name of ["cfg", "top_k", "top_p", "control_strength", "cfg_scales", "control_scales", "stop_after"]) if (about[name] != null) given[name] = about[name];

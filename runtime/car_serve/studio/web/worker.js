@@ -127,7 +127,6 @@ async function texts(request, receipt, seed, tokens) {
   return {
     Software: `car_runtime ${site.version}`,
     receipt: JSON.stringify(receipt),
-    ...(controls.length ? { control: controls[0].png } : {}),
     ...(await writeReceipt(site.plan, settings, tokens, controls)),
   };
 }
