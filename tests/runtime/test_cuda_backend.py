@@ -29,6 +29,8 @@ from fixtures.kernel_models import narrow_plan
 from fixtures.runtime_plan import build_plan
 
 SIDES = (1, 2, 3)
+GREYS = 2
+"""Of 255: fp16's rounding through the decoder, where ONNX Runtime rounds after each operation."""
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +70,14 @@ def configs() -> list[GenerationConfig]:
     ]
 
 
+@pytest.mark.slow
 def test_images_are_those_of_the_plan_on_the_cpu(root: Path, cpu: Plan) -> None:
     """In shared steps, with one branch, with two, with none; all by kernels."""
     fake = Fake(root)
     wanted = [cpu.generate(config) for config in configs()]
     for found, want in zip(fake.plan.generate_many(configs()), wanted, strict=True):
         assert (found.tokens == want.tokens).all()
-        assert np.abs(found.images.astype(int) - want.images).max() <= 1
+        assert np.abs(found.images.astype(int) - want.images).max() <= GREYS
     assert fake.device.loaded
     assert fake.ort.sessions == []
     fake.plan.close()
@@ -84,6 +87,7 @@ def test_images_are_those_of_the_plan_on_the_cpu(root: Path, cpu: Plan) -> None:
         fake.backend.run("step", {}, {})
 
 
+@pytest.mark.slow
 def test_later_images_launch_what_the_second_recorded(root: Path, cpu: Plan) -> None:
     """All scales and the decoder as one, whatever control, class and settings are in the buffers."""
     fake = Fake(root)
@@ -91,7 +95,7 @@ def test_later_images_launch_what_the_second_recorded(root: Path, cpu: Plan) -> 
         config = GenerationConfig(control={"one": drawing(seed)}, label=seed, seed=seed, cfg=1.0 + seed, top_k=9)
         found, want = fake.plan.generate(config), cpu.generate(config)
         assert (found.tokens == want.tokens).all()
-        assert np.abs(found.images.astype(int) - want.images).max() <= 1
+        assert np.abs(found.images.astype(int) - want.images).max() <= GREYS
         assert list(found.timings) == list(want.timings)
         assert min(found.timings[f"scale_{k}"] for k in range(len(SIDES))) > 0
     (graph,) = [graph for graph in fake.device.graphs if len(graph.works) > 100]
@@ -107,6 +111,7 @@ def test_later_images_launch_what_the_second_recorded(root: Path, cpu: Plan) -> 
     assert all(graph.freed for graph in fake.device.graphs)
 
 
+@pytest.mark.slow
 def test_a_recording_goes_with_its_buffers(root: Path, cpu: Plan) -> None:
     """Another batch takes other buffers; the first ones' memory and recording are given back."""
     fake = Fake(root)
@@ -120,6 +125,7 @@ def test_a_recording_goes_with_its_buffers(root: Path, cpu: Plan) -> None:
     assert fake.device.allocated() == 0
 
 
+@pytest.mark.slow
 def test_a_stream_records_each_step(root: Path, cpu: Plan) -> None:
     fake = Fake(root)
     for seed in range(4):
@@ -135,6 +141,7 @@ def test_a_stream_records_each_step(root: Path, cpu: Plan) -> None:
     fake.plan.close()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_recorded_is_put_on_the_stream_kernel_by_kernel(root: Path, cpu: Plan) -> None:
     fake = Fake(root)
     fake.device.refuse_capture = True
@@ -148,6 +155,7 @@ def test_what_cannot_be_recorded_is_put_on_the_stream_kernel_by_kernel(root: Pat
     fake.plan.close()
 
 
+@pytest.mark.slow
 def test_an_edit_keeps_its_tokens(root: Path, cpu: Plan) -> None:
     fake = Fake(root)
     tokens = cpu.generate(None, 2, seed=4).tokens[0]

@@ -451,15 +451,18 @@ def test_parameters_of_another_type_or_shape_are_refused(tmp_path: Path) -> None
             LaunchPlan(sizes_of(source.manifest), DeviceWeights(parameters, Memory(KernelDevice())))
 
 
-def test_a_graph_is_recorded_the_second_time_and_launched_from_then_on(tmp_path: Path) -> None:
-    """On the same buffers; a larger batch in between takes scratch memory of its own and disturbs no recording."""
-    source = Eager({"one": narrow()}, tmp_path)
-    device = KernelDevice()
-    memory = Memory(device)
-    kernels = StepKernels(LaunchPlan(sizes_of(source.manifest), DeviceWeights(source.parameters, memory)), memory)
-    rng = np.random.default_rng(2)
+class BranchWork:
+    """One scale of a branch, on buffers of its own for R rows."""
 
-    def buffers(R: int) -> tuple[dict[str, DeviceArray], dict[str, DeviceArray]]:
+    def __init__(self, tmp_path: Path) -> None:
+        source = Eager({"one": narrow()}, tmp_path)
+        self.device = KernelDevice()
+        self.memory = Memory(self.device)
+        plan = LaunchPlan(sizes_of(source.manifest), DeviceWeights(source.parameters, self.memory))
+        self.kernels, self.rng = StepKernels(plan, self.memory), np.random.default_rng(2)
+
+    def buffers(self, R: int) -> tuple[dict[str, DeviceArray], dict[str, DeviceArray]]:
+        rng, memory = self.rng, self.memory
         feed: Arrays = {"x": rng.normal(size=(R, 1, 1, 64)).astype(np.float32), "rows": np.arange(R) % (R // 2)}
         feed["modulation"] = rng.normal(size=(R, 6, 64)).astype(np.float32)
         feed["control"] = rng.normal(size=(R // 2, 1, 1, 64)).astype(np.float32)
@@ -471,18 +474,64 @@ def test_a_graph_is_recorded_the_second_time_and_launched_from_then_on(tmp_path:
         inputs |= {name.replace("new", "past"): array[:0] for name, array in outputs.items()}
         return inputs, outputs | {"c": memory.allocate((1, 1, 1, R, 64), "float32")}
 
-    small, large = buffers(2), buffers(4)
+
+def test_a_graph_is_recorded_the_second_time_and_launched_from_then_on(tmp_path: Path) -> None:
+    """On the same buffers; a larger batch in between takes scratch memory of its own and disturbs no recording."""
+    one = BranchWork(tmp_path)
+    small, large = one.buffers(2), one.buffers(4)
     results = []
     for inputs, outputs in (small, large, small, small, large):
-        kernels.run("branch.one", inputs, outputs)
-        results.append(memory.read(outputs["c"]))
+        one.kernels.run("branch.one", inputs, outputs)
+        results.append(one.memory.read(outputs["c"]))
     np.testing.assert_array_equal(results[0], results[2])
     np.testing.assert_array_equal(results[0], results[3])
     np.testing.assert_array_equal(results[1], results[4])
-    assert [graph.launches for graph in device.graphs] == [2, 1]
-    assert kernels.report() == {"graphs_captured": 2, "not_captured": {}, "launches": 6}
-    kernels.close()
-    memory.close()
+    assert [graph.launches for graph in one.device.graphs] == [2, 1]
+    assert one.kernels.report() == {"graphs_captured": 2, "not_captured": {}, "launches": 6}
+    one.kernels.close()
+    one.memory.close()
+
+
+class Owner:
+    """Stands for the buffers of a loop."""
+
+
+def test_work_that_is_repeated_becomes_one_recording_which_goes_with_its_owner(tmp_path: Path) -> None:
+    one = BranchWork(tmp_path)
+    inputs, outputs = one.buffers(2)
+    calls, owner = [], Owner()
+
+    def work() -> tuple[Any, Any]:
+        calls.append(1)
+        began = one.memory.mark()
+        for _ in range(2):
+            one.kernels.run("branch.one", inputs, outputs)
+        return began, one.memory.mark()
+
+    results = []
+    for seed in range(4):
+        values = np.random.default_rng(seed % 2).normal(size=(2, 1, 1, 64)).astype(np.float32)
+        one.memory.write(inputs["x"], values)
+        marks = one.kernels.repeated(owner, "key", work)
+        results.append(one.memory.read(outputs["c"]))
+        assert one.memory.seconds(*marks) > 0
+    assert len(calls) == 2
+    np.testing.assert_array_equal(results[0], results[2])
+    np.testing.assert_array_equal(results[1], results[3])
+    assert (results[0] != results[1]).any()
+    (graph,) = [graph for graph in one.device.graphs if len(graph.works) == 14]  # two branches, two marks
+    assert (graph.launches, graph.freed) == (3, False)
+    del owner
+    one.device.refuse_capture = True
+    other = Owner()
+    for _ in range(3):
+        one.kernels.repeated(other, "key", work)
+    assert graph.freed
+    assert len(calls) == 2 + 4  # recorded in vain once
+    np.testing.assert_array_equal(one.memory.read(outputs["c"]), results[1])
+    assert list(one.kernels.report()["not_captured"]) == ["images"]
+    one.kernels.close()
+    one.memory.close()
 
 
 def test_plans_that_the_kernels_cannot_run_are_refused_in_one_line(tmp_path: Path) -> None:
