@@ -109,6 +109,7 @@ def test_flops_of_a_control_encoder_and_of_the_class() -> None:
     assert sum(cost(launch).flops for launch in found["condition"]) == 2 * 4 * C * C * (6 * (DEPTH + BLOCKS) + 2)
 
 
+@pytest.mark.slow
 def test_memory_is_what_the_backend_takes() -> None:
     """Weights to the byte; what an image takes beyond them within the rounding of small buffers."""
     root = narrow_plan()

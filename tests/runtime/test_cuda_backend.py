@@ -218,20 +218,6 @@ def test_a_driver_that_refuses_the_kernels_is_too_old(root: Path, monkeypatch: p
     assert device.allocated() == 0
 
 
-def test_too_little_memory_is_refused_and_auto_goes_on(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = KernelDevice(memory=100_000)
-    monkeypatch.setattr("car_runtime.backends.onnxruntime.kernels.probe", lambda: GPU)
-    opened = partial(Cuda, device=device, module=FakeOnnxRuntime(device))
-    monkeypatch.setattr("car_runtime.backends.onnxruntime.kernels.Cuda", opened)
-    with pytest.raises(BackendError, match=r"out of memory .*; close other programs"):
-        open_backend("cuda", root, read_manifest(root))
-    backend, why = open_backend("auto", root, read_manifest(root), 1)
-    assert backend.name == "ort-cpu"
-    assert "out of memory" in why
-    assert device.allocated() == 0
-    backend.close()
-
-
 def test_plans_of_other_kinds_are_refused(tmp_path: Path, root: Path) -> None:
     whole = shutil.copytree(root, tmp_path / "x.plan")
     manifest = read_manifest(whole)
