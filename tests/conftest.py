@@ -23,7 +23,8 @@ torch.set_num_threads(1)
 SHARED = pytest.StashKey[Path]()
 
 
-NEED_TRITON = ["export/test_cuda_kernels.py", "runtime/test_cuda_cubins.py", "runtime/test_cuda_steps.py"]
+NEED_TRITON = ["export/test_cuda_kernels.py", *(f"benchmarks/test_gpu_{name}.py" for name in ("model", "session"))]
+NEED_TRITON += [f"runtime/test_cuda_{name}.py" for name in ("backend", "cubins", "steps", "tiles")]
 collect_ignore = [] if find_spec("triton") else NEED_TRITON
 """There is no Triton for this platform."""
 

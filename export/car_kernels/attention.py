@@ -33,7 +33,7 @@ def attention(q, k, v, out, tokens, past, C, R, D: tl.constexpr, BM: tl.constexp
         shrink = tl.exp(top - new)
         total = total * shrink + tl.sum(p, 1)
         v_tile = tl.load(v + (ts[:, None] * R + r) * C + cols[None, :], mask=seen[:, None], other=0.0)
-        acc = tl.dot(p.to(tl.float16), v_tile, acc * shrink[:, None])
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None])
         top = new
     acc = acc / total[:, None]
-    tl.store(out + (rows[:, None] * R + r) * C + cols[None, :], acc.to(tl.float16), mask=live)
+    tl.store(out + (rows[:, None] * R + r) * C + cols[None, :], acc.to(out.dtype.element_ty), mask=live)

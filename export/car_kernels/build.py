@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,12 @@ _ENVIRONMENT = {
     "TRITON_DEFAULT_FP_FUSION": "1",
     "TRITON_INTERPRET": "0",
 }
+WAITS_FROM = 90
+"""The first target whose kernels may start while the one before ends: programmatic dependent launch."""
+_WAIT = "griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;"
+"""What such a kernel begins with: the next one may start too, and: wait until all that was before is done."""
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+_MEMORY_OR_BRANCH = re.compile(r"(LD|LDG|LDGSTS|ST|STG|REDG?|ATOMG?|UBLKCP|UTMA\w*|BRA|BRX|EXIT)\b")
 _OPERATION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+(?:\.[A-Z0-9_x]+)*)")
 
 
@@ -53,16 +59,46 @@ def compile_variant(name: str, target: int) -> tuple[str, bytes, dict[str, Any]]
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in variant.multiples},
     )
     options = {"num_warps": variant.warps, "num_stages": variant.stages}
+    triton.knobs.runtime.add_stages_inspection_hook = _stages
     made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     metadata = made.metadata
     scratch = (metadata.global_scratch_size, metadata.profile_scratch_size or 0)
     if scratch != (0, 0) or metadata.num_ctas != 1:
         raise RuntimeError(f"{name} on sm{target} wants scratch memory {scratch} or clusters, which no launch gives")
     cubin = bytes(made.asm["cubin"])
-    return metadata.name, cubin, {"shared": metadata.shared, "threads": 32 * metadata.num_warps, **uses(cubin)}
+    facts = {"shared": metadata.shared, "threads": 32 * metadata.num_warps, **uses(cubin)}
+    if facts["waits"] != (target >= WAITS_FROM):
+        raise RuntimeError(f"{name} on sm{target} does not wait for the kernel before it first of all")
+    return metadata.name, cubin, facts
 
 
-def uses(cubin: bytes) -> dict[str, int]:
+def _stages(*given: Any) -> tuple[str, str] | None:
+    """Triton's hook to change its stages; without arguments: what becomes part of its cache's key."""
+    if not given:
+        return _WAIT, _WAIT
+    stages, target = given[1], given[4]
+    if target >= WAITS_FROM:
+        make_ptx = stages["ptx"]
+        stages["ptx"] = lambda source, metadata: _waiting(make_ptx(source, metadata))
+    return None
+
+
+def _waiting(ptx: str) -> str:
+    """A kernel's assembly with `_WAIT` in front of its first instruction."""
+    found, count = re.subn(r"^// %bb\.0:.*$", rf"\g<0>\n\t{_WAIT}", ptx, flags=re.MULTILINE)
+    assert count == 1, ptx
+    return found
+
+
+def waits(operations: Sequence[str]) -> bool:
+    """Whether instructions wait for the kernel before this one ahead of all branches and all of the memory's use."""
+    if "ACQBULK" not in operations:
+        return False
+    early = operations[: operations.index("ACQBULK")]
+    return not any(_MEMORY_OR_BRANCH.match(name) for name in early)
+
+
+def uses(cubin: bytes) -> dict[str, int | bool]:
     """Registers a thread, bytes spilled, and counts of instructions, by the tools that Triton brings."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -71,7 +107,8 @@ def uses(cubin: bytes) -> dict[str, int]:
         assembly = _output(tools() / "nvdisasm", "-c", file.name)
     found = _RESOURCES.search(resources)
     assert found is not None, resources
-    operations = Counter(m[1] for m in map(_OPERATION.match, assembly.splitlines()) if m)
+    sequence = [m[1] for m in map(_OPERATION.match, assembly.splitlines()) if m]
+    operations = Counter(sequence)
 
     def count(pattern: str) -> int:
         return sum(number for name, number in operations.items() if re.match(pattern, name))
@@ -83,6 +120,7 @@ def uses(cubin: bytes) -> dict[str, int]:
         "tensor": count(r"(HMMA|HGMMA|UTCHMMA)\b"),
         "loads_16": count(r"LDG(STS)?\b.*\b128\b"),
         "loads": count(r"LDG(STS)?\b"),
+        "waits": waits(sequence),
     }
 
 

@@ -55,7 +55,7 @@ def normed_product(
         factor = 1.0 + tl.load(scale + where, mask=live, other=0.0)
         h = (v - mean[:, None]) * rstd[:, None] * factor + tl.load(shift + where, mask=live, other=0.0)
         w_tile = tl.load(w + ks[:, None] * N + outs[None, :], mask=(ks < C)[:, None] & (outs < N)[None, :], other=0.0)
-        acc = tl.dot(tl.where(live, h, 0.0).to(tl.float16), w_tile, acc)
+        acc = tl.dot(tl.where(live, h, 0.0).to(w.dtype.element_ty), w_tile, acc)
     return acc
 
 
@@ -69,7 +69,7 @@ def store_qkv(acc, q_bias, v_bias, log_scale, q, k_slot, v_slot, head, rows, M, 
     part = head // H
     if part == 2:
         acc += tl.load(v_bias + inner)[None, :].to(tl.float32)
-        tl.store(v_slot + where, acc.to(tl.float16), mask=live)
+        tl.store(v_slot + where, acc.to(v_slot.dtype.element_ty), mask=live)
     else:
         if part == 0:
             acc += tl.load(q_bias + inner)[None, :].to(tl.float32)
@@ -78,9 +78,9 @@ def store_qkv(acc, q_bias, v_bias, log_scale, q, k_slot, v_slot, head, rows, M, 
         if part == 0:
             # exp(min(x, ln 100)): the temperature is learned as its logarithm.
             factor = tl.exp(tl.minimum(tl.load(log_scale + head % H).to(tl.float32), 4.605170185988092))
-            tl.store(q + where, (acc * factor).to(tl.float16), mask=live)
+            tl.store(q + where, (acc * factor).to(q.dtype.element_ty), mask=live)
         else:
-            tl.store(k_slot + where, acc.to(tl.float16), mask=live)
+            tl.store(k_slot + where, acc.to(k_slot.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -130,7 +130,11 @@ def ln_gelu(
     )
     live = outs < N
     acc = gelu_tanh(acc + tl.load(bias + outs, mask=live, other=0.0)[None, :].to(tl.float32))
-    tl.store(out + rows[:, None] * N + outs[None, :], acc.to(tl.float16), mask=(rows < M)[:, None] & live[None, :])
+    tl.store(
+        out + rows[:, None] * N + outs[None, :],
+        acc.to(out.dtype.element_ty),
+        mask=(rows < M)[:, None] & live[None, :],
+    )
 
 
 @triton.jit
@@ -141,7 +145,11 @@ def gelu(a, w, bias, out, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.co
     acc = product(tl.zeros([BM, BN], tl.float32), a, w, rows, outs, M, N, K, BK)
     live = outs < N
     acc = gelu_tanh(acc + tl.load(bias + outs, mask=live, other=0.0)[None, :].to(tl.float32))
-    tl.store(out + rows[:, None] * N + outs[None, :], acc.to(tl.float16), mask=(rows < M)[:, None] & live[None, :])
+    tl.store(
+        out + rows[:, None] * N + outs[None, :],
+        acc.to(out.dtype.element_ty),
+        mask=(rows < M)[:, None] & live[None, :],
+    )
 
 
 @triton.jit
@@ -223,7 +231,7 @@ def inject(x, w, bias, control, image, pos, out, S, C, R, BM: tl.constexpr, BN: 
         w_tile = tl.load(
             w + (tap * C + ks)[:, None] * C + outs[None, :], mask=(ks < C)[:, None] & (outs < C)[None, :], other=0.0
         )
-        acc = tl.dot(a_tile.to(tl.float16), w_tile, acc)
+        acc = tl.dot(a_tile.to(w.dtype.element_ty), w_tile, acc)
     live = (rows < M)[:, None] & (outs < C)[None, :]
     acc += tl.load(bias + outs, mask=outs < C, other=0.0)[None, :].to(tl.float32)
     b = tl.load(image + r, mask=rows < M, other=0).to(tl.int32)
@@ -249,3 +257,28 @@ def embed(a, w, bias, image, out, M, T, C, Z, BM: tl.constexpr, BN: tl.constexpr
         acc = tl.dot(a_tile, w_tile, acc)
     acc += tl.load(bias + outs, mask=outs < C, other=0.0)[None, :].to(tl.float32)
     tl.store(out + rows[:, None] * C + outs[None, :], acc, mask=(rows < M)[:, None] & (outs < C)[None, :])
+
+
+@triton.jit
+def condition(
+    label, embedding, w, bias, offset, out, R, N, K, out_stride, offsets, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    """AdaLN's modulation: row r of out f32 [·, N], `out_stride` apart, = SiLU(embedding[label[r]]) · w + bias.
+
+    label: int64 [R]; embedding: fp16 [classes + 1, K]. offset: fp16 [N], added if `offsets`.
+    """
+    outs = tl.program_id(0) * BN + tl.arange(0, BN)
+    rows = tl.program_id(1) * BM + tl.arange(0, BM)
+    classes = tl.load(label + rows, mask=rows < R, other=0)
+    acc = tl.zeros([BM, BN], tl.float32)
+    for k in range(0, K, BK):
+        ks = k + tl.arange(0, BK)
+        live = (rows < R)[:, None] & (ks < K)[None, :]
+        v = tl.load(embedding + classes[:, None] * K + ks[None, :], mask=live, other=0.0).to(tl.float32)
+        w_tile = tl.load(w + ks[:, None] * N + outs[None, :], mask=(ks < K)[:, None] & (outs < N)[None, :], other=0.0)
+        acc = tl.dot((v / (1.0 + tl.exp(-v))).to(w.dtype.element_ty), w_tile, acc)
+    acc += tl.load(bias + outs, mask=outs < N, other=0.0)[None, :].to(tl.float32)
+    if offsets:
+        acc += tl.load(offset + outs, mask=outs < N, other=0.0)[None, :].to(tl.float32)
+    tl.store(out + rows[:, None] * out_stride + outs[None, :], acc, mask=(rows < R)[:, None] & (outs < N)[None, :])

@@ -39,7 +39,7 @@ def ln_mod(x, scale, shift, out, C, R, mod_stride, EPS: tl.constexpr, BC: tl.con
         live = cs < C
         v = (tl.load(x + cs, mask=live, other=0.0) - mean) * rstd
         v = v * (1.0 + tl.load(scale + cs, mask=live, other=0.0)) + tl.load(shift + cs, mask=live, other=0.0)
-        tl.store(out + row * C + cs, v.to(tl.float16), mask=live)
+        tl.store(out + row * C + cs, v.to(out.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -72,10 +72,10 @@ def fusion_norm(x, c, weight, bias, out, M, C, c_stride, EPS: tl.constexpr, BC: 
         live = cs < C
         v = (tl.load(x + cs, mask=live, other=0.0) - mean) * rstd
         v = v * tl.load(weight + cs, mask=live, other=0.0) + tl.load(bias + cs, mask=live, other=0.0)
-        tl.store(out + cs, v.to(tl.float16), mask=live)
+        tl.store(out + cs, v.to(out.dtype.element_ty), mask=live)
         u = (tl.load(c + cs, mask=live, other=0.0) - mean) * rstd
         u = u * tl.load(weight + C + cs, mask=live, other=0.0) + tl.load(bias + C + cs, mask=live, other=0.0)
-        tl.store(out + C + cs, u.to(tl.float16), mask=live)
+        tl.store(out + C + cs, u.to(out.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def fusion_round(c, out, M, C, c_stride, BC: tl.constexpr):
     for k in range(0, C, BC):
         cs = k + tl.arange(0, BC)
         v = tl.load(c + i * c_stride + row * C + cs, mask=cs < C, other=0.0)
-        tl.store(out + (i * M + row) * C + cs, v.to(tl.float16), mask=cs < C)
+        tl.store(out + (i * M + row) * C + cs, v.to(out.dtype.element_ty), mask=cs < C)
 
 
 @triton.jit
@@ -125,3 +125,16 @@ def add_position(x, pos, out, tokens, C, R, BC: tl.constexpr):
         live = cs < C
         v = tl.load(x + (r * tokens + token) * C + cs, mask=live, other=0.0)
         tl.store(out + row * C + cs, v + tl.load(pos + token * C + cs, mask=live, other=0.0), mask=live)
+
+
+@triton.jit
+def start(label, embedding, first, out, C, BC: tl.constexpr):
+    """Start tokens out f32 [R, C] = embedding[label] + first, in fp16. embedding: fp16 [classes + 1, C]."""
+    row = tl.program_id(0)
+    embedding += tl.load(label + row) * C
+    for c in range(0, C, BC):
+        cs = c + tl.arange(0, BC)
+        live = cs < C
+        v = tl.load(embedding + cs, mask=live, other=0.0).to(tl.float32)
+        v = (v + tl.load(first + cs, mask=live, other=0.0).to(tl.float32)).to(embedding.dtype.element_ty)
+        tl.store(out + row * C + cs, v.to(tl.float32), mask=live)

@@ -7,24 +7,28 @@ A variant is a kernel with its constants. Sizes of a model are run-time argument
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from car_kernels import attention, products, rows, sampling
+from car_kernels import attention, images, products, rows, sampling
 
 TARGETS = (80, 86, 89, 90, 120)
 """Compute capabilities with cubins: A100, RTX 30, RTX 40 and L40, H100 and H200, RTX 50."""
 SHARED_LIMITS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
 """Bytes of shared memory that one block may have."""
 EPS = 1e-6
+PIXELS, GROUP = 128, 32
+"""Of a group norm: pixels whose moments are taken together, and the most channels of a group."""
 
-_F16, _F32, _I64, _FLAG = "*fp16", "*fp32", "*i64", "*i8"
+_F16, _F32, _I64, _I32, _FLAG, _PIXELS = "*fp16", "*fp32", "*i64", "*i32", "*i8", "*u8"
 _POINTERS = {
-    _F16: "a w q k v q_bias v_bias log_scale k_slot v_slot h gain",
+    _F16: "a w q k v q_bias v_bias log_scale k_slot v_slot h gain embedding latent",
     _F32: "x scale shift gamma mix keep control pos c logits cfg control_cfg cfg_ratio extra top_p uniforms guided "
-    "codes up down f_hat",
-    _I64: "twin plain top_k known tokens image phi",
-    _FLAG: "known_mask",
+    "codes up down f_hat border noise smoothed moments affine rest",
+    _I64: "twin plain top_k known tokens image phi label grid",
+    _I32: "maps",
+    _FLAG: "known_mask smooth",
+    _PIXELS: "pixels",
 }
 TYPES = {name: kind for kind, names in _POINTERS.items() for name in names.split()}
 """Argument → type, where it is the same in all kernels; what is in no list is an int32."""
@@ -48,8 +52,22 @@ OWN_TYPES: dict[str, dict[str, str]] = {
     "upsample": {"out": _F32},
     "accumulate": {"w": _F32, "bias": _F32, "h": _F32, "out": _F32},
     "downsample": {"out": _F16},
+    "smooth": {"out": _F32},
+    "condition": {"bias": _F16, "offset": _F16, "out": _F32},
+    "start": {"out": _F32, "first": _F16},
+    "residual": {"out": _F32},
+    "nearest": {},
+    "conv": {"bias": _F16, "x": _F16, "out": _F16},
+    "conv_wide": {"bias": _F16, "out": _F32},
+    "group_moments": {"out": _F32},
+    "group_affine": {"weight": _F32, "bias": _F32, "out": _F32},
+    "group_norm": {"out": _F16},
+    "pixel_attention": {"out": _F16},
+    "from_pixels": {"out": _F16},
+    "to_pixels": {},
+    "channels_last": {"out": _F16},
 }
-MULTIPLES = frozenset({"C", "K", "N", "mod_stride", "c_stride"})
+MULTIPLES = frozenset({"C", "K", "N", "mod_stride", "c_stride", "out_stride"})
 """Numbers that the launch plan keeps at multiples of 16, as it does every address; so loads are of 16 bytes."""
 
 
@@ -64,7 +82,9 @@ class Variant:
     warps: int
     stages: int
     product: bool = False
-    """Whether it multiplies fp16 matrices, and so must be on the tensor cores."""
+    """Whether it multiplies matrices of half precision, and so must be on the tensor cores."""
+    half: str = "fp16"
+    """What is in half precision: fp16, or bf16."""
 
     @property
     def kernel_name(self) -> str:
@@ -76,17 +96,21 @@ class Variant:
         """Run-time arguments in their order: name → type, as Triton writes it."""
         own = OWN_TYPES[self.kernel_name]
         names = [name for name in self.kernel.arg_names if name not in self.constants]
-        return {name: own.get(name) or TYPES.get(name, "i32") for name in names}
+        types = {name: own.get(name) or TYPES.get(name, "i32") for name in names}
+        return {name: f"*{self.half}" if kind == _F16 else kind for name, kind in types.items()}
 
     @property
     def multiples(self) -> list[str]:
-        """Arguments that are multiples of 16."""
-        return [n for n, kind in self.arguments.items() if kind.startswith("*") or n in MULTIPLES]
+        """Arguments that are multiples of 16: all addresses but those of pixels, of which images have any number."""
+        addresses = [n for n, kind in self.arguments.items() if kind.startswith("*") and kind != _PIXELS]
+        return [n for n in self.arguments if n in addresses or n in MULTIPLES]
 
 
 def variants() -> dict[str, Variant]:
-    """All of them by name: KERNEL.TILES."""
+    """All of them by name: KERNEL.TILES, and KERNEL.TILES.bf16 of those that have anything in half precision."""
     found = {variant.name: variant for variant in _variants()}
+    twins = [replace(v, name=f"{v.name}.bf16", half="bf16") for v in found.values() if _F16 in v.arguments.values()]
+    found |= {twin.name: twin for twin in twins}
     assert set(OWN_TYPES) == {variant.kernel_name for variant in found.values()}
     return found
 
@@ -140,7 +164,9 @@ def _variants() -> Iterator[Variant]:
     for kernel in (rows.fusion_round, rows.add_position):
         yield Variant(name=f"{_name(kernel)}.row", kernel=kernel, constants={"BC": 1024}, warps=4, stages=1)
     for VP, warps in ((512, 4), (4096, 16), (16384, 32)):
-        yield Variant(name=f"draw.v{VP}", kernel=sampling.draw, constants={"VP": VP}, warps=warps, stages=1)
+        for kernel in (sampling.draw, sampling.smooth):
+            threads = {"warps": min(warps, 16) if kernel is sampling.smooth else warps, "stages": 1}
+            yield Variant(name=f"{_name(kernel)}.v{VP}", kernel=kernel, constants={"VP": VP}, **threads)
     for EP in (16, 32, 64):
         warps = 4 if EP < 64 else 16
         for SP in (16, 32, 64):
@@ -153,8 +179,42 @@ def _variants() -> Iterator[Variant]:
                 yield Variant(
                     name=f"downsample.t{SP}.e{EP}", kernel=sampling.downsample, constants=small, warps=warps, stages=1
                 )
+    for EP in (16, 32, 64):
+        warps = 4 if EP < 64 else 16
+        yield Variant(name=f"residual.e{EP}", kernel=sampling.residual, constants={"EP": EP}, warps=warps, stages=1)
+    yield Variant(name="nearest.z32", kernel=sampling.nearest, constants={"BV": 128, "BZ": 32}, warps=4, stages=1)
     yield Variant(
         name="accumulate.z32", kernel=sampling.accumulate, constants={"BP": 32, "BZ": 32}, warps=4, stages=2
+    )
+    yield from _image_variants()
+
+
+def _image_variants() -> Iterator[Variant]:
+    """Of the condition, the control encoder and the decoder."""
+    tile = {"BM": 16, "BN": 64, "BK": 64}
+    yield Variant(name="condition.s", kernel=products.condition, constants=tile, warps=4, stages=3, product=True)
+    yield Variant(name="start.row", kernel=rows.start, constants={"BC": 1024}, warps=4, stages=1)
+    for size, tile, warps in (
+        ("s", {"BM": 32, "BN": 32, "BK": 64}, 4),
+        ("m", {"BM": 64, "BN": 64, "BK": 64}, 4),
+        ("l", {"BM": 128, "BN": 128, "BK": 32}, 8),
+    ):
+        options = {"constants": tile, "warps": warps, "stages": 3, "product": True}
+        yield Variant(name=f"conv.{size}", kernel=images.conv, **options)
+        if size != "l":
+            yield Variant(name=f"conv_wide.{size}", kernel=images.conv_wide, **options)
+    for kernel, tile in (
+        (images.group_moments, {"BP": PIXELS, "BN": 32}),
+        (images.group_affine, {"EPS": EPS, "BP": PIXELS, "BC": 32, "GP": GROUP}),
+        (images.group_norm, {"BP": 32, "BN": 64}),
+        (images.from_pixels, {"BP": 128}),
+        (images.to_pixels, {"BP": 512}),
+        (images.channels_last, {"BP": 32, "BN": 16}),
+    ):
+        yield Variant(name=f"{_name(kernel)}.all", kernel=kernel, constants=tile, warps=4, stages=1)
+    tile = {"BM": 32, "BN": 64, "BT": 32, "BK": 64}
+    yield Variant(
+        name="pixel_attention.all", kernel=images.pixel_attention, constants=tile, warps=4, stages=2, product=True
     )
 
 

@@ -131,6 +131,11 @@ class LoopBuffers:
         """f̂ after the last scale that is drawn, f32 [B, Z, E, E]."""
         return self.f_hat[self.drawn % 2]
 
+    @property
+    def brings_codes(self) -> bool:
+        """Whether `write_codes` has anything to write."""
+        return self._noise is not None or bool(self._watermarks)
+
     def load(self, batch: Sequence[Drawing], rows: Rows, steering: Steering) -> None:
         """Take the inputs of exactly B images, and empty f̂. What is here from the last ones is not copied again."""
         loaded, backend = self._loaded, self._backend

@@ -9,7 +9,7 @@ rows of guidance, where the backend can.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from car_runtime.backends.base import Backend, Buffer, Mark
@@ -34,6 +34,17 @@ class Step:
     ended: Mark
 
 
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """All scales of a batch and their images, made in one go."""
+
+    steps: tuple[Step, ...]
+    decoding: tuple[Mark, Mark]
+    """Before and after the decoder."""
+    fusions: Mapping[str, Buffer]
+    """What a recording of it reads, beyond the buffers of the loop."""
+
+
 class ScaleLoop:
     """The scales of a batch, one at a time, as far as its schedule goes.
 
@@ -53,11 +64,42 @@ class ScaleLoop:
         self.batch, self.buffers = tuple(batch), buffers
         self._backend, self._manifest, self._constants = backend, manifest, constants
         self._next, self._x, self._rows = 0, buffers.start, buffers.rows
+        self.decoding: tuple[Mark, Mark] | None = None
+        """Before and after the decoder, once the images are in the buffers."""
 
     @property
     def done(self) -> bool:
         """Whether all scales are drawn."""
         return self._next == self.buffers.drawn
+
+    @property
+    def unbroken(self) -> bool:
+        """Whether nothing comes between the scales: no rows go, and the host has nothing to bring."""
+        scales, guided_only = range(self.buffers.drawn), self._backend.guided_only
+        same = (rows_of(self.batch, k, guided_only) == self._rows.rows for k in scales)
+        return not self.buffers.brings_codes and all(same)
+
+    def finish(self, decode: Callable[[Buffer, Buffer], None]) -> tuple[Step, ...]:
+        """Draw all scales and decode, for an unbroken loop at its start; a backend may record it and replay that.
+
+        decode: f̂ to images.
+        """
+        backend, buffers = self._backend, self.buffers
+
+        def work() -> Finished:
+            self._next, self._x = 0, buffers.start
+            steps = []
+            while not self.done:
+                steps.append(self.step())
+            began = backend.mark()
+            decode(buffers.final_f_hat, buffers.image)
+            decoding = (began, backend.mark())
+            return Finished(steps=tuple(steps), decoding=decoding, fusions=buffers.fusions)
+
+        key = (len(self._rows.rows.image), buffers.drawn, id(buffers.fusions))
+        finished = backend.repeated(buffers, key, work)
+        self._next, self.decoding = buffers.drawn, finished.decoding
+        return finished.steps
 
     def step(self) -> Step:
         """Draw the next scale."""

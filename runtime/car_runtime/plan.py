@@ -365,9 +365,13 @@ class Plan:
                 on_scale(scale)
             if scale.last:
                 buffers = loop.buffers
-                with clock.stage("decoder"):
-                    self._decode(buffers.final_f_hat, buffers.image)
+                if loop.decoding is not None:
+                    clock.add("decoder", *loop.decoding)
+                else:
+                    with clock.stage("decoder"):
+                        self._decode(buffers.final_f_hat, buffers.image)
                 tokens_BL, images_B = buffers.all_tokens(), self._backend.read(buffers.image)
+                clock.settle()  # before somebody else has the buffers, and replays what was recorded on them
                 for i, drawing in enumerate(loop.batch):
                     tokens[drawing.owner][drawing.index] = tokens_BL[i]
                     images[drawing.owner][drawing.index] = images_B[i]
@@ -552,7 +556,8 @@ class Plan:
     ) -> Iterator[tuple[ScaleResult, ScaleLoop]]:
         """All scales of all batches: the one way through the loop. Its buffers are the caller's until it goes on.
 
-        watched: whether somebody may look at a scale later on, so that its values are fetched before it goes on.
+        watched: whether somebody may look at a scale later on, so that its values are fetched before it goes on. Else
+            all scales are made in one go, where they can be, and the images with them.
         """
         gone: set[int] = set()
 
@@ -572,8 +577,7 @@ class Plan:
             with self._buffers(len(batch), len(rows.image), logits, branches) as buffers:
                 buffers.load(batch, rows, steering)
                 loop = ScaleLoop(self._backend, self.manifest, self._constants, batch, buffers)
-                while not loop.done:
-                    step = loop.step()
+                for step in self._steps(loop, in_one=not watched):
                     clock.add(f"scale_{step.index}", step.began, step.ended)
                     scale = ScaleResult(self, step, loop.batch)
                     try:
@@ -587,6 +591,13 @@ class Plan:
                         break
                     if len(kept) < len(loop.batch) and len(kept) in self._backend.batches and not loop.done:
                         self._keep(loop, kept, logits, clock)
+
+    def _steps(self, loop: ScaleLoop, *, in_one: bool) -> Iterator[Step]:
+        """The steps of a loop."""
+        if in_one and loop.unbroken:
+            yield from loop.finish(self._decode)
+        while not loop.done:
+            yield loop.step()
 
     def _keep(self, loop: ScaleLoop, images: Sequence[int], logits: bool, clock: _Clock) -> None:
         """Let a loop go on with some of its images alone."""
@@ -758,6 +769,7 @@ class _Clock:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._marks: list[tuple[str, Mark, Mark]] = []
+        self._seconds: dict[str, float] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -768,8 +780,12 @@ class _Clock:
     def add(self, name: str, began: Mark, ended: Mark) -> None:
         self._marks.append((name, began, ended))
 
-    def timings(self) -> dict[str, float]:
-        seconds: dict[str, float] = {}
+    def settle(self) -> None:
+        """Take the times of all stages so far."""
         for name, began, ended in self._marks:
-            seconds[name] = seconds.get(name, 0.0) + self._backend.seconds(began, ended)
-        return seconds
+            self._seconds[name] = self._seconds.get(name, 0.0) + self._backend.seconds(began, ended)
+        self._marks.clear()
+
+    def timings(self) -> dict[str, float]:
+        self.settle()
+        return self._seconds

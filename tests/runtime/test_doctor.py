@@ -94,7 +94,7 @@ def test_without_any_package_nothing_works_and_each_has_its_command(
     report = json.loads(capsys.readouterr().out)
     for backend in report["backends"]:
         assert not backend["usable"]
-        extra = {"ort-cpu": "cpu", "ort-cuda": "gpu", "cuda": "gpu", "amx": "openvino", "amx-fp32": "openvino"}.get(
+        extra = {"ort-cpu": "cpu", "ort-cuda": "gpu", "amx": "openvino", "amx-fp32": "openvino"}.get(
             backend["name"], backend["name"]
         )
         assert len(backend["install"]) == 1, "there is nothing to uninstall"
@@ -142,7 +142,7 @@ def test_the_probe_model_is_one_that_onnxruntime_opens() -> None:
 
 @pytest.mark.parametrize("name", ["rtx", "trt", "ort-cuda", "cuda"])
 def test_without_a_driver_the_reason_is_the_drivers(name: str, gpu: Gpu, installed: Callable[..., None]) -> None:
-    installed("tensorrt-rtx", "tensorrt", "onnxruntime-gpu")
+    installed("tensorrt-rtx", "tensorrt", "onnxruntime-gpu", "cuda-python")
     gpu(error=BackendError("there is no NVIDIA driver on this machine; install one"))
     found = entry(doctor.examine(), name)
     assert (found["usable"], found["why"]) == (False, "there is no NVIDIA driver on this machine; install one")

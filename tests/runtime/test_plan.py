@@ -517,6 +517,9 @@ class _DeviceBackend:
     def seconds(self, begin: float, end: float) -> float:
         return self._host.seconds(begin, end)
 
+    def repeated(self, owner: object, key: Any, work: Any) -> Any:
+        return work()
+
     def report(self) -> dict[str, Any]:
         return {}
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 from numpy.typing import NDArray
 
@@ -27,6 +27,7 @@ class Buffer(Protocol):
 
 Mark = Any
 """A point in an engine's stream of work: a time on a CPU, an event on a GPU."""
+T = TypeVar("T")
 
 
 class Backend(Protocol):
@@ -90,6 +91,14 @@ class Backend(Protocol):
 
         Inputs that the graph does not have are left out, so that one loop feeds both forms of the step; outputs that
         nobody asks for are not given.
+        """
+        ...
+
+    def repeated(self, owner: object, key: Hashable, work: Callable[[], T]) -> T:
+        """What `work` returns when it was done: runs, copies and marks alone, the same for the same owner and key.
+
+        A backend may record them, and later put the recording on its stream in place of calling `work`, with the same
+        result. A recording is let go with its owner.
         """
         ...
 

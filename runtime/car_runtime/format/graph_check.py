@@ -99,6 +99,22 @@ def stored_weights(data: bytes) -> Iterator[Weights]:
             yield Weights(name=_text(single[8]), kind=int(single[2]), shape=dims, offset=int(places.get("offset", 0)))
 
 
+def conv_strides(data: bytes) -> dict[str, int]:
+    """Name of a kernel → the stride of its convolution. Only for bytes that `check_graph` has let through."""
+    (content,) = (value for number, value in _fields(data) if number == 7)
+    found: dict[str, int] = {}
+    for number, message in _fields(_message(content)):
+        fields = _fields(_message(message)) if number == 1 else []
+        inputs = [_text(value) for field, value in fields if field == 1]
+        if (4, b"Conv") not in fields or len(inputs) < 2:
+            continue
+        attributes = [_fields(_message(value)) for field, value in fields if field == 5]
+        strides = [a for a in attributes if (1, b"strides") in a]
+        numbers = [size for a in strides for field, value in a if field == 8 for size in _integers(value)]
+        found[inputs[1]] = numbers[0] if numbers else 1
+    return found
+
+
 def _check_model(data: bytes, graph: Graph, weight_bytes: int, checked: Checked) -> None:
     found: bytes | None = None
     for number, value in _fields(data):

@@ -20,6 +20,8 @@ from car_runtime.format.schema import Parameter, Tensor
 
 DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 """What a parameter can be stored in, if the kernels are to read it."""
+BITS = {"bfloat16": np.dtype("<u2")}
+"""What numpy lacks, and shows as its bits to kernels that ask for it."""
 LAYOUTS = ("plain", "transposed")
 DIMENSIONS = 4
 """No parameter has more."""
@@ -83,11 +85,18 @@ class Parameters:
 
         UnsupportedGraphError if there is none, its entry doesn't fit the file, or its shape isn't this one.
         """
+        return self._shaped(name, DTYPES, shape)
+
+    def bits(self, name: str, *shape: int | None) -> NDArray[np.uint16]:
+        """The same of a parameter in bfloat16: its bits."""
+        return self._shaped(name, BITS, shape)
+
+    def _shaped(self, name: str, dtypes: Mapping[str, np.dtype[Any]], shape: tuple[int | None, ...]) -> NDArray[Any]:
         name = self._prefix + name
         entry = self._table.get(name)
         if entry is None:
             raise UnsupportedGraphError(f"the plan's table has no parameter {name}")
-        stored = self._mapped(name, entry)
+        stored = self._mapped(name, entry, dtypes)
         values: NDArray[Any] = stored.T if entry.layout == "transposed" else stored
         fits = len(values.shape) == len(shape) and all(
             want in (None, got) for want, got in zip(shape, values.shape, strict=True)
@@ -97,8 +106,8 @@ class Parameters:
             raise UnsupportedGraphError(f"{name} is {list(values.shape)} where {wanted} is wanted")
         return values
 
-    def _mapped(self, name: str, entry: Entry) -> NDArray[Any]:
-        dtype = DTYPES.get(entry.dtype)
+    def _mapped(self, name: str, entry: Entry, dtypes: Mapping[str, np.dtype[Any]]) -> NDArray[Any]:
+        dtype = dtypes.get(entry.dtype)
         if dtype is None or entry.layout not in LAYOUTS:
             raise UnsupportedGraphError(f"{name} is stored as {entry.dtype}, {entry.layout}")
         whole = all(type(size) is int and size > 0 for size in entry.shape)

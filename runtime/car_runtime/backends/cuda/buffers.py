@@ -10,7 +10,7 @@ import heapq
 import math
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from threading import Condition, RLock
 from typing import Any
@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from car_runtime.backends.base import Buffer
-from car_runtime.backends.cuda.driver import CudaError, Device, Event, HostBlock
+from car_runtime.backends.base import Buffer, T
+from car_runtime.backends.cuda.driver import CudaError, Device, Event, Graph, HostBlock
 from car_runtime.errors import RunError
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1, "uint8": 1}
@@ -67,10 +67,22 @@ class DeviceArray:
 class Mark:
     """A point on the stream, with its time."""
 
-    __slots__ = ("__weakref__", "event")
+    __slots__ = ("__weakref__", "event", "replayed")
 
     def __init__(self, event: Event) -> None:
         self.event = event
+        self.replayed: Mark | None = None
+        """Of a mark within recorded work: behind the latest replay, which gives the mark its time."""
+
+
+class Recording:
+    """Work of the stream to be put there again, and the marks within it."""
+
+    __slots__ = ("graph", "marks")
+
+    def __init__(self, graph: Graph, marks: list[Mark]) -> None:
+        self.graph = graph
+        self.marks = marks
 
 
 class _Owner:
@@ -107,6 +119,7 @@ class Memory:
         self._host_bytes = 0
         self._readers = 0
         self._quiet = Condition(self.lock)
+        self._recorded_marks: list[Mark] | None = None
 
     # Buffers.
 
@@ -134,6 +147,7 @@ class Memory:
             return
         with self.lock:
             self.check_open()
+            assert self._recorded_marks is None, "a replay would copy whatever is in the host's block by then"
             staging = self._stage(size)
             # The bytes as they are: numpy has no bfloat16, which travels as uint16.
             target = staging.host[:size].view(values.dtype).reshape(values.shape)
@@ -197,14 +211,55 @@ class Memory:
                 event = self.device.event()
             mark = Mark(event)
             weakref.finalize(mark, self._returned_events.append, event).atexit = False
-            self.device.record(event)
+            if self._recorded_marks is None:
+                self.device.record(event)
+            else:
+                self.device.record_in_graph(event)
+                self._recorded_marks.append(mark)
             return mark
 
     def seconds(self, begin: Mark, end: Mark) -> float:
-        """Time between two marks; waits for the later one."""
+        """Time between two marks; waits for the later one. Within recorded work: in its latest replay."""
         with self._reader():
-            self.device.wait(end.event)
+            self.device.wait((end.replayed or end).event)
             return self.device.elapsed(begin.event, end.event)
+
+    # Recordings.
+
+    def record(self, work: Callable[[], T]) -> tuple[T, Recording]:
+        """Call `work` and record what it puts on the stream: copies on the device, kernels and marks, nothing else.
+
+        CudaError where something can't be recorded; the stream is usable either way.
+        """
+        with self.lock:
+            self.check_open()
+            self.device.begin_capture()
+            marks: list[Mark] = []
+            self._recorded_marks = marks
+            try:
+                result = work()
+            except BaseException:
+                with suppress(CudaError):
+                    self.device.free_graph(self.device.end_capture())
+                raise
+            finally:
+                self._recorded_marks = None
+            return result, Recording(self.device.end_capture(), marks)
+
+    @property
+    def recording(self) -> bool:
+        """Whether work is being recorded. Asked with the lock held."""
+        return self._recorded_marks is not None
+
+    def replay(self, recording: Recording) -> None:
+        """Put what was recorded on the stream."""
+        with self.lock:
+            self.check_open()
+            self.device.launch(recording.graph)
+            if recording.marks:
+                behind = self.mark()
+                for mark in recording.marks:
+                    mark.replayed = behind
 
     # The end.
 
@@ -369,6 +424,10 @@ class CudaBuffers:
     def copy_rows(self, source: Buffer, target: Buffer, rows: Sequence[int] | None = None) -> None:
         """Copy some rows of each entry, within the GPU's memory."""
         self._memory.copy_rows(device_array(source), device_array(target), rows)
+
+    def repeated(self, owner: object, key: Hashable, work: Callable[[], T]) -> T:
+        """Nothing is recorded."""
+        return work()
 
     def mark(self) -> Mark:
         """A CUDA event."""

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from car_runtime.backends.cuda.kernels import Grid, kernels
+from car_runtime.backends.cuda.kernels import Binary, Grid, kernels
 from car_runtime.errors import BackendError, RunError
 from car_runtime.system.gpu import Gpu, describe_status, import_runtime, probe
 
@@ -101,6 +101,10 @@ class Device(Protocol):
         """Put the event on the stream, here."""
         ...
 
+    def record_in_graph(self, event: Event) -> None:
+        """While recording: put the event into the recording; each launch of that gives it a time."""
+        ...
+
     def done(self, event: Event) -> bool:
         """Whether the stream has got there."""
         ...
@@ -160,7 +164,7 @@ class CudaDevice:
     def __init__(self) -> None:
         self.gpu = probe()
         self._runtime = import_runtime()
-        self._kernels: dict[str, tuple[Any, int, int, tuple[Any, ...]]] = {}
+        self._kernels: dict[str, tuple[Any, Any, tuple[Any, ...]]] = {}
         self._call("cudaSetDevice", 0)
         # Work of other streams of the process, the default one above all, is no reason to wait.
         self._stream = self._call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking)
@@ -214,6 +218,11 @@ class CudaDevice:
     def record(self, event: Event) -> None:
         """cudaEventRecord."""
         self._call("cudaEventRecord", event, self._stream)
+
+    def record_in_graph(self, event: Event) -> None:
+        """cudaEventRecordWithFlags: without the flag it would only be a dependency of what is recorded."""
+        flag = self._runtime.cudaEventRecordExternal
+        self._call("cudaEventRecordWithFlags", event, self._stream, flag)
 
     def done(self, event: Event) -> bool:
         """cudaEventQuery."""
@@ -270,13 +279,25 @@ class CudaDevice:
                 self._driver_call("cuFuncSetAttribute", function, which, binary.shared)
             # Triton adds two addresses of scratch memory; the build refuses kernels that want any.
             types = (*(_C_TYPES.get(kind, ctypes.c_void_p) for kind in described.arguments.values()), *_SCRATCH)
-            self._kernels[name] = function, binary.threads, binary.shared, types
+            self._kernels[name] = function, self._launch_config(binary), types
+
+    def _launch_config(self, binary: Binary) -> Any:
+        """CUlaunchConfig, for any grid. A kernel that waits may start early: programmatic dependent launch."""
+        driver, config = self._driver, self._driver.CUlaunchConfig()
+        config.blockDimX, config.blockDimY, config.blockDimZ = binary.threads, 1, 1
+        config.sharedMemBytes, config.hStream = binary.shared, driver.CUstream(self.stream)
+        if binary.waits:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [attribute], 1
+        return config
 
     def put_kernel(self, name: str, grid: Grid, arguments: Sequence[int]) -> None:
-        """cuLaunchKernel."""
-        function, threads, shared, types = self._kernels[name]
-        values = ((*arguments, 0, 0), types)
-        self._driver_call("cuLaunchKernel", function, *grid, threads, 1, 1, shared, self.stream, values, 0)
+        """cuLaunchKernelEx."""
+        function, config, types = self._kernels[name]
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        self._driver_call("cuLaunchKernelEx", config, function, ((*arguments, 0, 0), types), 0)
 
     def free_memory(self) -> int:
         """cudaMemGetInfo."""

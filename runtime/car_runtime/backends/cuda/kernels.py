@@ -46,6 +46,8 @@ class Binary:
     """Instructions that load 16 bytes a thread from global memory."""
     loads: int
     """All that load from there."""
+    waits: bool
+    """Whether it may start while the kernel before it ends, for which it waits before it touches memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,7 @@ class Kernel:
     kernel: str
     """The function in car_kernels."""
     arguments: Mapping[str, str]
-    """Name → type, in order: "*fp16", "*fp32", "*i64", "*i8" for addresses, "i32", "i64" for numbers."""
+    """Name → type, in order: "*fp16", "*bf16", "*fp32", "*i64", "*i8" for addresses, "i32", "i64" for numbers."""
     multiples: frozenset[str]
     """Arguments that must be multiples of 16."""
     constants: Mapping[str, int]
@@ -112,7 +114,13 @@ def read_cubins(target: str) -> dict[str, bytes]:
     return code
 
 
-def launch(name: str, grid: tuple[int, ...], **arguments: int) -> Launch:
+def named(name: str, half: str) -> str:
+    """A kernel's name for a model in fp16 or bf16; those that have nothing in half precision are one for both."""
+    twin = f"{name}.{half}"
+    return twin if twin in kernels() else name
+
+
+def launch(name: str, grid: tuple[int, ...], /, **arguments: int) -> Launch:
     """A launch with its arguments put in order and checked: what the compiler was promised holds."""
     kernel = kernels()[name]
     assert arguments.keys() == kernel.arguments.keys(), (name, arguments.keys() ^ kernel.arguments.keys())
@@ -129,6 +137,8 @@ def markdown_table() -> str:
     """What each kernel uses on each target, for its page in docs/backends."""
     lines = [f"| kernel | {' | '.join(targets())} |", "|---" * (1 + len(targets())) + "|"]
     for name, kernel in kernels().items():
+        if name.endswith(".bf16"):
+            continue  # as those in fp16, within a few registers
         cells = [
             f"{b.registers} · {b.spills} · {-(-b.shared // 1024)} · {b.tensor} · {b.loads_16}/{b.loads}"
             for b in kernel.targets.values()

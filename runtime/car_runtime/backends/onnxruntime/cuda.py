@@ -26,6 +26,7 @@ from car_runtime.system.gpu import probe
 GRAPHS = 64
 """Recordings of one session; ONNX Runtime keeps them until the session ends. What comes later runs unrecorded."""
 
+_AT_ONCE = ("step", "condition", "control", "decoder")
 _TENSOR_CORES = {"use_tf32": "1", "cudnn_conv_algo_search": "HEURISTIC"}
 _HALF = {"control": {**_TENSOR_CORES, "prefer_nhwc": "1"}, "decoder": _TENSOR_CORES}
 """Options of graphs that have no product in float32 where the plan is in half precision.
@@ -38,21 +39,30 @@ _BFLOAT16 = 16  # ONNX's number of the type, which numpy has no name for
 
 
 class OrtCuda(CudaBuffers):
-    """The backend `ort-cuda`. `device` and `module` are given by tests alone."""
+    """The backend `ort-cuda`, and what runs single graphs for `cuda`, in its memory and on its stream.
+
+    `device` and `module` are given by tests alone.
+    """
 
     name = "ort-cuda"
     batches: tuple[int, ...] = (1, 2, 3, 4)
     guided_only = False
-    at_once: tuple[str, ...] = ("step", "condition", "control", "decoder")
-    """Graphs that every image takes: their sessions open with the plan, the others' when they are first run."""
 
-    def __init__(self, root: Path, manifest: Manifest, device: Device | None = None, module: Any = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        manifest: Manifest,
+        device: Device | None = None,
+        module: Any = None,
+        memory: Memory | None = None,
+    ) -> None:
+        """memory: another backend's, which closes it; sessions then open when their graphs are first run."""
         if manifest.precision.weights == "int8":
             raise BackendError(
                 "the plan is an int8 one, whose products are for CPUs; use --backend ort-cpu or openvino, or export "
                 "it with --precision fp16"
             )
-        if device is None:
+        if device is None and memory is None:
             probe()
         self._ort = module if module is not None else _load_onnxruntime()
         if CUDA_PROVIDER not in self._ort.get_available_providers():
@@ -61,15 +71,16 @@ class OrtCuda(CudaBuffers):
                 f"run: {', then '.join(ORT_CUDA.install)}"
             )
         self._root, self._manifest = root, manifest
-        self._device = device if device is not None else CudaDevice()
+        self._shares = memory is not None
+        self._memory = memory if memory is not None else Memory(device if device is not None else CudaDevice())
+        self._device = self._memory.device
         self._free_at_start = self._device.free_memory()
-        self._memory = Memory(self._device)
         self._sessions: dict[str, _Session] = {}
         self._plain: dict[str, str] = {}
         self._refused: dict[str, str] = {}
         try:
-            for graph in self.at_once:
-                if graph in manifest.graphs:
+            for graph in _AT_ONCE:
+                if graph in manifest.graphs and not self._shares:
                     self._open(graph)
         except BaseException:
             self.close()
@@ -136,6 +147,8 @@ class OrtCuda(CudaBuffers):
             with contextlib.suppress(CarError):
                 self._device.synchronize()
             self._sessions.clear()
+            if self._shares:
+                return
             self._memory.close()
             with contextlib.suppress(CarError):
                 self._device.close()

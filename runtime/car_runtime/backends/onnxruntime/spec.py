@@ -43,10 +43,10 @@ CUDA = BackendSpec(
     name="cuda",
     device="gpu",
     rank=0,
-    computes=("fp16",),
+    computes=("fp16", "bf16"),
     oldest_format=2,
-    extra="gpu",
-    install=ORT_CUDA.install,
+    extra="cuda",
+    install=("pip install 'car-deploy[cuda]'",),
     opener="car_runtime.backends.onnxruntime.kernels:open_cuda",
     probe="car_runtime.backends.onnxruntime.spec:probe_kernels",
     hardware="NVIDIA GPUs from Ampere to Blackwell, driver 580 or newer; plans of format 2, no engines to build",
@@ -84,10 +84,14 @@ def probe_cuda(spec: BackendSpec, facts: MachineFacts) -> Finding:
 
 
 def probe_kernels(spec: BackendSpec, facts: MachineFacts) -> Finding:
-    """The same, and a GPU that the kernels were compiled for."""
-    if facts.gpu.usable and facts.gpu.target not in targets():
+    """A GPU that the kernels were compiled for. ONNX Runtime is asked for when a graph needs it."""
+    if facts.packages["cuda-python"] is None:
+        return spec.missing("cuda-python is not installed")
+    if not facts.gpu.usable:
+        return spec.missing(str(facts.gpu.why), ())
+    if facts.gpu.target not in targets():
         return spec.missing(f"there are no kernels for {facts.gpu.target}, only for {', '.join(targets())}", ())
-    return probe_cuda(spec, facts)
+    return Finding(usable=True, why=f"kernels for {facts.gpu.target} on {facts.gpu.name}")
 
 
 def _version(facts: MachineFacts) -> str | None:
