@@ -36,7 +36,10 @@ def test_each_row_follows_its_own_branches(plan: list[str]) -> None:
     assert main(["batch", "jobs.jsonl", *plan, "-o", "json"]) == 0
     alone = {
         "one": ["--class", "1", "--control", "sketch=a.png"],
-        "both": ["--class", "2", "--control", "sketch=a.png:0.6", "--control", "other=b.png:1:0.5"],
+        "both": [
+            *("--class", "2", "--control", "sketch=a.png:0.6", "--control", "other=b.png:1:0.5"),
+            *("--control-cfg", "0.5"),
+        ],
         "other": ["--class", "1", "--control", "other=b.png:1"],
         "none": ["--class", "3"],
         "default": ["--class", "1", "--control", "a.png"],
