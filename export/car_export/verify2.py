@@ -105,7 +105,7 @@ class Verifier2(Verifier):
             feed = self._branch_feed(k, batch, record, modulation)
             c = self._branch_outputs(f"branch.{self.branch}", general, k, feed, record)
             static = f"branch.{self.branch}.{k:02d}.b{batch}"
-            if static in self.manifest.graphs:
+            if static in self.manifest.graphs and self.is_compared(k, batch):
                 session = self.session(static)
                 self.check_ports(static, session)
                 self.compare(static, "c", self._branch_outputs(static, session, k, feed, record), torch.from_numpy(c))
@@ -219,7 +219,7 @@ def _compare(
     worst: dict[str, float] = {}
     verifiers = {name: Verifier2(directory, model, name, log) for name, model in branches.items()}
     unsteered = Verifier2(directory, base, None, log)
-    # With branches the step without one is the same graph, with branches of weight 0: a whole run is enough.
+    # With branches the step without one is the same graph, with branches of weight 0: drawing is enough.
     for i, (name, verifier) in enumerate((verifiers or {"": unsteered}).items()):
         verifier.check(greedy[name], shared=i == 0, statics=i == 0)
     verifiers[""] = unsteered
@@ -243,4 +243,6 @@ def whole_runs(directory: Path, verifiers: Mapping[str, Verifier2], greedy: Mapp
         for name, verifier in verifiers.items():
             wanted = greedy[name]
             control = {name: wanted.control} if isinstance(wanted.control, np.ndarray) else None
-            verifier.whole_run(plan, wanted._replace(control=control))
+            # Without a branch the large scales are the same graphs again.
+            half = len(plan.manifest.scales) // 2 if plan.manifest.model.branches and not name else None
+            verifier.whole_run(plan, wanted._replace(control=control), half)
