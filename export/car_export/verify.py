@@ -231,14 +231,10 @@ class Verifier:
             del session
         for k, feed in enumerate(feeds):
             name = f"step.{k:02d}.b{batch}"
-            if statics and name in self.manifest.graphs and self.is_compared(k, batch):
+            if statics and name in self.manifest.graphs:
                 session = self.session(name, ("logits",))
                 self.check_ports(name, session)
                 self.step(name, session, k, feed, record)
-
-    def is_compared(self, k: int, batch: int) -> bool:
-        """Whether a static form is compared by itself: one of each kind, and those that no whole run draws with."""
-        return batch > 1 or k in (0, 1, len(self.manifest.scales) - 1)
 
     def _feed(self, k: int, record: Recording, modulation: np.ndarray, uniforms_BL: Tensor) -> Arrays:
         scale, facts, cache = record.scales[k], self.manifest.scales[k], record.cache
