@@ -304,7 +304,7 @@ def test_stop_here_gives_the_coarse_image(studio: Studio) -> None:
     assert np.abs(studio.image(0) - studio.scales(1)[3]).max() == 0  # previews of small images are exact
 
 
-def test_a_branch_leaves_a_locked_seed_and_stops_where_it_is_told(studio: Studio) -> None:
+def test_a_branch_leaves_a_locked_seed_and_stops_at_the_scale_that_is_shown(studio: Studio) -> None:
     page = studio.page
     page.click("#examples button >> nth=1")
     studio.done()
