@@ -54,7 +54,7 @@ def write_goldens(
 
 
 def greedy_run(reference: Model, cfg: float, steered: bool = True) -> Greedy:
-    """The likeliest tokens of the class in the middle, and the control image of the goldens if steered."""
+    """The most probable tokens of the class in the middle, and the control image of the goldens if steered."""
     car, config = reference.car, reference.config.vqvae
     assert car is not None
     control = None

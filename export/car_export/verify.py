@@ -49,7 +49,7 @@ CFG = 4.0
 
 
 class Greedy(NamedTuple):
-    """What PyTorch draws of one class and control, the likeliest token each time."""
+    """What PyTorch draws of one class and control, the most probable token each time."""
 
     control: Control
     label: int
@@ -172,7 +172,7 @@ class Verifier:
             self.compare(name, "f_hat_out", got["f_hat_out"], scale["f_hat_out"])
             if k + 1 < len(record.scales):
                 self.compare(name, "next_x", got["next_x"], record.scales[k + 1]["x"])
-        # The sampling is the same at every scale, and a small part of what a step costs: three of them tell.
+        # The sampling is the same at every scale, and a small part of what a step costs: three of them suffice.
         if name == "step" and self.draws and k < 3:
             self.drawn(session, k, feed, torch.from_numpy(got["logits"]))
             if self.more_smooth:

@@ -219,7 +219,7 @@ def _compare(
     worst: dict[str, float] = {}
     verifiers = {name: Verifier2(directory, model, name, log) for name, model in branches.items()}
     unsteered = Verifier2(directory, base, None, log)
-    # With branches the step without one is the same graph, with branches of weight 0: a whole run tells.
+    # With branches the step without one is the same graph, with branches of weight 0: a whole run suffices.
     for i, (name, verifier) in enumerate((verifiers or {"": unsteered}).items()):
         verifier.check(greedy[name], shared=i == 0, statics=i == 0)
     verifiers[""] = unsteered
