@@ -41,7 +41,8 @@ def router(service: Service, token: str | None) -> APIRouter:
         """The studio; with `?token=` it is remembered in a cookie first."""
         given = request.query_params.get("token")
         if token is not None and given is not None:
-            if not same_token(given, token):
+            typed = given.replace(" ", "+")  # a + in an address is read as a space, which no token has
+            if not same_token(typed, token):
                 raise ServeError(401, "no_token", "the token is wrong; look into the token file")
             answer: Any = RedirectResponse("/", 303)
             answer.set_cookie(COOKIE, token, httponly=True, samesite="strict")

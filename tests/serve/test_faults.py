@@ -17,6 +17,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import numpy as np
@@ -211,6 +212,7 @@ def test_a_token_is_asked_for_and_other_hosts_need_one(
     assert httpx.get(f"{url}/v1/capabilities", headers=good).status_code == 200
     opened = httpx.get(shown.read_text())
     assert opened.status_code == 303
+    assert httpx.get(f"{url}/?token={quote(token, safe='+')}").status_code == 303  # as one types it
     assert "httponly" in opened.headers["set-cookie"].lower()
     with httpx.Client(cookies=opened.cookies) as browser:
         assert browser.get(f"{url}/v1/capabilities").status_code == 200

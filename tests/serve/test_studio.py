@@ -435,8 +435,7 @@ def test_a_png_that_the_studio_cannot_draw_again_says_so(studio: Studio, server:
     made = httpx.post(f"{server.address}/v1/pictures", json=request, timeout=60).json()
     (tmp_path / "a.png").write_bytes(base64.b64decode(made["images"][0]["png"]))
     studio.page.set_input_files("#file", str(tmp_path / "a.png"))
-    studio.done()
-    assert "that the studio does not draw with" in studio.page.inner_text("#pad-note")
+    studio.page.wait_for_selector("#pad-note.warn >> text=that the studio does not draw with")
     assert np.array_equal(studio.image(), pixels(made["images"][0]["png"]))
 
 
