@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from car_runtime.control_checks import CROPPED, aspect_warning, prepare_control
 from car_runtime.controls import derive
 from car_runtime.conventions import ControlConvention
+from car_runtime.editing.edit import Edit, prepare
 from car_runtime.errors import ImageError, RequestError
 from car_runtime.format.manifest import Manifest
-from car_runtime.images import Source, open_image
+from car_runtime.images import BLACK, WHITE, Source, open_image
 from car_runtime.request import check_fit, check_threads
 
 WITHOUT_NETWORK = frozenset({"canny", "soft-hed", "dome", "dodge"})
@@ -41,6 +43,28 @@ def control_of_photo(
             f"{branch or model.control_type!r} cannot be derived from a photo; give the control image with --control"
         )
     return map_of_photo(photo, convention, size, fit=fit, annotator=annotator, threads=threads)
+
+
+def control_of_edited(
+    photo: Source,
+    manifest: Manifest,
+    edit: Edit,
+    *,
+    branch: str | None = None,
+    annotator: str | Path | None = None,
+    threads: int | None = None,
+) -> tuple[Image.Image, tuple[str, ...]]:
+    """The map of a photo of which a part is drawn anew, RGB of the frame's size, and warnings.
+
+    It is made of the square that the model sees, at its resolution, and lies where that is in the frame. Raises as
+    `control_of_photo`, and as `editing.edit.prepare`.
+    """
+    image, frame = open_image(photo), prepare(manifest, edit).frame
+    convention = manifest.model.convention if branch is None else manifest.model.conventions.get(branch)
+    made, said = control_of_photo(
+        frame.cut_alike(image, WHITE), manifest, branch=branch, annotator=annotator, threads=threads
+    )
+    return frame.put_alike(made, image, convention.ground if convention else BLACK), said
 
 
 def map_of_photo(

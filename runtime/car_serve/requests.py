@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from car_runtime import GenerationConfig, Plan
+from car_runtime.editing.edit import Edit
 from car_runtime.images import png_bytes
-from car_runtime.photo import control_of_photo
+from car_runtime.photo import control_of_edited, control_of_photo
 from car_runtime.request import resolve
 from car_serve import uploads
 from car_serve.edits import edit_of
@@ -39,12 +40,12 @@ def job_of(plan: Plan, results: Results, limits: Limits, form: PictureForm) -> J
     """A job that the engine can draw. Raises ServeError, RequestError, ImageError."""
     if form.n > limits.max_images:
         raise bad_request(f"n is {form.n}; this server draws at most {limits.max_images} at once", "n")
-    control, warnings = _control(plan, limits, form)
+    edit = None if form.edit is None else edit_of(plan, results, limits, form.edit)
+    control, warnings = _control(plan, limits, form, edit)
     settings = {name: getattr(form, name) for name in SETTINGS}
     settings |= {"label": form.label, "seed": secrets.randbelow(2**31) if form.seed is None else form.seed}
     about: dict[str, Any] = {}
-    if form.edit is not None:
-        edit = edit_of(plan, results, limits, form.edit)
+    if form.edit is not None and edit is not None:
         settings["edit"] = edit
         about["edit"] = form.edit.model_dump(exclude={"image", "mask"}, exclude_none=True, exclude_defaults=True)
         if edit.extend is not None:
@@ -56,7 +57,7 @@ def job_of(plan: Plan, results: Results, limits: Limits, form: PictureForm) -> J
     return Job(request=request, plan=plan, previews=previews, about=about)
 
 
-def _control(plan: Plan, limits: Limits, form: PictureForm) -> tuple[Any, tuple[str, ...]]:
+def _control(plan: Plan, limits: Limits, form: PictureForm, edit: Edit | None = None) -> tuple[Any, tuple[str, ...]]:
     """The control image, and warnings about the photo it is from."""
     if form.control is not None and form.photo is not None:
         raise bad_request("control and photo are both given; send one of them", "photo")
@@ -64,7 +65,7 @@ def _control(plan: Plan, limits: Limits, form: PictureForm) -> tuple[Any, tuple[
     if given is None or given == {}:
         return None, ()
     if isinstance(given, str):
-        return _map(plan, limits, param, given, form.fit)
+        return _map(plan, limits, param, given, form.fit, edit)
     branches = plan.manifest.model.conventions
     for name in given:  # before any is decoded: a small body can hold many large images
         if name not in branches:
@@ -73,20 +74,30 @@ def _control(plan: Plan, limits: Limits, form: PictureForm) -> tuple[Any, tuple[
     controls, said = {}, []
     for name, one in given.items():
         text, weight = (one, 1.0) if isinstance(one, str) else one
-        image, warnings = _map(plan, limits, f"{param}.{name}", text, form.fit, name)
+        image, warnings = _map(plan, limits, f"{param}.{name}", text, form.fit, edit, name)
         controls[name] = (image, weight)
         said += [warning if len(given) == 1 else f"{name}: {warning}" for warning in warnings]
     return controls, tuple(said)
 
 
 def _map(
-    plan: Plan, limits: Limits, param: str, text: str, fit: str | None, branch: str | None = None
+    plan: Plan,
+    limits: Limits,
+    param: str,
+    text: str,
+    fit: str | None,
+    edit: Edit | None,
+    branch: str | None = None,
 ) -> tuple[Any, tuple[str, ...]]:
     """A map as it was sent, or made of a photo, and warnings about that."""
     image = uploads.decode(uploads.from_base64(text, param), param, limits.max_pixels)
     if param.startswith("control"):
         return image, ()
-    made, warnings = control_of_photo(image, plan.manifest, branch=branch, fit=fit)
+    made: Any
+    if edit is not None and edit.is_part:
+        made, warnings = control_of_edited(image, plan.manifest, edit, branch=branch)
+    else:
+        made, warnings = control_of_photo(image, plan.manifest, branch=branch, fit=fit)
     return made, tuple(map(over_http, warnings))
 
 

@@ -14,14 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from car_runtime import ImageError, RequestError, open_plan
+from car_runtime import GenerationConfig, ImageError, RequestError, open_plan
 from car_runtime import receipt as receipts
 from car_runtime.cli.main import main
 from car_runtime.editing.edit import Edit, prepare
 from car_runtime.editing.frame import Frame, Square, softened, square_around
 from car_runtime.format.manifest import read_manifest
 from car_runtime.images import text_chunks
+from car_runtime.photo import control_of_edited, control_of_photo
 from car_runtime.plan import Plan, default_plan
+from car_runtime.request import resolve
 
 CONTROL = Path(__file__).parents[2] / "examples" / "umbrella.png"
 LABEL = "fluent-objects"
@@ -148,6 +150,35 @@ def plain_frame(level: int, anew: tuple[int, int, int, int]) -> Frame:
     """A photo of one grey level, 64×64, of which a box is drawn anew."""
     image = Image.fromarray(np.full((64, 64, 3), level, np.uint8))
     return Frame(image=image, repaint=marked(64, 64, anew), square=Square(left=0, top=0, side=64))
+
+
+def test_the_map_of_an_edited_photo_is_of_the_square_that_is_seen() -> None:
+    """Neither of the middle of a photo that isn't square, nor at the resolution of all of it."""
+    manifest = read_manifest(default_plan())
+    pixels = np.full((64, 256, 3), 255, np.uint8)
+    pixels[:, 24:28] = 0
+    wide = Image.fromarray(pixels)
+    edit = Edit(image=wide, box=(8, 0, 48, 64))
+    made, _ = control_of_edited(wide, manifest, edit)
+    control = resolve(manifest, GenerationConfig(control=made, edit=edit)).control
+    assert control is not None
+    left = prepare(manifest, edit).frame.square.left
+    wanted, _ = control_of_photo(wide.crop((left, 0, left + 64, 64)), manifest)
+    assert wanted.max() == 255
+    assert np.array_equal(np.asarray(control), wanted)
+
+
+def test_the_map_of_an_extended_photo_has_no_line_where_it_ends() -> None:
+    manifest = read_manifest(default_plan())
+    pixels = np.full((128, 128, 3), 40, np.uint8)
+    pixels[40:90, 40:90] = 220
+    grey = Image.fromarray(pixels)
+    edit = Edit(image=grey, extend=(0, 0, 64, 0))
+    made, _ = control_of_edited(grey, manifest, edit)
+    assert made.size == (192, 128)
+    lines = np.asarray(made)[..., 0].max(0)
+    assert lines[30:100].max() == 255
+    assert not lines[110:].any()
 
 
 def test_a_control_of_the_photo_alone_is_put_where_the_photo_is_in_an_extended_frame() -> None:

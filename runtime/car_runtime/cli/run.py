@@ -34,6 +34,7 @@ from car_runtime.config import GenerationConfig, flags
 from car_runtime.errors import OutputError, RequestError, printable
 
 if TYPE_CHECKING:
+    from car_runtime.editing.edit import Edit
     from car_runtime.format.manifest import Manifest
     from car_runtime.plan import Plan, Result, ScaleResult
     from car_runtime.request import Request
@@ -185,7 +186,7 @@ def generate(
     from car_runtime.images import write_files
     from car_runtime.request import resolve
 
-    control, said = control_of_flags(args, manifest)
+    control, said = control_of_flags(args, manifest, (changes or {}).get("edit"))
     settings = settings_of(args) | {"control": control} | dict(changes or {})
     request = resolve(manifest, GenerationConfig(**settings))
     request = replace(request, warnings=(*said, *request.warnings))
@@ -238,7 +239,9 @@ def opened(args: argparse.Namespace, root: Path) -> Iterator[Plan]:
         yield plan
 
 
-def control_of_flags(args: argparse.Namespace, manifest: Manifest) -> tuple[Any, tuple[str, ...]]:
+def control_of_flags(
+    args: argparse.Namespace, manifest: Manifest, edit: Edit | None = None
+) -> tuple[Any, tuple[str, ...]]:
     """The control image as given, or derived from the photo, and warnings; None where neither is given."""
     model = manifest.model
     if args.annotator is not None and args.photo is None:
@@ -249,10 +252,14 @@ def control_of_flags(args: argparse.Namespace, manifest: Manifest) -> tuple[Any,
     if model.control_type is None or (branch is not None and branch not in model.conventions):
         source = image_source(file)
         return (source if branch is None else {branch: source}), ()  # which is refused like a control
-    from car_runtime.photo import control_of_photo
+    from car_runtime.photo import control_of_edited, control_of_photo
 
-    settings: dict[str, Any] = {"fit": args.fit, "annotator": args.annotator, "threads": args.threads}
-    made, said = control_of_photo(image_source(file), manifest, branch=branch, **settings)
+    settings: dict[str, Any] = {"branch": branch, "annotator": args.annotator, "threads": args.threads}
+    made: Any
+    if edit is not None and edit.is_part:
+        made, said = control_of_edited(image_source(file), manifest, edit, **settings)
+    else:
+        made, said = control_of_photo(image_source(file), manifest, fit=args.fit, **settings)
     return (made if branch is None else {branch: (made, weight)}), said
 
 

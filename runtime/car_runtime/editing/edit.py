@@ -58,6 +58,11 @@ class Edit:
     tokens: NDArray[np.int64] | None = None
     """[L]: the image's tokens where they are known, from its receipt; None: it is encoded."""
 
+    @property
+    def is_part(self) -> bool:
+        """Whether a part is drawn, and put back into the photo."""
+        return any(given is not None for given in (self.mask, self.box, self.extend))
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PreparedEdit:
@@ -114,7 +119,7 @@ def prepare(manifest: Manifest, edit: Edit) -> PreparedEdit:
         raise RequestError(f"there is no mask rule {edit.rule!r}; choose {' or '.join(MASK_RULES)}")
     if edit.feather is not None and not 0 <= edit.feather <= 512:
         raise RequestError(f"feather is {edit.feather!r}, but must be in 0…512 pixels; 0 is a hard edge")
-    frame, whole = _frame(edit, size)
+    frame, whole = _frame(edit, size), not edit.is_part
     keep = (
         np.zeros(manifest.tokens, np.bool_)
         if whole
@@ -125,8 +130,8 @@ def prepare(manifest: Manifest, edit: Edit) -> PreparedEdit:
     return PreparedEdit(edit=edit, frame=frame, known_mask=keep, whole=whole, harmonise=edit.harmonise)
 
 
-def _frame(edit: Edit, size: int) -> tuple[Frame, bool]:
-    """The frame of an edit, and whether all of it is drawn anew."""
+def _frame(edit: Edit, size: int) -> Frame:
+    """The frame of an edit."""
     given = [name for name in ("mask", "box", "extend") if getattr(edit, name) is not None]
     if len(given) > 1:
         raise RequestError(f"{' and '.join(given)} are given; give one of mask, box and extend")
@@ -135,7 +140,7 @@ def _frame(edit: Edit, size: int) -> tuple[Frame, bool]:
         image = load_image(image, background=WHITE)
         side = min(image.size)
         square = Square(left=(image.width - side) // 2, top=(image.height - side) // 2, side=side)
-        return Frame(image=image, repaint=np.ones((image.height, image.width), np.bool_), square=square), True
+        return Frame(image=image, repaint=np.ones((image.height, image.width), np.bool_), square=square)
     place = None
     if edit.extend is not None:
         margins, (w, h) = _margins(edit.extend, image.size), image.size
@@ -145,7 +150,7 @@ def _frame(edit: Edit, size: int) -> tuple[Frame, bool]:
         repaint = box_mask(image.size, edit.box)
     else:
         repaint = _mask(edit.mask, image.size)
-    return Frame(image=image, repaint=repaint, square=square_around(repaint, size), photo=place), False
+    return Frame(image=image, repaint=repaint, square=square_around(repaint, size), photo=place)
 
 
 def _mask(source: Any, size: tuple[int, int]) -> NDArray[np.bool_]:

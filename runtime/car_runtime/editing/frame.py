@@ -61,16 +61,44 @@ class Frame:
 
         An image of an extended photo's shape, not of the frame's, is that of the photo: `ground` is around it.
         """
-        size = (self.image.width, self.image.height)
-        if self.photo is not None and _likeness(image.size, size) > 1.01:
-            left, top, right, bottom = self.photo
-            if _likeness(image.size, (right - left, bottom - top)) < _likeness(image.size, size):
-                whole = Image.new("RGB", size, ground)
-                photo = on_ground(image, ground).resize((right - left, bottom - top), Image.Resampling.LANCZOS)
-                whole.paste(photo, (left, top))
-                return Image.fromarray(self._cut(np.asarray(whole)))
+        size, place = self.image.size, self._place_of(image)
+        if place is not None:
+            left, top, right, bottom = place
+            whole = Image.new("RGB", size, ground)
+            photo = on_ground(image, ground).resize((right - left, bottom - top), Image.Resampling.LANCZOS)
+            whole.paste(photo, (left, top))
+            return Image.fromarray(self._cut(np.asarray(whole)))
         whole = image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
         return Image.fromarray(self._cut(np.asarray(whole)))
+
+    def put_alike(self, square_SS3: NDArray[np.uint8], image: Image.Image, ground: tuple[int, ...]) -> Image.Image:
+        """What `cut_alike` takes the square from, for a map of it, uint8 [S, S, 3], that was made of `image`.
+
+        Nothing is on the map where an extended photo isn't, nor on its edge, which is none of the photo's.
+        """
+        side = self.square.side
+        whole = np.empty((self.image.height, self.image.width, 3), np.uint8)
+        whole[:] = ground
+        rows, columns = self._places()
+        H, W = whole.shape[:2]
+        down, right = (rows >= 0) & (rows < H), (columns >= 0) & (columns < W)
+        square = np.asarray(Image.fromarray(square_SS3).resize((side, side), Image.Resampling.BOX))
+        whole[np.ix_(rows[down], columns[right])] = square[np.ix_(down, right)]
+        if (place := self._place_of(image)) is not None:
+            x0, y0, x1, y1 = place
+            edge = -(-side // len(square_SS3))
+            photo = np.zeros((H, W), np.bool_)
+            photo[y0 + edge : y1 - edge, x0 + edge : x1 - edge] = True
+            whole[~photo] = ground
+        return Image.fromarray(whole)
+
+    def _place_of(self, image: Image.Image) -> tuple[int, int, int, int] | None:
+        """Where an image is that has the extended photo's shape rather than the frame's; None for any other."""
+        if self.photo is None or _likeness(image.size, self.image.size) <= 1.01:
+            return None
+        left, top, right, bottom = self.photo
+        alike = _likeness(image.size, (right - left, bottom - top)) < _likeness(image.size, self.image.size)
+        return self.photo if alike else None
 
     def repaint_view(self) -> NDArray[np.bool_]:
         """The part of `repaint` that is in the square, bool [side, side]; beyond the frame it is all drawn anew."""
