@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -32,6 +33,8 @@ collect_ignore = [] if find_spec("triton") else NEED_TRITON
 def pytest_configure(config: pytest.Config) -> None:
     """One folder for what the processes of a run share (fixtures/shared.py); the first one makes and removes it."""
     given = getattr(config, "workerinput", {}).get("shared")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it has in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton (fixtures/kernel_device.py)
     folder = Path(given or tempfile.mkdtemp(prefix="car-tests-"))
     shared.use_folder(folder)

@@ -116,6 +116,7 @@ def test_steps_that_were_not_run_are_scaled_and_the_row_says_so(found: dict[str,
     assert controlnet.scaled_seconds([10.0], [4.0], 4, 4) == [10]
 
 
+@pytest.mark.slow
 def test_the_lower_precision_and_our_int8_plan_are_measured_as_well(tmp_path: Path) -> None:
     found = run(tmp_path / "r.jsonl", "--methods controlnet --precisions bf16 --int8 --timed-steps 1 --runs 1")
     assert {r["precision"] for r in rows(found, "end_to_end", whose="theirs")} == {"bf16"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -300,10 +299,3 @@ def test_a_small_spot_leaves_the_coarse_tokens_alone(manifest: Manifest) -> None
 def test_a_repaint_mask_of_another_kind_is_refused(manifest: Manifest, mask: Any) -> None:
     with pytest.raises(RequestError, match="give booleans of shape"):
         known_mask_of(mask, manifest.scales)
-
-
-def test_version_is_the_packages() -> None:
-    import car_runtime
-
-    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert f'\nversion = "{car_runtime.__version__}"\n' in text
