@@ -175,7 +175,10 @@ class Batcher:
             if scale.last and shown is not None and job.request.edit is not None:
                 shown = job.request.edit.finished(shown)
             first = not job.scales
-            job.drew(ScaleEvent(image=own, index=scale.index, last=scale.last, pixels=shown, seconds=scale.seconds))
+            event = ScaleEvent(image=own, index=scale.index, last=scale.last, pixels=shown, seconds=scale.seconds)
+            if scale.index == 0 and shown is not None:
+                _ = event.webp  # while the engine waits, so that nothing holds it up afterwards
+            job.drew(event)
             if first:
                 self._metrics.first_preview.labels(self.name).observe(job.timings["first_preview"])
             if all(done is not None for done in job.images):

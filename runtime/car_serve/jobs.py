@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from threading import Lock
 from time import monotonic
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from car_runtime import Plan
 from car_runtime.request import Request
 from car_serve.errors import ServeError
+from car_serve.uploads import webp
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 
@@ -32,6 +34,11 @@ class ScaleEvent:
     pixels: NDArray[np.uint8] | None
     """uint8 [H, W, 3]; None where nobody asked for this scale's preview."""
     seconds: float
+
+    @cached_property
+    def webp(self) -> bytes | None:
+        """The pixels as WebP, encoded once."""
+        return None if self.pixels is None else webp(self.pixels)
 
 
 @dataclass(eq=False)

@@ -20,7 +20,7 @@ from car_serve.jobs import Job, ScaleEvent
 from car_serve.requests import job_of, map_of
 from car_serve.service import Service
 from car_serve.streams import EventStream, event, wait_or_cancel
-from car_serve.uploads import to_base64, webp
+from car_serve.uploads import to_base64
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": "refused: what, value and remedy as JSON"}
@@ -123,7 +123,8 @@ async def _events(job: Job) -> AsyncIterator[bytes]:
     async for _ in job.changes():
         while sent < len(job.scales):
             scale = job.scales[sent]
-            yield await to_thread.run_sync(_scale, job, scale)
+            # The first one is encoded by now: a thread would cost more than it saves.
+            yield _scale(job, scale) if scale.index == 0 else await to_thread.run_sync(_scale, job, scale)
             sent += 1
             if scale.last:
                 yield await to_thread.run_sync(_finished, job, scale.image)
@@ -145,8 +146,8 @@ def _scale(job: Job, scale: ScaleEvent) -> bytes:
         "tokens": job.tokens[scale.image, place.start : place.stop].tolist(),
         "seconds": round(scale.seconds, 6),
     }
-    if scale.pixels is not None and scale.index in job.previews:
-        data["preview"] = to_base64(webp(scale.pixels))
+    if scale.webp is not None and scale.index in job.previews:
+        data["preview"] = to_base64(scale.webp)
     return event("scale", data)
 
 
