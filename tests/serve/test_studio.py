@@ -371,13 +371,13 @@ def test_cancel_stops_and_the_server_has_nothing_left(studio: Studio, server: An
     # From within the page: what drives it takes as long for a key as nine images take.
     page.evaluate(
         """() => new Promise((done) => {
-          document.querySelector("#draw").click();
-          const wait = setInterval(() => {
+          new MutationObserver((_, film) => {
             if (!document.querySelector("#film img")) return;
-            clearInterval(wait);
+            film.disconnect();
             document.body.dispatchEvent(new KeyboardEvent("keydown", { key: "Escape", bubbles: true }));
             done();
-          }, 1);
+          }).observe(document.body, { childList: true, subtree: true });
+          document.querySelector("#draw").click();
         })"""
     )
     page.wait_for_selector("#message >> text=Cancelled")
