@@ -35,6 +35,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any
 
+OWN_FAULT = 70
+"""How a child ends that could not try its case."""
 ROOT = Path(__file__).resolve().parents[2]
 PATHS = [str(ROOT / folder) for folder in ("", "export", "runtime", "tests")]
 sys.path[:1] = PATHS  # not its own folder: `fuzz` is that one here
@@ -278,10 +280,10 @@ def _branches(m: Json, rng: random.Random) -> str:
     elif kind == 6:
         m["model"]["branches"] = {}
     else:
-        graph = rng.choice(("control", "condition", "branch"))
-        m["graphs"][f"{graph}.sketch"], m["graphs"][f"{graph}.other"] = (
-            m["graphs"][f"{graph}.{one}"] for one in ("other", "sketch")
-        )
+        kind_of_graph = rng.choice(("control", "condition", "branch"))
+        pair = [f"{kind_of_graph}.{one}" for one in ("other", "sketch")]
+        if all(graph in m["graphs"] for graph in pair):  # not renamed by a change before this one
+            m["graphs"][pair[0]], m["graphs"][pair[1]] = m["graphs"][pair[1]], m["graphs"][pair[0]]
     return "branches"
 
 
@@ -484,9 +486,13 @@ def batch(
             with lines.open("w") as file:
                 for i in range(first, min(first + 100, arguments.count)):
                     case(arguments, i, sources, folder, file)
-        finally:
             os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(OWN_FAULT)
     _, status = os.waitpid(pid, 0)
+    if os.waitstatus_to_exitcode(status) == OWN_FAULT:
+        raise SystemExit(f"plans.py: the fault above is this program's own, after case {first}")
     answers = [json.loads(line) for line in lines.read_text().splitlines()]
     for begun, ended in zip_longest(answers[::2], answers[1::2]):
         if ended is None:
