@@ -205,12 +205,9 @@ def verify_plan_of_2(
     manifest = schema.read_manifest(directory)
     check_same_model(manifest, base, len(base.car.base.blocks) if base.car is not None else 0)
     with runnable(directory) as plan:
-        runs = {name: greedy_run(model, CFG, bool(name)) for name, model in _missing(base, branches, greedy).items()}
+        models = {"": base, **branches}
+        runs = {name: greedy_run(models[name], CFG, bool(name)) for name in models if name not in greedy}
         _compare(plan, base, branches, log, {**greedy, **runs})
-
-
-def _missing(base: Model, branches: Mapping[str, Model], greedy: Mapping[str, Greedy]) -> dict[str, Model]:
-    return {name: model for name, model in {"": base, **branches}.items() if name not in greedy}
 
 
 def _compare(

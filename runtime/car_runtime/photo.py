@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from car_runtime.control_checks import CROPPED, aspect_warning, prepare_control
 from car_runtime.controls import derive
@@ -14,7 +14,7 @@ from car_runtime.conventions import ControlConvention
 from car_runtime.editing.edit import Edit, prepare
 from car_runtime.errors import ImageError, RequestError
 from car_runtime.format.manifest import Manifest
-from car_runtime.images import BLACK, WHITE, Source, open_image
+from car_runtime.images import WHITE, Source, open_image
 from car_runtime.request import check_fit, check_threads
 
 WITHOUT_NETWORK = frozenset({"canny", "soft-hed", "dome", "dodge"})
@@ -29,12 +29,14 @@ def control_of_photo(
     fit: str | None = None,
     annotator: str | Path | None = None,
     threads: int | None = None,
+    edit: Edit | None = None,
 ) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
     """The map, uint8 [S, S, 3], and warnings about the photo.
 
     branch: for which of the plan's branches; None for the default one. annotator: ONNX file of a network with its
-    description next to it (`annotator.open_annotator`); None derives the map by arithmetic. Raises ImageError,
-    RequestError.
+    description next to it (`annotator.open_annotator`); None derives the map by arithmetic. edit: what is done with
+    the photo; where a part is drawn anew, the map is of the square that the model sees, whatever `fit`, in its place
+    in the frame, uint8 [H, W, 3]. Raises ImageError, RequestError.
     """
     model, size = manifest.model, manifest.model.image_size
     convention = model.convention if branch is None else model.conventions.get(branch)
@@ -42,29 +44,12 @@ def control_of_photo(
         raise ImageError(
             f"{branch or model.control_type!r} cannot be derived from a photo; give the control image with --control"
         )
-    return map_of_photo(photo, convention, size, fit=fit, annotator=annotator, threads=threads)
-
-
-def control_of_edited(
-    photo: Source,
-    manifest: Manifest,
-    edit: Edit,
-    *,
-    branch: str | None = None,
-    annotator: str | Path | None = None,
-    threads: int | None = None,
-) -> tuple[Image.Image, tuple[str, ...]]:
-    """The map of a photo of which a part is drawn anew, RGB of the frame's size, and warnings.
-
-    It is made of the square that the model sees, at its resolution, and lies where that is in the frame. Raises as
-    `control_of_photo`, and as `editing.edit.prepare`.
-    """
+    settings: dict[str, Any] = {"annotator": annotator, "threads": threads}
+    if edit is None or not edit.is_part:
+        return map_of_photo(photo, convention, size, fit=fit, **settings)
     image, frame = open_image(photo), prepare(manifest, edit).frame
-    convention = manifest.model.convention if branch is None else manifest.model.conventions.get(branch)
-    made, said = control_of_photo(
-        frame.cut_alike(image, WHITE), manifest, branch=branch, annotator=annotator, threads=threads
-    )
-    return frame.put_alike(made, image, convention.ground if convention else BLACK), said
+    made, said = map_of_photo(frame.cut_alike(image, WHITE), convention, size, **settings)
+    return frame.put_alike(made, image, convention.ground), said
 
 
 def map_of_photo(

@@ -176,7 +176,7 @@ class Batcher:
                 shown = job.request.edit.finished(shown)
             first = not job.scales
             event = ScaleEvent(image=own, index=scale.index, last=scale.last, pixels=shown, seconds=scale.seconds)
-            if scale.index == 0 and shown is not None:
+            if scale.index == 0 and 0 in job.previews:
                 _ = event.webp  # while the engine waits, so that nothing holds it up afterwards
             job.drew(event)
             if first:

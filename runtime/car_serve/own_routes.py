@@ -146,7 +146,7 @@ def _scale(job: Job, scale: ScaleEvent) -> bytes:
         "tokens": job.tokens[scale.image, place.start : place.stop].tolist(),
         "seconds": round(scale.seconds, 6),
     }
-    if scale.webp is not None and scale.index in job.previews:
+    if scale.index in job.previews and scale.webp is not None:
         data["preview"] = to_base64(scale.webp)
     return event("scale", data)
 

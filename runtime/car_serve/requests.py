@@ -10,7 +10,7 @@ import numpy as np
 from car_runtime import GenerationConfig, Plan
 from car_runtime.editing.edit import Edit
 from car_runtime.images import png_bytes
-from car_runtime.photo import control_of_edited, control_of_photo
+from car_runtime.photo import control_of_photo
 from car_runtime.request import resolve
 from car_serve import uploads
 from car_serve.edits import edit_of
@@ -93,11 +93,7 @@ def _map(
     image = uploads.decode(uploads.from_base64(text, param), param, limits.max_pixels)
     if param.startswith("control"):
         return image, ()
-    made: Any
-    if edit is not None and edit.is_part:
-        made, warnings = control_of_edited(image, plan.manifest, edit, branch=branch)
-    else:
-        made, warnings = control_of_photo(image, plan.manifest, branch=branch, fit=fit)
+    made, warnings = control_of_photo(image, plan.manifest, branch=branch, fit=fit, edit=edit)
     return made, tuple(map(over_http, warnings))
 
 

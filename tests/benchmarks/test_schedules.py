@@ -25,6 +25,7 @@ from car_train.data.dataset import ControlledImages, DataError
 from car_train.evaluation.metrics import edge_f1
 from car_train.evaluation.sets import compare_sets
 from car_train.images import to_pixels
+from fixtures.thumbnail import Thumbnail
 from fixtures.toy_plan import folder, toy
 
 IMAGES = 6
@@ -33,16 +34,6 @@ ASKED = {
     "--cfg 0": {"cfg": 0.0},
     "--control-strength 0.5 --stop-after 4": {"control_strength": 0.5, "stop_after": 4},
 }
-
-
-class Thumbnail:
-    """Features without a network: the mean colours of a 4×4 grid."""
-
-    about = {"network": "thumbnail"}  # noqa: RUF012
-
-    def __call__(self, images_BHW3: np.ndarray) -> np.ndarray:
-        small = [np.asarray(Image.fromarray(p).resize((4, 4), Image.Resampling.BOX)) for p in images_BHW3]
-        return np.stack(small).reshape(len(small), -1).astype(np.float32) / 255
 
 
 @pytest.fixture(scope="module")

@@ -16,18 +16,9 @@ from car_runtime.format.manifest import read_manifest
 from car_runtime.plan import default_plan
 from car_train.conventions import PRESETS
 from car_train.data.dataset import ControlledImages
+from fixtures.thumbnail import Thumbnail
 
 IMAGES = 3
-
-
-class Thumbnail:
-    """Features without a network: the image at 4×4."""
-
-    about = {"network": "thumbnail"}  # noqa: RUF012
-
-    def __call__(self, images_BHW3: np.ndarray) -> np.ndarray:
-        small = [np.asarray(Image.fromarray(p).resize((4, 4), Image.Resampling.BOX)) for p in images_BHW3]
-        return np.stack(small).reshape(len(small), -1).astype(np.float32) / 255
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from car_runtime.editing.edit import Edit, prepare
 from car_runtime.editing.frame import Frame, Square, softened, square_around
 from car_runtime.format.manifest import read_manifest
 from car_runtime.images import text_chunks
-from car_runtime.photo import control_of_edited, control_of_photo
+from car_runtime.photo import control_of_photo
 from car_runtime.plan import Plan, default_plan
 from car_runtime.request import resolve
 
@@ -159,7 +159,7 @@ def test_the_map_of_an_edited_photo_is_of_the_square_that_is_seen() -> None:
     pixels[:, 24:28] = 0
     wide = Image.fromarray(pixels)
     edit = Edit(image=wide, box=(8, 0, 48, 64))
-    made, _ = control_of_edited(wide, manifest, edit)
+    made, _ = control_of_photo(wide, manifest, edit=edit)
     control = resolve(manifest, GenerationConfig(control=made, edit=edit)).control
     assert control is not None
     left = prepare(manifest, edit).frame.square.left
@@ -174,9 +174,9 @@ def test_the_map_of_an_extended_photo_has_no_line_where_it_ends() -> None:
     pixels[40:90, 40:90] = 220
     grey = Image.fromarray(pixels)
     edit = Edit(image=grey, extend=(0, 0, 64, 0))
-    made, _ = control_of_edited(grey, manifest, edit)
-    assert made.size == (192, 128)
-    lines = np.asarray(made)[..., 0].max(0)
+    made, _ = control_of_photo(grey, manifest, edit=edit)
+    assert made.shape == (128, 192, 3)
+    lines = made[..., 0].max(0)
     assert lines[30:100].max() == 255
     assert not lines[110:].any()
 

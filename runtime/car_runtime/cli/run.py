@@ -252,14 +252,10 @@ def control_of_flags(
     if model.control_type is None or (branch is not None and branch not in model.conventions):
         source = image_source(file)
         return (source if branch is None else {branch: source}), ()  # which is refused like a control
-    from car_runtime.photo import control_of_edited, control_of_photo
+    from car_runtime.photo import control_of_photo
 
-    settings: dict[str, Any] = {"branch": branch, "annotator": args.annotator, "threads": args.threads}
-    made: Any
-    if edit is not None and edit.is_part:
-        made, said = control_of_edited(image_source(file), manifest, edit, **settings)
-    else:
-        made, said = control_of_photo(image_source(file), manifest, fit=args.fit, **settings)
+    settings: dict[str, Any] = {"fit": args.fit, "annotator": args.annotator, "threads": args.threads}
+    made, said = control_of_photo(image_source(file), manifest, branch=branch, edit=edit, **settings)
     return (made if branch is None else {branch: (made, weight)}), said
 
 

@@ -71,8 +71,10 @@ class Frame:
         whole = image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
         return Image.fromarray(self._cut(np.asarray(whole)))
 
-    def put_alike(self, square_SS3: NDArray[np.uint8], image: Image.Image, ground: tuple[int, ...]) -> Image.Image:
-        """What `cut_alike` takes the square from, for a map of it, uint8 [S, S, 3], that was made of `image`.
+    def put_alike(
+        self, square_SS3: NDArray[np.uint8], image: Image.Image, ground: tuple[int, ...]
+    ) -> NDArray[np.uint8]:
+        """What `cut_alike` takes a square from, uint8 [H, W, 3], for a map [S, S, 3] that was made of `image`'s.
 
         Nothing is on the map where an extended photo isn't, nor on its edge, which is none of the photo's.
         """
@@ -90,7 +92,7 @@ class Frame:
             photo = np.zeros((H, W), np.bool_)
             photo[y0 + edge : y1 - edge, x0 + edge : x1 - edge] = True
             whole[~photo] = ground
-        return Image.fromarray(whole)
+        return whole
 
     def _place_of(self, image: Image.Image) -> tuple[int, int, int, int] | None:
         """Where an image is that has the extended photo's shape rather than the frame's; None for any other."""
