@@ -326,14 +326,14 @@ def test_in_painting_changes_what_was_painted_over(studio: Studio) -> None:
     page.click("#examples button >> nth=1")
     studio.done()
     page.keyboard.press("m")
-    studio.stroke([(0.15, 0.15), (0.4, 0.15), (0.4, 0.4), (0.15, 0.4), (0.3, 0.25)], on="#mask")
+    studio.stroke([(0.4, 0.4), (0.6, 0.4), (0.6, 0.6), (0.4, 0.6), (0.5, 0.5)], on="#mask")
     page.click("text=In-paint")
     studio.done(2)
     mask = pixels(studio.bodies[-1]["edit"]["mask"]).min(axis=-1)
     assert set(np.unique(mask)) == {0, 255}
     assert 0.02 < (mask > 0).mean() < 0.5
     changed = np.abs(studio.image(0) - studio.image(1)).max(axis=-1)
-    assert changed[mask > 0].mean() > 4
+    assert changed[mask > 0].mean() > 1, "nothing of the object was drawn anew"
     # What was not painted over is the image's own, to the byte, but for the seam of a pixel.
     rows, columns = np.nonzero(mask)
     away = np.ones_like(mask, bool)
