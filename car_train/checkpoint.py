@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from car_train.config import ConfigError, ModelConfig
 from car_train.errors import UserError
-from car_train.files import folder_aside, sha256
+from car_train.files import check_archive, folder_aside, sha256
 from car_train.model import Model
 
 CONFIG_BYTES = 4 * 1024 * 1024
@@ -191,6 +191,7 @@ def load_trainer(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f"{file}: missing; a run can be resumed only from a checkpoint that training wrote")
     try:
+        check_archive(file)
         state = torch.load(file, weights_only=True, map_location="cpu")
         if not isinstance(state, dict):
             raise TypeError(f"it holds a {type(state).__name__}")

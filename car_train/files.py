@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 import sys
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -225,3 +226,19 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def check_archive(path: Path) -> None:
+    """Refuse a zip archive, as `torch.save` writes, that holds more than its own bytes. Raises OSError, ValueError.
+
+    torch unpacks whatever is packed, a thousand times its size, and believes it.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\3\4":
+            return
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    if any(one.compress_type != zipfile.ZIP_STORED for one in members):
+        raise ValueError("it is packed, which torch.save never does")
+    if sum(one.file_size for one in members) > path.stat().st_size:
+        raise ValueError("its members are longer than it is")

@@ -11,8 +11,10 @@ import pytest
 
 import car_runtime.cli.errors
 import car_runtime.errors
+import car_runtime.image_metadata
 import car_runtime.images
 import car_runtime.system.files
+import car_train.data.image_metadata
 import car_train.data.images
 import car_train.errors
 import car_train.files
@@ -65,3 +67,9 @@ def test_what_steers_a_terminal_is_the_same() -> None:
 def test_what_one_leaves_the_other_knows() -> None:
     assert car_train.files._LEFT.pattern == car_runtime.system.files._LEFT.pattern
     assert car_train.files._LEFT.fullmatch(car_runtime.system.files.aside_of(Path("x.png")).name)
+
+
+def test_metadata_of_images_are_looked_at_by_the_same_code() -> None:
+    both = car_train.data.image_metadata, car_runtime.image_metadata
+    one, other = ([ast.unparse(part) for part in ast.parse(inspect.getsource(module)).body[1:]] for module in both)
+    assert one == other

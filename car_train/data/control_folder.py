@@ -239,7 +239,7 @@ def _try_to_read(path: Path, size: int | None, fit: str) -> Pixels | str:
 def _is_whole(png: Path) -> bool:
     """Whether the control is there; the checksums inside reveal a damaged one."""
     try:
-        with Image.open(png) as image:
+        with Image.open(png, formats=["PNG"]) as image:
             image.verify()
     except UNREADABLE:  # also where there is no such file
         return False

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from car_train.conventions import FITS
+from car_train.data.image_metadata import check_exif, check_metadata
 from car_train.errors import UserError
 
 _AVIF = ("AVIF",) if find_spec("PIL.AvifImagePlugin") else ()  # from Pillow 11.3 on
@@ -54,9 +55,12 @@ def open_image(path: str | Path) -> Image.Image:
     """
     try:
         _check_file(path)
+        with open(path, "rb") as file:
+            check_metadata(file)
         with Image.open(path, formats=FORMATS) as opened:
             _check_pixels(opened, path)
             opened.load()
+            check_exif(opened.info)
             ImageOps.exif_transpose(opened, in_place=True)
             grey = opened.mode in ("I", "F") or opened.mode.startswith("I;16")
             image = _grey_to_8_bits(opened, path) if grey else opened

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from car_train.data.images import ImageFileError, open_image
 from car_train.evaluation.runs import Array, ReportError, Run, read_run, summary
 from car_train.files import written_aside
 
@@ -207,9 +208,8 @@ def newest_samples(run: Run) -> tuple[Image.Image, int] | None:
     for path in sorted(run.folder.glob("samples-*.png"), reverse=True):
         step = path.stem.removeprefix("samples-")
         try:
-            with Image.open(path) as opened:
-                image = opened.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            image = open_image(path).convert("RGB")
+        except ImageFileError:
             continue  # torn by a kill: an older one does
         return image, int(step) if step.isdigit() else run.step
     return None

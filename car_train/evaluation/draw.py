@@ -79,7 +79,7 @@ class Drawing:
         for start in range(0, len(self.requests), BATCH):
             batch = []
             for i in range(start, min(start + BATCH, len(self.requests))):
-                with Image.open(self._file(i)) as opened:
+                with Image.open(self._file(i), formats=["PNG"]) as opened:
                     batch.append(np.asarray(opened.convert("RGB")))
             yield np.stack(batch)
 

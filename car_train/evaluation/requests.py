@@ -41,7 +41,7 @@ def draw(model: Model, requests: Sequence[dict[str, Any]], sampling: dict[str, A
     if model.car.branch is not None:
         maps = []
         for request in requests:
-            with Image.open(request["control"]) as opened:
+            with Image.open(request["control"], formats=["PNG"]) as opened:
                 maps.append(np.asarray(opened.convert("RGB")))
         controls = control_pyramids(maps, config, device)
     labels = torch.tensor([request["class"] for request in requests], device=device)

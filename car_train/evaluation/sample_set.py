@@ -364,7 +364,7 @@ def _followed(
 
 
 def _map(request: Request) -> Pixels:
-    with Image.open(request["control"]) as opened:
+    with Image.open(request["control"], formats=["PNG"]) as opened:
         return np.asarray(opened.convert("RGB"))
 
 

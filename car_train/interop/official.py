@@ -16,6 +16,7 @@ from torch import Tensor
 
 from car_train.config import SIDES_256, SIDES_512, CARConfig, ModelConfig, VARConfig, VQVAEConfig
 from car_train.errors import UserError
+from car_train.files import check_archive
 from car_train.model import Model
 
 # Buffers that the published modules save and that follow from the config. They are checked for shape, not loaded.
@@ -38,6 +39,7 @@ def load_pth(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise OfficialCheckpointError(f"{path}: no such file; give the path of the downloaded .pth file")
     try:
+        check_archive(path)
         try:
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (RuntimeError, ValueError):  # files in the format before zip archives can't be memory-mapped

@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, Unidentif
 
 from car_runtime.errors import ImageError, OutputError
 from car_runtime.format.manifest import Scale
+from car_runtime.image_metadata import check_exif, check_metadata
 from car_runtime.system.files import write_atomically
 
 MAX_PIXELS = 64 * 1024 * 1024
@@ -71,14 +72,25 @@ def open_image(source: Source) -> Image.Image:
             return _decoded(source, name)
         if isinstance(source, np.ndarray):
             return _decoded(_from_array(source), name)
-        with Image.open(_checked_file(source, name), formats=FORMATS) as image:
+        with opened_header(_checked_file(source, name)) as image:
             return _decoded(image, name, ours=True)
+
+
+def opened_header(source: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
+    """An image of which no pixel is decoded yet. Raises what Pillow raises, and ValueError for too much metadata."""
+    if isinstance(source, (str, os.PathLike)):
+        with open(source, "rb") as file:
+            check_metadata(file)
+    else:
+        source = source if source.seekable() else io.BytesIO(source.read())
+        check_metadata(source)
+    return Image.open(source, formats=FORMATS)
 
 
 def text_chunks(source: Source) -> dict[str, str]:
     """The text of a PNG file by keyword; {} for other kinds of file. Limits and errors as for `load_image`."""
     name = _name(source)
-    with _explained(name), Image.open(_checked_file(source, name), formats=FORMATS) as image:
+    with _explained(name), opened_header(_checked_file(source, name)) as image:
         _check_size(image, name)
         image.load()  # chunks may stand after the pixels
         return {str(keyword): str(text) for keyword, text in getattr(image, "text", {}).items()}
@@ -127,6 +139,7 @@ def _decoded(image: Image.Image, name: str, *, ours: bool = False) -> Image.Imag
     """`ours`: nobody else has the image, which need not be copied then."""
     _check_size(image, name)
     image.load()
+    check_exif(image.info)
     if ours:
         ImageOps.exif_transpose(image, in_place=True)
     else:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from car_runtime import ImageError
-from car_runtime.images import FORMATS, open_image
+from car_runtime.images import open_image, opened_header
 from car_serve.errors import ServeError, bad_request
 
 
@@ -45,7 +45,7 @@ def decode(data: bytes, param: str, max_pixels: int) -> Image.Image:
 def check_size(data: bytes, param: str, max_pixels: int) -> None:
     """Raise ServeError (413) for an image of more pixels; none of them is decoded."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as header:
+        with opened_header(io.BytesIO(data)) as header:
             width, height = header.size
     except Image.DecompressionBombError as error:
         raise _too_large(param, "far too large", max_pixels) from error
