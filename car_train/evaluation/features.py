@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from car_train.evaluation.options import EvaluationError
 from car_train.evaluation.reference import Gaussian
 from car_train.evaluation.sets import LEAST_IMAGES
-from car_train.files import sha256
+from car_train.files import check_archive, sha256
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.floating[Any]]
@@ -196,6 +196,7 @@ def _distance(made_ND: Floats, real_ND: Floats | None, given: Gaussian | None) -
 
 def _load_tensors(file: Path) -> Any:
     try:
+        check_archive(file)
         return torch.load(file, weights_only=True, map_location="cpu")
     except OSError:
         raise

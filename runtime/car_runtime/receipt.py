@@ -126,7 +126,7 @@ def receipt_of(chunks: Mapping[str, str], manifest: Manifest) -> Receipt | None:
     if text is None:
         return None
     body = _body(text)
-    if body.get("plan") not in (plan_digest(manifest), manifest.provenance.get(UPGRADED)):
+    if body.get("plan") not in (plan_digest(manifest), manifest.provenance.get(UPGRADED, plan_digest(manifest))):
         raise RequestError(
             f"the image was made by another plan, {str(body.get('name'))[:60]!r}, and this one is {manifest.name!r}; "
             "name that plan with -e"

@@ -8,6 +8,7 @@ Any static host serves the folder; nothing is fetched from elsewhere, and nothin
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
 import tarfile
@@ -87,7 +88,7 @@ def _engine(archive: Path) -> dict[str, bytes]:
     if hashlib.sha256(data).hexdigest() != PACKAGE_SHA256:
         raise RequestError(f"{str(archive)!r} is not {PACKAGE}, as its SHA-256 differs; {remedy}")
     found = {"LICENSE": (STUDIO / "web" / "onnxruntime-web.LICENSE").read_bytes()}
-    with tarfile.open(archive) as package:
+    with tarfile.open(fileobj=io.BytesIO(data)) as package:
         for name in ENGINE:
             member = package.extractfile(f"package/dist/{name}")
             assert member is not None, name

@@ -290,6 +290,15 @@ def test_a_bad_object_is_named_with_its_key(
     _refused(["batch", "jobs.jsonl", *PLAN, "-o", "out"], said, capsys)
 
 
+def test_the_images_of_a_table_are_bounded(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row of three characters can ask for 1,024."""
+    monkeypatch.setattr("car_runtime.cli.jobs.MAX_JOBS", 2000)
+    Path("jobs.csv").write_text("control,n\nedges0.png,1024\nedges1.png,1024\n")
+    _refused(["batch", "jobs.csv", *PLAN, "-o", "out"], "'jobs.csv' asks for over 2000 images; split it", capsys)
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -1323,6 +1324,22 @@ def test_a_record_that_others_can_write_counts_for_nothing(root: Path, tmp_path:
             entry.symlink_to(tmp_path / entry.name)
     with pytest.raises(BackendError, match="was not built on this machine"):
         Fake(root, trust=False)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no FIFOs")
+def test_a_fifo_as_runtime_cache_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "engines" / "runtime.rtx.sm89.a-gpu.cache"
+    path.parent.mkdir()
+    os.mkfifo(path)
+    cache = runtime_cache.RuntimeCache(tmp_path, "rtx", SimpleNamespace(name="A GPU", target="sm89"))  # type: ignore[arg-type]
+    config = SimpleNamespace(
+        create_runtime_cache=lambda: SimpleNamespace(deserialize=pytest.fail), set_runtime_cache=lambda cache: None
+    )
+    reading = threading.Thread(target=cache.attach, args=(config,), daemon=True)
+    reading.start()
+    reading.join(20)
+    assert not reading.is_alive()
+    assert cache.facts() == {"loaded": None, "saved": None}
 
 
 def test_a_runtime_cache_that_came_with_a_plan_is_not_loaded(tmp_path: Path) -> None:

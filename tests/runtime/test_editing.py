@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -375,11 +376,16 @@ def _of_another_plan(text: str) -> str:
         (lambda text: text + " " * 70_000, "altered or is damaged"),
         (lambda text: "{}", "altered or is damaged"),
         (_of_another_plan, "made by another plan"),
+        (lambda text: _signed({"version": 1}), "made by another plan"),
+        (lambda text: _signed(json.loads(text)["receipt"] | {"plan": ""}), "made by another plan"),
     ],
 )
 def test_a_foreign_receipt_is_refused(drawn: Path, change: object, said: str) -> None:
     with pytest.raises(RequestError, match=said):
         receipts.receipt_of(text_chunks(_with_chunk(drawn, change)), read_manifest(default_plan()))
+    new = replace(read_manifest(default_plan()), provenance={})  # which was upgraded from none
+    with pytest.raises(RequestError, match=said):
+        receipts.receipt_of(text_chunks(_with_chunk(drawn, change)), new)
 
 
 def test_a_receipt_names_no_files_and_asks_for_no_more_images(drawn: Path) -> None:

@@ -108,7 +108,14 @@ def test_keys_that_cannot_be_used_are_named(folder: Path, tmp_path: Path, monkey
     curve = ec.generate_private_key(ec.SECP256R1()).public_key()
     (tmp_path / "ec.pem").write_bytes(curve.public_bytes(PEM, serialization.PublicFormat.SubjectPublicKeyInfo))
     (tmp_path / "text.pem").write_text("no key")
-    for key, said in (("ec.pem", "of Ed25519"), ("text.pem", "no public key"), ("gone.pem", "no key file")):
+    secp112r1 = "MDIwEAYHKoZIzj0CAQYFK4EEAAYDHgAEI4dPh9KumfrZwP/XqDcqtrs+C3rbahJFPXsj1w=="
+    (tmp_path / "old.pem").write_text(f"-----BEGIN PUBLIC KEY-----\n{secp112r1}\n-----END PUBLIC KEY-----\n")
+    for key, said in (
+        ("ec.pem", "of Ed25519"),
+        ("text.pem", "no public key"),
+        ("gone.pem", "no key file"),
+        ("old.pem", "no public key"),
+    ):
         with pytest.raises(RequestError, match=said):
             open_plan(folder / "a.plan", require_signature=tmp_path / key)
     with pytest.raises(RequestError, match="no public key"):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,23 @@ def test_a_training_state_of_another_kind_is_refused(good: Path, tmp_path: Path)
     torch.save([1, 2], bad / "trainer.pt")
     with pytest.raises(CheckpointError, match="it holds a list"):
         checkpoint.load_trainer(bad)
+
+
+def test_a_packed_training_state_or_published_file_is_refused_before_it_is_unpacked(
+    good: Path, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad"
+    shutil.copytree(good, bad)
+    torch.save({"a": torch.zeros(10**6)}, tmp_path / "plain.pth")
+    with zipfile.ZipFile(tmp_path / "plain.pth") as plain, zipfile.ZipFile(bad / "trainer.pt", "w") as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name), zipfile.ZIP_DEFLATED)
+    assert (bad / "trainer.pt").stat().st_size < 20_000
+    with pytest.raises(CheckpointError, match="it is packed"):
+        checkpoint.load_trainer(bad)
+    with pytest.raises(OfficialCheckpointError, match="it is packed"):
+        load_pth(bad / "trainer.pt")
+    assert load_pth(tmp_path / "plain.pth")["a"].shape == (10**6,)
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4), (0, 3)])

@@ -26,6 +26,7 @@ from car_runtime.request import check_control, named_controls, resolve_settings
 MAX_BYTES = 64 * 1024 * 1024
 """Of a file of jobs."""
 MAX_JOBS = 1_000_000
+"""Of a file, and as many images of all its jobs: each has a path in memory."""
 MAX_CELL = 4096
 MAX_NAME = 100
 """Characters of a job's name."""
@@ -86,12 +87,14 @@ def read_jobs(path: Path, common: Mapping[str, Any], manifest: Manifest, *, phot
         raise RequestError("--photos says what the images of a folder are; in a file, name the column photo")
     check_defaults(manifest, common)
     checked, jobs = _Checked(manifest, common), []
+    images = 0
     for number, row in rows(path):
         job = _job(path.parent, number, row)
         checked.check(number, row, job)
         jobs.append(job)
-        if len(jobs) > MAX_JOBS:
-            raise RequestError(f"{str(path)!r} has over {MAX_JOBS} jobs; split it")
+        images += job.settings(common)["n"]
+        if images > MAX_JOBS:
+            raise RequestError(f"{str(path)!r} asks for over {MAX_JOBS} images; split it")
     if not jobs:
         raise RequestError(f"{str(path)!r} has no jobs; give at least one row")
     return jobs

@@ -61,9 +61,11 @@ def sign(root: Path, key: str | os.PathLike[str]) -> bytes:
 def public_key(path: str | os.PathLike[str]) -> Ed25519PublicKey:
     """A public key of a PEM file. Raises RequestError."""
     serialization, ed25519 = _cryptography()
+    from cryptography.exceptions import UnsupportedAlgorithm
+
     try:
         key = serialization.load_pem_public_key(_key_text(path))
-    except ValueError as error:
+    except (ValueError, UnsupportedAlgorithm) as error:
         raise _no_key(path, "public", "-----BEGIN PUBLIC KEY-----") from error
     if not isinstance(key, ed25519.Ed25519PublicKey):
         raise _no_key(path, "public", "of Ed25519")
@@ -74,9 +76,11 @@ def public_key(path: str | os.PathLike[str]) -> Ed25519PublicKey:
 def private_key(path: str | os.PathLike[str]) -> Ed25519PrivateKey:
     """A private key of a PEM file without a passphrase. Raises RequestError."""
     serialization, ed25519 = _cryptography()
+    from cryptography.exceptions import UnsupportedAlgorithm
+
     try:
         key = serialization.load_pem_private_key(_key_text(path), password=None)
-    except (ValueError, TypeError) as error:  # TypeError: it has a passphrase
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: it has a passphrase
         raise _no_key(path, "private", "-----BEGIN PRIVATE KEY-----, without a passphrase") from error
     if not isinstance(key, ed25519.Ed25519PrivateKey):
         raise _no_key(path, "private", "of Ed25519")

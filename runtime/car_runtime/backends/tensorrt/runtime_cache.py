@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from car_runtime.backends.tensorrt.trust import digest, is_built_here, remember
-from car_runtime.system.files import write_atomically
+from car_runtime.system.files import read_regular, write_atomically
 from car_runtime.system.gpu import Gpu
 
+CACHE_BYTES = 1024 * 1024 * 1024
+"""A larger file isn't read."""
 DEFAULT_ROOT = Path("~/.cache/car/runtime")
 
 
@@ -43,7 +45,7 @@ class RuntimeCache:
             self._cache = config.create_runtime_cache()
             for path in self._paths:
                 with suppress(OSError):
-                    content = path.read_bytes()
+                    content = read_regular(path, CACHE_BYTES)
                     if (self._trusted or is_built_here(digest(content))) and self._cache.deserialize(content):
                         self._loaded = path
                         break
@@ -61,7 +63,7 @@ class RuntimeCache:
         content = bytes(memoryview(self._cache.serialize()))
         for path in self._paths:
             with suppress(OSError):
-                if path.is_file() and path.read_bytes() == content:
+                if path.is_file() and read_regular(path, CACHE_BYTES) == content:
                     return
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically({path: content})
