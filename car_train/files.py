@@ -104,7 +104,7 @@ def put_in_place(aside: Path, target: Path) -> None:
         os.replace(aside, target)
         return
     if exchange(aside, target):
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside)
         return
     old = _aside(target, "old")
     os.replace(target, old)
@@ -113,7 +113,15 @@ def put_in_place(aside: Path, target: Path) -> None:
     except BaseException:
         os.replace(old, target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _remove(replaced: Path) -> None:
+    """Delete a folder that was replaced; of a link to one, the link."""
+    if replaced.is_symlink():
+        replaced.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def exchange(one: Path, other: Path) -> bool:

@@ -148,6 +148,23 @@ def test_a_file_is_replaced_whole_wherever_the_process_dies(killer: Path, tmp_pa
     )
 
 
+@pytest.mark.parametrize("files", [train_files, runtime_files])
+@pytest.mark.parametrize("exchanged", [True, False])
+def test_a_link_to_a_folder_is_replaced_and_what_it_leads_to_stays(
+    files: object, exchanged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchanged:
+        monkeypatch.setattr(files, "exchange", lambda one, other: False)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "a").write_text("old")
+    (tmp_path / "link").symlink_to("old")
+    with files.folder_aside(tmp_path / "link") as aside:  # type: ignore[attr-defined]
+        (aside / "a").write_text("new")
+    assert (tmp_path / "link" / "a").read_text() == "new"
+    assert (tmp_path / "old" / "a").read_text() == "old"
+    assert hidden(tmp_path) == []
+
+
 def test_what_was_set_aside_comes_back(tmp_path: Path) -> None:
     left = tmp_path / ".a.plan.car-999999999-old0123abcd"
     left.mkdir()

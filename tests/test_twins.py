@@ -42,6 +42,7 @@ def code_of(module: ModuleType, name: str) -> str:
         (car_train.files, car_runtime.system.files, "folder_aside"),
         (car_train.files, car_runtime.system.files, "new_folder"),
         (car_train.files, car_runtime.system.files, "put_in_place"),
+        (car_train.files, car_runtime.system.files, "_remove"),
         (car_train.files, car_runtime.system.files, "exchange"),
         (car_train.files, car_runtime.system.files, "sweep"),
         (car_train.files, car_runtime.system.files, "_runs"),

@@ -328,7 +328,11 @@ class _Snapshot:
 
 def _as_plain_files(snapshot: Path, repo: str) -> Path:
     """The directory of plain files of a snapshot, made now or before."""
-    source, cache = _Snapshot(snapshot), CACHE.expanduser()
+    source = _Snapshot(snapshot)
+    try:
+        cache = CACHE.expanduser()
+    except RuntimeError as error:
+        raise PlanError("this user has no home folder to put the plan into; set HOME to one") from error
     text = source.read(MANIFEST, MANIFEST_BYTES)
     signed = os.path.lexists(snapshot / SIGNATURE)
     written = {MANIFEST: text} | ({SIGNATURE: source.read(SIGNATURE, SIGNATURE_BYTES)} if signed else {})

@@ -50,7 +50,10 @@ def write_site(plan: Path, output: Path, archive: Path | None = None) -> int:
     such package; OutputError: something else is there.
     """
     _check_target(output)
-    engine = _engine(archive or ARCHIVE.expanduser())
+    try:
+        engine = _engine(archive or ARCHIVE.expanduser())
+    except RuntimeError as error:
+        raise RequestError("this user has no home folder; name onnxruntime-web with --onnxruntime") from error
     try:
         with one_writer(output), folder_aside(output) as aside, open_plan_folder(plan) as folder:
             manifest = manifest_in(folder)

@@ -334,6 +334,12 @@ def test_a_blob_that_is_itself_a_link_is_refused(snapshot: Path, tmp_path: Path)
         located(snapshot)
 
 
+def test_without_a_home_folder_it_is_said_what_to_set(snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "CACHE", Path("~no-user-of-this-name/hub"))
+    with pytest.raises(PlanError, match="set HOME"):
+        located(snapshot)
+
+
 def test_a_missing_blob_is_named(snapshot: Path) -> None:
     (snapshot / WEIGHTS).resolve().unlink()
     with pytest.raises(PlanError, match=f"{WEIGHTS} is missing from"):

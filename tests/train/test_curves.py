@@ -156,6 +156,7 @@ def test_a_torn_sheet_gives_way_to_an_older_one(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     whole = (run / "samples-0000020.png").read_bytes()
     (run / "samples-0000030.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("RGB", (9, 9)).save(run / "samples-0000040.png", "PPM")  # a kind that training never writes
     found = newest_samples(read_run(run))
     assert found is not None
     assert found[1] == 20
