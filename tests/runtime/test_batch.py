@@ -290,6 +290,14 @@ def test_a_bad_object_is_named_with_its_key(
     _refused(["batch", "jobs.jsonl", *PLAN, "-o", "out"], said, capsys)
 
 
+def test_a_fifo_in_the_place_of_results_is_not_waited_for(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("jobs.csv").write_text("control\nedges0.png\n")
+    Path("old").mkdir()
+    os.mkfifo("old/results.jsonl")
+    assert main(["batch", "jobs.csv", *PLAN, "-o", "old", "--resume"]) == 2
+    assert "'old/results.jsonl' (it is not a regular file)" in capsys.readouterr().err
+
+
 def test_the_images_of_a_table_are_bounded(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

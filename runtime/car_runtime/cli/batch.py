@@ -39,6 +39,8 @@ EXAMPLES = """examples:
   car-run batch jobs.jsonl -o drawn --resume          go on where it was interrupted; failed jobs are tried again
 """
 RESULTS = "results.jsonl"
+RESULTS_BYTES = 4 * 1024**3
+"""Of the results of a million jobs, some 2 KB each."""
 LISTED = 20
 """Failed jobs that are listed on stderr; the others are in the results."""
 
@@ -163,7 +165,7 @@ class Results:
         self._lines: dict[str, dict[str, Any]] = {}
         self.done = 0
         """Jobs of this process that ended well."""
-        for text in path.read_bytes().split(b"\n") if path.exists() else ():
+        for text in _content(path).split(b"\n"):
             try:
                 line = json.loads(text)
             except (ValueError, RecursionError):  # the last one, torn when the machine went down
@@ -200,6 +202,18 @@ class Results:
     def close(self) -> None:
         """No more jobs."""
         self._file.close()
+
+
+def _content(path: Path) -> bytes:
+    """What is in the results so far. Raises OutputError: another kind of file, such as a FIFO, or one of over 4 GB."""
+    from car_runtime.system.files import read_regular
+
+    try:
+        return read_regular(path, RESULTS_BYTES)
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise OutputError(f"cannot read {str(path)!r} ({error.strerror}); choose another folder") from error
 
 
 class Batch:
