@@ -205,7 +205,7 @@ class Results:
 
 
 def _content(path: Path) -> bytes:
-    """What is in the results so far. Raises OutputError: another kind of file, such as a FIFO, or one of over 4 GB."""
+    """What is in the results so far. Raises OutputError: another kind of file, such as a FIFO, or over 4 GB."""
     from car_runtime.system.files import read_regular
 
     try:
