@@ -20,6 +20,8 @@ from car_train.evaluation.options import EvalOptions, EvaluationError, require
 from car_train.sampling import NAMED, Sampling
 
 MANIFEST = "manifest.json"
+LARGEST = {"vocab": 2**20, "image_size": 4096, "classes": 2**20}
+"""Of a plan's model, as the runtime has it (`car_runtime.format.schema`)."""
 """The file that makes a folder a plan."""
 
 
@@ -89,7 +91,7 @@ def _plan(options: EvalOptions) -> Target:
     try:
         about = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         model, own = about["model"], Sampling(**about["sampling"])
-        vocab, names = int(model["vocab"]), model["class_names"]
+        vocab, names = _size(model, "vocab"), model["class_names"]
         sampling = options.sampling(vocab) if options.preset in NAMED else _sampling(options, own, vocab)
         flags = ["-e", str(path), "--backend", options.backend, "--no-receipt", *_flags(sampling)]
         return Target(
@@ -97,9 +99,9 @@ def _plan(options: EvalOptions) -> Target:
             path=path,
             name=str(about["name"]),
             digests={name: file["sha256"] for name, file in sorted(about["files"].items())},
-            image_size=int(model["image_size"]),
+            image_size=_size(model, "image_size"),
             vocab=vocab,
-            classes=int(model["classes"]),
+            classes=_size(model, "classes"),
             class_names=None if names is None else tuple(names),
             convention=_convention(model),
             sampling=sampling,
@@ -111,6 +113,14 @@ def _plan(options: EvalOptions) -> Target:
         raise EvaluationError(
             f"{path}: its {MANIFEST} can't be read ({error!r:.120}); export the plan again"
         ) from error
+
+
+def _size(model: Mapping[str, Any], name: str) -> int:
+    """A size of a plan's model, before images are made for it. Raises ValueError."""
+    size = model[name]
+    if type(size) is not int or not 1 <= size <= LARGEST[name]:
+        raise ValueError(f"{name} is {size!r:.40}, not in 1…{LARGEST[name]}")
+    return size
 
 
 def _convention(model: Mapping[str, Any]) -> ControlConvention | None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from car_runtime.format import schema
 from car_train import checkpoint
 from car_train.data.controls import make_control
 from car_train.data.dataset import ControlledImages
@@ -26,7 +27,7 @@ from car_train.evaluation.options import EvalOptions, EvaluationError
 from car_train.evaluation.reference import read_reference
 from car_train.evaluation.sample_set import evaluate_samples, most_confident
 from car_train.evaluation.sets import compare_sets
-from car_train.evaluation.targets import open_target
+from car_train.evaluation.targets import LARGEST, open_target
 from car_train.images import to_pixels
 from car_train.model import Model
 from car_train.model.sample import control_pyramid, sample
@@ -338,3 +339,19 @@ def test_what_cannot_be_done_is_said_with_a_remedy(
         given += ["--samples", tmp_path / "s.npz"]
     with pytest.raises(EvaluationError, match=words):
         run("--features", "none", *given)
+
+
+@pytest.mark.parametrize(("name", "size"), [("image_size", 10**5), ("classes", 10**12), ("vocab", "9")])
+def test_a_plan_of_absurd_sizes_is_refused_before_images_are_made_for_it(
+    name: str, size: object, tmp_path: Path
+) -> None:
+    shipped = Path(__file__).parents[2] / "runtime/car_runtime/plans/emoji-canny.plan/manifest.json"
+    about = json.loads(shipped.read_text())
+    about["model"][name] = size
+    (tmp_path / "manifest.json").write_text(json.dumps(about))
+    with pytest.raises(EvaluationError, match=f"{name} is .*export the plan again"):
+        open_target(options(tmp_path, None))
+
+
+def test_the_largest_sizes_of_a_plan_are_the_runtimes() -> None:
+    assert {name: schema.LIMITS[name] for name in LARGEST} == LARGEST
