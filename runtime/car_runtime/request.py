@@ -23,7 +23,7 @@ from PIL import Image
 from car_runtime.config import PRESETS, GenerationConfig
 from car_runtime.control_checks import prepare_control
 from car_runtime.conventions import FITS
-from car_runtime.editing.edit import PreparedEdit, prepare
+from car_runtime.editing.edit import Edit, PreparedEdit, prepare
 from car_runtime.errors import RequestError
 from car_runtime.format.manifest import Manifest
 from car_runtime.images import BLACK, open_image
@@ -150,7 +150,7 @@ def resolve(manifest: Manifest, config: GenerationConfig) -> Request:
         raise RequestError(
             f"control_cfg is {request.control_cfg}, but there is no control; give one, or leave it out"
         )
-    edit = _resolve_edit(manifest, config)
+    edit = _resolve_edit(manifest, config, request.schedule.drawn)
     controls, warnings = _resolve_controls(manifest, config, named, edit)
     return replace(request, controls=controls, warnings=warnings, edit=edit)
 
@@ -201,12 +201,14 @@ def _resolve_blend(
     return ResolvedBlend(share=share, label=towards, seeds=other)
 
 
-def _resolve_edit(manifest: Manifest, config: GenerationConfig) -> PreparedEdit | None:
+def _resolve_edit(manifest: Manifest, config: GenerationConfig, drawn: int) -> PreparedEdit | None:
     if config.edit is None:
         return None
     if config.known_tokens is not None:
         raise RequestError("edit and known_tokens are both given, and each says which tokens are kept; give one")
-    return prepare(manifest, config.edit)
+    if not isinstance(config.edit, Edit):
+        raise RequestError(f"edit is {config.edit!r:.60}; give a car_runtime.editing.edit.Edit")
+    return prepare(manifest, config.edit, drawn)
 
 
 def named_controls(manifest: Manifest, given: object) -> dict[str, tuple[Any, float]]:

@@ -146,6 +146,8 @@ def _run(args: argparse.Namespace, edit: Mapping[str, Any], varied: bool = False
     if "from_scale" in edit:
         if edit["from_scale"] is None:
             edit["from_scale"] = len(manifest.scales) // 2
+        if edit["from_scale"] == (K := len(manifest.scales)):
+            raise RequestError(f"--from-scale is {K}, which keeps all {K} scales; give 0…{K - 1}")
         edit["tokens"], changes = _of_receipt(args, manifest, varied)
     if "extend" in edit:
         edit["extend"] = _pixels(edit["extend"], open_image(args.image).size)

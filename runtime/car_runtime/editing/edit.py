@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -106,19 +107,27 @@ class PreparedEdit:
         return facts
 
 
-def prepare(manifest: Manifest, edit: Edit) -> PreparedEdit:
-    """Read and check an edit. Raises RequestError, which names the value and its range, and ImageError."""
+def prepare(manifest: Manifest, edit: Edit, drawn: int | None = None) -> PreparedEdit:
+    """Read and check an edit. Raises RequestError, which names the value and its range, and ImageError.
+
+    drawn: scales that are made; None: all of them.
+    """
     K, size = len(manifest.scales), manifest.model.image_size
     if "encoder" not in manifest.graphs and edit.tokens is None:
         raise RequestError(f"the plan {manifest.name!r} has no encoder, so it can't edit; export it again with one")
     for name in ("from_scale", "harmonise"):
         value = getattr(edit, name)
-        if type(value) is not int or not 0 <= value <= K:
+        if not _is_whole(value) or not 0 <= value <= K:
             raise RequestError(f"{name} is {value!r}, but must be a whole number in 0…{K}, the plan's scales")
     if edit.rule not in MASK_RULES:
         raise RequestError(f"there is no mask rule {edit.rule!r}; choose {' or '.join(MASK_RULES)}")
-    if edit.feather is not None and not 0 <= edit.feather <= 512:
+    if edit.feather is not None and not (isinstance(edit.feather, Real) and 0 <= edit.feather <= 512):
         raise RequestError(f"feather is {edit.feather!r}, but must be in 0…512 pixels; 0 is a hard edge")
+    for name in ("box", "extend"):
+        value = getattr(edit, name)
+        if value is not None and not (isinstance(value, Sequence) and len(value) == 4 and all(map(_is_whole, value))):
+            raise RequestError(f"{name} is {value!r}, but must be four whole numbers; give pixels, as (0, 0, 64, 64)")
+    _check_tokens(manifest, edit.tokens)
     frame, whole = _frame(edit, size), not edit.is_part
     keep = (
         np.zeros(manifest.tokens, np.bool_)
@@ -127,7 +136,45 @@ def prepare(manifest: Manifest, edit: Edit) -> PreparedEdit:
     )
     coarse = manifest.scales[edit.from_scale - 1].stop if edit.from_scale else 0
     keep[:coarse] = True
+    _check_drawn(manifest, edit, frame, K if drawn is None else drawn)
     return PreparedEdit(edit=edit, frame=frame, known_mask=keep, whole=whole, harmonise=edit.harmonise)
+
+
+def _check_drawn(manifest: Manifest, edit: Edit, frame: Frame, drawn: int) -> None:
+    """Raise RequestError for an edit of which nothing that is seen would be drawn anew in `drawn` scales.
+
+    All tokens of a whole image are an image by themselves (`from_scale` K), and pass.
+    """
+    scales = manifest.scales
+    if edit.from_scale >= drawn and (edit.is_part or edit.from_scale < len(scales)):
+        raise RequestError(
+            f"from_scale is {edit.from_scale}, but scales 0…{drawn - 1} are drawn, so that none is drawn anew; give "
+            f"less than {drawn}"
+        )
+    if not edit.is_part:
+        return
+    keep = known_mask_of(frame.repaint_view(beyond=False), scales, edit.rule)
+    coarse = scales[edit.from_scale - 1].stop if edit.from_scale else 0
+    if keep[coarse : scales[drawn - 1].stop].all():
+        side, cells = frame.square.side, scales[drawn - 1].side
+        raise RequestError(
+            f"what is to be drawn anew covers no token by half, which are {side / cells:.3g} pixels wide here, so that "
+            "all would be kept; give a larger part"
+        )
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _check_tokens(manifest: Manifest, tokens: Any) -> None:
+    L, vocab = manifest.tokens, manifest.model.vocab
+    if tokens is None:
+        return
+    if not isinstance(tokens, np.ndarray) or tokens.shape != (L,) or tokens.dtype.kind != "i":
+        raise RequestError(f"tokens are {tokens!r:.60}; give an array of integers of shape [{L}]")
+    if tokens.min() < -1 or tokens.max() >= vocab:
+        raise RequestError(f"tokens hold {int(tokens.min())}…{int(tokens.max())}; give -1…{vocab - 1}")
 
 
 def _frame(edit: Edit, size: int) -> Frame:
