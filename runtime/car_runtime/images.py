@@ -33,6 +33,8 @@ MAX_PIXELS_DENSE = 32 * 1024 * 1024
 DENSE_FORMATS = ("WEBP", "TIFF", "AVIF")
 MAX_BYTES = 256 * 1024 * 1024
 """Of a file: some decoders read all of it first. With these limits, reading takes at most 1 GB."""
+MAX_PROFILE = 1024 * 1024
+"""Bytes of an ICC profile that is kept; cameras' have some 500 to 4,000."""
 STRIP_PIXELS = 1024 * 1024
 MIN_EDGE = 8
 """A control image smaller than this says nothing about where things are."""
@@ -82,6 +84,13 @@ def text_chunks(source: Source) -> dict[str, str]:
         _check_size(image, name)
         image.load()  # chunks may stand after the pixels
         return {str(keyword): str(text) for keyword, text in getattr(image, "text", {}).items()}
+
+
+def colour_profile(image: Image.Image) -> bytes | None:
+    """The ICC profile of an image of `open_image`; None where its file had none, or one of other colours than RGB."""
+    profile = image.info.get("icc_profile")
+    usable = isinstance(profile, bytes) and len(profile) <= MAX_PROFILE and profile[16:20] == b"RGB "
+    return profile if usable else None
 
 
 def on_ground(image: Image.Image, ground: Sequence[int]) -> Image.Image:
@@ -359,13 +368,18 @@ def _shortened(text: str, font: Any, width: int) -> str:
     return "\n".join(lines)
 
 
-def png_bytes(image: NDArray[np.uint8], metadata: Mapping[str, object] | None = None) -> bytes:
-    """A uint8 [H, W, 3] image as PNG, with `metadata` as text chunks (tEXt; iTXt where Latin-1 does not do)."""
+def png_bytes(
+    image: NDArray[np.uint8], metadata: Mapping[str, object] | None = None, profile: bytes | None = None
+) -> bytes:
+    """A uint8 [H, W, 3] image as PNG, with `metadata` as text chunks (tEXt; iTXt where Latin-1 does not do).
+
+    profile: ICC profile of its colours.
+    """
     info = PngImagePlugin.PngInfo()
     for key, value in (metadata or {}).items():
         info.add_text(key, str(value))
     stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "PNG", pnginfo=info)
+    Image.fromarray(image).save(stream, "PNG", pnginfo=info, icc_profile=profile)
     return stream.getvalue()
 
 

@@ -53,8 +53,8 @@ def png(job: Job, image: int) -> bytes:
         "Software": f"car_runtime {__version__}",
         "receipt": json.dumps(receipt(job, image)),
     }
-    about |= receipts_of(job.plan.manifest, job.request, job.tokens, [image])[0]
-    return png_bytes(pixels, about)
+    about |= receipts_of(job.plan.manifest, job.request, job.tokens, {image: pixels})[0]
+    return png_bytes(pixels, about, None if job.request.edit is None else job.request.edit.profile)
 
 
 def answer(job: Job) -> dict[str, Any]:

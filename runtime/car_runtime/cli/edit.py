@@ -163,7 +163,7 @@ def _of_receipt(
     """The image's tokens, if it has a receipt of this plan; to vary it, its class and control, too, where none are
     given. An image without one is encoded."""
     from car_runtime.cli.errors import note
-    from car_runtime.images import text_chunks
+    from car_runtime.images import open_image, text_chunks
     from car_runtime.receipt import control_of, receipt_of
 
     chunks = text_chunks(args.image)
@@ -174,11 +174,16 @@ def _of_receipt(
         return None, {}
     if receipt is None:
         return None, {}
+    if not receipt.is_of(open_image(args.image)):
+        note("car-run: warning: the image was changed after it was drawn, so it is encoded; its receipt is ignored")
+        return None, {}
     changes: dict[str, Any] = {}
     if varied and args.label is None:
         changes["label"] = receipt.settings.get("label")
-    if args.control is None and args.photo is None:
+    if args.control is None and args.photo is None and receipt.control is not None:
         control = control_of(chunks, receipt, manifest.model.image_size)
         changes |= {} if control is None else {"control": control}
+        if control is None:
+            note("car-run: warning: the image encloses no control image, or another, so none is followed; --control")
     part = receipt.settings.get("edit") == "part"
     return None if part else receipt.tokens, changes

@@ -38,6 +38,7 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        self._negative_number_matcher = re.compile(r"-[0-9].*")  # or "--box -1,0,9,9" lacks its argument
 
     def error(self, message: str) -> NoReturn:
         """Raise RequestError."""

@@ -25,7 +25,7 @@ from car_runtime.editing.frame import Frame, Square, box_mask, extended, square_
 from car_runtime.editing.masks import MASK_RULES, known_mask_of
 from car_runtime.errors import RequestError
 from car_runtime.format.manifest import Manifest
-from car_runtime.images import WHITE, Source, load_image, on_ground, open_image
+from car_runtime.images import WHITE, Source, colour_profile, load_image, on_ground, open_image
 
 MASK_LEVEL = 128
 """Grey level from which on a mask says "draw anew"."""
@@ -84,6 +84,11 @@ class PreparedEdit:
             return drawn_NN3
         drawn_NN3 = self.frame.matched(drawn_NN3) if self.edit.match else drawn_NN3
         return self.frame.paste(drawn_NN3, self.edit.feather)
+
+    @property
+    def profile(self) -> bytes | None:
+        """ICC profile of the finished images: the photo's, whose pixels they keep."""
+        return None if self.whole else self.frame.profile
 
     def before(self, size: int) -> NDArray[np.uint8]:
         """The image that is changed, as a sheet shows it, uint8 [H, W, 3] as the results: grey where it is drawn.
@@ -158,8 +163,8 @@ def _check_drawn(manifest: Manifest, edit: Edit, frame: Frame, drawn: int) -> No
     if keep[coarse : scales[drawn - 1].stop].all():
         side, cells = frame.square.side, scales[drawn - 1].side
         raise RequestError(
-            f"what is to be drawn anew covers no token by half, which are {side / cells:.3g} pixels wide here, so that "
-            "all would be kept; give a larger part"
+            f"what is to be drawn anew covers no token by half, which are {side / cells:.3g} pixels wide here, so "
+            "that all would be kept; give a larger part"
         )
 
 
@@ -188,7 +193,7 @@ def _frame(edit: Edit, size: int) -> Frame:
         side = min(image.size)
         square = Square(left=(image.width - side) // 2, top=(image.height - side) // 2, side=side)
         return Frame(image=image, repaint=np.ones((image.height, image.width), np.bool_), square=square)
-    place = None
+    place, profile = None, colour_profile(image)
     if edit.extend is not None:
         margins, (w, h) = _margins(edit.extend, image.size), image.size
         image, repaint = extended(image, margins)
@@ -197,7 +202,8 @@ def _frame(edit: Edit, size: int) -> Frame:
         repaint = box_mask(image.size, edit.box)
     else:
         repaint = _mask(edit.mask, image.size)
-    return Frame(image=image, repaint=repaint, square=square_around(repaint, size), photo=place)
+    square = square_around(repaint, size)
+    return Frame(image=image, repaint=repaint, square=square, photo=place, profile=profile)
 
 
 def _mask(source: Any, size: tuple[int, int]) -> NDArray[np.bool_]:

@@ -50,6 +50,8 @@ class Frame:
     square: Square
     photo: tuple[int, int, int, int] | None = None
     """Where an extended photo is in the frame: left, top, right, bottom."""
+    profile: bytes | None = None
+    """ICC profile that the photo's file has for its RGB."""
 
     def view(self, size: int) -> Image.Image:
         """What the model sees: the square as RGB of `size` pixels, transparent parts white."""

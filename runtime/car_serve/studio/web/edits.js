@@ -5,7 +5,7 @@
 import { textOf } from "../png.js";
 import { picture, Refused, toBytes } from "./codec.js";
 import { fitted, filled, image, luma, onGround, paste, resize, round, WHITE } from "./pixels.js";
-import { readReceipt } from "./receipt.js";
+import { imageDigest, readReceipt } from "./receipt.js";
 
 const MASK_LEVEL = 128; // grey level from which on a mask says "draw anew"
 const FEATHER = 0.02; // width of the seam, as a share of the square's side
@@ -33,7 +33,7 @@ export async function opened(plan, edit, results) {
   const frame = edit.frame ? extendedFrame(plan, photo, edit.frame, about) : await maskedFrame(plan, photo, edit.mask);
   const mask = knownMask(frame.repaintView(), plan.scales, rule ?? "published");
   if (knownMask(frame.repaintView(0), plan.scales, rule ?? "published").every(Boolean)) {
-    throw new Refused(`what is to be drawn anew covers no token by half, which are ${(frame.square.side / plan.scales.at(-1).side).toPrecision(3)} pixels wide here, so that all would be kept; give a larger part`);
+    throw new Refused(`what is to be drawn anew covers no token by half, which are ${Number((frame.square.side / plan.scales.at(-1).side).toPrecision(3))} pixels wide here, so that all would be kept; give a larger part`);
   }
   const tokens = await plan.encode(frame.view(plan.model.image_size));
   const { left, top, side } = frame.square;
@@ -53,7 +53,7 @@ async function branched(plan, edit, earlier, index) {
     if (tokens.subarray(0, plan.scales[scale].stop).some((token) => token < 0)) throw new Refused("the result was not drawn as far as that; choose a coarser scale");
   } else {
     const found = await readReceipt(await textOf(new Blob([toBytes(edit.image)])), plan.about).catch(() => null);
-    if (found) [tokens, part] = [found.tokens, found.settings.edit === "part"];
+    if (found && found.image === (await imageDigest(onGround(await picture(edit.image, "edit.image"), WHITE)))) [tokens, part] = [found.tokens, found.settings.edit === "part"];
   }
   if (!tokens || (part && scale < last)) {
     const photo = onGround(earlier ? earlier.images[index] : await picture(edit.image, "edit.image"), WHITE);
