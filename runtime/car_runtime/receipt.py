@@ -1,8 +1,8 @@
 """Receipts: what an image was made of, in the PNG itself, so that it can be made again.
 
 A receipt is a text chunk of JSON: the digests of the plan, the control and the image, the settings, and the tokens,
-packed. Nothing of it is believed unseen: it is read with bounds, its own digest must fit, and tokens are taken for the
-plan of that digest alone, and in the image's stead only while its pixels are those that were drawn.
+packed. Nothing of it is believed unseen: it is read with bounds, its own digest must fit, and tokens are taken for
+the plan of that digest alone, and in the image's stead only while its pixels are those that were drawn.
 
 Shapes: L tokens of an image, V vocabulary.
 """
