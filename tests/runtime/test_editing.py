@@ -482,6 +482,15 @@ def test_a_receipt_stands_for_its_own_pixels_alone(drawn: Path, capsys: pytest.C
     assert varied.read_bytes() == drawn.read_bytes()
 
 
+def test_scales_that_the_receipt_has_not_are_not_kept(drawn: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    coarse, varied = drawn.with_name("coarse.png"), drawn.with_name("varied.png")
+    assert main(["again", str(drawn), "--stop-after", "2", "-o", str(coarse)]) == 0
+    assert main(["vary", str(coarse), "--from-scale", "3", "-o", str(varied)]) == 0
+    capsys.readouterr()
+    assert main(["vary", str(coarse), "--from-scale", "4", "-o", str(varied)]) == 2
+    assert "has 3 scales, as it was drawn; give 0…3" in capsys.readouterr().err
+
+
 def test_a_preset_replaces_what_the_receipt_has(drawn: Path) -> None:
     other, direct = drawn.with_name("other.png"), drawn.with_name("direct.png")
     assert main(["again", str(drawn), "--preset", "car", "--top-k", "9", "-o", str(other)]) == 0

@@ -149,12 +149,23 @@ def _run(args: argparse.Namespace, edit: Mapping[str, Any], varied: bool = False
         if edit["from_scale"] == (K := len(manifest.scales)):
             raise RequestError(f"--from-scale is {K}, which keeps all {K} scales; give 0…{K - 1}")
         edit["tokens"], changes = _of_receipt(args, manifest, varied)
+        if edit["tokens"] is not None:
+            drawn = sum(edit["tokens"][scale.start] >= 0 for scale in manifest.scales)
+            _check_kept(args.image, int(drawn), edit["from_scale"])
     if "extend" in edit:
         edit["extend"] = _pixels(edit["extend"], open_image(args.image).size)
     inputs = [args.image, *([edit["mask"]] if edit.get("mask") else [])]
     changes["edit"] = Edit(image=args.image, **edit)
     print_report(args, generate(args, root, manifest, began, changes, inputs))
     return 0
+
+
+def _check_kept(image: str, drawn: int, from_scale: int) -> None:
+    """Raise RequestError where scales are to be kept that are not among the `drawn` ones of the image's receipt."""
+    if not 0 <= from_scale <= drawn:
+        raise RequestError(
+            f"--from-scale is {from_scale}, but {image!r} has {drawn} scales, as it was drawn; give 0…{drawn}"
+        )
 
 
 def _of_receipt(
