@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from car_runtime.cli.main import main
 from car_runtime.format.manifest import MANIFEST, MANIFEST_BYTES, WEIGHTS, read_manifest
 from car_runtime.format.signature import SIGNATURE, SIGNATURE_BYTES
 from car_runtime.hub import CARD_FILES, HubName, located, parse_name
-from fixtures.hub_server import Hub, running_hub
+from fixtures.hub_server import Hub, answering, running_hub
 from fixtures.runtime_plan import SIZE, build_plan, relist
 
 pytest.importorskip("huggingface_hub")
@@ -212,9 +214,58 @@ def test_a_name_that_is_none_is_refused(name: str) -> None:
 def test_offline_a_plan_that_was_not_fetched_is_said_so(hub: Hub, tiny: Path, car_run: Any) -> None:
     hub.commit(REPO, files_of(tiny))
     done = car_run("-e", f"hf:{REPO}", *DRAW, code=2, HF_HUB_OFFLINE="1")
-    assert "is not in the cache, or not whole, and the hub can't be reached" in done.stderr
+    assert "is not in the cache, or not whole, and HF_HUB_OFFLINE is set; unset it" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not hub.asked
+
+
+@pytest.fixture(params=["refuses", "has no address", "is silent", "has failed", "is another server"])
+def dead(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
+    """Addresses at which no hub answers, and what is said of them."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        here = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        if request.param == "refuses":
+            yield here, r"can't be reached \(.*refused.*\)"
+        elif request.param == "has no address":
+            yield "http://no-such-host.invalid", r"can't be reached \(.+\)"
+        elif request.param == "is silent":
+            listening.listen()
+            yield here, r"can't be reached \((no answer in 2 s|.*timed out.*)\)"
+        else:
+            status = {"has failed": 503, "is another server": 200}[request.param]
+            with answering(status) as url:
+                yield url, "the hub answers with HTTP 503" if status == 503 else f"what answers at {url} is no hub"
+
+
+def test_where_no_hub_answers_the_cache_is_used_at_once(
+    hub: Hub, tiny: Path, car_run: Any, client: Any, dead: tuple[str, str]
+) -> None:
+    """Also for files that the plan doesn't have: each would be asked for again and again."""
+    address, reason = dead
+    commit = hub.commit(REPO, files_of(tiny))
+    car_run("plan", "pull", f"hf:{REPO}")
+    code = (
+        "import sys, time\n"
+        "from car_runtime import PlanError\n"
+        "from car_runtime.hub import located\n"
+        "began = time.monotonic()\n"
+        f"for name in ('hf:{REPO}', 'hf:{REPO}@{commit}', 'hf:someone/other'):\n"
+        "    try: located(name, print)\n"
+        "    except PlanError as error: print(error)\n"
+        "print(time.monotonic() - began)\n"
+    )
+    done = client("-c", code, HF_ENDPOINT=address, HF_HUB_ETAG_TIMEOUT="2")
+    assert not done.stderr
+    cached, pinned, lost, seconds = done.stdout.splitlines()
+    assert re.fullmatch(f".*{reason}; hf:{REPO} is taken from the cache, commit {commit}", cached)
+    assert pinned.startswith(f"hf:{REPO}@{commit} is at commit "), "nothing is asked for"
+    assert re.fullmatch(
+        f"hf:someone/other is not in the cache, or not whole, and .*{reason}; check the connection, and HF_ENDPOINT "
+        "if it is set",
+        lost,
+    )
+    assert float(seconds) < 15
 
 
 def test_a_plan_that_was_changed_on_the_hub_is_refused_and_nothing_is_kept(
