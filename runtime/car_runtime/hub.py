@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
@@ -47,6 +48,7 @@ CARD_FILES = ("README.md", "card.png")
 _NAME = re.compile(r"([\w-][\w.-]{0,95}/[\w-][\w.-]{0,95})(?:@([\w][\w./-]{0,95}))?", re.ASCII)
 _SNAPSHOT = re.compile(r"models--([\w.-]+)/snapshots/[0-9a-f]{40}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
+_SHORT_COMMIT = re.compile(r"[0-9a-f]{4,39}", re.ASCII)
 _BLOB = re.compile(r"[0-9a-f]{40,64}", re.ASCII)
 
 Log = Callable[[str], None]
@@ -157,30 +159,63 @@ def push(
 ) -> str:
     """Send a plan, and its card where it has one, as one commit; returns that commit's name, "hf:ORG/NAME@COMMIT".
 
-    The repository is made where there is none. Files that the hub has already are not sent again. Raises PlanError:
-    the plan is damaged; OutputError: the hub refuses, or can't be reached; RequestError without the extra `hub`.
+    The repository, and the branch that is named, are made where there are none; they stay if the rest fails. Files
+    that the hub has already are not sent again. Raises PlanError: the plan is damaged; OutputError: the hub refuses,
+    or can't be reached; RequestError: the name has a commit, or without the extra `hub`.
     """
     hub = _client()
+    if name.revision is not None and _COMMIT.fullmatch(name.revision):
+        raise RequestError(f"{name} is a commit, which nothing is added to; write a branch after the @, or nothing")
     root = Path(plan)
     manifest = read_manifest(root)
     verify_files(root, manifest)
     names = [MANIFEST, *manifest.files, *_own_files(root, SIGNATURE, *CARD_FILES)]
     added = [hub.CommitOperationAdd(path_in_repo=one, path_or_fileobj=root / one) for one in names]
     log(f"sending {len(added)} files of {manifest.name} to {name}")
-    api = hub.HfApi(library_name="car-deploy")
+    api, left = hub.HfApi(library_name="car-deploy"), ""
     try:
-        api.create_repo(name.repo, private=private, exist_ok=True)
-        made = api.create_commit(
-            name.repo, added, commit_message=message or f"Plan {manifest.name}", revision=name.revision
-        )
+        with _quiet():
+            there = _is_there(api, name.repo)
+            api.create_repo(name.repo, private=private, exist_ok=True)
+            left = "" if there else ", and the repository that was made for it is empty"
+            if name.revision is not None and not name.revision.startswith("refs/"):
+                api.create_branch(name.repo, branch=name.revision, exist_ok=True)
+            made = api.create_commit(
+                name.repo, added, commit_message=message or f"Plan {manifest.name}", revision=name.revision
+            )
     except Exception as error:
         if isinstance(error, (OSError, RuntimeError, ValueError)) or _is_of(error, "httpx"):
             raise OutputError(
-                f"the hub does not take {name} ({_reason(error)}); log in with hf auth login, check the name, and "
-                "push again, which goes on where it stopped"
+                f"the hub does not take {name} ({_reason(error)}){left}; {_push_remedy(error)}"
             ) from error
         raise
     return f"{PREFIX}{name.repo}@{made.oid}"
+
+
+def _is_there(api: Any, repo: str) -> bool:
+    """Whether the hub has that repository. Raises what the client raises, within seconds."""
+    errors = import_module("huggingface_hub.errors")
+    seconds = _answer_s(import_module("huggingface_hub.constants"))
+    try:
+        _in_time(lambda: api.model_info(repo, timeout=seconds), seconds)
+    except errors.RepositoryNotFoundError as error:
+        return isinstance(error, errors.GatedRepoError)
+    return True
+
+
+def _push_remedy(error: Exception) -> str:
+    """What helps against what the client raised."""
+    errors = import_module("huggingface_hub.errors")
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "unset HF_HUB_OFFLINE"
+    if isinstance(error, errors.HfHubHTTPError):
+        if error.response.status_code >= 500 or error.response.status_code == 429:
+            return "push again later, which goes on where it stopped"
+        return "check the name, and log in with hf auth login and a token that may write"
+    if isinstance(error, TimeoutError) or _is_of(error, "httpx") or _is_of(error, "json"):
+        return "check the connection, and HF_ENDPOINT if it is set, and push again, which goes on where it stopped"
+    again = "push again, which goes on where it stopped"
+    return again + (", or with HF_HUB_DISABLE_XET=1, by HTTP" if "hf_xet" in sys.modules else "")
 
 
 def _client() -> Any:
@@ -262,14 +297,18 @@ class _Repository:
                 f"{name} asks for its terms to be accepted; do so on its page, then hf auth login"
             ) from error
         except errors.RevisionNotFoundError as error:
-            raise PlanError(f"{name}: there is no such branch, tag or commit; check what follows the @") from error
+            digits = _SHORT_COMMIT.fullmatch(name.revision or "")
+            remedy = "write all 40 digits of a commit" if digits else "check what follows the @"
+            raise PlanError(f"{name}: there is no such branch, tag or commit; {remedy}") from error
         except errors.RepositoryNotFoundError as error:
             raise PlanError(
                 f"the hub has no {name.repo}, or it is private; check the name, or hf auth login"
             ) from error
         except errors.LocalEntryNotFoundError as error:
             reason = self.out_of_reach or "the hub can't be reached"
-            remedy = "unset it" if "HF_HUB_OFFLINE" in reason else "check the connection, and HF_ENDPOINT if it is set"
+            remedy = (
+                "unset it" if "HF_HUB_OFFLINE" in reason else "check the connection, and HF_ENDPOINT if it is set"
+            )
             raise _NotThereError(f"{name} is not in the cache, or not whole, and {reason}; {remedy}") from error
         except errors.EntryNotFoundError as error:
             raise _NotThereError(f"{name} is no plan: it has no {file}; give the repository of a plan") from error
