@@ -80,7 +80,11 @@ def located(plan: str | os.PathLike[str], log: Log = lambda line: None) -> Path:
 
     log: is called with the commit that was taken. Raises PlanError, RequestError.
     """
-    text = os.fspath(plan)
+    text = os.fspath(plan) if isinstance(plan, (str, os.PathLike)) else None
+    if not isinstance(text, str) or not text:
+        raise RequestError(
+            f"the plan is {plan!r}; give its directory or hf:ORG/NAME, or nothing for the one in the package"
+        )
     if text.startswith(PREFIX):
         return pull(parse_name(text), log)
     return of_snapshot(Path(text))

@@ -12,7 +12,6 @@ Shapes: H, W pixels of the edited frame; L tokens of an image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -114,11 +113,18 @@ def prepare(manifest: Manifest, edit: Edit) -> PreparedEdit:
     for name in ("from_scale", "harmonise"):
         value = getattr(edit, name)
         if type(value) is not int or not 0 <= value <= K:
-            raise RequestError(f"{name} is {value!r}, but must be a whole number in 0…{K}, the plan's scales")
-    if edit.rule not in MASK_RULES:
+            raise RequestError(
+                f"{name} is {value!r}, but must be a whole number in 0…{K}, the plan's scales; choose one"
+            )
+    if not isinstance(edit.rule, str) or edit.rule not in MASK_RULES:
         raise RequestError(f"there is no mask rule {edit.rule!r}; choose {' or '.join(MASK_RULES)}")
-    if edit.feather is not None and not 0 <= edit.feather <= 512:
+    number = isinstance(edit.feather, (int, float, np.integer, np.floating))
+    if edit.feather is not None and not (number and 0 <= edit.feather <= 512):
         raise RequestError(f"feather is {edit.feather!r}, but must be in 0…512 pixels; 0 is a hard edge")
+    if not isinstance(edit.match, (bool, np.bool_)):
+        raise RequestError(f"match is {edit.match!r}, but must be True or False; leave it out for True")
+    if edit.tokens is not None:
+        _check_tokens(edit.tokens, manifest)
     frame, whole = _frame(edit, size), not edit.is_part
     keep = (
         np.zeros(manifest.tokens, np.bool_)
@@ -128,6 +134,14 @@ def prepare(manifest: Manifest, edit: Edit) -> PreparedEdit:
     coarse = manifest.scales[edit.from_scale - 1].stop if edit.from_scale else 0
     keep[:coarse] = True
     return PreparedEdit(edit=edit, frame=frame, known_mask=keep, whole=whole, harmonise=edit.harmonise)
+
+
+def _check_tokens(tokens: object, manifest: Manifest) -> None:
+    """Raise RequestError for what are no tokens of the plan, int [L]; negative ones are drawn."""
+    L, vocab = manifest.tokens, manifest.model.vocab
+    array = isinstance(tokens, np.ndarray) and tokens.dtype.kind in "iu" and tokens.shape == (L,)
+    if not array or tokens.max() >= vocab:  # type: ignore[attr-defined]
+        raise RequestError(f"tokens must be whole numbers below {vocab}, of shape [{L}]; leave them out to encode")
 
 
 def _frame(edit: Edit, size: int) -> Frame:
@@ -143,11 +157,11 @@ def _frame(edit: Edit, size: int) -> Frame:
         return Frame(image=image, repaint=np.ones((image.height, image.width), np.bool_), square=square)
     place = None
     if edit.extend is not None:
-        margins, (w, h) = _margins(edit.extend, image.size), image.size
+        margins, (w, h) = _margins(_four("extend", edit.extend), image.size), image.size
         image, repaint = extended(image, margins)
         place = (margins[0], margins[1], margins[0] + w, margins[1] + h)
     elif edit.box is not None:
-        repaint = box_mask(image.size, edit.box)
+        repaint = box_mask(image.size, _four("box", edit.box))
     else:
         repaint = _mask(edit.mask, image.size)
     return Frame(image=image, repaint=repaint, square=square_around(repaint, size), photo=place)
@@ -163,7 +177,16 @@ def _mask(source: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
     return np.asarray(mask) >= MASK_LEVEL
 
 
-def _margins(margins: Sequence[int], size: tuple[int, int]) -> tuple[int, int, int, int]:
+def _four(name: str, given: object) -> tuple[int, int, int, int]:
+    """Four whole numbers. Raises RequestError."""
+    numbers = list(given) if isinstance(given, (list, tuple, np.ndarray)) else []
+    if len(numbers) != 4 or not all(isinstance(one, (int, np.integer)) for one in numbers):
+        raise RequestError(f"{name} is {given!r}, but must be four whole numbers of pixels; give a tuple of them")
+    a, b, c, d = map(int, numbers)
+    return a, b, c, d
+
+
+def _margins(margins: tuple[int, int, int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
     left, top, right, bottom = margins
     sides = {"left": (left, size[0]), "top": (top, size[1]), "right": (right, size[0]), "bottom": (bottom, size[1])}
     for name, (value, side) in sides.items():
