@@ -192,7 +192,9 @@ def test_push_sends_weights_by_xet_where_the_client_has_it(
     hf_xet = pytest.importorskip("hf_xet")
     hub.xet = tmp_path / "store"
     hub.xet.mkdir()
-    name = car_run("plan", "push", str(tiny), f"hf:{REPO}", HF_HUB_DISABLE_XET="0").stdout.strip()
+    done = car_run("plan", "push", str(tiny), f"hf:{REPO}", HF_HUB_DISABLE_XET="0")
+    assert done.stderr == f"car-run: sending 7 files of tiny to hf:{REPO}\n", "bars are for terminals"
+    name = done.stdout.strip()
     weights = (tiny / WEIGHTS).read_bytes()
     said = b"sha256 " + hashlib.sha256(weights).hexdigest().encode()
     assert hub.commits[REPO][name.split("@")[1]] == {**files_of(tiny), WEIGHTS: said}
