@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from car_runtime.config import PRESETS, GenerationConfig
+from car_runtime.config import PRESETS, Blend, GenerationConfig
 from car_runtime.control_checks import prepare_control
 from car_runtime.conventions import FITS
 from car_runtime.editing.edit import Edit, PreparedEdit, prepare
@@ -188,6 +188,8 @@ def _resolve_blend(
     blend = config.blend
     if blend is None:
         return None
+    if not isinstance(blend, Blend):
+        raise RequestError(f"blend is {blend!r}; give a car_runtime.config.Blend, or leave it out")
     if blend.label is None and blend.seed is None:
         raise RequestError("blend names neither another class nor another seed; give one of them, or both")
     share = _number("share", blend.share, 0.0, 1.0, "0 is the image itself, 1 the other one")
@@ -204,10 +206,10 @@ def _resolve_blend(
 def _resolve_edit(manifest: Manifest, config: GenerationConfig, drawn: int) -> PreparedEdit | None:
     if config.edit is None:
         return None
+    if not isinstance(config.edit, Edit):
+        raise RequestError(f"edit is {config.edit!r}; give a car_runtime.editing.edit.Edit, or leave it out")
     if config.known_tokens is not None:
         raise RequestError("edit and known_tokens are both given, and each says which tokens are kept; give one")
-    if not isinstance(config.edit, Edit):
-        raise RequestError(f"edit is {config.edit!r:.60}; give a car_runtime.editing.edit.Edit")
     return prepare(manifest, config.edit, drawn)
 
 
@@ -283,7 +285,7 @@ def resolve_watermark(manifest: Manifest, key: object) -> bytes | None:
 
 def check_fit(fit: object) -> None:
     """Raise RequestError for what is none of `FITS`, or None."""
-    if fit is not None and fit not in FITS:
+    if fit is not None and not (isinstance(fit, str) and fit in FITS):
         raise RequestError(f"fit is {fit!r}; choose {', '.join(FITS[:-1])} or {FITS[-1]}")
 
 
@@ -317,7 +319,7 @@ def _resolve_sampling(manifest: Manifest, config: GenerationConfig) -> Sampling:
     """
     vocab, cfg, top_k, top_p = manifest.model.vocab, config.cfg, config.top_k, config.top_p
     preset = "plan" if config.preset is None else config.preset
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise RequestError(f"there is no preset {preset!r}; choose {', '.join(PRESETS)}")
     defaults = replace(manifest.sampling, **PRESETS[preset])
     cfg = _number("cfg", defaults.cfg if cfg is None else cfg, 0.0, MAX_CFG, "4 is usual, 0 turns guidance off")

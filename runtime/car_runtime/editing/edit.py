@@ -12,7 +12,6 @@ Shapes: H, W pixels of the edited frame; L tokens of an image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
@@ -123,15 +122,15 @@ def prepare(manifest: Manifest, edit: Edit, drawn: int | None = None) -> Prepare
     for name in ("from_scale", "harmonise"):
         value = getattr(edit, name)
         if not _is_whole(value) or not 0 <= value <= K:
-            raise RequestError(f"{name} is {value!r}, but must be a whole number in 0…{K}, the plan's scales")
-    if edit.rule not in MASK_RULES:
+            raise RequestError(
+                f"{name} is {value!r}, but must be a whole number in 0…{K}, the plan's scales; choose one"
+            )
+    if not isinstance(edit.rule, str) or edit.rule not in MASK_RULES:
         raise RequestError(f"there is no mask rule {edit.rule!r}; choose {' or '.join(MASK_RULES)}")
     if edit.feather is not None and not (isinstance(edit.feather, Real) and 0 <= edit.feather <= 512):
         raise RequestError(f"feather is {edit.feather!r}, but must be in 0…512 pixels; 0 is a hard edge")
-    for name in ("box", "extend"):
-        value = getattr(edit, name)
-        if value is not None and not (isinstance(value, Sequence) and len(value) == 4 and all(map(_is_whole, value))):
-            raise RequestError(f"{name} is {value!r}, but must be four whole numbers; give pixels, as (0, 0, 64, 64)")
+    if not isinstance(edit.match, (bool, np.bool_)):
+        raise RequestError(f"match is {edit.match!r}, but must be True or False; leave it out for True")
     _check_tokens(manifest, edit.tokens)
     frame, whole = _frame(edit, size), not edit.is_part
     keep = (
@@ -176,7 +175,7 @@ def _check_tokens(manifest: Manifest, tokens: Any) -> None:
     L, vocab = manifest.tokens, manifest.model.vocab
     if tokens is None:
         return
-    if not isinstance(tokens, np.ndarray) or tokens.shape != (L,) or tokens.dtype.kind != "i":
+    if not isinstance(tokens, np.ndarray) or tokens.shape != (L,) or tokens.dtype.kind not in "iu":
         raise RequestError(f"tokens are {tokens!r:.60}; give an array of integers of shape [{L}]")
     if tokens.min() < -1 or tokens.max() >= vocab:
         raise RequestError(f"tokens hold {int(tokens.min())}…{int(tokens.max())}; give -1…{vocab - 1}")
@@ -195,11 +194,11 @@ def _frame(edit: Edit, size: int) -> Frame:
         return Frame(image=image, repaint=np.ones((image.height, image.width), np.bool_), square=square)
     place, profile = None, colour_profile(image)
     if edit.extend is not None:
-        margins, (w, h) = _margins(edit.extend, image.size), image.size
+        margins, (w, h) = _margins(_four("extend", edit.extend), image.size), image.size
         image, repaint = extended(image, margins)
         place = (margins[0], margins[1], margins[0] + w, margins[1] + h)
     elif edit.box is not None:
-        repaint = box_mask(image.size, edit.box)
+        repaint = box_mask(image.size, _four("box", edit.box))
     else:
         repaint = _mask(edit.mask, image.size)
     square = square_around(repaint, size)
@@ -216,7 +215,16 @@ def _mask(source: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
     return np.asarray(mask) >= MASK_LEVEL
 
 
-def _margins(margins: Sequence[int], size: tuple[int, int]) -> tuple[int, int, int, int]:
+def _four(name: str, given: object) -> tuple[int, int, int, int]:
+    """Four whole numbers. Raises RequestError."""
+    numbers = list(given) if isinstance(given, (list, tuple, np.ndarray)) else []
+    if len(numbers) != 4 or not all(map(_is_whole, numbers)):
+        raise RequestError(f"{name} is {given!r}, but must be four whole numbers of pixels; give a tuple of them")
+    a, b, c, d = map(int, numbers)
+    return a, b, c, d
+
+
+def _margins(margins: tuple[int, int, int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
     left, top, right, bottom = margins
     sides = {"left": (left, size[0]), "top": (top, size[1]), "right": (right, size[0]), "bottom": (bottom, size[1])}
     for name, (value, side) in sides.items():
