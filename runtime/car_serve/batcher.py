@@ -5,8 +5,8 @@ scales. When a batch fails, its jobs are drawn once more one by one, so that onl
 
 A second thread decodes previews: they cost as much as the scales themselves (16 of 70 ms an image of the shipped
 plan, times its six scales), and the engine goes on meanwhile. Only the first preview of a batch holds it up, so that
-this one is there at once, and the last scale waits for the previews before it, so that they never pile up. Its images
-are decoded by both threads, half of them each: less time than one after the other, each by all of the engine's.
+this one is there at once, and the last scale waits for the previews before it, so that they never pile up. Where
+nobody wants previews, all is done on the engine's thread.
 """
 
 from __future__ import annotations
@@ -18,9 +18,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import accumulate
 from threading import Condition, Thread
 from time import monotonic
-
-import numpy as np
-from numpy.typing import NDArray
 
 from car_runtime import Plan, ScaleResult
 from car_serve.errors import ServeError, served
@@ -171,7 +168,7 @@ class Batcher:
         shown_rows = [
             row for row, job in enumerate(taking) if job.awaits and (scale.last or scale.index in job.previews)
         ]
-        previews = self._pixels(scale, shown_rows)
+        previews = dict(zip(shown_rows, scale.preview(shown_rows), strict=True)) if shown_rows else {}
         place = self.plan.manifest.scales[scale.index]
         firsts = list(accumulate((len(job.images) for job in jobs), initial=0))
         for row, (image, request) in enumerate(zip(scale.images, scale.requests, strict=True)):
@@ -193,17 +190,6 @@ class Batcher:
                 job.end("done")
                 self._metrics.images.labels(self.name).inc(len(job.images))
                 self._metrics.image_seconds.labels(self.name).observe(job.timings["total"])
-
-    def _pixels(self, scale: ScaleResult, rows: Sequence[int]) -> dict[int, NDArray[np.uint8]]:
-        """Row → uint8 [H, W, 3]. Those of the last scale, for which the engine waits, by two threads."""
-        near, far = rows, rows[:0]
-        if scale.last:
-            near, far = rows[::2], rows[1::2]
-        others = self._decoder.submit(scale.preview, far) if far else None
-        pixels = dict(zip(near, scale.preview(near), strict=True)) if near else {}
-        if others is not None:
-            pixels |= zip(far, others.result(), strict=True)
-        return pixels
 
     def _is_over(self, job: Job) -> bool:
         """Whether a job has ended, which a cancelled one does here."""

@@ -156,10 +156,6 @@ class OrtCpu(NumpyBuffers):
         options.inter_op_num_threads = 1
         # Several sessions take turns: idle threads of one that spin would slow the next one down.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        if graph == "decoder":
-            # Convolutions are seldom ready at the same time: a thread that sleeps in between costs no time, and saves
-            # a third of the processor's, which another image has.
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if self._manifest.precision.weights == "int8" and not _has_amx():
             # CPUs without VNNI add products of u8 and s8 in 16 bits, which is too few; those of u8 and u8 they don't.
             # With VNNI ONNX Runtime leaves it at that by itself, but takes AMX for a CPU without.
