@@ -272,7 +272,7 @@ def test_the_extras_are_those_of_the_install_page_and_each_engine_is_in_one_of_t
 
 STABLE = {
     *("safetensors", "tqdm", "matplotlib", "tensorboard", "h5py", "resvg-py", "cryptography"),
-    *("fastapi", "uvicorn", "python-multipart", "prometheus-client"),
+    *("fastapi", "uvicorn", "uvloop", "httptools", "python-multipart", "prometheus-client"),
 }
 """Packages of extras without an upper major: a few functions are used of each."""
 
