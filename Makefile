@@ -140,6 +140,7 @@ test-gpu: $(GPU_ENV)$(INSTALLED)
 # few tests of other packages' commands and modules. Python 3.12 or older: these have no wheels for newer ones.
 OLDEST = 'numpy==1.26.*' 'pillow==10.1.*' 'onnxruntime==1.20.*' 'openvino==2025.0.*' 'cryptography==42.*' \
 	'huggingface-hub==1.20.*' 'fastapi==0.115.*' 'uvicorn==0.30.*' 'python-multipart==0.0.20' 'prometheus-client==0.20.*' \
+	'uvloop==0.19.*' 'httptools==0.6.1' \
 	'onnx==1.17.*' 'httpx>=0.27' 'pytest>=8' 'hypothesis>=6.100'
 OLDEST_TESTS = $(patsubst %,tests/runtime/test_%.py,backends cli control_checks doctor editing errors files hostile_plans \
 	hub manifest pipeline plan process typed_json)

@@ -6,7 +6,8 @@ Plans are fp16 ones of format 2, exported before, since that takes no GPU. Each 
 when its time or the session's is up, so that a fault of one leaves the others; a session that is cut off leaves the
 lines that it had written. Steps: what the machine is; the kernels loaded, and each compared with numpy; each plan
 verified and measured, one image and four, by `cuda` and by `ort-cuda`; the last plan's stages and next seed; each
-product timed with each of its tiles; and, if time is left, ControlNet under `torch.compile`.
+product timed with each of its tiles; and, if time is left, ControlNet and CAR's own loop in PyTorch, both under
+`torch.compile`.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import email
 import importlib.metadata
 import json
 import os
@@ -22,6 +23,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 import car_runtime
+from car_serve.site import PACKAGE
 from fixtures.runtime_plan import NAMES, SIZE, build_plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,7 +73,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", ".*", "build", "dist", "out", "runs")
     for name in ("car_train", "export", "runtime", "tests"):
         shutil.copytree(ROOT / name, source / name, ignore=ignore)
-    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+    for name in ("pyproject.toml", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, source)
     succeed(sys.executable, "-m", "build", "--wheel", "--outdir", here, source)
     (built,) = here.glob("*.whl")
@@ -112,6 +114,25 @@ def test_the_bill_of_materials_has_every_file_of_the_wheel_in_one_component(whee
     assert {part for part, globs in patterns.items() if not globs} == wanted
     assert set(bill["dependencies"][0]["dependsOn"]) == wanted
     assert all(part["licenses"] for part in bill["components"])
+
+
+def test_what_a_package_index_shows_has_addresses_and_no_links_that_lead_nowhere(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        about = email.message_from_bytes(archive.read(name))
+    assert len(about.get_all("Project-URL", [])) >= 2
+    assert about["Description-Content-Type"] == "text/markdown"
+    text = str(about.get_payload())
+    assert "car-run" in text
+    assert not re.findall(r"\]\((?!https://)|<img|<a ", text)
+
+
+def test_the_bill_of_materials_has_the_package_that_sites_are_made_with() -> None:
+    bill = json.loads((ROOT / "sbom.cdx.json").read_text(encoding="utf-8"))
+    (part,) = [one for one in bill["components"] if one["name"] == "onnxruntime-web"]
+    assert part["purl"] == f"pkg:npm/{PACKAGE}"
+    assert PACKAGE.replace("@", " ") in (ROOT / "docs/reference/wheel.md").read_text(encoding="utf-8")
+    assert PACKAGE.replace("@", " ") in (ROOT / "NOTICE").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -251,7 +272,7 @@ def test_the_extras_are_those_of_the_install_page_and_each_engine_is_in_one_of_t
 
 STABLE = {
     *("safetensors", "tqdm", "matplotlib", "tensorboard", "h5py", "resvg-py", "cryptography"),
-    *("fastapi", "uvicorn", "python-multipart", "prometheus-client"),
+    *("fastapi", "uvicorn", "uvloop", "httptools", "python-multipart", "prometheus-client"),
 }
 """Packages of extras without an upper major: a few functions are used of each."""
 

@@ -75,7 +75,7 @@ def check_branches(models: Mapping[str, Model]) -> None:
         if model.car is None or model.car.branch is None:
             raise ExportError(f"{name} has no control branch; give a checkpoint that was trained with a control")
     first, *others = models.items()
-    digest, kind = base_digest(first[1]), _kind(first[1])
+    digest, kind = base_digest(first[1]) if others else "", _kind(first[1])
     for name, model in others:
         if base_digest(model) != digest:
             raise ExportError(

@@ -8,6 +8,7 @@ shapes.
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import itertools
 import logging
@@ -44,16 +45,23 @@ STRUCTURAL = (
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns about packages that are not installed and about its own internals."""
+    """The exporter warns about packages that are not installed and about its own internals.
+
+    Meanwhile nothing is collected: almost all of its many small objects live on, and looking through them took 14 %
+    of the time.
+    """
     logger = logging.getLogger("torch.onnx")
-    level = logger.level
+    level, collecting = logger.level, gc.isenabled()
     logger.setLevel(logging.ERROR)
+    gc.disable()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
         finally:
             logger.setLevel(level)
+            if collecting:
+                gc.enable()
 
 
 def trace(

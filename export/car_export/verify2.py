@@ -15,7 +15,7 @@ import car_runtime
 from car_export.bf16_to_fp32 import runnable
 from car_export.errors import VerificationError
 from car_export.goldens import greedy_run
-from car_export.verify import CFG, Arrays, Greedy, Log, Verifier, check_same_model, scene
+from car_export.verify import CFG, GENERAL, Arrays, Greedy, Log, Verifier, check_same_model, scene
 from car_runtime.format import manifest as schema
 from car_runtime.format.schema import FUSIONS, WEIGHTS, Parameter
 from car_train.model import Model
@@ -58,6 +58,7 @@ class Verifier2(Verifier):
                 self.run_branch(batch, record, rows)
             self.steps(batch, record, rows, uniforms, statics)
         if shared:
+            self.constants()
             self.decoder(greedy.record, greedy.pixels)
             self.encoder(image[None])
 
@@ -101,16 +102,17 @@ class Verifier2(Verifier):
         self.outputs: list[np.ndarray] = []
         general = self.session(f"branch.{self.branch}")
         self.check_ports(f"branch.{self.branch}", general)
-        for k, scale in enumerate(record.scales):
+        for k in range(len(record.scales)):
             feed = self._branch_feed(k, batch, record, modulation)
-            c = self._branch_outputs(f"branch.{self.branch}", general, k, feed, record)
             static = f"branch.{self.branch}.{k:02d}.b{batch}"
+            forms = {} if k >= GENERAL and static in self.manifest.graphs else {f"branch.{self.branch}": general}
             if static in self.manifest.graphs:
-                session = self.session(static)
-                self.check_ports(static, session)
-                self.compare(static, "c", self._branch_outputs(static, session, k, feed, record), torch.from_numpy(c))
+                forms[static] = self.session(static)
+                self.check_ports(static, forms[static])
+            c, *others = (self._branch_outputs(name, form, k, feed, record) for name, form in forms.items())
+            for other in others:
+                self.compare(static, "c", other, torch.from_numpy(c))
             self.outputs.append(c)
-            del scale
 
     def _branch_feed(self, k: int, batch: int, record: Recording, modulation: np.ndarray | None) -> Arrays:
         scale, facts, cache = record.scales[k], self.manifest.scales[k], record.cache
@@ -127,8 +129,8 @@ class Verifier2(Verifier):
             feed["modulation"] = modulation
         dtype = np.float16 if self.manifest.precision.compute == "fp16" else np.float32
         for i in range(self.manifest.model.branches[self.branch].cache_layers):
-            feed[f"past_k_{i}"] = cache.k_LTRHd[self.depth + i, : facts.start].numpy().astype(dtype)
-            feed[f"past_v_{i}"] = cache.v_LTRHd[self.depth + i, : facts.start].numpy().astype(dtype)
+            feed[f"past_k_{i}"] = cache.k_LTRHd[self.depth + i, : facts.start].numpy().astype(dtype, copy=False)
+            feed[f"past_v_{i}"] = cache.v_LTRHd[self.depth + i, : facts.start].numpy().astype(dtype, copy=False)
         return feed
 
     def _branch_outputs(self, name: str, session, k: int, feed: Arrays, record: Recording) -> np.ndarray:  # type: ignore[no-untyped-def]
@@ -186,7 +188,7 @@ class Verifier2(Verifier):
             for kind in FUSIONS[self.fused.fusion]:
                 port = f"fusion_{kind}_{i}"
                 value = self.parameter(f"branches.{name}.fusions.{i}.{kind.replace('_', '.', 1)}")
-                feed[port] = value.astype(dtypes[port])[None]
+                feed[port] = value.astype(dtypes[port], copy=False)[None]
         return feed
 
 

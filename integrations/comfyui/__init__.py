@@ -12,7 +12,8 @@ Shapes: B images of a batch; H, W pixels; n images that are drawn; K scales; S s
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from comfy.utils import ProgressBar
 from nodes import PreviewImage
 from numpy.typing import NDArray
 from PIL import Image
+from server import PromptServer
 
 import car_runtime
 from car_runtime import GenerationConfig, Plan, ScaleResult
@@ -32,10 +34,36 @@ from car_runtime.editing.edit import Edit
 from car_runtime.images import open_image
 from car_runtime.photo import control_of_photo
 
-Controls = dict[str, tuple[Image.Image, float]]
-"""Branch → control image and weight, as `GenerationConfig.control` has it."""
+NO_MASK = (1, 64, 64)
+"""Shape of the empty mask that Load Image gives for an image without one."""
 LARGEST_SEED = 2**53 - 1024  # JavaScript's numbers are exact up to 2⁵³
 PREVIEW_SIDE = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """What is followed on one branch."""
+
+    node: str
+    """The node that it is from."""
+    given: Image.Image
+    """The photo or map as it came."""
+    is_photo: bool
+    square: Image.Image
+    """The map as the plan takes it, S × S."""
+    weight: float
+
+    def image(self, plan: Plan, branch: str, edit: Edit | None) -> tuple[Image.Image, tuple[str, ...]]:
+        """What the plan is given, and warnings. Of a part of an image it is what lies there, whatever the fit."""
+        if edit is None or not edit.is_part:
+            return self.square, ()
+        if not self.is_photo:
+            return self.given, ()
+        made, warnings = control_of_photo(self.given, plan.manifest, branch=branch, edit=edit)
+        return Image.fromarray(made), warnings
+
+
+Controls = dict[str, Control]
 
 
 class CARPlan:
@@ -55,7 +83,8 @@ class CARPlan:
         }
 
     @classmethod
-    def IS_CHANGED(cls, plan: str, backend: str) -> object:  # noqa: N802
+    def IS_CHANGED(cls, plan: str | None, backend: str) -> object:  # noqa: N802
+        plan = (plan or "").strip()  # None: it comes from another node
         manifest = Path(plan) / "manifest.json"
         return manifest.stat().st_mtime_ns if plan and manifest.is_file() else plan
 
@@ -82,14 +111,20 @@ class CARControl:
                 "weight": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 2.0, "step": 0.05}),
             },
             "optional": {"more": ("CAR_CONTROL", {"tooltip": "controls of other branches"})},
+            "hidden": {"node": "UNIQUE_ID"},
         }
 
     def prepare(
         self, plan: Plan, image: torch.Tensor, image_is: str, fit: str, branch: str, weight: float,
-        more: Controls | None = None,
+        more: Controls | None = None, node: str = "",
     ) -> dict[str, Any]:  # fmt: skip
         model = plan.manifest.model
         name = branch.strip() or model.default_branch or model.control_type or ""
+        if more and name in more:
+            raise car_runtime.RequestError(
+                f"the CAR Control nodes {more[name].node} and {node} are both for the branch {name!r}; name another "
+                "branch in one of them, or take one out"
+            )
         given = _image(image)
         chosen = None if fit == "plan's own" else fit
         if image_is == "photo":
@@ -99,12 +134,11 @@ class CARControl:
             square, warnings = prepare_control(
                 open_image(given), model.conventions.get(name), model.image_size, chosen
             )
-        _warn(warnings)
+        _warn(node, warnings)
         control_map = _tensor([np.asarray(square)])
         shown = PreviewImage().save_images(control_map)
-        # A map as it came: an edit cuts from it what its photo is cut from, which the plan's square no longer has.
-        kept = given if image_is == "map" and chosen is None else square
-        return {"ui": shown["ui"], "result": ((more or {}) | {name: (kept, weight)}, control_map)}
+        control = Control(node=node, given=given, is_photo=image_is == "photo", square=square, weight=weight)
+        return {"ui": shown["ui"], "result": ((more or {}) | {name: control}, control_map)}
 
 
 def _drawing_inputs() -> dict[str, Any]:
@@ -131,6 +165,7 @@ def _drawing_inputs() -> dict[str, Any]:
             "control_scales": ("STRING", {"default": "", "tooltip": f"control at {scales}"}),
         },
         "optional": {"control": ("CAR_CONTROL",)},
+        "hidden": {"node": "UNIQUE_ID"},
     }
 
 
@@ -144,10 +179,10 @@ class CARDraw:
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
         return _drawing_inputs()
 
-    def draw(self, plan: Plan, **given: Any) -> tuple[torch.Tensor]:
-        config = _config(**given)
+    def draw(self, plan: Plan, node: str = "", **given: Any) -> tuple[torch.Tensor]:
+        config, warnings = _config(plan, **given)
         result = plan.generate(config, on_scale=_progress(plan, config))
-        _warn(result.warnings)
+        _warn(node, warnings + result.warnings)
         return (_tensor(list(result.images)),)
 
 
@@ -174,9 +209,11 @@ class CAREdit:
 
     def edit(
         self, plan: Plan, image: torch.Tensor, left: int, top: int, right: int, bottom: int, keep_scales: int,
-        harmonise: int, mask: torch.Tensor | None = None, **given: Any,
+        harmonise: int, mask: torch.Tensor | None = None, node: str = "", **given: Any,
     ) -> tuple[torch.Tensor]:  # fmt: skip
         margins = (left, top, right, bottom)
+        if mask is not None and mask.shape == NO_MASK and not mask.any():
+            mask = None
         edit = Edit(
             image=_image(image),
             mask=None if mask is None else Image.fromarray(_levels(_single(mask, "mask"))),
@@ -184,22 +221,24 @@ class CAREdit:
             from_scale=keep_scales,
             harmonise=harmonise,
         )
-        config = _config(edit=edit, **given)
+        config, warnings = _config(plan, edit=edit, **given)
         result = plan.generate(config, on_scale=_progress(plan, config))
-        _warn(result.warnings)
+        _warn(node, warnings + result.warnings)
         assert result.edited is not None
         return (_tensor([one[..., :3] for one in result.edited]),)
 
 
 def _config(
-    class_name: str, images: int, guidance: float, top_k: int, top_p: float, guidance_scales: str, stop_after: int,
-    control_strength: float, control_guidance: float, control_scales: str,
-    control: Mapping[str, tuple[Image.Image, float]] | None = None, **same: Any,
-) -> GenerationConfig:  # fmt: skip
-    """The config of a node's inputs."""
+    plan: Plan, class_name: str, images: int, guidance: float, top_k: int, top_p: float, guidance_scales: str,
+    stop_after: int, control_strength: float, control_guidance: float, control_scales: str,
+    control: Controls | None = None, edit: Edit | None = None, **same: Any,
+) -> tuple[GenerationConfig, tuple[str, ...]]:  # fmt: skip
+    """The config of a node's inputs, and warnings."""
     label = class_name.strip()
-    return GenerationConfig(
-        control=control,
+    made = {branch: one.image(plan, branch, edit) for branch, one in (control or {}).items()}
+    config = GenerationConfig(
+        control={branch: (image, control[branch].weight) for branch, (image, _) in made.items()} if control else None,
+        edit=edit,
         label=int(label) if label.isdecimal() else label or None,
         n=images,
         cfg=None if guidance < 0 else guidance,
@@ -212,6 +251,7 @@ def _config(
         control_scales=control_scales.strip() or None,
         **same,
     )
+    return config, tuple(warning for _, said in made.values() for warning in said)
 
 
 def _progress(plan: Plan, config: GenerationConfig) -> Callable[[ScaleResult], None]:
@@ -252,9 +292,12 @@ def _tensor(images: list[NDArray[np.uint8]]) -> torch.Tensor:
     return torch.from_numpy(np.stack(images)).float() / 255
 
 
-def _warn(warnings: tuple[str, ...]) -> None:
+def _warn(node: str, warnings: tuple[str, ...]) -> None:
+    """Warnings go to the log and onto the node."""
     for warning in warnings:
         logging.warning("CAR: %s", warning)
+    if warnings and node:
+        PromptServer.instance.send_progress_text("\n".join(warnings), node)
 
 
 NODE_CLASS_MAPPINGS = {"CARPlan": CARPlan, "CARControl": CARControl, "CARDraw": CARDraw, "CAREdit": CAREdit}

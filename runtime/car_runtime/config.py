@@ -12,6 +12,7 @@ numpy is not needed here, so that `car-run --help` answers at once.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -221,7 +222,8 @@ def config_of(*given: Any, **settings: Any) -> GenerationConfig:
         )
     named: Mapping[str, Any] = dict(zip(POSITIONAL, given, strict=False))
     for name in named.keys() & settings.keys():
-        raise RequestError(f"{name} is given twice, {named[name]!r} and {settings[name]!r}; give it once")
+        values = f"{reprlib.repr(named[name])} and {reprlib.repr(settings[name])}"
+        raise RequestError(f"{name} is given twice, {values}; give it once")
     return GenerationConfig(**named, **settings)
 
 

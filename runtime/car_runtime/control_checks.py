@@ -192,12 +192,16 @@ def _thin_lines(flat: Image.Image, square: Image.Image, kind: str) -> str | None
     if min(flat.size) < 1.5 * square.width:
         return None
     before = _off_ground(flat)
-    strokes = before[before > LINE]
+    on = before > LINE
+    strokes = before[on]
     if not strokes.size:
         return None
-    # A line of one pixel has as many fewer pixels as the map is smaller; half of them, so that breaks don't count.
-    count = max(4, round(strokes.size * square.width / min(flat.size) / 2))
-    after = float(np.sort(_off_ground(square))[-count:].mean())
+    # A line has as many fewer pixels as the map is smaller, and is one pixel wide; half of them, so that breaks don't
+    # count. Its edges, of one pixel each, say how wide it was.
+    edges = on[1:-1, 1:-1] & ~(on[:-2, 1:-1] & on[2:, 1:-1] & on[1:-1, :-2] & on[1:-1, 2:])
+    wide = max(1.0, 2 * strokes.size / max(int(edges.sum()), 1) - 1)
+    count = max(4, round(strokes.size / wide * square.width / min(flat.size) / 2))
+    after = float(np.sort(_off_ground(square).ravel())[-count:].mean())
     lost = 1 - after / float(strokes.mean())
     if lost < 1 - LOST:
         return None
@@ -208,9 +212,9 @@ def _thin_lines(flat: Image.Image, square: Image.Image, kind: str) -> str | None
 
 
 def _off_ground(image: Image.Image) -> Floats:
-    """How far each pixel is from the commonest grey level, flat."""
+    """How far each pixel is from the commonest grey level, [H, W]."""
     grey = np.asarray(image.convert("L"), np.float32)
-    return np.abs(grey - np.median(grey)).ravel()
+    return np.abs(grey - np.median(grey))
 
 
 def _name(rgb: Any) -> str:

@@ -12,13 +12,18 @@ manifest says, whatever the hub sends.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import shutil
 import stat
+import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -36,10 +41,14 @@ PLAN_BYTES = 50 * 10**9
 """A plan of more isn't fetched; a d16's has 2.6 GB. The hub itself sends no longer file by HTTP."""
 SPARE_BYTES = 10**9
 """Fetching leaves so much room on the disk."""
+ANSWER_S = 5.0
+"""Seconds for the hub's first answer, unless HF_HUB_ETAG_TIMEOUT is set; after that the cache is used alone."""
 CARD_FILES = ("README.md", "card.png")
 """What `car-run plan card` writes next to the manifest; they belong to the repository, not to the plan."""
 _NAME = re.compile(r"([\w-][\w.-]{0,95}/[\w-][\w.-]{0,95})(?:@([\w][\w./-]{0,95}))?", re.ASCII)
 _SNAPSHOT = re.compile(r"models--([\w.-]+)/snapshots/[0-9a-f]{40}", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
+_SHORT_COMMIT = re.compile(r"[0-9a-f]{4,39}", re.ASCII)
 _BLOB = re.compile(r"[0-9a-f]{40,64}", re.ASCII)
 
 Log = Callable[[str], None]
@@ -71,7 +80,11 @@ def located(plan: str | os.PathLike[str], log: Log = lambda line: None) -> Path:
 
     log: is called with the commit that was taken. Raises PlanError, RequestError.
     """
-    text = os.fspath(plan)
+    text = os.fspath(plan) if isinstance(plan, (str, os.PathLike)) else None
+    if not isinstance(text, str) or not text:
+        raise RequestError(
+            f"the plan is {plan!r}; give its directory or hf:ORG/NAME, or nothing for the one in the package"
+        )
     if text.startswith(PREFIX):
         return pull(parse_name(text), log)
     return of_snapshot(Path(text))
@@ -80,20 +93,20 @@ def located(plan: str | os.PathLike[str], log: Log = lambda line: None) -> Path:
 def pull(name: HubName, log: Log = lambda line: None) -> Path:
     """Fetch a plan and return its directory of plain files. What is there already is not fetched again.
 
-    Raises PlanError: it isn't there, is no plan, is too large, or longer than it says, or the hub can't be reached;
-    RequestError without the extra `hub`.
+    If the hub doesn't answer in a few seconds, the commit that was fetched last is taken. Raises PlanError: it isn't
+    there, is no plan, is too large, or longer than it says, or the hub can't be reached; RequestError without the
+    extra `hub`.
     """
-    _client()
-    manifest = _fetch(name, name.revision, MANIFEST, MANIFEST_BYTES)
-    snapshot = manifest.parent
+    repository = _Repository(name)
+    snapshot = repository.fetch(name.revision, MANIFEST, MANIFEST_BYTES).parent
     commit = snapshot.name
-    log(f"{name} is at commit {commit}; {PREFIX}{name.repo}@{commit} is always this one")
+    log(repository.taken(commit))
     listed = parse_manifest(_Snapshot(snapshot).read(MANIFEST, MANIFEST_BYTES)).files
     _check_room(name, snapshot, {file: entry.bytes for file, entry in listed.items()})
     for file, entry in listed.items():
-        _fetch(name, commit, file, entry.bytes)
+        repository.fetch(commit, file, entry.bytes)
     with suppress(_NotThereError):
-        _fetch(name, commit, SIGNATURE, SIGNATURE_BYTES)
+        repository.fetch(commit, SIGNATURE, SIGNATURE_BYTES)
     return of_snapshot(snapshot)
 
 
@@ -150,30 +163,63 @@ def push(
 ) -> str:
     """Send a plan, and its card where it has one, as one commit; returns that commit's name, "hf:ORG/NAME@COMMIT".
 
-    The repository is made where there is none. Files that the hub has already are not sent again. Raises PlanError:
-    the plan is damaged; OutputError: the hub refuses, or can't be reached; RequestError without the extra `hub`.
+    The repository, and the branch that is named, are made where there are none; they stay if the rest fails. Files
+    that the hub has already are not sent again. Raises PlanError: the plan is damaged; OutputError: the hub refuses,
+    or can't be reached; RequestError: the name has a commit, or without the extra `hub`.
     """
     hub = _client()
+    if name.revision is not None and _COMMIT.fullmatch(name.revision):
+        raise RequestError(f"{name} is a commit, which nothing is added to; write a branch after the @, or nothing")
     root = Path(plan)
     manifest = read_manifest(root)
     verify_files(root, manifest)
     names = [MANIFEST, *manifest.files, *_own_files(root, SIGNATURE, *CARD_FILES)]
     added = [hub.CommitOperationAdd(path_in_repo=one, path_or_fileobj=root / one) for one in names]
     log(f"sending {len(added)} files of {manifest.name} to {name}")
-    api = hub.HfApi(library_name="car-deploy")
+    api, left = hub.HfApi(library_name="car-deploy"), ""
     try:
-        api.create_repo(name.repo, private=private, exist_ok=True)
-        made = api.create_commit(
-            name.repo, added, commit_message=message or f"Plan {manifest.name}", revision=name.revision
-        )
+        with _quiet():
+            there = _is_there(api, name.repo)
+            api.create_repo(name.repo, private=private, exist_ok=True)
+            left = "" if there else ", and the repository that was made for it is empty"
+            if name.revision is not None and not name.revision.startswith("refs/"):
+                api.create_branch(name.repo, branch=name.revision, exist_ok=True)
+            made = api.create_commit(
+                name.repo, added, commit_message=message or f"Plan {manifest.name}", revision=name.revision
+            )
     except Exception as error:
         if isinstance(error, (OSError, RuntimeError, ValueError)) or _is_of(error, "httpx"):
             raise OutputError(
-                f"the hub does not take {name} ({_reason(error)}); log in with hf auth login, check the name, and "
-                "push again, which goes on where it stopped"
+                f"the hub does not take {name} ({_reason(error)}){left}; {_push_remedy(error)}"
             ) from error
         raise
     return f"{PREFIX}{name.repo}@{made.oid}"
+
+
+def _is_there(api: Any, repo: str) -> bool:
+    """Whether the hub has that repository. Raises what the client raises, within seconds."""
+    errors = import_module("huggingface_hub.errors")
+    seconds = _answer_s(import_module("huggingface_hub.constants"))
+    try:
+        _in_time(lambda: api.model_info(repo, timeout=seconds), seconds)
+    except errors.RepositoryNotFoundError as error:
+        return isinstance(error, errors.GatedRepoError)
+    return True
+
+
+def _push_remedy(error: Exception) -> str:
+    """What helps against what the client raised."""
+    errors = import_module("huggingface_hub.errors")
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "unset HF_HUB_OFFLINE"
+    if isinstance(error, errors.HfHubHTTPError):
+        if error.response.status_code >= 500 or error.response.status_code == 429:
+            return "push again later, which goes on where it stopped"
+        return "check the name, and log in with hf auth login and a token that may write"
+    if isinstance(error, TimeoutError) or _is_of(error, "httpx") or _is_of(error, "json"):
+        return "check the connection, and HF_ENDPOINT if it is set, and push again, which goes on where it stopped"
+    again = "push again, which goes on where it stopped"
+    return again + (", or with HF_HUB_DISABLE_XET=1, by HTTP" if "hf_xet" in sys.modules else "")
 
 
 def _client() -> Any:
@@ -190,11 +236,126 @@ class _NotThereError(PlanError):
     """The repository has no such file, or, without a connection, the cache."""
 
 
-def _fetch(name: HubName, revision: str | None, file: str, most: int) -> Path:
-    """A file of the repository in the hub's cache. Raises PlanError, also where it has more bytes than `most`."""
-    constants = import_module("huggingface_hub.constants")
-    with _hub_errors(name, file), _set(constants, "HF_HUB_DISABLE_XET", True):  # only HTTP's bytes can be counted
-        return Path(_client().hf_hub_download(name.repo, file, revision=revision, tqdm_class=_counting(file, most)))
+class _Repository:
+    """A repository of the hub, of which files are fetched into the hub's cache."""
+
+    def __init__(self, name: HubName) -> None:
+        """Raises RequestError without the extra `hub`."""
+        self.name = name
+        self._hub = _client()
+
+    @cached_property
+    def out_of_reach(self) -> str | None:
+        """Why only the cache is used; None if the hub answers. It is asked once, when a file isn't in the cache."""
+        constants = import_module("huggingface_hub.constants")
+        if constants.is_offline_mode():
+            return "HF_HUB_OFFLINE is set"
+        url = self._hub.hf_hub_url(self.name.repo, MANIFEST, revision=self.name.revision)
+        ask, seconds = self._hub.get_hf_file_metadata, _answer_s(constants)
+        errors = import_module("huggingface_hub.errors")
+        try:
+            answer = _in_time(lambda: ask(url, timeout=seconds), seconds)
+        except errors.HfHubHTTPError as error:
+            said = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError)
+            status = error.response.status_code
+            return None if isinstance(error, said) or status in (401, 403) else f"the hub answers with HTTP {status}"
+        except Exception as error:
+            if isinstance(error, OSError) or _is_of(error, "httpx"):
+                return f"the hub can't be reached ({_reason(error)})"
+            raise
+        return None if answer.commit_hash else f"what answers at {constants.ENDPOINT} is no hub"
+
+    def taken(self, commit: str) -> str:
+        """A line that says which commit is taken, and whence."""
+        if "out_of_reach" in vars(self) and (reason := self.out_of_reach) is not None:
+            return f"{reason}; {self.name} is taken from the cache, commit {commit}"
+        return f"{self.name} is at commit {commit}; {PREFIX}{self.name.repo}@{commit} is always this one"
+
+    def fetch(self, revision: str | None, file: str, most: int) -> Path:
+        """A file in the hub's cache. Raises PlanError, also where it has more bytes than `most`."""
+        constants = import_module("huggingface_hub.constants")
+        with self._errors(file), _quiet():
+            if revision is not None and _COMMIT.fullmatch(revision):
+                found = self._hub.try_to_load_from_cache(self.name.repo, file, revision=revision)
+                if isinstance(found, str):
+                    return Path(found)
+                if found is not None:  # the hub was asked before
+                    raise _NotThereError(f"{self.name} has no {file}; give the repository of a plan")
+            local, bar = self.out_of_reach is not None, _counting(file, most)
+            with _set(constants, "HF_HUB_DISABLE_XET", True):  # only HTTP's bytes can be counted
+                return Path(
+                    self._hub.hf_hub_download(
+                        self.name.repo, file, revision=revision, tqdm_class=bar, local_files_only=local
+                    )
+                )
+
+    @contextmanager
+    def _errors(self, file: str) -> Iterator[None]:
+        """What the client raises about a file, as PlanError in one line."""
+        name = self.name
+        errors = import_module("huggingface_hub.errors")
+        try:
+            yield
+        except errors.GatedRepoError as error:
+            raise PlanError(
+                f"{name} asks for its terms to be accepted; do so on its page, then hf auth login"
+            ) from error
+        except errors.RevisionNotFoundError as error:
+            digits = _SHORT_COMMIT.fullmatch(name.revision or "")
+            remedy = "write all 40 digits of a commit" if digits else "check what follows the @"
+            raise PlanError(f"{name}: there is no such branch, tag or commit; {remedy}") from error
+        except errors.RepositoryNotFoundError as error:
+            raise PlanError(
+                f"the hub has no {name.repo}, or it is private; check the name, or hf auth login"
+            ) from error
+        except errors.LocalEntryNotFoundError as error:
+            reason = self.out_of_reach or "the hub can't be reached"
+            remedy = (
+                "unset it" if "HF_HUB_OFFLINE" in reason else "check the connection, and HF_ENDPOINT if it is set"
+            )
+            raise _NotThereError(f"{name} is not in the cache, or not whole, and {reason}; {remedy}") from error
+        except errors.EntryNotFoundError as error:
+            raise _NotThereError(f"{name} is no plan: it has no {file}; give the repository of a plan") from error
+        except Exception as error:
+            if isinstance(error, (OSError, ValueError)) or _is_of(error, "httpx"):
+                raise PlanError(
+                    f"{name} can't be fetched ({_reason(error)}); try again, which goes on where it stopped"
+                ) from error
+            raise
+
+
+def _answer_s(constants: Any) -> float:
+    """Seconds for the hub's first answer: `HF_HUB_ETAG_TIMEOUT`, if it is set."""
+    return float(constants.HF_HUB_ETAG_TIMEOUT) if "HF_HUB_ETAG_TIMEOUT" in os.environ else ANSWER_S
+
+
+def _in_time(ask: Callable[[], Any], seconds: float) -> Any:
+    """What `ask` returns or raises; TimeoutError after that time, even while a name is looked up."""
+    answer: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(ask())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    wait([answer], seconds)
+    if not answer.done():
+        raise TimeoutError(f"no answer in {seconds:g} s")
+    return answer.result()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within, the client doesn't log its retries, unless it was asked to log more than by default."""
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.ERROR if before == logging.WARNING else before)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextmanager
@@ -244,33 +405,6 @@ def _check_room(name: HubName, snapshot: Path, sizes: dict[str, int]) -> None:
             f"{name} needs {missing / 1e9:.1f} GB more on the disk of {str(snapshot.parents[2])!r}, which has "
             f"{free / 1e9:.1f} GB; make room, or set HF_HOME to a folder elsewhere"
         )
-
-
-@contextmanager
-def _hub_errors(name: HubName, file: str) -> Iterator[None]:
-    """What the client raises about a file, as PlanError in one line."""
-    errors = import_module("huggingface_hub.errors")
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise PlanError(f"{name} asks for its terms to be accepted; do so on its page, then hf auth login") from error
-    except errors.RevisionNotFoundError as error:
-        raise PlanError(f"{name}: there is no such branch, tag or commit; check what follows the @") from error
-    except errors.RepositoryNotFoundError as error:
-        raise PlanError(f"the hub has no {name.repo}, or it is private; check the name, or hf auth login") from error
-    except errors.LocalEntryNotFoundError as error:
-        raise _NotThereError(
-            f"{name} is not in the cache, or not whole, and the hub can't be reached; try again with a connection "
-            "and without HF_HUB_OFFLINE"
-        ) from error
-    except errors.EntryNotFoundError as error:
-        raise _NotThereError(f"{name} is no plan: it has no {file}; give the repository of a plan") from error
-    except Exception as error:
-        if isinstance(error, (OSError, ValueError)) or _is_of(error, "httpx"):
-            raise PlanError(
-                f"{name} can't be fetched ({_reason(error)}); try again, which goes on where it stopped"
-            ) from error
-        raise
 
 
 def _reason(error: Exception) -> str:

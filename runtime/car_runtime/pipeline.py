@@ -12,12 +12,14 @@ Shapes: n images made; H, W pixels; K scales.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
+import reprlib
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -43,6 +45,60 @@ _SAME = {
     "control_scales": "control_guidance_start and _end",
 }
 """Setting → the argument that it is made of."""
+_CALLED = {"control": "image", "label": "class_labels", "seed": "generator", "n": "num_images_per_prompt"}
+"""Setting → the argument that is always given in its place."""
+
+
+@dataclass(frozen=True)
+class Theirs:
+    """Arguments that diffusers has and we have not; the second table of docs/from-diffusers.md."""
+
+    names: tuple[str, ...]
+    neutral: tuple[bool | float | str | None, ...]
+    """Values that ask for nothing, which are taken."""
+    remedy: str
+
+
+OF_CALLS = (
+    Theirs(
+        ("prompt", "prompt_2", "prompt_embeds", "negative_prompt", "negative_prompt_2", "negative_prompt_embeds"),
+        (None, ""),
+        "give class_labels: the models know classes, no text",
+    ),
+    Theirs(("height", "width"), (None,), "leave it out: a plan draws images of one size, edits keep the photo's"),
+    Theirs(("latents", "timesteps", "sigmas"), (None,), "give generator: tokens are drawn, nothing is denoised"),
+    Theirs(("eta", "guidance_rescale"), (None, 0.0), "give top_k or top_p: tokens are drawn, nothing is denoised"),
+    Theirs(("strength",), (None, 1.0), "give edit=Edit(image=…, from_scale=K): K coarse scales of the photo stay"),
+    Theirs(("guess_mode",), (None, False), "give control_cfg: guidance by the control"),
+    Theirs(("return_dict",), (None, True), "leave it out: a call returns a CARPipelineOutput"),
+    Theirs(
+        ("callback", "callback_steps", "callback_on_step_end_tensor_inputs"),
+        (None,),
+        "give callback_on_step_end: it gets each scale",
+    ),
+    Theirs(
+        ("ip_adapter_image", "cross_attention_kwargs", "clip_skip", "padding_mask_crop"),
+        (None,),
+        "leave it out: a plan has nothing of the kind",
+    ),
+)
+"""Of `CARPipeline.__call__`."""
+OF_OPENING = (
+    Theirs(("torch_dtype", "dtype", "variant"), (None,), "leave it out: a plan has the precision of its export"),
+    Theirs(("device", "device_map"), (None,), 'give backend: "ort-cuda" is ONNX Runtime on a GPU'),
+    Theirs(("use_safetensors", "low_cpu_mem_usage"), (None, True), "leave it out: a plan holds no pickles"),
+    Theirs(
+        ("controlnet", "vae", "unet", "transformer", "scheduler", "text_encoder", "tokenizer", "safety_checker"),
+        (None,),
+        "leave it out: all networks are in the plan",
+    ),
+    Theirs(
+        ("cache_dir", "token", "local_files_only", "force_download", "proxies"),
+        (None, False),
+        "set HF_HOME, HF_TOKEN, HF_HUB_OFFLINE or HTTPS_PROXY instead",
+    ),
+)
+"""Of `CARPipeline.from_pretrained`."""
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
@@ -62,7 +118,9 @@ class CARPipeline:
     """Draws from a plan. Close it, or use it in a `with` statement."""
 
     def __init__(self, plan: Plan) -> None:
-        """`plan` is the pipeline's from now on: it closes it."""
+        """`plan` is the pipeline's from now on: it closes it. Raises RequestError for what is no plan."""
+        if not isinstance(plan, Plan):
+            raise RequestError(f"the plan is {plan!r}; use CARPipeline.from_pretrained, or open_plan first")
         self.plan = plan
 
     @classmethod
@@ -82,6 +140,12 @@ class CARPipeline:
 
         Raises PlanError, BackendError and RequestError, as `open_plan` does.
         """
+        opening = _ours(opening, OF_OPENING)
+        names = list(inspect.signature(open_plan).parameters)
+        for name in opening.keys() - set(names):
+            raise RequestError(f"from_pretrained has no argument {name!r}; it takes revision, {', '.join(names)}")
+        if revision is not None and not isinstance(revision, str):
+            raise RequestError(f"revision is {revision!r}; give a branch, tag or commit, or leave it out")
         if isinstance(path, str) and not os.path.exists(path) and _HUB_NAME.fullmatch(path):
             path = f"hf:{path}"
         if revision is not None:
@@ -143,17 +207,25 @@ class CARPipeline:
         output_type: "pil" for PIL images, "np" for f32 [n, H, W, 3] in 0…1.
         callback_on_step_end: called with (pipeline, scale, side in tokens, {"scale": ScaleResult}) after each scale
             of each batch; `ScaleResult.preview()` is the images so far.
-        settings: any other field of `GenerationConfig`, such as top_k, top_p or preset.
+        settings: any other field of `GenerationConfig`, such as top_k, top_p or preset. What only diffusers has
+            (`OF_CALLS`) is taken where it asks for nothing, such as return_dict=True.
 
         With a plan of format 2 all images share steps. Raises RequestError, ImageError, and RunError when the engine
         fails.
         """
-        if output_type not in ("pil", "np"):
+        if not isinstance(output_type, str) or output_type not in ("pil", "np"):
             raise RequestError(f"output_type is {output_type!r}; choose 'pil' or 'np'")
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise RequestError(f"callback_on_step_end is {callback_on_step_end!r}; give a function, or leave it out")
         if mask_image is None and control_image is not None:
             raise RequestError("control_image goes with mask_image; without one, the control is image")
         if mask_image is not None and output_type == "np":
             raise RequestError("photos may have any size, which output_type 'np' can't stack; choose 'pil'")
+        size = self.plan.manifest.model.image_size
+        settings = _ours(settings, OF_CALLS, {"height": size, "width": size} if mask_image is None else {})
+        for name, called in (_CALLED | ({} if mask_image is None else {"edit": "mask_image"})).items():
+            if name in settings:
+                raise RequestError(f"{name} is given as {called} here; give that alone")
         own = self._schedule(
             guidance_scale,
             num_inference_steps,
@@ -195,10 +267,10 @@ class CARPipeline:
         if strength is not None:
             _check("controlnet_conditioning_scale", strength, 0, MAX_STRENGTH, "1 is what the branch was trained on")
             settings["control_strength"] = strength
+        for name, share in zip(("control_guidance_start", "control_guidance_end"), shares, strict=True):
+            _check(name, share, 0, 1, "leave it out to follow the control at all scales")
         start, end = shares
         if (start, end) != (0, 1):
-            for name, share in (("control_guidance_start", start), ("control_guidance_end", end)):
-                _check(name, share, 0, 1, "leave it out to follow the control at all scales")
             followed = [k for k in range(K) if k >= start * K and k + 1 <= end * K]
             if not followed:
                 raise RequestError(
@@ -207,6 +279,21 @@ class CARPipeline:
                 )
             settings["control_scales"] = range(followed[0], followed[-1] + 1)
         return settings
+
+
+def _ours(
+    given: Mapping[str, Any], theirs: Sequence[Theirs], held: Mapping[str, object] = MappingProxyType({})
+) -> dict[str, Any]:
+    """What is given without arguments of diffusers' that ask for nothing, or for what holds. Raises RequestError."""
+    kept = {}
+    for name, value in given.items():
+        found = [one for one in theirs if name in one.names]
+        neutral = found[0].neutral + ((held[name],) if name in held else ()) if found else ()
+        if not found:
+            kept[name] = value
+        elif not isinstance(value, (bool, int, float, str, type(None))) or value not in neutral:
+            raise RequestError(f"{name} is {reprlib.repr(value)}, which only diffusers has; {found[0].remedy}")
+    return kept
 
 
 def _check(name: str, value: object, low: float, high: float, remedy: str, whole: bool = False) -> None:
@@ -242,6 +329,7 @@ def _configs(
 ) -> list[GenerationConfig]:
     """A config for each prompt, or for each image where every image has a seed of its own."""
     _check("num_images_per_prompt", n, 1, 1024, "ask for fewer and go on with another seed", whole=True)
+    n = int(n)  # of numpy, it would overflow where seeds are counted
     total = len(prompts) * n
     if isinstance(generator, (list, tuple)):
         if len(generator) != total:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -175,6 +175,9 @@ def open_plan(
     """
     check_threads(threads)
     check_name(backend)
+    for name, value in (("verify", verify), ("trust_engines", trust_engines)):
+        if not isinstance(value, (int, np.bool_)):
+            raise RequestError(f"{name} is {value!r}, but must be True or False; leave it out for {name == 'verify'}")
     if require_signature is not None and not verify:
         raise RequestError("a signature vouches for hashes, and they are not to be checked; leave out verify=False")
     root = default_plan() if path is None else located(path)
@@ -356,6 +359,7 @@ class Plan:
 
     def _draw(self, requests: Sequence[Request], on_scale: Callable[[ScaleResult], None] | None) -> list[Result]:
         """The results of all requests."""
+        _check_function("on_scale", on_scale)
         began, clock = perf_counter(), _Clock(self._backend)
         requests = [self._harmonised(r) if r.edit is not None and r.edit.harmonise else r for r in requests]
         images: list[dict[int, NDArray[np.uint8]]] = [{} for _ in requests]
@@ -462,6 +466,7 @@ class Plan:
         A bad config raises here, not at the first scale.
         """
         requests = self._requests(configs)
+        _check_function("cancelled", cancelled)
         if logits:
             self._check_logits()
         clock = _Clock(self._backend)
@@ -470,6 +475,8 @@ class Plan:
     def _requests(self, configs: Sequence[GenerationConfig | Request]) -> list[Request]:
         """All configs, checked against this plan. Raises as `_request`, with the position of the config."""
         requests = []
+        if not isinstance(configs, Iterable):
+            raise RequestError(f"configs is {configs!r}; give a list of GenerationConfig")
         for position, config in enumerate(configs):
             if not isinstance(config, (GenerationConfig, Request)):
                 raise RequestError(f"config {position} is {config!r}; give a GenerationConfig or a Request")
@@ -761,6 +768,12 @@ def _check_phis(folder: PlanFolder, manifest: Manifest) -> None:
         phi = stored[name]
         if phi.dtype != np.int64 or phi.size != 1 or not 0 <= phi.item() < phis:
             raise PlanError(f"the φ of scale {k} is none of the plan's {phis}; export the plan again")
+
+
+def _check_function(name: str, given: object) -> None:
+    """Raise RequestError for what can't be called, or None."""
+    if given is not None and not callable(given):
+        raise RequestError(f"{name} is {given!r}; give a function, or leave it out")
 
 
 class _Clock:

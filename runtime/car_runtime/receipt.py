@@ -1,8 +1,8 @@
 """Receipts: what an image was made of, in the PNG itself, so that it can be made again.
 
-A receipt is a text chunk of JSON: the plan's digest, the settings, the control's digest, and the tokens, packed.
-Nothing of it is believed unseen: it is read with bounds, its own digest must fit, and tokens are taken for the plan
-of that digest alone.
+A receipt is a text chunk of JSON: the digests of the plan, the control and the image, the settings, and the tokens,
+packed. Nothing of it is believed unseen: it is read with bounds, its own digest must fit, and tokens are taken for
+the plan of that digest alone, and in the image's stead only while its pixels are those that were drawn.
 
 Shapes: L tokens of an image, V vocabulary.
 """
@@ -14,7 +14,7 @@ import binascii
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from PIL import Image
 from car_runtime.config import Blend
 from car_runtime.errors import RequestError
 from car_runtime.format.manifest import Manifest
-from car_runtime.images import load_image
+from car_runtime.images import WHITE, load_image, on_ground
 from car_runtime.request import MAX_WEIGHT
 
 if TYPE_CHECKING:
@@ -65,6 +65,12 @@ class Receipt:
     """SHA-256 of the control image's pixels at the model's size."""
     branches: tuple[tuple[str, float, str], ...] = ()
     """Branch, weight and SHA-256 of each control, where it isn't the default branch's alone, at weight 1."""
+    image: str | None = None
+    """SHA-256 of the image's own pixels, on white."""
+
+    def is_of(self, image: Image.Image) -> bool:
+        """Whether an image has the pixels that were drawn; programs that change them may keep the text chunks."""
+        return self.image == image_digest(on_ground(image, WHITE))
 
 
 def plan_digest(manifest: Manifest) -> str:
@@ -107,6 +113,7 @@ def text_of(receipt: Receipt, vocab: int) -> str:
         "name": receipt.name,
         "settings": dict(receipt.settings),
         "control": receipt.control,
+        "image": receipt.image,
     }
     if receipt.branches:
         body["branches"] = [list(branch) for branch in receipt.branches]
@@ -144,6 +151,7 @@ def receipt_of(chunks: Mapping[str, str], manifest: Manifest) -> Receipt | None:
         tokens=tokens,
         control=control if isinstance(control, str) and len(control) == 64 else None,
         branches=_branches(body.get("branches"), manifest),
+        image=str(body.get("image")),
     )
 
 
@@ -193,11 +201,11 @@ def _settings(found: object) -> dict[str, Any]:
 
 
 def receipts_of(
-    manifest: Manifest, request: Request, tokens_nL: NDArray[np.int64], images: Iterable[int]
+    manifest: Manifest, request: Request, tokens_nL: NDArray[np.int64], images: Mapping[int, NDArray[np.uint8]]
 ) -> list[dict[str, str]]:
     """The text chunks of some images of a request: the receipt and, where there is one, the control image.
 
-    tokens: int64 [n, L] of all its images.
+    tokens: int64 [n, L] of all its images. images: position → finished image, uint8 [H, W, 3 or 4].
     """
     digest, control = plan_digest(manifest), request.control
     branches = tuple((c.branch, c.weight, image_digest(c.image)) for c in request.controls)
@@ -218,7 +226,7 @@ def receipts_of(
     enclosed |= {f"{CONTROL_KEY}-{other.branch}": control_text(other.image) for other in request.controls[1:]}
     control_digest = None if control is None else image_digest(control)
     found = []
-    for i in images:
+    for i, image in images.items():
         own = settings | {"seed": request.seeds[i]}
         if request.blend is not None:
             blend = request.blend
@@ -230,6 +238,7 @@ def receipts_of(
             tokens=tokens_nL[i],
             control=control_digest,
             branches=branches,
+            image=image_digest(on_ground(Image.fromarray(image), WHITE)),
         )
         found.append({KEY: text_of(receipt, manifest.model.vocab), **enclosed})
     return found

@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from car_runtime.config import PRESETS, GenerationConfig
+from car_runtime.config import PRESETS, Blend, GenerationConfig
 from car_runtime.control_checks import prepare_control
 from car_runtime.conventions import FITS
-from car_runtime.editing.edit import PreparedEdit, prepare
+from car_runtime.editing.edit import Edit, PreparedEdit, prepare
 from car_runtime.errors import RequestError
 from car_runtime.format.manifest import Manifest
 from car_runtime.images import BLACK, open_image
@@ -150,7 +150,7 @@ def resolve(manifest: Manifest, config: GenerationConfig) -> Request:
         raise RequestError(
             f"control_cfg is {request.control_cfg}, but there is no control; give one, or leave it out"
         )
-    edit = _resolve_edit(manifest, config)
+    edit = _resolve_edit(manifest, config, request.schedule.drawn)
     controls, warnings = _resolve_controls(manifest, config, named, edit)
     return replace(request, controls=controls, warnings=warnings, edit=edit)
 
@@ -188,6 +188,8 @@ def _resolve_blend(
     blend = config.blend
     if blend is None:
         return None
+    if not isinstance(blend, Blend):
+        raise RequestError(f"blend is {blend!r}; give a car_runtime.config.Blend, or leave it out")
     if blend.label is None and blend.seed is None:
         raise RequestError("blend names neither another class nor another seed; give one of them, or both")
     share = _number("share", blend.share, 0.0, 1.0, "0 is the image itself, 1 the other one")
@@ -201,12 +203,14 @@ def _resolve_blend(
     return ResolvedBlend(share=share, label=towards, seeds=other)
 
 
-def _resolve_edit(manifest: Manifest, config: GenerationConfig) -> PreparedEdit | None:
+def _resolve_edit(manifest: Manifest, config: GenerationConfig, drawn: int) -> PreparedEdit | None:
     if config.edit is None:
         return None
+    if not isinstance(config.edit, Edit):
+        raise RequestError(f"edit is {config.edit!r}; give a car_runtime.editing.edit.Edit, or leave it out")
     if config.known_tokens is not None:
         raise RequestError("edit and known_tokens are both given, and each says which tokens are kept; give one")
-    return prepare(manifest, config.edit)
+    return prepare(manifest, config.edit, drawn)
 
 
 def named_controls(manifest: Manifest, given: object) -> dict[str, tuple[Any, float]]:
@@ -281,7 +285,7 @@ def resolve_watermark(manifest: Manifest, key: object) -> bytes | None:
 
 def check_fit(fit: object) -> None:
     """Raise RequestError for what is none of `FITS`, or None."""
-    if fit is not None and fit not in FITS:
+    if fit is not None and not (isinstance(fit, str) and fit in FITS):
         raise RequestError(f"fit is {fit!r}; choose {', '.join(FITS[:-1])} or {FITS[-1]}")
 
 
@@ -315,7 +319,7 @@ def _resolve_sampling(manifest: Manifest, config: GenerationConfig) -> Sampling:
     """
     vocab, cfg, top_k, top_p = manifest.model.vocab, config.cfg, config.top_k, config.top_p
     preset = "plan" if config.preset is None else config.preset
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise RequestError(f"there is no preset {preset!r}; choose {', '.join(PRESETS)}")
     defaults = replace(manifest.sampling, **PRESETS[preset])
     cfg = _number("cfg", defaults.cfg if cfg is None else cfg, 0.0, MAX_CFG, "4 is usual, 0 turns guidance off")

@@ -3,9 +3,10 @@
 An image depends on its own request, never on what shares its batch. Whether a job was cancelled is looked at between
 scales. When a batch fails, its jobs are drawn once more one by one, so that only the one at fault ends in an error.
 
-A second thread decodes: previews cost as much as the scales themselves (16 of 70 ms an image of the shipped plan,
-times its six scales), and the engine goes on meanwhile. Only the first preview of a batch holds it up, so that this
-one is there at once, and the end of a batch waits for its previews, so that they never pile up.
+A second thread decodes previews: they cost as much as the scales themselves (16 of 70 ms an image of the shipped
+plan, times its six scales), and the engine goes on meanwhile. Only the first preview of a batch holds it up, so that
+this one is there at once, and the last scale waits for the previews before it, so that they never pile up. Where
+nobody wants previews, all is done on the engine's thread.
 """
 
 from __future__ import annotations
@@ -132,17 +133,21 @@ class Batcher:
         for job in wanted:
             job.began()
         shown: list[Future[None]] = []
+        previewed = any(job.previews for job in wanted)
         try:
             try:
                 requests = [job.request for job in wanted]
                 for scale in self.plan.stream_many(requests, cancelled=lambda i: wanted[i].cancelled):
-                    shown.append(self._decoder.submit(self._take, wanted, scale))
-                    if scale.index == 0 and any(0 in job.previews for job in wanted):
-                        shown[-1].result()
+                    if previewed and not scale.last:
+                        shown.append(self._decoder.submit(self._take, wanted, scale))
+                        if scale.index == 0 and any(0 in job.previews for job in wanted):
+                            shown[-1].result()
+                        continue
+                    while shown:
+                        shown.pop(0).result()
+                    self._take(wanted, scale)
             finally:
                 wait(shown)
-            for future in shown:
-                future.result()
         except Exception as error:
             log.exception("plan %s: a batch of %d failed", self.name, len(wanted))
             left = [job for job in wanted if not job.finished]
@@ -158,7 +163,7 @@ class Batcher:
                 raise AssertionError(f"job {job.id} was left behind")
 
     def _take(self, jobs: Sequence[Job], scale: ScaleResult) -> None:
-        """Decode a scale and hand it to its jobs, on the decoder's thread."""
+        """Decode a scale as far as it is wanted, and hand it to its jobs."""
         taking = [jobs[request] for request in scale.requests]
         shown_rows = [
             row for row, job in enumerate(taking) if job.awaits and (scale.last or scale.index in job.previews)

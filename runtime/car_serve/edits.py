@@ -74,13 +74,18 @@ def _branch(plan: Plan, results: Results, limits: Limits, form: EditForm, scale:
 
 
 def _receipt_tokens(plan: Plan, limits: Limits, data: bytes) -> tuple[NDArray[np.int64] | None, bool]:
-    """Tokens [L] of a PNG of this very plan, if it has them, and whether it was put back into a photo."""
+    """Tokens [L] of a PNG of this very plan, if it has them, and whether it was put back into a photo.
+
+    Of one that was changed after it was drawn there are none.
+    """
     check_size(data, "edit.image", limits.max_pixels)
     try:
         receipt = receipt_of(text_chunks(io.BytesIO(data)), plan.manifest)
     except CarError:
         return None, False
-    return (None, False) if receipt is None else (receipt.tokens, receipt.settings.get("edit") == "part")
+    if receipt is None or not receipt.is_of(decode(data, "edit.image", limits.max_pixels)):
+        return None, False
+    return receipt.tokens, receipt.settings.get("edit") == "part"
 
 
 def _image(plan: Plan, results: Results, limits: Limits, form: EditForm) -> Image.Image:

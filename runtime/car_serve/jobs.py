@@ -160,19 +160,28 @@ class Results:
     def __init__(self, keep: int, seconds: float, size: int) -> None:
         self._keep, self._seconds, self._size = keep, seconds, size
         self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._open: dict[str, Job] = {}
+        """Those that had not ended when they were last looked at."""
+        self._sizes: dict[str, int] = {}
+        """Bytes of the others, which stay as they are."""
+        self._total = 0
         self._lock = Lock()
 
     def add(self, job: Job) -> None:
         """Keep a job, and drop those whose time is over, and the oldest where they are too many or too large."""
         with self._lock:
-            self._jobs[job.id] = job
-            now, total = monotonic(), sum(j.bytes for j in self._jobs.values())
-            ended = [j for j in self._jobs.values() if j.ended is not None]
-            for old in ended:
-                late = now - (old.ended or now) > self._seconds
-                if late or len(self._jobs) > self._keep or total > self._size:
-                    del self._jobs[old.id]
-                    total -= old.bytes
+            self._jobs[job.id] = self._open[job.id] = job
+            for ended in [j for j in self._open.values() if j.finished]:
+                del self._open[ended.id]
+                self._sizes[ended.id] = ended.bytes
+                self._total += ended.bytes
+            now, drawing = monotonic(), sum(j.bytes for j in self._open.values())
+            for id in list(self._sizes):  # as they ended
+                late = now - (self._jobs[id].ended or now) > self._seconds
+                if not late and len(self._jobs) <= self._keep and self._total + drawing <= self._size:
+                    break
+                del self._jobs[id]
+                self._total -= self._sizes.pop(id)
 
     def find(self, id: str) -> Job:
         """The job of an id. Raises ServeError (404)."""

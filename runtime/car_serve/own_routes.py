@@ -49,7 +49,7 @@ def router(service: Service) -> APIRouter:
         form = await read_form(request, PictureForm)
         stream = wants_events(request)
         if not stream:
-            form = form.model_copy(update={"previews": False})
+            form.previews = False
         job = await to_thread.run_sync(service.submit, form)
         if stream:
             return _stream(service, job, cancel=True)

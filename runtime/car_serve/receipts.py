@@ -11,6 +11,9 @@ from car_runtime.receipt import receipts_of
 from car_serve.jobs import Job
 from car_serve.uploads import to_base64
 
+PNG_LEVEL = 3
+"""zlib's: half the time of the usual 6 for files 2 to 4 % larger, 8 % at 64×64."""
+
 
 def receipt(job: Job, image: int) -> dict[str, Any]:
     """All settings of one image by the names of `generate`; sent again they make the same image.
@@ -53,8 +56,9 @@ def png(job: Job, image: int) -> bytes:
         "Software": f"car_runtime {__version__}",
         "receipt": json.dumps(receipt(job, image)),
     }
-    about |= receipts_of(job.plan.manifest, job.request, job.tokens, [image])[0]
-    return png_bytes(pixels, about)
+    about |= receipts_of(job.plan.manifest, job.request, job.tokens, {image: pixels})[0]
+    profile = None if job.request.edit is None else job.request.edit.profile
+    return png_bytes(pixels, about, profile, level=PNG_LEVEL)
 
 
 def answer(job: Job) -> dict[str, Any]:

@@ -13,6 +13,8 @@ import numpy as np
 import onnx
 import pytest
 
+from car_export import verify as verify_module
+from car_export import verify2
 from car_export.config import ExportOptions
 from car_export.errors import VerificationError
 from car_export.plan2 import build_plan_of_2
@@ -194,9 +196,17 @@ def test_verify_compares_every_branch_and_none(two: Path, tmp_path: Path) -> Non
     assert all(name.startswith("branch other, ") for name in failed)
 
 
+@pytest.mark.parametrize("general", [verify_module.GENERAL, 0])
 @pytest.mark.parametrize("graph", ["step.01.b1", "branch.other.01.b1"])
-def test_a_static_form_that_computes_something_else_is_found(two: Path, tmp_path: Path, graph: str) -> None:
-    """Those of the step are compared with the first branch alone, those of a branch with their own."""
+def test_a_static_form_that_computes_something_else_is_found(
+    two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graph: str, general: int
+) -> None:
+    """Those of the step are compared with the first branch alone, those of a branch with their own.
+
+    Also at scales at which nothing else is compared.
+    """
+    for module in (verify_module, verify2):
+        monkeypatch.setattr(module, "GENERAL", general)
     plan = shutil.copytree(two, tmp_path / "changed.plan")
     branches = {"sketch": small(), "other": sibling(small())}
     verify_plan_of_2(plan, branches["sketch"], branches, lambda _: None)
@@ -205,4 +215,15 @@ def test_a_static_form_that_computes_something_else_is_found(two: Path, tmp_path
     next(attribute for attribute in norm.attribute if attribute.name == "epsilon").f = 0.5
     (plan / f"{graph}.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(VerificationError, match=f" {graph}: "):
+        verify_plan_of_2(plan, branches["sketch"], branches, lambda _: None)
+
+
+def test_a_constant_of_another_scale_is_found(two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (verify_module, verify2):
+        monkeypatch.setattr(module, "GENERAL", 0)
+    plan, branches = shutil.copytree(two, tmp_path / "changed.plan"), {"sketch": small()}
+    manifest = schema.read_manifest(plan)
+    tensors = {**manifest.tensors, "cfg_ratio.1": manifest.tensors["cfg_ratio.0"]}
+    schema.write_manifest(plan, replace(manifest, tensors=tensors))
+    with pytest.raises(VerificationError, match=r"constants\.1: cfg_ratio is off"):
         verify_plan_of_2(plan, branches["sketch"], branches, lambda _: None)

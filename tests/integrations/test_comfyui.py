@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from PIL import Image, ImageDraw
 
 import car_runtime
 from car_runtime.editing.edit import Edit
+from car_runtime.photo import control_of_photo
 
 ROOT = Path(__file__).parents[2]
 NODES = ROOT / "integrations/comfyui"
@@ -38,6 +40,8 @@ class Server:
 
     address: str
     base: Path
+    said: list[str] = field(default_factory=list)
+    """What was shown as text, each with its node before it."""
 
     def ask(self, path: str, body: Any = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -58,7 +62,9 @@ class Server:
         async with aiohttp.ClientSession() as session, session.ws_connect(url) as messages:
             queued = self.ask("/prompt", {"prompt": prompt, "client_id": client})["prompt_id"]
             async for message in messages:
-                if message.type is aiohttp.WSMsgType.BINARY:
+                if message.type is aiohttp.WSMsgType.BINARY and message.data[:4] == TEXT:
+                    self.said.append(message.data[4:].decode(errors="replace"))
+                elif message.type is aiohttp.WSMsgType.BINARY:
                     previews.append(message.data)
                     if on_preview is not None:
                         on_preview()
@@ -76,6 +82,8 @@ class Server:
         return np.stack([np.asarray(Image.open(self.base / "output" / name).convert("RGB")) for name in names])
 
 
+TEXT = (3).to_bytes(4, "big")
+"""What a message begins with that shows text on a node."""
 ENDINGS = {"execution_success", "execution_error", "execution_interrupted"}
 
 
@@ -120,11 +128,11 @@ def is_up(server: Server) -> bool:
 
 
 def photo_with_hole() -> np.ndarray:
-    """A photo as RGBA, transparent where ComfyUI's mask is to be: uint8 [96, 96, 4]."""
+    """A photo as RGBA, transparent where ComfyUI's mask is to be, beyond its middle square: uint8 [96, 160, 4]."""
     with Image.open(ROOT / "examples/photos/mouse.png") as image:
-        photo = image.convert("RGB").resize((96, 96))
+        photo = image.convert("RGB").resize((160, 96))
     alpha = Image.new("L", photo.size, 255)
-    ImageDraw.Draw(alpha).rectangle((30, 30, 65, 65), fill=0)
+    ImageDraw.Draw(alpha).rectangle((100, 30, 135, 65), fill=0)
     photo.putalpha(alpha)
     return np.asarray(photo)
 
@@ -149,7 +157,8 @@ def test_the_loader_knows_the_nodes(server: Server) -> None:
 
 
 def test_the_example_draws_what_the_runtime_draws_and_edits_it_with_previews(server: Server) -> None:
-    history, previews = server.run(changed(n1={"backend": "ort-cpu"}))
+    # Load Image gives an empty mask of 64×64 for an image without one; and who pastes a name pastes a space, too.
+    history, previews = server.run(changed(n1={"backend": "ort-cpu", "plan": " "}, n7={"mask": ["2", 1]}))
     assert history["status"]["status_str"] == "success", history["status"]
     with car_runtime.open_plan(backend="ort-cpu") as plan:
         scales = len(plan.manifest.scales)
@@ -167,7 +176,7 @@ def test_the_example_draws_what_the_runtime_draws_and_edits_it_with_previews(ser
 
 
 def test_a_mask_is_drawn_anew_and_the_rest_of_the_photo_stays(server: Server) -> None:
-    prompt = changed(n2={"image": "hole.png"}, n3={"image_is": "photo"})
+    prompt = changed(n1={"backend": "ort-cpu"}, n2={"image": "hole.png"}, n3={"image_is": "photo"})
     prompt["7"]["inputs"] |= {"image": ["2", 0], "mask": ["2", 1], "keep_scales": 0}
     del prompt["4"], prompt["5"], prompt["6"]
     history, _ = server.run(prompt)
@@ -176,9 +185,50 @@ def test_a_mask_is_drawn_anew_and_the_rest_of_the_photo_stays(server: Server) ->
     photo = photo_with_hole()[..., :3].astype(int)
     apart = np.abs(edited - photo).max(-1)
     far = np.ones_like(apart, bool)
-    far[20:76, 20:76] = False
+    far[20:76, 90:146] = False
     assert apart[far].max() <= 1
-    assert apart[30:66, 30:66].mean() > 10
+    assert apart[30:66, 100:136].mean() > 10
+    # The control is made of what the model sees of the photo, as car-run makes it, not of the photo's middle.
+    rgba = photo_with_hole()
+    edit = Edit(image=rgba[..., :3], mask=255 - rgba[..., 3])
+    with car_runtime.open_plan(backend="ort-cpu") as plan:
+        control, _ = control_of_photo(rgba[..., :3], plan.manifest, edit=edit)
+        inputs = prompt["7"]["inputs"]
+        drawn = plan.generate(control, inputs["class_name"], inputs["seed"], edit=edit)
+    assert drawn.edited is not None
+    assert np.abs(edited - drawn.edited[0]).max() <= 1
+
+
+def test_two_controls_of_one_branch_are_refused_by_the_second(server: Server) -> None:
+    prompt = changed()
+    prompt["9"] = prompt["3"] | {"inputs": prompt["3"]["inputs"] | {"more": ["3", 0]}}
+    prompt["4"]["inputs"]["control"] = ["9", 0]
+    history, _ = server.run(prompt)
+    (error,) = [content for kind, content in history["status"]["messages"] if kind == "execution_error"]
+    assert error["node_id"] == "9"
+    assert "the CAR Control nodes 3 and 9 are both for the branch 'canny'; name another" in error["exception_message"]
+
+
+def test_a_warning_is_shown_on_its_node(server: Server) -> None:
+    history, _ = server.run(changed(n2={"image": "hole.png"}, n3={"image_is": "map"}))
+    assert history["status"]["status_str"] == "success", history["status"]
+    shown = [text for text in server.said if "looks like a photo" in text or "is coloured" in text]
+    assert any(text[4:].startswith("3the control") for text in shown), server.said
+
+
+def test_a_plan_is_opened_again_when_its_files_change(server: Server, tmp_path: Path) -> None:
+    """Also one whose name was pasted with a space: its drawing is of the plan that is there now."""
+    shutil.copytree(car_runtime.default_plan(), tmp_path / "my.plan")
+    prompt = changed(n1={"plan": f" {tmp_path / 'my.plan'} ", "backend": "ort-cpu"})
+    del prompt["6"], prompt["7"], prompt["8"]
+    cached = []
+    for changed_at in (1, 2, 2):
+        os.utime(tmp_path / "my.plan/manifest.json", (changed_at, changed_at))
+        history, _ = server.run(prompt)
+        assert history["status"]["status_str"] == "success", history["status"]
+        (nodes,) = [content["nodes"] for kind, content in history["status"]["messages"] if kind == "execution_cached"]
+        cached.append("1" in nodes)
+    assert cached == [False, False, True]
 
 
 def test_what_cannot_be_drawn_is_said_by_its_node(server: Server) -> None:

@@ -107,6 +107,16 @@ def test_maps_of_the_wrong_kind_are_noticed(image: Image.Image, name: str, says:
     assert says in found[0]
 
 
+@pytest.mark.parametrize(("width", "says"), [(1, "lose"), (3, "lose"), (12, None), (40, None), (120, None)])
+def test_lines_of_a_large_map_are_thin_or_thick_enough(width: int, says: str | None) -> None:
+    """Whether they are followed is a matter of their width, not of how many pixels they have."""
+    image = Image.new("L", (1200, 1200))
+    ImageDraw.Draw(image).ellipse((200, 200, 900, 900), outline=255, width=width)
+    found = said(image, "canny", 128)
+    assert len(found) == (says is not None)
+    assert says is None or says in found[0]
+
+
 def test_black_strokes_on_nothing_are_drawn_in_white(tmp_path: Path) -> None:
     seen, _ = prepare_control(open_image(KINDS["tablet_black_ink"](tmp_path)), PRESETS["sketch"], 128, None)
     np.testing.assert_array_equal(np.asarray(seen.convert("L")), np.asarray(strokes(0, 255)))

@@ -27,7 +27,7 @@ from car_runtime.backends.cuda.buffers import DeviceArray, Memory
 from car_runtime.backends.cuda.driver import CudaDevice, CudaError
 from car_runtime.backends.cuda.kernels import kernels as described
 from car_runtime.backends.cuda.kernels import named, read_cubins
-from car_runtime.backends.cuda.launch_plan import LaunchPlan, problem, sizes_of
+from car_runtime.backends.cuda.launch_plan import LaunchPlan, problem, sizes_of, strides_of
 from car_runtime.backends.cuda.steps import StepKernels, open_steps
 from car_runtime.backends.cuda.weights import DeviceWeights
 from car_runtime.errors import BackendError, RunError
@@ -295,10 +295,10 @@ class Loop:
 class Kernels:
     """The launch plan's graphs on the fake GPU, recorded; the others as `source` runs them."""
 
-    def __init__(self, source: Plan | Eager) -> None:
+    def __init__(self, source: Plan | Eager, strides: dict[str, tuple[int, ...]] | None = None) -> None:
         self.source, self.device = source, KernelDevice()
         self.memory = Memory(self.device)
-        sizes = sizes_of(source.manifest)
+        sizes = sizes_of(source.manifest, strides)
         self.plan = LaunchPlan(sizes, DeviceWeights(source.parameters, self.memory, sizes.half))
         self.launched: dict[str, list[int]] = {}
 
@@ -322,6 +322,9 @@ class Kernels:
         if graph == "decoder":
             size = model.image_size
             return {"image": self.memory.allocate((len(feed["f_hat"]), size, size, 3), "uint8")}
+        if graph.startswith("control."):
+            tokens = sum(scale.tokens for scale in self.source.manifest.scales)
+            return {"features": self.memory.allocate((tokens, model.width), "float32")}
         if graph.startswith("condition"):
             R, C, name = len(feed["label"]), model.width, graph.partition(".")[2]
             M = 6 * model.branches[name].blocks if name else 6 * model.depth + 2
@@ -399,6 +402,17 @@ def test_other_fusions_are_the_fp16_graphs(fusion: str, tmp_path: Path) -> None:
     few = 2 * 5 + (2 if fusion == "zero" else 1) + 1 + 7  # blocks, a fusion, positions, head to next input
     once = {"condition": [4], "condition.one": [1]}  # blocks, the head, start tokens
     assert gpu.launched == {**once, "branch.one": [6] * 3, "step": [few] * 3}
+
+
+def test_features_of_the_tokenizers_encoder_are_the_fp16_graphs(tmp_path: Path) -> None:
+    """𝓕 as a copy of it and a projection: each scale by itself, the first with one pixel at the lowest level."""
+    source = Eager({"one": narrow(encoder="vqvae")}, tmp_path)
+    rng, sides = np.random.default_rng(1), [scale.control_size for scale in source.manifest.scales]
+    maps = {f"control_{k}": rng.integers(0, 256, (side, side, 3), np.uint8) for k, side in enumerate(sides)}
+    found = Kernels(source, strides_of(source.manifest, tmp_path))("control.one", maps)["features"]
+    want = source("control.one", maps)["features"]
+    assert found.shape == want.shape == (1 + 4 + 16, 64)
+    assert np.abs(found - want).max() < TOLERANCE * np.ptp(want)
 
 
 def test_an_image_in_bf16_is_the_bf16_graphs(tmp_path: Path) -> None:

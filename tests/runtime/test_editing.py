@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +88,12 @@ def test_the_square_covers_what_is_drawn_and_stays_in_the_frame_where_it_fits(
     if square.side <= min(width, height):
         assert 0 <= square.left <= width - square.side
         assert 0 <= square.top <= height - square.side
+
+
+@pytest.mark.parametrize("size", [(1000, 1000), (1000, 1001)])
+def test_the_square_of_a_small_part_of_a_large_photo_is_around_it(size: tuple[int, int]) -> None:
+    assert square_around(marked(*size, (500, 500, 600, 580)), 64).side == 400
+    assert square_around(marked(*size, (500, 500, 503, 503)), 64).side == 64
 
 
 def test_a_part_whose_square_would_take_terabytes_is_refused() -> None:
@@ -317,11 +324,23 @@ def test_an_extended_frame_keeps_the_photo(plan: Plan) -> None:
         ({"mask": np.zeros((64, 64), np.uint8)}, "the mask is empty"),
         ({"mask": np.zeros((64, 63), np.uint8)}, "63×64 pixels and the image 64×64"),
         ({"mask": np.zeros((64, 64), np.uint8), "box": (0, 0, 9, 9)}, "give one of mask, box and extend"),
+        ({"box": (0, 0, 9)}, "box is (0, 0, 9), but must be four whole numbers"),
+        ({"box": "0,0,9,9"}, "box is '0,0,9,9', but must be four"),
+        ({"extend": (1.5, 0, 0, 0)}, "extend is (1.5, 0, 0, 0), but must be four"),
+        ({"feather": "wide", "box": (0, 0, 9, 9)}, "feather is 'wide'"),
+        ({"tokens": np.zeros(5, np.int64)}, "give an array of integers of shape [130]"),
+        ({"tokens": np.zeros(130)}, "give an array of integers"),
+        ({"tokens": np.full(130, 1024)}, "tokens hold 1024…1024; give -1…1023"),
     ],
 )
 def test_a_bad_edit_is_refused_with_its_range(edit: dict[str, object], said: str) -> None:
-    with pytest.raises(RequestError, match=said.replace("(", r"\(")):
+    with pytest.raises(RequestError, match=re.escape(said)):
         prepare(read_manifest(default_plan()), Edit(image=photo(64, 64), **edit))  # type: ignore[arg-type]
+
+
+def test_what_is_no_edit_is_refused(plan: Plan) -> None:
+    with pytest.raises(RequestError, match=r"give a car_runtime\.editing\.edit\.Edit"):
+        plan.generate(CONTROL, edit={"image": photo(64, 64)})  # type: ignore[call-overload]
 
 
 def test_an_edit_and_known_tokens_exclude_each_other(plan: Plan) -> None:
@@ -442,6 +461,63 @@ def test_no_receipt_leaves_it_out(drawn: Path, capsys: pytest.CaptureFixture[str
     assert "has no receipt" in capsys.readouterr().err
 
 
+def test_a_receipt_stands_for_its_own_pixels_alone(drawn: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A program that changes an image and keeps its text chunks, as ImageMagick does."""
+    from PIL import PngImagePlugin
+
+    changed, fresh, varied = (drawn.with_name(f"{name}.png") for name in ("changed", "fresh", "varied"))
+    info = PngImagePlugin.PngInfo()
+    with Image.open(drawn) as image:
+        for key, text in image.text.items():  # type: ignore[attr-defined]
+            info.add_text(key, text)
+        image.paste((255, 0, 0), (0, 0, 64, 30))
+        image.save(changed, pnginfo=info)
+        image.save(fresh)
+    given = ["--control", str(CONTROL), "--class", LABEL, "--from-scale", "4", "--no-receipt", "-o", str(varied)]
+    for command in ("vary", "restyle"):
+        assert main([command, str(changed), *given]) == 0
+        assert "the image was changed after it was drawn" in capsys.readouterr().err
+        found = varied.read_bytes()
+        assert main([command, str(fresh), *given]) == 0
+        assert varied.read_bytes() == found
+        assert main([command, str(drawn), *given]) == 0
+        assert "was changed" not in capsys.readouterr().err
+        assert varied.read_bytes() != found
+    assert main(["again", str(changed), "-o", str(varied)]) == 0
+    assert "the image was changed after it was drawn" in capsys.readouterr().err
+    assert varied.read_bytes() == drawn.read_bytes()
+
+
+def test_scales_that_the_receipt_has_not_are_not_kept(drawn: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    coarse, varied = drawn.with_name("coarse.png"), drawn.with_name("varied.png")
+    assert main(["again", str(drawn), "--stop-after", "2", "-o", str(coarse)]) == 0
+    assert main(["vary", str(coarse), "--from-scale", "3", "-o", str(varied)]) == 0
+    capsys.readouterr()
+    assert main(["vary", str(coarse), "--from-scale", "4", "-o", str(varied)]) == 2
+    assert "has 3 scales, as it was drawn; give 0…3" in capsys.readouterr().err
+
+
+def test_a_preset_replaces_what_the_receipt_has(drawn: Path) -> None:
+    other, direct = drawn.with_name("other.png"), drawn.with_name("direct.png")
+    assert main(["again", str(drawn), "--preset", "car", "--top-k", "9", "-o", str(other)]) == 0
+    flags = ["--seed", "5", "--preset", "car", "--top-k", "9"]
+    assert main(["--control", str(CONTROL), "--class", LABEL, *flags, "-o", str(direct)]) == 0
+    assert other.read_bytes() == direct.read_bytes()
+
+
+def test_a_control_that_is_not_the_receipts_is_left_out_with_a_line(
+    drawn: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import PngImagePlugin
+
+    info, other = PngImagePlugin.PngInfo(), drawn.with_name("other.png")
+    with Image.open(drawn) as image:
+        info.add_text(receipts.KEY, image.text[receipts.KEY])  # type: ignore[attr-defined]
+        image.save(other, pnginfo=info)
+    assert main(["vary", str(other), "--from-scale", "4", "-o", str(drawn.with_name("v.png"))]) == 0
+    assert "encloses no control image, or another" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["saved.jpg", "saved.png", "saved.webp"])
 def test_an_image_that_was_saved_anew_has_no_receipt(
     name: str, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -468,6 +544,13 @@ def test_an_image_that_was_saved_anew_has_no_receipt(
         (["extend", "PHOTO", "--left", "120%", "--control", str(CONTROL)], "at most 100%"),
         (["restyle", "PHOTO"], "add --class"),
         (["vary", "PHOTO", "--control", str(CONTROL), "--from-scale", "99"], "from_scale is 99"),
+        (["vary", "PHOTO", "--control", str(CONTROL), "--from-scale", "6"], "keeps all 6 scales; give 0…5"),
+        (["restyle", "PHOTO", "--class", "4", "--from-scale", "6"], "keeps all 6 scales; give 0…5"),
+        (["vary", "PHOTO", "--from-scale", "3", "--stop-after", "2"], "none is drawn anew; give less than 3"),
+        (["paint", "PHOTO", "--box", "6,6,11,11"], "covers no token by half, which are 8 pixels wide"),
+        (["paint", "PHOTO", "--box", "0,0,64,64", "--stop-after", "0"], "would be kept; give a larger part"),
+        (["extend", "PHOTO", "--left", "1"], "covers no token by half"),
+        (["paint", "PHOTO", "--box", "-1,0,9,9"], "not inside the image of 64×64"),
         (["paint", "PHOTO", "--box", "0,0,9,9", "--control", str(CONTROL), "-o", "PHOTO"], "would replace the input"),
         (["again", "PHOTO"], "has no receipt"),
         (["again", "gone.png"], "there is no image"),
@@ -483,6 +566,17 @@ def test_misuse_is_one_line_and_writes_nothing(
     assert said in error
     assert len(error.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
+
+
+@pytest.mark.parametrize(("space", "kept"), [(b"RGB ", True), (b"GRAY", False)])
+def test_an_edited_photo_keeps_its_colour_profile(space: bytes, kept: bool, tmp_path: Path) -> None:
+    """Else its pixels, though the same bytes, would show as other colours."""
+    profile = bytes(16) + space + bytes(108)
+    photo(64, 64).save(tmp_path / "photo.png", icc_profile=profile)
+    args = ["paint", str(tmp_path / "photo.png"), "--box", "8,8,40,40", "-o", str(tmp_path / "x.png")]
+    assert main(args) == 0
+    with Image.open(tmp_path / "x.png") as image:
+        assert image.info.get("icc_profile") == (profile if kept else None)
 
 
 def test_a_sheet_shows_what_is_edited_on_white(tmp_path: Path) -> None:

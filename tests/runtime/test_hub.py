@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,7 +25,7 @@ from car_runtime.cli.main import main
 from car_runtime.format.manifest import MANIFEST, MANIFEST_BYTES, WEIGHTS, read_manifest
 from car_runtime.format.signature import SIGNATURE, SIGNATURE_BYTES
 from car_runtime.hub import CARD_FILES, HubName, located, parse_name
-from fixtures.hub_server import Hub, running_hub
+from fixtures.hub_server import Hub, answering, running_hub
 from fixtures.runtime_plan import SIZE, build_plan, relist
 
 pytest.importorskip("huggingface_hub")
@@ -82,6 +84,25 @@ def car_run(client: Any, tmp_path: Path) -> Any:
     edges[8:24, 8:24] = 255
     Image.fromarray(edges).save(tmp_path / "edges.png")
     return lambda *arguments, **more: client("-m", "car_runtime", *arguments, **more)
+
+
+@pytest.fixture(params=["refuses", "has no address", "is silent", "has failed", "is another server"])
+def dead(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
+    """Addresses at which no hub answers, and what is said of them."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        here = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        if request.param == "refuses":
+            yield here, r"can't be reached \(.*refused.*\)"
+        elif request.param == "has no address":
+            yield "http://no-such-host.invalid", r"can't be reached \(.+\)"
+        elif request.param == "is silent":
+            listening.listen()
+            yield here, r"can't be reached \((no answer in 2 s|.*timed out.*)\)"
+        else:
+            status = {"has failed": 503, "is another server": 200}[request.param]
+            with answering(status) as url:
+                yield url, "the hub answers with HTTP 503" if status == 503 else f"what answers at {url} is no hub"
 
 
 def files_of(root: Path) -> dict[str, bytes]:
@@ -164,6 +185,64 @@ def test_pull_and_push_are_each_others_reverse(hub: Hub, tiny: Path, car_run: An
     assert hub.asked["upload"] == 1, "what the hub has is not sent again"
 
 
+def test_push_sends_weights_by_xet_where_the_client_has_it(
+    hub: Hub, tiny: Path, car_run: Any, tmp_path: Path
+) -> None:
+    """hf-xet comes with the client. It writes into a folder here, and what it wrote is read from there."""
+    hf_xet = pytest.importorskip("hf_xet")
+    hub.xet = tmp_path / "store"
+    hub.xet.mkdir()
+    done = car_run("plan", "push", str(tiny), f"hf:{REPO}", HF_HUB_DISABLE_XET="0")
+    assert done.stderr == f"car-run: sending 7 files of tiny to hf:{REPO}\n", "bars are for terminals"
+    name = done.stdout.strip()
+    weights = (tiny / WEIGHTS).read_bytes()
+    said = b"sha256 " + hashlib.sha256(weights).hexdigest().encode()
+    assert hub.commits[REPO][name.split("@")[1]] == {**files_of(tiny), WEIGHTS: said}
+    assert hub.asked["upload"] == 0
+    stored = hf_xet.hash_files([str(tiny / WEIGHTS)])[0]
+    with hf_xet.XetSession().new_file_download_group(endpoint=f"local://{hub.xet}") as group:
+        group.start_download_file(hf_xet.XetFileInfo(stored.hash, stored.file_size), str(tmp_path / "read"))
+    assert (tmp_path / "read").read_bytes() == weights
+
+
+@pytest.mark.parametrize("branch", ["v2", "main"])
+def test_push_makes_the_branch_that_it_names(hub: Hub, tiny: Path, car_run: Any, branch: str) -> None:
+    hub.commit(REPO, {"README.md": b"first"})
+    name = car_run("plan", "push", str(tiny), f"hf:{REPO}@{branch}").stdout.strip()
+    assert hub.branches[REPO][branch] == name.split("@")[1]
+    assert set(hub.branches[REPO]) == {"main", branch}
+
+
+def test_a_push_to_where_no_hub_answers_ends_at_once(
+    tiny: Path, hub: Hub, car_run: Any, dead: tuple[str, str]
+) -> None:
+    address, reason = dead
+    done = car_run("plan", "push", str(tiny), f"hf:{REPO}", code=2, HF_ENDPOINT=address, HF_HUB_ETAG_TIMEOUT="2")
+    first, error = done.stderr.splitlines()
+    assert first == f"car-run: sending 7 files of tiny to hf:{REPO}"
+    remedy = "push again later" if "HTTP 503" in reason else "check the connection, and HF_ENDPOINT if it is set"
+    assert re.fullmatch(rf"car-run: error: the hub does not take hf:{REPO} \(.+\); {remedy}.*", error)
+
+
+@pytest.mark.parametrize(
+    ("refused", "xet", "remedy"),
+    [
+        (403, "1", "check the name, and log in with hf auth login and a token that may write"),
+        (None, "0", "push again, which goes on where it stopped, or with HF_HUB_DISABLE_XET=1, by HTTP"),
+    ],
+)
+def test_a_push_that_fails_says_that_the_repository_it_made_is_empty(
+    hub: Hub, tiny: Path, car_run: Any, refused: int | None, xet: str, remedy: str
+) -> None:
+    """The hub takes no commit, or the client would send by Xet, which this hub hasn't."""
+    hub.refused = refused
+    for left in (", and the repository that was made for it is empty", ""):
+        done = car_run("plan", "push", str(tiny), f"hf:{REPO}", code=2, HF_HUB_DISABLE_XET=xet)
+        error = done.stderr.splitlines()[-1]
+        assert error.startswith(f"car-run: error: the hub does not take hf:{REPO} (")
+        assert error.endswith(f"){left}; {remedy}")
+
+
 def test_a_damaged_plan_is_not_pushed(hub: Hub, tiny: Path, car_run: Any, tmp_path: Path) -> None:
     shutil.copytree(tiny, tmp_path / "bad.plan")
     with (tmp_path / "bad.plan" / WEIGHTS).open("r+b") as file:
@@ -189,7 +268,7 @@ def test_no_link_in_a_plan_sends_another_file(
 def test_what_is_not_on_the_hub_is_said_in_one_line(hub: Hub, tiny: Path, client: Any) -> None:
     hub.commit(REPO, files_of(tiny))
     hub.commit("someone/other", {"weights.bin": b"x"})
-    names = [f"hf:{REPO}@no-such", "hf:no/such", "hf:someone/other"]
+    names = [f"hf:{REPO}@no-such", f"hf:{REPO}@0a1b2c3", "hf:no/such", "hf:someone/other"]
     code = (
         "from car_runtime import PlanError, open_plan\n"
         f"for name in {names}:\n"
@@ -198,6 +277,7 @@ def test_what_is_not_on_the_hub_is_said_in_one_line(hub: Hub, tiny: Path, client
     )
     assert client("-c", code).stdout.splitlines() == [
         f"hf:{REPO}@no-such: there is no such branch, tag or commit; check what follows the @",
+        f"hf:{REPO}@0a1b2c3: there is no such branch, tag or commit; write all 40 digits of a commit",
         "the hub has no no/such, or it is private; check the name, or hf auth login",
         "hf:someone/other is no plan: it has no manifest.json; give the repository of a plan",
     ]
@@ -212,9 +292,39 @@ def test_a_name_that_is_none_is_refused(name: str) -> None:
 def test_offline_a_plan_that_was_not_fetched_is_said_so(hub: Hub, tiny: Path, car_run: Any) -> None:
     hub.commit(REPO, files_of(tiny))
     done = car_run("-e", f"hf:{REPO}", *DRAW, code=2, HF_HUB_OFFLINE="1")
-    assert "is not in the cache, or not whole, and the hub can't be reached" in done.stderr
+    assert "is not in the cache, or not whole, and HF_HUB_OFFLINE is set; unset it" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not hub.asked
+
+
+def test_where_no_hub_answers_the_cache_is_used_at_once(
+    hub: Hub, tiny: Path, car_run: Any, client: Any, dead: tuple[str, str]
+) -> None:
+    """Also for files that the plan doesn't have: each would be asked for again and again."""
+    address, reason = dead
+    commit = hub.commit(REPO, files_of(tiny))
+    car_run("plan", "pull", f"hf:{REPO}")
+    code = (
+        "import sys, time\n"
+        "from car_runtime import PlanError\n"
+        "from car_runtime.hub import located\n"
+        "began = time.monotonic()\n"
+        f"for name in ('hf:{REPO}', 'hf:{REPO}@{commit}', 'hf:someone/other'):\n"
+        "    try: located(name, print)\n"
+        "    except PlanError as error: print(error)\n"
+        "print(time.monotonic() - began)\n"
+    )
+    done = client("-c", code, HF_ENDPOINT=address, HF_HUB_ETAG_TIMEOUT="2")
+    assert not done.stderr
+    cached, pinned, lost, seconds = done.stdout.splitlines()
+    assert re.fullmatch(f".*{reason}; hf:{REPO} is taken from the cache, commit {commit}", cached)
+    assert pinned.startswith(f"hf:{REPO}@{commit} is at commit "), "nothing is asked for"
+    assert re.fullmatch(
+        f"hf:someone/other is not in the cache, or not whole, and .*{reason}; check the connection, and HF_ENDPOINT "
+        "if it is set",
+        lost,
+    )
+    assert float(seconds) < 15
 
 
 def test_a_plan_that_was_changed_on_the_hub_is_refused_and_nothing_is_kept(
@@ -386,6 +496,10 @@ def test_without_the_client_the_error_says_what_to_install(monkeypatch: pytest.M
         (["pull", "hf:a/b", "-o", "."], "'.' is there already; remove it, or choose another -o"),
         (["push", "here.plan"], "push needs hf:ORG/NAME after the plan"),
         (["push", "here.plan", "a/b"], "'a/b' names no plan on the hub"),
+        (
+            ["push", "here.plan", f"hf:a/b@{'0' * 40}"],
+            f"hf:a/b@{'0' * 40} is a commit, which nothing is added to; write",
+        ),
         (["info", "here.plan", "--private"], "--private is not for info; leave it out"),
         (["card", "here.plan", "x"], "card takes nothing but the plan; leave out 'x'"),
         (["push", "here.plan", "hf:a/b", "--license", "mit"], "--license is not for push; leave it out"),

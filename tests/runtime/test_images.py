@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from car_runtime import images
 from car_runtime.cli.options import image_source
 from car_runtime.errors import ImageError, OutputError, RequestError
 from car_runtime.format.manifest import Scale
@@ -36,8 +37,13 @@ def _scales(sizes: list[int]) -> list[Scale]:
     return [Scale(side=size // 16, control_size=size, **blank) for size in sizes]  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("name", ["tiny.npz", "ten.npz"])
-def test_control_pyramid_is_what_the_published_model_saw(name: str) -> None:
+def test_control_pyramid_is_what_the_published_model_saw(
+    name: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "usable_cores", lambda: threads)
+    monkeypatch.setattr(images, "RESIZED_APART", 1)
     golden = np.load(REFERENCE / name)
     stream = io.BytesIO(png_bytes(golden["control_png"]))
     expected = [golden[f"control_{k}"] for k in range(sum(key.startswith("control_") for key in golden) - 1)]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from car_runtime import CARPipeline, GenerationConfig, RequestError
+from car_runtime import CarError, CARPipeline, GenerationConfig, RequestError, open_plan
+from car_runtime.config import Blend
 from car_runtime.editing.edit import Edit
+from car_runtime.pipeline import OF_CALLS, OF_OPENING
 from fixtures.runtime_plan import NAMES, SIDES, SIZE, build_plan
 
 ROOT = Path(__file__).parents[2]
@@ -138,7 +142,18 @@ def test_with_a_mask_the_image_is_a_photo_that_is_painted(pipe: CARPipeline) -> 
         ({"control_image": EDGES}, "control_image goes with mask_image"),
         ({"mask_image": EDGES[..., 0], "image": None}, "mask_image is of a photo, and none is given"),
         ({"mask_image": EDGES[..., 0], "output_type": "np"}, "choose 'pil'"),
-        ({"prompt": "a cat"}, "there is no setting 'prompt'"),
+        (
+            {"prompt": "a cat"},
+            "prompt is 'a cat', which only diffusers has; give class_labels: the models know classes",
+        ),
+        ({"height": 512}, "height is 512, which only diffusers has; leave it out: a plan draws images of one size"),
+        ({"return_dict": False}, "return_dict is False, which only diffusers has; leave it out"),
+        ({"latents": EDGES}, "which only diffusers has; give generator"),
+        ({"guidance": 4}, "there is no setting 'guidance'"),
+        ({"seed": 4}, "seed is given as generator here; give that alone"),
+        ({"edit": None, "mask_image": EDGES[..., 0]}, "edit is given as mask_image here; give that alone"),
+        ({"edit": 3}, "edit is 3; give a car_runtime.editing.edit.Edit, or leave it out"),
+        ({"callback_on_step_end": 3}, "callback_on_step_end is 3; give a function, or leave it out"),
         ({"guidance_scale": 4, "cfg": 3}, "cfg and guidance_scale are the same; give one"),
     ],
 )
@@ -147,8 +162,95 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_drawn(
 ) -> None:
     drawn: list[int] = []
     with pytest.raises(RequestError, match=re.escape(message)):
-        pipe(**{"image": EDGES, **arguments}, callback_on_step_end=lambda *_: drawn.append(1))
+        pipe(**{"image": EDGES, "callback_on_step_end": lambda *_: drawn.append(1), **arguments})
     assert not drawn
+
+
+ODD = [
+    3,
+    -1.5,
+    "",
+    "x",
+    b"x",
+    True,
+    math.nan,
+    2**70,
+    np.int64(1),
+    np.zeros((3, 3)),
+    [],
+    [None],
+    {1: 2},
+    object(),
+    range(3),
+]
+
+
+def refused(call: Callable[..., object], *given: object, **named: object) -> None:
+    """Nothing, where a call does what it is asked or refuses it; what else it raises ends the test."""
+    what = f"{call} of {given} {named}"
+    try:
+        call(*given, **named)
+    except CarError as error:
+        said = str(error)
+    except Exception as error:
+        raise AssertionError(f"{what}: {error!r}") from error
+    else:
+        return
+    assert "; " in said, f"{what}: no remedy in {said}"
+
+
+def opened(**arguments: Any) -> None:
+    CARPipeline.from_pretrained(**arguments).close()
+
+
+@pytest.mark.parametrize("odd", ODD, ids=[type(odd).__name__ + str(i) for i, odd in enumerate(ODD)])
+def test_an_argument_that_makes_no_sense_has_an_error_of_ours(pipe: CARPipeline, odd: object) -> None:
+    """Every argument, of calls, edits, blends, streams and opening, given things of other kinds."""
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    mask[:8] = 255
+    own = set(inspect.signature(CARPipeline.__call__).parameters) - {"self", "settings"}
+    for name in own | {one.name for one in fields(GenerationConfig)}:
+        refused(pipe, **{"image": EDGES, "generator": 1, name: odd})
+        refused(pipe, **{"image": EDGES, "generator": 1, "mask_image": mask, name: odd})
+    for one in fields(Edit):
+        refused(pipe, EDGES, edit=Edit(**{"image": EDGES, one.name: odd}))
+    for one in fields(Blend):
+        refused(pipe, EDGES, blend=Blend(**{"share": 0.5, "label": 1, one.name: odd}))
+    for name in [*inspect.signature(open_plan).parameters, "revision"]:
+        refused(opened, **{"path": pipe.plan.path, "backend": "ort-cpu", "threads": 1, name: odd})
+    refused(pipe.plan.generate, EDGES, on_scale=odd)
+    refused(pipe.plan.generate_many, odd)
+    refused(pipe.plan.stream_many, [], cancelled=odd)
+    refused(CARPipeline, odd)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"path": 3}, "the plan is 3; give its directory or hf:ORG/NAME, or nothing for the one in the package"),
+        ({"path": ""}, "the plan is ''; give its directory"),
+        (
+            {"torch_dtype": "float16"},
+            "torch_dtype is 'float16', which only diffusers has; leave it out: a plan has the",
+        ),
+        ({"backends": "ort-cpu"}, "from_pretrained has no argument 'backends'; it takes revision, path, backend,"),
+        ({"backend": None}, "there is no backend None; use one of auto"),
+        ({"revision": 3}, "revision is 3; give a branch, tag or commit"),
+    ],
+)
+def test_what_no_plan_can_be_opened_with_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(CarError, match=re.escape(message)):
+        CARPipeline.from_pretrained(**arguments)
+
+
+def test_what_asks_for_nothing_is_taken(pipe: CARPipeline) -> None:
+    """As callers of diffusers write it."""
+    plain = pipe(EDGES, generator=1)
+    nothing = {name: value for one in OF_CALLS for name in one.names for value in one.neutral}
+    same = pipe(EDGES, generator=1, **nothing | {"height": SIZE, "width": SIZE})
+    assert np.array_equal(pixels(same.images), pixels(plain.images))
+    nothing = {name: value for one in OF_OPENING for name in one.names for value in one.neutral}
+    CARPipeline.from_pretrained(pipe.plan.path, backend="ort-cpu", threads=1, **nothing).close()
 
 
 def test_a_revision_needs_a_plan_on_the_hub(tmp_path: Path) -> None:
@@ -166,3 +268,11 @@ def test_the_page_maps_every_argument() -> None:
     named = set(re.findall(r"`(\w+)`", " ".join(rows)))
     arguments = set(inspect.signature(CARPipeline.__call__).parameters) - {"self", "settings"}
     assert arguments <= named
+
+
+def test_the_page_has_what_only_diffusers_has() -> None:
+    page = (ROOT / "docs/from-diffusers.md").read_text(encoding="utf-8")
+    for one in (*OF_CALLS, *OF_OPENING):
+        names = ", ".join(f"`{name}`" for name in one.names)
+        values = ", ".join(f"`{value!r}`".replace("'", '"') for value in one.neutral)
+        assert f"| {names} | {values} | {one.remedy} |" in page

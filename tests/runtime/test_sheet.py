@@ -73,6 +73,13 @@ def test_each_cell_is_the_image_of_its_row_and_column(
     assert SIZE * 4 == 128
 
 
+def test_the_title_says_what_all_images_share_and_nothing_else(here: Path) -> None:
+    args = ["--class", "cat", "--control-strength", "0.5", "--vary", "cfg=3", "--vary", "preset=car,var-fid"]
+    assert main(["sheet", *PLAN, *CONTROL, *args]) == 0
+    with Image.open("sheet.png") as image:
+        assert image.text["sheet"].endswith("\ncat, seed 0, cfg 3.0, top-k 16, control-strength 0.5")  # type: ignore[attr-defined]
+
+
 def test_labels_stand_next_to_their_images_and_are_cut_to_their_room() -> None:
     red, blue = (np.full((128, 128, 3), c, np.uint8) for c in ((255, 0, 0), (0, 0, 255)))
     plain = labelled_sheet([red, blue], ["row"], ["one", "two"], "title")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.util import find_spec
@@ -307,6 +307,31 @@ def test_only_previews_that_are_shown_are_decoded(batcher: Any, monkeypatch: pyt
     assert len(decoded) == 2 * (1 + 2 + 1)  # each job's last scale, and two of one job's, of two images each
     shown = [sorted({scale.index for scale in job.scales if scale.pixels is not None}) for job in jobs]
     assert shown == [[5], [1, 4, 5]]
+
+
+@pytest.mark.parametrize(("previews", "threads"), [((), {"engine p"}), ((0,), {"engine p", "decoder p_0"})])
+def test_a_batch_without_previews_stays_on_one_thread(
+    batcher: Any, monkeypatch: pytest.MonkeyPatch, previews: Sequence[int], threads: set[str]
+) -> None:
+    from car_runtime.request import resolve
+    from car_serve.jobs import Job
+
+    plan, seen, take = batcher.plan, [], batcher._take
+
+    def watching(*given: Any) -> None:
+        seen.append(threading.current_thread().name)
+        take(*given)
+
+    monkeypatch.setattr(batcher, "_take", watching)
+    config = GenerationConfig(control=ROOT / "examples/heart.png", label=3, seed=5)
+    job = Job(request=resolve(plan.manifest, config), plan=plan, previews=previews)
+    batcher.submit(job)
+    until = time.monotonic() + 30
+    while not job.finished and time.monotonic() < until:
+        time.sleep(0.01)
+    assert set(seen) == threads
+    assert [scale.index for scale in job.scales] == list(range(len(plan.manifest.scales)))
+    assert np.array_equal(job.images[0], plan.generate(config).images[0])
 
 
 def test_people_of_every_kind_at_once(url: str) -> None:

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.serving import User, wave
 from car_runtime import open_plan
-from fixtures.serving import ROOT, SHIPPED, body, image64, pixels
+from fixtures.serving import ROOT, SHIPPED, body, image64, metric, pixels
 
 
 def events(url: str, request: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -314,6 +315,15 @@ def test_metrics_count_what_was_drawn(url: str) -> None:
     text = httpx.get(f"{url}/metrics").text
     for name in ("car_images_total", "car_queue_depth", "car_batch_images_bucket", "car_first_preview_seconds_sum"):
         assert name in text
+
+
+def test_the_benchmarks_users_get_images_and_hear_of_errors(url: str) -> None:
+    before = metric(url, "car_images_total")
+    found = wave(url, image64(), users=3, seconds=0.3)
+    assert found["failed"] == 0
+    assert found["images"] == metric(url, "car_images_total") - before >= 3
+    with User(url, "no base64!") as user:
+        assert [user.ask(1), user.ask(2)] == [400, 400]
 
 
 def test_capabilities_name_what_requests_take(url: str) -> None:

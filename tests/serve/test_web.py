@@ -269,9 +269,11 @@ def test_what_cannot_be_used_is_refused_in_words(page: Any) -> None:
             {"control": "bm8="},
             {"plan": "other"},
             {"edit": {"id": "gone", "scale": 1}},
+            {"edit": {"image": base64_of(UMBRELLA), "mask": in_base64(light((6, 6, 11, 11)))}},
         ],
     )
-    assert [status for status, _ in said] == [400, 400, 400, 400, 400, 404, 404]
+    assert [status for status, _ in said] == [400, 400, 400, 400, 400, 404, 404, 400]
+    assert "covers no token by half, which are 8 pixels wide" in said[-1][1]
     assert all(";" in line or "must be" in line for _, line in said)
 
 

@@ -184,6 +184,8 @@ def maps() -> dict[str, tuple[Image.Image, str]]:
     lines[20:24, 10:50] = 255
     thin = np.zeros((640, 640, 3), np.uint8)
     thin[300, 50:600] = 255
+    thick = thin.copy()
+    thick[300:330, 50:600] = 255
     ink = np.zeros((64, 64, 4), np.uint8)
     ink[20:24, 10:50, 3] = 255
     ramp = np.repeat(np.linspace(100, 130, 64)[None, :, None], 64, 0).repeat(3, 2).astype(np.uint8)
@@ -195,6 +197,7 @@ def maps() -> dict[str, tuple[Image.Image, str]]:
         "photo": (photo, "canny"),
         "grey photo": (photo.convert("L").convert("RGB").resize((64, 64)), "canny"),
         "thin": (Image.fromarray(thin), "canny"),
+        "thick": (Image.fromarray(thick), "canny"),
         "black ink on nothing": (Image.fromarray(ink), "canny"),
         "flat depth": (Image.fromarray(ramp), "depth"),
         "no normals": (Image.fromarray(ramp), "normal"),
@@ -237,7 +240,7 @@ def test_receipts_are_read_and_written_as_pythons(run: Callable[..., Any]) -> No
           const { writeReceipt } = await import('/studio/web/receipt.js');
           const { decode, toBytes } = await import('/studio/web/codec.js');
           const image = await decode(toBytes(control));
-          return writeReceipt(plan, settings, tokens, [{ branch: 'canny', weight: 1, image, png: control }]);
+          return writeReceipt(plan, settings, tokens, [{ branch: 'canny', weight: 1, image, png: control }], image);
         }""",
         [plan, settings, tokens.tolist(), png(lines)],
     )
@@ -245,6 +248,7 @@ def test_receipts_are_read_and_written_as_pythons(run: Callable[..., Any]) -> No
     assert receipt is not None
     assert np.array_equal(receipt.tokens, tokens)
     assert dict(receipt.settings) == settings
+    assert receipt.is_of(lines)
 
     from car_runtime.receipt import Receipt, text_of
 

@@ -42,10 +42,10 @@ def on_cpu(name: str) -> bool:
 
 def check_name(name: str) -> None:
     """Raise BackendError unless `name` is "auto" or a backend of this version."""
-    if name == "auto" or name in BACKENDS:
+    if isinstance(name, str) and (name == "auto" or name in BACKENDS):
         return
     have = ", ".join(["auto", *by_rank()])
-    near = difflib.get_close_matches(name, by_rank(), n=1)
+    near = difflib.get_close_matches(str(name), by_rank(), n=1)
     raise BackendError(f"there is no backend {name!r}; use {near[0] if near else f'one of {have}'}")
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from car_runtime.cli.errors import note
 from car_runtime.cli.options import Parser, settings_of
 from car_runtime.cli.run import add_flags, check_names, generate, plan_of, print_report
-from car_runtime.config import flags
+from car_runtime.config import PRESETS, flags
 from car_runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ EXAMPLES = """examples:
 
 def run(arguments: Sequence[str]) -> int:
     """Draw again, and say on stderr whether sampling anew agrees with the receipt. Returns the exit code."""
-    from car_runtime.images import text_chunks
+    from car_runtime.images import open_image, text_chunks
     from car_runtime.receipt import blend_of, control_of, receipt_of
 
     began = perf_counter()
@@ -51,6 +51,8 @@ def run(arguments: Sequence[str]) -> int:
         raise RequestError(
             f"{args.image!r} is an edit of a photo, which its receipt does not hold; run the edit again on the photo"
         )
+    if not receipt.is_of(open_image(args.image)):
+        note("car-run: the image was changed after it was drawn; its receipt is of what was drawn")
     asked = _with_receipt(parser, receipt, arguments)
     changes: dict[str, Any] = {"blend": blend_of(receipt, manifest.model.classes)}
     if asked.control is None and asked.photo is None and receipt.control is not None:
@@ -77,8 +79,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _with_receipt(parser: Parser, receipt: Receipt, arguments: Sequence[str]) -> argparse.Namespace:
-    """The arguments once more, with the receipt's settings where no flag is given."""
-    parser.set_defaults(**{name: value for name, value in receipt.settings.items() if name in flags()})
+    """The arguments once more, with the receipt's settings where no flag is given: of a preset, the preset's."""
+    named = parser.parse_args(arguments).preset is not None
+    kept = flags().keys() - (PRESETS["car"].keys() if named else ())
+    parser.set_defaults(**{name: value for name, value in receipt.settings.items() if name in kept})
     return parser.parse_args(arguments)
 
 

@@ -146,7 +146,12 @@ def _run(args: argparse.Namespace, edit: Mapping[str, Any], varied: bool = False
     if "from_scale" in edit:
         if edit["from_scale"] is None:
             edit["from_scale"] = len(manifest.scales) // 2
+        if edit["from_scale"] == (K := len(manifest.scales)):
+            raise RequestError(f"--from-scale is {K}, which keeps all {K} scales; give 0…{K - 1}")
         edit["tokens"], changes = _of_receipt(args, manifest, varied)
+        if edit["tokens"] is not None:
+            drawn = sum(edit["tokens"][scale.start] >= 0 for scale in manifest.scales)
+            _check_kept(args.image, int(drawn), edit["from_scale"])
     if "extend" in edit:
         edit["extend"] = _pixels(edit["extend"], open_image(args.image).size)
     inputs = [args.image, *([edit["mask"]] if edit.get("mask") else [])]
@@ -155,13 +160,21 @@ def _run(args: argparse.Namespace, edit: Mapping[str, Any], varied: bool = False
     return 0
 
 
+def _check_kept(image: str, drawn: int, from_scale: int) -> None:
+    """Raise RequestError where scales are to be kept that are not among the `drawn` ones of the image's receipt."""
+    if not 0 <= from_scale <= drawn:
+        raise RequestError(
+            f"--from-scale is {from_scale}, but {image!r} has {drawn} scales, as it was drawn; give 0…{drawn}"
+        )
+
+
 def _of_receipt(
     args: argparse.Namespace, manifest: Manifest, varied: bool
 ) -> tuple[NDArray[Any] | None, dict[str, Any]]:
     """The image's tokens, if it has a receipt of this plan; to vary it, its class and control, too, where none are
     given. An image without one is encoded."""
     from car_runtime.cli.errors import note
-    from car_runtime.images import text_chunks
+    from car_runtime.images import open_image, text_chunks
     from car_runtime.receipt import control_of, receipt_of
 
     chunks = text_chunks(args.image)
@@ -172,11 +185,16 @@ def _of_receipt(
         return None, {}
     if receipt is None:
         return None, {}
+    if not receipt.is_of(open_image(args.image)):
+        note("car-run: warning: the image was changed after it was drawn, so it is encoded; its receipt is ignored")
+        return None, {}
     changes: dict[str, Any] = {}
     if varied and args.label is None:
         changes["label"] = receipt.settings.get("label")
-    if args.control is None and args.photo is None:
+    if args.control is None and args.photo is None and receipt.control is not None:
         control = control_of(chunks, receipt, manifest.model.image_size)
         changes |= {} if control is None else {"control": control}
+        if control is None:
+            note("car-run: warning: the image encloses no control image, or another, so none is followed; --control")
     part = receipt.settings.get("edit") == "part"
     return None if part else receipt.tokens, changes

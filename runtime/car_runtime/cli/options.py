@@ -38,6 +38,7 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        self._negative_number_matcher = re.compile(r"-[0-9].*")  # or "--box -1,0,9,9" lacks its argument
 
     def error(self, message: str) -> NoReturn:
         """Raise RequestError."""
@@ -61,9 +62,14 @@ def plan_path(given: str | None) -> Path:
         return default_plan()
     from car_runtime.hub import located
 
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # before the client is imported
+    hide_bars()
     return located(given, lambda line: note(f"car-run: {printable(line)}"))
+
+
+def hide_bars() -> None:
+    """The hub's client shows its progress bars on terminals alone. It must not have been imported yet."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def image_source(given: str) -> str | io.BytesIO:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from car_runtime.cli.errors import note
-from car_runtime.cli.options import Parser, plan_path
+from car_runtime.cli.options import Parser, hide_bars, plan_path
 from car_runtime.errors import OutputError, RequestError, printable_lines
 
 ABOUT = "What a plan is, the control branches in it, plans on the hub, and the plan as a site that runs in a browser."
@@ -123,6 +123,7 @@ def _push(args: argparse.Namespace) -> int:
     """Send a plan to the hub."""
     from car_runtime.hub import parse_name, push
 
+    hide_bars()
     made = push(args.plan, parse_name(args.given), private=args.private, log=lambda line: note(f"car-run: {line}"))
     print(json.dumps({"name": made}) if args.json else made, flush=True)
     return 0

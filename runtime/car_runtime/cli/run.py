@@ -419,12 +419,13 @@ def image_files(manifest: Manifest, paths: Sequence[Path], result: Result, *, re
     from car_runtime.receipt import receipts_of
 
     about = about_images(manifest, result.request)
+    finished = result.images if result.edited is None else result.edited
     receipts: list[dict[str, str]] = [{}] * len(paths)
     if receipt:
-        receipts = receipts_of(manifest, result.request, result.tokens, range(len(paths)))
-    finished = result.images if result.edited is None else result.edited
+        receipts = receipts_of(manifest, result.request, result.tokens, dict(enumerate(finished)))
+    profile = None if result.request.edit is None else result.request.edit.profile
     return {
-        path: png_bytes(image, {**about, "seed": seed, **receipt})
+        path: png_bytes(image, {**about, "seed": seed, **receipt}, profile)
         for path, image, seed, receipt in zip(paths, finished, result.request.seeds, receipts, strict=True)
     }
 

@@ -33,6 +33,7 @@ from car_runtime.cli.run import (
     note_branch,
     opened,
     plan_of,
+    settings_report,
 )
 from car_runtime.config import GenerationConfig, flags
 from car_runtime.errors import RequestError, printable
@@ -123,7 +124,7 @@ def run(arguments: Sequence[str]) -> int:
         note_branch(args, manifest)
         images = _drawn(plan, requests)
     down, across = _labels(rows), _labels(columns)
-    title = _title(manifest, request, axes)
+    title = _title(manifest, requests, axes)
     sheet = labelled_sheet(images, down, across, title, request.control)
     about = {"Software": f"car_runtime {__version__}", "version": __version__, "plan": manifest.name, "sheet": title}
     write_files({args.output: png_bytes(sheet, about)})
@@ -215,13 +216,12 @@ def _labels(axes: Sequence[Axis]) -> list[str]:
     return ["\n".join(words) for words in itertools.product(*(axis.labels for axis in axes))]
 
 
-def _title(manifest: Manifest, request: Request, axes: Sequence[Axis]) -> str:
-    """What all images have in common."""
-    varied = {axis.field for axis in axes if len(axis.values) > 1}
-    sampling = {name: getattr(request.sampling, name) for name in ("cfg", "top_k", "top_p")}
-    settings = {
-        name: value for name, value in {**sampling, **request.schedule.settings()}.items() if name not in varied
-    }
-    single = [axis.labels[0] for axis in axes if len(axis.values) == 1]
-    shared = ", ".join([*single, *(f"{spelled(name)} {value}" for name, value in settings.items())])
+def _title(manifest: Manifest, requests: Sequence[Request], axes: Sequence[Axis]) -> str:
+    """What all images have in common: class and seed if there is one, and settings, but for those that differ."""
+    single = [axis.labels[0] for axis in axes if len(axis.values) == 1 and axis.field in ("label", "seed")]
+    reports = [settings_report(manifest, request) for request in requests]
+    settings = [{**report, **report["schedule"]} for report in reports]
+    names = [name for name in dict.fromkeys(itertools.chain(*settings)) if name not in ("class", "schedule")]
+    alike = [name for name in names if all(one.get(name) == settings[0].get(name) for one in settings)]
+    shared = ", ".join([*single, *(f"{spelled(name)} {settings[0][name]}" for name in alike)])
     return f"{printable(manifest.name)}\n{shared}"

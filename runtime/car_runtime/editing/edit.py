@@ -12,8 +12,8 @@ Shapes: H, W pixels of the edited frame; L tokens of an image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +24,7 @@ from car_runtime.editing.frame import Frame, Square, box_mask, extended, square_
 from car_runtime.editing.masks import MASK_RULES, known_mask_of
 from car_runtime.errors import RequestError
 from car_runtime.format.manifest import Manifest
-from car_runtime.images import WHITE, Source, load_image, on_ground, open_image
+from car_runtime.images import WHITE, Source, colour_profile, load_image, on_ground, open_image
 
 MASK_LEVEL = 128
 """Grey level from which on a mask says "draw anew"."""
@@ -84,6 +84,11 @@ class PreparedEdit:
         drawn_NN3 = self.frame.matched(drawn_NN3) if self.edit.match else drawn_NN3
         return self.frame.paste(drawn_NN3, self.edit.feather)
 
+    @property
+    def profile(self) -> bytes | None:
+        """ICC profile of the finished images: the photo's, whose pixels they keep."""
+        return None if self.whole else self.frame.profile
+
     def before(self, size: int) -> NDArray[np.uint8]:
         """The image that is changed, as a sheet shows it, uint8 [H, W, 3] as the results: grey where it is drawn.
 
@@ -106,19 +111,27 @@ class PreparedEdit:
         return facts
 
 
-def prepare(manifest: Manifest, edit: Edit) -> PreparedEdit:
-    """Read and check an edit. Raises RequestError, which names the value and its range, and ImageError."""
+def prepare(manifest: Manifest, edit: Edit, drawn: int | None = None) -> PreparedEdit:
+    """Read and check an edit. Raises RequestError, which names the value and its range, and ImageError.
+
+    drawn: scales that are made; None: all of them.
+    """
     K, size = len(manifest.scales), manifest.model.image_size
     if "encoder" not in manifest.graphs and edit.tokens is None:
         raise RequestError(f"the plan {manifest.name!r} has no encoder, so it can't edit; export it again with one")
     for name in ("from_scale", "harmonise"):
         value = getattr(edit, name)
-        if type(value) is not int or not 0 <= value <= K:
-            raise RequestError(f"{name} is {value!r}, but must be a whole number in 0…{K}, the plan's scales")
-    if edit.rule not in MASK_RULES:
+        if not _is_whole(value) or not 0 <= value <= K:
+            raise RequestError(
+                f"{name} is {value!r}, but must be a whole number in 0…{K}, the plan's scales; choose one"
+            )
+    if not isinstance(edit.rule, str) or edit.rule not in MASK_RULES:
         raise RequestError(f"there is no mask rule {edit.rule!r}; choose {' or '.join(MASK_RULES)}")
-    if edit.feather is not None and not 0 <= edit.feather <= 512:
+    if edit.feather is not None and not (isinstance(edit.feather, Real) and 0 <= edit.feather <= 512):
         raise RequestError(f"feather is {edit.feather!r}, but must be in 0…512 pixels; 0 is a hard edge")
+    if not isinstance(edit.match, (bool, np.bool_)):
+        raise RequestError(f"match is {edit.match!r}, but must be True or False; leave it out for True")
+    _check_tokens(manifest, edit.tokens)
     frame, whole = _frame(edit, size), not edit.is_part
     keep = (
         np.zeros(manifest.tokens, np.bool_)
@@ -127,7 +140,45 @@ def prepare(manifest: Manifest, edit: Edit) -> PreparedEdit:
     )
     coarse = manifest.scales[edit.from_scale - 1].stop if edit.from_scale else 0
     keep[:coarse] = True
+    _check_drawn(manifest, edit, frame, K if drawn is None else drawn)
     return PreparedEdit(edit=edit, frame=frame, known_mask=keep, whole=whole, harmonise=edit.harmonise)
+
+
+def _check_drawn(manifest: Manifest, edit: Edit, frame: Frame, drawn: int) -> None:
+    """Raise RequestError for an edit of which nothing that is seen would be drawn anew in `drawn` scales.
+
+    All tokens of a whole image are an image by themselves (`from_scale` K), and pass.
+    """
+    scales = manifest.scales
+    if edit.from_scale >= drawn and (edit.is_part or edit.from_scale < len(scales)):
+        raise RequestError(
+            f"from_scale is {edit.from_scale}, but scales 0…{drawn - 1} are drawn, so that none is drawn anew; give "
+            f"less than {drawn}"
+        )
+    if not edit.is_part:
+        return
+    keep = known_mask_of(frame.repaint_view(beyond=False), scales, edit.rule)
+    coarse = scales[edit.from_scale - 1].stop if edit.from_scale else 0
+    if keep[coarse : scales[drawn - 1].stop].all():
+        side, cells = frame.square.side, scales[drawn - 1].side
+        raise RequestError(
+            f"what is to be drawn anew covers no token by half, which are {side / cells:.3g} pixels wide here, so "
+            "that all would be kept; give a larger part"
+        )
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _check_tokens(manifest: Manifest, tokens: Any) -> None:
+    L, vocab = manifest.tokens, manifest.model.vocab
+    if tokens is None:
+        return
+    if not isinstance(tokens, np.ndarray) or tokens.shape != (L,) or tokens.dtype.kind not in "iu":
+        raise RequestError(f"tokens are {tokens!r:.60}; give an array of integers of shape [{L}]")
+    if tokens.min() < -1 or tokens.max() >= vocab:
+        raise RequestError(f"tokens hold {int(tokens.min())}…{int(tokens.max())}; give -1…{vocab - 1}")
 
 
 def _frame(edit: Edit, size: int) -> Frame:
@@ -141,16 +192,17 @@ def _frame(edit: Edit, size: int) -> Frame:
         side = min(image.size)
         square = Square(left=(image.width - side) // 2, top=(image.height - side) // 2, side=side)
         return Frame(image=image, repaint=np.ones((image.height, image.width), np.bool_), square=square)
-    place = None
+    place, profile = None, colour_profile(image)
     if edit.extend is not None:
-        margins, (w, h) = _margins(edit.extend, image.size), image.size
+        margins, (w, h) = _margins(_four("extend", edit.extend), image.size), image.size
         image, repaint = extended(image, margins)
         place = (margins[0], margins[1], margins[0] + w, margins[1] + h)
     elif edit.box is not None:
-        repaint = box_mask(image.size, edit.box)
+        repaint = box_mask(image.size, _four("box", edit.box))
     else:
         repaint = _mask(edit.mask, image.size)
-    return Frame(image=image, repaint=repaint, square=square_around(repaint, size), photo=place)
+    square = square_around(repaint, size)
+    return Frame(image=image, repaint=repaint, square=square, photo=place, profile=profile)
 
 
 def _mask(source: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
@@ -163,7 +215,16 @@ def _mask(source: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
     return np.asarray(mask) >= MASK_LEVEL
 
 
-def _margins(margins: Sequence[int], size: tuple[int, int]) -> tuple[int, int, int, int]:
+def _four(name: str, given: object) -> tuple[int, int, int, int]:
+    """Four whole numbers. Raises RequestError."""
+    numbers = list(given) if isinstance(given, (list, tuple, np.ndarray)) else []
+    if len(numbers) != 4 or not all(map(_is_whole, numbers)):
+        raise RequestError(f"{name} is {given!r}, but must be four whole numbers of pixels; give a tuple of them")
+    a, b, c, d = map(int, numbers)
+    return a, b, c, d
+
+
+def _margins(margins: tuple[int, int, int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
     left, top, right, bottom = margins
     sides = {"left": (left, size[0]), "top": (top, size[1]), "right": (right, size[0]), "bottom": (bottom, size[1])}
     for name, (value, side) in sides.items():

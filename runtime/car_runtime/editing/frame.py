@@ -50,6 +50,8 @@ class Frame:
     square: Square
     photo: tuple[int, int, int, int] | None = None
     """Where an extended photo is in the frame: left, top, right, bottom."""
+    profile: bytes | None = None
+    """ICC profile that the photo's file has for its RGB."""
 
     def view(self, size: int) -> Image.Image:
         """What the model sees: the square as RGB of `size` pixels, transparent parts white."""
@@ -102,12 +104,12 @@ class Frame:
         alike = _likeness(image.size, (right - left, bottom - top)) < _likeness(image.size, self.image.size)
         return self.photo if alike else None
 
-    def repaint_view(self) -> NDArray[np.bool_]:
-        """The part of `repaint` that is in the square, bool [side, side]; beyond the frame it is all drawn anew."""
+    def repaint_view(self, *, beyond: bool = True) -> NDArray[np.bool_]:
+        """The part of `repaint` that is in the square, bool [side, side]; beyond the frame it is `beyond`."""
         cut, (rows, columns) = self._cut(self.repaint), self._places()
         inside = np.zeros_like(cut)
         inside[np.ix_((rows >= 0) & (rows < self.image.height), (columns >= 0) & (columns < self.image.width))] = True
-        return np.asarray(cut | ~inside, np.bool_)
+        return np.asarray(np.where(inside, cut, beyond), np.bool_)
 
     def paste(self, drawn_NN3: NDArray[np.uint8], feather: float | None = None) -> NDArray[np.uint8]:
         """The frame with the drawn square put back, uint8 [H, W, 3], or [H, W, 4] for a photo with transparency.
@@ -255,9 +257,8 @@ def _window_mean(values: NDArray[np.float64], reach: int, axis: int) -> NDArray[
 def square_around(repaint_HW: NDArray[np.bool_], size: int) -> Square:
     """The square that the model sees, around what is drawn anew.
 
-    As large as the frame where that is square; else up to `CONTEXT` times the part's longer side, not below the
-    model's own `size`, within the frame where it fits. Raises RequestError for an empty mask, or a part of over
-    `MAX_SIDE` pixels.
+    `CONTEXT` times the part's longer side, not below the model's own `size`, within the frame where it fits. Raises
+    RequestError for an empty mask, or a part of over `MAX_SIDE` pixels.
     """
     rows, columns = np.flatnonzero(repaint_HW.any(1)), np.flatnonzero(repaint_HW.any(0))
     if not rows.size:
@@ -269,8 +270,6 @@ def square_around(repaint_HW: NDArray[np.bool_], size: int) -> Square:
             f"what is to be drawn anew is {longer} pixels long, over {MAX_SIDE}; mark less, or make the image smaller"
         )
     side = int(max(min(max(CONTEXT * longer, size), H, W), longer))
-    if H == W:
-        side = H
     centre = ((rows[0] + rows[-1] + 1) / 2, (columns[0] + columns[-1] + 1) / 2)
     top, left = (_placed(c, side, length) for c, length in zip(centre, (H, W), strict=True))
     return Square(left=left, top=top, side=side)

@@ -102,6 +102,8 @@ def _cryptography() -> tuple[Any, Any]:
 
 def _key_text(path: str | os.PathLike[str]) -> bytes:
     """The content of a key file, which is small and regular."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise RequestError(f"the key is {path!r}; give the path of a PEM file")
     try:
         if not Path(path).is_file():
             raise RequestError(f"there is no key file {str(path)!r}; make one with {MAKE_KEYS}")

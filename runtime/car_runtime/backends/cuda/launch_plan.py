@@ -114,7 +114,7 @@ class Sizes:
     control_sides: tuple[int, ...]
     """Of the control images of all scales."""
     strides: Mapping[str, tuple[int, ...]]
-    """Branch → strides of its control encoder's steps; absent where it is none of steps."""
+    """Branch → strides of its control encoder's steps, none where it is the tokenizer's encoder."""
     shapes: Shapes
 
 
@@ -175,9 +175,12 @@ def scale_constants(manifest: Manifest, root: Path) -> list[ScaleConstants]:
 
 
 def strides_of(manifest: Manifest, root: Path) -> dict[str, tuple[int, ...]]:
-    """Branch → strides of its control encoder's steps, from its graph, which alone says them."""
-    found = {}
+    """Branch → strides of its control encoder's steps, from its graph, which alone says them. See `Sizes.strides`."""
+    found: dict[str, tuple[int, ...]] = {}
     for name in manifest.model.branches:
+        if f"branches.{name}.encoder.proj.weight" in manifest.parameters:
+            found[name] = ()
+            continue
         strides = conv_strides((root / manifest.graphs[f"control.{name}"].file).read_bytes())
         names = [f"branch.encoder.steps.{i}.weight" for i in range(len(strides))]
         steps = tuple(strides[step] for step in names if step in strides)
@@ -431,7 +434,7 @@ class LaunchPlan:
     def _encoder(self, image: int, tokens: int, net: Net) -> Net:
         """Multi-scale residual quantisation of an image's latent (VAR, algorithm 1)."""
         E, Z, scales = self.E, self.Z, self._scales
-        latent = encode(net, self._model.shapes, image, self._model.control_sides[-1], Z)
+        latent = encode(net, self._model.shapes, image, self._model.control_sides[-1])
         whole = 4 * Z * E * E
         net.sizes |= {"upsampled": whole, "f_hat": whole, "rest": 4 * self._largest * Z, "grid": 8 * self._largest}
         h, f_hat, rest, grid = (net.scratch(name) for name in ("upsampled", "f_hat", "rest", "grid"))

@@ -121,15 +121,15 @@ class Net:
         )  # fmt: skip
         return out
 
-    def features(self, x: Maps, weight: str, channels: int, out: int) -> None:
+    def features(self, x: Maps, weight: str, channels: int, out: int, *, reach: int = 3) -> None:
         """The last convolution of a control encoder, f32 [rows, channels] to an address."""
         made = replace(x, channels=channels)
         name, grid = _tiles("conv_wide", made)
         self.put(
             name, grid,
-            a=self.address(x), w=self._weights.conv(f"{weight}.weight", channels, x.channels, 3),
+            a=self.address(x), w=self._weights.conv(f"{weight}.weight", channels, x.channels, reach),
             bias=self._weights.vector(f"{weight}.bias", channels), out=out, maps=self._places(made, x), K=x.N,
-            N=made.N, reach=3, lead=1, stride=1,
+            N=made.N, reach=reach, lead=reach // 2, stride=1,
         )  # fmt: skip
 
     def norm(self, x: Maps, weight: str, live: Sequence[Maps] = (), *, silu: bool = True) -> Maps:
@@ -234,9 +234,12 @@ def decode(net: Net, shapes: Shapes, f_hat: int, image: int, B: int, Z: int, E: 
     net.pixels_out(h, image)
 
 
-def encode(net: Net, shapes: Shapes, image: int, size: int, Z: int) -> Maps:
-    """The tokenizer's encoder: an image uint8 [size, size, 3] → the latent's maps, of Z channels."""
-    at = "vqvae.encoder"
+def encode(net: Net, shapes: Shapes, image: int, size: int, tokenizer: str = "vqvae") -> Maps:
+    """The tokenizer's encoder: an image uint8 [size, size, 3] → the latent's maps, of Z channels.
+
+    tokenizer: its module's name, or that of a copy of its encoder.
+    """
+    at = f"{tokenizer}.encoder"
     h = net.conv(net.pixels_in([image], (size,)), f"{at}.conv_in", _outputs(shapes, f"{at}.conv_in"))
     levels = _count(shapes, at + ".levels.{}.block.0.conv1.weight")
     for level in range(levels):
@@ -245,7 +248,8 @@ def encode(net: Net, shapes: Shapes, image: int, size: int, Z: int) -> Maps:
         if level + 1 < levels:  # one zero right and below
             h = net.conv(h, f"{here}.resample.conv", h.channels, stride=2, lead=0)
     h = net.norm(_middle(net, f"{at}.mid", h), f"{at}.norm_out")
-    return net.conv(net.conv(h, f"{at}.conv_out", Z), "vqvae.quant_conv", Z)
+    Z = _outputs(shapes, f"{at}.conv_out")
+    return net.conv(net.conv(h, f"{at}.conv_out", Z), f"{tokenizer}.quant_conv", Z)
 
 
 def _level(net: Net, shapes: Shapes, at: str, h: Maps) -> Maps:
@@ -266,8 +270,17 @@ def encode_control(
     net: Net, shapes: Shapes, branch: str, strides: Sequence[int], controls: Sequence[int], sides: tuple[int, ...],
     features: int,
 ) -> None:  # fmt: skip
-    """𝓕 on control images of all scales, uint8 [side, side, 3] each → features f32 [L, C]."""
-    at = f"branches.{branch}.encoder"
+    """𝓕 on control images of all scales, uint8 [side, side, 3] each → features f32 [L, C].
+
+    strides: none where 𝓕 is a copy of the tokenizer's encoder and a projection, whose norms are of one scale each.
+    """
+    at, row = f"branches.{branch}.encoder", 0
+    if not strides:
+        for control, side in zip(controls, sides, strict=True):
+            h, C = encode(net, shapes, control, side, at), _outputs(shapes, f"{at}.proj")
+            net.features(h, f"{at}.proj", C, features + 4 * row * C, reach=1)
+            row += h.rows
+        return
     h = net.conv(net.pixels_in(controls, sides), f"{at}.conv_in", _outputs(shapes, f"{at}.conv_in"), silu=True)
     for i, stride in enumerate(strides):
         h = net.conv(h, f"{at}.steps.{i}", _outputs(shapes, f"{at}.steps.{i}"), stride=stride, silu=True)

@@ -1,6 +1,6 @@
 // A control map brought to the model's square, and what about it is probably not as meant: car_runtime.control_checks.
 
-import { filled, fitted, image, luma, onGround } from "./pixels.js";
+import { filled, fitted, image, luma, onGround, round } from "./pixels.js";
 
 const CONTRAST = 8; // grey levels from which on two are distinguished
 const [COLOURED, COLOURED_SHARE] = [40, 0.05];
@@ -138,9 +138,19 @@ function normals(rgb, convention) {
 function thinLines(flat, square, kind) {
   const shorter = Math.min(flat.width, flat.height);
   if (shorter < 1.5 * square.width) return null;
-  const strokes = offGround(flat).filter((v) => v > LINE);
+  const { width, height } = flat;
+  const before = offGround(flat);
+  const strokes = before.filter((v) => v > LINE);
   if (!strokes.length) return null;
-  const count = Math.max(4, Math.round((strokes.length * square.width) / shorter / 2));
+  let edges = 0; // of lines, whose number of pixels says how wide these are
+  for (let y = 1; y < height - 1; y++) {
+    for (let x = 1; x < width - 1; x++) {
+      const i = y * width + x;
+      if (before[i] > LINE && ![i - width, i + width, i - 1, i + 1].every((j) => before[j] > LINE)) edges++;
+    }
+  }
+  const wide = Math.max(1, (2 * strokes.length) / Math.max(edges, 1) - 1);
+  const count = Math.max(4, round((strokes.length / wide * square.width) / shorter / 2));
   const kept = offGround(square).sort().slice(-count);
   const mean = (values) => values.reduce((sum, v) => sum + v, 0) / values.length;
   const lost = 1 - mean(kept) / mean(strokes);

@@ -5,7 +5,7 @@
 import { textOf } from "../png.js";
 import { picture, Refused, toBytes } from "./codec.js";
 import { fitted, filled, image, luma, onGround, paste, resize, round, WHITE } from "./pixels.js";
-import { readReceipt } from "./receipt.js";
+import { imageDigest, readReceipt } from "./receipt.js";
 
 const MASK_LEVEL = 128; // grey level from which on a mask says "draw anew"
 const FEATHER = 0.02; // width of the seam, as a share of the square's side
@@ -32,6 +32,9 @@ export async function opened(plan, edit, results) {
   if (!photo) throw new Refused("the result has no finished image; edit one that was drawn to the end");
   const frame = edit.frame ? extendedFrame(plan, photo, edit.frame, about) : await maskedFrame(plan, photo, edit.mask);
   const mask = knownMask(frame.repaintView(), plan.scales, rule ?? "published");
+  if (knownMask(frame.repaintView(0), plan.scales, rule ?? "published").every(Boolean)) {
+    throw new Refused(`what is to be drawn anew covers no token by half, which are ${Number((frame.square.side / plan.scales.at(-1).side).toPrecision(3))} pixels wide here, so that all would be kept; give a larger part`);
+  }
   const tokens = await plan.encode(frame.view(plan.model.image_size));
   const { left, top, side } = frame.square;
   const facts = { edit: "part", edit_from_scale: 0, edit_rule: rule ?? "published", edit_harmonise: 0, edit_feather: null, edit_square: `${left},${top},${side}` };
@@ -50,7 +53,7 @@ async function branched(plan, edit, earlier, index) {
     if (tokens.subarray(0, plan.scales[scale].stop).some((token) => token < 0)) throw new Refused("the result was not drawn as far as that; choose a coarser scale");
   } else {
     const found = await readReceipt(await textOf(new Blob([toBytes(edit.image)])), plan.about).catch(() => null);
-    if (found) [tokens, part] = [found.tokens, found.settings.edit === "part"];
+    if (found && found.image === (await imageDigest(onGround(await picture(edit.image, "edit.image"), WHITE)))) [tokens, part] = [found.tokens, found.settings.edit === "part"];
   }
   if (!tokens || (part && scale < last)) {
     const photo = onGround(earlier ? earlier.images[index] : await picture(edit.image, "edit.image"), WHITE);
@@ -129,15 +132,15 @@ export class Frame {
     return this.#cut(resize(other, width, height, "lanczos"));
   }
 
-  // [side·side]: what is drawn anew of the square; beyond the frame it is all of it.
-  repaintView() {
+  // [side·side]: what is drawn anew of the square; beyond the frame it is `beyond`.
+  repaintView(beyond = 1) {
     const { left, top, side } = this.square;
     const { width, height } = this.whole;
     const made = new Uint8Array(side * side);
     for (let y = 0; y < side; y++) {
       for (let x = 0; x < side; x++) {
         const [u, v] = [left + x, top + y];
-        made[y * side + x] = u < 0 || v < 0 || u >= width || v >= height ? 1 : this.repaint[v * width + u];
+        made[y * side + x] = u < 0 || v < 0 || u >= width || v >= height ? beyond : this.repaint[v * width + u];
       }
     }
     return made;
@@ -277,7 +280,7 @@ function squareAround(repaint, W, H, size) {
     [x0, y0, x1, y1] = [Math.min(x0, x), Math.min(y0, y), Math.max(x1, x + 1), Math.max(y1, y + 1)];
   });
   const longer = Math.max(x1 - x0, y1 - y0);
-  const side = H === W ? H : Math.max(Math.min(Math.max(CONTEXT * longer, size), H, W), longer);
+  const side = Math.max(Math.min(Math.max(CONTEXT * longer, size), H, W), longer);
   const placed = (centre, length) => (side > length ? Math.floor((length - side) / 2) : Math.min(Math.max(round(centre - side / 2), 0), length - side));
   return { left: placed((x0 + x1) / 2, W), top: placed((y0 + y1) / 2, H), side };
 }

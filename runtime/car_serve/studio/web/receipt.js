@@ -6,7 +6,7 @@ const KEY = "car-receipt";
 const VERSION = 1;
 const LONGEST = 64 * 1024;
 
-// The tokens, and what a PNG says of an edit; null where it has no receipt of this plan. Throws an Error for one that was altered.
+// The tokens, the digest of the image's own pixels, and what a PNG says of an edit; null where it has no receipt of this plan. Throws an Error for one that was altered.
 // texts: {keyword: text}. plan: {digest, tokens, vocab}.
 export async function readReceipt(texts, plan) {
   const text = texts[KEY];
@@ -19,13 +19,13 @@ export async function readReceipt(texts, plan) {
   if (!body || typeof body !== "object" || (await sha256(new TextEncoder().encode(python(body)))) !== outer.sha256) throw altered;
   if (plain(body.version) !== VERSION || body.plan !== plan.digest) return null;
   const settings = Object.fromEntries(Object.entries(body.settings ?? {}).map(([key, value]) => [key, plain(value)]));
-  return { settings, tokens: body.tokens ? unpack(body.tokens, plan.tokens, plan.vocab) : null };
+  return { settings, image: body.image, tokens: body.tokens ? unpack(body.tokens, plan.tokens, plan.vocab) : null };
 }
 
-// The text chunks of an image. about: {settings, control: RGB image or null, branches: [[name, weight, image]]}.
-export async function writeReceipt(plan, settings, tokens, controls) {
+// The text chunks of an image, RGB. controls: [{branch, weight, image, png}].
+export async function writeReceipt(plan, settings, tokens, controls, image) {
   const digests = await Promise.all(controls.map(({ image }) => imageDigest(image)));
-  const body = { version: VERSION, plan: plan.digest, name: plan.name, settings, control: digests[0] ?? null };
+  const body = { version: VERSION, plan: plan.digest, name: plan.name, settings, control: digests[0] ?? null, image: await imageDigest(image) };
   const alone = controls.length === 1 && controls[0].branch === plan.defaultBranch && controls[0].weight === 1;
   if (controls.length && !alone) body.branches = controls.map(({ branch, weight }, i) => [branch, weight, digests[i]]);
   body.tokens = pack(tokens, plan.vocab);
@@ -39,7 +39,7 @@ export async function sha256(bytes) {
   return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
-function imageDigest({ width, height, data }) {
+export function imageDigest({ width, height, data }) {
   const head = new TextEncoder().encode(`(${width}, ${height})`);
   const bytes = new Uint8Array(head.length + data.length);
   bytes.set(head);

@@ -78,7 +78,8 @@ const WORK = {
       }
       check();
       const receipt = receiptOf(request, id, i, seed);
-      const png = await encodePng(onGround(images[i], WHITE), await texts(request, receipt, seed, tokens[i]));
+      const finished = onGround(images[i], WHITE);
+      const png = await encodePng(finished, await texts(request, receipt, seed, tokens[i], finished));
       tell({ type: "picture", id, image: i, seed, png: toBase64(png), receipt });
     }
     timings.pictures = (performance.now() - began) / 1000;
@@ -118,7 +119,7 @@ function receiptOf(request, id, index, seed) {
 }
 
 // The text chunks of an image: the studio's receipt, and the runtime's for car-run again, vary and restyle.
-async function texts(request, receipt, seed, tokens) {
+async function texts(request, receipt, seed, tokens, finished) {
   const controls = await Promise.all(request.controls.map(async (control) => ({ ...control, png: toBase64(await encodePng(control.image)) })));
   const settings = {
     label: request.classless ? null : request.label, cfg: request.cfg, top_k: request.top_k % plan.model.vocab, top_p: request.top_p,
@@ -127,6 +128,6 @@ async function texts(request, receipt, seed, tokens) {
   return {
     Software: `car_runtime ${site.version}`,
     receipt: JSON.stringify(receipt),
-    ...(await writeReceipt(site.plan, settings, tokens, controls)),
+    ...(await writeReceipt(site.plan, settings, tokens, controls, finished)),
   };
 }
