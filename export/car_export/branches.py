@@ -136,26 +136,27 @@ def add_branch(
     name: of the branch (None: its control type). default: the branch of a control that names none, from now on.
     Nothing is changed if anything fails. Raises ExportError, VerificationError, CheckpointError, PlanError.
     """
-    old = read_plan(plan)
+    read_plan(plan)  # before a folder is made next to what is none
     model = checkpoint.load(path)
     name = name or (model.config.car.control_type if model.config.car is not None else "")
     check_branches({name: model})
-    _check_room(old, name, model, path, plan)
-    check_base(old, plan, reference_model(model, old.precision.compute, old.precision.weights), path)
-    options = ExportOptions(
-        output=output or plan,
-        name=old.name,
-        precision=old.precision.compute,
-        weights=old.precision.weights if old.precision.compute == "fp32" else "fp32",
-        batches=old.batches,
-        more_smooth=old.more_smooth,
-        provenance={
-            **_provenance(old, default),
-            **{f"sha256 {name} {file}": digest for file, digest in checkpoint.fingerprint(path).items()},
-        },
-        **asdict(old.sampling),
-    )
-    with plan_written_aside(options.output) as aside:
+    with plan_written_aside(output or plan) as aside:
+        old = read_plan(plan)  # as the last writer left it
+        _check_room(old, name, model, path, plan)
+        check_base(old, plan, reference_model(model, old.precision.compute, old.precision.weights), path)
+        options = ExportOptions(
+            output=output or plan,
+            name=old.name,
+            precision=old.precision.compute,
+            weights=old.precision.weights if old.precision.compute == "fp32" else "fp32",
+            batches=old.batches,
+            more_smooth=old.more_smooth,
+            provenance={
+                **_provenance(old, default),
+                **{f"sha256 {name} {file}": digest for file, digest in checkpoint.fingerprint(path).items()},
+            },
+            **asdict(old.sampling),
+        )
         _copy(plan, old, aside)
         builder = AddedBranch(name, model, old, options, aside, log)
         _finish(builder.build(), aside, default)
@@ -267,21 +268,22 @@ def remove_branch(
     default: the branch of a control that names none, to be given where that one goes. Nothing is changed if anything
     fails. Raises ExportError, PlanError.
     """
-    old = read_plan(plan)
-    branches = dict(old.model.branches)
-    if name not in branches:
-        raise ExportError(f"{plan} has no branch {name!r}; name one of: {', '.join(branches) or 'none'}")
-    del branches[name]
-    if not branches:
-        raise ExportError(f"{name} is the last branch of {plan}; a plan without one is exported from its base")
-    if old.model.default_branch == name and default is None:
-        raise ExportError(
-            f"{name} is the default branch of {plan}; name another, e.g. --default {next(iter(branches))}"
-        )
-    gone = graphs_of(old, name)
-    graphs = {key: graph for key, graph in old.graphs.items() if key not in gone}
-    parameters = {key: one for key, one in old.parameters.items() if not key.startswith(f"branches.{name}.")}
+    read_plan(plan)  # before a folder is made next to what is none
     with plan_written_aside(output or plan) as aside:
+        old = read_plan(plan)  # as the last writer left it
+        branches = dict(old.model.branches)
+        if name not in branches:
+            raise ExportError(f"{plan} has no branch {name!r}; name one of: {', '.join(branches) or 'none'}")
+        del branches[name]
+        if not branches:
+            raise ExportError(f"{name} is the last branch of {plan}; a plan without one is exported from its base")
+        if old.model.default_branch == name and default is None:
+            raise ExportError(
+                f"{name} is the default branch of {plan}; name another, e.g. --default {next(iter(branches))}"
+            )
+        gone = graphs_of(old, name)
+        graphs = {key: graph for key, graph in old.graphs.items() if key not in gone}
+        parameters = {key: one for key, one in old.parameters.items() if not key.startswith(f"branches.{name}.")}
         dropped = {schema.WEIGHTS, SIGNATURE, golden_file(name), *(old.graphs[key].file for key in gone)}
         for file in set(old.files) - dropped - {graph.file for graph in graphs.values()}:
             (aside / file).parent.mkdir(exist_ok=True)
