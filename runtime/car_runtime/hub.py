@@ -164,8 +164,9 @@ def push(
     """Send a plan, and its card where it has one, as one commit; returns that commit's name, "hf:ORG/NAME@COMMIT".
 
     The repository, and the branch that is named, are made where there are none; they stay if the rest fails. Files
-    that the hub has already are not sent again. private: of a repository that is made; a public one that is there is
-    refused. Raises PlanError: the plan is damaged; OutputError: the hub refuses, or can't be reached; RequestError: the name has a commit, or without the extra `hub`.
+    that the hub has already are not sent again. private: of a repository that is made; one that is there and public
+    is refused. Raises PlanError: the plan is damaged; OutputError: the hub refuses, or can't be reached;
+    RequestError: the name has a commit, or without the extra `hub`.
     """
     hub = _client()
     if name.revision is not None and _COMMIT.fullmatch(name.revision):
@@ -197,8 +198,8 @@ def push(
 
 
 def _is_there(api: Any, repo: str, private: bool) -> bool:
-    """Whether the hub has that repository. Raises what the client raises, within seconds, and OutputError for a public
-    one that is to be private."""
+    """Whether the hub has that repository. Raises what the client raises, within seconds; OutputError: it is public and
+    is to be private."""
     errors = import_module("huggingface_hub.errors")
     seconds = _answer_s(import_module("huggingface_hub.constants"))
     try:
