@@ -198,8 +198,10 @@ def push(
 
 
 def _is_there(api: Any, repo: str, private: bool) -> bool:
-    """Whether the hub has that repository. Raises what the client raises, within seconds; OutputError: it is public and
-    is to be private."""
+    """Whether the hub has that repository.
+
+    Raises what the client raises, within seconds; OutputError: it is public, and is to be private.
+    """
     errors = import_module("huggingface_hub.errors")
     seconds = _answer_s(import_module("huggingface_hub.constants"))
     try:
