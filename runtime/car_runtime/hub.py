@@ -164,8 +164,9 @@ def push(
     """Send a plan, and its card where it has one, as one commit; returns that commit's name, "hf:ORG/NAME@COMMIT".
 
     The repository, and the branch that is named, are made where there are none; they stay if the rest fails. Files
-    that the hub has already are not sent again. Raises PlanError: the plan is damaged; OutputError: the hub refuses,
-    or can't be reached; RequestError: the name has a commit, or without the extra `hub`.
+    that the hub has already are not sent again. private: of a repository that is made; one that is there and public
+    is refused. Raises PlanError: the plan is damaged; OutputError: the hub refuses, or can't be reached;
+    RequestError: the name has a commit, or without the extra `hub`.
     """
     hub = _client()
     if name.revision is not None and _COMMIT.fullmatch(name.revision):
@@ -179,8 +180,8 @@ def push(
     api, left = hub.HfApi(library_name="car-deploy"), ""
     try:
         with _quiet():
-            there = _is_there(api, name.repo)
-            api.create_repo(name.repo, private=private, exist_ok=True)
+            there = _is_there(api, name.repo, private)
+            api.create_repo(name.repo, private=private or None, exist_ok=True)  # None: as the organization has it
             left = "" if there else ", and the repository that was made for it is empty"
             if name.revision is not None and not name.revision.startswith("refs/"):
                 api.create_branch(name.repo, branch=name.revision, exist_ok=True)
@@ -196,14 +197,22 @@ def push(
     return f"{PREFIX}{name.repo}@{made.oid}"
 
 
-def _is_there(api: Any, repo: str) -> bool:
-    """Whether the hub has that repository. Raises what the client raises, within seconds."""
+def _is_there(api: Any, repo: str, private: bool) -> bool:
+    """Whether the hub has that repository.
+
+    Raises what the client raises, within seconds; OutputError: it is public, and is to be private.
+    """
     errors = import_module("huggingface_hub.errors")
     seconds = _answer_s(import_module("huggingface_hub.constants"))
     try:
-        _in_time(lambda: api.model_info(repo, timeout=seconds), seconds)
+        found = _in_time(lambda: api.model_info(repo, timeout=seconds), seconds)
     except errors.RepositoryNotFoundError as error:
         return isinstance(error, errors.GatedRepoError)
+    if private and not found.private:
+        raise OutputError(
+            f"{PREFIX}{repo} is there already and public, so nothing was sent; make it private on its page, choose "
+            "another name, or leave out --private"
+        )
     return True
 
 

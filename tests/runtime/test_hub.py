@@ -243,6 +243,24 @@ def test_a_push_that_fails_says_that_the_repository_it_made_is_empty(
         assert error.endswith(f"){left}; {remedy}")
 
 
+def test_a_private_push_sends_nothing_to_a_public_repository(hub: Hub, tiny: Path, car_run: Any) -> None:
+    car_run("plan", "push", str(tiny), f"hf:{REPO}", "--private")
+    assert hub.private == {REPO}
+    car_run("plan", "push", str(tiny), f"hf:{REPO}", "--private")  # it is private
+
+    hub.private.clear()
+    asked = dict(hub.asked)
+    done = car_run("plan", "push", str(tiny), f"hf:{REPO}", "--private", code=2)
+    assert f"error: hf:{REPO} is there already and public, so nothing was sent" in done.stderr
+    assert hub.asked == asked
+
+
+def test_a_push_leaves_an_organizations_repositories_private(hub: Hub, tiny: Path, car_run: Any) -> None:
+    hub.visibility = "private"
+    car_run("plan", "push", str(tiny), f"hf:{REPO}")
+    assert hub.private == {REPO}
+
+
 def test_a_damaged_plan_is_not_pushed(hub: Hub, tiny: Path, car_run: Any, tmp_path: Path) -> None:
     shutil.copytree(tiny, tmp_path / "bad.plan")
     with (tmp_path / "bad.plan" / WEIGHTS).open("r+b") as file:

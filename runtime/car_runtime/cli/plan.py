@@ -55,7 +55,7 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     add("--default", metavar="NAME", help="branch of a control that names none, from now on")
     add("--license", dest="licence", metavar="ID", help="of the weights, for the card: mit, cc-by-4.0, other …")
     add("--backend", default=None, help="that compares the plan with its goldens, for the card (default: auto)")
-    add("--private", action="store_true", help="a repository that push makes is private")
+    add("--private", action="store_true", help="a repository that push makes is private; a public one is refused")
     add("-o", "--output", type=Path, metavar="PLAN", help="plan (default: in place), site or card's folder to write")
     add("--onnxruntime", type=Path, metavar="TGZ", help="for web: the npm package onnxruntime-web (see make web)")
     add("--json", action="store_true", help="print one JSON object")
