@@ -13,7 +13,8 @@ turns, so that both meet the same machine; seconds and MB:
                       draft of live mode: what stays the same on a machine that others use, too
     first_scale_p50   from the call of `Plan.stream` to the first scale's preview as WebP, in this process
     first_preview_p50 from the request to the first scale's event; first_preview_ratio: median of preview ÷ scale
-    batch4_per_s      images a second of `Plan.generate(n=4)`; saturation_ratio: median of 8 users over HTTP ÷ that
+    batch4_per_s      images a second of `Plan.generate(n=4)`, control and class anew; saturation_ratio: median of 8
+                      users over HTTP ÷ that; batch4_kept_per_s, saturation_kept_ratio: with both kept
     waves             for each number of users: images_per_s, p50, p95, failed, images so far, and the server's memory
     batch_images      size of a batch (at most) → batches
     rss_mb_per_1000   memory's slope over the images of five more waves of 8 users: by now kept results and buffers of
@@ -220,17 +221,27 @@ def first_scale(plan: Plan, config: GenerationConfig) -> float:
 def saturation(plan: Plan, control: Path, url: str, turns: int = 5, seconds: float = 4) -> dict[str, float]:
     """Images a second of batches of 4 in this process and of 8 users over HTTP, in turns.
 
-    The first user of a wave is drawn alone: in 4 seconds that weighs half a percent.
+    Batches are as `benchmarks.latency --batch 4` has them, control and class computed anew for each; and with both
+    kept, as the server keeps them here, where all users send the same. The first user of a wave is drawn alone: in 4
+    seconds that weighs half a percent.
     """
     encoded = base64.b64encode(control.read_bytes()).decode()
-    batches, ratios = [], []
+    rates: dict[str, list[float]] = {"batch4_per_s": [], "batch4_kept_per_s": [], "http": []}
     for turn in range(turns):
-        began, images = time.perf_counter(), 0
-        while time.perf_counter() - began < seconds:
-            images += len(plan.generate(GenerationConfig(control=control, label=0, seed=4 * images, n=4)).images)
-        batches.append(images / (time.perf_counter() - began))
-        ratios.append(wave(url, encoded, 8, seconds, first=turn * 1000)["images_per_s"] / batches[-1])
-    return {"batch4_per_s": statistics.median(batches), "saturation_ratio": statistics.median(ratios)}
+        for name in ("batch4_per_s", "batch4_kept_per_s"):
+            began, images = time.perf_counter(), 0
+            while time.perf_counter() - began < seconds:
+                if name == "batch4_per_s":
+                    plan.forget()
+                images += len(plan.generate(GenerationConfig(control=control, label=0, seed=4 * images, n=4)).images)
+            rates[name].append(images / (time.perf_counter() - began))
+        rates["http"].append(wave(url, encoded, 8, seconds, first=turn * 1000)["images_per_s"])
+    http = rates.pop("http")
+    ratios = {
+        f"{ratio}_ratio": statistics.median(users / batches for users, batches in zip(http, rates[name], strict=True))
+        for ratio, name in (("saturation", "batch4_per_s"), ("saturation_kept", "batch4_kept_per_s"))
+    }
+    return {name: statistics.median(found) for name, found in rates.items()} | ratios
 
 
 def wave(url: str, control: str, users: int, seconds: float, first: int = 0) -> dict[str, float]:
