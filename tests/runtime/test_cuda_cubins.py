@@ -123,6 +123,12 @@ def test_an_unknown_target_and_a_damaged_file_are_refused(monkeypatch: pytest.Mo
     monkeypatch.setattr(cuda, "FOLDER", tmp_path)
     with pytest.raises(BackendError, match="is damaged; install car-deploy again"):
         read_cubins("sm89")
+    (tmp_path / "sm89.xz").write_bytes((tmp_path / "sm90.xz").read_bytes()[:1000])
+    with pytest.raises(BackendError, match=r"for sm89 cannot be read \(.*\); install car-deploy again"):
+        read_cubins("sm89")
+    (tmp_path / "sm89.xz").unlink()
+    with pytest.raises(BackendError, match=r"for sm89 cannot be read \(.*\); install car-deploy again"):
+        read_cubins("sm89")
 
 
 def test_a_launch_keeps_what_the_compiler_was_promised() -> None:

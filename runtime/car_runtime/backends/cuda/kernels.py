@@ -104,7 +104,10 @@ def check_target(target: str) -> None:
 def read_cubins(target: str) -> dict[str, bytes]:
     """Kernel → its code for a target. BackendError if there is none, or the package is damaged."""
     check_target(target)
-    whole = lzma.decompress((FOLDER / f"{target}.xz").read_bytes())
+    try:
+        whole = lzma.decompress((FOLDER / f"{target}.xz").read_bytes())
+    except (OSError, lzma.LZMAError) as error:
+        raise BackendError(f"the kernels for {target} cannot be read ({error}); install car-deploy again") from error
     code = {}
     for name, kernel in kernels().items():
         binary = kernel.targets[target]
