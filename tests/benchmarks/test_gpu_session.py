@@ -63,7 +63,9 @@ def test_the_comparisons_are_commands_that_exist(module: str) -> None:
 
 def test_the_plans_are_verified_by_a_command_that_exists() -> None:
     chosen = steps([Path("d16.plan")], ("cuda", "ort-cuda"), 5)
-    for command, backend in zip((s.command for s in chosen if s.name.startswith("verify")), ("cuda", "ort-cuda")):
+    for command, backend in zip(
+        (s.command for s in chosen if s.name.startswith("verify")), ("cuda", "ort-cuda"), strict=True
+    ):
         assert command[1:4] == ("-m", "car_runtime", "verify")
         options = verify.parse_args(command[4:])
         assert (options.plan, options.backend, options.batch) == ("d16.plan", backend, (1, 4))

@@ -41,7 +41,8 @@ device.load_kernels({name: code[name] for name in names})
 def put(name):
     kinds = list(kernels()[name].arguments.values())
     library.expect("".join("4" if kind == "i32" else "8" for kind in [*kinds, "", ""]).encode())
-    device.put_kernel(name, (3, 2, 1), [2**31 - 1 - i if kind == "i32" else 2**46 * i for i, kind in enumerate(kinds)])
+    values = [2**31 - 1 - i if kind == "i32" else 2**46 * i for i, kind in enumerate(kinds)]
+    device.put_kernel(name, (3, 2, 1), values)
 
 for name in names:
     put(name)

@@ -300,7 +300,7 @@ class CudaDevice:
         return config
 
     def put_kernel(self, name: str, grid: Grid, arguments: Sequence[int]) -> None:
-        """cuLaunchKernelEx. Unlike the runtime, the driver takes no context by itself in a thread that has none yet."""
+        """cuLaunchKernelEx. Unlike the runtime, the driver takes no context by itself in a thread that has none."""
         if not hasattr(self._bound, "here"):
             self._driver_call("cuCtxSetCurrent", self._context)
             self._bound.here = True
