@@ -523,7 +523,8 @@ def test_pixels_go_in_and_come_out(gpu: Gpu) -> None:
     maps, back = gpu.empty(300, 16, dtype="float16"), gpu.empty(300, 3, dtype="uint8")
     gpu.run("from_pixels.all", (3,), pixels=image, out=maps, P=300)
     got = gpu.read(maps)
-    np.testing.assert_array_equal(got[:, :3], gpu.half(image.astype(np.float32) / 255 * 2 - 1))
+    # A GPU's quotient may be off by its last bits, and so by one step once it is rounded.
+    gpu.check(got[:, :3], gpu.half(image.astype(np.float32) / 255 * 2 - 1), ROUNDING if gpu.real else 0)
     assert not got[:, 3:].any()
     values = np.zeros((300, 16), np.float16)
     values[:, :3] = np.linspace(-1.2, 1.2, 900).reshape(300, 3)
