@@ -260,7 +260,7 @@ def test_version_and_help_succeed(flag: str, says: str, capsys: pytest.CaptureFi
         (["-e", "../in", "--control", "x"], "is not a plan: it has no manifest.json"),
         (["-e", "x" * 5000, "--control", "x"], "(File name too long); check the path"),
         ([*GIVEN, "-o", "x" * 5000 + "/out.png"], "(File name too long); choose another place"),
-        (["-e", "", "--control", "x"], "is not a plan"),
+        (["-e", "", "--control", "x"], "the plan is ''; give its directory or hf:ORG/NAME"),
         (["-e", "../in/edges.png", "--control", "x"], "is a file, but a plan is a directory"),
         (["-e", "../in/var.plan", "--control", "../in/edges.png"], "has no control branch (plain VAR); leave"),
         (["-e", "../in/var.plan", "--photo", "../in/edges.png"], "has no control branch (plain VAR); leave"),

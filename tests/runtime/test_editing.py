@@ -286,8 +286,13 @@ def test_coarse_scales_are_kept_up_to_the_one_that_is_named(plan: Plan, rule: st
 def test_everything_kept_is_the_encoded_image_again(plan: Plan) -> None:
     size, K = plan.manifest.model.image_size, len(plan.manifest.scales)
     image = photo(size, size)
+    tokens = plan.encode(image)[0]
     made = plan.generate(CONTROL, 0, edit=Edit(image=image, from_scale=K))
-    assert (made.tokens[0] == plan.encode(image)[0]).all()
+    assert (made.tokens[0] == tokens).all()
+    coarse = plan.generate(CONTROL, 0, edit=Edit(image=image, from_scale=3), stop_after=2)
+    assert (coarse.tokens[0, : plan.manifest.scales[2].stop] == tokens[: plan.manifest.scales[2].stop]).all()
+    with pytest.raises(RequestError, match="scales 0…2 are drawn, so that none is drawn anew; give less than 3"):
+        plan.generate(CONTROL, 0, edit=Edit(image=image, from_scale=4), stop_after=2)
 
 
 def test_harmonising_takes_the_coarse_scales_of_the_first_result(plan: Plan) -> None:
@@ -546,7 +551,7 @@ def test_an_image_that_was_saved_anew_has_no_receipt(
         (["vary", "PHOTO", "--control", str(CONTROL), "--from-scale", "99"], "from_scale is 99"),
         (["vary", "PHOTO", "--control", str(CONTROL), "--from-scale", "6"], "keeps all 6 scales; give 0…5"),
         (["restyle", "PHOTO", "--class", "4", "--from-scale", "6"], "keeps all 6 scales; give 0…5"),
-        (["vary", "PHOTO", "--from-scale", "3", "--stop-after", "2"], "none is drawn anew; give less than 3"),
+        (["vary", "PHOTO", "--from-scale", "3", "--stop-after", "2"], "all 3 scales up to --stop-after; give 0…2"),
         (["paint", "PHOTO", "--box", "6,6,11,11"], "covers no token by half, which are 8 pixels wide"),
         (["paint", "PHOTO", "--box", "0,0,64,64", "--stop-after", "0"], "would be kept; give a larger part"),
         (["extend", "PHOTO", "--left", "1"], "covers no token by half"),

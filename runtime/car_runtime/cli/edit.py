@@ -146,12 +146,15 @@ def _run(args: argparse.Namespace, edit: Mapping[str, Any], varied: bool = False
     if "from_scale" in edit:
         if edit["from_scale"] is None:
             edit["from_scale"] = len(manifest.scales) // 2
-        if edit["from_scale"] == (K := len(manifest.scales)):
-            raise RequestError(f"--from-scale is {K}, which keeps all {K} scales; give 0…{K - 1}")
+        K = len(manifest.scales)
+        drawn = K if args.stop_after is None else args.stop_after + 1
+        if drawn <= edit["from_scale"] <= K:
+            which = f"all {K} scales" if drawn >= K else f"all {drawn} scales up to --stop-after"
+            raise RequestError(f"--from-scale is {edit['from_scale']}, which keeps {which}; give 0…{drawn - 1}")
         edit["tokens"], changes = _of_receipt(args, manifest, varied)
         if edit["tokens"] is not None:
-            drawn = sum(edit["tokens"][scale.start] >= 0 for scale in manifest.scales)
-            _check_kept(args.image, int(drawn), edit["from_scale"])
+            known = sum(edit["tokens"][scale.start] >= 0 for scale in manifest.scales)
+            _check_kept(args.image, int(known), edit["from_scale"])
     if "extend" in edit:
         edit["extend"] = _pixels(edit["extend"], open_image(args.image).size)
     inputs = [args.image, *([edit["mask"]] if edit.get("mask") else [])]

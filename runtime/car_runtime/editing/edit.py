@@ -147,10 +147,10 @@ def prepare(manifest: Manifest, edit: Edit, drawn: int | None = None) -> Prepare
 def _check_drawn(manifest: Manifest, edit: Edit, frame: Frame, drawn: int) -> None:
     """Raise RequestError for an edit of which nothing that is seen would be drawn anew in `drawn` scales.
 
-    All tokens of a whole image are an image by themselves (`from_scale` K), and pass.
+    The tokens of all scales that are drawn are a whole image by themselves (`from_scale` equal to `drawn`), and pass.
     """
     scales = manifest.scales
-    if edit.from_scale >= drawn and (edit.is_part or edit.from_scale < len(scales)):
+    if edit.from_scale > drawn or (edit.is_part and edit.from_scale == drawn):
         raise RequestError(
             f"from_scale is {edit.from_scale}, but scales 0…{drawn - 1} are drawn, so that none is drawn anew; give "
             f"less than {drawn}"
