@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import gpu_session
 from benchmarks.gpu_session import Step, session, steps, tiles
+from car_runtime.cli import verify
 from car_runtime.system.gpu import has_driver
 from fixtures.kernel_device import KernelDevice
 
@@ -58,6 +59,17 @@ def test_the_comparisons_are_commands_that_exist(module: str) -> None:
     arguments = [str(Path(__file__)) if value == "d16.plan" else value for value in arguments]
     options = import_module(f"benchmarks.{module}").parse_args(arguments)
     assert (options.device, options.runs) == ("cuda", 5)
+
+
+def test_the_plans_are_verified_by_a_command_that_exists() -> None:
+    chosen = steps([Path("d16.plan")], ("cuda", "ort-cuda"), 5)
+    for command, backend in zip(
+        (s.command for s in chosen if s.name.startswith("verify")), ("cuda", "ort-cuda"), strict=True
+    ):
+        assert command[1:4] == ("-m", "car_runtime", "verify")
+        options = verify.parse_args(command[4:])
+        assert (options.plan, options.backend, options.batch) == ("d16.plan", backend, (1, 4))
+        assert (options.runs, options.json) == (5, True)
 
 
 @pytest.mark.skipif(has_driver(), reason="this machine has an NVIDIA driver")

@@ -28,6 +28,8 @@ ROUNDING = 2e-3
 """Largest error as a share of the largest value: fp16 keeps 11 bits (4.9e-4), twice in a chain of two products."""
 SUMS = 2e-6
 """The same where inputs are exact and the result is float32."""
+CUT_OFF = 2e-5
+"""The least that is tolerated on a GPU: its tensor cores cut off each of a row's hundreds of sums, all downwards."""
 
 
 @cache
@@ -68,6 +70,7 @@ class Gpu:
 
     def check(self, got: np.ndarray, want: np.ndarray, tolerance: float = ROUNDING) -> None:
         assert got.shape == want.shape
+        tolerance = max(tolerance, CUT_OFF) if self.real else tolerance
         tolerance *= 8 if self.bf16 and tolerance == ROUNDING else 1  # 8 bits, not 11
         error = np.abs(got.astype(np.float64) - want).max()
         assert error <= tolerance * np.abs(want).max(), f"{error:.2e} of {np.abs(want).max():.3g}"
@@ -520,7 +523,8 @@ def test_pixels_go_in_and_come_out(gpu: Gpu) -> None:
     maps, back = gpu.empty(300, 16, dtype="float16"), gpu.empty(300, 3, dtype="uint8")
     gpu.run("from_pixels.all", (3,), pixels=image, out=maps, P=300)
     got = gpu.read(maps)
-    np.testing.assert_array_equal(got[:, :3], gpu.half(image.astype(np.float32) / 255 * 2 - 1))
+    # A GPU's quotient may be off by its last bits, and so by one step once it is rounded.
+    gpu.check(got[:, :3], gpu.half(image.astype(np.float32) / 255 * 2 - 1), ROUNDING if gpu.real else 0)
     assert not got[:, 3:].any()
     values = np.zeros((300, 16), np.float16)
     values[:, :3] = np.linspace(-1.2, 1.2, 900).reshape(300, 3)

@@ -15,7 +15,7 @@ from car_kernels.build import waits
 from car_kernels.variants import SHARED_LIMITS, TARGETS, variants
 from car_runtime.backends.cuda import kernels as cuda
 from car_runtime.backends.cuda.kernels import kernels, launch, markdown_table, read_cubins
-from car_runtime.errors import BackendError
+from car_runtime.errors import BackendError, RunError
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET_NAMES = [f"sm{number}" for number in TARGETS]
@@ -123,6 +123,12 @@ def test_an_unknown_target_and_a_damaged_file_are_refused(monkeypatch: pytest.Mo
     monkeypatch.setattr(cuda, "FOLDER", tmp_path)
     with pytest.raises(BackendError, match="is damaged; install car-deploy again"):
         read_cubins("sm89")
+    (tmp_path / "sm89.xz").write_bytes((tmp_path / "sm90.xz").read_bytes()[:1000])
+    with pytest.raises(BackendError, match=r"for sm89 cannot be read \(.*\); install car-deploy again"):
+        read_cubins("sm89")
+    (tmp_path / "sm89.xz").unlink()
+    with pytest.raises(BackendError, match=r"for sm89 cannot be read \(.*\); install car-deploy again"):
+        read_cubins("sm89")
 
 
 def test_a_launch_keeps_what_the_compiler_was_promised() -> None:
@@ -131,6 +137,10 @@ def test_a_launch_keeps_what_the_compiler_was_promised() -> None:
     for broken in ({"x": 8}, {"C": 40}, {"R": 2**31}):
         with pytest.raises(AssertionError):
             launch("ln_mod.row", (3,), **good | broken)
+    assert launch("ln_mod.row", (2**20, 65535), **good).grid == (2**20, 65535, 1)
+    for grid in ((1, 65536), (1, 1, 65536)):
+        with pytest.raises(RunError, match="ln_mod on 65536 tiles is too large for a GPU; give fewer or smaller"):
+            launch("ln_mod.row", grid, **good)
 
 
 def check_build(*arguments: str) -> str:

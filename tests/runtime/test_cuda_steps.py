@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import local
 from types import SimpleNamespace
 from typing import Any
 
@@ -585,6 +586,8 @@ def test_the_driver_is_given_what_the_cubins_take(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(device, "gpu", GPU, raising=False)
     monkeypatch.setattr(device, "stream", 7, raising=False)
     monkeypatch.setattr(device, "_kernels", {}, raising=False)
+    monkeypatch.setattr(device, "_modules", [], raising=False)
+    monkeypatch.setattr(device, "_bound", local(), raising=False)
     monkeypatch.setitem(device.__dict__, "_driver", driver)
     code = read_cubins("sm89")
     device.load_kernels(code)

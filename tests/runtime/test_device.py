@@ -1007,7 +1007,7 @@ def test_the_real_probe_says_that_there_is_no_driver(monkeypatch: pytest.MonkeyP
 def test_without_cuda_python_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvidia, "has_driver", lambda: True)
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(BackendError, match=r"need cuda-python .*; run: pip install 'car-deploy\[rtx\]'"):
+    with pytest.raises(BackendError, match=r"need cuda-python .*; run: pip install 'car-deploy\[cuda\]'; "):
         nvidia.probe()
 
 

@@ -144,7 +144,7 @@ def import_runtime() -> Any:
     except Exception as error:
         raise BackendError(
             f"the GPU backends need cuda-python ({one_line(error)}); "
-            "run: pip install 'car-deploy[rtx]', or 'car-deploy[gpu]'"
+            "run: pip install 'car-deploy[cuda]'; for other engines [rtx], [trt] or [gpu] brings it"
         ) from error
     return runtime
 

@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from threading import local
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ _OUT_OF_MEMORY, _NOT_READY = 2, 600
 _SHARED_BY_DEFAULT = 48 * 1024
 """Bytes of dynamic shared memory that a kernel gets without asking."""
 _SCRATCH = (ctypes.c_void_p, ctypes.c_void_p)
+_MORE_MEMORY = "close other programs that use the GPU, or use a plan with smaller batches"
 _C_TYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64}
 
 Event = Any
@@ -154,7 +156,7 @@ class Device(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of the stream."""
+        """Let go of the stream and of kernels. No work may be pending."""
         ...
 
 
@@ -165,6 +167,8 @@ class CudaDevice:
         self.gpu = probe()
         self._runtime = import_runtime()
         self._kernels: dict[str, tuple[Any, Any, tuple[Any, ...]]] = {}
+        self._modules: list[Any] = []
+        self._bound = local()
         self._call("cudaSetDevice", 0)
         # Work of other streams of the process, the default one above all, is no reason to wait.
         self._stream = self._call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking)
@@ -269,10 +273,12 @@ class CudaDevice:
 
     def load_kernels(self, code: Mapping[str, bytes]) -> None:
         """cuModuleLoadData, in the context that the runtime made for this device."""
+        self._context = self._driver_call("cuCtxGetCurrent")
         for name, cubin in code.items():
             described = kernels()[name]
             binary = described.targets[self.gpu.target]
             module = self._driver_call("cuModuleLoadData", cubin)
+            self._modules.append(module)
             function = self._driver_call("cuModuleGetFunction", module, binary.symbol.encode())
             if binary.shared > _SHARED_BY_DEFAULT:
                 which = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -294,7 +300,10 @@ class CudaDevice:
         return config
 
     def put_kernel(self, name: str, grid: Grid, arguments: Sequence[int]) -> None:
-        """cuLaunchKernelEx."""
+        """cuLaunchKernelEx. Unlike the runtime, the driver takes no context by itself in a thread that has none."""
+        if not hasattr(self._bound, "here"):
+            self._driver_call("cuCtxSetCurrent", self._context)
+            self._bound.here = True
         function, config, types = self._kernels[name]
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
         self._driver_call("cuLaunchKernelEx", config, function, ((*arguments, 0, 0), types), 0)
@@ -305,8 +314,11 @@ class CudaDevice:
         return int(free)
 
     def close(self) -> None:
-        """cudaStreamDestroy."""
+        """cudaStreamDestroy, and cuModuleUnload of what was loaded."""
         self._call("cudaStreamDestroy", self._stream)
+        self._kernels.clear()
+        while self._modules:
+            self._driver_call("cuModuleUnload", self._modules.pop())
 
     def _call(self, name: str, *arguments: Any) -> Any:
         """The function's value: None, one, or a tuple of them."""
@@ -327,15 +339,15 @@ class CudaDevice:
         if int(status) != 0:
             _, words = self._driver.cuGetErrorString(status)
             words = words.decode() if isinstance(words, bytes) else words
-            raise CudaError(
-                f"CUDA failed in {name}: {words}; upgrade the driver, or use --backend ort-cuda", int(status)
-            )
+            remedy = "upgrade the driver" if name.startswith("cuModule") else "close the plan and open it again"
+            remedy = _MORE_MEMORY if int(status) == _OUT_OF_MEMORY else f"{remedy}, or use --backend ort-cuda"
+            raise CudaError(f"CUDA failed in {name}: {words}; {remedy}", int(status))
         return values[0] if values else None
 
     def _error(self, name: str, status: Any) -> CudaError:
         remedy = "close the plan and open it again"
         if int(status) == _OUT_OF_MEMORY:
-            remedy = "close other programs that use the GPU, or use a plan with smaller batches"
+            remedy = _MORE_MEMORY
         return CudaError(f"CUDA failed in {name}: {describe_status(self._runtime, status)}; {remedy}", int(status))
 
 

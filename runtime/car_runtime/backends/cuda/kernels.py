@@ -15,9 +15,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from car_runtime.errors import BackendError
+from car_runtime.errors import BackendError, RunError
 
 FOLDER = Path(__file__).parent / "cubins"
+_LONGEST = 65_535
+"""Programs along the second and third side of a grid, the most that a GPU takes."""
 _RANGES = {"i32": 2**31, "i64": 2**63}
 Grid = tuple[int, int, int]
 
@@ -104,7 +106,10 @@ def check_target(target: str) -> None:
 def read_cubins(target: str) -> dict[str, bytes]:
     """Kernel → its code for a target. BackendError if there is none, or the package is damaged."""
     check_target(target)
-    whole = lzma.decompress((FOLDER / f"{target}.xz").read_bytes())
+    try:
+        whole = lzma.decompress((FOLDER / f"{target}.xz").read_bytes())
+    except (OSError, lzma.LZMAError) as error:
+        raise BackendError(f"the kernels for {target} cannot be read ({error}); install car-deploy again") from error
     code = {}
     for name, kernel in kernels().items():
         binary = kernel.targets[target]
@@ -121,7 +126,10 @@ def named(name: str, half: str) -> str:
 
 
 def launch(name: str, grid: tuple[int, ...], /, **arguments: int) -> Launch:
-    """A launch with its arguments put in order and checked: what the compiler was promised holds."""
+    """A launch with its arguments put in order and checked: what the compiler was promised holds.
+
+    RunError for a grid that no GPU takes.
+    """
     kernel = kernels()[name]
     assert arguments.keys() == kernel.arguments.keys(), (name, arguments.keys() ^ kernel.arguments.keys())
     for argument, kind in kernel.arguments.items():
@@ -130,6 +138,8 @@ def launch(name: str, grid: tuple[int, ...], /, **arguments: int) -> Launch:
         assert kind.startswith("*") or 0 <= value < _RANGES[kind], (name, argument, value)
     x, y, z = (*grid, 1, 1)[:3]
     assert min(x, y, z) >= 1, (name, grid)
+    if max(y, z) > _LONGEST:
+        raise RunError(f"{kernel.kernel} on {max(y, z)} tiles is too large for a GPU; give fewer or smaller images")
     return Launch(name, (x, y, z), tuple(arguments[argument] for argument in kernel.arguments))
 
 
