@@ -20,9 +20,9 @@ from car_train.evaluation.options import EvalOptions, EvaluationError, require
 from car_train.sampling import NAMED, Sampling
 
 MANIFEST = "manifest.json"
+"""The file that makes a folder a plan."""
 LARGEST = {"vocab": 2**20, "image_size": 4096, "classes": 2**20}
 """Of a plan's model, as the runtime has it (`car_runtime.format.schema`)."""
-"""The file that makes a folder a plan."""
 
 
 @dataclass(frozen=True, kw_only=True)

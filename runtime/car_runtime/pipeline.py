@@ -33,6 +33,7 @@ from car_runtime.images import Source
 from car_runtime.plan import Plan, Result, ScaleResult, open_plan
 from car_runtime.request import MAX_SEED
 from car_runtime.schedule import MAX_STRENGTH
+from car_runtime.values import integer, number
 
 Control: TypeAlias = "Source | Mapping[str, Source | tuple[Source, float]]"
 """A control image, or branches with one each, as `GenerationConfig.control` has it."""
@@ -259,16 +260,16 @@ class CARPipeline:
         K = len(self.plan.manifest.scales)
         settings: dict[str, Any] = {}
         if guidance is not None:
-            _check("guidance_scale", guidance, 1, 1001, "1 turns guidance off")
+            number("guidance_scale", guidance, 1, 1001, "1 turns guidance off")
             settings["cfg"] = guidance - 1
         if steps is not None:
-            _check("num_inference_steps", steps, 1, K, "leave it out to draw all scales", whole=True)
+            integer("num_inference_steps", steps, 1, K, "leave it out to draw all scales")
             settings["stop_after"] = steps - 1
         if strength is not None:
-            _check("controlnet_conditioning_scale", strength, 0, MAX_STRENGTH, "1 is what the branch was trained on")
+            number("controlnet_conditioning_scale", strength, 0, MAX_STRENGTH, "1 is what the branch was trained on")
             settings["control_strength"] = strength
         for name, share in zip(("control_guidance_start", "control_guidance_end"), shares, strict=True):
-            _check(name, share, 0, 1, "leave it out to follow the control at all scales")
+            number(name, share, 0, 1, "leave it out to follow the control at all scales")
         start, end = shares
         if (start, end) != (0, 1):
             followed = [k for k in range(K) if k >= start * K and k + 1 <= end * K]
@@ -296,14 +297,6 @@ def _ours(
     return kept
 
 
-def _check(name: str, value: object, low: float, high: float, remedy: str, whole: bool = False) -> None:
-    """Raise RequestError for what is no number of that range."""
-    good = isinstance(value, (int, np.integer) if whole else (int, float, np.integer, np.floating))
-    if not good or isinstance(value, bool) or not low <= value <= high:  # type: ignore[operator]
-        what = "a whole number" if whole else "a number"
-        raise RequestError(f"{name} is {value!r}, but must be {what} in {low}…{high}; {remedy}")
-
-
 def _prompts(
     image: Any, class_labels: Any, mask_image: Any, control_image: Any
 ) -> list[tuple[Any, Any, dict[str, Any]]]:
@@ -328,8 +321,7 @@ def _configs(
     prompts: list[tuple[Any, Any, dict[str, Any]]], n: int, generator: object, settings: Mapping[str, Any]
 ) -> list[GenerationConfig]:
     """A config for each prompt, or for each image where every image has a seed of its own."""
-    _check("num_images_per_prompt", n, 1, 1024, "ask for fewer and go on with another seed", whole=True)
-    n = int(n)  # of numpy, it would overflow where seeds are counted
+    n = integer("num_images_per_prompt", n, 1, 1024, "ask for fewer and go on with another seed")
     total = len(prompts) * n
     if isinstance(generator, (list, tuple)):
         if len(generator) != total:
@@ -353,8 +345,7 @@ def _first_seed(generator: object, total: int) -> int:
     if isinstance(generator, np.random.Generator):
         return int(generator.integers(2**32))
     if isinstance(generator, (int, np.integer)) and not isinstance(generator, bool):
-        _check("generator", generator, 0, MAX_SEED + 1 - total, "choose a seed in that range", whole=True)
-        return int(generator)
+        return integer("generator", generator, 0, MAX_SEED + 1 - total, "choose a seed in that range")
     raise RequestError(
         f"generator is a {type(generator).__name__}; give a seed, a list of seeds or a numpy Generator"
     )

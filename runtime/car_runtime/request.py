@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +27,7 @@ from car_runtime.errors import RequestError
 from car_runtime.format.manifest import Manifest
 from car_runtime.images import BLACK, open_image
 from car_runtime.schedule import MAX_STRENGTH, Schedule, parse_scales
+from car_runtime.values import integer, number
 from car_runtime.watermark import check_plan
 
 MAX_IMAGES = 1024
@@ -157,8 +157,8 @@ def resolve(manifest: Manifest, config: GenerationConfig) -> Request:
 
 def resolve_settings(manifest: Manifest, config: GenerationConfig) -> Request:
     """All of `resolve` that needs no image: a request without control and edit. Raises RequestError."""
-    n = _integer("n", config.n, 1, MAX_IMAGES, "ask for fewer and go on with another seed")
-    seed = _integer("seed", config.seed, 0, MAX_SEED + 1 - n, "choose a seed in that range")
+    n = integer("n", config.n, 1, MAX_IMAGES, "ask for fewer and go on with another seed")
+    seed = integer("seed", config.seed, 0, MAX_SEED + 1 - n, "choose a seed in that range")
     known_nL, mask_nL = _resolve_known(manifest, n, config.known_tokens, config.known_mask)
     label, sampling = resolve_label(manifest, config.label), _resolve_sampling(manifest, config)
     schedule, seeds = _resolve_schedule(manifest, config), tuple(range(seed, seed + n))
@@ -192,12 +192,12 @@ def _resolve_blend(
         raise RequestError(f"blend is {blend!r}; give a car_runtime.config.Blend, or leave it out")
     if blend.label is None and blend.seed is None:
         raise RequestError("blend names neither another class nor another seed; give one of them, or both")
-    share = _number("share", blend.share, 0.0, 1.0, "0 is the image itself, 1 the other one")
+    share = number("share", blend.share, 0.0, 1.0, "0 is the image itself, 1 the other one")
     other = seeds
     if blend.seed is not None:
         if config.more_smooth:
             raise RequestError("more_smooth has noise that seeds can't be blended by; leave one of the two out")
-        first = _integer("seed", blend.seed, 0, MAX_SEED + 1 - len(seeds), "choose a seed in that range")
+        first = integer("seed", blend.seed, 0, MAX_SEED + 1 - len(seeds), "choose a seed in that range")
         other = tuple(range(first, first + len(seeds)))
     towards = label if blend.label is None else resolve_label(manifest, blend.label)
     return ResolvedBlend(share=share, label=towards, seeds=other)
@@ -233,7 +233,7 @@ def named_controls(manifest: Manifest, given: object) -> dict[str, tuple[Any, fl
                 f"there is no {what} {str(name)[:60]!r} in the plan {manifest.name!r}; it has {', '.join(branches)}"
             )
         source, weight = one if isinstance(one, tuple) and len(one) == 2 else (one, 1.0)
-        weight = _number(f"the weight of {name}", weight, 0.0, MAX_WEIGHT, "1 is what the branch was trained on")
+        weight = number(f"the weight of {name}", weight, 0.0, MAX_WEIGHT, "1 is what the branch was trained on")
         if weight != 1 and manifest.format == 1:
             raise RequestError(
                 f"the weight of {name} is {weight}, but the plan {manifest.name!r} is of format 1, which mixes "
@@ -264,7 +264,7 @@ def _resolve_controls(
 
 def _resolve_control_cfg(manifest: Manifest, given: object) -> float:
     """Check the strength of guidance by the control, 0…1000."""
-    strength = _number("control_cfg", given, 0.0, MAX_CFG, "0 turns guidance by the control off")
+    strength = number("control_cfg", given, 0.0, MAX_CFG, "0 turns guidance by the control off")
     if strength and manifest.format == 1:
         raise RequestError(
             f"control_cfg is {strength}, but the plan {manifest.name!r} is of format 1, which has no such guidance; "
@@ -322,9 +322,9 @@ def _resolve_sampling(manifest: Manifest, config: GenerationConfig) -> Sampling:
     if not isinstance(preset, str) or preset not in PRESETS:
         raise RequestError(f"there is no preset {preset!r}; choose {', '.join(PRESETS)}")
     defaults = replace(manifest.sampling, **PRESETS[preset])
-    cfg = _number("cfg", defaults.cfg if cfg is None else cfg, 0.0, MAX_CFG, "4 is usual, 0 turns guidance off")
-    top_k = _integer("top_k", min(defaults.top_k, vocab) if top_k is None else top_k, 0, vocab, "0 turns it off")
-    top_p = _number("top_p", defaults.top_p if top_p is None else top_p, 0.0, 1.0, "0 turns it off")
+    cfg = number("cfg", defaults.cfg if cfg is None else cfg, 0.0, MAX_CFG, "4 is usual, 0 turns guidance off")
+    top_k = integer("top_k", min(defaults.top_k, vocab) if top_k is None else top_k, 0, vocab, "0 turns it off")
+    top_p = number("top_p", defaults.top_p if top_p is None else top_p, 0.0, 1.0, "0 turns it off")
     return Sampling(cfg=cfg, top_k=top_k or vocab, top_p=top_p if top_p < 1 else 0.0)
 
 
@@ -355,10 +355,10 @@ def _resolve_schedule(manifest: Manifest, config: GenerationConfig) -> Schedule:
         scales=K,
         cfg_scales=parse_scales("cfg_scales", config.cfg_scales, K),
         control_scales=parse_scales("control_scales", config.control_scales, K),
-        control_strength=_number(
+        control_strength=number(
             "control_strength", strength, 0.0, MAX_STRENGTH, "1 is what the branch was trained on"
         ),
-        drawn=1 + _integer("stop_after", last, 0, K - 1, f"{K - 1} draws them all, as leaving it out does"),
+        drawn=1 + integer("stop_after", last, 0, K - 1, f"{K - 1} draws them all, as leaving it out does"),
     )
 
 
@@ -376,7 +376,7 @@ def resolve_label(manifest: Manifest, label: int | str | None) -> int:
         if not found and not re.fullmatch(r"\s*[-+]?[0-9]{1,18}\s*", label):
             raise RequestError(f"there is no class {label!r}{_near(manifest, label)}")
         label = found[0] if found else int(label)
-    return _integer("class", label, 0, classes - 1, "leave it out for no class; --list-classes shows them")
+    return integer("class", label, 0, classes - 1, "leave it out for no class; --list-classes shows them")
 
 
 def _by_name(names: Sequence[str], wanted: str) -> list[int]:
@@ -476,17 +476,3 @@ class SmoothNoise:
         """That of the next tokens of each image, f32 [B, tokens, vocab]."""
         drawn = [stream.standard_exponential((tokens, vocab), dtype=np.float32) for stream in self._streams]
         return np.asarray(-np.log(np.maximum(np.stack(drawn), np.float32(2**-100))), np.float32)
-
-
-def _integer(name: str, value: object, low: int, high: int, remedy: str) -> int:
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not whole or not low <= int(value) <= high:  # type: ignore[call-overload]
-        raise RequestError(f"{name} is {value!r}, but must be a whole number in {low}…{high}; {remedy}")
-    return int(value)  # type: ignore[call-overload, no-any-return]
-
-
-def _number(name: str, value: object, low: float, high: float, remedy: str) -> float:
-    real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not real or not low <= value <= high or math.isnan(value):  # type: ignore[operator, arg-type]
-        raise RequestError(f"{name} is {value!r}, but must be a number in {low:g}…{high:g}; {remedy}")
-    return float(value)  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ from car_runtime.editing.masks import MASK_RULES, known_mask_of
 from car_runtime.errors import RequestError
 from car_runtime.format.manifest import Manifest
 from car_runtime.images import WHITE, Source, colour_profile, load_image, on_ground, open_image
+from car_runtime.values import integer
 
 MASK_LEVEL = 128
 """Grey level from which on a mask says "draw anew"."""
@@ -120,11 +121,7 @@ def prepare(manifest: Manifest, edit: Edit, drawn: int | None = None) -> Prepare
     if "encoder" not in manifest.graphs and edit.tokens is None:
         raise RequestError(f"the plan {manifest.name!r} has no encoder, so it can't edit; export it again with one")
     for name in ("from_scale", "harmonise"):
-        value = getattr(edit, name)
-        if not _is_whole(value) or not 0 <= value <= K:
-            raise RequestError(
-                f"{name} is {value!r}, but must be a whole number in 0…{K}, the plan's scales; choose one"
-            )
+        integer(name, getattr(edit, name), 0, K, f"the plan has {K} scales")
     if not isinstance(edit.rule, str) or edit.rule not in MASK_RULES:
         raise RequestError(f"there is no mask rule {edit.rule!r}; choose {' or '.join(MASK_RULES)}")
     if edit.feather is not None and not (isinstance(edit.feather, Real) and 0 <= edit.feather <= 512):
@@ -140,11 +137,11 @@ def prepare(manifest: Manifest, edit: Edit, drawn: int | None = None) -> Prepare
     )
     coarse = manifest.scales[edit.from_scale - 1].stop if edit.from_scale else 0
     keep[:coarse] = True
-    _check_drawn(manifest, edit, frame, K if drawn is None else drawn)
+    _check_drawn(manifest, edit, frame, keep, K if drawn is None else drawn)
     return PreparedEdit(edit=edit, frame=frame, known_mask=keep, whole=whole, harmonise=edit.harmonise)
 
 
-def _check_drawn(manifest: Manifest, edit: Edit, frame: Frame, drawn: int) -> None:
+def _check_drawn(manifest: Manifest, edit: Edit, frame: Frame, known_mask: NDArray[np.bool_], drawn: int) -> None:
     """Raise RequestError for an edit of which nothing that is seen would be drawn anew in `drawn` scales.
 
     The tokens of all scales that are drawn are a whole image by themselves (`from_scale` equal to `drawn`), and pass.
@@ -157,7 +154,9 @@ def _check_drawn(manifest: Manifest, edit: Edit, frame: Frame, drawn: int) -> No
         )
     if not edit.is_part:
         return
-    keep = known_mask_of(frame.repaint_view(beyond=False), scales, edit.rule)
+    keep = known_mask
+    if frame.is_cut_beyond:  # what is drawn there is not seen
+        keep = known_mask_of(frame.repaint_view(beyond=False), scales, edit.rule)
     coarse = scales[edit.from_scale - 1].stop if edit.from_scale else 0
     if keep[coarse : scales[drawn - 1].stop].all():
         side, cells = frame.square.side, scales[drawn - 1].side

@@ -104,6 +104,12 @@ class Frame:
         alike = _likeness(image.size, (right - left, bottom - top)) < _likeness(image.size, self.image.size)
         return self.photo if alike else None
 
+    @property
+    def is_cut_beyond(self) -> bool:
+        """Whether the square reaches beyond the frame."""
+        left, top, side = self.square.left, self.square.top, self.square.side
+        return min(left, top) < 0 or left + side > self.image.width or top + side > self.image.height
+
     def repaint_view(self, *, beyond: bool = True) -> NDArray[np.bool_]:
         """The part of `repaint` that is in the square, bool [side, side]; beyond the frame it is `beyond`."""
         cut, (rows, columns) = self._cut(self.repaint), self._places()
