@@ -478,6 +478,10 @@ function use(chosen) {
   const ground = convention ? `rgb(${convention.ground})` : "#000";
   pad.reset({ side: size * Math.max(1, Math.round(512 / size)), ink: convention?.polarity === "dark-on-light" ? "#000" : "#fff", ground });
   stage.build(plan);
+  showBackend();
+}
+
+function showBackend() {
   $("plan").textContent = [plan.name, `${plan.image_size} px`, plan.backend?.name].filter(Boolean).join(" · ");
   $("plan").title = plan.backend?.why ?? "";
 }
@@ -488,6 +492,10 @@ async function start() {
   client.addEventListener?.("progress", ({ detail }) => {
     stage.busy(detail);
     note("message", `Loading the model: ${Math.round(100 * detail)} %`);
+  });
+  client.addEventListener?.("backend", ({ detail }) => {
+    plan.backend = detail;
+    showBackend();
   });
   try {
     capabilities = await client.capabilities();
