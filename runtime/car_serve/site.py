@@ -148,7 +148,7 @@ def _goldens(plan: Path, manifest: Manifest) -> list[dict[str, Any]]:
             "tokens": one.tokens.tolist(),
             "image": _png(one.image),
         }
-        for one in found
+        for one in reversed(found)  # the base's first, which takes the fewest kernels
     ]
 
 
