@@ -90,8 +90,9 @@ def visit(context: Any, address: str) -> dict[str, float]:
     page.set_default_timeout(120_000)
     page.goto(address, wait_until="commit")
     began = time.perf_counter()
-    share_priority()
-    page.wait_for_selector("html[data-ready]", state="attached")
+    while not page.locator("html[data-ready]").count():
+        share_priority()  # a page that becomes isolated gets another process
+        time.sleep(0.02)
     ready = time.perf_counter() - began
     page.click("#draw") if page.locator("#examples").is_hidden() else page.click("#examples button")
     page.wait_for_function("() => document.querySelector('#images img')?.src.startsWith('blob:')")
