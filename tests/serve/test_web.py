@@ -435,6 +435,20 @@ def test_a_file_that_is_not_the_sites_is_refused_in_one_sentence(chromium: Any, 
     host.close()
 
 
+def test_a_site_that_was_copied_in_part_says_so(chromium: Any, folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "site"
+    shutil.copytree(folder, copy)
+    (copy / "ort/ort.wasm.min.mjs").unlink()
+    host = Site(copy)
+    context = chromium.new_context()
+    page = context.new_page()
+    page.goto(host.url)
+    page.wait_for_selector("#message.bad", timeout=240_000)
+    assert page.inner_text("#message").startswith("Ort/ort.wasm.min.mjs cannot be fetched; see that the whole ")
+    context.close()
+    host.close()
+
+
 def test_a_browser_without_what_is_needed_says_so_in_one_sentence(chromium: Any, site: Site) -> None:
     context = chromium.new_context()
     context.add_init_script("WebAssembly.validate = () => false")

@@ -22,14 +22,16 @@ export class Plan {
   // site: its site.json. base: URL of the site. gpu: whether WebGPU computes. progress: called with shares 0…1. Throws an Error with a
   // sentence.
   static async open(site, base, gpu, progress) {
-    const files = await fetchAll(site.files, base, gpu, progress);
+    const name = gpu ? "ort/ort.jspi.min.mjs" : "ort/ort.wasm.min.mjs";
+    const script = import(new URL(name, base)).catch(() => { throw absent(name); });
+    const [files, ort] = await Promise.all([fetchAll(site.files, base, gpu, progress), script]);
     const plan = new Plan();
     plan.manifest = JSON.parse(new TextDecoder().decode(files.get("plan/manifest.json")));
     plan.about = site.plan;
     plan.#files = files;
     plan.#gpu = gpu;
     plan.#onCpu = site.on_cpu;
-    plan.#ort = await engine(base, files, gpu);
+    plan.#ort = engine(ort, base, files.get(binary(gpu)));
     for (const graph of ["step", "condition", "decoder", ...plan.branches.flatMap((name) => [`control.${name}`, `branch.${name}`])]) await plan.#session(graph);
     if (gpu) plan.lost = (await plan.#ort.env.webgpu.device).lost; // where it is, nothing that runs ever ends
     return plan;
@@ -259,15 +261,15 @@ class Cache {
 }
 
 // onnxruntime-web, on as many threads as the page may have.
-async function engine(base, files, gpu) {
-  const ort = await import(new URL(gpu ? "ort/ort.jspi.min.mjs" : "ort/ort.wasm.min.mjs", base));
+function engine(ort, base, wasm) {
   ort.env.wasm.wasmPaths = new URL("ort/", base).href;
-  ort.env.wasm.wasmBinary = files.get(binary(gpu)).buffer;
+  ort.env.wasm.wasmBinary = wasm.buffer;
   ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
   ort.env.logLevel = "error";
   return ort;
 }
 
+const absent = (path) => new Error(`${path} cannot be fetched; see that the whole site was copied, and load the page again`);
 const binary = (gpu) => `ort/ort-wasm-simd-threaded${gpu ? ".jspi" : ""}.wasm`;
 
 // The files that site.json lists and an engine reads, by path, each with the size and digest that it states.
@@ -277,7 +279,7 @@ async function fetchAll(listed, base, gpu, progress) {
   let got = 0;
   return new Map(await Promise.all(wanted.map(async ([path, { bytes, sha256: digest }]) => {
     const answer = await fetch(new URL(path, base)).catch(() => null);
-    if (!answer?.ok) throw new Error(`${path} cannot be fetched; see that the whole site was copied, and load the page again`);
+    if (!answer?.ok) throw absent(path);
     const data = new Uint8Array(bytes);
     let at = 0;
     for (const reader = answer.body.getReader(); ; ) {
