@@ -7,6 +7,7 @@ Any static host serves the folder; nothing is fetched from elsewhere, and nothin
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
@@ -16,9 +17,15 @@ from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
 from car_runtime import __version__
 from car_runtime.errors import OutputError, PlanError, RequestError
 from car_runtime.format.folder import PlanFolder
+from car_runtime.format.goldens import read_all_goldens
+from car_runtime.format.graph_check import wide_nodes
 from car_runtime.format.hashing import verify_folder
 from car_runtime.format.manifest import MANIFEST, WEIGHTS, Manifest, manifest_in, open_plan_folder
 from car_runtime.plan import DEFAULT_PLAN
@@ -33,7 +40,13 @@ PACKAGE = "onnxruntime-web@1.30.0"
 PACKAGE_SHA256 = "d2228df7e4616bc3348bf504ee888f3bec43789a273f0a63f3e68d203ce3bf71"
 ARCHIVE = Path("~/.cache/car/web/onnxruntime-web-1.30.0.tgz")
 """Where `make web` puts it."""
-ENGINE = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+ENGINE = (
+    *("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"),
+    *("ort.jspi.min.mjs", "ort-wasm-simd-threaded.jspi.mjs", "ort-wasm-simd-threaded.jspi.wasm"),
+)
+"""WebAssembly, and the build that computes with WebGPU. Its other builds for that have 27 MB, or are older."""
+GPU_PORTS = 8
+"""Arrays that a kernel of WebGPU may read and write on every device; a node with more computes on the CPU."""
 ARCHIVE_BYTES = MEMBER_BYTES = 64 * 1024 * 1024
 LARGE = 60_000_000
 """Bytes from which on a site takes long to load."""
@@ -65,6 +78,7 @@ def write_site(plan: Path, output: Path, archive: Path | None = None) -> int:
                 _copy(folder, name, aside / "plan" / name)
             for name, content in engine.items():
                 _write(aside / "ort" / name, content)
+            _write(aside / "plan" / "goldens.json", json.dumps(_goldens(plan, manifest)))
             _write_page(aside, manifest)
             return sum(path.stat().st_size for path in aside.rglob("*") if path.is_file())
     except OSError as error:
@@ -119,6 +133,39 @@ def _graphs(manifest: Manifest) -> set[str]:
     return wanted | {f"{kind}.{branch}" for kind in ("condition", "control", "branch") for branch in branches}
 
 
+def _goldens(plan: Path, manifest: Manifest) -> list[dict[str, Any]]:
+    """What a page compares with what it draws on a GPU; empty for a plan that holds no goldens."""
+    try:
+        found = read_all_goldens(plan, manifest)
+    except PlanError:
+        return []
+    return [
+        {
+            "branch": one.branch,
+            "control": None if one.control is None else _png(one.control),
+            "label": one.label,
+            "cfg": one.cfg,
+            "tokens": one.tokens.tolist(),
+            "image": _png(one.image),
+        }
+        for one in reversed(found)  # the base's first, which takes the fewest kernels
+    ]
+
+
+def _png(image: NDArray[np.uint8]) -> str:
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "PNG")
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+def _wide_nodes(root: Path, manifest: Manifest) -> dict[str, list[str]]:
+    """Graph → its nodes that a GPU may not have enough ports for."""
+    names = sorted(_graphs(manifest) & set(manifest.graphs))
+    files = {name: root / "plan" / manifest.graphs[name].file for name in names}
+    found = {name: wide_nodes(path.read_bytes(), GPU_PORTS) for name, path in files.items()}
+    return {name: nodes for name, nodes in found.items() if nodes}
+
+
 def _copy(folder: PlanFolder, name: str, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.file(name), "rb", closefd=False) as source, open(target, "xb") as copy:
@@ -164,7 +211,7 @@ def _about(root: Path, manifest: Manifest) -> dict[str, Any]:
         "defaultBranch": manifest.model.default_branch,
         "named": bool(manifest.model.names),
     }
-    return {"version": __version__, "plan": about, "files": found}
+    return {"version": __version__, "plan": about, "on_cpu": _wide_nodes(root, manifest), "files": found}
 
 
 def _sha256(file: Any) -> str:

@@ -339,6 +339,44 @@ def test_a_png_that_is_brought_restores_everything(empty: Studio, tmp_path: Path
     assert np.array_equal(pixels(studio.stored()[0]["control"]), pixels(control))
 
 
+def test_a_png_of_car_run_that_is_brought_restores_everything(
+    empty: Studio, plan: car_runtime.Plan, tmp_path: Path
+) -> None:
+    """It is drawn again from the tokens in it."""
+    from car_runtime.cli import main
+
+    made = tmp_path / "terminal.png"
+    arguments = [
+        "--control",
+        str(UMBRELLA),
+        "--class",
+        "fluent-objects",
+        "--seed",
+        "16",
+        "--cfg",
+        "2",
+        "-o",
+        str(made),
+    ]
+    assert main.main(["-e", str(SHIPPED), "--backend", "ort-cpu", *arguments]) == 0
+    page = empty.page
+    page.set_input_files("#file", str(made))
+    page.wait_for_selector("#pad-note:has-text('Restored')")
+    assert [page.input_value(field) for field in ("#class", "#seed", "#cfg")] == ["fluent-objects", "16", "2"]
+    assert np.array_equal(empty.image(), pixels(base64_of(made)))
+    page.wait_for_function(f"() => document.querySelectorAll('#film img').length === {SCALES}")
+    assert np.abs(empty.scales()[-1] - empty.image()).max() <= 1
+    control = pixels(empty.stored()[0]["control"])
+    assert np.array_equal(control, np.asarray(Image.open(UMBRELLA).convert("RGB").resize((64, 64))))
+
+
+def test_a_photo_larger_than_an_engine_reads_is_made_smaller(empty: Studio, tmp_path: Path) -> None:
+    large = Image.open(ROOT / "examples/photos/mouse.png").convert("RGB").resize((4200, 4200))
+    large.save(tmp_path / "large.jpg")
+    empty.page.set_input_files("#file", str(tmp_path / "large.jpg"))
+    empty.page.wait_for_selector("#pad-note:has-text('edges')")
+
+
 def test_live_mode_draws_while_the_pen_moves(empty: Studio) -> None:
     page = empty.page
     page.click("label.switch")
@@ -393,6 +431,20 @@ def test_a_file_that_is_not_the_sites_is_refused_in_one_sentence(chromium: Any, 
     page.goto(host.url)
     page.wait_for_selector("#message.bad", timeout=240_000)
     assert page.inner_text("#message").startswith("Plan/weights.bin is not the file that the site was made with; ")
+    context.close()
+    host.close()
+
+
+def test_a_site_that_was_copied_in_part_says_so(chromium: Any, folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "site"
+    shutil.copytree(folder, copy)
+    (copy / "ort/ort.wasm.min.mjs").unlink()
+    host = Site(copy)
+    context = chromium.new_context()
+    page = context.new_page()
+    page.goto(host.url)
+    page.wait_for_selector("#message.bad", timeout=240_000)
+    assert page.inner_text("#message").startswith("Ort/ort.wasm.min.mjs cannot be fetched; see that the whole ")
     context.close()
     host.close()
 

@@ -115,6 +115,14 @@ def conv_strides(data: bytes) -> dict[str, int]:
     return found
 
 
+def wide_nodes(data: bytes, most: int) -> list[str]:
+    """Names of the nodes with over `most` inputs and outputs. Only for bytes that `check_graph` has let through."""
+    (content,) = (value for number, value in _fields(data) if number == 7)
+    nodes = [_fields(_message(message)) for number, message in _fields(_message(content)) if number == 1]
+    wide = [node for node in nodes if sum(number in (1, 2) for number, _ in node) > most]
+    return [_text(value) for node in wide for number, value in node if number == 3]
+
+
 def _check_model(data: bytes, graph: Graph, weight_bytes: int, checked: Checked) -> None:
     found: bytes | None = None
     for number, value in _fields(data):

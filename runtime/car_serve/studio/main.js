@@ -10,6 +10,7 @@ import { Stage } from "./stage.js";
 import * as store from "./store.js";
 
 const EXAMPLES = [["umbrella", "fluent-travel-places"], ["heart", "fluent-smileys-emotion"], ["guitar", "fluent-objects"]];
+const MOST_PIXELS = 1 << 24;
 const DRAFT_MS = 0; // of rest between two drafts: a turn of the event loop, in which the pen is heard
 
 // A site without a server says so in its page, and runs the plan there.
@@ -302,17 +303,39 @@ async function bring(blob) {
   if (!blob?.type.startsWith("image/")) { note("pad-note", "That is no image; bring a PNG, JPEG, WebP or TIFF.", "bad"); return; }
   try {
     const texts = blob.type === "image/png" ? await textOf(blob) : {};
-    if (texts.receipt) await restore(blob, texts);
-    else await convert(blob);
+    const about = aboutOf(texts);
+    if (about) await restore(blob, about, texts["car-control"]);
+    else await convert(await small(blob));
   } catch (error) {
     const unread = error.status === 400;
     note("pad-note", unread ? "That file cannot be read as an image; bring a PNG, JPEG, WebP or TIFF." : sentence(error.message), "bad");
   }
 }
 
-// A PNG of the studio's holds its settings and its control.
-async function restore(blob, { receipt, "car-control": control }) {
-  const about = JSON.parse(receipt);
+// What a PNG says of itself: the studio's receipt, or the one that car-run writes, in the same words; null where it has neither.
+function aboutOf(texts) {
+  try {
+    if (texts.receipt) return JSON.parse(texts.receipt);
+    const { name, settings: { label, ...settings }, branches } = JSON.parse(texts["car-receipt"]).receipt;
+    const classes = capabilities.plans.find((one) => one.name === name)?.classes;
+    return { ...settings, plan: name, branches, class: label === null ? null : { index: label, name: classes?.[label] } };
+  } catch { return null; }
+}
+
+// An image of as many pixels as an engine reads; phones take larger ones.
+async function small(blob) {
+  const bitmap = await createImageBitmap(blob).catch(() => null);
+  const scale = bitmap ? Math.sqrt(MOST_PIXELS / (bitmap.width * bitmap.height)) : 1;
+  if (scale >= 1) return blob;
+  const canvas = new OffscreenCanvas(Math.max(1, Math.floor(bitmap.width * scale)), Math.max(1, Math.floor(bitmap.height * scale)));
+  const context = canvas.getContext("2d");
+  context.imageSmoothingQuality = "high";
+  context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  return canvas.convertToBlob({ type: "image/jpeg", quality: 0.95 });
+}
+
+// A PNG that was drawn before holds its settings and its control.
+async function restore(blob, about, control) {
   const given = {};
   for (const name of ["cfg", "top_k", "top_p", "control_strength", "cfg_scales", "control_scales", "stop_after"]) if (about[name] != null) given[name] = about[name];
   const values = { ...given, plan: about.plan, seed: about.seed, n: 1, class: about.class?.name ?? about.class?.index };
@@ -478,6 +501,10 @@ function use(chosen) {
   const ground = convention ? `rgb(${convention.ground})` : "#000";
   pad.reset({ side: size * Math.max(1, Math.round(512 / size)), ink: convention?.polarity === "dark-on-light" ? "#000" : "#fff", ground });
   stage.build(plan);
+  showBackend();
+}
+
+function showBackend() {
   $("plan").textContent = [plan.name, `${plan.image_size} px`, plan.backend?.name].filter(Boolean).join(" · ");
   $("plan").title = plan.backend?.why ?? "";
 }
@@ -488,6 +515,10 @@ async function start() {
   client.addEventListener?.("progress", ({ detail }) => {
     stage.busy(detail);
     note("message", `Loading the model: ${Math.round(100 * detail)} %`);
+  });
+  client.addEventListener?.("backend", ({ detail }) => {
+    plan.backend = detail;
+    showBackend();
   });
   try {
     capabilities = await client.capabilities();

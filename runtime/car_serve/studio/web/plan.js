@@ -12,20 +12,28 @@ const NO_TOP_P = 2; // what the step is given for "no top-p"
 
 export class Plan {
   #files;
+  #gpu;
+  #onCpu; // graph → names of its nodes that a GPU may not compute
   #ort;
   #sessions = new Map();
   #features = [];
   #conditions = new Map();
 
-  // site: its site.json. base: URL of the site. progress: called with shares 0…1. Throws an Error with a sentence.
-  static async open(site, base, progress) {
-    const files = await fetchAll(site.files, base, progress);
+  // site: its site.json. base: URL of the site. gpu: whether WebGPU computes. progress: called with shares 0…1. Throws an Error with a
+  // sentence.
+  static async open(site, base, gpu, progress) {
+    const name = gpu ? "ort/ort.jspi.min.mjs" : "ort/ort.wasm.min.mjs";
+    const script = import(new URL(name, base)).catch(() => { throw absent(name); });
+    const [files, ort] = await Promise.all([fetchAll(site.files, base, gpu, progress), script]);
     const plan = new Plan();
     plan.manifest = JSON.parse(new TextDecoder().decode(files.get("plan/manifest.json")));
     plan.about = site.plan;
     plan.#files = files;
-    plan.#ort = await engine(base, files);
+    plan.#gpu = gpu;
+    plan.#onCpu = site.on_cpu;
+    plan.#ort = engine(ort, base, files.get(binary(gpu)));
     for (const graph of ["step", "condition", "decoder", ...plan.branches.flatMap((name) => [`control.${name}`, `branch.${name}`])]) await plan.#session(graph);
+    if (gpu) plan.lost = (await plan.#ort.env.webgpu.device).lost; // where it is, nothing that runs ever ends
     return plan;
   }
 
@@ -77,6 +85,9 @@ export class Plan {
       await breathe();
     }
   }
+
+  // What the plan's export computed, and greedy: [{branch, control, label, cfg, tokens, image}], images in base64.
+  get goldens() { return JSON.parse(new TextDecoder().decode(this.#files.get("plan/goldens.json"))); }
 
   // f̂ → RGB image.
   async decode(fHat) {
@@ -188,8 +199,10 @@ export class Plan {
   async #session(graph) {
     if (!this.#sessions.has(graph)) {
       const bytes = this.#files.get(`plan/${this.manifest.graphs[graph].file}`);
+      const onCpu = this.#onCpu[graph];
       this.#sessions.set(graph, await this.#ort.InferenceSession.create(bytes, {
-        executionProviders: ["wasm"],
+        executionProviders: [this.#gpu ? { name: "webgpu", ...(onCpu ? { forceCpuNodeNames: onCpu } : {}) } : "wasm"],
+        logSeverityLevel: 3, // that nodes compute on the CPU is a warning elsewhere
         externalData: [{ path: "weights.bin", data: this.#files.get("plan/weights.bin") }],
       }));
     }
@@ -248,23 +261,25 @@ class Cache {
 }
 
 // onnxruntime-web, on as many threads as the page may have.
-async function engine(base, files) {
-  const ort = await import(new URL("ort/ort.wasm.min.mjs", base));
+function engine(ort, base, wasm) {
   ort.env.wasm.wasmPaths = new URL("ort/", base).href;
-  ort.env.wasm.wasmBinary = files.get("ort/ort-wasm-simd-threaded.wasm").buffer;
+  ort.env.wasm.wasmBinary = wasm.buffer;
   ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
   ort.env.logLevel = "error";
   return ort;
 }
 
-// All files that site.json lists, by path, each with the size and digest that it states.
-async function fetchAll(listed, base, progress) {
-  const wanted = Object.entries(listed).filter(([path]) => path.startsWith("plan/") || path.endsWith(".wasm"));
+const absent = (path) => new Error(`${path} cannot be fetched; see that the whole site was copied, and load the page again`);
+const binary = (gpu) => `ort/ort-wasm-simd-threaded${gpu ? ".jspi" : ""}.wasm`;
+
+// The files that site.json lists and an engine reads, by path, each with the size and digest that it states.
+async function fetchAll(listed, base, gpu, progress) {
+  const wanted = Object.entries(listed).filter(([path]) => path.startsWith("plan/") || path === binary(gpu));
   const total = wanted.reduce((sum, [, { bytes }]) => sum + bytes, 0);
   let got = 0;
   return new Map(await Promise.all(wanted.map(async ([path, { bytes, sha256: digest }]) => {
     const answer = await fetch(new URL(path, base)).catch(() => null);
-    if (!answer?.ok) throw new Error(`${path} cannot be fetched; see that the whole site was copied, and load the page again`);
+    if (!answer?.ok) throw absent(path);
     const data = new Uint8Array(bytes);
     let at = 0;
     for (const reader = answer.body.getReader(); ; ) {

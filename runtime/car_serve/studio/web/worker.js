@@ -1,11 +1,13 @@
 // The worker that draws: one plan, one request at a time. Messages: see ../engine.js.
 
-import { encodePng, Refused, toBase64 } from "./codec.js";
+import { encodePng, picture, Refused, toBase64 } from "./codec.js";
 import { onGround, WHITE } from "./pixels.js";
 import { breathe, Plan } from "./plan.js";
 import { writeReceipt } from "./receipt.js";
 import { controlMap, resolve } from "./request.js";
 
+const CHECKS = 2; // times that the goldens are drawn, the first of which compiles
+const LEVELS = 2; // of grey, by which an image may differ from a golden
 const KEPT = 64; // results that can be branched and in-painted by their id
 const PATIENCE = 250; // ms: a scale is shown at once if nothing was for so long; else after the image, which is there sooner then
 
@@ -32,10 +34,23 @@ onmessage = ({ data: { key, what, value } }) => {
 };
 
 const WORK = {
-  async open({ base, about }, tell) {
+  async open({ base, about, gpu }, tell) {
     site = about;
-    plan = await Plan.open(site, base, (share) => tell({ type: "progress", share }));
+    plan = await Plan.open(site, base, gpu, (share) => tell({ type: "progress", share }));
+    plan.lost?.then(() => postMessage({ lost: true }));
     tell({ type: "opened", threads: plan.threads });
+  },
+
+  // Whether the goldens are drawn, token for token and their images, and the seconds that they take once all is warm.
+  async check(_, tell) {
+    const { goldens } = plan;
+    let [exact, seconds] = [goldens.length > 0, Infinity];
+    for (let round = 0; round < CHECKS && exact; round++) {
+      const began = performance.now();
+      for (const golden of goldens) exact &&= await drawsGolden(golden);
+      seconds = Math.min(seconds, (performance.now() - began) / 1000);
+    }
+    tell({ exact, seconds });
   },
 
   async controls(form, tell) {
@@ -92,6 +107,18 @@ const WORK = {
     tell({ type: "done", id, timings, warnings: request.warnings });
   },
 };
+
+async function drawsGolden({ branch, control, label, cfg, tokens, image }) {
+  const form = { class: label, cfg, top_k: 1, top_p: 0, seed: 0, control: branch ? { [branch]: control } : null };
+  for await (const { index, tokens: drawn, fHat, last } of plan.draw(await resolve(plan, form, results))) {
+    const { start } = plan.scales[index];
+    if (drawn.some((token, i) => token !== tokens[start + i])) return false;
+    if (!last) continue;
+    const [made, wanted] = [await plan.decode(fHat), await picture(image, "a golden")];
+    if (made.data.some((value, i) => Math.abs(value - wanted.data[i]) > LEVELS)) return false;
+  }
+  return true;
+}
 
 function keep(id, result) {
   results.set(id, result);
