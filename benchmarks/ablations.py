@@ -19,7 +19,8 @@ losses in nats per token of two tokenizers can't be compared.
 
 What follows `--` goes to every `python -m car_train var` and `car`. Runs stand in `--runs`; one that was interrupted
 goes on from its checkpoint, a finished one is not trained again. Losses are the trainer's own, over all held-out
-images with the teacher's tokens, in nats per token; `base` is the model without its control.
+images with the teacher's tokens, in nats per token; `base` is the model without its control. How well images follow
+their control is measured on one drawn for each held-out image, by the published sampling (`car_train eval`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ from car_train.evaluation.features import EfficientNetLite0
 from car_train.evaluation.options import EvalOptions
 from car_train.evaluation.runs import read_run, summary
 from car_train.evaluation.sets import compare_sets
-from car_train.files import write_text
+from car_train.files import write_text, written_aside
 from car_train.flags import given
 from car_train.images import to_pixels
 from car_train.model.sample import sample
@@ -132,12 +133,25 @@ def row_of(name: str, folder: Path) -> Row:
     }
 
 
+def fidelity(path: Path, args: argparse.Namespace, log: Log) -> Row:
+    """How well a branch's images follow the controls of all held-out images, and another image's: chance."""
+    log(f"{path.parent.name}: drawing the held-out images' controls")
+    control = evaluate(EvalOptions(checkpoint=path, data=args.data, baseline=False))["control"]
+    measure = measure_of(control["generated"])
+    return {measure: control["generated"][measure], f"chance {measure}": control.get("shuffled", {}).get(measure)}
+
+
+def measure_of(measures: Mapping[str, Any]) -> str:
+    """The one of a control type's measures that stands for it."""
+    return "f1" if "f1" in measures else next(iter(measures))
+
+
 def branch(args: argparse.Namespace, log: Log) -> list[Row]:
     rows = []
     for i, (name, flags) in enumerate(BRANCHES.items()):
         folder = args.runs / f"branch-{i}"
-        train("car", folder, [*args.common, "--base", str(args.base), *flags], log)
-        rows.append(row_of(name, folder))
+        path = train("car", folder, [*args.common, "--base", str(args.base), *flags], log)
+        rows.append(row_of(name, folder) | fidelity(path, args, log))
     return rows
 
 
@@ -147,9 +161,32 @@ def depth(args: argparse.Namespace, log: Log) -> list[Row]:
         size = ["--depth", str(depth), "--width", str(args.width_per_depth * depth), "--heads", str(depth)]
         base, steered = (args.runs / f"{stage}-d{depth}" for stage in ("var", "car"))
         train("var", base, [*args.plain, "--vqvae", str(args.vqvae), *size], log)
-        train("car", steered, [*args.common, "--base", str(base)], log)
-        rows += [row_of(f"base d{depth}", base), row_of(f"CAR d{depth}", steered)]
+        path = train("car", steered, [*args.common, "--base", str(base)], log)
+        rows += [row_of(f"base d{depth}", base), row_of(f"CAR d{depth}", steered) | fidelity(path, args, log)]
+    if args.plot is not None:
+        with written_aside(args.plot) as file:
+            file.write_bytes(depth_plot(args.depths, rows[::2], rows[1::2]))
     return rows
+
+
+def depth_plot(depths: Sequence[int], bases: Sequence[Row], steered: Sequence[Row]) -> bytes:
+    """Loss and fidelity vs. depth as PNG."""
+    from benchmarks.analysis.plots import COLOURS, page
+
+    measure, chance = (name for name in steered[0] if name not in bases[0])
+    panels = (
+        ("validation loss, nats per token", ("base", bases, "loss"), ("CAR", steered, "loss")),
+        (f"{measure} of the control", ("CAR", steered, measure), ("another image's", steered, chance)),
+    )
+    with page(2.8, 1, 2) as (axes, finished):
+        for panel, (title, *lines) in zip(axes, panels, strict=True):
+            for colour, (name, rows, key) in zip(COLOURS, lines, strict=False):
+                panel.plot(depths, [row[key] for row in rows], "o-", color=colour, label=name)
+            panel.set_title(title, loc="left")
+            panel.set_xticks(depths)
+            panel.set_xlabel("depth")
+            panel.legend()
+        return finished()
 
 
 def classes(args: argparse.Namespace, log: Log) -> list[Row]:
@@ -160,7 +197,7 @@ def classes(args: argparse.Namespace, log: Log) -> list[Row]:
         log(f"evaluating the classes {name}")
         found = evaluate(EvalOptions(checkpoint=path, data=args.data, classes=chosen))
         losses, control = found["teacher_forced"], found["control"]
-        measure = "f1" if "f1" in control["generated"] else next(iter(control["generated"]))
+        measure = measure_of(control["generated"])
         rows.append(
             {
                 "classes": f"{name} ({chosen})",
@@ -256,6 +293,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if name == "depth":
             one.add_argument("--depths", type=numbers, default=(2, 4, 6, 8), help="(default: 2,4,6,8)")
             one.add_argument("--width-per-depth", type=int, default=32, help="(default: 32; published: 64)")
+            one.add_argument("--plot", type=Path, help="loss and fidelity vs. depth, .png")
         if name in ("branch", "classes"):
             one.add_argument("--base", type=Path, required=True, help="checkpoint or run of the base")
         if name == "classes":

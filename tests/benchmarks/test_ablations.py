@@ -47,7 +47,7 @@ def test_every_alternative_is_trained_once(root: Path, monkeypatch: pytest.Monke
     assert series(root, "branch", "--base", str(root / "base")) == 0
     found = json.loads((root / "branch.json").read_text())["results"]
     assert [row["model"] for row in found] == list(BRANCHES)
-    assert all(row["steps"] == 2 and row["loss"] > 0 for row in found)
+    assert all(row["steps"] == 2 and row["loss"] > 0 and 0 <= row["f1"] <= 1 for row in found)
     configs = [checkpoint.load(root / "runs" / f"branch-{i}").config.car for i in range(5)]
     kinds = [(c.encoder, c.transformer, c.fusion) for c in configs if c is not None]
     assert kinds == [
@@ -70,6 +70,18 @@ def test_classes_that_were_not_seen_are_measured_apart(root: Path) -> None:
     assert others["images"] > 0
     assert seen["loss"] != others["loss"]
     assert json.loads((root / "runs" / "classes" / "run.json").read_text())["options"]["classes"] == "0-1"
+
+
+def test_depths_are_trained_measured_and_drawn(root: Path, tmp_path: Path) -> None:
+    given = ["--vqvae", str(root / "base"), "--depths", "2,3", "--width-per-depth", "8"]
+    assert series(root, "depth", *given, "--plot", str(tmp_path / "depth.png")) == 0
+    found = json.loads((root / "depth.json").read_text())["results"]
+    assert [row["model"] for row in found] == ["base d2", "CAR d2", "base d3", "CAR d3"]
+    assert ["f1" in row for row in found] == [False, True, False, True]
+    config = checkpoint.load(root / "runs" / "car-d3").config
+    assert config.var is not None
+    assert (config.var.depth, config.var.C, config.var.H) == (3, 24, 3)
+    assert Image.open(tmp_path / "depth.png").width > 1000
 
 
 def test_a_failed_run_stops_the_series(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
