@@ -234,12 +234,12 @@ def transformer(args: argparse.Namespace, log: Log) -> list[Row]:
         log(f"{name}: drawing {len(items)} images")
         images = drawn(paths[run], run == "raster", labels_B, args.top_k if top else 0, args.cfg if guided else 0.0)
         bank[name] = in_batches(network, images)
-    found = compare_sets(bank, 0, [])
+    found: dict[str, Row] = compare_sets(bank, 0, [])
     shown = ("kid_half", "kid_half_std", "fid_half", "fid_half_std", "precision_half", "recall_half")
     rows.append({"model": "held-out images"})
     for row in rows:
-        of = found.get(row["model"], found["floor"])
-        row |= {measure: of.get(measure) for measure in shown}
+        of = found.get(row["model"], found.get("floor", {}))
+        row.update({measure: of.get(measure) for measure in shown})
     return rows
 
 

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,7 +98,7 @@ def _branch(manifest: Manifest, name: str, shapes: Shapes) -> CARConfig:
     facts, at = manifest.model.branches[name], f"branches.{name}.encoder."
     convention = asdict(facts.control_convention) if facts.control_convention is not None else None
     preset = next(key for key, known in PRESETS.items() if asdict(known) == convention)
-    kind = {"control_type": facts.control_type, "convention": preset}
+    kind: dict[str, Any] = {"control_type": facts.control_type, "convention": preset}
     kind |= {"transformer": facts.transformer, "fusion": facts.fusion}
     if f"{at}conv_in.weight" not in shapes:
         return CARConfig(**kind, encoder="vqvae")

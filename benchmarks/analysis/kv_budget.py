@@ -113,7 +113,12 @@ def draw(model: Model, request: Request, cache: Any = KVCache, given_BL: Tensor 
     """
     car, s = model.car, request.sampling
     assert car is not None, "config.var"
-    common = {"vqvae": model.vqvae, "model": car, "label_B": request.labels, "controls": request.controls}
+    common: dict[str, Any] = {
+        "vqvae": model.vqvae,
+        "model": car,
+        "label_B": request.labels,
+        "controls": request.controls,
+    }
     common |= {"uniforms_BL": request.uniforms, "cfg": s.cfg, "decoded": False, "make_cache": cache}
     if given_BL is None:
         return sample(**common, top_k=1)[0], sample(**common, top_k=s.top_k, top_p=s.top_p)[0]
