@@ -39,7 +39,7 @@ def test_the_shipped_plans_checkpoint_draws_its_tokens() -> None:
     np.testing.assert_array_equal(found.tokens, tokens.numpy())
 
 
-def test_what_has_no_table_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(small_plan("steered", format=1)), "-o", str(tmp_path / "made")]) == 2
-    assert "upgrade it" in capsys.readouterr().err
+def test_what_is_no_plan_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path), "-o", str(tmp_path / "made")]) == 2
+    assert "manifest.json" in capsys.readouterr().err
     assert not (tmp_path / "made").exists()
