@@ -62,14 +62,37 @@ def killer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
+def environment(killer: Path, under: Path, at: int = 0) -> dict[str, str]:
+    """For a process that dies at its change `at` under a folder."""
+    env = {**os.environ, "LD_PRELOAD": str(killer), "KILL_UNDER": str(under), "KILL_AT": str(at)}
+    return env | {"PYTHONPATH": f"{ROOT}:{ROOT / 'runtime'}:{ROOT / 'export'}"}
+
+
 def run_killed(killer: Path, command: list[str], under: Path, at: int) -> tuple[int, int]:
     """Exit code, and with `at` 0 the number of changes that the process made under a folder."""
     count = under.parent / "count"
-    env = {**os.environ, "LD_PRELOAD": str(killer), "KILL_UNDER": str(under), "KILL_AT": str(at)}
-    env |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'runtime'}:{ROOT / 'export'}", "KILL_COUNT": str(count)}
+    env = environment(killer, under, at) | {"KILL_COUNT": str(count)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return done.returncode, int(count.read_text()) if done.returncode == 0 else 0
+
+
+def looked_at(killer: Path, command: list[str], under: Path, whole: Callable[[], bool]) -> int:
+    """Stop at every change and look: files are then as SIGKILL would leave them. Returns the number of changes."""
+    looks = 0
+    env = environment(killer, under) | {"STOP_FOR": str(os.getpid())}
+    nothing = subprocess.DEVNULL
+    with subprocess.Popen(command, env=env, stdout=nothing, stderr=nothing) as process:
+        try:
+            while os.WIFSTOPPED(status := os.waitpid(process.pid, os.WUNTRACED)[1]):
+                looks += 1
+                assert whole(), f"neither the old nor the new result before change {looks}"
+                process.send_signal(signal.SIGCONT)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    return looks
 
 
 def hidden(folder: Path) -> list[str]:
@@ -84,10 +107,17 @@ def campaign(
     whole: Callable[[], bool],
     kills: int | None = None,
 ) -> int:
-    """Kill at every change, or at so many of them, look, run again and look again; returns the number of kills."""
+    """Kill at every change, look, run again and look again; returns the number of kills.
+
+    With `kills` only at so many of them, after a look at each in a process that is stopped there.
+    """
     set_up()
-    code, changes = run_killed(killer, command, under, 0)
-    assert code == 0
+    if kills is None:
+        code, changes = run_killed(killer, command, under, 0)
+        assert code == 0
+    else:
+        changes = looked_at(killer, command, under, whole)
+        assert whole()
     assert changes >= 2
     step, killed = 1 if kills is None else max(1, changes // kills), 0
     for at in range(1, changes + 1, step):

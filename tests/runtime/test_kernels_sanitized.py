@@ -47,7 +47,7 @@ def run_sanitized(terms: int, seed: int, count: int) -> str:
     }
     command = [sys.executable, EMULATED / "run_graphs.py", sanitized_library(terms), default_plan()]
     command += [str(seed), str(count)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=6000)
     case = (done.stdout.splitlines() or [""])[-1]
     assert done.returncode == 0, f"{case}\n{done.stderr[-6000:]}"
     assert "runtime error" not in done.stderr, f"{case}\n{done.stderr[-6000:]}"
