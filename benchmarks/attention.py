@@ -31,7 +31,7 @@ from car_train.data.images import UNREADABLE, fitted, open_image
 from car_train.files import written_aside
 from car_train.model import Model
 from car_train.model.kernels import linear
-from car_train.model.var import MAX_LOG_SCALE, Attention, unit_length
+from car_train.model.var import Attention
 
 Floats = NDArray[np.float64]
 
@@ -41,8 +41,7 @@ def attention_weights(layer: Attention, x_1LC: Tensor, last: int) -> Tensor:
     L, C = x_1LC.shape[1:]
     q, k, _ = linear(x_1LC[0], layer.qkv_weight).split(C, dim=-1)
     heads = (L, layer.heads, C // layer.heads)
-    scale_H1 = layer.log_scale_H.float().clamp_max(MAX_LOG_SCALE).exp()[:, None]
-    q_LHd, k_LHd = unit_length((q + layer.q_bias).view(heads)) * scale_H1, unit_length(k.view(heads))
+    q_LHd, k_LHd = layer.scaled(q, k, heads, x_1LC.dtype)
     return torch.einsum("nhd,lhd->hnl", q_LHd[-last:], k_LHd).softmax(-1)
 
 

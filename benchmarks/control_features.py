@@ -32,6 +32,8 @@ from car_train.files import written_aside
 from car_train.training.stages import control_pyramids
 
 MARKERS = "osD^v"
+SHAPES = "●■◆▲▼"
+"""The markers in the title, which says what type each is."""
 BATCH = 16
 
 Floats = NDArray[np.float64]
@@ -98,10 +100,11 @@ def plot(points_N2: Floats, classes: Labels, types: Labels, names: Sequence[str]
         for k, label in enumerate(used):
             for kind, marker in zip(range(len(kinds)), MARKERS, strict=False):
                 at = (classes == label) & (types == kind)
-                colour = colormaps["tab20"](k % 20)
+                colour = colormaps["tab20"](k) if len(used) <= 20 else colormaps["turbo"](k / (len(used) - 1))
                 text = names[label] if kind == 0 else None
                 axes.plot(*points_N2[at].T, marker, color=colour, markersize=4, linestyle="", label=text)
-        axes.set_title("t-SNE of control features: " + ", ".join(kinds), loc="left")
+        shown = (f"{shape} {kind}" for shape, kind in zip(SHAPES, kinds, strict=False))
+        axes.set_title("t-SNE of control features: " + ", ".join(shown), loc="left")
         axes.set_xticks([])
         axes.set_yticks([])
         if len(used) <= 30:

@@ -3,11 +3,16 @@
     python -m benchmarks.kv                             # the shipped plan
     python -m benchmarks.kv d16.plan --batch 16,4,1
     python -m benchmarks.kv --published                 # the published sizes, counted alone
+    python -m benchmarks.kv --budget 0.5,0.75           # tokens that change where only a part is kept
 
 Counted: 2 (K and V) · layers · tokens · rows · width · bytes of the cache's type. An image has two rows.
 Measured: the bytes of such buffers as the plan's backend allocates them for a batch, and by how much the process's
 resident memory (RssAnon) grows when they are written; give the largest batch first, since freed memory is used again.
 No image is drawn: a cache is as large as its last scale needs.
+
+With --budget images are drawn in PyTorch, in float32, with the plan's own sampling, classes and `--control` images in
+turn: 16 of seeds from 1000 on to choose what is kept, `--images` of seeds from 0 on to measure
+(`benchmarks.analysis.kv_budget`). No backend has such a budget.
 """
 
 from __future__ import annotations
@@ -19,7 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
+from benchmarks.analysis.kv_budget import changed, make_request
+from benchmarks.from_plan import plan_model
 from benchmarks.harness.cli import Log, make_parser, numbers, run_command
 from benchmarks.harness.errors import BenchmarkError
 from benchmarks.harness.records import Record, record
@@ -30,11 +38,15 @@ from car_runtime.format.folder import open_folder
 from car_runtime.format.manifest import Manifest, read_manifest
 from car_runtime.plan import default_plan
 from car_train.config import SIDES_256, SIDES_512
+from car_train.model.sample import control_pyramid
+from car_train.sampling import Sampling
 
 PUBLISHED = ((16, SIDES_256), (20, SIDES_256), (24, SIDES_256), (30, SIDES_256), (36, SIDES_512))
 """(depth, scales) of the published models; a branch adds half of the layers."""
 HALF = 2
 """Bytes of a number in half precision."""
+CALIBRATION_SEED, CALIBRATION_IMAGES = 1000, 16
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def kv_bytes(layers: int, tokens: int, rows: int, width: int, item: int) -> int:
@@ -104,10 +116,28 @@ def published_rows() -> list[dict[str, Any]]:
     return rows
 
 
+def budget_rows(path: Path, args: argparse.Namespace, log: Log) -> list[dict[str, Any]]:
+    """The shares of tokens that change by way and budget."""
+    model, own = plan_model(path), read_manifest(path).sampling
+    controls = []
+    if model.config.car is not None:
+        sizes = [side * model.config.vqvae.patch for side in model.config.vqvae.sides]
+        try:
+            controls = [control_pyramid(Image.open(file), sizes) for file in args.control]
+        except (OSError, UnidentifiedImageError) as error:
+            raise BenchmarkError(f"a control image can't be read ({error}); give others with --control") from error
+    sampling = Sampling(cfg=own.cfg, top_k=own.top_k, top_p=own.top_p)
+    calibration = make_request(model, CALIBRATION_SEED, CALIBRATION_IMAGES, controls, sampling)
+    log(f"{args.images} images of {model.config.vqvae.tokens} tokens, {len(args.budget)} budgets in two ways")
+    return changed(model, calibration, make_request(model, 0, args.images, controls, sampling), args.budget)
+
+
 def measure(args: argparse.Namespace, log: Log) -> Record:
     if args.published:
         return record("kv", {"published": True, "type": "fp16"}, published_rows())
     path = args.plan or default_plan()
+    if args.budget is not None:
+        return record("kv", {"plan": path.name, "images": args.images}, budget_rows(path, args, log))
     try:
         manifest = read_manifest(path)
         rows = []
@@ -130,6 +160,17 @@ def tables(found: Record) -> list[str]:
     return [markdown_table(found["results"])]
 
 
+def shares(text: str) -> tuple[float, ...]:
+    """ "0.5,0.75" as shares above 0 and up to 1, for argparse."""
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(0 < share <= 1 for share in found):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of shares in 0…1; give e.g. 0.5,0.75")
+    return found
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser("kv", __doc__)
     parser.add_argument("plan", type=Path, nargs="?", help="plan directory (default: the shipped one)")
@@ -137,9 +178,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--backend", default="ort-cpu", help="a backend whose buffers are the host's (default: ort-cpu)"
     )
-    parser.add_argument("--published", action="store_true", help="the published models instead, counted")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--published", action="store_true", help="the published models instead, counted")
+    what.add_argument("--budget", type=shares, help="shares of the keys and values to keep, e.g. 0.5,0.75")
+    parser.add_argument("--images", type=int, default=32, help="drawn with --budget (default: 32)")
+    parser.add_argument(
+        "--control",
+        type=Path,
+        nargs="+",
+        default=sorted(EXAMPLES.glob("*.png")),
+        help="(default: those in examples/)",
+    )
     parser.add_argument("-o", "--output", type=Path, help="append the result to this file")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.images < 1:
+        parser.error(f"images is {args.images}; give at least 1")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -126,6 +126,12 @@ class VARConfig:
     shared_aln: bool = option(
         False, "one AdaLN projection for all blocks plus a learned offset per block (published for 512×512)"
     )
+    adaln: bool = option(
+        True, "the class as the start token alone, and norms that know no class (VAR table 3; can't be exported)"
+    )
+    attn_norm: bool = option(
+        True, "queries and keys of any length, scores divided by 4√d (VAR table 3; can't be exported)"
+    )
     mlp_ratio: int = 4
     label_dropout: float = 0.1
     drop_path: float | None = option(
@@ -137,6 +143,7 @@ class VARConfig:
         _require(self.classes >= 1, f"classes is {self.classes}; it must be at least 1")
         for name, value in (("width", self.C), ("heads", self.H), ("mlp_ratio", self.mlp_ratio)):
             _require(value >= 1, f"{name} is {value}; it must be at least 1")
+        _require(self.adaln or not self.shared_aln, "shared_aln is a kind of AdaLN; leave out one of the two flags")
         _require(self.C % self.H == 0, f"width {self.C} is not a multiple of heads {self.H}; change one of them")
         for name, rate in (("label_dropout", self.label_dropout), ("drop_path", self.drop_path_rate)):
             _require(0 <= rate < 1, f"{name} is {rate}; it must be in [0, 1)")
@@ -249,7 +256,11 @@ class ModelConfig:
             )
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        data = dataclasses.asdict(self)
+        for name in ("adaln", "attn_norm"):  # only where they are off: what has both, earlier versions read too
+            if data["var"] is not None and data["var"][name]:
+                del data["var"][name]
+        return json.dumps(data, indent=2) + "\n"
 
     @staticmethod
     def from_json(text: str) -> ModelConfig:

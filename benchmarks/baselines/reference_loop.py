@@ -56,6 +56,7 @@ def attend(attention: Attention, x_RNC: Tensor, cache: GrownCache, layer: int) -
     bias = torch.cat((attention.q_bias, torch.zeros_like(attention.q_bias), attention.v_bias))
     qkv = F.linear(x_RNC, attention.qkv_weight, bias).view(R, N, 3, attention.heads, C // attention.heads)
     q_RHNd, k_RHNd, v_RHNd = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    assert attention.log_scale_H is not None, "published models have attention norm"
     scale_H11 = attention.log_scale_H.clamp_max(MAX_LOG_SCALE).exp()[:, None, None]
     q_RHNd = (unit_length(q_RHNd) * scale_H11).to(v_RHNd.dtype)
     k_RHTd, v_RHTd = cache.append(layer, unit_length(k_RHNd).to(v_RHNd.dtype), v_RHNd)
@@ -195,6 +196,7 @@ class _Loop:
                 assert isinstance(fusion, ConcatFusion)
                 x = fusion.linear(fusion.norm(torch.cat((x, outputs.pop()), -1)))
             x = run_block(block, x, cond_RC, shared, self.cache, i)
+        assert base.head_ada_linear is not None, "published models have AdaLN"
         scale, shift = base.head_ada_linear(cond_RC).view(len(cond_RC), 2, -1).split(1, dim=1)
         return base.head(F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift)
 

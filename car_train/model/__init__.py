@@ -8,7 +8,7 @@ from car_train.config import ModelConfig
 from car_train.model.car import CAR
 from car_train.model.vqvae import VQVAE
 
-NO_DECAY = ("pos_start", "pos_LC", "level_KC", "ada_offset", "log_scale_H", "embedding")
+NO_DECAY = ("pos_start", "pos_LC", "level_KC", "ada_offset", "log_scale_H", "norm_4C", "head_norm_2C", "embedding")
 """Parameters that don't decay whatever their shape: positions, levels, offsets, temperatures, the codebook."""
 
 

@@ -7,7 +7,7 @@ Randomness comes in as one uniform number per token, so that every backend draws
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -118,6 +118,7 @@ def sample(
     known_BL: Tensor | None = None,
     known_mask_BL: Tensor | None = None,
     decoded: bool = True,
+    make_cache: Callable[..., KVCache] = KVCache,
 ) -> tuple[Tensor, Tensor]:
     """Generate: (tokens int64 [B, L], pixels f32 [B, 3, H, W] in [-1, 1]).
 
@@ -129,6 +130,7 @@ def sample(
     known, known_mask: int64 and bool [B, L], tokens to keep instead of drawn ones where the mask is true (VAR section
     6).
     decoded: False for the tokens alone; the pixels are then f32 [B, 3, 0, 0].
+    make_cache: called as `KVCache` is; another one may show attention less than all.
     """
     quantizer, base = vqvae.quantizer, model.base
     config, B = vqvae.config, label_B.shape[0]
@@ -139,7 +141,7 @@ def sample(
     rows = torch.cat([label_B, torch.full_like(label_B, base.config.classes)]) if cfg else label_B
     R, C, H = rows.shape[0], base.config.C, base.config.H
     modulation, position = model.modulations(rows), base.position()
-    cache = KVCache(model.layers, config.tokens, R, H, C // H, like=base.blocks[0].attn.qkv_weight)
+    cache = make_cache(model.layers, config.tokens, R, H, C // H, like=base.blocks[0].attn.qkv_weight)
     x_RSSC = base.start(rows)[:, None]
     f_hat = torch.zeros(B, config.latent_channels, config.latent_size, config.latent_size, device=label_B.device)
     grids: list[Tensor] = []

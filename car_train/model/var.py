@@ -68,28 +68,38 @@ def module_list(modules: Iterable[SomeModule]) -> Sequence[SomeModule]:
 
 
 class Attention(nn.Module):
-    """Multi-head attention on unit-length queries and keys with a learned temperature per head."""
+    """Multi-head attention on unit-length queries and keys with a learned temperature per head.
 
-    def __init__(self, width: int, heads: int):
+    Without `norm` (VAR table 3) they are as long as they are, and scores are divided by 4√d as in the published code.
+    """
+
+    def __init__(self, width: int, heads: int, norm: bool = True):
         super().__init__()
         self.heads = heads
         self.qkv_weight = nn.Parameter(torch.empty(3 * width, width))
         self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
-        self.log_scale_H = nn.Parameter(torch.full((heads,), math.log(4.0)))
+        self.log_scale_H = nn.Parameter(torch.full((heads,), math.log(4.0))) if norm else None
         self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, cache: Cache | None, layer: int, sides: Sequence[int]) -> Tensor:
         """x [R, N, C] without a cache, token-major [N, R, C] with one → the same."""
         rows_or_tokens, C = x.shape[:2], x.shape[2]
         q, k, v = linear(x, self.qkv_weight).split(C, dim=-1)
-        scale_H1 = self.log_scale_H.float().clamp_max(MAX_LOG_SCALE).exp()[:, None]
         heads = (*rows_or_tokens, self.heads, C // self.heads)
-        q = (unit_length((q + self.q_bias).view(heads)) * scale_H1).to(x.dtype)
-        k = unit_length(k.view(heads)).to(x.dtype)
+        q, k = self.scaled(q, k, heads, x.dtype)
         v = (v + self.v_bias).view(heads)
         if cache is None:
             return self.proj(self._teacher_forced(q, k, v, sides))
         return self.proj(self._cached(q, *cache.append(layer, k, v)))
+
+    def scaled(self, q: Tensor, k: Tensor, heads: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What the projections give, [..., C] → shape `heads`, [..., H, d]: their products are the scores."""
+        if self.log_scale_H is None:
+            q = (q + self.q_bias).view(heads) * (0.25 / math.sqrt(heads[-1]))
+            return q.to(dtype), k.view(heads).to(dtype)
+        scale_H1 = self.log_scale_H.float().clamp_max(MAX_LOG_SCALE).exp()[:, None]
+        q = (unit_length((q + self.q_bias).view(heads)) * scale_H1).to(dtype)
+        return q, unit_length(k.view(heads)).to(dtype)
 
     @staticmethod
     def _teacher_forced(q_RNHd: Tensor, k_RNHd: Tensor, v_RNHd: Tensor, sides: Sequence[int]) -> Tensor:
@@ -163,10 +173,12 @@ class Block(nn.Module):
     def __init__(self, config: VARConfig, drop_path_rate: float):
         super().__init__()
         C = config.C
-        self.attn, self.mlp = Attention(C, config.H), MLP(C, config.mlp_ratio)
-        # γ1, γ2, scale1, scale2, shift1, shift2: an own projection, or an offset to the shared one.
-        self.ada_linear = None if config.shared_aln else nn.Linear(C, 6 * C)
+        self.attn, self.mlp = Attention(C, config.H, config.attn_norm), MLP(C, config.mlp_ratio)
+        # γ1, γ2, scale1, scale2, shift1, shift2: an own projection, or an offset to the shared one; or γ is 1 and the
+        # others are the same for every class.
+        self.ada_linear = nn.Linear(C, 6 * C) if config.adaln and not config.shared_aln else None
         self.ada_offset = nn.Parameter(torch.zeros(6, C)) if config.shared_aln else None
+        self.norm_4C = None if config.adaln else nn.Parameter(torch.zeros(4, C))
         self.drop_path_rate = drop_path_rate
         """Training only: probability that a row skips the attention, and that it skips the MLP."""
         self.activation_checkpointing = False
@@ -174,6 +186,9 @@ class Block(nn.Module):
 
     def modulation(self, cond_RC: Tensor, shared_R6C: Tensor | None) -> Tensor:
         """SiLU(condition) → [R, 6, C] f32; depends on the class alone."""
+        if self.norm_4C is not None:
+            plain_6C = torch.cat([torch.ones_like(self.norm_4C[:2]), self.norm_4C]).float()
+            return plain_6C.expand(cond_RC.shape[0], -1, -1)
         if self.ada_linear is None:
             assert shared_R6C is not None
             assert self.ada_offset is not None
@@ -223,7 +238,8 @@ class VAR(nn.Module):
         self.level_KC = nn.Parameter(torch.zeros(len(self.sides), C))
         self.shared_ada_linear = nn.Linear(C, 6 * C) if config.var.shared_aln else None
         self.blocks = module_list(Block(config.var, rate) for rate in drop_path_rates(config.var.drop_path_rate, D))
-        self.head_ada_linear = nn.Linear(C, 2 * C)
+        self.head_ada_linear = nn.Linear(C, 2 * C) if config.var.adaln else None
+        self.head_norm_2C = None if config.var.adaln else nn.Parameter(torch.zeros(2, C))
         self.head = Linear(C, config.vqvae.vocab)
         initialise(self)
 
@@ -249,7 +265,12 @@ class VAR(nn.Module):
         R = cond.shape[0]
         shared = self.shared_ada_linear(cond).view(R, 6, -1).float() if self.shared_ada_linear is not None else None
         rows = [block.modulation(cond, shared) for block in [*self.blocks, *branch_blocks]]
-        return torch.cat([*rows, self.head_ada_linear(cond).view(R, 2, -1).float()], 1)
+        if self.head_ada_linear is not None:
+            head = self.head_ada_linear(cond).view(R, 2, -1)
+        else:
+            assert self.head_norm_2C is not None
+            head = self.head_norm_2C.expand(R, -1, -1)
+        return torch.cat([*rows, head.float()], 1)
 
     def logits(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """The head: f32, V instead of C."""
@@ -290,5 +311,6 @@ def initialise(var: VAR, alng: float = ALNG) -> None:
         if block.ada_linear is not None:
             block.ada_linear.weight[: 2 * C].mul_(alng)
             block.ada_linear.weight[2 * C :].mul_(0.5)
-    var.head_ada_linear.weight.mul_(0.5)
+    if var.head_ada_linear is not None:
+        var.head_ada_linear.weight.mul_(0.5)
     var.head.weight.mul_(0.02)

@@ -68,6 +68,11 @@ class PlanBuilder:
             raise ExportError(
                 "the checkpoint holds a tokenizer only; train a transformer first (python -m car_train var)"
             )
+        if not (model.car.base.config.adaln and model.car.base.config.attn_norm):
+            raise ExportError(
+                "the transformer was trained without AdaLN or attention norm, which no backend computes; train it "
+                "without --no-adaln and --no-attn-norm"
+            )
         self.reference = self._reference(model, options)
         self.model = compute_model(self.reference, options.precision)
         assert self.model.car is not None

@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 
 from benchmarks import ablations
-from benchmarks.ablations import BRANCHES, main
+from benchmarks.ablations import BRANCHES, TRANSFORMERS, drawn, main
 from car_train import checkpoint
+from car_train.config import ModelConfig
 from car_train.model import Model
-from fixtures.small import small_config
+from fixtures.small import SIDES, small_config
 
 FLAGS = "--steps 2 --batch 4 --warmup 1 --threads 1 --workers 0 --views 1 --validate-every 2 --save-every 2".split()
 
@@ -46,7 +47,7 @@ def test_every_alternative_is_trained_once(root: Path, monkeypatch: pytest.Monke
     assert series(root, "branch", "--base", str(root / "base")) == 0
     found = json.loads((root / "branch.json").read_text())["results"]
     assert [row["model"] for row in found] == list(BRANCHES)
-    assert all(row["steps"] == 2 and row["loss"] > 0 for row in found)
+    assert all(row["steps"] == 2 and row["loss"] > 0 and 0 <= row["f1"] <= 1 for row in found)
     configs = [checkpoint.load(root / "runs" / f"branch-{i}").config.car for i in range(5)]
     kinds = [(c.encoder, c.transformer, c.fusion) for c in configs if c is not None]
     assert kinds == [
@@ -71,8 +72,47 @@ def test_classes_that_were_not_seen_are_measured_apart(root: Path) -> None:
     assert json.loads((root / "runs" / "classes" / "run.json").read_text())["options"]["classes"] == "0-1"
 
 
+def test_depths_are_trained_measured_and_drawn(root: Path, tmp_path: Path) -> None:
+    given = ["--vqvae", str(root / "base"), "--depths", "2,3", "--width-per-depth", "8"]
+    assert series(root, "depth", *given, "--plot", str(tmp_path / "depth.png")) == 0
+    found = json.loads((root / "depth.json").read_text())["results"]
+    assert [row["model"] for row in found] == ["base d2", "CAR d2", "base d3", "CAR d3"]
+    assert ["f1" in row for row in found] == [False, True, False, True]
+    config = checkpoint.load(root / "runs" / "car-d3").config
+    assert config.var is not None
+    assert (config.var.depth, config.var.C, config.var.H) == (3, 24, 3)
+    assert Image.open(tmp_path / "depth.png").width > 1000
+
+
 def test_a_failed_run_stops_the_series(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--data", str(root / "data"), "--base", str(tmp_path), "-o", str(tmp_path / "r.json")]
     assert main(["branch", *flags, "--runs", str(tmp_path / "runs"), "--", *FLAGS]) == 2
     assert "branch-0: training failed" in capsys.readouterr().err
     assert not (tmp_path / "r.json").exists()
+
+
+def test_each_transformer_is_trained_as_its_row_says(root: Path, tmp_path: Path) -> None:
+    model = checkpoint.load(root / "base")
+    two_scales = dataclasses.replace(model.config.vqvae, sides=(1, 5))
+    torch.manual_seed(1)
+    checkpoint.save(Model(ModelConfig(vqvae=two_scales)), tmp_path / "raster")
+    given = ["--vqvae", str(root / "base"), "--raster-vqvae", str(tmp_path / "raster"), "--features", "none"]
+    size = "--depth 1 --width 16 --heads 2".split()
+    common = ["--data", str(root / "data"), "--runs", str(root / "runs"), "-o", str(tmp_path / "t.json")]
+    assert main(["transformer", *common, *given, "--", *FLAGS, *size, "--token-root", str(root / "tokens")]) == 0
+    found = json.loads((tmp_path / "t.json").read_text())["results"]
+    assert [row["model"] for row in found] == [row[0] for row in TRANSFORMERS]
+    configs = {run: checkpoint.load(root / "runs" / f"transformer-{run}").config for _, run, *_ in TRANSFORMERS}
+    kinds = {run: (c.vqvae.sides, c.var.adaln, c.var.attn_norm) for run, c in configs.items() if c.var is not None}
+    assert kinds == {
+        "raster": ((1, 5), False, False),
+        "plain": (SIDES, False, False),
+        "adaln": (SIDES, True, False),
+        "published": (SIDES, True, True),
+    }
+    assert found[0]["loss"] != found[1]["loss"]
+    assert found[2]["loss"] == found[3]["loss"] == found[4]["loss"]  # one run, sampled in three ways
+    labels = torch.tensor([0, 1, 4])
+    images = {run: drawn(root / "runs" / f"transformer-{run}", run == "raster", labels, 5, 2.0) for run in kinds}
+    assert all(made.shape == (3, 20, 20, 3) for made in images.values())
+    assert not np.array_equal(images["raster"], images["plain"])
