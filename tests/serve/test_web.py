@@ -115,7 +115,7 @@ def test_the_page_draws_the_goldens_greedy_tokens(page: Any, plan: car_runtime.P
 
 
 SETTINGS: list[dict[str, Any]] = [
-    *({"seed": seed} for seed in (0, 1, 2, 2**40)),
+    *({"seed": seed} for seed in (0, 1, 2, 2**53 - 1)),
     {"seed": 3, "cfg": 3.0, "cfg_scales": "1-3", "top_p": 0.9},
     {"seed": 4, "control_scales": "0-3", "control_strength": 0.7, "top_k": 0},
     {"seed": 5, "class": None, "top_p": 0},
@@ -264,6 +264,7 @@ def test_what_cannot_be_used_is_refused_in_words(page: Any) -> None:
         [
             {"class": "no such"},
             {"seed": -1},
+            {"seed": 2**53 - 1, "n": 2},
             {"top_p": 2},
             {"cfg_scales": "5-2"},
             {"control": "bm8="},
@@ -272,7 +273,7 @@ def test_what_cannot_be_used_is_refused_in_words(page: Any) -> None:
             {"edit": {"image": base64_of(UMBRELLA), "mask": in_base64(light((6, 6, 11, 11)))}},
         ],
     )
-    assert [status for status, _ in said] == [400, 400, 400, 400, 400, 404, 404, 400]
+    assert [status for status, _ in said] == [400, 400, 400, 400, 400, 400, 404, 404, 400]
     assert "covers no token by half, which are 8 pixels wide" in said[-1][1]
     assert all(";" in line or "must be" in line for _, line in said)
 
@@ -354,7 +355,7 @@ def test_a_png_of_car_run_that_is_brought_restores_everything(
         "--seed",
         "16",
         "--cfg",
-        "2",
+        "2.35",
         "-o",
         str(made),
     ]
@@ -362,12 +363,26 @@ def test_a_png_of_car_run_that_is_brought_restores_everything(
     page = empty.page
     page.set_input_files("#file", str(made))
     page.wait_for_selector("#pad-note:has-text('Restored')")
-    assert [page.input_value(field) for field in ("#class", "#seed", "#cfg")] == ["fluent-objects", "16", "2"]
+    assert [page.input_value(field) for field in ("#class", "#seed", "#cfg")] == ["fluent-objects", "16", "2.35"]
     assert np.array_equal(empty.image(), pixels(base64_of(made)))
     page.wait_for_function(f"() => document.querySelectorAll('#film img').length === {SCALES}")
     assert np.abs(empty.scales()[-1] - empty.image()).max() <= 1
     control = pixels(empty.stored()[0]["control"])
     assert np.array_equal(control, np.asarray(Image.open(UMBRELLA).convert("RGB").resize((64, 64))))
+
+
+def test_a_seed_that_javascript_has_not_is_not_shown_as_another(empty: Studio, tmp_path: Path) -> None:
+    from car_runtime.cli import main
+
+    made = tmp_path / "terminal.png"
+    assert main.main(["-e", str(SHIPPED), "--backend", "ort-cpu", "--seed", str(2**63 - 1), "-o", str(made)]) == 0
+    page = empty.page
+    page.fill("#seed", str(2**53 - 1))
+    assert page.input_value("#seed") == str(2**53 - 1)
+    page.set_input_files("#file", str(made))
+    page.wait_for_selector("#pad-note:has-text('Its seed is larger than the studio draws with')")
+    assert page.input_value("#seed") == str(2**53 - 1)
+    page.wait_for_function(f"() => document.querySelectorAll('#film img').length === {SCALES}")
 
 
 def test_a_photo_larger_than_an_engine_reads_is_made_smaller(empty: Studio, tmp_path: Path) -> None:
@@ -417,8 +432,10 @@ def test_the_page_works_offline_and_has_kept_the_images(empty: Studio, site: Sit
     empty.context.set_offline(False)
 
 
-def test_a_file_that_is_not_the_sites_is_refused_in_one_sentence(chromium: Any, folder: Path, tmp_path: Path) -> None:
-    """One changed byte of the weights; the page goes on with nothing."""
+def test_a_file_that_is_not_the_sites_is_refused_and_a_mended_or_new_site_is_used(
+    chromium: Any, folder: Path, tmp_path: Path
+) -> None:
+    """One changed byte of the weights, of which the page says so in one sentence, and goes on with nothing."""
     copy = tmp_path / "site"
     shutil.copytree(folder, copy)
     weights = copy / "plan/weights.bin"
@@ -431,14 +448,74 @@ def test_a_file_that_is_not_the_sites_is_refused_in_one_sentence(chromium: Any, 
     page.goto(host.url)
     page.wait_for_selector("#message.bad", timeout=240_000)
     assert page.inner_text("#message").startswith("Plan/weights.bin is not the file that the site was made with; ")
+    assert page.is_disabled("#draw")
+
+    data[1000] ^= 1
+    weights.write_bytes(data)  # the host has the right one again
+    page.click("#message button")
+    page.wait_for_selector("html[data-ready]", state="attached", timeout=240_000)
+
+    tab = context.new_page()
+    tab.goto(host.url)
+    context.new_cdp_session(tab).send("Page.reload", {"ignoreCache": True})  # which goes past the service worker
+    tab.wait_for_function("() => !crossOriginIsolated && document.querySelector('#draw')")
+    tab.wait_for_function("() => crossOriginIsolated && document.querySelector('#message').textContent.includes('%')")
+    tab.close()
+
+    # A site that was made anew waits for the next visit, whole, and leaves another one of this origin alone.
+    about = json.loads((copy / "site.json").read_text())
+    about["version"] = "new"
+    (copy / "site.json").write_text(json.dumps(about))
+    worker = (copy / "sw.js").read_text()
+    (copy / "sw.js").write_text(worker.replace('VERSION = "', 'VERSION = "new-', 1))
+    version = "async () => (await (await fetch('site.json')).json()).version"
+    page.evaluate("() => caches.open(`car ${location.origin}/other/ 1`)")
+    page.evaluate("async () => { await (await navigator.serviceWorker.ready).update(); }")
+    page.wait_for_function("async () => Boolean((await navigator.serviceWorker.ready).waiting)")
+    assert page.evaluate(version) != "new"
+    page.reload()
+    page.wait_for_function(f"async () => (await ({version})()) === 'new'")
+    page.wait_for_function("async () => (await caches.keys()).length === 2")
+    assert f"car {host.url}/other/ 1" in page.evaluate("() => caches.keys()")
     context.close()
     host.close()
+
+
+def test_nothing_is_lost_while_the_page_loads(chromium: Any, site: Site) -> None:
+    """Then nothing can be drawn, set or dropped, and the button does nothing. The browser keeps nothing."""
+    context = chromium.new_context(service_workers="block")
+    context.add_init_script(
+        """for (const name of ['localStorage', 'sessionStorage', 'indexedDB', 'caches']) {
+          Object.defineProperty(window, name, { get() { throw new DOMException('denied', 'SecurityError'); } });
+        }"""
+    )
+    page = context.new_page()
+    waiting: list[Any] = []
+    page.route("**/site.json", lambda route: waiting.append(route))
+    page.goto(f"{site.url}/?engine=wasm")
+    page.wait_for_selector("[inert] #pad")
+    for selector in ("#draw", "#seed", "#pad"):
+        box = page.locator(selector).bounding_box()
+        page.mouse.click(box["x"] + 20, box["y"] + 20)
+        page.keyboard.press("Enter")
+    blank = "() => { const data = document.querySelector('#pad').getContext('2d').getImageData(0, 0, 512, 512).data;"
+    assert page.evaluate(blank + " return data.every((value, i) => value === (i % 4 === 3 ? 255 : 0)); }")
+    taken = """() => ['dragover', 'drop'].map((type) => {
+      const event = new DragEvent(type, { bubbles: true, cancelable: true });
+      document.body.dispatchEvent(event);
+      return event.defaultPrevented;
+    })"""
+    assert page.evaluate(taken) == [True, True]
+    assert page.url == f"{site.url}/?engine=wasm"
+    assert len(waiting) == 1
+    context.close()
 
 
 def test_a_site_that_was_copied_in_part_says_so(chromium: Any, folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "site"
     shutil.copytree(folder, copy)
     (copy / "ort/ort.wasm.min.mjs").unlink()
+    (copy / "studio/guitar.png").unlink()  # without which there is no service worker either
     host = Site(copy)
     context = chromium.new_context()
     page = context.new_page()

@@ -9,9 +9,12 @@
 // `?engine=webgpu` begins with WebGPU, however fast it is, software included.
 
 import { ClientError, edited } from "./client.js";
+import { local } from "./store.js";
 
 // A module of WebAssembly with one instruction on 128-bit vectors.
 const SIMD = Uint8Array.of(0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11);
+const CONTROLLED_MS = 3000; // after which a page goes on without a service worker that does not come
+const AGAIN_MS = 10_000; // within which a page is not loaded anew twice
 const PRIVATE = "nothing that you draw leaves this page";
 
 export class Engine extends EventTarget {
@@ -77,7 +80,7 @@ export class Engine extends EventTarget {
   async #take() {
     const wished = this.wish === "webgpu";
     const here = `${this.#about.version} ${this.#about.plan.digest}`;
-    const lacking = !wished && localStorage.withoutGpu === here ? "WebGPU did not do here before" : await withoutGpu(wished);
+    const lacking = !wished && local.withoutGpu === here ? "WebGPU did not do here before" : await withoutGpu(wished);
     if (lacking) return lacking;
     const before = this.#opened;
     let found = null;
@@ -87,7 +90,7 @@ export class Engine extends EventTarget {
       const least = before ? (await this.#once("check", before.worker)).seconds : Infinity;
       const lost = !exact ? "WebGPU did not draw the plan's goldens" : seconds >= least ? "WebGPU takes longer here" : null;
       if (lost) {
-        localStorage.withoutGpu = here;
+        local.withoutGpu = here;
         found.worker.terminate();
         return lost;
       }
@@ -225,14 +228,38 @@ async function withoutGpu(software) {
 // Threads need a page that is isolated from others. A host that sends no headers for it is helped by the service worker, for
 // which the page has to be loaded once more. Without a service worker one thread serves.
 async function isolate() {
-  if (!("serviceWorker" in navigator)) return;
+  const { serviceWorker } = navigator;
+  if (!serviceWorker) return;
   try {
-    await navigator.serviceWorker.register("sw.js");
-    await navigator.serviceWorker.ready;
-    while (!navigator.serviceWorker.controller) await new Promise((resolve) => navigator.serviceWorker.addEventListener("controllerchange", resolve, { once: true }));
-  } catch { return; } // private windows of some browsers
-  if (self.crossOriginIsolated || sessionStorage.isolated) return;
-  sessionStorage.isolated = "tried";
-  location.reload();
-  await new Promise(() => {});
+    const registration = await serviceWorker.register("sw.js");
+    if (registration.waiting && serviceWorker.controller) { // of a site that was made anew, before anything of this one is used
+      registration.waiting.postMessage("take");
+      if (await controlled(serviceWorker)) await again();
+    }
+    if (!registration.active) await Promise.race([serviceWorker.ready, ended(registration.installing)]);
+    if (!serviceWorker.controller) { // as well after a reload that goes past the service worker
+      registration.active.postMessage("claim");
+      await controlled(serviceWorker);
+    }
+    if (self.crossOriginIsolated || Date.now() - sessionStorage.isolated < AGAIN_MS) return;
+    sessionStorage.isolated = Date.now();
+  } catch (error) { console.warn(error); return; } // private windows of some browsers; a file of the page that is not on the host
+  await again();
 }
+
+function again() {
+  location.reload();
+  return new Promise(() => {});
+}
+
+// Whether another service worker answers for the page, now or soon.
+const controlled = (serviceWorker) => new Promise((resolve) => {
+  serviceWorker.addEventListener("controllerchange", () => resolve(true), { once: true });
+  setTimeout(() => resolve(false), CONTROLLED_MS);
+});
+
+const ended = (worker) => new Promise((_, reject) => {
+  const look = () => { if (worker?.state === "redundant") reject(new Error("the service worker cannot be installed")); };
+  worker?.addEventListener("statechange", look);
+  look();
+});

@@ -8,15 +8,18 @@ const TEXTS = ["cfg_scales", "control_scales"];
 export class Form extends EventTarget {
   locked = false;
   #classes = [];
+  #ends = {}; // of a slider: its step and its most
   #active = -1;
 
   constructor() {
     super();
+    for (const id of SLIDERS) this.#ends[id] = { step: $(id).step, max: $(id).max };
+    for (const id of SLIDERS) $(id).addEventListener("input", () => { $(id).step = this.#ends[id].step; });
     for (const id of [...SLIDERS, "size"]) $(id).addEventListener("input", () => this.#fill(id));
     $("controls").addEventListener("change", () => this.dispatchEvent(new Event("change")));
     $("lock").addEventListener("click", () => this.lock(!this.locked));
     $("dice").addEventListener("click", () => this.roll());
-    $("seed").addEventListener("input", () => { $("seed").value = $("seed").value.replace(/\D/g, "").slice(0, 15); this.lock(true); });
+    $("seed").addEventListener("input", () => { $("seed").value = $("seed").value.replace(/\D/g, "").slice(0, 16); this.lock(true); });
     this.#combo();
   }
 
@@ -25,7 +28,7 @@ export class Form extends EventTarget {
     this.plan = plan;
     this.#classes = plan.classes;
     const { defaults, ranges } = plan;
-    $("top_k").max = ranges.top_k[1];
+    this.#ends.top_k.max = ranges.top_k[1];
     this.set({ ...defaults, top_k: Math.min(defaults.top_k, ranges.top_k[1]) });
   }
 
@@ -53,13 +56,21 @@ export class Form extends EventTarget {
   }
 
   set(values) {
-    for (const id of SLIDERS) if (values[id] !== undefined) { $(id).value = values[id]; }
+    for (const id of SLIDERS) if (values[id] !== undefined) this.#slide(id, Number(values[id]));
     for (const id of SLIDERS) this.#fill(id);
     for (const id of TEXTS) if (id in values) $(id).value = values[id] ?? "";
     if (values.seed !== undefined) $("seed").value = values.seed;
     if ("class" in values) $("class").value = values.class?.name ?? values.class?.index ?? values.class ?? "";
     const n = document.querySelector(`[name=n][value="${values.n}"]`);
     if (n) n.checked = true;
+  }
+
+  // To the value itself, also where a slider has no step, or ends before it, as a receipt may hold any that can be drawn with.
+  #slide(id, value) {
+    const { step, max } = this.#ends[id];
+    const [least, most] = this.plan.ranges[id];
+    Object.assign($(id), { step: "any", max: Math.max(max, Math.min(value, most) || least), value });
+    if (Number(max) === Number($(id).max) && onStep(value, step)) $(id).step = step;
   }
 
   lock(on) {
@@ -148,5 +159,7 @@ export class Form extends EventTarget {
     $("class").removeAttribute("aria-activedescendant");
   }
 }
+
+const onStep = (value, step) => Math.abs(value / step - Math.round(value / step)) < 1e-6;
 
 const random = () => crypto.getRandomValues(new Uint32Array(1))[0] >>> 1;

@@ -268,9 +268,10 @@ function history() {
   const items = results.map((result) => {
     const image = result.images[result.selected ?? 0];
     const label = image.receipt?.class?.name ?? "any class";
-    const open = make("button", { type: "button", "aria-label": `Show ${label}, seed ${image.seed}`, title: label, onclick: () => recall(result, image) }, make("img", { src: url(image.png), alt: "" }));
+    const seed = image.seed ?? "unknown";
+    const open = make("button", { type: "button", "aria-label": `Show ${label}, seed ${seed}`, title: label, onclick: () => recall(result, image) }, make("img", { src: url(image.png), alt: "" }));
     if (result === stage.result) open.setAttribute("aria-current", "true");
-    const gone = make("button", { type: "button", class: "remove", "aria-label": `Remove ${label}, seed ${image.seed}`, onclick: () => forget(result) });
+    const gone = make("button", { type: "button", class: "remove", "aria-label": `Remove ${label}, seed ${seed}`, onclick: () => forget(result) });
     gone.append(button("close", "").firstChild);
     return make("li", {}, open, gone);
   });
@@ -338,11 +339,13 @@ async function small(blob) {
 async function restore(blob, about, control) {
   const given = {};
   for (const name of ["cfg", "top_k", "top_p", "control_strength", "cfg_scales", "control_scales", "stop_after"]) if (about[name] != null) given[name] = about[name];
-  const values = { ...given, plan: about.plan, seed: about.seed, n: 1, class: about.class?.name ?? about.class?.index };
-  const result = { key: Date.now(), id: about.id, form: values, control: control ?? null, images: [{ seed: about.seed, png: blob, receipt: about, scales: [] }], before: null };
+  const seed = Number.isSafeInteger(about.seed) ? about.seed : undefined; // car-run's go to 2⁶³
+  const values = { ...given, plan: about.plan, seed, n: 1, class: about.class?.name ?? about.class?.index };
+  const result = { key: Date.now(), id: about.id, form: values, control: control ?? null, images: [{ seed, png: blob, receipt: about, scales: [] }], before: null };
   await remember(result);
   await recall(result);
   if (about.branches || about.control_cfg) note("pad-note", "The image is restored. It follows branches or guidance that the studio does not draw with.", "warn");
+  else if (seed === undefined) note("pad-note", "The image is restored. Its seed is larger than the studio draws with.", "warn");
   else note("pad-note", "Restored: the drawing, the settings and the image.");
   await replay(result, blob);
 }
@@ -446,7 +449,7 @@ const isText = (node) => node.matches?.("input[type=text], textarea, select");
 
 function theme() {
   const dark = getComputedStyle(document.documentElement).colorScheme === "dark" || (!document.documentElement.dataset.theme && matchMedia("(prefers-color-scheme: dark)").matches);
-  document.documentElement.dataset.theme = localStorage.theme = dark ? "light" : "dark";
+  document.documentElement.dataset.theme = store.local.theme = dark ? "light" : "dark";
 }
 
 function listen() {
@@ -480,10 +483,9 @@ function listen() {
   $("help").addEventListener("click", () => $("sheet").showModal());
   document.addEventListener("keydown", keydown);
   document.addEventListener("paste", (event) => { const file = event.clipboardData?.files[0]; if (file) bring(file); });
-  document.addEventListener("dragover", (event) => { event.preventDefault(); $("pad-frame").classList.add("dragging"); });
+  document.addEventListener("dragover", () => { $("pad-frame").classList.add("dragging"); });
   document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) $("pad-frame").classList.remove("dragging"); });
   document.addEventListener("drop", (event) => {
-    event.preventDefault();
     $("pad-frame").classList.remove("dragging");
     if (event.dataTransfer.files[0]) bring(event.dataTransfer.files[0]);
   });
@@ -509,8 +511,16 @@ function showBackend() {
   $("plan").title = plan.backend?.why ?? "";
 }
 
+// While nothing can be drawn yet, nothing can be set, drawn or dropped that would be lost then.
+function wait(on) {
+  for (const part of document.querySelectorAll("#controls > :not(.go), .panel, .history")) part.inert = on;
+  $("draw").disabled = on;
+}
+
 async function start() {
-  if (localStorage.theme) document.documentElement.dataset.theme = localStorage.theme;
+  wait(true);
+  for (const type of ["dragover", "drop"]) document.addEventListener(type, (event) => event.preventDefault());
+  if (store.local.theme) document.documentElement.dataset.theme = store.local.theme;
   $("keys").append(...KEYS.flatMap(([what, keys]) => [make("dt", {}, ...keys.map((key) => make("kbd", {}, key.length === 1 ? key.toUpperCase() : key))), make("dd", {}, what)]));
   client.addEventListener?.("progress", ({ detail }) => {
     stage.busy(detail);
@@ -546,6 +556,7 @@ async function start() {
   history();
   padChanged();
   form.refresh();
+  wait(false);
   document.documentElement.dataset.ready = "";
 }
 

@@ -2,6 +2,8 @@
 
 const KEPT = 200;
 let base = null;
+// localStorage; where the browser keeps nothing, what is set lasts as long as the page.
+export const local = storage();
 const memory = { results: new Map(), now: new Map() };
 
 export async function open() {
@@ -26,10 +28,14 @@ export async function list() {
 }
 
 export const save = (item) => put("results", item);
-export const remove = (key) => (base ? done(base.transaction("results", "readwrite").objectStore("results").delete(key)) : memory.results.delete(key));
+export const remove = async (key) => (base ? done(base.transaction("results", "readwrite").objectStore("results").delete(key)) : memory.results.delete(key));
 export const keep = (key, value) => put("now", { key, value });
 export async function kept(key) {
   return (base ? await done(base.transaction("now").objectStore("now").get(key)) : memory.now.get(key))?.value;
+}
+
+function storage() {
+  try { return localStorage; } catch { return {}; }
 }
 
 function put(name, item) {

@@ -23,7 +23,7 @@ export class Plan {
   // sentence.
   static async open(site, base, gpu, progress) {
     const name = gpu ? "ort/ort.jspi.min.mjs" : "ort/ort.wasm.min.mjs";
-    const script = import(new URL(name, base)).catch(() => { throw absent(name); });
+    const script = import(new URL(name, base)).catch(async () => { await forget(name, base); throw absent(name); });
     const [files, ort] = await Promise.all([fetchAll(site.files, base, gpu, progress), script]);
     const plan = new Plan();
     plan.manifest = JSON.parse(new TextDecoder().decode(files.get("plan/manifest.json")));
@@ -272,6 +272,11 @@ function engine(ort, base, wasm) {
 const absent = (path) => new Error(`${path} cannot be fetched; see that the whole site was copied, and load the page again`);
 const binary = (gpu) => `ort/ort-wasm-simd-threaded${gpu ? ".jspi" : ""}.wasm`;
 
+// A file that is no good is not kept by the service worker, so that the page works once the host has the right one.
+async function forget(path, base) {
+  for (const name of await caches.keys().catch(() => [])) await (await caches.open(name)).delete(new URL(path, base));
+}
+
 // The files that site.json lists and an engine reads, by path, each with the size and digest that it states.
 async function fetchAll(listed, base, gpu, progress) {
   const wanted = Object.entries(listed).filter(([path]) => path.startsWith("plan/") || path === binary(gpu));
@@ -291,8 +296,9 @@ async function fetchAll(listed, base, gpu, progress) {
       got += value.length;
       progress(got / total);
     }
-    if (at !== bytes || (await sha256(data)) !== digest) throw new Error(`${path} is not the file that the site was made with; copy the site again, and load the page anew`);
-    return [path, data];
+    if (at === bytes && (await sha256(data)) === digest) return [path, data];
+    await forget(path, base);
+    throw new Error(`${path} is not the file that the site was made with; copy the site again, and load the page anew`);
   })));
 }
 

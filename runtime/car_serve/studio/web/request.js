@@ -13,7 +13,7 @@ export async function resolve(plan, form, results) {
   if (form.more_smooth) throw new Refused("more_smooth is not available in a page; draw with car-run");
   const defaults = manifest.sampling;
   const n = whole("n", form.n ?? 1, 1, 64);
-  const seed = whole("seed", form.seed ?? crypto.getRandomValues(new Uint32Array(1))[0] >>> 1, 0, Number.MAX_SAFE_INTEGER - n);
+  const seed = whole("seed", form.seed ?? crypto.getRandomValues(new Uint32Array(1))[0] >>> 1, 0, Number.MAX_SAFE_INTEGER + 1 - n);
   const label = labelOf(plan, form.class);
   const cfg = number("cfg", form.cfg ?? defaults.cfg, 0, 1000);
   const topK = whole("top_k", form.top_k ?? Math.min(defaults.top_k, model.vocab), 0, model.vocab);

@@ -3,7 +3,9 @@
 
 /* global VERSION, PAGE */
 
-const NAME = `car-${VERSION}`;
+// An origin may have more than one site, each in its folder.
+const SITE = `car ${self.registration.scope} `;
+const NAME = SITE + VERSION;
 const HEADERS = {
   "Cross-Origin-Opener-Policy": "same-origin",
   "Cross-Origin-Embedder-Policy": "require-corp",
@@ -11,14 +13,19 @@ const HEADERS = {
   "Content-Security-Policy": "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; form-action 'self'",
 };
 
+// It waits while an older one answers for an open page, whose files must stay those of one site, until the page says "take".
 self.addEventListener("install", (event) => {
-  self.skipWaiting();
   event.waitUntil(caches.open(NAME).then((cache) => cache.addAll(PAGE.map((path) => new Request(path, { cache: "no-cache" })))));
 });
 
 self.addEventListener("activate", (event) => {
-  const old = (name) => name.startsWith("car-") && name !== NAME;
+  const old = (name) => name.startsWith(SITE) && name !== NAME;
   event.waitUntil(caches.keys().then((names) => Promise.all(names.filter(old).map((name) => caches.delete(name)))).then(() => self.clients.claim()));
+});
+
+self.addEventListener("message", (event) => {
+  if (event.data === "take") self.skipWaiting();
+  if (event.data === "claim") event.waitUntil(self.clients.claim());
 });
 
 self.addEventListener("fetch", (event) => {
@@ -33,7 +40,7 @@ async function answer(event) {
   const cache = await caches.open(NAME);
   let found = await cache.match(path);
   if (!found) {
-    found = await fetch(event.request);
+    found = await fetch(event.request, { cache: "no-cache" }); // that the browser kept may be of an older site
     if (found.ok) event.waitUntil(cache.put(path, found.clone()));
   }
   const headers = new Headers(found.headers);
