@@ -24,7 +24,7 @@ from PIL import Image
 from car_runtime import __version__
 from car_runtime.errors import OutputError, PlanError, RequestError
 from car_runtime.format.folder import PlanFolder
-from car_runtime.format.goldens import read_all_goldens
+from car_runtime.format.goldens import Goldens, all_goldens_in, golden_file
 from car_runtime.format.graph_check import wide_nodes
 from car_runtime.format.hashing import verify_folder
 from car_runtime.format.manifest import MANIFEST, WEIGHTS, Manifest, manifest_in, open_plan_folder
@@ -71,14 +71,17 @@ def write_site(plan: Path, output: Path, archive: Path | None = None) -> int:
         with one_writer(output), folder_aside(output) as aside, open_plan_folder(plan) as folder:
             manifest = manifest_in(folder)
             _check_plan(manifest)
-            graphs = {graph.file for name, graph in manifest.graphs.items() if name in _graphs(manifest)}
-            names = [*sorted(graphs), WEIGHTS]
-            verify_folder(folder, manifest, hashes=True, names=names)
+            names = [*sorted({manifest.graphs[name].file for name in _graphs(manifest)}), WEIGHTS]
+            goldens = [golden_file(branch) for branch in ("", *manifest.model.branches)]
+            if not manifest.files.keys() >= set(goldens):
+                goldens = []  # an older export
+            verify_folder(folder, manifest, hashes=True, names=[*names, *goldens])
             for name in (MANIFEST, *names):
                 _copy(folder, name, aside / "plan" / name)
             for name, content in engine.items():
                 _write(aside / "ort" / name, content)
-            _write(aside / "plan" / "goldens.json", json.dumps(_goldens(plan, manifest)))
+            found = all_goldens_in(folder, manifest) if goldens else []
+            _write(aside / "plan" / "goldens.json", json.dumps([_golden(one) for one in reversed(found)]))
             _write_page(aside, manifest)
             return sum(path.stat().st_size for path in aside.rglob("*") if path.is_file())
     except OSError as error:
@@ -126,30 +129,24 @@ def _check_plan(manifest: Manifest) -> None:
         )
 
 
-def _graphs(manifest: Manifest) -> set[str]:
+def _graphs(manifest: Manifest) -> list[str]:
     """The graphs that a page runs: those without a fixed batch."""
     branches = manifest.model.branches
     wanted = {"step", "condition", "decoder", "encoder"}
-    return wanted | {f"{kind}.{branch}" for kind in ("condition", "control", "branch") for branch in branches}
+    wanted |= {f"{kind}.{branch}" for kind in ("condition", "control", "branch") for branch in branches}
+    return sorted(wanted & manifest.graphs.keys())
 
 
-def _goldens(plan: Path, manifest: Manifest) -> list[dict[str, Any]]:
-    """What a page compares with what it draws on a GPU; empty for a plan that holds no goldens."""
-    try:
-        found = read_all_goldens(plan, manifest)
-    except PlanError:
-        return []
-    return [
-        {
-            "branch": one.branch,
-            "control": None if one.control is None else _png(one.control),
-            "label": one.label,
-            "cfg": one.cfg,
-            "tokens": one.tokens.tolist(),
-            "image": _png(one.image),
-        }
-        for one in reversed(found)  # the base's first, which takes the fewest kernels
-    ]
+def _golden(golden: Goldens) -> dict[str, Any]:
+    """What a page compares with what it draws on a GPU."""
+    return {
+        "branch": golden.branch,
+        "control": None if golden.control is None else _png(golden.control),
+        "label": golden.label,
+        "cfg": golden.cfg,
+        "tokens": golden.tokens.tolist(),
+        "image": _png(golden.image),
+    }
 
 
 def _png(image: NDArray[np.uint8]) -> str:
@@ -160,8 +157,7 @@ def _png(image: NDArray[np.uint8]) -> str:
 
 def _wide_nodes(root: Path, manifest: Manifest) -> dict[str, list[str]]:
     """Graph → its nodes that a GPU may not have enough ports for."""
-    names = sorted(_graphs(manifest) & set(manifest.graphs))
-    files = {name: root / "plan" / manifest.graphs[name].file for name in names}
+    files = {name: root / "plan" / manifest.graphs[name].file for name in _graphs(manifest)}
     found = {name: wide_nodes(path.read_bytes(), GPU_PORTS) for name, path in files.items()}
     return {name: nodes for name, nodes in found.items() if nodes}
 

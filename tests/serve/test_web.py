@@ -432,6 +432,15 @@ def test_the_page_works_offline_and_has_kept_the_images(empty: Studio, site: Sit
     empty.context.set_offline(False)
 
 
+def refused(chromium: Any, folder: Path) -> tuple[Site, Any, Any]:
+    """A host of a site, a context and its page, once that says what is wrong."""
+    host, context = Site(folder), chromium.new_context()
+    page = context.new_page()
+    page.goto(host.url)
+    page.wait_for_selector("#message.bad", timeout=240_000)
+    return host, context, page
+
+
 def test_a_file_that_is_not_the_sites_is_refused_and_a_mended_or_new_site_is_used(
     chromium: Any, folder: Path, tmp_path: Path
 ) -> None:
@@ -442,11 +451,7 @@ def test_a_file_that_is_not_the_sites_is_refused_and_a_mended_or_new_site_is_use
     data = bytearray(weights.read_bytes())
     data[1000] ^= 1
     weights.write_bytes(data)
-    host = Site(copy)
-    context = chromium.new_context()
-    page = context.new_page()
-    page.goto(host.url)
-    page.wait_for_selector("#message.bad", timeout=240_000)
+    host, context, page = refused(chromium, copy)
     assert page.inner_text("#message").startswith("Plan/weights.bin is not the file that the site was made with; ")
     assert page.is_disabled("#draw")
 
@@ -516,11 +521,7 @@ def test_a_site_that_was_copied_in_part_says_so(chromium: Any, folder: Path, tmp
     shutil.copytree(folder, copy)
     (copy / "ort/ort.wasm.min.mjs").unlink()
     (copy / "studio/guitar.png").unlink()  # without which there is no service worker either
-    host = Site(copy)
-    context = chromium.new_context()
-    page = context.new_page()
-    page.goto(host.url)
-    page.wait_for_selector("#message.bad", timeout=240_000)
+    host, context, page = refused(chromium, copy)
     assert page.inner_text("#message").startswith("Ort/ort.wasm.min.mjs cannot be fetched; see that the whole ")
     context.close()
     host.close()
@@ -581,3 +582,22 @@ def test_another_package_than_the_pinned_one_is_refused(tmp_path: Path, capsys: 
     assert run(SHIPPED, "-o", tmp_path / "site", "--onnxruntime", "/dev/zero") == 2
     assert "it is not a regular file" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["onnxruntime-web.tgz"]
+
+
+def test_spoiled_goldens_are_refused_and_an_export_without_any_has_a_site(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = shutil.copytree(SHIPPED, tmp_path / "a.plan")
+    goldens = [path for path in plan.iterdir() if path.suffix == ".npz"]
+    whole = {path: path.read_bytes() for path in goldens}
+    goldens[0].write_bytes(whole[goldens[0]][:-1] + b"x")
+    assert run(plan, "-o", tmp_path / "site", "--onnxruntime", fetched_engine()) == 2
+    assert goldens[0].name in capsys.readouterr().err
+    assert not (tmp_path / "site").exists()
+    manifest = json.loads((plan / "manifest.json").read_text())
+    for path in goldens:
+        path.unlink()
+        del manifest["files"][path.name]
+    (plan / "manifest.json").write_text(json.dumps(manifest))
+    assert run(plan, "-o", tmp_path / "site", "--onnxruntime", fetched_engine()) == 0
+    assert json.loads((tmp_path / "site/plan/goldens.json").read_text()) == []

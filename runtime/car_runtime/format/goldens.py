@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from car_runtime.errors import PlanError, error_line, printable
 from car_runtime.format.folder import PlanFolder
-from car_runtime.format.manifest import Manifest
+from car_runtime.format.manifest import Manifest, open_plan_folder
 
 GOLDENS = "goldens.npz"
 """What the model of a plan computes; of a plan of format 2, what its base computes without control."""
@@ -71,6 +71,25 @@ def golden_file(branch: str = "") -> str:
 
 
 def read_goldens(root: Path, manifest: Manifest, branch: str = "") -> Goldens:
+    """`goldens_in` a plan's directory. Raises PlanError."""
+    with open_plan_folder(root) as folder:
+        return goldens_in(folder, manifest, branch)
+
+
+def read_all_goldens(root: Path, manifest: Manifest) -> list[Goldens]:
+    """`all_goldens_in` a plan's directory. Raises PlanError."""
+    with open_plan_folder(root) as folder:
+        return all_goldens_in(folder, manifest)
+
+
+def all_goldens_in(folder: PlanFolder, manifest: Manifest) -> list[Goldens]:
+    """Those of the default branch first, then of the others, then those without control. Raises PlanError."""
+    default = manifest.model.default_branch
+    branches = sorted(manifest.model.branches, key=lambda name: name != default)
+    return [goldens_in(folder, manifest, branch) for branch in (*branches, "")]
+
+
+def goldens_in(folder: PlanFolder, manifest: Manifest, branch: str = "") -> Goldens:
     """The goldens of a plan; of one of format 2, those of a branch, or without control.
 
     Raises PlanError: an older export has none, or they do not fit the plan.
@@ -84,9 +103,8 @@ def read_goldens(root: Path, manifest: Manifest, branch: str = "") -> Goldens:
         )
     vocab = manifest.model.vocab
     try:
-        with PlanFolder(root) as folder:
-            steered = bool(branch) if manifest.format > 1 else manifest.model.control_type is not None
-            arrays = _read_arrays(file, folder.read(file, GOLDENS_BYTES), _expected(manifest, steered), vocab)
+        steered = bool(branch) if manifest.format > 1 else manifest.model.control_type is not None
+        arrays = _read_arrays(file, folder.read(file, GOLDENS_BYTES), _expected(manifest, steered), vocab)
     except (
         OSError,
         ValueError,
@@ -102,13 +120,6 @@ def read_goldens(root: Path, manifest: Manifest, branch: str = "") -> Goldens:
             raise PlanError(f"{file}: {name} leaves 0…{vocab - 1}; export the plan again")
     values: dict[str, Any] = {name: array if array.shape else array.item() for name, array in arrays.items()}
     return Goldens(**{"control": None, "branch": branch, **values})
-
-
-def read_all_goldens(root: Path, manifest: Manifest) -> list[Goldens]:
-    """Those of the default branch first, then of the others, then those without control. Raises PlanError."""
-    default = manifest.model.default_branch
-    branches = sorted(manifest.model.branches, key=lambda name: name != default)
-    return [read_goldens(root, manifest, branch) for branch in (*branches, "")]
 
 
 def _read_arrays(
