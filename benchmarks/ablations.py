@@ -29,7 +29,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,22 +41,19 @@ from benchmarks.harness.errors import BenchmarkError
 from benchmarks.harness.records import record
 from benchmarks.harness.tables import markdown_table
 from car_train import checkpoint, cli
-from car_train.config import VARConfig
 from car_train.data.dataset import ControlledImages
-from car_train.data.folder import scan
 from car_train.data.pretrained import fetch
 from car_train.evaluation.evaluate import evaluate
 from car_train.evaluation.features import EfficientNetLite0
+from car_train.evaluation.generate import uniform_numbers
 from car_train.evaluation.options import EvalOptions
 from car_train.evaluation.runs import read_run, summary
 from car_train.evaluation.sets import compare_sets
 from car_train.files import write_text, written_aside
-from car_train.flags import given
 from car_train.images import to_pixels
 from car_train.model.sample import sample
-from car_train.training.options import TrainOptions
-from car_train.training.stages import add_var
-from car_train.training.trainer import Trainer, seed_everything
+from car_train.training import command as training
+from car_train.training.stages import Stage
 
 BRANCHES: dict[str, list[str]] = {
     "as published": [],
@@ -81,41 +77,30 @@ TRANSFORMERS: list[tuple[str, str, list[str], bool, bool]] = [
 BATCH = 50
 
 Row = dict[str, Any]
+Make = Callable[[argparse.Namespace], Stage]
 
 
-def train(stage: str, folder: Path, flags: Sequence[str], log: Log) -> Path:
-    """A run's newest checkpoint, trained or gone on with first. Raises BenchmarkError where training fails."""
+def train(stage: str, folder: Path, flags: Sequence[str], log: Log, make: Make | None = None) -> Path:
+    """A run's newest checkpoint, trained or gone on with first. BenchmarkError, UserError: training fails.
 
-    def command() -> None:
-        resume = ["--resume"] if checkpoint.of_run(folder) else []
-        if cli.main([stage, "-o", str(folder), *flags, *resume]):
-            raise BenchmarkError(f"{folder.name}: training failed; see above, and run the same command again")
-
-    return once(folder, command, log)
-
-
-def once(folder: Path, command: Callable[[], None], log: Log) -> Path:
-    """A run's newest checkpoint, after the command that trains it or goes on with it, unless it is finished."""
+    make: of the command's flags what is trained in the place of the command's own.
+    """
     finished = folder / "finished"
     if not finished.is_file():
         log(f"{folder.name}: training")
-        command()
+        resume = ["--resume"] if checkpoint.of_run(folder) else []
+        command = [stage, "-o", str(folder), *flags, *resume]
+        if make is not None:
+            training.run(cli.parse_args(command), make)
+        elif cli.main(command):
+            raise BenchmarkError(f"{folder.name}: training failed; see above, and run the same command again")
         write_text(finished, "")
     return checkpoint.locate(folder)
 
 
-def train_raster(folder: Path, flags: Sequence[str]) -> None:
-    """Train the autoregressive baseline as `car_train var` with these flags trains a transformer."""
-    args = cli.parse_args(["var", "-o", str(folder), *flags])
-    seed_everything(args.seed)
-    names = scan(args.data).class_names
-    config = VARConfig(**given(args, VARConfig) | {"classes": len(names)})
-    model = add_var(checkpoint.load(args.vqvae), config, names, args.alng)
-    steps = TrainOptions.steps if args.steps is None else args.steps
-    trainer = Trainer(RasterStage(model), TrainOptions(**given(args, TrainOptions) | {"steps": steps}))
-    if checkpoint.of_run(folder):
-        trainer.resume()
-    trainer.run()
+def raster_stage(args: argparse.Namespace) -> Stage:
+    """The autoregressive baseline, of the sizes of `car_train var`."""
+    return RasterStage(training.var_model(args))
 
 
 def row_of(name: str, folder: Path) -> Row:
@@ -217,10 +202,7 @@ def transformer(args: argparse.Namespace, log: Log) -> list[Row]:
     for _, run, flags, *_ in TRANSFORMERS:
         folder, raster = args.runs / f"transformer-{run}", run == "raster"
         flags = [*args.plain, "--vqvae", str(args.raster_vqvae if raster else args.vqvae), *flags]
-        if raster:
-            paths[run] = once(folder, partial(train_raster, folder, flags), log)
-        else:
-            paths[run] = train("var", folder, flags, log)
+        paths[run] = train("var", folder, flags, log, raster_stage if raster else None)
     rows = [row_of(name, args.runs / f"transformer-{run}") for name, run, *_ in TRANSFORMERS]
     if args.features == "none":
         return rows
@@ -253,8 +235,7 @@ def drawn(path: Path, raster: bool, labels_B: torch.Tensor, top_k: int, cfg: flo
     model = checkpoint.load(path)
     assert model.car is not None
     config = model.config.vqvae
-    seeds = [np.random.default_rng(i).random(config.tokens, dtype=np.float32) for i in range(len(labels_B))]
-    uniforms_BL, k = torch.from_numpy(np.stack(seeds)), min(top_k, config.vocab)
+    uniforms_BL, k = uniform_numbers(range(len(labels_B)), config.tokens), min(top_k, config.vocab)
     images = []
     for labels, uniforms in zip(labels_B.split(BATCH), uniforms_BL.split(BATCH), strict=True):
         if raster:

@@ -23,16 +23,39 @@ import torch
 
 from benchmarks.harness.cli import Log, guarded, make_parser
 from benchmarks.harness.errors import BenchmarkError
+from car_export.sizes import base_config, encoder_widths
 from car_runtime.errors import CarError
 from car_runtime.format.manifest import Manifest, read_manifest
 from car_runtime.format.parameters import UnsupportedGraphError, plan_parameters
 from car_runtime.plan import default_plan
 from car_train import checkpoint
-from car_train.config import CARConfig, ConfigError, ModelConfig, VARConfig, VQVAEConfig
+from car_train.config import CARConfig, ConfigError, ModelConfig
 from car_train.conventions import PRESETS
 from car_train.model import Model
 
-Shapes = dict[str, tuple[int, ...]]
+
+class Stored:
+    """The parameters in a plan's table, base and default branch, by their names in a checkpoint."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        own = f"branches.{manifest.model.default_branch}."
+        self._entries = manifest.parameters
+        self.names = {
+            name if name.startswith("vqvae.") else "car." + re.sub(rf"^{re.escape(own)}", "branch.", name): name
+            for name in manifest.parameters
+            if name.startswith(("vqvae.", "base.", own))
+        }
+        """Name in a checkpoint → in the table."""
+
+    def has(self, name: str) -> bool:
+        return name in self.names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        entry = self._entries[self.names[name]]
+        return entry.shape[::-1] if entry.layout == "transposed" else entry.shape
+
+    def count(self, pattern: str) -> int:
+        return 1 + max((int(match[1]) for name in self.names if (match := re.match(pattern, name))), default=-1)
 
 
 def plan_model(path: Path) -> Model:
@@ -42,14 +65,14 @@ def plan_model(path: Path) -> Model:
     """
     try:
         manifest = read_manifest(path)
-        parameters = plan_parameters(manifest, path)
-        config = config_of(manifest)
+        parameters, stored = plan_parameters(manifest, path), Stored(manifest)
+        config = config_of(manifest, stored)
         with torch.device("meta"):
             model = Model(config)
         values = {}
         for name, wanted in model.state_dict().items():
-            stored = parameters.view(_in_plan(name, manifest), *wanted.shape)
-            values[name] = torch.from_numpy(np.array(stored, np.float32))
+            array = parameters.view(stored.names[name], *wanted.shape)
+            values[name] = torch.from_numpy(np.array(array, np.float32))
         model.load_state_dict(values, assign=True)
     except (CarError, UnsupportedGraphError, ConfigError, KeyError, StopIteration) as error:
         raise BenchmarkError(f"{path} can't be made a checkpoint ({error}); give a plan of format 2") from error
@@ -57,61 +80,26 @@ def plan_model(path: Path) -> Model:
     return model.requires_grad_(False).eval()
 
 
-def _in_plan(name: str, manifest: Manifest) -> str:
-    """A parameter's name in the manifest's table: "car.base.…" is "base.…", "car.branch.…" "branches.NAME.…"."""
-    name = name.removeprefix("car.")
-    return re.sub(r"^branch\.", f"branches.{manifest.model.default_branch}.", name)
-
-
-def config_of(manifest: Manifest) -> ModelConfig:
+def config_of(manifest: Manifest, stored: Stored) -> ModelConfig:
     """The config of a plan's model, as far as the shapes of its parameters and its manifest show it."""
     facts = manifest.model
-    shapes: Shapes = {
-        name: entry.shape[::-1] if entry.layout == "transposed" else entry.shape
-        for name, entry in manifest.parameters.items()
-    }
-    channels = shapes["vqvae.encoder.conv_in.weight"][0]
-    levels = _count(shapes, r"vqvae\.encoder\.levels\.(\d+)\.")
-    widths = [shapes[f"vqvae.encoder.levels.{i}.block.0.conv1.weight"][0] for i in range(levels)]
-    vqvae = VQVAEConfig(
-        sides=tuple(scale.side for scale in manifest.scales),
-        vocab=facts.vocab,
-        latent_channels=facts.latent_channels,
-        channels=channels,
-        multipliers=tuple(width // channels for width in widths),
-        res_blocks=_count(shapes, r"vqvae\.encoder\.levels\.0\.block\.(\d+)\."),
-        phis=shapes["vqvae.quantizer.phi_weight"][0] // facts.latent_channels,
-    )
-    var = VARConfig(
-        depth=facts.depth,
-        width=facts.width,
-        heads=facts.heads,
-        classes=facts.classes,
-        shared_aln="base.shared_ada_linear.weight" in shapes,
-        mlp_ratio=shapes["base.blocks.0.mlp.fc1.weight"][0] // facts.width,
-    )
-    car = None if facts.default_branch is None else _branch(manifest, facts.default_branch, shapes)
+    vqvae, var = base_config(manifest, stored)
+    car = None if facts.default_branch is None else _branch(manifest, facts.default_branch, stored)
     return ModelConfig(vqvae=vqvae, var=var, car=car, class_names=facts.class_names)
 
 
-def _branch(manifest: Manifest, name: str, shapes: Shapes) -> CARConfig:
-    facts, at = manifest.model.branches[name], f"branches.{name}.encoder."
+def _branch(manifest: Manifest, name: str, stored: Stored) -> CARConfig:
+    facts = manifest.model.branches[name]
     convention = asdict(facts.control_convention) if facts.control_convention is not None else None
     preset = next(key for key, known in PRESETS.items() if asdict(known) == convention)
     kind: dict[str, Any] = {"control_type": facts.control_type, "convention": preset}
     kind |= {"transformer": facts.transformer, "fusion": facts.fusion}
-    if f"{at}conv_in.weight" not in shapes:
+    widths = tuple(encoder_widths(stored).values())
+    if not widths:
         return CARConfig(**kind, encoder="vqvae")
-    steps = _count(shapes, re.escape(at) + r"steps\.(\d+)\.")
-    widths = [shapes[f"{at}{one}.weight"][0] for one in ("conv_in", *(f"steps.{i}" for i in range(1, steps, 2)))]
-    halvings = _count(shapes, r"vqvae\.encoder\.levels\.(\d+)\.") - 1
+    halvings = stored.count(r"vqvae\.encoder\.levels\.(\d+)\.") - 1
     strides = (2,) * halvings + (1,) * (len(widths) - 1 - halvings)
-    return CARConfig(**kind, encoder_widths=tuple(widths), encoder_strides=strides)
-
-
-def _count(shapes: Shapes, pattern: str) -> int:
-    """How many numbers 0, 1, … stand in the place of a pattern's group."""
-    return 1 + max((int(match[1]) for name in shapes if (match := re.match(pattern, name))), default=-1)
+    return CARConfig(**kind, encoder_widths=widths, encoder_strides=strides)
 
 
 def run(args: argparse.Namespace, log: Log) -> None:

@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from car_train.evaluation.generate import uniform_numbers
 from car_train.model import Model
 from car_train.model.kernels import linear
-from car_train.model.sample import TOP_P_OFF, Recording, draw_kept, keep_top, sample
+from car_train.model.sample import Recording, draw_kept, keep_top, limits, sample
 from car_train.model.var import Attention, KVCache
 from car_train.sampling import Sampling
 
@@ -131,9 +131,8 @@ def draw(model: Model, request: Request, cache: Any = KVCache, given_BL: Tensor 
 
 def sampled(logits_BLV: Tensor, request: Request) -> Tensor:
     """The tokens that a request's settings and uniform numbers draw, int64 [B, L]."""
-    s, V = request.sampling, logits_BLV.shape[-1]
-    k, p = torch.tensor([s.top_k or V]), torch.tensor([s.top_p if 0 < s.top_p < 1 else TOP_P_OFF])
-    return draw_kept(keep_top(logits_BLV, k, p), request.uniforms)
+    s = request.sampling
+    return draw_kept(keep_top(logits_BLV, *limits(s.top_k, s.top_p, logits_BLV.shape[-1])), request.uniforms)
 
 
 def changed(model: Model, calibration: Request, request: Request, budgets: Sequence[float]) -> list[dict[str, Any]]:
@@ -173,11 +172,9 @@ def make_request(
     assert model.config.var is not None, "config.var"
     classes, L = model.config.var.classes, model.config.vqvae.tokens
     seeds = range(first_seed, first_seed + images)
-    numbers = np.stack([np.random.default_rng(seed).random(L, dtype=np.float32) for seed in seeds])
     pyramid = [
         torch.cat([controls[seed % len(controls)][k] for seed in seeds])
         for k in range(len(model.config.vqvae.sides) if controls else 0)
     ]
     label_B = torch.tensor([seed % classes for seed in seeds])
-    numbers_BL = torch.from_numpy(numbers)
-    return Request(labels=label_B, uniforms=numbers_BL, controls=pyramid or None, sampling=sampling)
+    return Request(labels=label_B, uniforms=uniform_numbers(seeds, L), controls=pyramid or None, sampling=sampling)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from car_train.model import Model
-from car_train.model.sample import TOP_P_OFF, draw, mix
+from car_train.model.sample import draw, limits, mix
 from car_train.model.var import KVCache
 from car_train.model.vqvae import join_tokens, split_tokens
 from car_train.sampling import CAR
@@ -45,8 +45,7 @@ def raster_sample(
     car, config = model.car, model.config.vqvae
     assert car is not None, "config.var"
     base, B, L = car.base, len(label_B), config.tokens
-    k_keep = torch.tensor([top_k or config.vocab])
-    p_keep = torch.tensor([top_p if 0 < top_p < 1 else TOP_P_OFF])
+    k_keep, p_keep = limits(top_k, top_p, config.vocab)
     rows_R = torch.cat([label_B, torch.full_like(label_B, base.config.classes)]) if cfg else label_B
     R, H = len(rows_R), base.config.H
     modulation, position = car.modulations(rows_R), base.position()

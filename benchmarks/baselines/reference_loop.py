@@ -28,7 +28,7 @@ from torch import Tensor
 from benchmarks.harness.errors import BenchmarkError
 from car_train.model import Model
 from car_train.model.car import ConcatFusion
-from car_train.model.sample import TOP_P_OFF, draw, mix
+from car_train.model.sample import draw, limits, mix
 from car_train.model.var import EPS, MAX_LOG_SCALE, VAR, Attention, Block, unit_length
 from car_train.model.vqvae import join_tokens
 
@@ -137,8 +137,7 @@ class _Loop:
         self.vqvae, self.base, self.branch = model.vqvae, model.car.base, model.car.branch
         self.B, self.cfg, self.clock = len(label_B), cfg, clock
         self.rows = torch.cat([label_B, torch.full_like(label_B, self.base.config.classes)])
-        self.top_k = torch.tensor([top_k or self.vqvae.config.vocab], device=label_B.device)
-        self.top_p = torch.tensor([top_p if 0 < top_p < 1 else TOP_P_OFF], device=label_B.device)
+        self.top_k, self.top_p = limits(top_k, top_p, self.vqvae.config.vocab, label_B.device)
         self.cache = GrownCache()
         # What is compiled is found again by its code: a new loop for every image compiles nothing anew.
         wrap: Callable[..., Callable[..., Tensor]] = torch.compile if compiled else lambda function: function

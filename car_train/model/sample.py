@@ -34,6 +34,12 @@ def mix(logits_RNV: Tensor, t: Tensor | float, images: int) -> Tensor:
     return (1 + t) * cond - t * uncond
 
 
+def limits(top_k: int, top_p: float, vocab: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Settings, where 0 is off, as `keep_top` takes them: int64 [1] and f32 [1]."""
+    p = top_p if 0 < top_p < 1 else TOP_P_OFF
+    return torch.tensor([top_k or vocab], device=device), torch.tensor([p], device=device)
+
+
 def keep_top(logits_NV: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """The logits f32 [..., N, V] with -inf for every token that top-k and top-p leave out.
 
@@ -134,8 +140,7 @@ def sample(
     """
     quantizer, base = vqvae.quantizer, model.base
     config, B = vqvae.config, label_B.shape[0]
-    k_keep = torch.tensor([top_k or config.vocab], device=label_B.device)
-    p_keep = torch.tensor([top_p if 0 < top_p < 1 else TOP_P_OFF], device=label_B.device)
+    k_keep, p_keep = limits(top_k, top_p, config.vocab, label_B.device)
     if (label_B == base.config.classes).all():
         cfg = 0.0  # nothing to guide: both kinds of rows would be the same
     rows = torch.cat([label_B, torch.full_like(label_B, base.config.classes)]) if cfg else label_B

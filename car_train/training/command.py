@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from car_train.conventions import DERIVED
 from car_train.data.folder import scan
 from car_train.files import one_writer
 from car_train.flags import add_flags, given
+from car_train.model import Model
 from car_train.model.var import ALNG
 from car_train.training.cca import CCAStage
 from car_train.training.distributed import World
@@ -86,9 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser, stage: str) -> None:
     run.add_argument("--resume", action="store_true", help="continue the run in --output")
 
 
-def run(args: argparse.Namespace) -> Path:
+def run(args: argparse.Namespace, make: Callable[[argparse.Namespace], Stage] | None = None) -> Path:
     """Train; returns the last checkpoint. One process, or one group of them, at a time. Raises UserError.
 
+    make: of the arguments what is trained; None: what the command's name says.
     Under `torchrun --max-restarts N` a run goes on from its newest checkpoint, if there is one: a restarted process
     has the arguments of the first, and on the other machines nothing says that it was restarted.
     """
@@ -102,11 +105,11 @@ def run(args: argparse.Namespace) -> Path:
     options = TrainOptions(**given(args, TrainOptions) | lr)
     seed_everything(args.seed)
     with one_writer(args.output) if World.is_first() else nullcontext():
-        return _train(args, options)
+        return _train(args, options, make or MAKE[args.command])
 
 
-def _train(args: argparse.Namespace, options: TrainOptions) -> Path:
-    stage = {"vqvae": _vqvae, "var": _var, "car": _car, "cca": _cca}[args.command](args)
+def _train(args: argparse.Namespace, options: TrainOptions, make: Callable[[argparse.Namespace], Stage]) -> Path:
+    stage = make(args)
     if args.command != "cca" and args.init is not None and not args.resume:
         start_from(stage, args.init)
     trainer = Trainer(stage, options)
@@ -149,12 +152,17 @@ def _vqvae(args: argparse.Namespace) -> Stage:
     )
 
 
-def _var(args: argparse.Namespace) -> Stage:
+def var_model(args: argparse.Namespace) -> Model:
+    """A new transformer on a tokenizer, as the flags of `var` say. Raises UserError."""
     names = scan(args.data).class_names
     config = VARConfig(**given(args, VARConfig) | {"classes": len(names)})
     if not 0 < args.alng <= 1:
         raise ConfigError(f"alng is {args.alng}; it must be in (0, 1], e.g. 1e-3")
-    return TransformerStage(add_var(checkpoint.load(args.vqvae), config, names, args.alng))
+    return add_var(checkpoint.load(args.vqvae), config, names, args.alng)
+
+
+def _var(args: argparse.Namespace) -> Stage:
+    return TransformerStage(var_model(args))
 
 
 def _car(args: argparse.Namespace) -> Stage:
@@ -181,3 +189,7 @@ def _cca(args: argparse.Namespace) -> Stage:
     if model.car is None:
         raise ConfigError(f"{args.model} holds a tokenizer only; give a run of `var` or `car`")
     return CCAStage(model, CCAOptions(**given(args, CCAOptions)))
+
+
+MAKE = {"vqvae": _vqvae, "var": _var, "car": _car, "cca": _cca}
+"""Command → what it trains."""

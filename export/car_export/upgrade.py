@@ -30,12 +30,13 @@ from car_export.errors import ExportError
 from car_export.files import plan_written_aside
 from car_export.plan import Log, tool_versions
 from car_export.plan2 import PlanBuilder2
+from car_export.sizes import base_config, encoder_widths
 from car_export.weights import place
 from car_runtime.format import manifest as schema
 from car_runtime.format.goldens import GOLDENS, golden_file
 from car_runtime.format.graph_check import Checked, check_graph
 from car_runtime.receipt import UPGRADED, plan_digest
-from car_train.config import CARConfig, ConfigError, ModelConfig, VARConfig, VQVAEConfig
+from car_train.config import CARConfig, ConfigError, ModelConfig
 from car_train.conventions import FIRST, PRESETS
 from car_train.model import Model
 from car_train.model.var import MAX_LOG_SCALE
@@ -234,6 +235,10 @@ class OldPlan:
             if kind in self.graphs and name.startswith(kept):
                 yield self.graphs[kind], old, kept
 
+    def has(self, name: str) -> bool:
+        """Whether a graph holds the parameter."""
+        return self.parameter(name) is not None
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a parameter. Raises _MissingError."""
         array = self.parameter(name)
@@ -268,27 +273,8 @@ def _folded(graph: OldGraph, name: str) -> np.ndarray | None:
 
 def config_of(old: OldPlan) -> ModelConfig:
     """The config that a plan's model was made with, as far as a model shows it. Raises _MissingError, ConfigError."""
-    manifest, facts = old.manifest, old.manifest.model
-    levels = old.count(r"vqvae\.encoder\.levels\.(\d+)\.")
-    channels = old.shape("vqvae.encoder.conv_in.weight")[0]
-    widths = [old.shape(f"vqvae.encoder.levels.{i}.block.0.conv1.weight")[0] for i in range(levels)]
-    vqvae = VQVAEConfig(
-        sides=tuple(scale.side for scale in manifest.scales),
-        vocab=facts.vocab,
-        latent_channels=facts.latent_channels,
-        channels=channels,
-        multipliers=tuple(width // channels for width in widths),
-        res_blocks=old.count(r"vqvae\.encoder\.levels\.0\.block\.(\d+)\."),
-        phis=old.shape("vqvae.quantizer.phi_weight")[0] // facts.latent_channels,
-    )
-    var = VARConfig(
-        depth=facts.depth,
-        width=facts.width,
-        heads=facts.heads,
-        classes=facts.classes,
-        shared_aln=old.parameter("car.base.shared_ada_linear.weight") is not None,
-        mlp_ratio=old.shape("car.base.blocks.0.mlp.fc1.weight")[0] // facts.width,
-    )
+    facts = old.manifest.model
+    vqvae, var = base_config(old.manifest, old)
     car = _branch_config(old) if facts.control_type is not None else None
     return ModelConfig(vqvae=vqvae, var=var, car=car, class_names=facts.class_names)
 
@@ -298,16 +284,12 @@ def _branch_config(old: OldPlan) -> CARConfig:
     assert facts.control_type is not None
     stated = facts.control_convention
     name = next((key for key, preset in PRESETS.items() if stated and asdict(preset) == asdict(stated)), None)
-    steps = old.count(r"car\.branch\.encoder\.steps\.(\d+)\.")
-    kernels = ["conv_in", *(f"steps.{i}" for i in range(1, steps, 2))]
     encoder: dict[str, Any] = {"encoder": "vqvae"}
-    if old.parameter("car.branch.encoder.conv_in.weight") is not None:
-        encoder = {
-            "encoder_widths": tuple(old.shape(f"car.branch.encoder.{one}.weight")[0] for one in kernels),
-            "encoder_strides": tuple(old.graphs["control"].stride(f"branch.encoder.{one}") for one in kernels[1:]),
-        }
-    blocks = old.parameter("car.branch.blocks.0.attn.qkv_weight") is not None
-    gain, norm = (old.parameter(f"car.branch.fusions.0.{one}") is not None for one in ("gain", "norm.weight"))
+    if widths := encoder_widths(old):
+        strides = (old.graphs["control"].stride(f"branch.encoder.{one}") for one in list(widths)[1:])
+        encoder = {"encoder_widths": tuple(widths.values()), "encoder_strides": tuple(strides)}
+    blocks = old.has("car.branch.blocks.0.attn.qkv_weight")
+    gain, norm = (old.has(f"car.branch.fusions.0.{one}") for one in ("gain", "norm.weight"))
     return CARConfig(
         control_type=facts.control_type,
         convention=name or (FIRST.get(facts.control_type) if stated is None else None),
