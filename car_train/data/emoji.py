@@ -64,14 +64,14 @@ CHANGES = {
 def lay_out(tarballs: Mapping[str, Path], root: Path, limit: int | None) -> Counter[str]:
     """Classes `<style>-<group>`. Names and groups of all styles come from the Noto package's `emoji_pretty.json`."""
     table = _emoji_table(tarballs["noto"])
-    emoji = {_code(entry["unified"]): entry for entry in table if entry["category"] != "Component"}
+    emoji = {point_key(entry["unified"]): entry for entry in table if entry["category"] != "Component"}
     counts: Counter[str] = Counter()
     for style, tarball in tarballs.items():
         seen: set[str] = set()
         # Images of one style come in the order of their names, so that `limit` keeps the same ones everywhere.
         images = sorted(_emoji_images(style, tarball), key=lambda item: item[0])
         for stem, data in tqdm(images, desc=style, unit="img"):
-            code = _code(stem)
+            code = point_key(stem)
             # Not in the table: a skin tone, or Component. Seen: a second spelling of the same code points.
             if code not in emoji or code in seen:
                 continue
@@ -108,7 +108,7 @@ def _emoji_images(style: str, tarball: Path) -> Iterator[tuple[str, bytes]]:
         yield Path(path).stem, data()
 
 
-def _code(unified: str) -> str:
+def point_key(unified: str) -> str:
     """Code points as one key for all packages: lower case, without U+FE0F, which some leave out.
 
     At least four digits each: Fluent holds `23-…` as well as `0023-…`.

@@ -3,13 +3,13 @@
     python -m car_train data emoji --size 128        # ~/.cache/car/data/emoji-128
 
 4 styles (Noto, Twemoji, Fluent shaded and Fluent flat) × the 9 groups of Unicode. Every image is drawn at the size
-asked for by resvg, RGBA, so that its alpha channel is an exact mask. An image is `<emoji name>.png` and is called the
-same in every style, so that a split by name keeps all drawings of an emoji on one side. (Some 30 emoji have another
-name in Fluent than in Noto and Twemoji.)
+asked for by resvg, RGBA, so that its alpha channel is an exact mask. The folders are train/ and val/, and val/ has
+the emoji that the set of published sizes (`emoji.py`) validates on, in all styles: a model of one set may start from
+a model of the other.
 
-Of 14,336 icons 6,816 are images here: 7,179 are skin-tone variants, and 341 are in no group: other names of icons
-that are there. With `--skin-tones` the variants are there too, of the emoji that are trained on: the folders are then
-train/ and val/, and val/ is what is held out without the option.
+Of 14,336 icons 6,750 are images here: 7,179 are skin-tone variants, 341 are in no group (other names of icons that
+are there), and of 66 no code point is known (33 emoji have a name in Fluent that neither Noto nor Twemoji has). With
+`--skin-tones` the variants are in train/ too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from car_train.data.download import members
-from car_train.data.folder import split_of
+from car_train.data.emoji import point_key
 from car_train.data.image_package import DatasetError, ImagePackage, copy_licence
 
 SIZES = (32, 512)
@@ -74,6 +74,20 @@ CHANGES = dict.fromkeys(PACKAGES, "rendered to PNG at one size, renamed")
 """What was done to the published images, by style; for the attribution."""
 GROUPS_OF = {"fluent": "flat"}
 """Style → style whose package has its groups, where its own has none: both Fluent sets have the same names."""
+CODED = ("noto", "twemoji")
+"""Styles whose packages say which code points a name has; Fluent's names are theirs."""
+HELD_OUT = frozenset(
+    """
+    0030-20e3 00a9 1f18e 1f1e6-1f1e9 1f1e6-1f1ec 1f1e6-1f1fa 1f1e7-1f1ea 1f1e7-1f1ec 1f1e7-1f1f8 1f1ec-1f1e9
+    1f1ed-1f1f2 1f1f2-1f1f4 1f1f3-1f1e6 1f1f5-1f1f8 1f1ff-1f1f2 1f23a 1f30e 1f31b 1f32c 1f333 1f341 1f358 1f37b
+    1f3a3 1f3b8 1f3ca-200d-2642 1f3d2 1f3e6 1f3e8 1f3ef 1f3f9 1f401 1f449 1f44c 1f460 1f466 1f468-200d-1f3ed
+    1f46e-200d-2640 1f476 1f487-200d-2642 1f48c 1f491 1f497 1f4d2 1f500 1f506 1f50c 1f510 1f53a 1f54c 1f551
+    1f575-200d-2640 1f57a 1f617 1f619 1f61b 1f62a 1f635 1f642-200d-2195 1f64d-200d-2640 1f681 1f6b8 1f6c5 1f6cf
+    1f7e0 1f7e2 1f912 1f917 1f944 1f945 1f991 1f994 1f9b9 1f9c1 1f9cc 1f9cf 1f9d1-200d-1f393 1f9d6
+    1f9d9-200d-2642 1fa76 1fa94 1faa3 1fae9 2199 2602 2626 2695 26bd 2764-200d-1fa79
+    """.split()
+)
+"""Code points (`point_key`) of the emoji that the set `emoji` validates on."""
 _TONE = re.compile(r"-(tone[1-5](-[1-5])?|(medium-)?(light|dark)(-skin-tone)?|medium(-skin-tone)?)\b.*$")
 
 
@@ -82,22 +96,26 @@ def lay_out(
 ) -> Counter[str]:
     """Render every style at `size` pixels into class folders; returns the images per class.
 
-    tones: with the skin-tone variants, and the classes in folders train/ and val/.
+    tones: with the skin-tone variants.
 
     Raises DatasetError without resvg-py, or for a package that has other contents.
     """
     counts: Counter[str] = Counter()
+    codes = {name: code for style in CODED for code, name in _json(tarballs[style], "chars.json").items()}
     for style, tarball in tarballs.items():
         icons, groups = _json(tarball, "icons.json"), _groups(tarballs[GROUPS_OF.get(style, style)])
         for name in tqdm(sorted(name for name in icons["icons"] if name in groups), desc=style, unit="img"):
             is_tone = _is_tone(name, icons["icons"])
-            split = split_of(Path(f"{_base(name, icons['icons']) if is_tone else name}.png"))
+            code = codes.get(_base(name, icons["icons"]) if is_tone else name)
+            if code is None:
+                continue
+            split = "val" if point_key(code) in HELD_OUT else "train"
             if is_tone and (not tones or split == "val"):
                 continue
             label = f"{style}-{groups[name]}"
             if limit is not None and counts[label] >= limit:
                 continue
-            folder = root / split / label if tones else root / label
+            folder = root / split / label
             folder.mkdir(parents=True, exist_ok=True)
             rendered(icons, name, size).save(folder / f"{name}.png")
             counts[label] += 1

@@ -314,3 +314,27 @@ def initialise(var: VAR, alng: float = ALNG) -> None:
     if var.head_ada_linear is not None:
         var.head_ada_linear.weight.mul_(0.5)
     var.head.weight.mul_(0.02)
+
+
+@torch.no_grad()
+def take_over(mine: VAR, theirs: VAR, names: Sequence[str] | None, their_names: Sequence[str] | None) -> None:
+    """Give a base the weights of another, whose scales and classes may be others.
+
+    A scale starts from the one with the most similar side: its level, and its positions resized (bicubic). Classes
+    are found by their names, and new ones start as "no class"; without names both have the same classes.
+    RuntimeError where anything else differs in shape.
+    """
+    state = theirs.state_dict()
+    by_scale = dict(zip(theirs.sides, theirs.pos_LC.split([s * s for s in theirs.sides]), strict=True))
+    nearest = [min(theirs.sides, key=lambda t, s=s: abs(math.log(t / s))) for s in mine.sides]  # type: ignore[misc]
+    positions = []
+    for side, source in zip(mine.sides, nearest, strict=True):
+        grid_1CSS = by_scale[source].T.reshape(1, -1, source, source)
+        resized = F.interpolate(grid_1CSS, size=(side, side), mode="bicubic") if side != source else grid_1CSS
+        positions.append(resized[0].flatten(1).T)
+    state["pos_LC"] = torch.cat(positions)
+    state["level_KC"] = theirs.level_KC[[theirs.sides.index(source) for source in nearest]]
+    if names is not None and their_names is not None:
+        rows = [their_names.index(name) if name in their_names else -1 for name in names]
+        state["class_embedding.weight"] = theirs.class_embedding.weight[[*rows, -1]]
+    mine.load_state_dict(state)

@@ -14,7 +14,7 @@ from car_train.data.folder import scan
 from car_train.files import one_writer
 from car_train.flags import add_flags, given
 from car_train.model import Model
-from car_train.model.var import ALNG
+from car_train.model.var import ALNG, VAR, take_over
 from car_train.training.cca import CCAStage
 from car_train.training.distributed import World
 from car_train.training.losses import PatchDiscriminator
@@ -119,18 +119,22 @@ def _train(args: argparse.Namespace, options: TrainOptions, make: Callable[[argp
 
 
 def start_from(stage: Stage, path: Path) -> None:
-    """Give what the stage trains the weights of another run's like part.
+    """Give what the stage trains the weights of another run's like part; a base may have other scales and classes.
 
     ConfigError where there is none, or none of this shape.
     """
-    theirs, mine = (checkpoint.modules(m).get(stage.name) for m in (checkpoint.load(path), stage.model))
+    source = checkpoint.load(path)
+    theirs, mine = (checkpoint.modules(m).get(stage.name) for m in (source, stage.model))
     assert mine is not None
     if theirs is None:
         raise ConfigError(
             f"--init {path}: has no {stage.name} part; give a run of `python -m car_train {stage.name}`"
         )
     try:
-        mine.load_state_dict(theirs.state_dict())
+        if isinstance(mine, VAR) and isinstance(theirs, VAR):
+            take_over(mine, theirs, stage.model.config.class_names, source.config.class_names)
+        else:
+            mine.load_state_dict(theirs.state_dict())
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise ConfigError(
@@ -140,6 +144,8 @@ def start_from(stage: Stage, path: Path) -> None:
 
 def _vqvae(args: argparse.Namespace) -> Stage:
     config, loss = VQVAEConfig(**given(args, VQVAEConfig)), TokenizerLossOptions(**given(args, TokenizerLossOptions))
+    if loss.decoder_only and args.init is None:
+        raise ConfigError("decoder_only trains the decoder of a tokenizer that is there; give its run by --init")
     critic = PatchDiscriminator(config.image_size, loss.critic_width) if loss.adversarial else None
     return VQVAEStage(
         new_vqvae(config),
@@ -149,6 +155,7 @@ def _vqvae(args: argparse.Namespace) -> Stage:
         adversarial_weight=loss.adversarial,
         adversarial_start=loss.adversarial_start,
         untrained=args.init is None,
+        decoder_only=loss.decoder_only,
     )
 
 

@@ -137,6 +137,9 @@ class TokenizerLossOptions:
     )
     adversarial_start: int = option(0, "first step with it", metavar="STEP")
     critic_width: int = option(64, "channels of the PatchGAN")
+    decoder_only: bool = option(
+        False, "train the decoder of --init alone: images keep their tokens, so that transformers on them still fit"
+    )
 
 
 PARTS = ("base", "branch", "both")

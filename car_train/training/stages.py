@@ -115,10 +115,17 @@ class VQVAEStage(Stage):
         adversarial_weight: float = 0.5,
         adversarial_start: int = 0,
         untrained: bool = True,
+        decoder_only: bool = False,
     ):
-        """untrained: the codes are random, and those that the first batch doesn't use are revived at once."""
+        """untrained: the codes are random, and those that the first batch doesn't use are revived at once.
+
+        decoder_only: encoder and codes stay as they are, and with them every image's tokens.
+        """
         super().__init__(model, model.vqvae)
-        self.untrained = untrained
+        self.untrained, self.decoder_only = untrained, decoder_only
+        if decoder_only:
+            for part in (model.vqvae.encoder, model.vqvae.quant_conv, model.vqvae.quantizer):
+                part.requires_grad_(False)
         self.perceptual, self.perceptual_weight = perceptual, perceptual_weight
         self.adversary, self.adversarial_weight = adversary, adversarial_weight
         self.adversarial_start, self.step = adversarial_start, 0
@@ -146,7 +153,7 @@ class VQVAEStage(Stage):
         if self.perceptual is not None:
             metrics["perceptual"] = self.perceptual(recon, images)
             seen = seen + self.perceptual_weight * metrics["perceptual"]
-        loss = seen + quantisation
+        loss = seen if self.decoder_only else seen + quantisation
         if training:
             for used, grid in zip(self.used_KV, grids, strict=True):
                 used[grid.unique().cpu()] = True
@@ -175,7 +182,7 @@ class VQVAEStage(Stage):
         return loss, {"discriminator": loss}
 
     def after_step(self, step: int, steps: int) -> dict[str, float]:
-        if step % REVIVE_EVERY and not (step == 1 and self.untrained):
+        if self.decoder_only or (step % REVIVE_EVERY and not (step == 1 and self.untrained)):
             return {}
         quantizer = self.model.vqvae.quantizer
         self.used_KV = any_of_processes(self.used_KV.to(quantizer.embedding.device)).cpu()

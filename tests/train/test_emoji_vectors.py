@@ -13,7 +13,8 @@ from car_train.conventions import DERIVED
 from car_train.data import emoji_vectors
 from car_train.data.controls import make_control
 from car_train.data.datasets import DatasetError, fetch, lay_out, sized_name
-from car_train.data.folder import scan
+from car_train.data.emoji import point_key
+from car_train.data.folder import scan, split_of
 
 pytest.importorskip("resvg_py")
 SIDE = 64
@@ -21,9 +22,20 @@ SQUARE = '<path fill="#e02020" d="M8 8h16v16H8z"/>'
 HALF = '<path fill="#2020e0" d="M0 0h8v16H0z"/>'
 
 
-def package(path: Path, icons: dict[str, dict[str, Any]], categories: dict[str, list[str]], **sizes: int) -> Path:
-    """An Iconify package as npm packs it."""
+CODES = {"dog": "1f436", "waving-hand": "1f44b"}
+"""Name → code points, as Noto and Twemoji have them."""
+
+
+def package(
+    path: Path,
+    icons: dict[str, dict[str, Any]],
+    categories: dict[str, list[str]],
+    codes: dict[str, str] = CODES,
+    **sizes: int,
+) -> Path:
+    """An Iconify package as npm packs it; Fluent's have no code points."""
     files = {"icons": {"icons": icons, **sizes}, "metadata": {"categories": categories} if categories else {}}
+    files["chars"] = {} if path.stem in ("fluent", "flat") else {code: name for name, code in codes.items()}
     with tarfile.open(path, "w:gz") as tar:
         for name, value in files.items():
             data = json.dumps(value).encode()
@@ -61,23 +73,43 @@ def test_classes_are_style_and_group_without_skin_tones(tarballs: dict[str, Path
     assert all(package.title in attribution for package in emoji_vectors.PACKAGES.values())
 
 
-def test_a_name_is_on_one_side_of_the_split_in_all_styles(tmp_path: Path) -> None:
-    icons = {f"thing-{i}": {"body": SQUARE} for i in range(60)}
+def test_both_sets_of_emoji_hold_out_the_same(tmp_path: Path) -> None:
+    """By code points, in every style, also where Noto's and Twemoji's names differ; without any there is no image."""
+    held_out, trained_on = "1f333", "1f334"
+    icons = {name: {"body": SQUARE} for name in ("tree", "deciduous", "palm", "unheard-of")}
     tarballs = {
-        style: package(tmp_path / f"{style}.tgz", icons, {"Objects": list(icons)}, width=32, height=32)
+        style: package(
+            tmp_path / f"{style}.tgz",
+            icons,
+            {"Nature": list(icons)},
+            {"deciduous" if style == "twemoji" else "tree": held_out, "palm": trained_on},
+            width=32,
+            height=32,
+        )
         for style in emoji_vectors.PACKAGES
     }
     lay_out("emoji-32", tarballs, tmp_path / "set")
     found = scan(tmp_path / "set")
-    train, val = ({path.name for path, _ in found.split(name)} for name in ("train", "val"))
-    assert val
-    assert not train & val
+    train, val = (sorted((path.parent.name, path.name) for path, _ in found.split(name)) for name in ("train", "val"))
+    styles = sorted(emoji_vectors.PACKAGES)
+    assert train == [(f"{style}-nature", "palm.png") for style in styles]
+    assert val == [(f"{style}-nature", name) for style in styles for name in ("deciduous.png", "tree.png")]
+
+
+def test_the_held_out_emoji_are_those_of_the_set_of_published_sizes() -> None:
+    """Its split hashes `<name>.<code points>`; some that are known well."""
+    for stem, held_out in {"deciduous_tree.1f333": True, "heartpulse.1f497": True, "dog.1f436": False}.items():
+        assert (split_of(Path(f"{stem}.png")) == "val") is held_out
+        assert (stem.rpartition(".")[2] in emoji_vectors.HELD_OUT) is held_out
+    assert {point_key(code.upper()) for code in emoji_vectors.HELD_OUT} == emoji_vectors.HELD_OUT
+    assert len(emoji_vectors.HELD_OUT) == 89
 
 
 def test_skin_tones_are_trained_on_and_never_show_a_held_out_emoji(tmp_path: Path) -> None:
     """val/ is what is held out without them; a variant is on the side of its emoji, couples of two tones too."""
     icons = {}
-    for i in range(60):
+    codes = {f"hand-{i}": code for i, code in enumerate((*sorted(emoji_vectors.HELD_OUT)[:3], "1f44b", "270b"))}
+    for i in range(5):
         names = (
             f"hand-{i}",
             f"hand-{i}-medium-light",
@@ -86,12 +118,11 @@ def test_skin_tones_are_trained_on_and_never_show_a_held_out_emoji(tmp_path: Pat
         )
         icons |= {key: {"body": SQUARE} for key in names}
     tarballs = {
-        style: package(tmp_path / f"{style}.tgz", icons, {"Objects": list(icons)}, width=32, height=32)
+        style: package(tmp_path / f"{style}.tgz", icons, {"Objects": list(icons)}, codes, width=32, height=32)
         for style in emoji_vectors.PACKAGES
     }
     about = [lay_out(name, tarballs, tmp_path / name) for name in ("emoji-32", "emoji-32-tones")]
     plain, toned = (scan(tmp_path / name) for name in ("emoji-32", "emoji-32-tones"))
-    assert toned.trees
     assert toned.class_names == plain.class_names
     sides = {
         name: [{path.name for path, _ in found.split(name)} for found in (plain, toned)] for name in ("train", "val")
@@ -100,8 +131,8 @@ def test_skin_tones_are_trained_on_and_never_show_a_held_out_emoji(tmp_path: Pat
     assert sides["train"][0] < sides["train"][1]
     stem = "-".join
     assert not {stem(n.removesuffix(".png").split("-")[:2]) + ".png" for n in sides["train"][1]} & sides["val"][1]
-    held_out = len(sides["val"][0])
-    assert about[1]["images"] == 4 * (4 * 60 - 3 * held_out)
+    assert len(sides["val"][0]) == 3
+    assert about[1]["images"] == 4 * (4 * 5 - 3 * 3)
     with pytest.raises(DatasetError, match="give --size"):
         fetch("emoji", tmp_path / "none", tones=True)
 
@@ -147,7 +178,7 @@ def test_sizes_and_other_sets_are_refused(tmp_path: Path) -> None:
 def test_a_package_of_other_contents_is_refused(tarballs: dict[str, Path], tmp_path: Path) -> None:
     with tarfile.open(tarballs["noto"], "w:gz"):
         pass
-    with pytest.raises(DatasetError, match=r"icons\.json"):
+    with pytest.raises(DatasetError, match=r"holds no package/\w+\.json"):
         lay_out("emoji-64", tarballs, tmp_path / "set")
 
 

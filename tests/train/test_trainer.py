@@ -131,6 +131,21 @@ def test_a_tokenizer_goes_on_with_the_codes_it_was_given(images: Path, runs: Pat
         assert torch.allclose(now, before, rtol=0, atol=1e-6) == (name == "trained")
 
 
+def test_the_decoder_trains_alone_and_images_keep_their_tokens(
+    images: Path, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*"--decoder-only --steps 3 --lr 1e-3 --warmup 0 --ema 0.5".split(), *TOKENIZER]
+    flags += "--adversarial 0.5 --critic-width 8".split()
+    assert train("vqvae", images, tmp_path / "run", *flags, "--init", str(runs / "vqvae")) == 0
+    now, before = (checkpoint.load(path).vqvae for path in (tmp_path / "run", runs / "vqvae"))
+    for name, p in before.named_parameters():
+        kept = name.startswith(("encoder.", "quant_conv.", "quantizer."))
+        assert torch.equal(now.get_parameter(name), p) == kept, name
+    assert "codes_used" not in {key for record in records(tmp_path / "run") for key in record}
+    assert train("vqvae", images, tmp_path / "none", *flags) == 2
+    assert "--init" in capsys.readouterr().err
+
+
 def interrupted(stage: str, images: Path, output: Path, at: int, *flags: str) -> None:
     """A run that goes down at step `at`."""
     step = Trainer._train_step
@@ -249,6 +264,38 @@ def test_a_run_starts_from_the_weights_of_another(
     wide = ["--base", str(runs / "var"), "--encoder-widths", "8,8,32", "--steps", "1", "--init", str(runs / "car")]
     assert train("car", images, tmp_path / "y", *wide) == 2
     assert "other sizes" in capsys.readouterr().err
+
+
+def test_a_base_starts_from_one_of_other_scales_and_classes(runs: Path, images: Path, tmp_path: Path) -> None:
+    """Positions are resized, classes found by name, the rest is taken as it is."""
+    shutil.copytree(images, tmp_path / "images")
+    (tmp_path / "images" / "disc").rename(tmp_path / "images" / "ball")
+    sides = "1,2,3,8"
+    scales = [sides if flag == "1,2,4" else flag for flag in TOKENIZER]
+    start = ["--init", str(runs / "vqvae"), *"--decoder-only --steps 1 --lr 1e-12".split()]
+    assert train("vqvae", images, tmp_path / "vqvae", *scales, *start) == 0
+    flags = ["--vqvae", str(tmp_path / "vqvae"), *"--depth 2 --width 32 --heads 2 --steps 1 --lr 1e-12".split()]
+    flags += ["--init", str(runs / "var"), "--no-token-cache"]
+    assert train("var", tmp_path / "images", tmp_path / "run", *flags) == 0
+    started, source = (checkpoint.load(path) for path in (tmp_path / "run", runs / "var"))
+    assert started.car is not None
+    assert source.car is not None
+    mine, theirs = started.car.base, source.car.base
+    for name, p in theirs.named_parameters():
+        if name not in ("pos_LC", "level_KC", "class_embedding.weight"):
+            torch.testing.assert_close(mine.get_parameter(name), p, atol=1e-6, rtol=0)
+    ball, bar, none = mine.class_embedding.weight
+    close = {"atol": 1e-6, "rtol": 0}
+    torch.testing.assert_close(bar, theirs.class_embedding.weight[0], **close)
+    torch.testing.assert_close(ball, theirs.class_embedding.weight[-1], **close)
+    torch.testing.assert_close(none, theirs.class_embedding.weight[-1], **close)
+    # Sides 1 and 2 as they were; 3 and 8 of side 4, which is nearer to 3 than 2 is.
+    torch.testing.assert_close(mine.level_KC, theirs.level_KC[[0, 1, 2, 2]], **close)
+    torch.testing.assert_close(mine.pos_LC[:5], theirs.pos_LC[:5], **close)
+    grid = theirs.pos_LC[5:].T.reshape(1, -1, 4, 4)
+    for side, own in ((3, mine.pos_LC[5:14]), (8, mine.pos_LC[14:])):
+        resized = torch.nn.functional.interpolate(grid, size=(side, side), mode="bicubic")
+        torch.testing.assert_close(own, resized[0].flatten(1).T, **close)
 
 
 def test_some_classes_train_and_the_others_are_left(runs: Path, images: Path, tmp_path: Path) -> None:
