@@ -35,10 +35,10 @@ from car_train.model import Model
 
 
 class Stored:
-    """The parameters in a plan's table, base and default branch, by their names in a checkpoint."""
+    """The parameters in a plan's table, base and one branch, by their names in a checkpoint."""
 
-    def __init__(self, manifest: Manifest) -> None:
-        own = f"branches.{manifest.model.default_branch}."
+    def __init__(self, manifest: Manifest, branch: str | None) -> None:
+        own = f"branches.{branch}."
         self._entries = manifest.parameters
         self.names = {
             name if name.startswith("vqvae.") else "car." + re.sub(rf"^{re.escape(own)}", "branch.", name): name
@@ -58,15 +58,18 @@ class Stored:
         return 1 + max((int(match[1]) for name in self.names if (match := re.match(pattern, name))), default=-1)
 
 
-def plan_model(path: Path) -> Model:
-    """The model of a plan with its default branch, float32, frozen and in eval mode.
+def plan_model(path: Path, branch: str | None = None) -> Model:
+    """The model of a plan with one branch (None: the default one, if any), float32, frozen and in eval mode.
 
     Raises BenchmarkError for what is no plan of format 2 in float32 or float16.
     """
     try:
         manifest = read_manifest(path)
-        parameters, stored = plan_parameters(manifest, path), Stored(manifest)
-        config = config_of(manifest, stored)
+        branch = manifest.model.default_branch if branch is None else branch
+        if branch is not None and branch not in manifest.model.branches:
+            raise BenchmarkError(f"{path} has no branch {branch!r}; choose of: {', '.join(manifest.model.branches)}")
+        parameters, stored = plan_parameters(manifest, path), Stored(manifest, branch)
+        config = config_of(manifest, stored, branch)
         with torch.device("meta"):
             model = Model(config)
         values = {}
@@ -80,11 +83,11 @@ def plan_model(path: Path) -> Model:
     return model.requires_grad_(False).eval()
 
 
-def config_of(manifest: Manifest, stored: Stored) -> ModelConfig:
+def config_of(manifest: Manifest, stored: Stored, branch: str | None) -> ModelConfig:
     """The config of a plan's model, as far as the shapes of its parameters and its manifest show it."""
     facts = manifest.model
     vqvae, var = base_config(manifest, stored)
-    car = None if facts.default_branch is None else _branch(manifest, facts.default_branch, stored)
+    car = None if branch is None else _branch(manifest, branch, stored)
     return ModelConfig(vqvae=vqvae, var=var, car=car, class_names=facts.class_names)
 
 
@@ -103,12 +106,13 @@ def _branch(manifest: Manifest, name: str, stored: Stored) -> CARConfig:
 
 
 def run(args: argparse.Namespace, log: Log) -> None:
-    print(checkpoint.save(plan_model(args.plan or default_plan()), args.output))
+    print(checkpoint.save(plan_model(args.plan or default_plan(), args.branch), args.output))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser("from_plan", __doc__)
     parser.add_argument("plan", type=Path, nargs="?", help="plan directory (default: the shipped one)")
+    parser.add_argument("--branch", metavar="NAME", help="of a plan with several (default: its default branch)")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the checkpoint, a folder")
     return parser.parse_args(argv)
 

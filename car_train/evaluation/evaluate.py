@@ -170,7 +170,7 @@ def evaluate(
         "options": {
             "seed": options.seed,
             **asdict(options.sampling(run.config.vocab)),
-            **{k: getattr(options, k) for k in ("batch", "limit", "per_class")},
+            **{k: getattr(options, k) for k in ("batch", "limit", "per_class", "tolerance")},
         },
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
         **run.report(data.class_names),
@@ -281,8 +281,15 @@ def _check(args: argparse.Namespace, options: EvalOptions, drawn: bool) -> None:
         require(
             args.sheet is None, f"--sheet {args.sheet} shows held-out images; leave it out with --samples or a plan"
         )
+        require(
+            options.branch is None or is_plan(options.checkpoint),
+            f"--branch {options.branch} is of a plan; a checkpoint has one branch, leave it out",
+        )
         require(options.limit == 0, f"--limit {options.limit} is of held-out images; give --per-class N")
         return
+    require(
+        options.branch is None, f"--branch {options.branch} is of a plan; a checkpoint has one branch, leave it out"
+    )
     for name in ("reference", "reject", "resume"):
         require(
             not getattr(options, name), f"--{name} is of images that are drawn by class; give --samples FILE.npz too"

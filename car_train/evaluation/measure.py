@@ -152,7 +152,7 @@ class Measurements:
                     pairs["shuffled"] = (self.previous, found["generated"][i])
                     self.previous = given
                 for name, pair in pairs.items():
-                    for measure, error in control_errors(self.convention, *pair).items():
+                    for measure, error in control_errors(self.convention, *pair, self.options.tolerance).items():
                         self._column(f"{name}/{measure}", [error])
 
     def _column(self, name: str, values: Sequence[float] | Floats) -> None:

@@ -189,14 +189,16 @@ def _squared_distances(a_ND: Floats, b_MD: Floats) -> Iterator[Floats]:
 # --- control images -------------------------------------------------------------------------------------------------
 
 
-def control_errors(control: str | ControlConvention, given: Pixels, found: Pixels) -> dict[str, float]:
+def control_errors(
+    control: str | ControlConvention, given: Pixels, found: Pixels, tolerance: int = 1
+) -> dict[str, float]:
     """How far the control of an image is from the one that was asked for (CAR section 4).
 
     control: a convention or the name of a preset. given, found: uint8 [H, W, 3].
 
-    canny:        precision, recall and f1 of the white pixels, with a tolerance of one pixel.
+    canny:        precision, recall and f1 of the white pixels, each matched within `tolerance` pixels (`edge_f1`).
     hed, sketch:  mae and mse of the values in [0, 1]; precision, recall and f1 of the edges (from grey level 128; of
-                  dark lines, 255 minus that), with a tolerance of one pixel.
+                  dark lines, 255 minus that), matched likewise.
     depth:        mae and rmse of the values in [0, 1]; rmse_aligned after the best scale and shift.
     normal:       degrees, the mean angle between the normals; degrees_object, the same where the given normal does
                   not look straight at the viewer (as a flat ground does); NaN where it does so everywhere.
@@ -216,7 +218,7 @@ def control_errors(control: str | ControlConvention, given: Pixels, found: Pixel
     marked = [
         (255 - x[..., 0] if how.polarity == "dark-on-light" else x[..., 0]) >= EDGE_LEVEL for x in (given, found)
     ]
-    precision, recall, f1 = edge_f1(marked[0], marked[1])
+    precision, recall, f1 = edge_f1(marked[0], marked[1], tolerance)
     scores = {"precision": precision, "recall": recall, "f1": f1}
     return scores if control_type == "canny" else {**errors, **scores}
 

@@ -60,6 +60,10 @@ class EvalOptions:
     reject: float = option(
         0.0, "draw 1/(1 - P) times as many and drop the share P that a classifier trusts least", metavar="P"
     )
+    branch: str | None = option(None, "branch of a plan (default: the plan's own default)", metavar="NAME")
+    tolerance: int = option(
+        1, "pixels in x and in y by which a drawn edge may be off and still counts", metavar="PIXELS"
+    )
     tokenizer: bool = option(False, "the tokenizer alone, with a perceptual distance and the legibility of text")
     processes: int = option(1, "processes that draw")
     resume: bool = option(False, "go on with the images that a stopped evaluation has drawn")
@@ -75,7 +79,7 @@ class EvalOptions:
         require(self.preset in PRESETS, f"no preset {self.preset!r}; choose one of: {', '.join(PRESETS)}")
         require(self.processes >= 1, f"processes is {self.processes}; it must be at least 1")
         require(0 <= self.reject < 1, f"reject is {self.reject}; it must be at least 0 and below 1")
-        for name in ("limit", "per_class", "seed", "top_k", "threads"):
+        for name in ("limit", "per_class", "seed", "top_k", "threads", "tolerance"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"{name} is {value}; it must be at least 0")
         require(self.cfg is None or 0 <= self.cfg < math.inf, f"cfg is {self.cfg}; it must be a number from 0")

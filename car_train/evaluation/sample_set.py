@@ -104,7 +104,7 @@ def choose(target: Target, labels: Sequence[int], options: EvalOptions, folder: 
         for k in range(count):
             owner = real[label][k % len(real[label])] if real[label] else -1
             control = str(folder / "controls" / f"{owner}.png") if target.control_type is not None else None
-            requests.append({"control": control, "class": label, "seed": options.seed + len(requests)})
+            requests.append({target.control_key: control, "class": label, "seed": options.seed + len(requests)})
             chosen.append(label)
             owners.append(owner)
     require(
@@ -204,6 +204,8 @@ def evaluate_samples(
             "seed": options.seed,
             "per_class": plan.per_class,
             "reject": options.reject,
+            "branch": options.branch,
+            "tolerance": options.tolerance,
             **asdict(target.sampling),
             "backend": options.backend if target.kind == "plan" else None,
             "processes": options.processes,
@@ -221,6 +223,7 @@ def _settings(target: Target, options: EvalOptions, real: RealImages) -> dict[st
         "digests": target.digests,
         "sampling": asdict(target.sampling),
         "backend": options.backend if target.kind == "plan" else options.device,
+        "branch": options.branch,
         "data": None if real.data is None else real.data.fingerprint(),
         **{k: getattr(options, k) for k in ("classes", "per_class", "reject", "seed", "fit", "split")},
     }
@@ -345,7 +348,7 @@ def _followed(
             for i, map_found in zip(places, found, strict=True):
                 labels.append(int(plan.labels[i]))
                 for source, request in (("generated", plan.requests[i]), ("shuffled", plan.requests[others[i]])):
-                    errors = control_errors(target.convention, _map(request), map_found)
+                    errors = control_errors(target.convention, _map(target, request), map_found, options.tolerance)
                     for measure, error in errors.items():
                         rows[source][measure].append(error)
             place += len(images)
@@ -363,8 +366,8 @@ def _followed(
     return report, classes
 
 
-def _map(request: Request) -> Pixels:
-    with Image.open(request["control"], formats=["PNG"]) as opened:
+def _map(target: Target, request: Request) -> Pixels:
+    with Image.open(request[target.control_key], formats=["PNG"]) as opened:
         return np.asarray(opened.convert("RGB"))
 
 

@@ -43,6 +43,8 @@ class Target:
     """How its control maps are made; None without a control branch."""
     sampling: Sampling
     """What the options come to for it."""
+    control_key: str = "control"
+    """What a request calls its control image."""
     command: tuple[str, ...]
     """Takes a file of requests, `-o DIR` and `--threads N` (`car_train.evaluation.requests`)."""
 
@@ -103,7 +105,8 @@ def _plan(options: EvalOptions) -> Target:
             vocab=vocab,
             classes=_size(model, "classes"),
             class_names=None if names is None else tuple(names),
-            convention=_convention(model),
+            convention=_convention(model, options.branch),
+            control_key="control" if options.branch is None else f"control:{options.branch}",
             sampling=sampling,
             command=(sys.executable, "-m", "car_runtime", "batch", *flags),
         )
@@ -123,9 +126,14 @@ def _size(model: Mapping[str, Any], name: str) -> int:
     return size
 
 
-def _convention(model: Mapping[str, Any]) -> ControlConvention | None:
-    """How the maps of a plan are made; of format 2, of its default branch; None without control."""
-    branch = model["branches"][model["default_branch"]] if model.get("branches") else model
+def _convention(model: Mapping[str, Any], name: str | None) -> ControlConvention | None:
+    """How the maps of a plan are made; of format 2, of one branch, the default one if None; None without control."""
+    branches = model.get("branches") or {}
+    require(
+        name is None or name in branches,
+        f"the plan has no branch {name!r}; choose one of: {', '.join(map(str, branches)) or 'none'}",
+    )
+    branch = branches[name or model["default_branch"]] if branches else model
     control_type, stated = branch.get("control_type"), branch.get("control_convention")
     if control_type is None:
         return None

@@ -16,6 +16,7 @@ from car_train import checkpoint
 from car_train.model.sample import sample
 from fixtures.small import small_model
 from fixtures.small_plans import small_plan
+from fixtures.two_branches import two_branches
 
 
 def test_the_checkpoint_is_the_one_that_was_exported(tmp_path: Path) -> None:
@@ -43,3 +44,14 @@ def test_what_is_no_plan_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main([str(tmp_path), "-o", str(tmp_path / "made")]) == 2
     assert "manifest.json" in capsys.readouterr().err
     assert not (tmp_path / "made").exists()
+
+
+def test_any_branch_of_a_plan_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = two_branches()
+    assert main([str(plan), "--branch", "other", "-o", str(tmp_path / "made")]) == 0
+    made, exported = (checkpoint.load(path).state_dict() for path in (tmp_path / "made", plan.parent / "other"))
+    assert all(torch.equal(tensor, exported[name]) for name, tensor in made.items())
+    default = checkpoint.load(plan.parent / "one").state_dict()
+    assert not all(torch.equal(tensor, default[name]) for name, tensor in made.items())
+    assert main([str(plan), "--branch", "third", "-o", str(tmp_path / "third")]) == 2
+    assert "no branch 'third'; choose of: sketch, other" in capsys.readouterr().err

@@ -211,6 +211,8 @@ def test_tolerance_reaches_diagonally_and_can_be_none() -> None:
     a[2, 2] = b[3, 3] = True
     assert edge_f1(a, b)[2] == 1
     assert edge_f1(a, b, tolerance=0)[2] == 0
+    given, found = (np.repeat(x[..., None], 3, 2).astype(np.uint8) * 255 for x in (a, b))
+    assert [control_errors("canny", given, found, tolerance)["f1"] for tolerance in (0, 1)] == [0, 1]
 
 
 def test_aligned_depth_forgives_scale_and_shift_and_nothing_else() -> None:

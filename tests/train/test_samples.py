@@ -33,6 +33,7 @@ from car_train.model import Model
 from car_train.model.sample import control_pyramid, sample
 from fixtures.small import small_model
 from fixtures.small_plans import small_plan
+from fixtures.two_branches import two_branches
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
 
@@ -127,6 +128,26 @@ def test_each_class_has_n_images_and_each_is_that_of_its_seed_and_control(
         assert report["classes"][name]["generated_mae"] == pytest.approx(np.mean(errors[4 * label : 4 * label + 4]))
     assert report["control"]["shuffled"]["mae"] != report["control"]["generated"]["mae"]
     assert {"floor", "generated"} < set(report["distribution"])
+
+
+def test_any_branch_of_a_plan_is_evaluated(images: Path, tmp_path: Path) -> None:
+    """Its images are those of its own checkpoint, its default branch's are others, and no name is made up."""
+    plan = two_branches()
+    few = {"per_class": 2}
+    found = {}
+    for name, path, flags in (
+        ("checkpoint", plan.parent / "other", {}),
+        ("branch", plan, {"branch": "other", "backend": "ort-cpu", "tolerance": 3}),
+        ("default", plan, {"backend": "ort-cpu"}),
+    ):
+        (tmp_path / name).mkdir()
+        found[name] = drawn(path, images, tmp_path / name, **few | flags)
+    assert np.abs(found["branch"][1].astype(int) - found["checkpoint"][1]).max() <= 1
+    assert not np.array_equal(found["branch"][1], found["default"][1])
+    assert found["branch"][0]["options"]["branch"] == "other"
+    assert found["branch"][0]["options"]["tolerance"] == 3
+    with pytest.raises(EvaluationError, match=r"'none'.*sketch, other"):
+        open_target(options(plan, images, branch="none"))
 
 
 def test_a_plan_gives_the_images_of_its_checkpoint(sketched: Any, images: Path, tmp_path: Path) -> None:
