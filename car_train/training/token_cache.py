@@ -5,8 +5,8 @@ int64 [N], and `tokens.json`. A view is one augmentation of all images: view v i
 `ControlledImages` shows (mirrored or not, moved, zoomed), and epoch e of training reads view e mod `views`. Controls
 made on the fly follow the same augmentation.
 
-What a cache depends on (tokenizer weights, images, size, seed, views, precision) is hashed into its name, so it
-is never stale and all runs on one tokenizer share it.
+What a cache depends on (weights of the encoder and codes, images, size, seed, views, precision) is hashed into its
+name, so it is never stale and all runs on one tokenizer share it, whatever its decoder.
 """
 
 from __future__ import annotations
@@ -88,6 +88,8 @@ def identity(images: ControlledImages, vqvae: VQVAE, views: int, precision: str)
     """What the tokens follow from; its hash names the cache."""
     weights = hashlib.sha256()
     for name, tensor in sorted(vqvae.state_dict().items()):
+        if name.startswith(("decoder.", "post_quant_conv.")):
+            continue  # see no image
         weights.update(name.encode())
         weights.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return {

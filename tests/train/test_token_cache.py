@@ -73,7 +73,10 @@ def test_a_cache_is_made_once(image_folder: Path, tmp_path: Path) -> None:
     def never(_: torch.Tensor) -> list[torch.Tensor]:
         raise AssertionError("encoded twice")
 
-    # Another control type, or none: the same tokens.
+    # Another decoder, another control type, or none: the same tokens.
+    with torch.no_grad():
+        vqvae.decoder.conv_out.get_parameter("bias").add_(1)
+        vqvae.post_quant_conv.get_parameter("bias").add_(1)
     cache = open_cache(images(image_folder, control_type="hed"), vqvae, views=2, root=root, encode=never)
     assert cache.views == 2
     assert len(list(root.iterdir())) == 1
