@@ -33,6 +33,7 @@ import argparse
 import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -238,17 +239,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate, write what was asked for, print the result."""
-    for file, suffix in ((args.output, ".json"), (args.sheet, ".png"), (args.samples, ".npz")):
-        require(
-            file is None or (file.suffix.lower() == suffix and file.absolute().parent.is_dir()),
-            f"can't write {file}; give a {suffix} in a folder that exists",
-        )
+    for file, suffix in ((args.output, ".json"), (args.sheet, ".png")):
+        if file is not None:
+            _check_writable(file, suffix)
     options = EvalOptions(checkpoint=args.checkpoint, baseline=args.baseline, **given(args, EvalOptions))
     drawn = options.samples is not None or is_plan(options.checkpoint)
     _check(args, options, drawn)
     if options.threads:
         torch.set_num_threads(options.threads)
         cv2.setNumThreads(options.threads)
+    samples = options.samples or (args.output or Path("report.json")).with_name("samples.npz")
+    if drawn:
+        _check_writable(samples, ".npz")
     target = open_target(options) if drawn else None
     features = None
     if args.features != "none":
@@ -257,7 +259,6 @@ def run(args: argparse.Namespace) -> None:
         )
     inception = Inception(args.inception, args.device, spatial=drawn) if args.inception else None
     if target is not None:
-        samples = options.samples or Path("samples.npz")
         report = _finite(evaluate_samples(target, options, samples, features=features, inception=inception))
     else:
         perceptual = None
@@ -269,6 +270,17 @@ def run(args: argparse.Namespace) -> None:
     print(printable_lines(table(report)), file=sys.stderr if args.json else sys.stdout)
     if args.json:
         print(json.dumps(report, indent=2, allow_nan=False))
+
+
+def _check_writable(file: Path, suffix: str) -> None:
+    """Nobody wants to learn after hours that a file can't be written. Raises EvaluationError."""
+    why = "" if file.suffix.lower() == suffix else f"it does not end with {suffix}"
+    why = why or ("it is a folder" if file.is_dir() else "")
+    try:
+        tempfile.TemporaryFile(dir=file.absolute().parent).close()
+    except OSError as error:
+        why = why or str(error.strerror)
+    require(not why, f"can't write {file}: {why}; give a {suffix} in a folder that exists and can be written to")
 
 
 def _check(args: argparse.Namespace, options: EvalOptions, drawn: bool) -> None:
