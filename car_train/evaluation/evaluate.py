@@ -33,7 +33,6 @@ import argparse
 import json
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -59,7 +58,7 @@ from car_train.evaluation.options import EvalOptions, require
 from car_train.evaluation.sample_set import evaluate_samples
 from car_train.evaluation.table import table
 from car_train.evaluation.targets import is_plan, open_target
-from car_train.files import write_text
+from car_train.files import check_writable, write_text
 from car_train.flags import add_flags, given
 from car_train.images import contact_sheet, save_png, to_pixels
 from car_train.model import Model
@@ -241,7 +240,7 @@ def run(args: argparse.Namespace) -> None:
     """Evaluate, write what was asked for, print the result."""
     for file, suffix in ((args.output, ".json"), (args.sheet, ".png")):
         if file is not None:
-            _check_writable(file, suffix)
+            check_writable(file, suffix)
     options = EvalOptions(checkpoint=args.checkpoint, baseline=args.baseline, **given(args, EvalOptions))
     drawn = options.samples is not None or is_plan(options.checkpoint)
     _check(args, options, drawn)
@@ -250,7 +249,7 @@ def run(args: argparse.Namespace) -> None:
         cv2.setNumThreads(options.threads)
     samples = options.samples or (args.output or Path("report.json")).with_name("samples.npz")
     if drawn:
-        _check_writable(samples, ".npz")
+        check_writable(samples, ".npz")
     target = open_target(options) if drawn else None
     features = None
     if args.features != "none":
@@ -270,17 +269,6 @@ def run(args: argparse.Namespace) -> None:
     print(printable_lines(table(report)), file=sys.stderr if args.json else sys.stdout)
     if args.json:
         print(json.dumps(report, indent=2, allow_nan=False))
-
-
-def _check_writable(file: Path, suffix: str) -> None:
-    """Nobody wants to learn after hours that a file can't be written. Raises EvaluationError."""
-    why = "" if file.suffix.lower() == suffix else f"it does not end with {suffix}"
-    why = why or ("it is a folder" if file.is_dir() else "")
-    try:
-        tempfile.TemporaryFile(dir=file.absolute().parent).close()
-    except OSError as error:
-        why = why or str(error.strerror)
-    require(not why, f"can't write {file}: {why}; give a {suffix} in a folder that exists and can be written to")
 
 
 def _check(args: argparse.Namespace, options: EvalOptions, drawn: bool) -> None:

@@ -23,6 +23,7 @@ from car_train import checkpoint
 from car_train.data.controls import make_control
 from car_train.data.dataset import ControlledImages
 from car_train.data.folder import split_of
+from car_train.errors import UserError
 from car_train.evaluation import evaluate, sample_set, sets
 from car_train.evaluation.draw import Drawing, drawing
 from car_train.evaluation.features import Inception, import_torch_fidelity
@@ -531,7 +532,7 @@ def test_what_cannot_be_done_is_said_with_a_remedy(
     given: list[object] = [names.get(a, small_plan("steered") if a == "PLAN" else a) for a in argv]
     if "--samples" not in argv and "PLAN" in argv:
         given += ["--samples", tmp_path / "s.npz"]
-    with pytest.raises(EvaluationError, match=words):
+    with pytest.raises(UserError, match=words):
         run("--features", "none", *given)
     assert [p.name for p in tmp_path.iterdir()] == ["folder.npz"]
 
