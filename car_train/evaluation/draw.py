@@ -1,6 +1,6 @@
 """Drawing the images of an evaluation in processes of their own; a stopped one goes on from what is drawn.
 
-Next to samples.npz stands the folder `.samples.npz.parts` until all images are drawn:
+Next to samples.npz stands the folder `.samples.npz.parts` until all is measured; one without an image goes at once:
 
     settings.json      what they depend on: an evaluation with `--resume` and other settings is refused
     controls/7.png     the control of real image 7
@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 from car_train.evaluation.options import EvaluationError, require
 from car_train.evaluation.targets import Target, first_error
-from car_train.files import write_text, written_aside
+from car_train.files import one_writer, write_text, written_aside
+from car_train.streams import ending_with_this_process
 
 BATCH = 32
 """Images that are read at once."""
@@ -39,12 +40,33 @@ Pixels = NDArray[np.uint8]
 Request = dict[str, Any]
 
 
+def parts_of(samples: Path) -> Path:
+    return samples.parent / f".{samples.name}.parts"
+
+
+@contextmanager
+def drawing(samples: Path, settings: dict[str, Any], requests: Sequence[Request], resume: bool) -> Iterator[Drawing]:
+    """A Drawing that no other process draws at the same time, and that leaves no folder but for `resume`.
+
+    Raises BusyError.
+    """
+    with one_writer(samples):
+        parts = Drawing(samples, settings, requests, resume)
+        try:
+            yield parts
+        except BaseException:
+            if not any(parts.images_folder.iterdir()):
+                parts.remove()
+            raise
+        parts.remove()
+
+
 class Drawing:
     """The images of one evaluation, in a folder."""
 
     def __init__(self, samples: Path, settings: dict[str, Any], requests: Sequence[Request], resume: bool):
         """The folder is emptied, or with `resume` taken over. Raises EvaluationError for one of other settings."""
-        self.folder = samples.parent / f".{samples.name}.parts"
+        self.folder = parts_of(samples)
         self.images_folder = self.folder / "images"
         self.requests = requests
         text = json.dumps(settings, indent=1, sort_keys=True) + "\n"
@@ -108,7 +130,7 @@ class Drawing:
 
     def _gather(self) -> None:
         """Move what processes have drawn to where it belongs."""
-        for folder in self.folder.glob("process-*/"):
+        for folder in [path for path in self.folder.glob("process-*") if path.is_dir()]:
             for image in folder.glob("*.png"):
                 os.replace(image, self.images_folder / image.name)
             shutil.rmtree(folder)
@@ -126,7 +148,11 @@ class Drawing:
                 errors = jobs.with_suffix(".log")
                 with errors.open("w", encoding="utf-8") as stderr:
                     process = subprocess.Popen(
-                        command, stdout=subprocess.DEVNULL, stderr=stderr, text=True, env=environment
+                        ending_with_this_process(command),
+                        stdout=subprocess.DEVNULL,
+                        stderr=stderr,
+                        text=True,
+                        env=environment,
                     )
                 running.append((process, errors))
             _watch(target, running, self.folder, bar)
