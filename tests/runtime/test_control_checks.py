@@ -151,14 +151,14 @@ def plan() -> Any:
 
 def test_a_large_control_draws_what_it_draws_at_the_models_size(plan: Plan) -> None:
     large = strokes(0, 255, width=40, size=1024)
-    small = large.resize((64, 64), Image.Resampling.LANCZOS)
+    small = large.resize((128, 128), Image.Resampling.LANCZOS)
     assert (plan.generate(large, 8).tokens == plan.generate(small, 8).tokens).all()
 
 
 def test_encoding_keeps_the_aspect(plan: Plan) -> None:
     wide = photo((256, 192))
-    middle = ImageOps.fit(wide, (192, 192)).resize((64, 64), Image.Resampling.LANCZOS)
-    stretched = wide.resize((64, 64), Image.Resampling.LANCZOS)
+    middle = ImageOps.fit(wide, (192, 192)).resize((128, 128), Image.Resampling.LANCZOS)
+    stretched = wide.resize((128, 128), Image.Resampling.LANCZOS)
     assert (plan.encode(wide) == plan.encode(middle)).all()
     assert (plan.encode(wide, fit="stretch") == plan.encode(stretched)).all()
     assert not (plan.encode(wide, fit="pad") == plan.encode(stretched)).all()
