@@ -16,7 +16,8 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from car_runtime import open_plan
-from fixtures.serving import ROOT, body, image64
+from car_runtime.format.manifest import read_manifest
+from fixtures.serving import ROOT, SHIPPED, body, image64
 from fixtures.studio import HEART, SCALES, SIZE, Studio, pixels
 
 
@@ -107,30 +108,28 @@ def test_a_new_user_draws_changes_branches_in_paints_and_finds_it_all_again(stud
     assert is_a_heart(studio.shown())
 
 
-def test_every_kind_of_control_has_an_example_that_follows_it(studio: Studio, server: Any) -> None:
-    """A reload, a copy of the history and a PNG that was saved know the kind, too."""
-    page = studio.page
-    kinds = [
-        option["value"]
-        for option in page.eval_on_selector_all("#follows option", "all => all.map(({ value }) => ({ value }))")
-    ]
-    assert kinds == list(server.service.plans[0].manifest.model.branches)
-    buttons = page.locator("#examples button").count()
-    assert buttons == len(kinds)
-    for i in range(buttons):
-        page.click(f"#examples button >> nth={i}")
+def test_every_kind_of_control_has_an_example_that_follows_it(studio: Studio, tmp_path: Path) -> None:
+    """A reload, the history and a PNG that is brought know the kind, too."""
+    page, follows = studio.page, "document.querySelector('#follows').value"
+    kinds = page.eval_on_selector_all("#follows option", "all => all.map(({ value }) => value)")
+    assert kinds == list(read_manifest(SHIPPED).model.branches)
+    assert page.locator("#examples button").count() == len(kinds)
+    for i in range(len(kinds)):
+        page.evaluate("i => document.querySelectorAll('#examples button')[i].click()", i)
         studio.done(i + 1)
-        page.click("#clear")
-    sent = [body["control"] for body in studio.bodies]
-    assert isinstance(sent[0], str)
-    assert {next(iter(control)) for control in sent[1:]} == set(kinds[1:])
-    follows = page.input_value("#follows")
-    assert follows == next(iter(sent[-1]))
-    page.wait_for_timeout(300)
+    first, *others = [body["control"] for body in studio.bodies]
+    assert isinstance(first, str)
+    named = [next(iter(control)) for control in others]
+    assert set(named) == set(kinds[1:])
+    page.wait_for_timeout(500)  # the pad is kept 200 ms after it changed
     studio.open()
-    assert page.input_value("#follows") == follows
+    assert page.evaluate(follows) == named[-1]
     page.locator("#history [aria-label^=Show]").last.click()
-    page.wait_for_function("() => document.querySelector('#follows').value === 'canny'")
+    page.wait_for_function(f"() => {follows} === {kinds[0]!r}")
+    (tmp_path / "a.png").write_bytes(base64.b64decode(studio.stored()[0]["images"][0]["png"]))
+    page.set_input_files("#file", str(tmp_path / "a.png"))
+    page.wait_for_function("() => document.querySelector('#pad-note').textContent.includes('Restored')")
+    assert page.evaluate(follows) == named[-1]
 
 
 def test_a_stroke_may_start_on_an_example(studio: Studio) -> None:

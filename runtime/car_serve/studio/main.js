@@ -37,7 +37,7 @@ function request() {
 }
 
 // An image for the branch that is followed, the plan's default branch without its name.
-const named = (image) => ($("follows").value === plan.controls[0]?.type ? image : { [$("follows").value]: image });
+const named = (image) => ($("follows").value === (plan.controls[0]?.type ?? "") ? image : { [$("follows").value]: image });
 
 async function draw() {
   note("message");
@@ -482,9 +482,12 @@ function listen() {
   pad.addEventListener("stroke", () => {
     rest();
     clearTimeout(saving);
-    saving = setTimeout(() => $("pad").toBlob((blob) => store.keep("pad", blob).catch(() => {})), 200);
+    saving = setTimeout(() => {
+      store.keep("follows", $("follows").value).catch(() => {});
+      $("pad").toBlob((blob) => store.keep("pad", blob).catch(() => {}));
+    }, 200);
   });
-  form.addEventListener("change", () => { store.keep("form", { ...form.values(), follows: $("follows").value }).catch(() => {}); rest(); });
+  form.addEventListener("change", () => { store.keep("form", form.values()).catch(() => {}); rest(); });
   $("follows").addEventListener("change", () => follow($("follows").value));
   $("controls").addEventListener("submit", (event) => { event.preventDefault(); running && running.kind !== "draft" ? stopped() : draw(); });
   $("live").addEventListener("change", warmUp);
@@ -585,8 +588,8 @@ async function start() {
   listen();
   await store.open();
   results = await store.list();
-  const [drawing, settings] = [await store.kept("pad"), await store.kept("form")];
-  if (settings?.follows) follow(settings.follows);
+  const [drawing, kind, settings] = [await store.kept("pad"), await store.kept("follows"), await store.kept("form")];
+  if (kind) follow(kind);
   if (settings) form.set({ cfg_scales: "", control_scales: "", class: "", ...settings });
   if (drawing) {
     const image = await createImageBitmap(drawing);
