@@ -7,11 +7,13 @@ PYTHON ?= python3
 # pip command as the package: installed later, the resolver would already have taken the newest one.
 TORCH ?= torch==2.13.0
 
-# `make demo`: control images, and their classes in the same order (the last class serves all that are left; without
-# any: no class). DEMO_ARGS goes to car-run as it is.
-DEMO_CONTROL ?= $(sort $(wildcard examples/*.png))
-DEMO_CLASS ?= fluent-travel-places fluent-objects fluent-smileys-emotion noto-smileys-emotion twemoji-animals-nature \
-	fluent-travel-places
+# `make demo`: control images, KIND=IMAGE for another kind than Canny edges, and their classes in the same order (the last
+# class serves all that are left; without any: no class). DEMO_ARGS goes to car-run as it is.
+DEMO_CONTROL ?= $(sort $(wildcard examples/*.png)) \
+	$(foreach image,$(sort $(wildcard examples/controls/*.png)),$(basename $(notdir $(image)))=$(image))
+DEMO_CLASS ?= twemoji-travel-places fluent-objects fluent-smileys-emotion flat-animals-nature noto-smileys-emotion \
+	fluent-travel-places fluent-animals-nature noto-animals-nature twemoji-animals-nature flat-animals-nature \
+	fluent-animals-nature
 DEMO_ARGS ?= -n 4 --grid
 
 # More arguments for pytest, e.g. make test PYTEST_ARGS="-k manifest -x"
@@ -37,8 +39,12 @@ QUICK_LEFT := transformer or openvino
 # Seconds of `make fuzz` for each reader.
 FUZZ_SECONDS ?= 60
 
-# `make web`: the plan, and where its site goes. The package comes by npm, pinned; car_serve.site checks its SHA-256.
-WEB_PLAN ?= runtime/car_runtime/plans/emoji-canny.plan
+# `make web`: the plan, those of its branches that the page has, and where its site goes. Of the shipped plan these are the
+# kinds that are drawn by hand: depth and normals need a network that a page has not, and each branch is 8 MB. The package
+# comes by npm, pinned; car_serve.site checks its SHA-256.
+SHIPPED_PLAN := runtime/car_runtime/plans/emoji.plan
+WEB_PLAN ?= $(SHIPPED_PLAN)
+WEB_BRANCHES ?= $(if $(filter $(SHIPPED_PLAN),$(WEB_PLAN)),canny$(comma)sketch)
 WEB_SITE ?= out/site
 WEB_PACKAGE := onnxruntime-web
 WEB_VERSION := 1.30.0
@@ -73,7 +79,7 @@ help:
 	@echo 'make test-oldest  the runtime with the oldest packages that pyproject.toml allows (an environment of its own)'
 	@echo 'make test-comfyui  the nodes of integrations/comfyui in ComfyUI itself (an environment of its own)'
 	@echo 'make clean      remove environments, caches and builds; runs/ and out/ stay'
-	@echo 'Each command does its own set-up. Variables: PYTHON, TORCH, PYTEST_ARGS, TEST_PROCESSES, DEMO_CONTROL, DEMO_CLASS, DEMO_ARGS, WEB_PLAN, WEB_SITE.'
+	@echo 'Each command does its own set-up. Variables: PYTHON, TORCH, PYTEST_ARGS, TEST_PROCESSES, DEMO_CONTROL, DEMO_CLASS, DEMO_ARGS, WEB_PLAN, WEB_BRANCHES, WEB_SITE.'
 
 demo: $(DEMO_ENV)$(INSTALLED)
 	@if [ -z "$(strip $(DEMO_CONTROL))" ]; then \
@@ -82,7 +88,7 @@ demo: $(DEMO_ENV)$(INSTALLED)
 	@mkdir -p out
 	@set -e; set -- $(DEMO_CLASS); made=; \
 	for control in $(DEMO_CONTROL); do \
-	  output="out/$$(basename "$$control" .png).png"; \
+	  output="out/$$(basename "$${control##*=}" .png).png"; \
 	  paths=$$($(DEMO_ENV)/bin/python -m car_runtime --control "$$control" $${1:+--class "$$1"} $(DEMO_ARGS) -o "$$output"); \
 	  made="$$made$$paths "; \
 	  if [ $$# -gt 1 ]; then shift; fi; \
@@ -94,7 +100,7 @@ studio: $(STUDIO_ENV)$(INSTALLED)
 
 web: $(STUDIO_ENV)$(INSTALLED) $(WEB_ARCHIVE)
 	@mkdir -p $(dir $(WEB_SITE))
-	@$(STUDIO_ENV)/bin/python -m car_runtime plan web $(WEB_PLAN) -o $(WEB_SITE)
+	@$(STUDIO_ENV)/bin/python -m car_runtime plan web $(WEB_PLAN) $(addprefix --branches ,$(WEB_BRANCHES)) -o $(WEB_SITE)
 
 $(WEB_ARCHIVE):
 	@command -v npm >/dev/null || { echo 'make: npm was not found, which fetches $(WEB_PACKAGE); install it, on Debian and Ubuntu: apt install npm' >&2; exit 1; }

@@ -78,7 +78,7 @@ from car_runtime.request import Request, resolve
 if TYPE_CHECKING:
     from car_train.evaluation.features import FeatureNetwork
 
-EMOJI = Path("~/.cache/car/data/emoji")
+EMOJI = Path("~/.cache/car/data/emoji-128")
 """What the shipped plan was trained on, all but the held-out images."""
 SEEDS = 4
 """Behind `tokens_equal` where there are no images to generate after."""
@@ -534,7 +534,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.data is None and args.plan is None and args.model is None:
         args.data = str(EMOJI)
         if not EMOJI.expanduser().is_dir():
-            parser.error(f"there is no {EMOJI}; fetch it: python -m car_train data emoji, or give --data none")
+            parser.error(
+                f"there is no {EMOJI}; fetch it: python -m car_train data emoji --size 128, or give --data none"
+            )
     args.data = None if args.data in (None, "none") else Path(args.data)
     args.schedules = {flags: flags for flags in args.schedules or []}
     return args

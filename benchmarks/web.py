@@ -54,6 +54,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser("benchmarks.web", description="What a plan costs in a browser.")
     parser.add_argument("--plan", type=Path, help="plan folder of format 2 (default: the plan in the package)")
+    parser.add_argument("--branches", metavar="A,B", help="those of its branches that the page has (default: all)")
     parser.add_argument("--onnxruntime", type=Path, help="the npm package onnxruntime-web (see make web)")
     parser.add_argument("--images", type=int, default=12, help="images after the first (default: 12)")
     parser.add_argument("--warmup", type=int, default=6, help="images before those, not counted (default: 6)")
@@ -179,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "site"
-        size = write_site(args.plan, folder, args.onnxruntime)
+        size = write_site(args.plan, folder, args.onnxruntime, args.branches and args.branches.split(","))
         with host(folder) as address:
             found = measure(args, folder, address)
     report = {"load": [load, os.getloadavg()[0]], "cores": os.cpu_count(), "site_bytes": size}

@@ -170,7 +170,7 @@ def test_the_readme_starts_with_an_animation_of_every_scale() -> None:
     assert shown is not None
     animation = ROOT / shown[1]
     assert animation.stat().st_size <= 2**20
-    scales = read_manifest(ROOT / "runtime/car_runtime/plans/emoji-canny.plan").scales
+    scales = read_manifest(ROOT / "runtime/car_runtime/plans/emoji.plan").scales
     with Image.open(animation) as image:
         frames = image.n_frames  # type: ignore[attr-defined]
     assert frames % len(scales) == 0

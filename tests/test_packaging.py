@@ -33,7 +33,7 @@ PACKAGES = {
     "car_runtime": "runtime/car_runtime",
     "car_serve": "runtime/car_serve",
 }
-SHIPPED = ROOT / "runtime/car_runtime/plans/emoji-canny.plan"
+SHIPPED = ROOT / "runtime/car_runtime/plans/emoji.plan"
 ENGINES = ("tensorrt", "tensorrt_rtx", "cuda", "openvino")
 NOT_IN_THE_RUNTIME = ("torch", "onnx", "onnxscript", "cv2", "safetensors", *ENGINES)
 

@@ -49,7 +49,7 @@ from car_runtime.watermark import Detection, Pattern, Watermark
 
 OPENINGS = 5
 """A plan that is replaced while it is opened loses its files; its successor is opened then, so many times in all."""
-DEFAULT_PLAN = Path(__file__).parent / "plans" / "emoji-canny.plan"
+DEFAULT_PLAN = Path(__file__).parent / "plans" / "emoji.plan"
 
 
 @dataclass(frozen=True, kw_only=True)

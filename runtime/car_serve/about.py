@@ -15,8 +15,8 @@ def plan_about(manifest: Manifest) -> dict[str, Any]:
     model, K = manifest.model, len(manifest.scales)
     controls = [
         {"type": branch, "convention": None if convention is None else asdict(convention)}
-        for branch, convention in model.conventions.items()
-    ]
+        for branch, convention in sorted(model.conventions.items(), key=lambda item: item[0] != model.default_branch)
+    ]  # what a control without a name is comes first
     return {
         "name": manifest.name,
         "image_size": model.image_size,

@@ -116,7 +116,7 @@ def _no_constant(name: str) -> None:
 
 
 async def _multipart(request: Request) -> dict[str, Any]:
-    """Files become base64, "edit.mask" the field mask of edit, and texts of objects are parsed."""
+    """Files become base64, "edit.mask" the field mask of edit, "control.hed" the branch hed of control."""
     fields: dict[str, Any] = {}
     async with request.form(max_files=8, max_fields=64, max_part_size=16 * 1024 * 1024) as form:
         for name, value in form.multi_items():
@@ -126,8 +126,11 @@ async def _multipart(request: Request) -> dict[str, Any]:
                     fields.setdefault("edit", {}).update(json.loads(text))
                 except (ValueError, TypeError, RecursionError) as error:
                     raise bad_request("edit is not a JSON object; send one", "edit") from error
-            elif name.startswith("edit."):
-                fields.setdefault("edit", {})[name[5:]] = text
+            elif name.startswith(("edit.", "control.", "photo.")):
+                whole, _, part = name.partition(".")
+                if not isinstance(fields.setdefault(whole, {}), dict):
+                    raise bad_request(f"{whole} and {name[:80]} are both given; give one of them", whole)
+                fields[whole][part] = text
             else:
                 fields[name.removesuffix("[]")] = text
     return fields

@@ -1,6 +1,7 @@
 """A plan as a static site: the studio, the plan's graphs and weights, and onnxruntime-web, which runs them.
 
     car-run plan web emoji.plan -o site/
+    car-run plan web emoji.plan -o site/ --branches canny,sketch
 
 Any static host serves the folder; nothing is fetched from elsewhere, and nothing is sent (docs/web.md).
 """
@@ -11,8 +12,9 @@ import base64
 import hashlib
 import io
 import json
-import shutil
 import tarfile
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,9 @@ from car_runtime import __version__
 from car_runtime.errors import OutputError, PlanError, RequestError
 from car_runtime.format.folder import PlanFolder
 from car_runtime.format.goldens import Goldens, all_goldens_in, golden_file
-from car_runtime.format.graph_check import wide_nodes
+from car_runtime.format.graph_check import stored_weights, wide_nodes
 from car_runtime.format.hashing import verify_folder
-from car_runtime.format.manifest import MANIFEST, WEIGHTS, Manifest, manifest_in, open_plan_folder
+from car_runtime.format.manifest import WEIGHTS, Manifest, manifest_in, open_plan_folder, write_manifest
 from car_runtime.plan import DEFAULT_PLAN
 from car_runtime.receipt import plan_digest
 from car_runtime.system.files import folder_aside, one_writer, read_regular
@@ -50,39 +52,43 @@ GPU_PORTS = 8
 ARCHIVE_BYTES = MEMBER_BYTES = 64 * 1024 * 1024
 LARGE = 60_000_000
 """Bytes from which on a site takes long to load."""
+ALIGNED = 64
+"""Bytes between two pieces of weights.bin, up to which they are one."""
 CSP = (
     "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; img-src 'self' blob: data:; object-src 'none'; "
     "base-uri 'none'; form-action 'self'"
 )
 
 
-def write_site(plan: Path, output: Path, archive: Path | None = None) -> int:
+def write_site(plan: Path, output: Path, archive: Path | None = None, branches: Sequence[str] | None = None) -> int:
     """Write the site of a plan, whole or not at all, in place of an older site. Returns its bytes.
 
-    archive: the npm package `PACKAGE` as a .tgz. Raises PlanError: not of format 2, not float32; RequestError: no
-    such package; OutputError: something else is there.
+    archive: the npm package `PACKAGE` as a .tgz. branches: those of the plan that the page has, the default one among
+    them (None: all). Raises PlanError: not of format 2, not float32; RequestError: no such package or branch;
+    OutputError: something else is there.
     """
     _check_target(output)
     try:
-        engine = _engine(archive or ARCHIVE.expanduser())
-    except RuntimeError as error:
-        raise RequestError("this user has no home folder; name onnxruntime-web with --onnxruntime") from error
-    try:
         with one_writer(output), folder_aside(output) as aside, open_plan_folder(plan) as folder:
-            manifest = manifest_in(folder)
-            _check_plan(manifest)
-            names = [*sorted({manifest.graphs[name].file for name in _graphs(manifest)}), WEIGHTS]
+            whole = manifest_in(folder)
+            _check_plan(whole)
+            manifest = _of_page(whole, list(whole.model.branches) if branches is None else branches)
+            engine = _engine(archive)
+            names = sorted({graph.file for graph in manifest.graphs.values()})
             goldens = [golden_file(branch) for branch in ("", *manifest.model.branches)]
             if not manifest.files.keys() >= set(goldens):
                 goldens = []  # an older export
-            verify_folder(folder, manifest, hashes=True, names=[*names, *goldens])
-            for name in (MANIFEST, *names):
+            verify_folder(folder, whole, hashes=True, names=[*names, WEIGHTS, *goldens])
+            for name in names:
                 _copy(folder, name, aside / "plan" / name)
+            pieces = _pieces(aside / "plan", manifest)
+            _copy(folder, WEIGHTS, aside / "plan" / WEIGHTS, pieces)
+            write_manifest(aside / "plan", manifest)
             for name, content in engine.items():
                 _write(aside / "ort" / name, content)
             found = all_goldens_in(folder, manifest) if goldens else []
             _write(aside / "plan" / "goldens.json", json.dumps([_golden(one) for one in reversed(found)]))
-            _write_page(aside, manifest)
+            _write_page(aside, whole, manifest, pieces)
             return sum(path.stat().st_size for path in aside.rglob("*") if path.is_file())
     except OSError as error:
         raise OutputError(f"cannot write {str(output)!r} ({error.strerror}); choose another place") from error
@@ -98,8 +104,12 @@ def _check_target(output: Path) -> None:
         raise OutputError(f"{str(output)!r} holds other things than a site; choose a new directory")
 
 
-def _engine(archive: Path) -> dict[str, bytes]:
+def _engine(archive: Path | None) -> dict[str, bytes]:
     """The files of onnxruntime-web that a page loads, by name, and its licence. Raises RequestError."""
+    try:
+        archive = archive or ARCHIVE.expanduser()
+    except RuntimeError as error:
+        raise RequestError("this user has no home folder; name onnxruntime-web with --onnxruntime") from error
     remedy = f"fetch it with `npm pack {PACKAGE}` and name it with --onnxruntime, or run make web"
     try:
         data = read_regular(archive, ARCHIVE_BYTES)
@@ -129,12 +139,49 @@ def _check_plan(manifest: Manifest) -> None:
         )
 
 
+def _of_page(manifest: Manifest, names: Sequence[str]) -> Manifest:
+    """The manifest of a page that has these branches of the plan. Raises RequestError."""
+    model = manifest.model
+    for name in names:
+        if name not in model.branches:
+            known = ", ".join(model.branches) or "none"
+            raise RequestError(f"the plan {manifest.name!r} has no branch {name[:120]!r}; name some of: {known}")
+    branches = {name: branch for name, branch in model.branches.items() if name in names}
+    if model.default_branch not in [None, *branches]:
+        raise RequestError(f"the page would lack {model.default_branch!r}, the plan's default branch; name it, too")
+    gone = tuple(f"branches.{name}." for name in model.branches if name not in names)
+    page = replace(
+        manifest,
+        model=replace(model, branches=branches),
+        parameters={name: one for name, one in manifest.parameters.items() if not name.startswith(gone)},
+    )
+    return replace(page, graphs={name: manifest.graphs[name] for name in _graphs(page)})
+
+
 def _graphs(manifest: Manifest) -> list[str]:
     """The graphs that a page runs: those without a fixed batch."""
     branches = manifest.model.branches
     wanted = {"step", "condition", "decoder", "encoder"}
     wanted |= {f"{kind}.{branch}" for kind in ("condition", "control", "branch") for branch in branches}
     return sorted(wanted & manifest.graphs.keys())
+
+
+def _pieces(root: Path, manifest: Manifest) -> list[tuple[int, int]]:
+    """Offset and length of what a page reads of weights.bin, in order: a site has nothing else of it.
+
+    root: where the graphs are that it runs.
+    """
+    graphs = [(root / graph.file).read_bytes() for graph in manifest.graphs.values()]
+    held = [(one.offset, one.bytes) for graph in graphs for one in stored_weights(graph)]
+    held += [(one.offset, one.bytes) for one in (*manifest.tensors.values(), *manifest.parameters.values())]
+    found: list[tuple[int, int]] = []
+    for offset, length in sorted(held):
+        start, end = (found[-1][0], sum(found[-1])) if found else (0, -ALIGNED - 1)
+        if offset <= end + ALIGNED:
+            found[-1] = (start, max(end, offset + length) - start)
+        else:
+            found.append((offset, length))
+    return found
 
 
 def _golden(golden: Goldens) -> dict[str, Any]:
@@ -157,16 +204,20 @@ def _png(image: NDArray[np.uint8]) -> str:
 
 def _wide_nodes(root: Path, manifest: Manifest) -> dict[str, list[str]]:
     """Graph → its nodes that a GPU may not have enough ports for."""
-    files = {name: root / "plan" / manifest.graphs[name].file for name in _graphs(manifest)}
-    found = {name: wide_nodes(path.read_bytes(), GPU_PORTS) for name, path in files.items()}
+    graphs = {name: (root / "plan" / graph.file).read_bytes() for name, graph in manifest.graphs.items()}
+    found = {name: wide_nodes(graph, GPU_PORTS) for name, graph in graphs.items()}
     return {name: nodes for name, nodes in found.items() if nodes}
 
 
-def _copy(folder: PlanFolder, name: str, target: Path) -> None:
+def _copy(folder: PlanFolder, name: str, target: Path, pieces: Sequence[tuple[int, int]] | None = None) -> None:
+    """Copy a file of the plan, or one after the other these of its pieces."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.file(name), "rb", closefd=False) as source, open(target, "xb") as copy:
-        source.seek(0)
-        shutil.copyfileobj(source, copy, 1 << 20)
+        for offset, length in [(0, folder.size(name))] if pieces is None else pieces:
+            source.seek(offset)
+            while length and (block := source.read(min(length, 1 << 20))):
+                copy.write(block)
+                length -= len(block)
 
 
 def _write(path: Path, content: bytes | str) -> None:
@@ -174,7 +225,7 @@ def _write(path: Path, content: bytes | str) -> None:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def _write_page(root: Path, manifest: Manifest) -> None:
+def _write_page(root: Path, whole: Manifest, manifest: Manifest, pieces: list[tuple[int, int]]) -> None:
     """The studio, the list of all files with their digests, and the service worker, whose version is that list's."""
     for path in sorted(STUDIO.rglob("*")):
         if path.is_file() and path.name not in ("index.html", "sw.js", "onnxruntime-web.LICENSE"):
@@ -185,7 +236,8 @@ def _write_page(root: Path, manifest: Manifest) -> None:
     _write(root / ".nojekyll", "")
     for name, content in _terms().items():
         _write(root / name, content)
-    _write(root / SITE, json.dumps(_about(root, manifest), ensure_ascii=False))
+    weights = {"bytes": whole.files[WEIGHTS].bytes, "pieces": pieces}
+    _write(root / SITE, json.dumps(_about(root, whole, manifest) | {"weights": weights}, ensure_ascii=False))
     version = hashlib.sha256((root / SITE).read_bytes()).hexdigest()[:16]
     paths = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.is_file()]
     first = [f"./{path}" for path in paths if path.startswith("studio/") or path == SITE]
@@ -193,8 +245,8 @@ def _write_page(root: Path, manifest: Manifest) -> None:
     _write(root / "sw.js", constants + (STUDIO / "web" / "sw.js").read_text(encoding="utf-8"))
 
 
-def _about(root: Path, manifest: Manifest) -> dict[str, Any]:
-    """What the page reads first."""
+def _about(root: Path, whole: Manifest, manifest: Manifest) -> dict[str, Any]:
+    """What the page reads first. An image is the plan's, whichever of its branches the page has."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(root.rglob("*")):
         if path.is_file():
@@ -202,8 +254,8 @@ def _about(root: Path, manifest: Manifest) -> dict[str, Any]:
                 digest = _sha256(file)
             found[path.relative_to(root).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
     about = plan_about(manifest) | {
-        "shipped": manifest == _shipped(),
-        "digest": plan_digest(manifest),
+        "shipped": whole == _shipped(),
+        "digest": plan_digest(whole),
         "defaultBranch": manifest.model.default_branch,
         "named": bool(manifest.model.names),
     }

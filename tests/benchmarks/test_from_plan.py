@@ -35,7 +35,7 @@ def test_the_shipped_plans_checkpoint_draws_its_tokens() -> None:
     assert model.car is not None
     with open_plan(backend="ort-cpu", threads=1) as plan:
         found = plan.generate(label=3, seed=5, cfg=1.5, top_k=100, top_p=0.5)
-    uniforms = torch.from_numpy(np.random.default_rng(5).random((1, 130), dtype=np.float32))
+    uniforms = torch.from_numpy(np.random.default_rng(5).random((1, plan.manifest.tokens), dtype=np.float32))
     tokens, _ = sample(model.vqvae, model.car, torch.tensor([3]), uniforms, None, 1.5, 100, 0.5)
     np.testing.assert_array_equal(found.tokens, tokens.numpy())
 

@@ -28,7 +28,7 @@ from car_train.images import to_pixels
 from fixtures.thumbnail import Thumbnail
 from fixtures.toy_plan import folder, toy
 
-IMAGES = 6
+IMAGES = 3
 ASKED = {
     "--cfg-scales -2": {"cfg_scales": "-2"},
     "--cfg 0": {"cfg": 0.0},
@@ -70,7 +70,7 @@ def found(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
 def by_hand(images: Path) -> dict[str, list[dict[str, Any]]]:
     """Tokens, F1 and features of every schedule on every image, by the runtime alone."""
     data = ControlledImages(
-        images, 64, split="all", control_type="canny", convention=PRESETS["canny-grey"], preload=False
+        images, 128, split="all", control_type="canny", convention=PRESETS["canny"], preload=False
     )
     order = np.random.default_rng(3).permutation(len(data))[:IMAGES].tolist()
     drawn: dict[str, list[dict[str, Any]]] = {flags: [] for flags in ("", *ASKED, "truth")}
@@ -81,7 +81,7 @@ def by_hand(images: Path) -> dict[str, list[dict[str, Any]]]:
             drawn["truth"].append({"features": Thumbnail()(to_pixels(item["image"][None]))[0]})
             for flags, settings in {"": {}, **ASKED}.items():
                 result = plan.generate(given, item["label"], 3 + i, **settings)
-                edges = make_control(result.images[0], "canny-grey")[..., 0] > 0
+                edges = make_control(result.images[0], "canny")[..., 0] > 0
                 drawn[flags].append(
                     {
                         "tokens": result.tokens[0],
@@ -257,7 +257,7 @@ def test_images_of_other_classes_are_refused(images: Path, tmp_path: Path) -> No
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "cat").symlink_to(next(iter(sorted(images.iterdir()))))
     args = schedules.parse_args(["--data", str(tmp_path / "data"), "--split", "all", "--features", "none"])
-    with pytest.raises(BenchmarkError, match=r"has 1 classes \(cat, …\), the plan 27; give a folder of the plan's"):
+    with pytest.raises(BenchmarkError, match=r"has 1 classes \(cat, …\), the plan 36; give a folder of the plan's"):
         schedules.measure(args, lambda _: None)
     args.data = tmp_path / "absent"
     with pytest.raises(DataError, match="is not a folder; give a folder with one sub-folder"):

@@ -27,7 +27,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i, name in enumerate(read_manifest(default_plan()).model.class_names or ()):
         (root / name).mkdir(parents=True)
         image = Image.new("RGB", (64, 64), "white")
-        ImageDraw.Draw(image).ellipse((4 + i % 9, 8, 50, 40 + i % 7), fill=(9 * i, 120, 250 - 9 * i))
+        ImageDraw.Draw(image).ellipse((4 + i % 9, 8, 50, 40 + i % 7), fill=(7 * i, 120, 250 - 7 * i))
         image.save(root / name / "a.png")
     return root
 
@@ -43,7 +43,7 @@ def test_rows_are_what_the_runtime_finds(images: Path, tmp_path: Path, monkeypat
     found = {row["change"]: row for row in rows if row["question"] == "found"}
     assert list(found) == list(watermark.CHANGES)
     data = ControlledImages(
-        images, 64, split="all", control_type="canny", convention=PRESETS["canny-grey"], preload=False
+        images, 128, split="all", control_type="canny", convention=PRESETS["canny"], preload=False
     )
     order = np.random.default_rng(3).permutation(len(data))[:IMAGES].tolist()
     own, cropped = [], []
@@ -52,7 +52,7 @@ def test_rows_are_what_the_runtime_finds(images: Path, tmp_path: Path, monkeypat
             item, key = data[i], f"key of {i}"
             image = plan.generate(item["control"].numpy(), item["label"], 3 + i, watermark=key).images[0]
             own.append(plan.detect(image, key).p)
-            cropped.append(plan.detect(image[3:-3, 3:-3].copy(), key).p)
+            cropped.append(plan.detect(image[6:-6, 6:-6].copy(), key).p)
     for name, p in (("as the PNG", own), ("cropped by 10 %", cropped)):
         assert found[name]["p50"] == pytest.approx(np.median(p))
         assert found[name]["found_1"] == np.mean(np.array(p) < 0.01)

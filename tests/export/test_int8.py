@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from benchmarks.analysis.counting import stored_weights
 from car_export import cli
 from car_export.config import Int8Options
 from car_export.errors import ExportError, TargetError
@@ -35,6 +36,7 @@ from car_runtime.backends.onnxruntime.session import needless_optimizers
 from car_runtime.format.manifest import WEIGHTS, Precision, read_manifest, verify_files
 from car_runtime.plan import default_plan
 from car_train import checkpoint
+from fixtures.shipped import shipped_canny
 from fixtures.small import small_model
 from fixtures.small_plans import small_plan
 
@@ -47,10 +49,10 @@ RNG = np.random.default_rng(3)
 
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """The int8 form of the plan that ships, which is a trained one, and what was said while it was made."""
+    """The int8 form of the plan that ships, a trained one, with one branch, and what was said while it was made."""
     said: list[str] = []
     plan = to_int8(
-        Int8Options(source=default_plan(), output=tmp_path_factory.mktemp("int8") / "emoji.plan"), said.append
+        Int8Options(source=shipped_canny(), output=tmp_path_factory.mktemp("int8") / "emoji.plan"), said.append
     )
     return plan, said
 
@@ -209,7 +211,7 @@ def kernels(plan: Path, graph: str, tmp_path: Path) -> Counter[str]:
 def test_products_and_convolutions_become_int8_kernels(shipped: tuple[Path, list[str]], tmp_path: Path) -> None:
     plan, said = shipped
     graphs, blocks = ("step", "branch.canny"), 9
-    step, exact = (sum((kernels(p, g, tmp_path) for g in graphs), Counter[str]()) for p in (plan, default_plan()))
+    step, exact = (sum((kernels(p, g, tmp_path) for g in graphs), Counter[str]()) for p in (plan, shipped_canny()))
     assert step["MatMulIntegerToFloat"] + step["DynamicQuantizeMatMul"] == 4 * blocks + 1  # and the head
     assert exact["MatMul"] + exact["FusedMatMul"] - step["MatMul"] - step["FusedMatMul"] == 4 * blocks + 1
     condition = kernels(plan, "condition", tmp_path) + kernels(plan, "condition.canny", tmp_path)
@@ -228,7 +230,7 @@ def test_the_plan_that_ships_draws_nearly_the_same_in_int8(shipped: tuple[Path, 
     manifest = read_manifest(plan)
     verify_files(plan, manifest)
     assert manifest.precision.weights == "int8"
-    assert manifest.files[WEIGHTS].bytes < 0.8 * read_manifest(default_plan()).files[WEIGHTS].bytes  # fp16 there
+    assert manifest.files[WEIGHTS].bytes < 0.8 * stored_weights(shipped_canny())[0]  # fp16 there
     assert not [name for name in manifest.graphs if name.startswith("step.")]
     assert manifest.provenance["int8 calibration"] == f"{int8.IMAGES} images, synthetic"
     # What errs most is what comes in where the branch joins: the step takes it in as it is. The rest is in INT8.
@@ -285,7 +287,7 @@ def test_on_a_cpu_without_vnni_sums_are_not_cut_off(
 
 
 def test_what_is_made_is_the_same_each_time(shipped: tuple[Path, list[str]], tmp_path: Path) -> None:
-    again = to_int8(Int8Options(source=default_plan(), output=tmp_path / "again.plan", name="again"))
+    again = to_int8(Int8Options(source=shipped_canny(), output=tmp_path / "again.plan", name="again"))
     one, other = read_manifest(shipped[0]), read_manifest(again)
     assert other.name == "again"
     assert dataclasses.replace(other, name=one.name) == one
@@ -349,7 +351,7 @@ def test_control_images_by_the_command(tmp_path: Path, capsys: pytest.CaptureFix
     (controls / "notes.txt").write_text("no image")
     output = tmp_path / "out" / "s.plan"
     flags = ["--weights", "int8", "-o", str(output), "--calibrate", str(controls), str(EXAMPLE)]
-    assert cli.main([str(default_plan()), *flags]) == 0
+    assert cli.main([str(shipped_canny()), *flags]) == 0
     assert capsys.readouterr().out.strip() == str(output)
     assert read_manifest(output).provenance["int8 calibration"] == "3 images, given"
     assert [p.name for p in output.parent.iterdir()] == ["s.plan"]

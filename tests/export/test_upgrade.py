@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from car_export import upgrade as upgrading
 from car_export.branches import check_base
@@ -19,6 +20,7 @@ from car_export.config import ExportOptions
 from car_export.errors import ExportError
 from car_export.plan import build_plan, reference_model
 from car_export.upgrade import OldPlan, graphs_of, model_of, upgrade
+from car_runtime.cli.main import main as car_run
 from car_runtime.format import manifest as schema
 from car_train.config import CARConfig
 from car_train.model import Model
@@ -196,6 +198,18 @@ def test_the_command_writes_the_plan(tmp_path: Path) -> None:
     manifest = schema.read_manifest(wanted)
     assert (manifest.format, manifest.name, dict(manifest.model.branches)) == (2, "other", {})
     assert manifest.model.control_type is None
+
+
+def test_an_image_of_the_plan_before_its_upgrade_is_drawn_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    control, old, new = (tmp_path / name for name in ("control.png", "old.png", "again.png"))
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (8, 8, 3), np.uint8)).save(control)
+    drawn = ["-e", str(old_plan("concat")), "--backend", "ort-cpu", "--seed", "3", "--control", str(control)]
+    assert car_run([*drawn, "--class", "bee", "-o", str(old)]) == 0
+    assert car_run(["again", str(old), "-e", str(new_plan("concat")), "--backend", "ort-cpu", "-o", str(new)]) == 0
+    assert "agrees: 5 of 5 tokens" in capsys.readouterr().err
+    assert np.abs(np.asarray(Image.open(new)).astype(int) - np.asarray(Image.open(old))).max() <= 1
 
 
 def test_a_branch_on_the_old_base_can_be_added_to_an_upgraded_plan() -> None:

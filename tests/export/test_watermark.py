@@ -147,7 +147,7 @@ def test_what_the_model_expects_hides_no_watermark() -> None:
     own, other, shown = [], [], []
     with open_plan(backend="ort-cpu", threads=1) as plan:
         pattern = Pattern(plan.manifest, plan._folder)
-        for seed, name in enumerate(["umbrella", "heart", "clock", "guitar"] * 2):
+        for seed, name in enumerate(["umbrella", "heart", "clock", "guitar"]):
             key = f"key {seed}"
             drawn = plan.generate(EXAMPLES / f"{name}.png", 4 + seed, seed, watermark=key).images[0]
             own.append(plan.detect(drawn, key).score)

@@ -103,7 +103,7 @@ def test_the_command_draws_both_ends_and_again_knows_the_way(
         with Image.open(tmp_path / f"b-{at}.png") as image:
             assert (np.asarray(image) == wanted).all()
     assert main(["again", str(tmp_path / "b-1.png"), "-o", str(tmp_path / "same.png")]) == 0
-    assert "agrees: 130 of 130 tokens" in capsys.readouterr().err
+    assert "agrees: 422 of 422 tokens" in capsys.readouterr().err
     assert (tmp_path / "same.png").read_bytes() == (tmp_path / "b-1.png").read_bytes()
     assert text_chunks(tmp_path / "b-1.png")["blend_share"] == "0.5"
 

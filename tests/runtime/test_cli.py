@@ -209,6 +209,17 @@ def test_classes_are_listed(here: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert list(here.iterdir()) == []
 
 
+def test_classes_of_several_styles_are_listed_style_by_style(
+    here: Path, built: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = shutil.copytree(built / "car.plan", "styles.plan")
+    manifest = json.loads((plan / "manifest.json").read_text())
+    manifest["model"]["class_names"] = ["flat-flags", "flat-food-drink", "noto-flags"]
+    (plan / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["-e", "styles.plan", "--list-classes"]) == 0
+    assert capsys.readouterr().out == "0\tflat-flags\n1\tflat-food-drink\n\n2\tnoto-flags\n"
+
+
 @pytest.mark.parametrize(("flag", "says"), [("--version", f"car-run {__version__}\n"), ("--help", "examples:")])
 def test_version_and_help_succeed(flag: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([flag]) == 0

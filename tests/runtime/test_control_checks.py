@@ -151,14 +151,14 @@ def plan() -> Any:
 
 def test_a_large_control_draws_what_it_draws_at_the_models_size(plan: Plan) -> None:
     large = strokes(0, 255, width=40, size=1024)
-    small = large.resize((64, 64), Image.Resampling.LANCZOS)
+    small = large.resize((128, 128), Image.Resampling.LANCZOS)
     assert (plan.generate(large, 8).tokens == plan.generate(small, 8).tokens).all()
 
 
 def test_encoding_keeps_the_aspect(plan: Plan) -> None:
     wide = photo((256, 192))
-    middle = ImageOps.fit(wide, (192, 192)).resize((64, 64), Image.Resampling.LANCZOS)
-    stretched = wide.resize((64, 64), Image.Resampling.LANCZOS)
+    middle = ImageOps.fit(wide, (192, 192)).resize((128, 128), Image.Resampling.LANCZOS)
+    stretched = wide.resize((128, 128), Image.Resampling.LANCZOS)
     assert (plan.encode(wide) == plan.encode(middle)).all()
     assert (plan.encode(wide, fit="stretch") == plan.encode(stretched)).all()
     assert not (plan.encode(wide, fit="pad") == plan.encode(stretched)).all()
@@ -187,7 +187,7 @@ def test_control_writes_the_map_alone(tmp_path: Path, capsys: pytest.CaptureFixt
     mouse, out = EXAMPLES / "photos" / "mouse.png", tmp_path / "map.png"
     assert main(["control", str(mouse), "-o", str(out)]) == 0
     assert capsys.readouterr().out == f"{out}\n"
-    expected = map_of_photo(mouse, PRESETS["canny-grey"], 64)[0]
+    expected = map_of_photo(mouse, PRESETS["canny"], 128)[0]
     np.testing.assert_array_equal(np.asarray(Image.open(out)), expected)
     assert main(["control", str(mouse), "--type", "normal-opengl", "--size", "32", "-o", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["convention"] == "normal-opengl"
@@ -230,7 +230,7 @@ def test_the_control_command_reads_stdin_and_refuses_no_threads(
     given, out = EXAMPLES / "photos" / "mouse.png", tmp_path / "map.png"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given.read_bytes())))
     assert main(["control", "-", "-o", str(out)]) == 0
-    expected, _ = map_of_photo(given, PRESETS["canny-grey"], 64)
+    expected, _ = map_of_photo(given, PRESETS["canny"], 128)
     np.testing.assert_array_equal(np.asarray(Image.open(out)), expected)
     monkeypatch.setattr(sys, "stdin", None)
     assert main(["control", "-", "-o", str(out)]) == 2

@@ -163,15 +163,15 @@ def plain_frame(level: int, anew: tuple[int, int, int, int]) -> Frame:
 def test_the_map_of_an_edited_photo_is_of_the_square_that_is_seen() -> None:
     """Neither of the middle of a photo that isn't square, nor at the resolution of all of it."""
     manifest = read_manifest(default_plan())
-    pixels = np.full((64, 256, 3), 255, np.uint8)
-    pixels[:, 24:28] = 0
+    pixels = np.full((128, 512, 3), 255, np.uint8)
+    pixels[:, 48:56] = 0
     wide = Image.fromarray(pixels)
-    edit = Edit(image=wide, box=(8, 0, 48, 64))
+    edit = Edit(image=wide, box=(16, 0, 96, 128))
     made, _ = control_of_photo(wide, manifest, edit=edit)
     control = resolve(manifest, GenerationConfig(control=made, edit=edit)).control
     assert control is not None
     left = prepare(manifest, edit).frame.square.left
-    wanted, _ = control_of_photo(wide.crop((left, 0, left + 64, 64)), manifest)
+    wanted, _ = control_of_photo(wide.crop((left, 0, left + 128, 128)), manifest)
     assert wanted.max() == 255
     assert np.array_equal(np.asarray(control), wanted)
 
@@ -257,7 +257,7 @@ def test_tones_are_left_alone_where_nothing_is_kept_or_it_is_asked_for() -> None
 def test_an_edit_is_known_tokens_of_the_encoded_image(plan: Plan) -> None:
     """The same as the sketch that it replaces; that one is held to PyTorch elsewhere."""
     size = plan.manifest.model.image_size
-    image, mask = photo(size, size), marked(size, size, (0, 0, 40, 24))
+    image, mask = photo(size, size), marked(size, size, (0, 0, 80, 48))
     edit = Edit(image=image, mask=Image.fromarray(mask))
     made = plan.generate(CONTROL, LABEL, 3, 2, edit=edit)
     known, keep = plan.encode(image)[0], plan.known_mask(mask)
@@ -322,7 +322,7 @@ def test_an_extended_frame_keeps_the_photo(plan: Plan) -> None:
         ({"box": (5, 5, 5, 9)}, "not inside"),
         ({"extend": (0, 0, 0, 0)}, "extended by 0"),
         ({"extend": (65, 0, 0, 0)}, "at most 100%"),
-        ({"from_scale": 7}, "from_scale is 7, but must be a whole number in 0…6"),
+        ({"from_scale": 8}, "from_scale is 8, but must be a whole number in 0…7"),
         ({"harmonise": -1, "box": (0, 0, 9, 9)}, "harmonise is -1"),
         ({"rule": "loose"}, "no mask rule 'loose'"),
         ({"feather": -1.0}, "feather is -1.0"),
@@ -333,9 +333,9 @@ def test_an_extended_frame_keeps_the_photo(plan: Plan) -> None:
         ({"box": "0,0,9,9"}, "box is '0,0,9,9', but must be four"),
         ({"extend": (1.5, 0, 0, 0)}, "extend is (1.5, 0, 0, 0), but must be four"),
         ({"feather": "wide", "box": (0, 0, 9, 9)}, "feather is 'wide'"),
-        ({"tokens": np.zeros(5, np.int64)}, "give an array of integers of shape [130]"),
-        ({"tokens": np.zeros(130)}, "give an array of integers"),
-        ({"tokens": np.full(130, 1024)}, "tokens hold 1024…1024; give -1…1023"),
+        ({"tokens": np.zeros(5, np.int64)}, "give an array of integers of shape [422]"),
+        ({"tokens": np.zeros(422)}, "give an array of integers"),
+        ({"tokens": np.full(422, 1024)}, "tokens hold 1024…1024; give -1…1023"),
     ],
 )
 def test_a_bad_edit_is_refused_with_its_range(edit: dict[str, object], said: str) -> None:
@@ -434,7 +434,7 @@ def test_again_draws_the_same_file(drawn: Path, capsys: pytest.CaptureFixture[st
     same = drawn.with_name("same.png")
     assert main(["again", str(drawn), "-o", str(same)]) == 0
     assert same.read_bytes() == drawn.read_bytes()
-    assert "agrees: 130 of 130 tokens" in capsys.readouterr().err
+    assert "agrees: 422 of 422 tokens" in capsys.readouterr().err
 
 
 def test_again_with_a_flag_is_the_same_but_for_it(drawn: Path) -> None:
@@ -549,13 +549,13 @@ def test_an_image_that_was_saved_anew_has_no_receipt(
         (["extend", "PHOTO", "--left", "120%", "--control", str(CONTROL)], "at most 100%"),
         (["restyle", "PHOTO"], "add --class"),
         (["vary", "PHOTO", "--control", str(CONTROL), "--from-scale", "99"], "from_scale is 99"),
-        (["vary", "PHOTO", "--control", str(CONTROL), "--from-scale", "6"], "keeps all 6 scales; give 0…5"),
-        (["restyle", "PHOTO", "--class", "4", "--from-scale", "6"], "keeps all 6 scales; give 0…5"),
+        (["vary", "PHOTO", "--control", str(CONTROL), "--from-scale", "7"], "keeps all 7 scales; give 0…6"),
+        (["restyle", "PHOTO", "--class", "4", "--from-scale", "7"], "keeps all 7 scales; give 0…6"),
         (["vary", "PHOTO", "--from-scale", "3", "--stop-after", "2"], "all 3 scales up to --stop-after; give 0…2"),
         (["paint", "PHOTO", "--box", "6,6,11,11"], "covers no token by half, which are 8 pixels wide"),
-        (["paint", "PHOTO", "--box", "0,0,64,64", "--stop-after", "0"], "would be kept; give a larger part"),
+        (["paint", "PHOTO", "--box", "0,0,128,128", "--stop-after", "0"], "would be kept; give a larger part"),
         (["extend", "PHOTO", "--left", "1"], "covers no token by half"),
-        (["paint", "PHOTO", "--box", "-1,0,9,9"], "not inside the image of 64×64"),
+        (["paint", "PHOTO", "--box", "-1,0,9,9"], "not inside the image of 128×128"),
         (["paint", "PHOTO", "--box", "0,0,9,9", "--control", str(CONTROL), "-o", "PHOTO"], "would replace the input"),
         (["again", "PHOTO"], "has no receipt"),
         (["again", "gone.png"], "there is no image"),
@@ -565,7 +565,7 @@ def test_misuse_is_one_line_and_writes_nothing(
     args: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    photo(64, 64).save("photo.png")
+    photo(128, 128).save("photo.png")
     assert main([arg.replace("PHOTO", "photo.png") for arg in args]) == 2
     error = capsys.readouterr().err
     assert said in error

@@ -10,6 +10,8 @@ from PIL import Image
 
 from car_runtime import GenerationConfig, RequestError, open_plan
 from car_runtime.cli.main import main as car_run
+from car_runtime.format.manifest import read_manifest
+from car_runtime.plan import default_plan
 from car_runtime.verify import verify
 
 PLAN = Path(__file__).parents[1] / "data" / "v0.1.0" / "small.plan"
@@ -39,14 +41,14 @@ def test_its_goldens_pass_and_it_is_described(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out.startswith("small: format 1, ")
 
 
-def test_an_image_of_the_plan_before_its_upgrade_is_drawn_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """tests/data/old-receipt.png was drawn by the plan in the package while that was of format 1."""
-    old, new = PLAN.parents[1] / "old-receipt.png", tmp_path / "again.png"
-    assert car_run(["again", str(old), "--backend", "ort-cpu", "-o", str(new)]) == 0
+def test_its_images_are_drawn_again_and_by_no_other_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    control, old, new = (tmp_path / name for name in ("control.png", "old.png", "again.png"))
+    Image.fromarray(CONTROL).save(control)
+    drawn = ["-e", str(PLAN), "--backend", "ort-cpu", "--seed", "1"]
+    assert car_run([*drawn, "--control", str(control), "--class", "1", "-o", str(old)]) == 0
+    assert car_run(["again", str(old), "-e", str(PLAN), "--backend", "ort-cpu", "-o", str(new)]) == 0
     assert np.array_equal(np.asarray(Image.open(new)), np.asarray(Image.open(old)))
     capsys.readouterr()
-    assert car_run(["again", str(old), "-e", str(PLAN), "-o", str(tmp_path / "x.png")]) == 2
-    said = capsys.readouterr().err
-    assert "the image was made by another plan, 'emoji-canny', and this one is 'small'; name that plan" in said
+    assert car_run(["again", str(old), "-o", str(tmp_path / "x.png")]) == 2
+    said, shipped = capsys.readouterr().err, read_manifest(default_plan()).name
+    assert f"the image was made by another plan, 'small', and this one is '{shipped}'; name that plan" in said

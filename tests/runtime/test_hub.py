@@ -27,6 +27,7 @@ from car_runtime.format.signature import SIGNATURE, SIGNATURE_BYTES
 from car_runtime.hub import CARD_FILES, HubName, located, parse_name
 from fixtures.hub_server import Hub, answering, running_hub
 from fixtures.runtime_plan import SIZE, build_plan, relist
+from fixtures.shipped import shipped_canny
 
 pytest.importorskip("huggingface_hub")
 ROOT = Path(__file__).parents[2]
@@ -538,7 +539,7 @@ def test_a_card_says_what_the_plan_is_and_whether_it_agrees(
             [
                 "plan",
                 "card",
-                str(default_plan()),
+                str(shipped_canny()),
                 "--license",
                 "cc-by-4.0",
                 "--backend",
@@ -552,7 +553,7 @@ def test_a_card_says_what_the_plan_is_and_whether_it_agrees(
     assert [Path(line).name for line in capsys.readouterr().out.splitlines()] == ["README.md", "card.png"]
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert text.startswith("---\nlicense: cc-by-4.0\nlibrary_name: car-deploy\n")
-    assert "| canny (canny) | canny 100, 200 | grey | light-on-dark | 0, 0, 0 | crop |" in text
+    assert "| canny (canny) | canny 100, 200 | rgb | light-on-dark | 0, 0, 0 | crop |" in text
     assert "The plan agrees with what PyTorch computed" in text
     assert text.count("| pass |") == 16, "eight with the control, eight without"
     with Image.open(tmp_path / "card.png") as sheet:

@@ -18,7 +18,7 @@ from car_runtime import BackendError, Plan, RunError, open_plan
 from car_runtime.backends.openvino.backend import ROWS, OpenVino, descending
 from car_runtime.backends.openvino.graphs import multiply_matrices_as_stored, split_products, transpose_in_products
 from car_runtime.format.manifest import Port, read_manifest
-from car_runtime.plan import default_plan
+from fixtures.shipped import shipped_canny
 from fixtures.small_plans import small_plan
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed (extra openvino)")
@@ -32,21 +32,23 @@ def expected() -> Iterator[Plan]:
 
 
 def on_openvino(precision: str) -> Plan:
-    root = default_plan()
+    root = shipped_canny()
     manifest = read_manifest(root)
     return Plan(root, manifest, OpenVino(root, manifest, 1, precision), "a test")
 
 
 def test_float32_gives_the_images_of_ort_cpu(expected: Plan) -> None:
-    wanted = expected.generate(EXAMPLE, 2, seed=1, n=5, top_k=0, top_p=0)
+    wanted = expected.generate(EXAMPLE, 2, seed=1, n=3, top_k=0, top_p=0)
     with on_openvino("f32") as plan:
-        got = plan.generate(EXAMPLE, 2, seed=1, n=5, top_k=0, top_p=0)
+        got = plan.generate(EXAMPLE, 2, seed=1, n=3, top_k=0, top_p=0)
         unguided = plan.generate(EXAMPLE, 2, seed=1, cfg=0)
-        kept = plan.generate(EXAMPLE, 2, seed=9, known_tokens=wanted.tokens[0], known_mask=np.ones(130, bool))
+        kept = plan.generate(
+            EXAMPLE, 2, seed=9, known_tokens=wanted.tokens[0], known_mask=np.ones(plan.manifest.tokens, bool)
+        )
         encoded = plan.encode(wanted.images[0])
     # Sums in another order: a draw may fall on the other side of a border, and what comes after it differs too.
     same = (got.tokens == wanted.tokens).all(1)
-    assert same.sum() >= 4
+    assert same.sum() >= 2
     assert np.abs(got.images[same].astype(int) - wanted.images[same]).max() <= 1
     assert (unguided.tokens == expected.generate(EXAMPLE, 2, seed=1, cfg=0).tokens).mean() > 0.9
     assert np.abs(kept.images[0].astype(int) - wanted.images[0]).max() <= 1
@@ -195,7 +197,7 @@ def test_it_opens_by_name_and_says_what_it_is(monkeypatch: pytest.MonkeyPatch) -
     assert report["precision"] in ("bf16", "f32")
     assert report["engine"].startswith("openvino 20")
     plan.close()
-    image = plan._backend.allocate((1, 64, 64, 3), "uint8")
+    image = plan._backend.allocate((1, 128, 128, 3), "uint8")
     with pytest.raises(RunError, match="was closed"):
         plan._backend.run("decoder", {}, {"image": image})
     monkeypatch.setitem(sys.modules, "openvino", None)
@@ -204,10 +206,10 @@ def test_it_opens_by_name_and_says_what_it_is(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_half_precision_plan_is_refused_with_the_remedy() -> None:
-    manifest = read_manifest(default_plan())
+    manifest = read_manifest(shipped_canny())
     half = replace(manifest, precision=replace(manifest.precision, compute="fp16", weights="fp16"))
     with pytest.raises(BackendError, match=r"computes in fp16, .*; export it with --precision fp32"):
-        OpenVino(default_plan(), half, 1)
+        OpenVino(shipped_canny(), half, 1)
 
 
 def test_a_wrong_buffer_is_an_error_of_the_engine() -> None:

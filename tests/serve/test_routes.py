@@ -17,6 +17,7 @@ from PIL import Image
 
 from benchmarks.serving import User, wave
 from car_runtime import open_plan
+from car_runtime.format.manifest import read_manifest
 from fixtures.serving import ROOT, SHIPPED, body, image64, metric, pixels
 
 
@@ -44,7 +45,7 @@ def draw(url: str, **changes: Any) -> dict[str, Any]:
 def expected() -> Any:
     """The images of `body()` with seeds 5 and 6, by the runtime itself."""
     with open_plan(SHIPPED, threads=1) as plan:
-        return plan.generate(ROOT / "examples/umbrella.png", 8, 5, 2)
+        return plan.generate(ROOT / "examples/umbrella.png", "fluent-travel-places", 5, 2)
 
 
 def test_an_image_is_the_one_that_generate_makes(url: str, expected: Any) -> None:
@@ -53,12 +54,14 @@ def test_an_image_is_the_one_that_generate_makes(url: str, expected: Any) -> Non
     for image, wanted in zip(answer["images"], expected.images, strict=True):
         assert np.array_equal(pixels(image["png"]), wanted)
     assert answer["state"] == "done"
-    assert answer["images"][0]["receipt"]["class"] == {"index": 8, "name": "fluent-travel-places"}
+    assert answer["images"][0]["receipt"]["class"] == {"index": 17, "name": "fluent-travel-places"}
 
 
 def test_a_branch_has_a_weight_and_guidance_by_the_control(url: str) -> None:
     with open_plan(SHIPPED, threads=1) as plan:
-        wanted = plan.generate({"canny": (ROOT / "examples/umbrella.png", 0.4)}, 8, 5, control_cfg=1.5)
+        wanted = plan.generate(
+            {"canny": (ROOT / "examples/umbrella.png", 0.4)}, "fluent-travel-places", 5, control_cfg=1.5
+        )
     image = draw(url, control={"canny": [image64(), 0.4]}, control_cfg=1.5)["images"][0]
     assert np.array_equal(pixels(image["png"]), wanted.images[0])
     assert image["receipt"]["control_cfg"] == 1.5
@@ -66,15 +69,29 @@ def test_a_branch_has_a_weight_and_guidance_by_the_control(url: str) -> None:
     assert "branches" not in draw(url, control={"canny": image64()})["images"][0]["receipt"]
 
 
+def test_a_form_sends_the_file_of_a_branch_by_its_name(url: str) -> None:
+    control = (ROOT / "examples/controls/hed.png").read_bytes()
+    settings = {"class": "noto-animals-nature", "seed": "5"}
+    answer = httpx.post(f"{url}/v1/pictures", data=settings, files={"control.hed": control}, timeout=60)
+    assert answer.status_code == 200, answer.text
+    wanted = draw(
+        url, control={"hed": base64.b64encode(control).decode()}, **{"class": "noto-animals-nature", "seed": 5}
+    )
+    assert np.array_equal(pixels(answer.json()["images"][0]["png"]), pixels(wanted["images"][0]["png"]))
+    both = {"control": control, "control.hed": control}
+    refused = httpx.post(f"{url}/v1/pictures", data=settings, files=both, timeout=60)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "bad_request")
+
+
 def test_events_are_the_scales_in_order_and_then_the_image(url: str, expected: Any) -> None:
     got = events(url, body())
-    assert [name for name, _ in got] == ["queued", *["scale"] * 6, "picture", "done"]
+    assert [name for name, _ in got] == ["queued", *["scale"] * 7, "picture", "done"]
     scales = [data for name, data in got if name == "scale"]
-    assert [scale["index"] for scale in scales] == list(range(6))
+    assert [scale["index"] for scale in scales] == list(range(7))
     assert [token for scale in scales for token in scale["tokens"]] == expected.tokens[0].tolist()
     previews = [Image.open(io.BytesIO(base64.b64decode(scale["preview"]))) for scale in scales]
-    assert {(preview.format, preview.size) for preview in previews} == {("WEBP", (64, 64))}
-    assert len({preview.tobytes() for preview in previews}) == 6
+    assert {(preview.format, preview.size) for preview in previews} == {("WEBP", (128, 128))}
+    assert len({preview.tobytes() for preview in previews}) == 7
     assert np.array_equal(pixels(got[-2][1]["png"]), expected.images[0])
 
 
@@ -123,15 +140,15 @@ def test_a_branch_keeps_the_coarse_scales_and_draws_the_others(url: str) -> None
 
 def test_in_painting_keeps_the_tokens_outside_the_mask(url: str) -> None:
     first = draw(url)
-    mask = np.zeros((64, 64), np.uint8)
-    mask[:32, :32] = 255
+    mask = np.zeros((128, 128), np.uint8)
+    mask[:64, :64] = 255
     stream = io.BytesIO()
     Image.fromarray(mask).save(stream, "PNG")
     edit = {"id": first["id"], "mask": base64.b64encode(stream.getvalue()).decode()}
     second = draw(url, seed=77, edit=edit)
     before, after = (pixels(answer["images"][0]["png"]).astype(int) for answer in (first, second))
-    assert np.abs(before - after)[:24, :24].mean() > 0
-    assert np.abs(before - after)[48:, 48:].mean() < np.abs(before - after)[:32, :32].mean()
+    assert np.abs(before - after)[:48, :48].mean() > 0
+    assert np.abs(before - after)[96:, 96:].mean() < np.abs(before - after)[:64, :64].mean()
     nothing = httpx.post(
         f"{url}/v1/pictures", json=body(edit={"id": first["id"], "mask": image64("heart.png"), "scale": 1})
     )
@@ -156,7 +173,6 @@ def test_a_photo_becomes_the_control_that_the_command_makes(url: str) -> None:
     photo = next((ROOT / "examples/photos").glob("*.jpg"), None) or next((ROOT / "examples/photos").iterdir())
     answer = httpx.post(f"{url}/v1/controls", files={"photo": photo.read_bytes()})
     assert answer.status_code == 200, answer.text
-    from car_runtime.format.manifest import read_manifest
     from car_runtime.photo import control_of_photo
 
     made, warnings = control_of_photo(photo, read_manifest(SHIPPED))
@@ -183,7 +199,7 @@ def test_an_inverted_map_is_noticed_and_mended(url: str) -> None:
 def test_the_openai_client_generates_edits_and_streams(url: str, expected: Any) -> None:
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    assert [model.id for model in client.models.list()] == ["emoji-canny"]
+    assert [model.id for model in client.models.list()] == [read_manifest(SHIPPED).name]
     control = (ROOT / "examples/umbrella.png").read_bytes()
     edited = client.images.edit(
         image=("umbrella.png", control), prompt="fluent-travel-places", n=2, extra_body={"seed": 5}
@@ -196,7 +212,7 @@ def test_the_openai_client_generates_edits_and_streams(url: str, expected: Any) 
     assert pixels(larger.data[0].b64_json).shape == (256, 256, 3)
     assert client.images.generate(prompt="4").data[0].b64_json
     stream = client.images.generate(
-        prompt="8", stream=True, partial_images=3, extra_body={"seed": 5, "control": image64()}
+        prompt="17", stream=True, partial_images=3, extra_body={"seed": 5, "control": image64()}
     )
     got = list(stream)
     assert [event.type for event in got] == ["image_generation.partial_image"] * 3 + ["image_generation.completed"]
@@ -211,14 +227,14 @@ def test_an_openai_mask_is_transparent_where_the_image_is_drawn_anew(url: str) -
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     image = base64.b64decode(draw(url)["images"][0]["png"])
-    alpha = np.full((64, 64, 4), 255, np.uint8)
-    alpha[:32, :32, 3] = 0
+    alpha = np.full((128, 128, 4), 255, np.uint8)
+    alpha[:64, :64, 3] = 0
     stream = io.BytesIO()
     Image.fromarray(alpha).save(stream, "PNG")
     made = client.images.edit(
         image=("a.png", image), mask=("m.png", stream.getvalue()), prompt="8", extra_body={"seed": 9}
     )
-    assert pixels(made.data[0].b64_json).shape == (64, 64, 3)
+    assert pixels(made.data[0].b64_json).shape == (128, 128, 3)
 
 
 def white64(width: int, height: int) -> str:
@@ -237,11 +253,11 @@ def white64(width: int, height: int) -> str:
         ({"cfg": -1}, 400, "bad_request"),
         ({"colour": "red"}, 422, "bad_field"),
         ({"plan": "/etc/passwd"}, 404, "no_plan"),
-        ({"control": {"canny": image64(), "depth": image64()}}, 400, "bad_request"),
+        ({"control": {"canny": image64(), "lines": image64()}}, 400, "bad_request"),
         ({"control": {"canny": [image64(), 2.5]}}, 400, "bad_request"),
         ({"control": {"canny": [image64()]}}, 422, "bad_field"),
         ({"control_cfg": -1}, 400, "bad_request"),
-        ({"control": None, "photo": {"depth": image64()}}, 400, "bad_request"),
+        ({"control": None, "photo": {"lines": image64()}}, 400, "bad_request"),
         ({"edit": {"id": "gone", "scale": 1}}, 404, "not_found"),
         ({"edit": {"image": image64(), "scale": 9}}, 400, "bad_request"),
         ({"edit": {"image": white64(200_000, 8), "mask": image64()}}, 400, "bad_request"),
@@ -329,7 +345,12 @@ def test_the_benchmarks_users_get_images_and_hear_of_errors(url: str) -> None:
 def test_capabilities_name_what_requests_take(url: str) -> None:
     found = httpx.get(f"{url}/v1/capabilities").json()
     plan = found["plans"][0]
-    assert (plan["name"], plan["image_size"], plan["scales"]) == ("emoji-canny", 64, [1, 2, 3, 4, 6, 8])
+    assert (plan["name"], plan["image_size"], plan["scales"]) == (
+        read_manifest(SHIPPED).name,
+        128,
+        [1, 2, 3, 4, 6, 10, 16],
+    )
+    assert [control["type"] for control in plan["controls"]] == ["canny", "hed", "sketch", "depth", "normal"]
     assert plan["controls"][0]["convention"]["polarity"] == "light-on-dark"
     assert draw(url, **{k: plan["defaults"][k] for k in ("cfg", "top_k", "top_p")})["state"] == "done"
 

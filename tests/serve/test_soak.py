@@ -55,7 +55,7 @@ class Callers:
                 answer.read()
                 return refused(answer)
         names = [name for name, _ in found]
-        if names != ["queued", *["scale"] * 6, "picture", "done"]:
+        if names != ["queued", *["scale"] * 7, "picture", "done"]:
             return f"broken stream: {names}"
         return self.ended(number, found[-2][1]["png"])
 

@@ -16,8 +16,9 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from car_runtime import open_plan
-from fixtures.serving import ROOT, body, image64
-from fixtures.studio import HEART, SCALES, Studio, pixels
+from car_runtime.format.manifest import read_manifest
+from fixtures.serving import ROOT, SHIPPED, body, image64
+from fixtures.studio import HEART, SCALES, SIZE, Studio, pixels
 
 
 def test_a_heart_is_drawn_and_becomes_a_heart(studio: Studio) -> None:
@@ -36,11 +37,11 @@ def test_a_heart_is_drawn_and_becomes_a_heart(studio: Studio) -> None:
     studio.draw()
     assert page.evaluate("window.seen") == list(range(SCALES))
     made = studio.image()
-    assert made.shape == (64, 64, 3)
+    assert made.shape == (SIZE, SIZE, 3)
     # It follows the drawing: coloured inside the heart, light around it.
-    assert made[24:36, 24:40].min(axis=-1).mean() < 180
-    assert made[:6].mean() > 225
-    assert made[-6:].mean() > 225
+    assert made[48:72, 48:80].min(axis=-1).mean() < 180
+    assert made[:12].mean() > 225
+    assert made[-12:].mean() > 225
     # And is what the runtime makes of the same request, to the pixel.
     body = studio.bodies[-1]
     with open_plan() as plan:
@@ -50,10 +51,10 @@ def test_a_heart_is_drawn_and_becomes_a_heart(studio: Studio) -> None:
 
 
 def inside_heart() -> np.ndarray:
-    """The pixels of a 64×64 image well inside the drawn heart, and those well outside, bool [2, 64, 64]."""
-    sheet = Image.new("L", (64, 64))
-    ImageDraw.Draw(sheet).polygon([(64 * x, 64 * y) for x, y in HEART], fill=255)
-    small, large = sheet.filter(ImageFilter.MinFilter(9)), sheet.filter(ImageFilter.MaxFilter(9))
+    """The pixels of an image well inside the drawn heart, and those well outside, bool [2, SIZE, SIZE]."""
+    sheet = Image.new("L", (SIZE, SIZE))
+    ImageDraw.Draw(sheet).polygon([(SIZE * x, SIZE * y) for x, y in HEART], fill=255)
+    small, large = sheet.filter(ImageFilter.MinFilter(17)), sheet.filter(ImageFilter.MaxFilter(17))
     return np.stack([np.asarray(small) > 0, np.asarray(large) == 0])
 
 
@@ -83,15 +84,15 @@ def test_a_new_user_draws_changes_branches_in_paints_and_finds_it_all_again(stud
     page.click("#actions >> text=Branch here")
     studio.done(3)
     new, old = studio.scales(0), studio.scales(1)
-    assert [np.array_equal(a, b) for a, b in zip(new, old, strict=True)] == [True] * 3 + [False] * 3
+    assert [np.array_equal(a, b) for a, b in zip(new, old, strict=True)] == [True] * 3 + [False] * (SCALES - 3)
 
     page.keyboard.press("m")
     studio.stroke([(0.02, 0.02), (0.2, 0.02), (0.02, 0.1), (0.2, 0.1), (0.02, 0.2), (0.2, 0.2)], on="#mask")
     page.click("#actions >> text=In-paint")
     studio.done(4)
     changed = np.abs(studio.image(0) - studio.image(1)).max(axis=-1)
-    assert changed[32:, 32:].max() == 0
-    assert changed[:16, :16].max() > 0
+    assert changed[SIZE // 2 :, SIZE // 2 :].max() == 0
+    assert changed[: SIZE // 4, : SIZE // 4].max() > 0
 
     before, drawn = studio.stored(), page.evaluate("document.querySelector('#pad').toDataURL()")
     page.wait_for_timeout(500)  # the pad is kept 200 ms after the last stroke
@@ -105,6 +106,30 @@ def test_a_new_user_draws_changes_branches_in_paints_and_finds_it_all_again(stud
         assert np.array_equal(studio.shown(), studio.image(i))
         assert page.locator("#film img").count() == SCALES
     assert is_a_heart(studio.shown())
+
+
+def test_every_kind_of_control_has_an_example_that_follows_it(studio: Studio, tmp_path: Path) -> None:
+    """A reload, the history and a PNG that is brought know the kind, too."""
+    page, follows = studio.page, "document.querySelector('#follows').value"
+    kinds = page.eval_on_selector_all("#follows option", "all => all.map(({ value }) => value)")
+    assert kinds == list(read_manifest(SHIPPED).model.branches)
+    assert page.locator("#examples button").count() == len(kinds)
+    for i in range(len(kinds)):
+        page.evaluate("i => document.querySelectorAll('#examples button')[i].click()", i)
+        studio.done(i + 1)
+    first, *others = [body["control"] for body in studio.bodies]
+    assert isinstance(first, str)
+    named = [next(iter(control)) for control in others]
+    assert set(named) == set(kinds[1:])
+    page.wait_for_timeout(500)  # the pad is kept 200 ms after it changed
+    studio.open()
+    assert page.evaluate(follows) == named[-1]
+    page.locator("#history [aria-label^=Show]").last.click()
+    page.wait_for_function(f"() => {follows} === {kinds[0]!r}")
+    (tmp_path / "a.png").write_bytes(base64.b64decode(studio.stored()[0]["images"][0]["png"]))
+    page.set_input_files("#file", str(tmp_path / "a.png"))
+    page.wait_for_function("() => document.querySelector('#pad-note').textContent.includes('Restored')")
+    assert page.evaluate(follows) == named[-1]
 
 
 def test_a_stroke_may_start_on_an_example(studio: Studio) -> None:
@@ -188,9 +213,9 @@ def test_a_photo_becomes_a_map_that_can_be_edited(studio: Studio) -> None:
     # Pixels stay pixels: the map that is sent is the one that was made.
     from car_runtime.controls import derive
 
-    wanted = derive(Image.open(ROOT / "examples/photos/mouse.png"), "canny-grey", 64)
+    wanted = derive(Image.open(ROOT / "examples/photos/mouse.png"), "canny", SIZE)
     sent = pixels(studio.bodies[-1]["control"])
-    assert np.array_equal(sent[..., 0], np.asarray(wanted).reshape(64, 64, -1)[..., 0])
+    assert np.array_equal(sent[..., 0], np.asarray(wanted).reshape(SIZE, SIZE, -1)[..., 0])
 
 
 @pytest.mark.parametrize("way", ["drop", "paste"])
@@ -264,7 +289,7 @@ def test_branching_keeps_the_coarse_scales_and_draws_the_fine_ones_anew(studio: 
     page.click("#examples button >> nth=1")
     studio.done()
     page.click("#film li:nth-child(3) button")
-    assert "Scale 3 of 6" in page.inner_text("#actions")
+    assert f"Scale 3 of {SCALES}" in page.inner_text("#actions")
     page.click("text=Branch here")
     studio.done(2)
     new, old = studio.scales(0), studio.scales(1)
@@ -357,11 +382,11 @@ def test_extend_puts_the_image_into_a_smaller_frame(studio: Studio) -> None:
     assert (left, right) == (top, bottom)
     # The frame has grown around the image, whose pixels stay.
     grown, image = studio.image(0), studio.image(1)
-    assert len(grown) == round(64 / 0.56)
+    assert len(grown) == round(SIZE / 0.56)
     first = round(left * len(grown))
-    kept = grown[first : first + 64, first : first + 64]
+    kept = grown[first : first + SIZE, first : first + SIZE]
     assert np.array_equal(kept[4:-4, 4:-4], image[4:-4, 4:-4])
-    assert grown[:6].mean() > 200
+    assert grown[:12].mean() > 200
 
 
 def test_cancel_stops_and_the_server_has_nothing_left(studio: Studio, server: Any) -> None:
@@ -528,7 +553,7 @@ def test_a_mask_is_painted_on_the_chosen_image_alone(studio: Studio) -> None:
     studio.done(2)
     assert studio.bodies[-1]["edit"]["index"] == 2
     new, old = (pixels(item["images"][index]["png"]) for item, index in zip(studio.stored(), (0, 2), strict=True))
-    assert np.array_equal(new[32:], old[32:])
+    assert np.array_equal(new[SIZE // 2 :], old[SIZE // 2 :])
 
 
 def test_a_class_that_does_not_exist_is_said_where_it_is_written(studio: Studio) -> None:

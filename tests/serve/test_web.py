@@ -18,12 +18,13 @@ from PIL import Image
 import car_runtime
 from car_runtime.editing.edit import Edit
 from car_runtime.format.goldens import read_goldens
+from car_runtime.format.graph_check import stored_weights
 from car_runtime.format.manifest import read_manifest
 from car_runtime.images import text_chunks
 from car_runtime.receipt import control_of, receipt_of
 from fixtures.serving import SHIPPED
 from fixtures.site import Site, fetched_engine, write_shipped_site
-from fixtures.studio import HEART, SCALES, Studio, pixels
+from fixtures.studio import HEART, SCALES, SIZE, Studio, pixels
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
@@ -48,9 +49,9 @@ DRAW = """async ([form, settings]) => {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site of the shipped plan."""
+    """The site of the shipped plan, as `make web` makes it."""
     made = tmp_path_factory.mktemp("web") / "site"
-    write_shipped_site(made, SHIPPED)
+    write_shipped_site(made, SHIPPED, "--branches", "canny,sketch")
     return made
 
 
@@ -102,14 +103,14 @@ def base64_of(path: Path) -> str:
 
 
 def test_the_page_draws_the_goldens_greedy_tokens(page: Any, plan: car_runtime.Plan) -> None:
-    """Those of float32 PyTorch, which `ort-cpu` draws, too; with control and without."""
-    for branch in ("canny", ""):
+    """Those of float32 PyTorch, which `ort-cpu` draws, too; with controls and without."""
+    for branch in ("canny", "sketch", ""):
         goldens = read_goldens(SHIPPED, plan.manifest, branch)
         form: dict[str, Any] = {"class": goldens.label, "cfg": goldens.cfg, "top_k": 1}
         if goldens.control is not None:
             stream = io.BytesIO()
             Image.fromarray(goldens.control).save(stream, "PNG")
-            form["control"] = base64.b64encode(stream.getvalue()).decode()
+            form["control"] = {branch: base64.b64encode(stream.getvalue()).decode()}
         ((tokens, _),) = page.evaluate(DRAW, [form, [{"seed": 0}]])
         assert tokens == goldens.tokens.tolist()
 
@@ -165,7 +166,7 @@ def drawn(page: Any, **form: Any) -> tuple[str, str]:
     return made["id"], made["images"][0]["png"]
 
 
-def light(box: tuple[int, int, int, int], side: int = 64) -> Image.Image:
+def light(box: tuple[int, int, int, int], side: int = SIZE) -> Image.Image:
     """A mask that is white in a box."""
     mask = np.zeros((side, side), np.uint8)
     mask[box[1] : box[3], box[0] : box[2]] = 255
@@ -182,7 +183,7 @@ def test_a_branch_in_the_page_is_car_runs_vary(page: Any, plan: car_runtime.Plan
     id, png = drawn(page)
     form = {"control": base64_of(UMBRELLA), "class": "fluent-objects", "seed": 12}
     tokens = receipt_of(text_chunks(io.BytesIO(base64.b64decode(png))), plan.manifest).tokens
-    edit = Edit(image=Image.new("RGB", (64, 64)), from_scale=3, tokens=tokens)
+    edit = Edit(image=Image.new("RGB", (SIZE, SIZE)), from_scale=3, tokens=tokens)
     wanted = plan.generate(UMBRELLA, label="fluent-objects", seed=12, edit=edit)
     for source in ({"id": id}, {"id": "gone"}):  # a result that is no longer kept is sent as an image
         made, receipt = page.evaluate(EDIT, [form, {**source, "scale": 2}, png])
@@ -192,7 +193,7 @@ def test_a_branch_in_the_page_is_car_runs_vary(page: Any, plan: car_runtime.Plan
         assert receipt["edit"] == {"scale": 2}
 
 
-@pytest.mark.parametrize("box", [(30, 8, 60, 34), (0, 40, 20, 64)])
+@pytest.mark.parametrize("box", [(60, 16, 120, 68), (0, 80, 40, SIZE)])
 def test_in_painting_in_the_page_is_pythons(page: Any, plan: car_runtime.Plan, box: tuple[int, ...]) -> None:
     id, png = drawn(page)
     mask = light(box)
@@ -215,7 +216,7 @@ def test_extending_in_the_page_is_pythons(page: Any, plan: car_runtime.Plan) -> 
     form = {"control": base64_of(UMBRELLA), "class": "fluent-travel-places", "seed": 14}
     made, _ = page.evaluate(EDIT, [form, {"id": id, "frame": [0.2, 0.2, 0.8, 0.8]}, png])
     image = Image.fromarray(pixels(png).astype(np.uint8))
-    margins = (21, 21, 22, 22)
+    margins = (43, 43, 42, 42)
     wanted = plan.generate(
         UMBRELLA, label="fluent-travel-places", seed=14, edit=Edit(image=image, extend=margins)
     ).edited[0]
@@ -232,7 +233,7 @@ def test_a_receipt_of_the_page_opens_in_the_terminal_and_the_other_way_round(
     path = tmp_path / "page.png"
     path.write_bytes(base64.b64decode(png))
     receipt = receipt_of(text_chunks(path), plan.manifest)
-    again = plan.generate(control_of(text_chunks(path), receipt, 64), **dict(receipt.settings))
+    again = plan.generate(control_of(text_chunks(path), receipt, SIZE), **dict(receipt.settings))
     assert np.array_equal(again.tokens[0], receipt.tokens)
     assert np.abs(again.images[0] - pixels(png)).max() <= 1
 
@@ -368,7 +369,7 @@ def test_a_png_of_car_run_that_is_brought_restores_everything(
     page.wait_for_function(f"() => document.querySelectorAll('#film img').length === {SCALES}")
     assert np.abs(empty.scales()[-1] - empty.image()).max() <= 1
     control = pixels(empty.stored()[0]["control"])
-    assert np.array_equal(control, np.asarray(Image.open(UMBRELLA).convert("RGB").resize((64, 64))))
+    assert np.array_equal(control, np.asarray(Image.open(UMBRELLA).convert("RGB")))
 
 
 def test_a_seed_that_javascript_has_not_is_not_shown_as_another(empty: Studio, tmp_path: Path) -> None:
@@ -553,6 +554,53 @@ def test_the_shipped_plans_site_is_small_and_names_its_terms(folder: Path) -> No
     assert set(about["files"]) == set(files) - {"site.json", "sw.js"}
     assert "Microsoft" in files["ort/LICENSE"].read_text()
     assert about["plan"]["shipped"]
+    assert [control["type"] for control in about["plan"]["controls"]] == ["canny", "sketch"]
+
+
+def spread(site: Path) -> bytes:
+    """weights.bin of a site as the page puts it together."""
+    packed, about = (site / "plan/weights.bin").read_bytes(), json.loads((site / "site.json").read_text())["weights"]
+    data, at = bytearray(about["bytes"]), 0
+    for offset, length in about["pieces"]:
+        data[offset : offset + length] = packed[at : at + length]
+        at += length
+    assert at == len(packed)
+    return bytes(data)
+
+
+def test_a_site_of_some_branches_has_all_that_their_graphs_read_and_nothing_else(folder: Path) -> None:
+    whole, page = (SHIPPED / "weights.bin").read_bytes(), spread(folder)
+    manifest = read_manifest(SHIPPED)
+    graphs = json.loads((folder / "plan/manifest.json").read_text())["graphs"]
+    assert {"step", "branch.canny", "branch.sketch", "control.sketch"} <= graphs.keys()
+    for name, graph in graphs.items():
+        for one in stored_weights((SHIPPED / graph["file"]).read_bytes()):
+            place = slice(one.offset, one.offset + one.bytes)
+            assert page[place] == whole[place], (name, one.name)
+    for name, one in manifest.parameters.items():
+        found = page[one.offset : one.offset + one.bytes]
+        if name.startswith("branches.depth.") and one.bytes > 1000:
+            assert not any(found), name
+        elif not name.startswith(("branches.depth.", "branches.normal.", "branches.hed.")):
+            assert found == whole[one.offset : one.offset + one.bytes], name
+    assert not list((folder / "plan").glob("*depth*"))
+    assert len(json.loads((folder / "plan/goldens.json").read_text())) == 3
+
+
+@pytest.mark.parametrize(
+    ("branches", "said"),
+    [
+        ("canny,lines", "has no branch 'lines'; name some of: canny, hed, sketch, depth, normal"),
+        ("sketch", "would lack 'canny', the plan's default branch; name it, too"),
+    ],
+)
+def test_branches_that_a_page_cannot_have_are_refused(
+    branches: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site = tmp_path / "site"
+    assert run(SHIPPED, "-o", site, "--onnxruntime", fetched_engine(), "--branches", branches) == 2
+    assert said in capsys.readouterr().err
+    assert not site.exists()
 
 
 def test_a_site_replaces_a_site_and_nothing_else(

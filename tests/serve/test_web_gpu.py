@@ -212,7 +212,7 @@ def test_webassembly_stays_where_it_is_faster(visit: Callable[..., Any], folder:
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHIPPED / "manifest.json").is_file(), reason="this checkout has no plan")
 def test_webgpu_draws_the_shipped_plans_goldens(visit: Callable[..., Any], tmp_path: Path) -> None:
-    """About three minutes."""
-    write_shipped_site(tmp_path / "site", SHIPPED)
+    """Without control and of one branch: minutes each."""
+    write_shipped_site(tmp_path / "site", SHIPPED, "--branches", "canny")
     page = visit(tmp_path / "site", "?engine=webgpu")
     assert page.inner_text("#plan").endswith("in this browser, WebGPU")

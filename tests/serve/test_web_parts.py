@@ -164,7 +164,7 @@ def test_other_maps_of_a_photo_are_within_one_grey_level(run: Callable[..., Any]
 
 def test_a_control_is_made_smaller_for_each_scale_as_python_does(run: Callable[..., Any]) -> None:
     scales = read_manifest(SHIPPED).scales
-    image = open_image(ROOT / "examples/umbrella.png").convert("RGB").resize((64, 64))
+    image = open_image(ROOT / "examples/umbrella.png").convert("RGB")
     found = run(
         """async ([data, sides]) => {
           const { decode, toBytes } = await import('/studio/web/codec.js');

@@ -70,8 +70,10 @@ def _of_type(whole: dict[str, Any], kind: str) -> dict[str, Any]:
     return whole
 
 
-def test_the_shipped_plan_states_its_convention() -> None:
-    assert read_manifest(default_plan()).model.convention == runtime.PRESETS["canny-grey"]
+def test_the_shipped_plan_states_its_conventions() -> None:
+    found = read_manifest(default_plan()).model.conventions
+    names = {"canny": "canny", "hed": "hed", "sketch": "sketch-dodge", "depth": "depth-dome", "normal": "normal-dome"}
+    assert found == {branch: runtime.PRESETS[name] for branch, name in names.items()}
 
 
 def test_a_plan_that_states_none_is_of_0_1_0() -> None:

@@ -26,6 +26,7 @@ EXAMPLES = """examples:
   car-run plan push d16.plan hf:ORG/NAME              the plan and its card to the hub
   car-run plan pull hf:ORG/NAME@v1 -o d16.plan        and from there; without -o into the cache
   car-run plan web d16.plan -o site/                  the studio without a server, for any static host
+  car-run plan web d16.plan -o site/ --branches canny,sketch
 
 info, card and web need the runtime alone, pull and push pip install 'car-deploy[cpu,hub]', the others the exporter:
 pip install 'car-deploy[cpu,export]'
@@ -37,7 +38,7 @@ ACTIONS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "card": (None, ("licence", "backend", "output")),
     "pull": (None, ("output",)),
     "push": ("hf:ORG/NAME", ("private",)),
-    "web": (None, ("onnxruntime", "output")),
+    "web": (None, ("onnxruntime", "branches", "output")),
 }
 """Action → what stands after the plan, and the flags that are for it."""
 NAMES = 12
@@ -57,6 +58,7 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     add("--backend", default=None, help="that compares the plan with its goldens, for the card (default: auto)")
     add("--private", action="store_true", help="a repository that push makes is private; a public one is refused")
     add("-o", "--output", type=Path, metavar="PLAN", help="plan (default: in place), site or card's folder to write")
+    add("--branches", metavar="A,B", help="for web: those of the plan's branches that the page has (default: all)")
     add("--onnxruntime", type=Path, metavar="TGZ", help="for web: the npm package onnxruntime-web (see make web)")
     add("--json", action="store_true", help="print one JSON object")
     add("--debug", action="store_true", help="show a traceback when the program itself fails")
@@ -66,7 +68,7 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(f"{args.action} needs {wanted} after the plan")
     if wanted is None and args.given is not None:
         parser.error(f"{args.action} takes nothing but the plan; leave out {args.given!r}")
-    for name in ("name", "default", "licence", "backend", "private", "onnxruntime", "output"):
+    for name in ("name", "default", "licence", "backend", "private", "onnxruntime", "branches", "output"):
         if getattr(args, name) and name not in flags:
             flag = {"output": "-o", "licence": "--license"}.get(name, f"--{name}")
             parser.error(f"{flag} is not for {args.action}; leave it out")
@@ -163,7 +165,8 @@ def _change(args: argparse.Namespace) -> int:
 def _web(args: argparse.Namespace) -> int:
     """Write a static site. Its path, or with --json facts, go to stdout. Returns the exit code."""
     site = import_module("car_serve.site")
-    size = site.write_site(plan_path(args.plan), args.output, args.onnxruntime)
+    branches = None if args.branches is None else [name.strip() for name in args.branches.split(",")]
+    size = site.write_site(plan_path(args.plan), args.output, args.onnxruntime, branches)
     if size > site.LARGE:
         note(f"car-run: the site has {_megabytes(size)}, which takes long to load")
     print(json.dumps({"site": str(args.output), "bytes": size}) if args.json else args.output, flush=True)

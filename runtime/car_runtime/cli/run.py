@@ -279,12 +279,18 @@ def _print_classes(manifest: Manifest, as_json: bool) -> None:
     if names is None:
         last = manifest.model.classes - 1
         raise RequestError(f"the plan {manifest.name!r} has no class names; give an index, 0…{last}")
-    print(
-        json.dumps({"classes": list(names)})
-        if as_json
-        else "\n".join(f"{i}\t{printable(s)}" for i, s in enumerate(names))
-    )
-    sys.stdout.flush()
+    print(json.dumps({"classes": list(names)}) if as_json else "\n".join(_class_lines(names)), flush=True)
+
+
+def _class_lines(names: Sequence[str]) -> list[str]:
+    """One for each class; where all are called STYLE-GROUP, an empty one before each style but the first."""
+    styles = [name.partition("-")[0] for name in names] if all("-" in name for name in names) else [""] * len(names)
+    lines = []
+    for i, name in enumerate(names):
+        if i and styles[i] != styles[i - 1]:
+            lines.append("")
+        lines.append(f"{i}\t{printable(name)}")
+    return lines
 
 
 def settings_report(manifest: Manifest, request: Request) -> dict[str, Any]:

@@ -66,6 +66,10 @@ class Weights:
     shape: tuple[int, ...]
     offset: int
 
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * _TENSOR_BYTES[self.kind]
+
 
 class _MalformedError(Exception):
     """The bytes are no graph that is let through; says why."""

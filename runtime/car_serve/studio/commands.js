@@ -1,6 +1,6 @@
 // A result as a command of car-run, as Python, and as curl, with the files that it reads.
 
-import { fromBase64 } from "./page.js";
+import { controlOf, fromBase64 } from "./page.js";
 
 const SAVED = "import base64, json, sys; sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)[\"images\"][0][\"png\"]))";
 
@@ -9,7 +9,7 @@ export function commandOf(kind, result, image, plan, origin) {
   const { receipt } = image;
   if (receipt.edit && !result.edit) return null;
   const files = {};
-  if (result.control) files["control.png"] = fromBase64(result.control, "image/png");
+  if (result.control) files["control.png"] = fromBase64(controlOf(result.control).map, "image/png");
   if (result.edit) files["before.png"] = result.before;
   if (result.edit?.mask) files["mask.png"] = fromBase64(result.edit.mask, "image/png");
   const settings = settingsOf(result, receipt);
@@ -36,7 +36,8 @@ function command(result, receipt, settings, plan) {
   if (edit?.mask) words.push("paint", "before.png", "--mask", "mask.png");
   if (edit?.frame) words.push("extend", "before.png", ...["left", "top", "right", "bottom"].flatMap((side, i) => [`--${side}`, receipt.edit.extend[i]]));
   if (!plan.shipped) words.push("-e", `${plan.name}.plan`);
-  if (result.control) words.push("--control", "control.png");
+  const control = controlOf(result.control);
+  if (control) words.push("--control", `${control.type ? `${control.type}=` : ""}control.png`);
   for (const [name, value] of Object.entries(settings)) words.push(`--${name.replaceAll("_", "-")}`, value);
   return [...words, "-o", "image.png"].map(quote).join(" ");
 }
@@ -59,7 +60,8 @@ function python(result, receipt, settings, plan) {
     if (edit.frame) how.push(`extend=(${receipt.edit.extend.join(", ")})`);
     given.push(`edit=Edit(${how.join(", ")})`);
   }
-  if (result.control) given.unshift('"control.png"');
+  const control = controlOf(result.control);
+  if (control) given.unshift(control.type ? `{${JSON.stringify(control.type)}: "control.png"}` : '"control.png"');
   inside.push(`result = plan.generate(${given.join(", ")})`);
   inside.push(`Image.fromarray(result.${edit ? "edited" : "images"}[0]).save("image.png")`);
   return [...lines, "", `with car_runtime.open_plan(${plan.shipped ? "" : JSON.stringify(`${plan.name}.plan`)}) as plan:`, ...inside.map((line) => `    ${line}`)].join("\n");
@@ -69,7 +71,8 @@ function curl(result, receipt, settings, plan, origin) {
   const words = ["curl -s", `${origin}/v1/pictures`];
   const field = (name, value) => words.push(`--form-string ${quote(`${name}=${value}`)}`);
   for (const [name, value] of Object.entries({ plan: plan.name, ...settings })) field(name, value);
-  if (result.control) words.push("-F control=@control.png");
+  const control = controlOf(result.control);
+  if (control) words.push(`-F control${control.type ? `.${control.type}` : ""}=@control.png`);
   const { mask, ...edit } = result.edit ?? {};
   if (result.edit) words.push("-F edit.image=@before.png");
   if (Object.keys(edit).length) field("edit", JSON.stringify(edit));

@@ -3,13 +3,17 @@
 import { HttpClient } from "./client.js";
 import { commandOf } from "./commands.js";
 import { Form } from "./form.js";
-import { $, button, fromBase64, make, note, save, sentence, toBase64, url } from "./page.js";
+import { $, button, controlOf, fromBase64, make, note, save, sentence, toBase64, url } from "./page.js";
 import { Paper } from "./paper.js";
 import { textOf } from "./png.js";
 import { Stage } from "./stage.js";
 import * as store from "./store.js";
 
-const EXAMPLES = [["umbrella", "fluent-travel-places"], ["heart", "fluent-smileys-emotion"], ["guitar", "fluent-objects"]];
+const EXAMPLES = [ // image, class, kind
+  ["umbrella", "fluent-travel-places", "canny"], ["heart", "fluent-smileys-emotion", "sketch"], ["guitar", "fluent-objects", "hed"],
+  ["cupcake", "fluent-food-drink", "depth"], ["maple-leaf", "fluent-animals-nature", "normal"],
+];
+const KINDS = { canny: "Canny edges", hed: "HED edges", sketch: "a sketch", depth: "a depth map", normal: "a normal map" };
 const MOST_PIXELS = 1 << 24;
 const DRAFT_MS = 0; // of rest between two drafts: a turn of the event loop, in which the pen is heard
 
@@ -28,15 +32,18 @@ let restored = false;
 
 function request() {
   const values = form.values();
-  if (plan.controls.length) values.control = pad.map(plan.image_size);
+  if (plan.controls.length) values.control = named(pad.map(plan.image_size));
   return values;
 }
+
+// An image for the branch that is followed, the plan's default branch without its name.
+const named = (image) => ($("follows").value === (plan.controls[0]?.type ?? "") ? image : { [$("follows").value]: image });
 
 async function draw() {
   note("message");
   if (!form.check()) return;
   if (plan.controls.length && pad.blank) {
-    note("pad-note", "The drawing is blank, so there is nothing to follow.", "warn", ["Start from an example", () => example(...EXAMPLES[0])]);
+    note("pad-note", "The drawing is blank, so there is nothing to follow.", "warn", ["Start from an example", () => example(...examples()[0])]);
     return;
   }
   if (!form.locked && !$("live").checked) form.roll();
@@ -294,7 +301,11 @@ async function recall(result, image = result.images[0]) {
   stage.show(result);
   history();
   form.set({ cfg_scales: "", control_scales: "", ...result.form, class: image.receipt?.class ?? result.form.class ?? "", seed: image.seed });
-  if (result.control) pad.put(await createImageBitmap(fromBase64(result.control, "image/png")));
+  const control = controlOf(result.control);
+  if (control) {
+    follow(control.type ?? plan.controls[0].type);
+    pad.put(await createImageBitmap(fromBase64(control.map, "image/png")));
+  }
   note("message");
 }
 
@@ -341,10 +352,14 @@ async function restore(blob, about, control) {
   for (const name of ["cfg", "top_k", "top_p", "control_strength", "cfg_scales", "control_scales", "stop_after"]) if (about[name] != null) given[name] = about[name];
   const seed = Number.isSafeInteger(about.seed) ? about.seed : undefined; // car-run's go to 2⁶³
   const values = { ...given, plan: about.plan, seed, n: 1, class: about.class?.name ?? about.class?.index };
-  const result = { key: Date.now(), id: about.id, form: values, control: control ?? null, images: [{ seed, png: blob, receipt: about, scales: [] }], before: null };
+  const branches = Array.isArray(about.branches) ? about.branches : Object.entries(about.branches ?? {});
+  const [[branch, weight] = []] = branches;
+  const alone = branches.length === 1 && weight === 1 && planOf({ form: values }).controls.some(({ type }) => type === branch);
+  const followed = control && alone ? { [branch]: control } : control;
+  const result = { key: Date.now(), id: about.id, form: values, control: followed ?? null, images: [{ seed, png: blob, receipt: about, scales: [] }], before: null };
   await remember(result);
   await recall(result);
-  if (about.branches || about.control_cfg) note("pad-note", "The image is restored. It follows branches or guidance that the studio does not draw with.", "warn");
+  if ((about.branches && !alone) || about.control_cfg) note("pad-note", "The image is restored. It follows branches or guidance that the studio does not draw with.", "warn");
   else if (seed === undefined) note("pad-note", "The image is restored. Its seed is larger than the studio draws with.", "warn");
   else note("pad-note", "Restored: the drawing, the settings and the image.");
   await replay(result, blob);
@@ -368,18 +383,27 @@ async function convert(blob) {
   const data = await toBase64(blob);
   note("pad-note", "Reading…");
   const as = { plan: plan.name };
-  const map = await client.controls({ ...as, control: data });
+  const map = await client.controls({ ...as, control: named(data) });
   const isPhoto = map.warnings.some((line) => /coloured|looks like a photo/.test(line));
-  const made = isPhoto ? await client.controls({ ...as, photo: data }) : map;
+  const made = isPhoto ? await client.controls({ ...as, photo: named(data) }) : map;
   pad.put(await createImageBitmap(fromBase64(made.control, "image/png")));
   warn(made.warnings);
   if (isPhoto && !$("pad-note").textContent) {
-    note("pad-note", "These are the photo's edges; draw and erase as you like.", "", ["Use the image as it is", async () => { pad.put(await createImageBitmap(fromBase64(map.control, "image/png"))); warn([]); }]);
+    const kind = controlsOf(made.type)?.convention?.control_type;
+    const what = ["depth", "normal", "sketch"].includes(kind) ? `This is the photo's ${kind} map` : "These are the photo's edges";
+    note("pad-note", `${what}; draw and erase as you like.`, "", ["Use the image as it is", async () => { pad.put(await createImageBitmap(fromBase64(map.control, "image/png"))); warn([]); }]);
   }
 }
 
-async function example(name, label) {
+// Those of the kinds that the plan follows.
+function examples() {
+  const found = EXAMPLES.filter(([, , type]) => controlsOf(type));
+  return found.length ? found : EXAMPLES;
+}
+
+async function example(name, label, type) {
   const blob = await (await fetch(`studio/${name}.png`)).blob();
+  follow(type);
   pad.put(await createImageBitmap(blob));
   if (plan.classes.includes(label)) form.set({ class: label });
   await draw();
@@ -458,9 +482,13 @@ function listen() {
   pad.addEventListener("stroke", () => {
     rest();
     clearTimeout(saving);
-    saving = setTimeout(() => $("pad").toBlob((blob) => store.keep("pad", blob).catch(() => {})), 200);
+    saving = setTimeout(() => {
+      store.keep("follows", $("follows").value).catch(() => {});
+      $("pad").toBlob((blob) => store.keep("pad", blob).catch(() => {}));
+    }, 200);
   });
   form.addEventListener("change", () => { store.keep("form", form.values()).catch(() => {}); rest(); });
+  $("follows").addEventListener("change", () => follow($("follows").value));
   $("controls").addEventListener("submit", (event) => { event.preventDefault(); running && running.kind !== "draft" ? stopped() : draw(); });
   $("live").addEventListener("change", warmUp);
   $("brush").addEventListener("click", () => pick("brush"));
@@ -498,12 +526,28 @@ function use(chosen) {
   plan = chosen;
   $("plans").value = plan.name;
   form.build(plan);
-  const size = plan.image_size;
-  const convention = plan.controls[0]?.convention;
-  const ground = convention ? `rgb(${convention.ground})` : "#000";
-  pad.reset({ side: size * Math.max(1, Math.round(512 / size)), ink: convention?.polarity === "dark-on-light" ? "#000" : "#fff", ground });
+  $("follows").replaceChildren(...plan.controls.map(({ type }) => make("option", { value: type }, KINDS[type] ?? type)));
+  $("follows-field").hidden = plan.controls.length < 2;
+  pad.ground = null; // so that it is made anew
+  follow(plan.controls[0]?.type);
+  const buttons = examples().map(([name, label, type]) => make("button", { type: "button", "aria-label": `Draw the example ${name}`, onclick: () => example(name, label, type) }, make("img", { src: `studio/${name}.png`, alt: "", draggable: "false" })));
+  $("examples").replaceChildren(...buttons);
   stage.build(plan);
   showBackend();
+}
+
+const controlsOf = (type) => plan.controls.find((one) => one.type === type);
+
+// The kind of map that is on the pad; one of another ground or ink begins with an empty pad.
+function follow(type) {
+  const chosen = controlsOf(type) ?? plan.controls[0];
+  $("follows").value = chosen?.type ?? "";
+  const convention = chosen?.convention;
+  const ground = convention ? `rgb(${convention.ground})` : "#000";
+  const ink = convention?.polarity === "dark-on-light" ? "#000" : "#fff";
+  if (pad.ground === ground && pad.ink === ink) return;
+  restored = false;
+  pad.reset({ side: plan.image_size * Math.max(1, Math.round(512 / plan.image_size)), ink, ground });
 }
 
 function showBackend() {
@@ -541,11 +585,11 @@ async function start() {
   $("plans").replaceChildren(...capabilities.plans.map((one) => make("option", { value: one.name }, one.name)));
   $("plans-field").hidden = capabilities.plans.length < 2;
   use(capabilities.plans.find((one) => one.name === capabilities.default_plan));
-  $("examples").append(...EXAMPLES.map(([name, label]) => make("button", { type: "button", "aria-label": `Draw the example ${name}`, onclick: () => example(name, label) }, make("img", { src: `studio/${name}.png`, alt: "", draggable: "false" }))));
   listen();
   await store.open();
   results = await store.list();
-  const [drawing, settings] = [await store.kept("pad"), await store.kept("form")];
+  const [drawing, kind, settings] = [await store.kept("pad"), await store.kept("follows"), await store.kept("form")];
+  if (kind) follow(kind);
   if (settings) form.set({ cfg_scales: "", control_scales: "", class: "", ...settings });
   if (drawing) {
     const image = await createImageBitmap(drawing);

@@ -40,6 +40,13 @@ export function note(id, words = "", kind = "", way = null) {
   node.replaceChildren(words, ...(way ? [" ", make("button", { type: "button", onclick: way[1] }, way[0])] : []));
 }
 
+// Of a form's control: the branch that it names, null for the plan's default, and the map, a PNG in base64.
+export function controlOf(control) {
+  if (!control) return null;
+  const [type, map] = typeof control === "string" ? [null, control] : Object.entries(control)[0];
+  return { type, map };
+}
+
 export function fromBase64(data, type) {
   const text = atob(data);
   const bytes = new Uint8Array(text.length);

@@ -1,6 +1,6 @@
 // The right square: images as they arrive, the filmstrip of scales, and the tools for what is there.
 //
-// A result: {key, id, form, control, images: [{seed, png, receipt, scales: [Blob]}], before, live}.
+// A result: {key, id, form, control: as a form has it, images: [{seed, png, receipt, scales: [Blob]}], before, live}.
 
 import { $, button, icon, make, set, text, url } from "./page.js";
 import { Paper } from "./paper.js";

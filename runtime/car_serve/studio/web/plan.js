@@ -9,6 +9,7 @@ import { uniforms } from "./random.js";
 
 const KEPT = 4; // controls and classes whose features are kept
 const NO_TOP_P = 2; // what the step is given for "no top-p"
+const WEIGHTS = "plan/weights.bin";
 
 export class Plan {
   #files;
@@ -25,6 +26,7 @@ export class Plan {
     const name = gpu ? "ort/ort.jspi.min.mjs" : "ort/ort.wasm.min.mjs";
     const script = import(new URL(name, base)).catch(async () => { await forget(name, base); throw absent(name); });
     const [files, ort] = await Promise.all([fetchAll(site.files, base, gpu, progress), script]);
+    files.set(WEIGHTS, spread(files.get(WEIGHTS), site.weights));
     const plan = new Plan();
     plan.manifest = JSON.parse(new TextDecoder().decode(files.get("plan/manifest.json")));
     plan.about = site.plan;
@@ -186,7 +188,7 @@ export class Plan {
   }
 
   #stored({ dtype, offset, bytes }) {
-    const raw = this.#files.get("plan/weights.bin").slice(offset, offset + bytes).buffer;
+    const raw = this.#files.get(WEIGHTS).slice(offset, offset + bytes).buffer;
     if (dtype === "float32") return new Float32Array(raw);
     if (dtype === "int64") return new BigInt64Array(raw);
     if (dtype === "float16") return Float32Array.from(new Uint16Array(raw), half);
@@ -203,7 +205,7 @@ export class Plan {
       this.#sessions.set(graph, await this.#ort.InferenceSession.create(bytes, {
         executionProviders: [this.#gpu ? { name: "webgpu", ...(onCpu ? { forceCpuNodeNames: onCpu } : {}) } : "wasm"],
         logSeverityLevel: 3, // that nodes compute on the CPU is a warning elsewhere
-        externalData: [{ path: "weights.bin", data: this.#files.get("plan/weights.bin") }],
+        externalData: [{ path: "weights.bin", data: this.#files.get(WEIGHTS) }],
       }));
     }
     return this.#sessions.get(graph);
@@ -300,6 +302,18 @@ async function fetchAll(listed, base, gpu, progress) {
     await forget(path, base);
     throw new Error(`${path} is not the file that the site was made with; copy the site again, and load the page anew`);
   })));
+}
+
+// weights.bin with its pieces where the plan has them; between them, where branches are that the site leaves out, it is 0.
+function spread(packed, { bytes, pieces }) {
+  if (packed.length === bytes) return packed;
+  const data = new Uint8Array(bytes);
+  let at = 0;
+  for (const [offset, length] of pieces) {
+    data.set(packed.subarray(at, at + length), offset);
+    at += length;
+  }
+  return data;
 }
 
 const TYPES = { float32: Float32Array, uint8: Uint8Array, bool: Uint8Array };

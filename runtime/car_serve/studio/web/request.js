@@ -36,11 +36,12 @@ export async function resolve(plan, form, results) {
 
 // {control, type, size, warnings} of a form with photo or control, in base64.
 export async function controlMap(plan, form) {
-  const branch = plan.model.default_branch;
-  if (!branch) throw new Refused("this plan follows no control; draw without one");
+  if (!plan.branches.length) throw new Refused("this plan follows no control; draw without one");
+  const given = named(plan, form.photo ?? form.control);
+  const [branch] = Object.keys(given);
   const { convention } = plan.about.controls.find(({ type }) => type === branch);
   const size = plan.model.image_size;
-  const source = await picture(form.photo ?? form.control, form.photo ? "photo" : "control");
+  const source = await picture(given[branch], form.photo ? "photo" : "control");
   const { map, said } = form.photo ? derivedOf(source, convention, size, form.fit) : { map: source, said: [] };
   const { square, warnings } = prepareControl(map, convention, size, form.fit);
   if (!form.invert) return { square, type: branch, size, warnings: [...said, ...warnings] };
@@ -57,12 +58,17 @@ function derivedOf(photo, convention, size, fit) {
   }
 }
 
+// Branch → image in base64 of what is given, {branch: image} or an image for the default branch.
+function named(plan, given) {
+  const found = typeof given === "string" ? { [plan.model.default_branch]: given } : given;
+  if (Object.keys(found).length && !plan.branches.length) throw new Refused(`the plan '${plan.manifest.name}' has no control branch (plain VAR); leave the control image out`);
+  for (const name of Object.keys(found)) if (!plan.branches.includes(name)) throw new Refused(`there is no branch '${name}' here; the page has ${plan.branches.join(", ")} of the plan '${plan.manifest.name}'`);
+  return found;
+}
+
 // [{branch, weight, image, ...}] in the order of the plan's branches.
 async function controlsOf(plan, form, edit) {
-  const named = typeof form.control === "string" ? { [plan.model.default_branch]: form.control } : (form.control ?? {});
-  const given = form.photo ? { [plan.model.default_branch]: form.photo } : named;
-  if (Object.keys(given).length && !plan.branches.length) throw new Refused(`the plan '${plan.manifest.name}' has no control branch (plain VAR); leave the control image out`);
-  for (const name of Object.keys(given)) if (!plan.branches.includes(name)) throw new Refused(`there is no branch '${name}' in the plan '${plan.manifest.name}'; it has ${plan.branches.join(", ")}`);
+  const given = named(plan, form.photo ?? form.control ?? {});
   const [controls, warnings] = [[], []];
   for (const branch of plan.branches.filter((name) => name in given)) {
     const { convention } = plan.about.controls.find(({ type }) => type === branch);

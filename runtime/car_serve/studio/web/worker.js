@@ -136,10 +136,12 @@ function schedule(request) {
 }
 
 function receiptOf(request, id, index, seed) {
+  const usual = request.controls.every(({ branch }) => branch === site.plan.defaultBranch);
   const named = site.plan.named ? site.plan.classes[request.label] : null;
   return {
     id, index, version: site.version, plan: plan.manifest.name, backend: "onnxruntime-web",
     class: request.classless ? null : { index: request.label, name: named },
+    ...(usual ? {} : { branches: Object.fromEntries(request.controls.map(({ branch, weight }) => [branch, weight])) }),
     seed, cfg: request.cfg, top_k: request.top_k, top_p: request.top_p, ...schedule(request),
     ...(request.edit ? { edit: request.edit.about } : {}),
   };
