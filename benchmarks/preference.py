@@ -1,12 +1,13 @@
 """A blind comparison of two sets of images by people (CAR, table 2): a page that asks, and what the answers come to.
 
-    python -m benchmarks.preference sheet ours.npz theirs.npz -o study --controls study/controls.npz
+    python -m benchmarks.preference sheet ours.npz theirs.npz -o study --controls controls.npz
     python -m benchmarks.preference count study/key.json answers-*.csv
 
 `sheet` takes two archives of `eval --samples` whose images answer each other (arr_0, uint8 [N, H, W, 3]), draws pairs
 at random and writes `index.html`, one file that needs no server and asks of every pair each question, and `key.json`,
-which alone knows what is on which side: keep it away from who answers. Keys: ← left, → right, ↓ or space neither,
-Backspace one back. At the end the page gives the answers as CSV: pair,question,answer.
+which alone knows what is on which side: keep it away from who answers. The second question needs `--controls`, an
+archive of `eval --controls`. Keys: ← left, → right, ↓ or space neither, Backspace one back. At the end the page gives
+the answers as CSV: pair,question,answer.
 
 `count` adds up the answers of one or more people: for each question how often either set was preferred, and of the
 decided ones the share of the first with its exact 95 % interval (Clopper and Pearson 1934) and the two-sided

@@ -40,6 +40,12 @@ Pixels = NDArray[np.uint8]
 Request = dict[str, Any]
 
 
+def read_png(file: Path) -> Pixels:
+    """uint8 [H, W, 3]."""
+    with Image.open(file, formats=["PNG"]) as opened:
+        return np.asarray(opened.convert("RGB"))
+
+
 def parts_of(samples: Path) -> Path:
     return samples.parent / f".{samples.name}.parts"
 
@@ -98,28 +104,26 @@ class Drawing:
 
     def images(self) -> Iterator[Pixels]:
         """The images in batches, uint8 [B, H, W, 3]."""
-        for start in range(0, len(self.requests), BATCH):
-            batch = []
-            for i in range(start, min(start + BATCH, len(self.requests))):
-                with Image.open(self._file(i), formats=["PNG"]) as opened:
-                    batch.append(np.asarray(opened.convert("RGB")))
-            yield np.stack(batch)
+        files = [self._file(i) for i in range(len(self.requests))]
+        for start in range(0, len(files), BATCH):
+            yield np.stack([read_png(file) for file in files[start : start + BATCH]])
 
     def write(self, samples: Path, keep: Sequence[int]) -> None:
-        """The images at these places as `arr_0` of one .npz, by way of a file: never all of them in memory."""
-        places = {place: at for at, place in enumerate(keep)}
+        """The images at these places as an archive."""
+        self._write_archive(samples, [self._file(i) for i in keep])
+
+    def write_controls(self, archive: Path, keep: Sequence[int]) -> None:
+        """The control maps of the images at these places as an archive."""
+        self._write_archive(archive, [Path(self.requests[i]["control"]) for i in keep])
+
+    def _write_archive(self, archive: Path, files: Sequence[Path]) -> None:
+        """Images as `arr_0` of one .npz, by way of a file: never all of them in memory."""
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-            whole, place = None, 0
-            for images in self.images():
-                if whole is None:
-                    shape = (len(keep), *images.shape[1:])
-                    whole = np.lib.format.open_memmap(f"{folder}/a.npy", mode="w+", dtype=np.uint8, shape=shape)
-                for image in images:
-                    if place in places:
-                        whole[places[place]] = image
-                    place += 1
-            assert whole is not None
-            with written_aside(samples) as file, file.open("wb") as stream:
+            shape = (len(files), *read_png(files[0]).shape)
+            whole = np.lib.format.open_memmap(f"{folder}/a.npy", mode="w+", dtype=np.uint8, shape=shape)
+            for place, file in enumerate(files):
+                whole[place] = read_png(file)
+            with written_aside(archive) as aside, aside.open("wb") as stream:
                 np.savez(stream, arr_0=whole)
 
     def remove(self) -> None:

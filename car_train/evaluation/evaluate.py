@@ -249,7 +249,13 @@ def run(args: argparse.Namespace) -> None:
         cv2.setNumThreads(options.threads)
     samples = options.samples or (args.output or Path("report.json")).with_name("samples.npz")
     if drawn:
-        check_writable(samples, ".npz")
+        archives = [samples] if options.controls is None else [samples, options.controls]
+        for file in archives:
+            check_writable(file, ".npz")
+        require(
+            len({file.resolve() for file in archives}) == len(archives),
+            f"{samples} can't be both the samples and their controls; give another --controls",
+        )
     target = open_target(options) if drawn else None
     features = None
     if args.features != "none":
@@ -290,7 +296,7 @@ def _check(args: argparse.Namespace, options: EvalOptions, drawn: bool) -> None:
     require(
         options.branch is None, f"--branch {options.branch} is of a plan; a checkpoint has one branch, leave it out"
     )
-    for name in ("reference", "reject", "resume"):
+    for name in ("controls", "reference", "reject", "resume"):
         require(
             not getattr(options, name), f"--{name} is of images that are drawn by class; give --samples FILE.npz too"
         )

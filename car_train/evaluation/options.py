@@ -55,6 +55,9 @@ class EvalOptions:
         "samples.npz, where -o is)",
         metavar="NPZ",
     )
+    controls: Path | None = option(
+        None, "also write the control map of each of --samples, in the same form and order", metavar="NPZ"
+    )
     reference: Path | None = option(
         None,
         "the real images of --samples in the layout of ADM's evaluation: arr_0, or mu and sigma (mu_s, sigma_s)",

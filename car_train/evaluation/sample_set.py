@@ -29,7 +29,7 @@ from tqdm import tqdm
 from car_train.data.dataset import ControlledImages, select_classes
 from car_train.data.folder import some, text_of
 from car_train.evaluation.controls import control_maker
-from car_train.evaluation.draw import Drawing, Request, drawing, parts_of
+from car_train.evaluation.draw import Drawing, Request, drawing, parts_of, read_png
 from car_train.evaluation.features import EfficientNetLite0, FeatureNetwork, Inception
 from car_train.evaluation.metrics import IS_PARTS, control_errors, inception_score
 from car_train.evaluation.options import EvalOptions, EvaluationError, require
@@ -174,6 +174,10 @@ def evaluate_samples(
     began, notes = time.monotonic(), list[str]()
     seconds: dict[str, float] = {}
     reference = _reference(target, options, samples, features, inception, notes)
+    require(
+        options.controls is None or target.control_type is not None,
+        f"{target.name} follows no control; leave out --controls",
+    )
     real = RealImages(open_real(target, options), reference)
     plan = choose(target, real, options, parts_of(samples).absolute(), notes)
     networks: dict[str, FeatureNetwork] = {} if features is None else {"features": features}
@@ -192,6 +196,8 @@ def evaluate_samples(
         made = _described(networks, parts.images())
         keep = _kept(plan, made.get("features"), classifier)
         parts.write(samples, keep)
+        if options.controls is not None:
+            parts.write_controls(options.controls, keep)
         report = {
             "samples": {"file": samples.name, "images": len(keep), "drawn": len(plan.requests)},
             **_distributions(plan, keep, made, real_banks, networks, reference, options, notes),
@@ -240,10 +246,11 @@ def _reference(
         notes.append("sFID without a reference: of the data's own images")
     if options.reference is None:
         return None
-    require(
-        not (samples.exists() and samples.samefile(options.reference)),
-        f"the samples {samples} would replace the reference; give another --samples",
-    )
+    for file, flag in ((samples, "samples"), (options.controls, "controls")):
+        require(
+            file is None or not (file.exists() and file.samefile(options.reference)),
+            f"the {flag} {file} would replace the reference; give another --{flag}",
+        )
     found = read_reference(options.reference)
     require(
         inception is not None or (found.images is not None and features is not None),
@@ -411,7 +418,7 @@ def _followed(
                 labels.append(int(plan.labels[i]))
                 asked = {"generated": i} | ({} if others is None else {"shuffled": others[i]})
                 for source, at in asked.items():
-                    given = _map(target, plan.requests[at])
+                    given = read_png(plan.requests[at][target.control_key])
                     errors = control_errors(target.convention, given, map_found, options.tolerance)
                     for measure, error in errors.items():
                         rows[source][measure].append(error)
@@ -442,11 +449,6 @@ def strangers(label_N: NDArray[np.intp], owner_N: NDArray[np.intp]) -> list[int]
     return [
         next(j % count for j in range(i + 1, i + count) if owner_N[j % count] != owner_N[i]) for i in range(count)
     ]
-
-
-def _map(target: Target, request: Request) -> Pixels:
-    with Image.open(request[target.control_key], formats=["PNG"]) as opened:
-        return np.asarray(opened.convert("RGB"))
 
 
 def _mean(values: Sequence[float] | Floats) -> float | None:

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 
 from car_runtime.format import schema
 from car_train import checkpoint
+from car_train.conventions import PRESETS
 from car_train.data.controls import make_control
 from car_train.data.dataset import ControlledImages
 from car_train.data.folder import split_of
@@ -519,12 +520,17 @@ def test_the_command_takes_a_plan_and_leaves_the_samples_where_the_report_is(
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    report = ["-o", tmp_path / "r.json"]
+    report = ["-o", tmp_path / "r.json", "--controls", tmp_path / "c.npz"]
     run(small_plan("steered"), "--data", images, "--split", "all", "--per-class", 1, "--features", "none", *report)
     assert "small-steered (sketch): 5 images in samples.npz (5 drawn)" in capsys.readouterr().out
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["options"]["cfg"] == 4.0  # the plan's own
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["elsewhere", "r.json", "samples.npz"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["c.npz", "elsewhere", "r.json", "samples.npz"]
+    maps = read_reference(tmp_path / "c.npz").images
+    assert maps is not None
+    data = ControlledImages(images, 16, split="all", control_type="sketch", convention=PRESETS["sketch"])
+    first = [next(i for i, (_, of) in enumerate(data.files) if of == label) for label in range(5)]
+    np.testing.assert_array_equal(maps, [data[i]["control"].numpy() for i in first])
 
 
 @pytest.mark.parametrize(
@@ -536,6 +542,8 @@ def test_the_command_takes_a_plan_and_leaves_the_samples_where_the_report_is(
         (["VAR", "--samples", "S", "--limit", "3"], "give --per-class"),
         (["VAR", "--samples", "S.txt"], "give a .npz"),
         (["VAR", "--samples", "FOLDER"], "it is a folder"),
+        (["VAR", "--samples", "S", "--controls", "C"], "follows no control; leave out --controls"),
+        (["CAR", "--samples", "S", "--controls", "S"], "can't be both"),
         (["VAR", "--samples", "S", "-o", "/proc/r.json"], "can't write /proc/r.json: "),
         (["VAR", "--samples", "S", "--per-class", "1" + 9 * "0"], "more than 10,000,000; give fewer"),
         (["VAR", "--reject", "0.5", "--data", "IMAGES"], "give --samples"),
@@ -548,6 +556,7 @@ def test_what_cannot_be_done_is_said_with_a_remedy(
     argv: list[str], words: str, checkpoints: dict[str, Path], images: Path, tmp_path: Path
 ) -> None:
     names = {"CAR": checkpoints["car"], "VAR": checkpoints["var"], "IMAGES": images, "S": tmp_path / "s.npz"}
+    names["C"] = tmp_path / "c.npz"
     names["FOLDER"] = tmp_path / "folder.npz"
     names["FOLDER"].mkdir()
     given: list[object] = [names.get(a, small_plan("steered") if a == "PLAN" else a) for a in argv]
