@@ -31,7 +31,7 @@ ROWS = (
 """Kind, drawing, group of classes."""
 STYLES = ("flat", "fluent", "noto", "twemoji")
 SEEDS = (1, 0)
-TILE, GAP, MARGIN = 128, 8, 28
+TILE, GAP, MARGIN, GRID = 128, 8, 28, 32
 STEP_MS, HOLD_MS = 550, 2200
 INK, FAINT, ACCENT = "#1f2328", "#d0d7de", "#0969da"
 
@@ -51,28 +51,28 @@ def draw_frame(images: Sequence[NDArray[np.uint8]], sides: Sequence[int], scale:
     """One frame: labels, a row per control image, and the grids of the scales with `scale` marked."""
     columns, pitch = 1 + len(STYLES), TILE + GAP
     width, bottom = columns * pitch - GAP, MARGIN + len(ROWS) * pitch
-    frame = Image.new("RGB", (width, bottom + MARGIN + 4), "white")
+    frame = Image.new("RGB", (width, bottom + GRID + 4), "white")
     pen, font = ImageDraw.Draw(frame), ImageFont.load_default(size=15)
     for column, text in enumerate(("control", *STYLES)):
         pen.text((column * pitch + TILE / 2, MARGIN / 2), text, INK, font, anchor="mm")
     for row, (kind, name, _) in enumerate(ROWS):
         with Image.open(DRAWINGS / f"{name}.png") as control:
             tiles = [control.convert("RGB").resize((TILE, TILE), Image.Resampling.NEAREST)]
-        ImageDraw.Draw(tiles[0]).text((6, TILE - 6), kind, "white", font, anchor="ls")
+        ImageDraw.Draw(tiles[0]).text((6, 6), kind, "white", font, anchor="lt")
         drawn = images[row * len(STYLES) : (row + 1) * len(STYLES)]
         tiles += [Image.fromarray(image).resize((TILE, TILE), Image.Resampling.LANCZOS) for image in drawn]
         for column, tile in enumerate(tiles):
             frame.paste(tile, (column * pitch, MARGIN + row * pitch))
     draw_grids(pen, sides, scale, top=bottom + 2)
     text = f"scale {scale + 1} of {len(sides)}: {sides[scale]} x {sides[scale]} tokens"
-    pen.text((width - 2, bottom + 2 + 12), text, INK, font, anchor="rm")
+    pen.text((width - 2, bottom + 2 + GRID / 2), text, INK, font, anchor="rm")
     return frame
 
 
 def draw_grids(pen: ImageDraw.ImageDraw, sides: Sequence[int], scale: int, top: int) -> None:
     """Each scale as a square of side × side cells; those drawn so far are filled."""
     for index, side in enumerate(sides):
-        left, cell = 2 + index * 34, 24 / side
+        left, cell = 2 + index * (GRID + GAP), GRID / side
         for row in range(side):
             for column in range(side):
                 corner = (left + column * cell, top + row * cell)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("car_serve")
 SWITCH = 0.0005
-"""Seconds after which Python's threads take turns. By default 5 ms, a third of what the first scale of the shipped
+"""Seconds after which Python's threads take turns. By default 5 ms, a third of what the first scale of the 64×64
 plan takes; an event would wait that long for the engine's thread."""
 FORMS = (PictureForm, ControlForm, openai_routes.GenerationForm, openai_routes.EditsForm)
 

@@ -3,9 +3,9 @@
 An image depends on its own request, never on what shares its batch. Whether a job was cancelled is looked at between
 scales. When a batch fails, its jobs are drawn once more one by one, so that only the one at fault ends in an error.
 
-A second thread decodes previews: they cost as much as the scales themselves (16 of 70 ms an image of the shipped
-plan, times its six scales), and the engine goes on meanwhile. Only the first preview of a batch holds it up, so that
-this one is there at once, and the last scale waits for the previews before it, so that they never pile up. Where
+A second thread decodes previews: they cost as much as the scales themselves (16 of 70 ms an image of the
+64×64 plan, times its six scales), and the engine goes on meanwhile. Only the first preview of a batch holds it up, so
+that this one is there at once, and the last scale waits for the previews before it, so that they never pile up. Where
 nobody wants previews, all is done on the engine's thread.
 """
 

@@ -78,7 +78,7 @@ def router(service: Service) -> APIRouter:
 async def warm_up(service: Service, batcher: Batcher) -> None:
     """Draw two images with a plan, one with guidance, all the way to their last event.
 
-    What engine and libraries do only once, 500 ms of the shipped plan, is done before anyone waits for it.
+    What engine and libraries do only once, 500 ms of the 64×64 plan, is done before anyone waits for it.
     """
     name, model = batcher.name, batcher.plan.manifest.model
     control = None

@@ -212,7 +212,7 @@ def test_classes_are_listed(here: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_classes_of_several_styles_are_listed_style_by_style(
     here: Path, built: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = shutil.copytree(built / "car.plan", "styles.plan")
+    plan = shutil.copytree(built / "car.plan", Path("styles.plan"))
     manifest = json.loads((plan / "manifest.json").read_text())
     manifest["model"]["class_names"] = ["flat-flags", "flat-food-drink", "noto-flags"]
     (plan / "manifest.json").write_text(json.dumps(manifest))
