@@ -40,6 +40,11 @@ Pixels = NDArray[np.uint8]
 Request = dict[str, Any]
 
 
+def control_of(request: Request) -> Path:
+    """The control image of a request, whichever branch it is for."""
+    return next(Path(value) for key, value in request.items() if key.partition(":")[0] == "control")
+
+
 def read_png(file: Path) -> Pixels:
     """uint8 [H, W, 3]."""
     with Image.open(file, formats=["PNG"]) as opened:
@@ -114,7 +119,7 @@ class Drawing:
 
     def write_controls(self, archive: Path, keep: Sequence[int]) -> None:
         """The control maps of the images at these places as an archive."""
-        self._write_archive(archive, [Path(self.requests[i]["control"]) for i in keep])
+        self._write_archive(archive, [control_of(self.requests[i]) for i in keep])
 
     def _write_archive(self, archive: Path, files: Sequence[Path]) -> None:
         """Images as `arr_0` of one .npz, by way of a file: never all of them in memory."""

@@ -418,7 +418,7 @@ def _followed(
                 labels.append(int(plan.labels[i]))
                 asked = {"generated": i} | ({} if others is None else {"shuffled": others[i]})
                 for source, at in asked.items():
-                    given = read_png(plan.requests[at][target.control_key])
+                    given = read_png(control_of(plan.requests[at]))
                     errors = control_errors(target.convention, given, map_found, options.tolerance)
                     for measure, error in errors.items():
                         rows[source][measure].append(error)

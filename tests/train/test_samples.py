@@ -145,7 +145,7 @@ def test_any_branch_of_a_plan_is_evaluated(images: Path, tmp_path: Path) -> None
     found = {}
     for name, path, flags in (
         ("checkpoint", plan.parent / "other", {}),
-        ("branch", plan, {"branch": "other", "backend": "ort-cpu", "tolerance": 3}),
+        ("branch", plan, {"branch": "other", "backend": "ort-cpu", "tolerance": 3, "controls": tmp_path / "c.npz"}),
         ("default", plan, {"backend": "ort-cpu"}),
     ):
         (tmp_path / name).mkdir()
@@ -153,6 +153,8 @@ def test_any_branch_of_a_plan_is_evaluated(images: Path, tmp_path: Path) -> None
     assert np.abs(found["branch"][1].astype(int) - found["checkpoint"][1]).max() <= 1
     assert not np.array_equal(found["branch"][1], found["default"][1])
     assert found["branch"][0]["options"]["branch"] == "other"
+    with np.load(tmp_path / "c.npz", allow_pickle=False) as arrays:
+        assert arrays["arr_0"].shape == found["branch"][1].shape
     assert found["branch"][0]["options"]["tolerance"] == 3
     with pytest.raises(EvaluationError, match=r"'none'.*sketch, other"):
         open_target(options(plan, images, branch="none"))
