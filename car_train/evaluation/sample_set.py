@@ -29,7 +29,7 @@ from tqdm import tqdm
 from car_train.data.dataset import ControlledImages, select_classes
 from car_train.data.folder import some, text_of
 from car_train.evaluation.controls import control_maker
-from car_train.evaluation.draw import Drawing, Request, drawing, parts_of, read_png
+from car_train.evaluation.draw import Drawing, Request, control_of, drawing, parts_of, read_png
 from car_train.evaluation.features import EfficientNetLite0, FeatureNetwork, Inception
 from car_train.evaluation.metrics import IS_PARTS, control_errors, inception_score
 from car_train.evaluation.options import EvalOptions, EvaluationError, require
