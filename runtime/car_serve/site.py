@@ -173,7 +173,8 @@ def _pieces(root: Path, manifest: Manifest) -> list[tuple[int, int]]:
     """
     graphs = [(root / graph.file).read_bytes() for graph in manifest.graphs.values()]
     held = [(one.offset, one.bytes) for graph in graphs for one in stored_weights(graph)]
-    held += [(one.offset, one.bytes) for one in (*manifest.tensors.values(), *manifest.parameters.values())]
+    held += [(one.offset, one.bytes) for one in manifest.tensors.values()]
+    held += [(one.offset, one.bytes) for one in manifest.parameters.values()]
     found: list[tuple[int, int]] = []
     for offset, length in sorted(held):
         start, end = (found[-1][0], sum(found[-1])) if found else (0, -ALIGNED - 1)
