@@ -139,7 +139,7 @@ def test_each_class_has_n_images_and_each_is_that_of_its_seed_and_control(
 
 
 def test_any_branch_of_a_plan_is_evaluated(images: Path, tmp_path: Path) -> None:
-    """Its images are those of its own checkpoint, its default branch's are others, and no name is made up."""
+    """Its images are those of its own checkpoint, its default branch's are others; an unknown one is refused."""
     plan = two_branches()
     few = {"per_class": 2}
     found = {}
