@@ -18,9 +18,10 @@ DEMO_ARGS ?= -n 4 --grid
 PYTEST_ARGS ?=
 
 # All tests are spread over processes, whole files each, as the tests of a file share what they build; two have taken
-# 5.4 GB of memory at most. Tests chosen by PYTEST_ARGS run in one, which starts sooner.
+# 5.4 GB of memory at most. The order of files is that of tests/conftest.py. Tests chosen by PYTEST_ARGS run in one, which
+# starts sooner.
 TEST_PROCESSES ?= 2
-PYTEST_SPREAD = $(if $(strip $(PYTEST_ARGS)),,-n $(TEST_PROCESSES) --dist loadfile)
+PYTEST_SPREAD = $(if $(strip $(PYTEST_ARGS)),,-n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder)
 
 # `make quick`, for while one works: what protects most for a second of a core. The model's arithmetic, the runtime's
 # request, loop, schedules, images and manifest, the tokens of the shipped plan, and one export, byte by byte. Left to
@@ -141,14 +142,15 @@ test-gpu: $(GPU_ENV)$(INSTALLED)
 OLDEST = 'numpy==1.26.*' 'pillow==10.1.*' 'onnxruntime==1.20.*' 'openvino==2025.0.*' 'cryptography==42.*' \
 	'huggingface-hub==1.20.*' 'fastapi==0.115.*' 'uvicorn==0.30.*' 'python-multipart==0.0.20' 'prometheus-client==0.20.*' \
 	'uvloop==0.19.*' 'httptools==0.6.1' \
-	'onnx==1.17.*' 'httpx>=0.27' 'pytest>=8' 'hypothesis>=6.100'
+	'onnx==1.17.*' 'httpx>=0.27' 'pytest>=8' 'pytest-xdist>=3.7' 'hypothesis>=6.100'
 OLDEST_TESTS = $(patsubst %,tests/runtime/test_%.py,backends cli control_checks doctor editing errors files hostile_plans \
 	hub manifest pipeline plan process typed_json)
 OLDEST_LEFT = training_and_export or telemetry or an_engine_is_usable
 
 test-oldest: $(OLDEST_ENV)$(INSTALLED)
 	@PYTHONPATH=runtime $(OLDEST_ENV)/bin/python -m car_runtime verify --backend openvino --warmup 0 --runs 1
-	@OMP_NUM_THREADS=1 $(OLDEST_ENV)/bin/python -m pytest -q --noconftest -k 'not ($(OLDEST_LEFT))' $(OLDEST_TESTS) $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(OLDEST_ENV)/bin/python -m pytest -q --noconftest $(PYTEST_SPREAD) -k 'not ($(OLDEST_LEFT))' \
+	  $(OLDEST_TESTS) $(PYTEST_ARGS)
 	@OMP_NUM_THREADS=1 $(OLDEST_ENV)/bin/python -m pytest -q --confcutdir=tests/serve tests/serve/test_routes.py $(PYTEST_ARGS)
 
 # ComfyUI is no package, but this one's source archive holds all of it (GPL-3.0; nothing of it is in this repository). It
@@ -173,7 +175,8 @@ clean:
 	rm -rf $(DEMO_ENV) $(STUDIO_ENV) $(DEV_ENV) $(GPU_ENV) $(OLDEST_ENV) $(DOCS_ENV) $(COMFYUI_ENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find car_train export runtime benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# $(call install,ENVIRONMENT,WHAT PIP INSTALLS,WHAT IT IS, AND ITS SIZE)
+# $(call install,ENVIRONMENT,WHAT PIP INSTALLS,WHAT IT IS, AND ITS SIZE). Python compiles a module when it is first imported:
+# pip would compile all 21,000 files of .venv, most of which nothing here imports.
 define install
 	@if ! version=$$($(PYTHON) --version 2>&1); then \
 	  echo "make: '$(PYTHON)' does not run; install Python 3.10 or newer, or name one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; \
@@ -184,7 +187,7 @@ define install
 	fi
 	@echo "make: setting up $(1), once: $(3)"
 	@$(1)/bin/python -c 'import pip' 2>/dev/null || { rm -rf $(1) && $(PYTHON) -m venv $(1); }
-	@$(1)/bin/python -m pip install -qq --disable-pip-version-check $(2)
+	@$(1)/bin/python -m pip install -qq --disable-pip-version-check --no-compile $(2)
 	@touch $@
 endef
 

@@ -4,7 +4,10 @@ import os
 import shutil
 import signal
 import tempfile
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,11 @@ from fixtures.shared import build_once
 # Models are small here: more threads gain nothing, and on a busy machine they wait for each other.
 torch.set_num_threads(1)
 SHARED = pytest.StashKey[Path]()
+with suppress(ImportError, AttributeError):  # no public name
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    # torch's exporter parses the sources of its whole operator library for every graph, an eighth of an export.
+    ONNXRegistry.from_torchlib = staticmethod(cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]
 
 
 NEED_TRITON = ["export/test_cuda_kernels.py", *(f"benchmarks/test_gpu_{name}.py" for name in ("model", "session"))]
@@ -41,6 +49,16 @@ def pytest_configure(config: pytest.Config) -> None:
     if given is None:
         config.stash[SHARED] = folder
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+LONG = ("export/test_golden.py", "export/test_int8_branches.py", "export/test_d36s.py", "export/test_format2.py")
+LONG += ("export/test_upgrade.py", "serve/test_web_gpu.py", "test_docs_site.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Few and long tests come first, then files by their number of tests, so that all processes end together."""
+    counts = Counter(item.path for item in items)
+    items.sort(key=lambda item: (not item.path.as_posix().endswith(LONG), -counts[item.path], item.path))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -28,8 +28,9 @@ from car_runtime.verify import verify
 from car_train import checkpoint
 from fixtures.shared import build_once
 from fixtures.small import sibling, small_model
-from fixtures.small_plans import small_plan
 from fixtures.two_branches import small, two_branches
+
+FORMAT_1 = Path(__file__).parents[1] / "data" / "v0.1.0" / "small.plan"
 
 
 @pytest.fixture
@@ -151,7 +152,7 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(
         (["add-branch", plan, deeper, "--name", "c"], "and the plan's branches concat in 1"),
         (["add-branch", plan, tmp_path / "nowhere"], "no checkpoint there"),
         (["add-branch", plan], "needs a checkpoint after the plan"),
-        (["add-branch", small_plan("steered", 1), elsewhere], "is of format 1, which holds one branch"),
+        (["add-branch", FORMAT_1, elsewhere], "is of format 1, which holds one branch"),
         (["remove-branch", plan, "depth"], "has no branch 'depth'; name one of: sketch, other"),
         (["remove-branch", plan, "other", "--default", "depth"], "--default depth is not one of"),
         (["remove-branch", plan], "needs the name of a branch"),
@@ -170,9 +171,9 @@ def test_info_says_what_a_plan_is(two: Path, capsys: pytest.CaptureFixture[str])
     lines = run(["info", two], capsys).splitlines()
     assert lines[0].startswith("two: format 2, ")
     assert any(line.startswith("branch other: sketch, maps sketch, ") for line in lines)
-    old = json.loads(run(["info", small_plan("steered", 1), "--json"], capsys))
+    old = json.loads(run(["info", FORMAT_1, "--json"], capsys))
     assert old["format"] == 1
-    assert old["branches"] == {"sketch": {"control_type": "sketch", "convention": "sketch", "bytes": None}}
+    assert old["branches"] == {"sketch": {"control_type": "sketch", "convention": "sketch-dark", "bytes": None}}
 
 
 def test_without_the_exporter_it_says_what_to_install(

@@ -30,12 +30,13 @@ from car_train.model.sample import control_pyramid, sample
 from car_train.model.vqvae import Up, join_tokens
 from fixtures.small import small_model
 
-KINDS: dict[str, dict[str, Any]] = {
-    "fp32": {"batches": (1, 2), "top_k": 0, "top_p": 0.0},
-    "fp16-weights": {"weights": "fp16"},
-    "fp16": {"precision": "fp16"},
-    "var": {},
+KINDS = {
+    "fp32": "--batch 1,2 --top-k 0 --top-p 0",
+    "fp16-weights": "--weights fp16",
+    "fp16": "--precision fp16",
+    "var": "",
 }
+"""Kind → flags of the command."""
 L = 39
 """Tokens of an image of `small_model`, which has 20×20 pixels."""
 
@@ -46,16 +47,16 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Plans of each kind, made once; building one verifies it against PyTorch."""
+def built(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Plans of each kind by the command, made once; building one verifies it against PyTorch."""
     plans: dict[str, Path] = {}
 
     def build(kind: str) -> Path:
         if kind not in plans:
-            output = tmp_path_factory.mktemp("plan") / f"{kind}.plan"
-            plans[kind] = build_plan_of_2(
-                small_model(control=kind != "var"), ExportOptions(output=output, name="small", **KINDS[kind])
-            )
+            folder = tmp_path_factory.mktemp("plan")
+            source = checkpoint.save(small_model(control=False), folder / "var") if kind == "var" else saved
+            plans[kind] = folder / f"{kind}.plan"
+            assert build_engines([str(source), "-o", str(plans[kind]), *KINDS[kind].split()]) == 0
         return plans[kind]
 
     return build
@@ -227,19 +228,20 @@ def test_an_edit_draws_what_pytorch_draws_with_these_tokens_known(
 
 
 def test_command_line_builds_and_verifies_again(
-    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    saved: Path, built: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = [str(saved), "-o", str(tmp_path / "c.plan"), "--weights", "fp16"]
-    assert build_engines(argv) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "c.plan")
-    manifest = schema.read_manifest(tmp_path / "c.plan")
+    plan = built("fp16-weights")
+    manifest = schema.read_manifest(plan)
     assert manifest.model.class_names == ("ant", "bee", "cat", "dog", "eel")
     assert manifest.precision == schema.Precision(compute="fp32", weights="fp16")
     assert any(key.startswith("sha256 car.safetensors") for key in manifest.provenance)
-    assert build_engines([*argv, "--verify"]) == 0
+    argv = ["-o", str(plan), "--weights", "fp16", "--verify"]
+    capsys.readouterr()
+    assert build_engines([str(saved), *argv]) == 0
+    assert capsys.readouterr().out.strip() == str(plan)
     # The same plan is not that of other weights.
     other = checkpoint.save(small_model(spread=1.1), tmp_path / "other")
-    assert build_engines([str(other), *argv[1:], "--verify"]) == 1
+    assert build_engines([str(other), *argv]) == 1
     assert "differences between the plan and the model" in capsys.readouterr().err
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from car_runtime import GenerationConfig, open_plan
+from car_runtime import GenerationConfig, Plan, open_plan
 from car_runtime.cli.main import main as car_run
 from car_train.model import Model
 from car_train.model.sample import Recording, control_pyramid, sample
@@ -22,92 +23,93 @@ CFG = 4.0
 LOGITS = 2e-4
 """Relative to the largest logit: float32 sums in another order."""
 PIXELS = 2e-3
-"""Tolerance of an image in [0, 1], over the 2^-12 to which the golden images are stored.
+"""Tolerance of an image in [0, 1], over the 2^-12 to which the golden images are stored."""
+PLAN_PIXELS = PIXELS + 2**-12 + 0.5 / 255
+"""For a plan, over half of a level of 255 too."""
 
-For a plan, over half of a level of 255 too.
-"""
 
+class Drawn(NamedTuple):
+    """Both rows of the golden batch: tokens [2, L], images [2, 3, H, W] in [0, 1], and how far a pixel may be off."""
 
-class Engine(Protocol):
+    tokens: np.ndarray
+    images: np.ndarray
     pixels: float
 
-    def greedy(self, golden: Golden, control: bool) -> tuple[np.ndarray, np.ndarray]: ...
+
+@pytest.fixture(scope="module")
+def reference(models: Callable[..., Model]) -> Callable[[Golden, bool], tuple[Drawn, Recording]]:
+    """What the reference loop draws greedily, with control or without, and its logits; made once."""
+
+    @cache
+    def draw(name: str, control: bool) -> tuple[Drawn, Recording]:
+        golden = Golden(name)
+        model = models(golden)
+        label = torch.from_numpy(golden["label"])
+        sizes = [s * model.config.vqvae.patch for s in golden.sides]
+        controls = control_pyramid(Image.fromarray(golden["control_png"]), sizes) if control else None
+        uniforms = torch.rand(len(label), model.config.vqvae.tokens, generator=torch.Generator().manual_seed(1))
+        record = Recording()
+        assert model.car is not None
+        tokens, pixels = sample(model.vqvae, model.car, label, uniforms, controls, CFG, top_k=1, record=record)
+        return Drawn(tokens.numpy(), (pixels.numpy() + 1) / 2, PIXELS + 2**-12), record
+
+    return lambda golden, control: draw(golden.name, control)
 
 
-class Torch:
-    """The reference loop; both rows of the golden batch at once."""
-
-    pixels = PIXELS + 2**-12
-
-    def __init__(self, golden: Golden, models: Callable[..., Model]):
-        self.model = models(golden)
-
-    def greedy(self, golden: Golden, control: bool) -> tuple[np.ndarray, np.ndarray]:
-        tokens, pixels, _ = torch_greedy(self.model, golden, control)
-        return tokens.numpy(), (pixels.numpy() + 1) / 2
+@pytest.fixture(scope="module")
+def plan(golden: Golden, plans: Callable[..., Path]) -> Iterator[Plan]:
+    with open_plan(plans(golden), "ort-cpu", threads=1) as opened:
+        yield opened
 
 
-class Exported:
-    """The plan through `car-run`, as a user would: one image per label, in ONNX Runtime without torch."""
-
-    pixels = PIXELS + 2**-12 + 0.5 / 255
-
-    def __init__(self, golden: Golden, plans: Callable[..., Path], folder: Path):
-        self.paths = {control: plans(golden, car=control) for control in (True, False)}
-        self.folder = folder
-
-    def greedy(self, golden: Golden, control: bool) -> tuple[np.ndarray, np.ndarray]:
-        Image.fromarray(golden["control_png"]).save(self.folder / "control.png")
-        tokens, images = [], []
-        for label in golden["label"]:
-            output, npz = self.folder / f"{label}.png", self.folder / f"{label}.npz"
-            argv = ["--engine", self.paths[control], "--class", label, "--cfg", CFG, "--top-k", 1, "--seed", 5]
-            argv += ["-o", output, "--tokens", npz, *(["--control", self.folder / "control.png"] if control else [])]
-            assert car_run([str(a) for a in argv]) == 0
-            with np.load(npz) as saved:
-                np.testing.assert_array_equal(saved["sides"], golden.sides)
-                tokens.append(saved["tokens"])
-            images.append(np.asarray(Image.open(output))[None])
-        return np.concatenate(tokens), np.concatenate(images).transpose(0, 3, 1, 2) / 255
+def by_plan(plan: Plan, golden: Golden, control: bool) -> Drawn:
+    """With control one image after the other, by the graphs of one image; without it both in one batch."""
+    image = Image.fromarray(golden["control_png"]) if control else None
+    configs = [
+        GenerationConfig(control=image, label=int(label), cfg=CFG, top_k=1, seed=5) for label in golden["label"]
+    ]
+    results = [plan.generate(config) for config in configs] if control else plan.generate_many(configs)
+    images = np.concatenate([result.images for result in results]).transpose(0, 3, 1, 2) / 255
+    return Drawn(np.concatenate([result.tokens for result in results]), images, PLAN_PIXELS)
 
 
-@pytest.fixture(params=["torch", "plan"])
-def engine(
-    request: pytest.FixtureRequest,
-    golden: Golden,
-    models: Callable[..., Model],
-    plans: Callable[..., Path],
-    tmp_path: Path,
-) -> Engine:
-    return Torch(golden, models) if request.param == "torch" else Exported(golden, plans, tmp_path)
-
-
-def torch_greedy(model: Model, golden: Golden, control: bool) -> tuple[torch.Tensor, torch.Tensor, Recording]:
-    label = torch.from_numpy(golden["label"])
-    sizes = [s * model.config.vqvae.patch for s in golden.sides]
-    controls = control_pyramid(Image.fromarray(golden["control_png"]), sizes) if control else None
-    uniforms = torch.rand(len(label), model.config.vqvae.tokens, generator=torch.Generator().manual_seed(1))
-    record = Recording()
-    assert model.car is not None
-    tokens, pixels = sample(model.vqvae, model.car, label, uniforms, controls, CFG, top_k=1, record=record)
-    return tokens, pixels, record
+def assert_drawn(found: Drawn, golden: Golden, control: bool) -> None:
+    prefix = "car" if control else "var"
+    np.testing.assert_array_equal(found.tokens, golden[f"{prefix}_greedy_tokens"])
+    assert np.abs(found.images - golden[f"{prefix}_greedy_image"].astype(np.float32)).max() <= found.pixels
 
 
 @pytest.mark.parametrize("control", [False, True], ids=["var", "car"])
-def test_greedy_tokens_are_equal_and_the_image_is_close(engine: Engine, golden: Golden, control: bool) -> None:
-    prefix = "car" if control else "var"
-    tokens, pixels = engine.greedy(golden, control)
-    np.testing.assert_array_equal(tokens, golden[f"{prefix}_greedy_tokens"])
-    assert np.abs(pixels - golden[f"{prefix}_greedy_image"].astype(np.float32)).max() <= engine.pixels
-
-
-def test_a_plan_with_a_branch_draws_plain_var_where_no_control_is_given(
-    golden: Golden, plans: Callable[..., Path]
+@pytest.mark.parametrize("engine", ["torch", "plan"])
+def test_greedy_tokens_are_equal_and_the_image_is_close(
+    request: pytest.FixtureRequest, golden: Golden, engine: str, control: bool
 ) -> None:
-    with open_plan(plans(golden, car=True), "ort-cpu", threads=1) as plan:
-        configs = [GenerationConfig(label=int(label), cfg=CFG, top_k=1, seed=5) for label in golden["label"]]
-        tokens = np.concatenate([result.tokens for result in plan.generate_many(configs)])
-    np.testing.assert_array_equal(tokens, golden["var_greedy_tokens"])
+    """A plan with a branch draws plain VAR where no control is given."""
+    if engine == "torch":
+        found, _ = request.getfixturevalue("reference")(golden, control)
+    else:
+        found = by_plan(request.getfixturevalue("plan"), golden, control)
+    assert_drawn(found, golden, control)
+
+
+@pytest.mark.parametrize("control", [False, True], ids=["var", "car"])
+def test_the_command_draws_the_golden_tokens(
+    tiny: Golden, plans: Callable[..., Path], control: bool, tmp_path: Path
+) -> None:
+    """One image per label, without torch; plain VAR from a plan without a branch."""
+    Image.fromarray(tiny["control_png"]).save(tmp_path / "control.png")
+    tokens, images = [], []
+    for label in tiny["label"]:
+        output, npz = tmp_path / f"{label}.png", tmp_path / f"{label}.npz"
+        argv = ["--engine", plans(tiny, car=control), "--class", label, "--cfg", CFG, "--top-k", 1, "--seed", 5]
+        argv += ["-o", output, "--tokens", npz, *(["--control", tmp_path / "control.png"] if control else [])]
+        assert car_run([str(a) for a in argv]) == 0
+        with np.load(npz) as saved:
+            np.testing.assert_array_equal(saved["sides"], tiny.sides)
+            tokens.append(saved["tokens"])
+        images.append(np.asarray(Image.open(output))[None])
+    pixels = np.concatenate(images).transpose(0, 3, 1, 2) / 255
+    assert_drawn(Drawn(np.concatenate(tokens), pixels, PLAN_PIXELS), tiny, control)
 
 
 def test_encoded_tokens_are_equal(golden: Golden, models: Callable[..., Model]) -> None:
@@ -119,8 +121,10 @@ def test_encoded_tokens_are_equal(golden: Golden, models: Callable[..., Model]) 
 
 
 @pytest.mark.parametrize("control", [False, True], ids=["var", "car"])
-def test_guided_logits_of_a_greedy_run(golden: Golden, models: Callable[..., Model], control: bool) -> None:
-    _, _, record = torch_greedy(models(golden), golden, control)
+def test_guided_logits_of_a_greedy_run(
+    golden: Golden, reference: Callable[[Golden, bool], tuple[Drawn, Recording]], control: bool
+) -> None:
+    _, record = reference(golden, control)
     logits = torch.cat([s["logits"] for s in record.scales], 1).numpy()
     expected = golden[f"{'car' if control else 'var'}_cfg_logits"]
     stride = logits.shape[-1] // expected.shape[-1]

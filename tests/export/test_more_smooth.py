@@ -187,9 +187,9 @@ def test_smooth_and_plain_images_differ(plan: Path) -> None:
     assert (plain != smooth).any()
 
 
-def test_without_the_option_the_step_has_no_such_input(model: Model, tmp_path: Path) -> None:
-    plan = build_plan(model, ExportOptions(output=tmp_path / "plain.plan", name="plain"))
-    names = {port.name for port in schema.read_manifest(plan).graphs["step"].inputs}
+@pytest.mark.parametrize(("kind", "format"), [("fp32", 2), ("fp16", 1)])
+def test_without_the_option_the_step_has_no_such_input(kind: str, format: int) -> None:
+    names = {port.name for port in schema.read_manifest(small_plan(kind, format)).graphs["step"].inputs}
     assert not names & {"smooth", "smooth_noise"}
 
 

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper
 from car_export.config import NumericsOptions
 from car_export.plan import compute_model, reference_model
 from car_export.precision import numerics, probe
-from car_export.precision.case import compare, make_case
+from car_export.precision.case import Case, compare, make_case
 from car_export.precision.numerics import is_safe, largest_values, measure
 from car_export.precision.probe import ProbedOrtCpu
 from car_export.precision.rounding import Rounding, torch_logits
@@ -158,11 +158,17 @@ def test_in_float32_one_pass_gives_the_logits_of_the_loop() -> None:
     assert (torch_logits(model, case) - case.logits).abs().max() <= 1e-5 * case.logits.abs().max()
 
 
+@pytest.fixture(scope="module")
+def case_of_ten(models: Callable[..., Model]) -> Case:
+    """What `ten` draws, the published ten scales at depth 4."""
+    return make_case(models(Golden("ten")), 4.0, 900, 0.95)
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_ten_scales_with_every_result_rounded(precision: str, models: Callable[..., Model]) -> None:
-    """`ten`: the published ten scales at depth 4."""
-    reference = models(Golden("ten"))
-    case = make_case(reference, 4.0, 900, 0.95)
+def test_ten_scales_with_every_result_rounded(
+    precision: str, models: Callable[..., Model], case_of_ten: Case
+) -> None:
+    reference, case = models(Golden("ten")), case_of_ten
     found = compare(case, torch_logits(compute_model(reference, precision), case), reference.config.vqvae.sides)
     assert len(found["scales"]) == 10
     assert found["all"]["finite"]

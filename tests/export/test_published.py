@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from car_export import cli
 from car_export.cli import main as build_engines
+from car_export.config import ExportOptions
 from car_export.published import Published, find_published
-from car_runtime.format.manifest import read_manifest
 from car_train.config import ConfigError
 from car_train.interop.official import OfficialCheckpointError
+from car_train.model import Model
 from fixtures.golden import Golden, save_official
 
 
@@ -44,18 +46,22 @@ def look(folder: Path, var: Path | None = None) -> tuple[Published, list[str]]:
     return find_published(folder, lines.append, var), lines
 
 
-def test_one_command_makes_a_plan_and_says_what_it_found(
-    folder: Path, tiny: Golden, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_one_command_exports_them_and_says_what_it_found(
+    folder: Path, tiny: Golden, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, sides = tmp_path / "d16.plan", ",".join(map(str, tiny.sides))
-    assert build_engines(["--from-published", str(folder), "--patch-nums", sides, "-o", str(plan)]) == 0
+    """What a plan is made of; test_golden.py makes one of the same files."""
+    exported: list[tuple[dict[str, Model], ExportOptions]] = []
+    monkeypatch.setattr(cli, "build_plan_of_2", lambda models, options, _: exported.append((models, options)))
+    sides = ",".join(map(str, tiny.sides))
+    assert build_engines(["--from-published", str(folder), "--patch-nums", sides, "-o", "d16.plan"]) == 0
     said = capsys.readouterr().err
     assert "tokenizer: vae_ch160v4096z32.pth" in said
     assert "transformer: var_d16.pth, depth 2, width 128" in said
     assert "control depth: car_depth_d16.pth" in said
-    manifest = read_manifest(plan)
-    assert manifest.model.control_type == "depth"
-    assert {name for name in manifest.provenance if name.startswith("sha256")} == {
+    ((models, options),) = exported
+    assert [(name, cli.control_type_of(model)) for name, model in models.items()] == [("depth", "depth")]
+    assert options.output == Path("d16.plan")
+    assert set(options.provenance) == {
         "sha256 vae vae_ch160v4096z32.pth",
         "sha256 var var_d16.pth",
         "sha256 car car_depth_d16.pth",

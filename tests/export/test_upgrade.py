@@ -24,7 +24,6 @@ from car_train.config import CARConfig
 from car_train.model import Model
 from fixtures.shared import build_once
 from fixtures.small import small_config
-from fixtures.small_plans import small_plan
 
 KINDS: dict[str, tuple[dict[str, Any] | None, bool, dict[str, Any]]] = {
     "concat": ({}, True, {"more_smooth": True, "cfg": 2.5, "top_k": 7, "top_p": 0.9}),
@@ -149,6 +148,7 @@ def test_kernels_of_phases_stay() -> None:
 def test_what_cannot_be_upgraded_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = old_plan("var"), ["-o", str(tmp_path / "x.plan")]
     int8 = copy_of(source, tmp_path / "int8.plan", ("precision", "weights"), "int8")
+    bf16 = copy_of(source, tmp_path / "bf16.plan", ("precision", "weights"), "bf16")
     renamed = copy_of(source, tmp_path / "wrong.plan", ("model", "vocab"), 48)
     (renamed / "encoder.onnx").write_bytes((renamed / "decoder.onnx").read_bytes())
     for arguments, says in (
@@ -156,7 +156,7 @@ def test_what_cannot_be_upgraded_is_refused_in_one_line(tmp_path: Path, capsys: 
             [str(int8), "--upgrade", *out],
             "stores int8, of which no model can be made again; upgrade the float32 plan",
         ),
-        ([str(small_plan("bf16", 1)), "--upgrade", *out], "stores bf16"),
+        ([str(bf16), "--upgrade", *out], "stores bf16, of which no model can be made again; upgrade one in fp16 or"),
         ([str(new_plan("concat")), "--upgrade", *out], "is of format 2 already"),
         ([str(renamed), "--upgrade", *out], "encoder.onnx"),
         ([str(source), "--upgrade", "-o", str(source)], "is another one; name it"),

@@ -9,16 +9,18 @@ import pytest
 
 from fuzz.fuzz import TARGETS, changed
 
-SECONDS = 4
+SECONDS = 1
+"""Of a core."""
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_reader_takes_or_refuses_whatever_it_is_given(name: str) -> None:
     rng, target = random.Random(5), TARGETS[name]
-    corpus, end, tried = target.corpus(), time.monotonic() + SECONDS, 0
+    corpus, tried = target.corpus(), 0
     for data in corpus:
         target.read(data)
-    while time.monotonic() < end and tried < 2000:
+    end = time.process_time() + SECONDS
+    while time.process_time() < end and tried < 2000:
         began = time.monotonic()
         target.read(changed(rng.choice(corpus), rng))
         assert time.monotonic() - began < 10

@@ -53,7 +53,8 @@ def make_case(reference: Model, cfg: float, top_k: int, top_p: float) -> Case:
         pyramid = control_pyramid(Image.fromarray(control), [side * config.patch for side in config.sides])
     uniforms = torch.from_numpy(np.random.default_rng(0).random((1, config.tokens), dtype=np.float32))
     label, record = car.base.config.classes // 2, Recording()
-    tokens, _ = sample(reference.vqvae, car, torch.tensor([label]), uniforms, pyramid, cfg, top_k=1, record=record)
+    given = (reference.vqvae, car, torch.tensor([label]), uniforms, pyramid, cfg)
+    tokens, _ = sample(*given, top_k=1, record=record, decoded=False)
     return Case(
         cfg=cfg,
         top_k=min(top_k, config.vocab) or config.vocab,
