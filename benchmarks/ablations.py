@@ -18,9 +18,10 @@ of the scales 1 and E alone, e.g. trained on from the other one: `car_train vqva
 losses in nats per token of two tokenizers can't be compared.
 
 What follows `--` goes to every `python -m car_train var` and `car`. Runs stand in `--runs`; one that was interrupted
-goes on from its checkpoint, a finished one is not trained again. Losses are the trainer's own, over all held-out
-images with the teacher's tokens, in nats per token; `base` is the model without its control. How well images follow
-their control is measured on one drawn for each held-out image, by the published sampling (`car_train eval`).
+goes on from its checkpoint, a finished one is not trained again, one of other flags is refused. Losses are the
+trainer's own, over all held-out images with the teacher's tokens, in nats per token; `base` is the model without its
+control. How well images follow their control is measured on one drawn for each held-out image, by the published
+sampling (`car_train eval`).
 """
 
 from __future__ import annotations
@@ -49,10 +50,11 @@ from car_train.evaluation.generate import uniform_numbers
 from car_train.evaluation.options import EvalOptions
 from car_train.evaluation.runs import read_run, summary
 from car_train.evaluation.sets import compare_sets
-from car_train.files import write_text, written_aside
+from car_train.files import check_writable, write_text, written_aside
 from car_train.images import to_pixels
 from car_train.model.sample import sample
 from car_train.training import command as training
+from car_train.training.options import FREE
 from car_train.training.stages import Stage
 
 BRANCHES: dict[str, list[str]] = {
@@ -85,17 +87,30 @@ def train(stage: str, folder: Path, flags: Sequence[str], log: Log, make: Make |
 
     make: of the command's flags what is trained in the place of the command's own.
     """
-    finished = folder / "finished"
+    command, finished = [stage, "-o", str(folder), *flags], folder / "finished"
+    check_flags(folder, command)
     if not finished.is_file():
         log(f"{folder.name}: training")
-        resume = ["--resume"] if checkpoint.of_run(folder) else []
-        command = [stage, "-o", str(folder), *flags, *resume]
+        command += ["--resume"] if checkpoint.of_run(folder) else []
         if make is not None:
             training.run(cli.parse_args(command), make)
         elif cli.main(command):
             raise BenchmarkError(f"{folder.name}: training failed; see above, and run the same command again")
         write_text(finished, "")
     return checkpoint.locate(folder)
+
+
+def check_flags(folder: Path, command: Sequence[str]) -> None:
+    """Keep what a run is trained with next to its folder. BenchmarkError: the run was begun with something else."""
+    given = {k: v for k, v in vars(cli.parse_args(list(command))).items() if k not in FREE | {"token_root"}}
+    now = json.loads(json.dumps(given, default=str))
+    file = folder.with_name(f"{folder.name}.flags.json")
+    if file.is_file() and checkpoint.of_run(folder):
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = [f"{k} {before.get(k)!r} → {v!r}" for k, v in now.items() if before.get(k) != v]
+        if changed:
+            raise BenchmarkError(f"{folder}: was trained with {'; '.join(changed)}; give these, or another --runs")
+    write_text(file, json.dumps(now, indent=1) + "\n")
 
 
 def raster_stage(args: argparse.Namespace) -> Stage:
@@ -178,7 +193,8 @@ def classes(args: argparse.Namespace, log: Log) -> list[Row]:
     folder = args.runs / "classes"
     path = train("car", folder, [*args.common, "--base", str(args.base), "--classes", args.seen], log)
     rows = []
-    for name, chosen in (("seen", args.seen), ("not seen", f"!{args.seen}")):
+    others = args.seen.removeprefix("!") if args.seen.startswith("!") else f"!{args.seen}"
+    for name, chosen in (("seen", args.seen), ("not seen", others)):
         log(f"evaluating the classes {name}")
         found = evaluate(EvalOptions(checkpoint=path, data=args.data, classes=chosen))
         losses, control = found["teacher_forced"], found["control"]
@@ -251,6 +267,9 @@ SERIES = {"branch": branch, "depth": depth, "classes": classes, "transformer": t
 def run(args: argparse.Namespace, log: Log) -> None:
     args.plain = ["--data", str(args.data), *args.flags]
     args.common = [*args.plain, "--control", args.control]
+    for file, suffix in ((args.output, ".json"), (getattr(args, "plot", None), ".png")):
+        if file is not None:
+            check_writable(file, suffix)
     args.runs.mkdir(parents=True, exist_ok=True)
     rows = SERIES[args.series](args, log)
     found = record("ablations", {"series": args.series, "control": args.control, "flags": args.flags}, rows)

@@ -28,7 +28,7 @@ from benchmarks.harness.cli import Log, guarded, make_parser
 from benchmarks.harness.errors import BenchmarkError
 from car_train import checkpoint
 from car_train.data.images import UNREADABLE, fitted, open_image
-from car_train.files import written_aside
+from car_train.files import check_writable, written_aside
 from car_train.model import Model
 from car_train.model.kernels import linear
 from car_train.model.var import Attention
@@ -120,8 +120,7 @@ def run(args: argparse.Namespace, log: Log) -> None:
     label = classes if args.label is None else args.label
     if not 0 <= label <= classes:
         raise BenchmarkError(f"class is {label}; give 0…{classes - 1}, or leave it out")
-    if args.output.suffix.lower() != ".png":
-        raise BenchmarkError(f"{args.output}: the figure is a PNG; name it so")
+    check_writable(args.output, ".png")
     config = model.config.vqvae
     try:
         image = open_image(args.image)

@@ -27,8 +27,9 @@ from benchmarks.harness.tables import markdown_table
 from car_train import checkpoint
 from car_train.data.dataset import ControlledImages
 from car_train.evaluation.evaluate import choose
+from car_train.evaluation.metrics import squared_distances
 from car_train.evaluation.options import EvalOptions
-from car_train.files import written_aside
+from car_train.files import check_writable, written_aside
 from car_train.training.stages import control_pyramids
 
 MARKERS = "osD^v"
@@ -71,11 +72,15 @@ def neighbours(x_ND: Floats, label_N: Labels) -> tuple[float, float]:
     """(share of points whose nearest other point is of their label, the share that chance would give)."""
     if len(x_ND) < 2:
         raise BenchmarkError(f"{len(x_ND)} points have no neighbours; evaluate more images")
-    squared = ((x_ND[:, None] - x_ND[None]) ** 2).sum(2)
-    np.fill_diagonal(squared, np.inf)
+    x_ND = x_ND - x_ND.mean(0)  # distances are differences of squares, which are small then
+    nearest: list[int] = []
+    for squared in squared_distances(x_ND, x_ND):
+        rows = np.arange(len(squared))
+        squared[rows, len(nearest) + rows] = np.inf
+        nearest += squared.argmin(1).tolist()
     counts = np.bincount(label_N)
     chance = float((counts * (counts - 1)).sum() / (len(label_N) * (len(label_N) - 1)))
-    return float((label_N[squared.argmin(1)] == label_N).mean()), chance
+    return float((label_N[nearest] == label_N).mean()), chance
 
 
 def plane(x_ND: Floats, seed: int) -> Floats:
@@ -113,8 +118,7 @@ def plot(points_N2: Floats, classes: Labels, types: Labels, names: Sequence[str]
 
 
 def run(args: argparse.Namespace, log: Log) -> None:
-    if args.output.suffix.lower() != ".png":
-        raise BenchmarkError(f"{args.output}: the plot is a PNG; name it so")
+    check_writable(args.output, ".png")
     if len(args.checkpoints) > len(MARKERS):
         raise BenchmarkError(f"{len(args.checkpoints)} checkpoints; give at most {len(MARKERS)}")
     found = []

@@ -1,12 +1,13 @@
 """A blind comparison of two sets of images by people (CAR, table 2): a page that asks, and what the answers come to.
 
-    python -m benchmarks.preference sheet ours.npz theirs.npz -o study --controls study/controls.npz
+    python -m benchmarks.preference sheet ours.npz theirs.npz -o study --controls controls.npz
     python -m benchmarks.preference count study/key.json answers-*.csv
 
 `sheet` takes two archives of `eval --samples` whose images answer each other (arr_0, uint8 [N, H, W, 3]), draws pairs
 at random and writes `index.html`, one file that needs no server and asks of every pair each question, and `key.json`,
-which alone knows what is on which side: keep it away from who answers. Keys: ← left, → right, ↓ or space neither,
-Backspace one back. At the end the page gives the answers as CSV: pair,question,answer.
+which alone knows what is on which side: keep it away from who answers. The second question needs `--controls`, an
+archive of `eval --controls`. Keys: ← left, → right, ↓ or space neither, Backspace one back. At the end the page gives
+the answers as CSV: pair,question,answer.
 
 `count` adds up the answers of one or more people: for each question how often either set was preferred, and of the
 decided ones the share of the first with its exact 95 % interval (Clopper and Pearson 1934) and the two-sided
@@ -41,7 +42,6 @@ from car_train.files import folder_aside
 QUESTIONS = ("Which image is of better quality?", "Which image follows the control better?")
 ANSWERS = ("left", "right", "neither")
 FIELDS = ["pair", "question", "answer"]
-MAX_ANSWERS = 1_000_000
 PAGE = Path(__file__).parent / "analysis" / "preference.html"
 
 Pixels = NDArray[np.uint8]
@@ -97,12 +97,17 @@ def write_sheet(args: argparse.Namespace, log: Log) -> None:
         )
     if args.output.exists():
         raise BenchmarkError(f"{args.output} is there; answers may belong to it, so choose another folder")
+    names = [file.name if args.first.name != args.second.name else str(file) for file in (args.first, args.second)]
+    if names[0] == names[1] or args.first.samefile(args.second):
+        raise BenchmarkError(f"{args.first} would be compared with itself; give two sets")
     if args.pairs < 1:
         raise BenchmarkError(f"pairs is {args.pairs}; ask about at least one")
     questions = args.question or list(QUESTIONS if controls is not None else QUESTIONS[:1])
+    if len(set(questions)) < len(questions):
+        raise BenchmarkError(f"a question is asked twice: {', '.join(questions)}; put every one differently")
     pairs = make_pairs(len(sets[0]), args.pairs, args.seed)
     text = page(sets, controls, pairs, args.title).replace("{{questions}}", _script_text(questions))
-    key = {"first": args.first.name, "second": args.second.name, "questions": questions, "pairs": pairs}
+    key = {"first": names[0], "second": names[1], "questions": questions, "pairs": pairs}
     with folder_aside(args.output) as folder:
         (folder / "index.html").write_text(text, encoding="utf-8")
         (folder / "key.json").write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
@@ -117,33 +122,43 @@ def _script_text(value: Any) -> str:
 
 def read_answers(file: Path, key: dict[str, Any]) -> list[tuple[str, str]]:
     """(question, "first", "second" or "neither") of every answer of a file. Raises BenchmarkError with its line."""
-    found = []
+    found: list[tuple[str, str]] = []
+    seen: set[tuple[int, int]] = set()
     try:
         with file.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream, strict=True)
             if reader.fieldnames != FIELDS:
                 raise BenchmarkError(f"{file}: its columns are {reader.fieldnames}; give the CSV that the page made")
             for row in reader:
-                found.append(_answer(row, key, f"{file}, line {reader.line_num}"))
-                if len(found) > MAX_ANSWERS:
-                    raise BenchmarkError(f"{file}: more than {MAX_ANSWERS} answers; split it")
+                where = f"{file}, line {reader.line_num}"
+                pair, question, answer = _answer(row, key, where)
+                if (pair, question) in seen:
+                    raise BenchmarkError(f"{where}: pair {pair}, question {question} is answered twice; drop one")
+                seen.add((pair, question))
+                found.append((key["questions"][question], answer))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise BenchmarkError(f"{file}: can't be read ({error}); give the CSV that the page made") from error
     return found
 
 
-def _answer(row: dict[str, Any], key: dict[str, Any], where: str) -> tuple[str, str]:
+def _answer(row: dict[str, Any], key: dict[str, Any], where: str) -> tuple[int, int, str]:
+    """(pair, question, "first", "second" or "neither")."""
     pair, question, answer = (row.get(field) or "" for field in FIELDS)
-    pairs, questions = key["pairs"], key["questions"]
-    if not (pair.isdecimal() and int(pair) < len(pairs) and question.isdecimal() and int(question) < len(questions)):
-        raise BenchmarkError(f"{where}: there is no pair {pair!r} with question {question!r}; is the key another's?")
+    numbers = [_below(text, len(key[name])) for text, name in ((pair, "pairs"), (question, "questions"))]
+    if numbers[0] is None or numbers[1] is None:
+        raise BenchmarkError(
+            f"{where}: there is no pair {pair[:40]!r} with question {question[:40]!r}; is the key another's?"
+        )
     if answer not in ANSWERS:
-        raise BenchmarkError(f"{where}: the answer is {answer!r}; it is one of {', '.join(ANSWERS)}")
-    if answer == "neither":
-        return questions[int(question)], "neither"
-    left = pairs[int(pair)]["left"]
+        raise BenchmarkError(f"{where}: the answer is {answer[:40]!r}; it is one of {', '.join(ANSWERS)}")
+    left = key["pairs"][numbers[0]]["left"]
     right = "second" if left == "first" else "first"
-    return questions[int(question)], left if answer == "left" else right
+    return numbers[0], numbers[1], {"left": left, "right": right, "neither": "neither"}[answer]
+
+
+def _below(text: str, count: int) -> int | None:
+    """The number that a text is if it is one of 0…count−1."""
+    return int(text) if text.isdecimal() and len(text) <= len(str(count)) and int(text) < count else None
 
 
 def share(first: int, decided: int) -> dict[str, float | None]:
@@ -168,10 +183,13 @@ def count(args: argparse.Namespace, log: Log) -> None:
     try:
         key = json.loads(args.key.read_text(encoding="utf-8"))
         names = {"first": str(key["first"]), "second": str(key["second"])}
+        assert names["first"] != names["second"]
         assert all(pair["left"] in names for pair in key["pairs"])
         assert all(isinstance(question, str) for question in key["questions"])
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise BenchmarkError(f"{args.key}: is no key of a sheet ({error!r:.100}); give its key.json") from error
+    if len({file.resolve() for file in args.answers}) < len(args.answers):
+        raise BenchmarkError(f"a file is given twice: {', '.join(map(str, args.answers))}; give each once")
     answers = [answer for file in args.answers for answer in read_answers(file, key)]
     rows = []
     for question in key["questions"]:

@@ -92,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"car_train: error: {error_lines(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print("car_train: interrupted; a training run continues with --resume, `controls` by itself", file=sys.stderr)
+        goes_on = "a training run and `eval --samples` continue with --resume, `controls` by itself"
+        print(f"car_train: interrupted; {goes_on}", file=sys.stderr)
         return 143 if isinstance(stop, Terminated) else 130
     return 0

@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 import sys
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -34,6 +35,22 @@ _EXCHANGE = 2
 
 class BusyError(UserError):
     """Another process writes to the same place. The message names it."""
+
+
+class OutputError(UserError):
+    """A file that can't be written where it is wanted. The message names it."""
+
+
+def check_writable(file: Path, suffix: str) -> None:
+    """See that a file can be written before hours are spent on what goes into it. Raises OutputError."""
+    why = "" if file.suffix.lower() == suffix else f"it does not end with {suffix}"
+    why = why or ("it is a folder" if file.is_dir() else "")
+    try:
+        tempfile.TemporaryFile(dir=file.absolute().parent).close()
+    except OSError as error:
+        why = why or str(error.strerror)
+    if why:
+        raise OutputError(f"can't write {file}: {why}; give a {suffix} in a folder that exists and can be written to")
 
 
 def _aside(target: Path, kind: str) -> Path:

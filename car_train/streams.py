@@ -1,4 +1,5 @@
-"""Standard streams that are closed, or that nobody reads any more, warnings, and SIGTERM; the exporter shares it."""
+"""Standard streams that are closed, or that nobody reads any more, warnings, and the ends of processes; the exporter
+shares it."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -44,6 +45,24 @@ def terminated_politely() -> Iterator[None]:
     finally:
         sys.unraisablehook = hook
         signal.signal(signal.SIGTERM, before)
+
+
+_BOUND = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: kept by the program that takes this one's place
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def ending_with_this_process(command: Sequence[str]) -> list[str]:
+    """The command, by its full path, so started that it dies with the process that starts it (Linux; else as it is).
+
+    A process that is killed can't end its own, which would go on for hours with what nobody waits for.
+    """
+    if not sys.platform.startswith("linux"):
+        return list(command)
+    return [sys.executable, "-I", "-c", _BOUND, str(os.getpid()), *command]
 
 
 def open_closed_streams() -> None:

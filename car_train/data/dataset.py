@@ -266,9 +266,9 @@ def select_classes(chosen: str | None, names: Sequence[str]) -> list[int]:
             numbers.add(names.index(part))
         elif matches:
             numbers.update(matches)
-        elif part.isdigit():
+        elif part.isdecimal():
             numbers.add(int(part))
-        elif dash and first.isdigit() and last.isdigit() and int(first) <= int(last) < len(names):
+        elif dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last) < len(names):
             numbers.update(range(int(first), int(last) + 1))
         else:
             raise DataError(

@@ -1,6 +1,6 @@
 """Drawing the images of an evaluation in processes of their own; a stopped one goes on from what is drawn.
 
-Next to samples.npz stands the folder `.samples.npz.parts` until all images are drawn:
+Next to samples.npz stands the folder `.samples.npz.parts` until all is measured; one without an image goes at once:
 
     settings.json      what they depend on: an evaluation with `--resume` and other settings is refused
     controls/7.png     the control of real image 7
@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 from car_train.evaluation.options import EvaluationError, require
 from car_train.evaluation.targets import Target, first_error
-from car_train.files import write_text, written_aside
+from car_train.files import one_writer, write_text, written_aside
+from car_train.streams import ending_with_this_process
 
 BATCH = 32
 """Images that are read at once."""
@@ -39,12 +40,44 @@ Pixels = NDArray[np.uint8]
 Request = dict[str, Any]
 
 
+def control_of(request: Request) -> Path:
+    """The control image of a request, whichever branch it is for."""
+    return next(Path(value) for key, value in request.items() if key.partition(":")[0] == "control")
+
+
+def read_png(file: Path) -> Pixels:
+    """uint8 [H, W, 3]."""
+    with Image.open(file, formats=["PNG"]) as opened:
+        return np.asarray(opened.convert("RGB"))
+
+
+def parts_of(samples: Path) -> Path:
+    return samples.parent / f".{samples.name}.parts"
+
+
+@contextmanager
+def drawing(samples: Path, settings: dict[str, Any], requests: Sequence[Request], resume: bool) -> Iterator[Drawing]:
+    """A Drawing that no other process draws at the same time, and that leaves no folder but for `resume`.
+
+    Raises BusyError.
+    """
+    with one_writer(samples):
+        parts = Drawing(samples, settings, requests, resume)
+        try:
+            yield parts
+        except BaseException:
+            if not any(parts.images_folder.iterdir()):
+                parts.remove()
+            raise
+        parts.remove()
+
+
 class Drawing:
     """The images of one evaluation, in a folder."""
 
     def __init__(self, samples: Path, settings: dict[str, Any], requests: Sequence[Request], resume: bool):
         """The folder is emptied, or with `resume` taken over. Raises EvaluationError for one of other settings."""
-        self.folder = samples.parent / f".{samples.name}.parts"
+        self.folder = parts_of(samples)
         self.images_folder = self.folder / "images"
         self.requests = requests
         text = json.dumps(settings, indent=1, sort_keys=True) + "\n"
@@ -76,28 +109,26 @@ class Drawing:
 
     def images(self) -> Iterator[Pixels]:
         """The images in batches, uint8 [B, H, W, 3]."""
-        for start in range(0, len(self.requests), BATCH):
-            batch = []
-            for i in range(start, min(start + BATCH, len(self.requests))):
-                with Image.open(self._file(i), formats=["PNG"]) as opened:
-                    batch.append(np.asarray(opened.convert("RGB")))
-            yield np.stack(batch)
+        files = [self._file(i) for i in range(len(self.requests))]
+        for start in range(0, len(files), BATCH):
+            yield np.stack([read_png(file) for file in files[start : start + BATCH]])
 
     def write(self, samples: Path, keep: Sequence[int]) -> None:
-        """The images at these places as `arr_0` of one .npz, by way of a file: never all of them in memory."""
-        places = {place: at for at, place in enumerate(keep)}
+        """The images at these places as an archive."""
+        self._write_archive(samples, [self._file(i) for i in keep])
+
+    def write_controls(self, archive: Path, keep: Sequence[int]) -> None:
+        """The control maps of the images at these places as an archive."""
+        self._write_archive(archive, [control_of(self.requests[i]) for i in keep])
+
+    def _write_archive(self, archive: Path, files: Sequence[Path]) -> None:
+        """Images as `arr_0` of one .npz, by way of a file: never all of them in memory."""
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-            whole, place = None, 0
-            for images in self.images():
-                if whole is None:
-                    shape = (len(keep), *images.shape[1:])
-                    whole = np.lib.format.open_memmap(f"{folder}/a.npy", mode="w+", dtype=np.uint8, shape=shape)
-                for image in images:
-                    if place in places:
-                        whole[places[place]] = image
-                    place += 1
-            assert whole is not None
-            with written_aside(samples) as file, file.open("wb") as stream:
+            shape = (len(files), *read_png(files[0]).shape)
+            whole = np.lib.format.open_memmap(f"{folder}/a.npy", mode="w+", dtype=np.uint8, shape=shape)
+            for place, file in enumerate(files):
+                whole[place] = read_png(file)
+            with written_aside(archive) as aside, aside.open("wb") as stream:
                 np.savez(stream, arr_0=whole)
 
     def remove(self) -> None:
@@ -108,7 +139,7 @@ class Drawing:
 
     def _gather(self) -> None:
         """Move what processes have drawn to where it belongs."""
-        for folder in self.folder.glob("process-*/"):
+        for folder in [path for path in self.folder.glob("process-*") if path.is_dir()]:
             for image in folder.glob("*.png"):
                 os.replace(image, self.images_folder / image.name)
             shutil.rmtree(folder)
@@ -126,7 +157,11 @@ class Drawing:
                 errors = jobs.with_suffix(".log")
                 with errors.open("w", encoding="utf-8") as stderr:
                     process = subprocess.Popen(
-                        command, stdout=subprocess.DEVNULL, stderr=stderr, text=True, env=environment
+                        ending_with_this_process(command),
+                        stdout=subprocess.DEVNULL,
+                        stderr=stderr,
+                        text=True,
+                        env=environment,
                     )
                 running.append((process, errors))
             _watch(target, running, self.folder, bar)

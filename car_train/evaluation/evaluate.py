@@ -58,7 +58,7 @@ from car_train.evaluation.options import EvalOptions, require
 from car_train.evaluation.sample_set import evaluate_samples
 from car_train.evaluation.table import table
 from car_train.evaluation.targets import is_plan, open_target
-from car_train.files import write_text
+from car_train.files import check_writable, write_text
 from car_train.flags import add_flags, given
 from car_train.images import contact_sheet, save_png, to_pixels
 from car_train.model import Model
@@ -238,17 +238,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate, write what was asked for, print the result."""
-    for file, suffix in ((args.output, ".json"), (args.sheet, ".png"), (args.samples, ".npz")):
-        require(
-            file is None or (file.suffix.lower() == suffix and file.absolute().parent.is_dir()),
-            f"can't write {file}; give a {suffix} in a folder that exists",
-        )
+    for file, suffix in ((args.output, ".json"), (args.sheet, ".png")):
+        if file is not None:
+            check_writable(file, suffix)
     options = EvalOptions(checkpoint=args.checkpoint, baseline=args.baseline, **given(args, EvalOptions))
     drawn = options.samples is not None or is_plan(options.checkpoint)
     _check(args, options, drawn)
     if options.threads:
         torch.set_num_threads(options.threads)
         cv2.setNumThreads(options.threads)
+    samples = options.samples or (args.output or Path("report.json")).with_name("samples.npz")
+    if drawn:
+        archives = [samples] if options.controls is None else [samples, options.controls]
+        for file in archives:
+            check_writable(file, ".npz")
+        require(
+            len({file.resolve() for file in archives}) == len(archives),
+            f"{samples} can't be both the samples and their controls; give another --controls",
+        )
     target = open_target(options) if drawn else None
     features = None
     if args.features != "none":
@@ -257,7 +264,6 @@ def run(args: argparse.Namespace) -> None:
         )
     inception = Inception(args.inception, args.device, spatial=drawn) if args.inception else None
     if target is not None:
-        samples = options.samples or Path("samples.npz")
         report = _finite(evaluate_samples(target, options, samples, features=features, inception=inception))
     else:
         perceptual = None
@@ -290,7 +296,7 @@ def _check(args: argparse.Namespace, options: EvalOptions, drawn: bool) -> None:
     require(
         options.branch is None, f"--branch {options.branch} is of a plan; a checkpoint has one branch, leave it out"
     )
-    for name in ("reference", "reject", "resume"):
+    for name in ("controls", "reference", "reject", "resume"):
         require(
             not getattr(options, name), f"--{name} is of images that are drawn by class; give --samples FILE.npz too"
         )

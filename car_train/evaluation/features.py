@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from car_train.evaluation.metrics import NEIGHBOURS
 from car_train.evaluation.options import EvaluationError
 from car_train.evaluation.reference import Gaussian
 from car_train.evaluation.sets import LEAST_IMAGES
@@ -95,7 +96,7 @@ class Inception:
     The library resizes to 299×299, bilinearly as TensorFlow 1 did. Raises EvaluationError.
     """
 
-    split, logits = 2048, 1008
+    split, logits, places = 2048, 1008, 7 * 17 * 17
 
     def __init__(self, weights: Path, device: str = "cpu", *, spatial: bool = False):
         library = import_torch_fidelity()
@@ -134,6 +135,16 @@ class Inception:
         found = torch.cat(self.net(x), 1).float()
         return torch.cat([found, self._seen] if self.spatial else [found], 1).cpu().numpy()
 
+    @classmethod
+    def check_statistics(cls, pool: Gaussian | None, spatial: Gaussian | None) -> None:
+        """Raise EvaluationError for statistics of other features."""
+        for given, width in ((pool, cls.split), (spatial, cls.places)):
+            if given is not None and len(given[0]) != width:
+                raise EvaluationError(
+                    f"the reference's mean is of {len(given[0])} features, Inception's of {width}; "
+                    "give statistics of Inception, or a reference with images"
+                )
+
     def _see(self, layer: object, inputs: object, output_BCHW: torch.Tensor) -> None:
         self._seen = output_BCHW[:, :7].permute(0, 2, 3, 1).flatten(1).float()
 
@@ -142,8 +153,8 @@ class Inception:
     ) -> dict[str, float | None]:
         """FID, sFID, Inception Score (10 parts), precision and recall (3 neighbours); None with too few images.
 
-        pool, spatial: statistics instead of those of `real`'s features; without `real` no precision or recall.
-        Raises EvaluationError for statistics of other features.
+        pool, spatial: statistics instead of those of `real`'s features (`check_statistics`); without `real` no
+        precision or recall.
         """
         from torch_fidelity import metric_isc, metric_prc
 
@@ -163,7 +174,7 @@ class Inception:
             out |= metric_isc.isc_features_to_metric(torch.from_numpy(logits))
             if real is not None:
                 features = (torch.from_numpy(made), torch.from_numpy(real))
-                out |= metric_prc.prc_features_to_metric(*features, verbose=False)
+                out |= metric_prc.prc_features_to_metric(*features, verbose=False) if len(real) > NEIGHBOURS else {}
         names = {
             "fid": "fid",
             **({"sfid": "sfid"} if self.spatial else {}),
@@ -184,11 +195,6 @@ def _distance(made_ND: Floats, real_ND: Floats | None, given: Gaussian | None) -
     made = metric_fid.fid_features_to_statistics(torch.from_numpy(made_ND))
     if given is None:
         real = metric_fid.fid_features_to_statistics(torch.from_numpy(real_ND))
-    elif len(given[0]) != made_ND.shape[1]:
-        raise EvaluationError(
-            f"the reference's mean is of {len(given[0])} features, Inception's of {made_ND.shape[1]}; "
-            "give statistics of Inception, or a reference with images"
-        )
     else:
         real = {"mu": given[0].astype(made["mu"].dtype), "sigma": given[1].astype(made["sigma"].dtype)}
     return float(metric_fid.fid_statistics_to_metric(made, real, verbose=False)["frechet_inception_distance"])

@@ -174,11 +174,11 @@ def inception_score(logits_NK: Floats, parts: int = IS_PARTS) -> tuple[float, fl
 def _covered(x_ND: Floats, by_MD: Floats, k: int) -> float:
     """Share of x within the manifold of `by`."""
     # The k-th neighbour of an image among all, itself at distance 0 included, is at position k.
-    radii = np.concatenate([np.partition(d, k, axis=1)[:, k] for d in _squared_distances(by_MD, by_MD)])
-    return float(np.concatenate([(d <= radii).any(1) for d in _squared_distances(x_ND, by_MD)]).mean())
+    radii = np.concatenate([np.partition(d, k, axis=1)[:, k] for d in squared_distances(by_MD, by_MD)])
+    return float(np.concatenate([(d <= radii).any(1) for d in squared_distances(x_ND, by_MD)]).mean())
 
 
-def _squared_distances(a_ND: Floats, b_MD: Floats) -> Iterator[Floats]:
+def squared_distances(a_ND: Floats, b_MD: Floats) -> Iterator[Floats]:
     """Squared Euclidean distances in slices of rows, each [at most _ROWS, M]."""
     b2 = (b_MD**2).sum(1)
     for start in range(0, len(a_ND), _ROWS):

@@ -50,7 +50,13 @@ class EvalOptions:
     annotator_onnx: Path | None = option(None, "network that derives the control from a drawn image", metavar="FILE")
     device: str = option("cpu", "e.g. cuda")
     samples: Path | None = option(
-        None, "draw --per-class images of every class and write them: arr_0, uint8 [N, H, W, 3]", metavar="NPZ"
+        None,
+        "draw --per-class images of every class and write them: arr_0, uint8 [N, H, W, 3] (default of a plan: "
+        "samples.npz, where -o is)",
+        metavar="NPZ",
+    )
+    controls: Path | None = option(
+        None, "also write the control map of each of --samples, in the same form and order", metavar="NPZ"
     )
     reference: Path | None = option(
         None,

@@ -8,6 +8,7 @@ first channels of mixed_6/conv at their 17×17 places (sFID, Nash et al. 2021).
 from __future__ import annotations
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,12 @@ from car_train.evaluation.options import EvaluationError
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.floating[Any]]
+UNREADABLE = (
+    *(OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, zipfile.BadZipFile),
+    *(zlib.error, MemoryError, NotImplementedError, RuntimeError),  # spoiled, absurd sizes, other packing, encrypted
+)
+NEGATIVE = 1e-3
+"""Of the largest eigenvalue of a covariance, what the least may lie below 0: rounding in float32 gives 1e-5."""
 Gaussian = tuple[Floats, Floats]
 """Mean [D] and covariance [D, D]."""
 
@@ -39,11 +46,13 @@ def read_reference(file: Path) -> Reference:
     try:
         with np.load(file, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in ("arr_0", "mu", "sigma", "mu_s", "sigma_s") if name in arrays}
-    except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         why = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise EvaluationError(f"{file}: can't be read ({why}); {remedy}") from error
     images = found.get("arr_0")
-    if images is not None and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3):
+    if images is not None and (
+        images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or images.size == 0
+    ):
         raise EvaluationError(f"{file}: arr_0 is {images.dtype} {list(images.shape)}; {remedy}")
     reference = Reference(
         images=images,
@@ -60,9 +69,16 @@ def _gaussian(file: Path, found: dict[str, Any], mean: str, covariance: str, rem
         return None
     m, c = found.get(mean), found.get(covariance)
     shapes = [None if x is None else list(x.shape) for x in (m, c)]
-    if m is None or c is None or m.ndim != 1 or c.shape != (len(m), len(m)) or m.dtype.kind != "f":
+    if m is None or c is None or m.ndim != 1 or len(m) == 0 or c.shape != (len(m), len(m)):
         raise EvaluationError(f"{file}: {mean} and {covariance} are of shapes {shapes}; {remedy}")
+    if m.dtype.kind != "f" or c.dtype.kind != "f":
+        raise EvaluationError(f"{file}: {mean} and {covariance} are {m.dtype} and {c.dtype}, not floats; {remedy}")
     m, c = m.astype(np.float64), c.astype(np.float64)
     if not (np.isfinite(m).all() and np.isfinite(c).all()):
         raise EvaluationError(f"{file}: {mean} or {covariance} is not finite; {remedy}")
+    values = np.linalg.eigvalsh(c)
+    if not np.allclose(c, c.T, rtol=0, atol=NEGATIVE * np.abs(c).max()) or values[0] < -NEGATIVE * abs(values[-1]):
+        raise EvaluationError(
+            f"{file}: {covariance} is no covariance, eigenvalues from {values[0]:.3g} to {values[-1]:.3g}; {remedy}"
+        )
     return m, c

@@ -15,7 +15,7 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from car_train.data.dataset import ControlledImages, select_classes
-from car_train.data.folder import text_of
+from car_train.data.folder import some, text_of
 from car_train.evaluation.controls import control_maker
-from car_train.evaluation.draw import Drawing, Request
+from car_train.evaluation.draw import Drawing, Request, control_of, drawing, parts_of, read_png
 from car_train.evaluation.features import EfficientNetLite0, FeatureNetwork, Inception
 from car_train.evaluation.metrics import IS_PARTS, control_errors, inception_score
 from car_train.evaluation.options import EvalOptions, EvaluationError, require
@@ -39,6 +39,8 @@ from car_train.evaluation.targets import Target
 from car_train.images import save_png, to_pixels
 
 PER_CLASS = 50
+MOST_IMAGES = 10_000_000
+"""Of an evaluation; the paper's has 50,000."""
 IMAGENET_CLASSES = 1000
 TRAINING_IMAGES = 100
 """Training images of a class, at most, that a classifier for `--reject` is fitted to."""
@@ -47,6 +49,8 @@ BATCH = 32
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.floating[Any]]
 Report = dict[str, Any]
+Classifier = Callable[[Floats], Floats]
+"""Features [N, D] → log-probabilities of the classes up to a constant, [N, classes]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +65,9 @@ class Plan:
 
 
 def open_real(target: Target, options: EvalOptions, split: str | None = None) -> ControlledImages | None:
-    """The real images of `--data`, or None without it. Raises EvaluationError, DataError."""
+    """The real images of `--data` and `--classes`, or None without it; with `split` those of all classes, for a
+    classifier. Raises EvaluationError, DataError.
+    """
     require(
         options.data is not None or target.control_type is None,
         f"{target.name} follows a control, and there is nothing to take any from; give --data",
@@ -76,6 +82,7 @@ def open_real(target: Target, options: EvalOptions, split: str | None = None) ->
         convention=target.convention if split is None else None,
         fit=options.fit,
         control_root=options.control_root if split is None else None,
+        classes=options.classes if split is None else None,
         preload=False,
     )
     names = data.class_names
@@ -87,9 +94,10 @@ def open_real(target: Target, options: EvalOptions, split: str | None = None) ->
     return data
 
 
-def choose(target: Target, labels: Sequence[int], options: EvalOptions, folder: Path, notes: list[str]) -> Plan:
-    """The requests of all classes. labels: of the real images, in their order; folder: where their controls stand."""
-    wanted = select_classes(options.classes, target.class_names or [str(i) for i in range(target.classes)])
+def choose(target: Target, real_images: RealImages, options: EvalOptions, folder: Path, notes: list[str]) -> Plan:
+    """The requests of all classes. folder: where the controls of the real images stand."""
+    labels, known = real_images.labels, target.class_names or real_images.class_names
+    wanted = select_classes(options.classes, known or [str(i) for i in range(target.classes)])
     keep = options.per_class or PER_CLASS
     count = math.ceil(round(keep / (1 - options.reject), 6))
     real = defaultdict(list)
@@ -100,7 +108,13 @@ def choose(target: Target, labels: Sequence[int], options: EvalOptions, folder: 
     without = [label for label in wanted if target.control_type is not None and not real[label]]
     if without:
         notes.append(f"{len(without)} of {len(wanted)} classes have no real image, so no control, and are left out")
-    for label in (label for label in wanted if label not in without):
+    wanted = [label for label in wanted if label not in without]
+    require(
+        len(wanted) * count <= MOST_IMAGES,
+        f"{count:,} images of each of {len(wanted)} classes are more than {MOST_IMAGES:,}; give fewer, "
+        "or a smaller --reject",
+    )
+    for label in wanted:
         for k in range(count):
             owner = real[label][k % len(real[label])] if real[label] else -1
             control = str(folder / "controls" / f"{owner}.png") if target.control_type is not None else None
@@ -122,6 +136,10 @@ class RealImages:
     @property
     def labels(self) -> list[int]:
         return [] if self.data is None else [label for _, label in self.data.files]
+
+    @property
+    def class_names(self) -> list[str] | None:
+        return None if self.data is None else self.data.class_names
 
     def batches(self, controls: Path | None) -> Iterator[Pixels]:
         """Images of the reference, or else of the data. controls: folder for the data's control maps."""
@@ -151,45 +169,43 @@ def evaluate_samples(
 ) -> Report:
     """Draw, write `samples`, measure; the report has no numbers that JSON doesn't have, but perhaps NaN.
 
-    Raises EvaluationError, DataError and OSError; what was drawn until then stays for `--resume`.
+    Raises EvaluationError, DataError, BusyError and OSError; what was drawn until then stays for `--resume`.
     """
     began, notes = time.monotonic(), list[str]()
     seconds: dict[str, float] = {}
-    reference = None if options.reference is None else read_reference(options.reference)
-    data = open_real(target, options)
-    real = RealImages(data, reference)
+    reference = _reference(target, options, samples, features, inception, notes)
     require(
-        options.reject == 0 or features is not None,
-        "--reject needs a classifier; leave out --features none",
+        options.controls is None or target.control_type is not None,
+        f"{target.name} follows no control; leave out --controls",
     )
-    folder = samples.parent / f".{samples.name}.parts"
-    plan = choose(target, real.labels, options, folder.absolute(), notes)
-    parts = Drawing(samples, _settings(target, options, real), plan.requests, options.resume)
+    real = RealImages(open_real(target, options), reference)
+    plan = choose(target, real, options, parts_of(samples).absolute(), notes)
     networks: dict[str, FeatureNetwork] = {} if features is None else {"features": features}
     networks |= {} if inception is None else {"inception": inception}
+    classifier = None if options.reject == 0 else _classifier(target, options, features, plan)
+    with drawing(samples, _settings(target, options, real), plan.requests, options.resume) as parts:
+        controls = parts.folder / "controls" if target.control_type is not None else None
+        real_banks = _described(networks, real.batches(controls))
+        seconds["real images"] = time.monotonic() - began
+        began_drawing = time.monotonic()
+        threads = options.threads or max(1, torch.get_num_threads() // options.processes)
+        parts.draw(target, options.processes, threads)
+        seconds["drawing"] = time.monotonic() - began_drawing
 
-    real_banks = _described(networks, real.batches(folder / "controls" if target.control_type is not None else None))
-    seconds["real images"] = time.monotonic() - began
-    began_drawing = time.monotonic()
-    threads = options.threads or max(1, torch.get_num_threads() // options.processes)
-    parts.draw(target, options.processes, threads)
-    seconds["drawing"] = time.monotonic() - began_drawing
-
-    began_measuring = time.monotonic()
-    made = _described(networks, parts.images())
-    keep = _kept(plan, made.get("features"), target, options, features)
-    parts.write(samples, keep)
-    if inception is not None and inception.spatial and reference is None:
-        notes.append("sFID without a reference: of the data's own images")
-    report = {
-        "samples": {"file": samples.name, "images": len(keep), "drawn": len(plan.requests)},
-        **_distributions(plan, keep, made, real_banks, networks, reference, options, notes),
-    }
-    if target.convention is not None:
-        report["control"], per_class = _followed(plan, keep, parts, target, options)
-        report["classes"] = {_name(target, label): row for label, row in per_class.items()}
-    seconds["measuring"] = time.monotonic() - began_measuring
-    parts.remove()
+        began_measuring = time.monotonic()
+        made = _described(networks, parts.images())
+        keep = _kept(plan, made.get("features"), classifier)
+        parts.write(samples, keep)
+        if options.controls is not None:
+            parts.write_controls(options.controls, keep)
+        report = {
+            "samples": {"file": samples.name, "images": len(keep), "drawn": len(plan.requests)},
+            **_distributions(plan, keep, made, real_banks, networks, reference, options, notes),
+        }
+        if target.convention is not None:
+            report["control"], per_class = _followed(plan, keep, parts, target, options)
+            report["classes"] = {_name(target, label): row for label, row in per_class.items()}
+        seconds["measuring"] = time.monotonic() - began_measuring
     return {
         "format": 1,
         target.kind: {"name": target.name, "sha256": dict(target.digests), "control": target.control_type},
@@ -217,6 +233,41 @@ def evaluate_samples(
     }
 
 
+def _reference(
+    target: Target,
+    options: EvalOptions,
+    samples: Path,
+    features: FeatureNetwork | None,
+    inception: Inception | None,
+    notes: list[str],
+) -> Reference | None:
+    """The reference of the options, which all that is computed later can be compared with. Raises EvaluationError."""
+    if inception is not None and inception.spatial and options.reference is None:
+        notes.append("sFID without a reference: of the data's own images")
+    if options.reference is None:
+        return None
+    for file, flag in ((samples, "samples"), (options.controls, "controls")):
+        require(
+            file is None or not (file.exists() and file.samefile(options.reference)),
+            f"the {flag} {file} would replace the reference; give another --{flag}",
+        )
+    found = read_reference(options.reference)
+    require(
+        inception is not None or (found.images is not None and features is not None),
+        f"{options.reference}: nothing is there to compare it with; give --inception"
+        + ("" if found.images is None else ", or leave out --features none"),
+    )
+    if inception is not None:
+        inception.check_statistics(found.pool, found.spatial)
+    side = target.image_size
+    if found.images is not None and found.images.shape[1:3] != (side, side):
+        height, width = found.images.shape[1:3]
+        notes.append(
+            f"the reference's images are {width}×{height}, the drawn ones {side}×{side}: distances have that in them"
+        )
+    return found
+
+
 def _settings(target: Target, options: EvalOptions, real: RealImages) -> dict[str, Any]:
     """What the drawn images depend on."""
     return {
@@ -225,6 +276,8 @@ def _settings(target: Target, options: EvalOptions, real: RealImages) -> dict[st
         "backend": options.backend if target.kind == "plan" else options.device,
         "branch": options.branch,
         "data": None if real.data is None else real.data.fingerprint(),
+        "convention": None if target.convention is None else asdict(target.convention),
+        "control_root": None if options.control_root is None else str(options.control_root.expanduser().resolve()),
         **{k: getattr(options, k) for k in ("classes", "per_class", "reject", "seed", "fit", "split")},
     }
 
@@ -238,18 +291,12 @@ def _described(networks: dict[str, FeatureNetwork], batches: Iterator[Pixels]) -
     return {name: np.concatenate(rows) for name, rows in found.items()}
 
 
-def _kept(
-    plan: Plan, made: Floats | None, target: Target, options: EvalOptions, network: FeatureNetwork | None
-) -> list[int]:
+def _kept(plan: Plan, made: Floats | None, classifier: Classifier | None) -> list[int]:
     """The places of the images that stay: of each class the `per_class` of most confidence."""
-    if options.reject == 0:
+    if classifier is None:
         return list(range(len(plan.requests)))
     assert made is not None
-    assert network is not None
-    if target.classes == IMAGENET_CLASSES and isinstance(network, EfficientNetLite0):
-        logits = network.logits(made)
-    else:
-        logits = _discriminant(target, options, network, made)
+    logits = classifier(made)
     log_p = logits - logits.max(1, keepdims=True)
     log_p = log_p - np.log(np.exp(log_p).sum(1, keepdims=True))
     return most_confident(log_p[np.arange(len(made)), plan.labels], plan.labels, plan.per_class)
@@ -264,21 +311,38 @@ def most_confident(confidence_N: Floats, label_N: NDArray[np.intp], per_class: i
     return sorted(kept)
 
 
-def _discriminant(target: Target, options: EvalOptions, network: FeatureNetwork, made_ND: Floats) -> Floats:
-    """Log-probabilities up to a constant, [N, classes], by linear discriminant analysis of training images."""
-    try:
-        from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-    except ImportError as error:
-        raise EvaluationError(f"--reject needs {error.name}; install `car-deploy[lab]`") from error
+def _classifier(target: Target, options: EvalOptions, network: FeatureNetwork | None, plan: Plan) -> Classifier:
+    """EfficientNet's own of ImageNet, else linear discriminant analysis of training images."""
+    require(network is not None, "--reject needs a classifier; leave out --features none")
+    assert network is not None
+    if target.classes == IMAGENET_CLASSES and isinstance(network, EfficientNetLite0):
+        return network.logits
     require(
         options.data is not None,
         f"--reject: {target.name} has {target.classes} classes, which the classifier learns; give --data",
     )
     data = open_real(target, options, split="train")
     assert data is not None
+    names, labels = data.class_names, {label for _, label in data.files}
+    without = [names[label] for label in sorted(set(plan.labels.tolist()) - labels)]
+    require(
+        len(labels) > 1 and not without,
+        f"--reject: {options.data} has training images of {len(labels)} classes"
+        + (f", none of {some(without, ', ')}" if without else "")
+        + "; the classifier needs those of two and of all that are drawn",
+    )
+    return discriminant(data, network, options.seed, target.classes)
+
+
+def discriminant(data: ControlledImages, network: FeatureNetwork, seed: int, classes: int) -> Classifier:
+    """Linear discriminant analysis of the features of at most `TRAINING_IMAGES` images of each class."""
+    try:
+        from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+    except ImportError as error:
+        raise EvaluationError(f"--reject needs {error.name}; install `car-deploy[lab]`") from error
     left: dict[int, int] = defaultdict(lambda: TRAINING_IMAGES)
     chosen: list[int] = []
-    for i in np.random.default_rng(options.seed).permutation(len(data)).tolist():
+    for i in np.random.default_rng(seed).permutation(len(data)).tolist():
         label = data.files[i][1]
         left[label] -= 1
         chosen += [i] if left[label] >= 0 else []
@@ -289,9 +353,15 @@ def _discriminant(target: Target, options: EvalOptions, network: FeatureNetwork,
         labels += [item["label"] for item in items]
     # Shrinkage by Ledoit and Wolf: there may be fewer images than the 1280 features.
     model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(np.concatenate(rows), labels)
-    logits = np.full((len(made_ND), target.classes), -np.inf)
-    logits[:, model.classes_] = model.decision_function(made_ND).reshape(len(made_ND), -1)
-    return logits
+
+    def classify(made_ND: Floats) -> Floats:
+        found = model.decision_function(made_ND)
+        logits = np.full((len(made_ND), classes), -np.inf)
+        # Of two classes it is the second one's advantage alone.
+        logits[:, model.classes_] = found if found.ndim == 2 else np.stack([np.zeros(len(found)), found], 1)
+        return logits
+
+    return classify
 
 
 def _distributions(
@@ -336,10 +406,9 @@ def _followed(
     assert target.convention is not None
     maker, made_by = control_maker(target.convention, options)
     kept, place = set(keep), 0
-    rows: dict[str, dict[str, list[float]]] = {"generated": defaultdict(list), "shuffled": defaultdict(list)}
+    rows: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     labels: list[int] = []
-    # The control of another class where there is one: half of all images further on.
-    others = np.roll(np.arange(len(plan.requests)), -(len(plan.requests) // 2))
+    others = strangers(plan.labels, plan.owners)
     bar = tqdm(total=len(plan.requests), desc="controls", unit="img", file=sys.stderr, disable=None)
     with bar:
         for images in parts.images():
@@ -347,8 +416,10 @@ def _followed(
             found = maker([images[i - place] for i in places]) if places else []
             for i, map_found in zip(places, found, strict=True):
                 labels.append(int(plan.labels[i]))
-                for source, request in (("generated", plan.requests[i]), ("shuffled", plan.requests[others[i]])):
-                    errors = control_errors(target.convention, _map(target, request), map_found, options.tolerance)
+                asked = {"generated": i} | ({} if others is None else {"shuffled": others[i]})
+                for source, at in asked.items():
+                    given = read_png(control_of(plan.requests[at]))
+                    errors = control_errors(target.convention, given, map_found, options.tolerance)
                     for measure, error in errors.items():
                         rows[source][measure].append(error)
             place += len(images)
@@ -366,9 +437,18 @@ def _followed(
     return report, classes
 
 
-def _map(target: Target, request: Request) -> Pixels:
-    with Image.open(request[target.control_key], formats=["PNG"]) as opened:
-        return np.asarray(opened.convert("RGB"))
+def strangers(label_N: NDArray[np.intp], owner_N: NDArray[np.intp]) -> list[int] | None:
+    """For each image, which stand class by class, another whose control is another real image's: of another class
+    where there is one. None: all have the same control.
+    """
+    count = len(label_N)
+    if len(np.unique(label_N)) > 1:
+        return np.roll(np.arange(count), -(count // 2)).tolist()
+    if len(np.unique(owner_N)) == 1:
+        return None
+    return [
+        next(j % count for j in range(i + 1, i + count) if owner_N[j % count] != owner_N[i]) for i in range(count)
+    ]
 
 
 def _mean(values: Sequence[float] | Floats) -> float | None:

@@ -21,6 +21,8 @@ from car_train.evaluation.metrics import (
 
 LEAST_IMAGES = 64
 """Below this many images a Fréchet distance is left out: it would be bias of the covariances for the most part."""
+FEWEST = 4
+"""Images of a set that can be halved for an unbiased KID."""
 HALVINGS = 10
 """Random halvings behind each noise floor."""
 MOST_NEIGHBOURS = 10_000
@@ -37,7 +39,7 @@ def compare_sets(
 
     bank: features [N, D] by source; `truth` holds the real ones, all in the same order. notes: is added to.
     owners: int [M] where the sets besides `truth` have M images each: the real image that each belongs to (its class,
-    its control). By default image i belongs to real image i.
+    its control), −1: to none. By default image i belongs to real image i.
 
     Per source: `kid` and `kid_std` over subsets, `fid` of all images (that is: the Fréchet distance on these
     features), `precision`, `recall`; and, so that nothing but the source differs from the floor, the same from one
@@ -57,9 +59,13 @@ def compare_sets(
             f"{n} images, {D} features: covariances of a half are singular and Fréchet distances biased upwards; "
             "compare them only with the floor and with reports of as many images"
         )
-    if n < 4:
+    if n < FEWEST:
         notes.append(f"{n} images can't be halved: no distances between sets; evaluate more")
         return {}
+    for source, made in bank.items():
+        if len(made) < (least := LEAST_IMAGES if frechet else FEWEST):
+            what = "distances" if len(made) < FEWEST else "a Fréchet distance"
+            notes.append(f"{len(made)} images ({source}) are too few for {what}; draw at least {least}")
     rng = np.random.default_rng([seed, 1])
     halvings: list[Sequence[NDArray[np.intp]]] = [np.array_split(rng.permutation(n), 2) for _ in range(HALVINGS)]
     report: Report = {"halvings": HALVINGS, "floor": _half_scores(real, real, halvings, frechet)}
@@ -69,10 +75,11 @@ def compare_sets(
         ]
         halvings = chosen if min(len(pair[1]) for pair in chosen) >= 2 else []
     for source, made in tqdm(bank.items(), "statistics", unit="set", file=sys.stderr, disable=None):
-        if source != "truth":
+        if source != "truth" and len(made) >= FEWEST:
             mean, std = kid(real, made, np.random.default_rng([seed, 2]))
-            whole = _scores(real, made, MOST_NEIGHBOURS, frechet)
-            halves = _half_scores(real, made, halvings, frechet) if halvings else {}
+            distance = frechet and len(made) >= LEAST_IMAGES
+            whole = _scores(real, made, MOST_NEIGHBOURS, distance, np.random.default_rng([seed, 5]))
+            halves = _half_scores(real, made, halvings, distance) if halvings else {}
             report[source] = {"kid": mean, "kid_std": std, **whole, **halves}
     return report
 
@@ -80,17 +87,23 @@ def compare_sets(
 def _of_owners(
     owners: NDArray[np.intp], half: NDArray[np.intp], n: int, rng: np.random.Generator
 ) -> NDArray[np.intp]:
-    """Random images that belong to a half of the n real ones, as many as it has or fewer."""
+    """Random images that belong to a half of the n real ones or to none, as many as it has or fewer."""
     within = np.zeros(n, bool)
     within[half] = True
-    return rng.permutation(np.flatnonzero(within[owners]))[: len(half)]
+    return rng.permutation(np.flatnonzero(within[owners] | (owners < 0)))[: len(half)]
 
 
-def _scores(real: Floats, made: Floats, most: int, frechet: bool) -> dict[str, float]:
-    """Fréchet distance if wanted; precision and recall of at most `most` images: these cost N²."""
+def _scores(
+    real: Floats, made: Floats, most: int, frechet: bool, rng: np.random.Generator | None = None
+) -> dict[str, float]:
+    """Fréchet distance if wanted; precision and recall of at most `most` images: these cost N².
+
+    rng: chooses them where the images stand in an order, of classes for example; else they are the first.
+    """
     out = {"fid": frechet_distance(real, made)} if frechet and len(made) >= 2 else {}
     if min(len(real), len(made)) > NEIGHBOURS:
-        out["precision"], out["recall"] = precision_recall(real[:most], made[:most])
+        a, b = (x[:most] if rng is None else x[rng.permutation(len(x))[:most]] for x in (real, made))
+        out["precision"], out["recall"] = precision_recall(a, b)
     return out
 
 
@@ -102,7 +115,7 @@ def _half_scores(
         distance = kernel_distance(real[a[:KID_SIZE]], made[b[:KID_SIZE]])
         each.append({"kid": distance, **_scores(real[a], made[b], KID_SIZE, frechet)})
     out: dict[str, float] = {}
-    for name in each[0]:
+    for name in (name for name in each[0] if all(name in scores for scores in each)):
         values = [scores[name] for scores in each]
         out |= {f"{name}_half": float(np.mean(values)), f"{name}_half_std": float(np.std(values))}
     return out

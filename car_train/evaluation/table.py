@@ -12,7 +12,7 @@ def table(report: Report) -> str:
     """The report for people, as lines of text."""
     data, model = report["data"], report.get("plan") or report["checkpoint"]
     steered = model["control"]
-    real = f"{data['pictures'] or 0} images of {data['name']}, split {data['split']}"
+    real = f"{data['pictures']} images of {data['name']}, split {data['split']}" if data["name"] else "no real images"
     if data.get("reference"):
         real = f"the reference {data['reference']}"
     name = f"{model['name']}{f' ({steered})' if steered else ''}"

@@ -184,3 +184,5 @@ class CCAOptions:
 
 RENAMED = {"accumulate": "grad_accum", "clip": "grad_clip", "recompute": "activation_checkpointing"}
 """Options by the names that runs of earlier versions recorded."""
+FREE = frozenset({"output", "workers", "threads", "device", "validate_every", "save_every", "keep", "tensorboard"})
+"""Options that change nothing of what a run computes."""

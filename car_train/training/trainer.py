@@ -46,7 +46,7 @@ from car_train.training.distributed import World, without_exchange
 from car_train.training.ema import EMA
 from car_train.training.logger import RunLogger
 from car_train.training.optimizer import learning_rate, match_layout, parameter_groups, weight_decay
-from car_train.training.options import RENAMED, TrainOptions
+from car_train.training.options import FREE, RENAMED, TrainOptions
 from car_train.training.stages import LossModule, Stage
 from car_train.training.token_cache import CachedTokens, open_cache
 
@@ -249,10 +249,9 @@ class Trainer:
 
     def _warn_of_changes(self, before: dict[str, Any]) -> None:
         """Warn of options that differ from those the run was started with, where they change what is computed."""
-        free = {"output", "workers", "threads", "device", "validate_every", "save_every", "keep", "tensorboard"}
         before = {RENAMED.get(k, k): v for k, v in before.items()}
         now = json.loads(json.dumps(self.options.to_json() | {"files": self.images.fingerprint()}))
-        known = before.keys() & now.keys() - free  # an option that an earlier version lacked can't have changed
+        known = before.keys() & now.keys() - FREE  # an option that an earlier version lacked can't have changed
         changed = [f"{k} {before[k]!r} → {now[k]!r}" for k in now if k in known and before[k] != now[k]]
         if changed and not self.world.rank:
             warnings.warn(

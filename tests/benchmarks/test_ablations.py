@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 
 from benchmarks import ablations
-from benchmarks.ablations import BRANCHES, TRANSFORMERS, drawn, main
+from benchmarks.ablations import BRANCHES, TRANSFORMERS, check_flags, drawn, main
+from benchmarks.harness.errors import BenchmarkError
 from car_train import checkpoint
 from car_train.config import ModelConfig
 from car_train.model import Model
-from fixtures.small import SIDES, small_config
+from fixtures.small import SIDES, small_config, small_model
 
 FLAGS = "--steps 2 --batch 4 --warmup 1 --threads 1 --workers 0 --views 1 --validate-every 2 --save-every 2".split()
 
@@ -62,14 +63,37 @@ def test_every_alternative_is_trained_once(root: Path, monkeypatch: pytest.Monke
     assert json.loads((root / "branch.json").read_text())["results"] == found
 
 
+def test_a_run_of_other_flags_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    folder = tmp_path / "branch-0"
+    command = ["car", "-o", str(folder), "--data", "d", "--base", "b", "--control", "canny"]
+    check_flags(folder, [*command, "--steps", "3"])
+    check_flags(folder, [*command, "--steps", "2"])  # nothing was trained with the others
+    checkpoint.save(small_model(), folder / "step-0000002")
+    check_flags(folder, [*command, "--steps", "2", "--threads", "3", "--token-root", "t"])
+    with pytest.raises(BenchmarkError, match="was trained with steps 2 → 4; give these, or another --runs"):
+        check_flags(folder, [*command, "--steps", "4"])
+
+
+def test_what_cannot_be_written_is_said_before_a_run_is_trained(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ablations, "train", lambda *_: pytest.fail("trained"))
+    branch = ["branch", "--data", "d", "--base", "b", "-o", str(root / "nowhere" / "branch.json")]
+    assert main(branch) == 2
+    assert "nowhere/branch.json: No such file or directory; give a .json" in capsys.readouterr().err
+    flags = ["--vqvae", "b", "--plot", str(root / "p.jpg")]
+    assert main(["depth", "--data", "d", "-o", str(root / "d.json"), *flags]) == 2
+    assert "p.jpg: it does not end with .png" in capsys.readouterr().err
+
+
 def test_classes_that_were_not_seen_are_measured_apart(root: Path) -> None:
-    assert series(root, "classes", "--base", str(root / "base"), "--seen", "0-1") == 0
+    assert series(root, "classes", "--base", str(root / "base"), "--seen", "!2-4") == 0
     seen, others = json.loads((root / "classes.json").read_text())["results"]
-    assert (seen["classes"], others["classes"]) == ("seen (0-1)", "not seen (!0-1)")
+    assert (seen["classes"], others["classes"]) == ("seen (!2-4)", "not seen (2-4)")
     assert seen["images"] > 0
     assert others["images"] > 0
     assert seen["loss"] != others["loss"]
-    assert json.loads((root / "runs" / "classes" / "run.json").read_text())["options"]["classes"] == "0-1"
+    assert json.loads((root / "runs" / "classes" / "run.json").read_text())["options"]["classes"] == "!2-4"
 
 
 def test_depths_are_trained_measured_and_drawn(root: Path, tmp_path: Path) -> None:

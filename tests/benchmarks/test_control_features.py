@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,18 @@ def test_neighbours_of_apart_classes_are_their_own_and_chance_has_its_closed_for
     assert neighbours(apart, labels) == (1.0, pytest.approx((4 * 3 + 3 * 2 + 3 * 2) / (10 * 9)))
     mixed = np.arange(10.0)[:, None]
     assert neighbours(mixed, np.arange(10) % 2)[0] == 0
+
+
+def test_neighbours_of_many_points_take_the_memory_of_some_rows() -> None:
+    draw = np.random.default_rng(0)
+    x, labels = 1000 + draw.standard_normal((1500, 64)), draw.integers(0, 3, 1500)
+    tracemalloc.start()
+    share, _ = neighbours(x, labels)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6  # of all differences at once: 1.15 GB
+    nearest = [np.square(x - point).sum(1).argsort()[1] for point in x]
+    assert share == (labels[nearest] == labels).mean()
 
 
 def test_the_plane_keeps_apart_what_is_apart() -> None:

@@ -79,6 +79,8 @@ def test_pairs_follow_their_seed() -> None:
         ("pair,question,answer\n0,0,ours\n", "line 2: the answer is 'ours'"),
         ("pair,question,answer\n6,0,left\n", "there is no pair '6'"),
         ("pair,question,answer\n0,0,left\n-1,0,left\n", "line 3: there is no pair '-1'"),
+        ("pair,question,answer\n" + 5000 * "9" + ",0,left\n", "line 2: there is no pair '999"),
+        ("pair,question,answer\n0,0,left\n0,0,left\n", "line 3: pair 0, question 0 is answered twice"),
     ],
 )
 def test_other_answers_are_refused_by_line(
@@ -86,6 +88,37 @@ def test_other_answers_are_refused_by_line(
 ) -> None:
     (tmp_path / "a.csv").write_text(lines)
     assert main(["count", str(study / "study" / "key.json"), str(tmp_path / "a.csv")]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_sets_of_one_name_are_counted_apart(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = []
+    for name in ("ours", "theirs"):
+        (tmp_path / name).mkdir()
+        files.append(shutil.copy(study / f"{name}.npz", tmp_path / name / "samples.npz"))
+    assert main(["sheet", *map(str, files), "-o", str(tmp_path / "s"), "--pairs", "2"]) == 0
+    left = [pair["left"] for pair in json.loads((tmp_path / "s" / "key.json").read_text())["pairs"]]
+    answers = tmp_path / "a.csv"
+    answers.write_text("pair,question,answer\n" + "".join(f"{k},0,left\n" for k in range(2)))
+    capsys.readouterr()
+    assert main(["count", str(tmp_path / "s" / "key.json"), str(answers)]) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])["results"][0]
+    assert [row[str(file)] for file in files] == [left.count("first"), left.count("second")] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["sheet", "ours.npz", "ours.npz", "-o", "s"], "compared with itself"),
+        (["sheet", "ours.npz", "theirs.npz", "-o", "s", *(2 * ["--question", "A?"])], "asked twice"),
+        (["count", "study/key.json", "a.csv", "a.csv"], "given twice"),
+    ],
+)
+def test_what_would_count_twice_is_refused(
+    argv: list[str], words: str, study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(study)
+    assert main(argv) == 2
     assert words in capsys.readouterr().err
 
 

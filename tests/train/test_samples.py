@@ -7,6 +7,9 @@ import dataclasses
 import importlib.util
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +20,22 @@ from PIL import Image, ImageDraw
 
 from car_runtime.format import schema
 from car_train import checkpoint
+from car_train.conventions import PRESETS
 from car_train.data.controls import make_control
 from car_train.data.dataset import ControlledImages
-from car_train.evaluation import evaluate, sample_set
-from car_train.evaluation.draw import Drawing
-from car_train.evaluation.features import import_torch_fidelity
+from car_train.data.folder import split_of
+from car_train.errors import UserError
+from car_train.evaluation import evaluate, sample_set, sets
+from car_train.evaluation.draw import Drawing, drawing
+from car_train.evaluation.features import Inception, import_torch_fidelity
 from car_train.evaluation.metrics import control_errors, inception_score, precision_recall
 from car_train.evaluation.options import EvalOptions, EvaluationError
 from car_train.evaluation.reference import read_reference
-from car_train.evaluation.sample_set import evaluate_samples, most_confident
+from car_train.evaluation.sample_set import RealImages, discriminant, evaluate_samples, most_confident, strangers
 from car_train.evaluation.sets import compare_sets
+from car_train.evaluation.table import table
 from car_train.evaluation.targets import LARGEST, open_target
+from car_train.files import BusyError, one_writer
 from car_train.images import to_pixels
 from car_train.model import Model
 from car_train.model.sample import control_pyramid, sample
@@ -131,13 +139,13 @@ def test_each_class_has_n_images_and_each_is_that_of_its_seed_and_control(
 
 
 def test_any_branch_of_a_plan_is_evaluated(images: Path, tmp_path: Path) -> None:
-    """Its images are those of its own checkpoint, its default branch's are others, and no name is made up."""
+    """Its images are those of its own checkpoint, its default branch's are others; an unknown one is refused."""
     plan = two_branches()
     few = {"per_class": 2}
     found = {}
     for name, path, flags in (
         ("checkpoint", plan.parent / "other", {}),
-        ("branch", plan, {"branch": "other", "backend": "ort-cpu", "tolerance": 3}),
+        ("branch", plan, {"branch": "other", "backend": "ort-cpu", "tolerance": 3, "controls": tmp_path / "c.npz"}),
         ("default", plan, {"backend": "ort-cpu"}),
     ):
         (tmp_path / name).mkdir()
@@ -145,6 +153,8 @@ def test_any_branch_of_a_plan_is_evaluated(images: Path, tmp_path: Path) -> None
     assert np.abs(found["branch"][1].astype(int) - found["checkpoint"][1]).max() <= 1
     assert not np.array_equal(found["branch"][1], found["default"][1])
     assert found["branch"][0]["options"]["branch"] == "other"
+    with np.load(tmp_path / "c.npz", allow_pickle=False) as arrays:
+        assert arrays["arr_0"].shape == found["branch"][1].shape
     assert found["branch"][0]["options"]["tolerance"] == 3
     with pytest.raises(EvaluationError, match=r"'none'.*sketch, other"):
         open_target(options(plan, images, branch="none"))
@@ -218,9 +228,128 @@ def test_rejection_keeps_of_each_class_what_the_classifier_is_surest_of(
         np.testing.assert_array_equal(kept[4 * label : 4 * label + 4], mine[surest])
 
 
+def test_a_classifier_of_two_classes_ranks_as_scikit_learn_does(images: Path) -> None:
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    data = ControlledImages(images, 16, split="all", classes="bee,dog")
+    shown = to_pixels(torch.stack([data[i]["image"] for i in range(len(data))]))
+    labels = [label for _, label in data.files]
+    found = discriminant(data, Thumbnail(), 0, 5)(Thumbnail()(shown))
+    model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(Thumbnail()(shown), labels)
+    log_p = found[:, [1, 3]] - np.logaddexp(found[:, 1], found[:, 3])[:, None]
+    np.testing.assert_allclose(log_p, model.predict_log_proba(Thumbnail()(shown)), rtol=1e-3)  # float32 features
+    assert np.isneginf(found[:, [0, 2, 4]]).all()
+
+
+@pytest.mark.parametrize(
+    ("data", "words"), [(None, "which the classifier learns; give --data"), ("ONE", "of 1 classes, none of bee")]
+)
+def test_what_rejection_needs_is_asked_for_before_anything_is_drawn(
+    data: str | None,
+    words: str,
+    checkpoints: dict[str, Path],
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Drawing, "draw", lambda *_: pytest.fail("drawn"))
+    if data is not None:
+        files = {split_of(Path(name)): name for name in (f"{i}.png" for i in range(200))}
+        for name in CLASSES:
+            (tmp_path / "data" / name).mkdir(parents=True)
+            for file in files.values() if name == "ant" else [files["val"]]:
+                Image.open(images / name / f"{name}0.png").save(tmp_path / "data" / name / file)
+    root = None if data is None else tmp_path / "data"
+    wanted = options(checkpoints["var"], root, reject=0.5)
+    with pytest.raises(EvaluationError, match=words):
+        evaluate_samples(open_target(wanted), wanted, tmp_path / "s.npz", features=Thumbnail())
+
+
 def test_of_equally_sure_images_the_first_stay() -> None:
     kept = most_confident(np.array([1.0, 3.0, 3.0, 2.0, 9.0]), np.array([0, 0, 0, 0, 1]), 2)
     assert kept == [1, 2, 4]
+
+
+def test_chance_is_the_control_of_another_real_image() -> None:
+    labels = np.repeat([0, 1, 2], 4)
+    assert (labels[strangers(labels, np.tile([0, 1], 6))] != labels).all()
+    owners = np.tile([5, 6], 4)  # one class: half of the images further on has the same control
+    assert (owners[strangers(np.zeros(8, int), owners)] != owners).all()
+    assert strangers(np.zeros(8, int), np.full(8, 5)) is None
+
+
+def test_chosen_classes_are_compared_with_the_real_images_of_these(
+    checkpoints: dict[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw(self: Drawing, *_: object) -> None:
+        Image.new("RGB", (16, 16)).save(self.images_folder / "0000000.png")
+
+    monkeypatch.setattr(Drawing, "draw", draw)
+    report, found = drawn(checkpoints["car"], images, tmp_path, per_class=1, classes="cat")
+    assert len(found) == 1
+    assert report["data"]["pictures"] == len(list((images / "cat").iterdir())) < 25
+    assert "shuffled" not in report["control"]
+    assert "kid" not in report["distribution"].get("generated", {})
+    assert "1 images (generated) are too few for distances; draw at least 4" in report["notes"]
+    assert "following the control" in table(report)
+
+
+# --- what stays of a stopped one
+
+
+def test_one_process_at_a_time_draws_and_one_that_drew_nothing_leaves_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "s.npz"
+    with one_writer(file), pytest.raises(BusyError), drawing(file, {}, [], False):
+        pass
+
+    def stopped(made: str) -> None:
+        with drawing(file, {}, [], False) as parts:
+            (parts.folder / made).mkdir()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        stopped("controls")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ZeroDivisionError):
+        stopped("images/0000000.png")
+    assert [p.name for p in tmp_path.iterdir()] == [".s.npz.parts"]
+    with drawing(file, {}, [], True) as parts:
+        assert (parts.images_folder / "0000000.png").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_controls_from_elsewhere_are_other_settings(
+    checkpoints: dict[str, Path], images: Path, tmp_path: Path
+) -> None:
+    target = open_target(options(checkpoints["car"], images))
+    found = [
+        sample_set._settings(target, options(checkpoints["car"], images, control_root=root), RealImages(None, None))
+        for root in (None, tmp_path, tmp_path / "other")
+    ]
+    assert len({json.dumps(settings) for settings in found}) == 3
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux ends them")
+def test_a_process_that_draws_dies_with_the_evaluation_however_that_dies() -> None:
+    program = """
+import subprocess, sys
+from car_train.streams import ending_with_this_process
+child = subprocess.Popen(ending_with_this_process(["/bin/sh", "-c", "echo $$; exec sleep 60"]))
+child.wait()
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        parent.kill()
+    for _ in range(200):
+        try:
+            state = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return
+        if state == "Z":  # where nobody waits for orphans
+            return
+        time.sleep(0.05)
+    pytest.fail(f"process {child} goes on")
 
 
 # --- references
@@ -251,6 +380,11 @@ class Mischief:
         ({"arr_0": np.zeros((3, 8, 8, 3))}, "arr_0 is float64"),
         ({"mu": np.ones(2)}, r"mu and sigma are of shapes \[\[2\], None\]"),
         ({"mu": np.ones(2), "sigma": np.full((2, 2), np.nan)}, "not finite"),
+        ({"mu": np.ones(2), "sigma": np.full((2, 2), "a")}, "float64 and <U1, not floats"),
+        ({"mu": np.ones(2), "sigma": np.eye(2) + 1j}, "complex128, not floats"),
+        ({"mu": np.ones(2), "sigma": -np.eye(2)}, "no covariance, eigenvalues from -1"),
+        ({"mu": np.ones(2), "sigma": np.array([[1.0, 5.0], [0.0, 1.0]])}, "no covariance"),
+        ({"arr_0": np.zeros((0, 8, 8, 3), np.uint8)}, r"arr_0 is uint8 \[0, 8, 8, 3\]"),
         ({"other": np.ones(2)}, "neither images nor statistics"),
         ({"arr_0": np.array([None], object)}, "can't be read"),
         (None, "can't be read"),
@@ -267,6 +401,35 @@ def test_other_files_are_no_reference(tmp_path: Path, arrays: dict[str, Any] | N
     with pytest.raises(EvaluationError, match=words):
         read_reference(file)
     assert not (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize(("at", "byte"), [(6, 1), (8, 99)], ids=["encrypted", "packed by another method"])
+def test_a_reference_that_zipfile_does_not_open_is_refused(at: int, byte: int, tmp_path: Path) -> None:
+    file = tmp_path / "r.npz"
+    np.savez(file, arr_0=np.zeros((1, 8, 8, 3), np.uint8))
+    spoiled = bytearray(file.read_bytes())
+    spoiled[at] = spoiled[spoiled.rfind(b"PK\x01\x02") + at + 2] = byte
+    file.write_bytes(spoiled)
+    with pytest.raises(EvaluationError, match="can't be read"):
+        read_reference(file)
+
+
+def test_a_reference_that_nothing_could_be_compared_with_is_refused_before_anything_is_drawn(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Drawing, "draw", lambda *_: pytest.fail("drawn"))
+    file = tmp_path / "r.npz"
+    np.savez(file, mu=np.ones(2), sigma=np.eye(2))
+    wanted = options(checkpoints["var"], None, reference=file)
+    with pytest.raises(EvaluationError, match=r"nothing is there to compare it with; give --inception$"):
+        evaluate_samples(open_target(wanted), wanted, tmp_path / "s.npz", features=Thumbnail())
+    with pytest.raises(EvaluationError, match="would replace the reference"):
+        evaluate_samples(open_target(wanted), wanted, file, features=Thumbnail())
+    with pytest.raises(EvaluationError, match="of 2 features, Inception's of 2048"):
+        Inception.check_statistics(read_reference(file).pool, None)
+    with pytest.raises(EvaluationError, match="of 3 features, Inception's of 2023"):
+        Inception.check_statistics(None, (np.ones(3), np.eye(3)))
+    assert [p.name for p in tmp_path.iterdir()] == ["r.npz"]
 
 
 def test_a_reference_takes_the_place_of_the_real_images(
@@ -319,6 +482,32 @@ def test_images_that_belong_to_real_ones_are_compared_with_the_other_half() -> N
     assert paired["generated"]["kid_half"] == pytest.approx(plain["generated"]["kid_half"])
 
 
+def test_precision_and_recall_of_many_images_are_not_those_of_the_first_classes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sets, "MOST_NEIGHBOURS", 100)
+    real = np.random.default_rng(0).standard_normal((200, 4))
+    real[100:] += 50
+    found = compare_sets({"truth": real, "generated": real[::-1] + 1e-3}, 0, [])["generated"]
+    assert min(found["precision"], found["recall"]) > 0.5  # the first hundreds have nothing in common
+
+
+def test_halves_of_few_images_are_scored_by_what_all_of_them_have() -> None:
+    draw = np.random.default_rng(0)
+    real, owners = draw.standard_normal((64, 4)), np.arange(0, 64, 8)
+    found = compare_sets({"truth": real, "generated": draw.standard_normal((8, 4))}, 0, notes := [], owners)
+    assert "kid_half" in found["generated"]
+    assert "fid" not in found["generated"]
+    assert "8 images (generated) are too few for a Fréchet distance; draw at least 64" in notes
+
+
+def test_images_without_a_real_one_belong_to_either_half() -> None:
+    half = np.arange(3)
+    owners = np.array([-1, 0, 5, -1])
+    assert set(sets._of_owners(owners, half, 6, np.random.default_rng(0)).tolist()) == {0, 1, 3}
+    assert set(sets._of_owners(owners, np.arange(3, 6), 6, np.random.default_rng(0)).tolist()) == {0, 2, 3}
+
+
 # --- the command
 
 
@@ -328,13 +517,22 @@ def run(*argv: object) -> None:
     evaluate.run(parser.parse_args([str(a) for a in argv]))
 
 
-def test_the_command_takes_a_plan(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = ["--samples", tmp_path / "s.npz", "-o", tmp_path / "r.json"]
-    run(small_plan("steered"), "--data", images, "--split", "all", "--per-class", 1, "--features", "none", *files)
-    assert "small-steered (sketch): 5 images in s.npz (5 drawn)" in capsys.readouterr().out
+def test_the_command_takes_a_plan_and_leaves_the_samples_where_the_report_is(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    report = ["-o", tmp_path / "r.json", "--controls", tmp_path / "c.npz"]
+    run(small_plan("steered"), "--data", images, "--split", "all", "--per-class", 1, "--features", "none", *report)
+    assert "small-steered (sketch): 5 images in samples.npz (5 drawn)" in capsys.readouterr().out
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["options"]["cfg"] == 4.0  # the plan's own
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.json", "s.npz"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["c.npz", "elsewhere", "r.json", "samples.npz"]
+    maps = read_reference(tmp_path / "c.npz").images
+    assert maps is not None
+    data = ControlledImages(images, 16, split="all", control_type="sketch", convention=PRESETS["sketch"])
+    first = [next(i for i, (_, of) in enumerate(data.files) if of == label) for label in range(5)]
+    np.testing.assert_array_equal(maps, [data[i]["control"].numpy() for i in first])
 
 
 @pytest.mark.parametrize(
@@ -345,6 +543,11 @@ def test_the_command_takes_a_plan(images: Path, tmp_path: Path, capsys: pytest.C
         (["VAR", "--samples", "S", "--reject", "0.5"], "--reject needs a classifier"),
         (["VAR", "--samples", "S", "--limit", "3"], "give --per-class"),
         (["VAR", "--samples", "S.txt"], "give a .npz"),
+        (["VAR", "--samples", "FOLDER"], "it is a folder"),
+        (["VAR", "--samples", "S", "--controls", "C"], "follows no control; leave out --controls"),
+        (["CAR", "--samples", "S", "--controls", "S"], "can't be both"),
+        (["VAR", "--samples", "S", "-o", "/proc/r.json"], "can't write /proc/r.json: "),
+        (["VAR", "--samples", "S", "--per-class", "1" + 9 * "0"], "more than 10,000,000; give fewer"),
         (["VAR", "--reject", "0.5", "--data", "IMAGES"], "give --samples"),
         (["VAR"], "is measured on images; give --data"),
         (["VAR", "--samples", "S", "--processes", "0"], "at least 1"),
@@ -355,11 +558,15 @@ def test_what_cannot_be_done_is_said_with_a_remedy(
     argv: list[str], words: str, checkpoints: dict[str, Path], images: Path, tmp_path: Path
 ) -> None:
     names = {"CAR": checkpoints["car"], "VAR": checkpoints["var"], "IMAGES": images, "S": tmp_path / "s.npz"}
+    names["C"] = tmp_path / "c.npz"
+    names["FOLDER"] = tmp_path / "folder.npz"
+    names["FOLDER"].mkdir()
     given: list[object] = [names.get(a, small_plan("steered") if a == "PLAN" else a) for a in argv]
     if "--samples" not in argv and "PLAN" in argv:
         given += ["--samples", tmp_path / "s.npz"]
-    with pytest.raises(EvaluationError, match=words):
+    with pytest.raises(UserError, match=words):
         run("--features", "none", *given)
+    assert [p.name for p in tmp_path.iterdir()] == ["folder.npz"]
 
 
 @pytest.mark.parametrize(("name", "size"), [("image_size", 10**5), ("classes", 10**12), ("vocab", "9")])
