@@ -1,7 +1,7 @@
 """Twenty drawings as a hand makes them, none of them from the data, and what a plan makes of each.
 
     python examples/doodles.py doodles.png                       # the shipped plan, its default control
-    python examples/doodles.py doodles.png --control sketch      # another branch, with dark lines on white
+    python examples/doodles.py doodles.png --control sketch      # another branch
 
 Strokes are polylines that waver a little, two pixels wide as the studio's pen. Nothing is chosen: seed 0 for all.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 import car_runtime
 
@@ -236,7 +236,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         side = plan.manifest.model.image_size
         for i, (group, strokes) in enumerate(DOODLES.values()):
             line = drawn(strokes, side, i)
-            line = ImageOps.invert(line) if args.control == "sketch" else line
             found = plan.generate({args.control: line}, label=f"{args.style}-{group}", seed=0)
             pairs.append((line, found.images[0]))
     sheet(pairs).save(args.output)
