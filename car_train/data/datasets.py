@@ -29,13 +29,11 @@ DEFAULT_ROOT = Path("~/.cache/car/data")
 """`fetch(name)` writes to `DEFAULT_ROOT/name`; `~` is the user's home folder."""
 
 MARKER = "dataset.json"
-LAYOUT_VERSION = 1
-
 TONES = "-tones"
 """End of the name of a set with skin-tone variants."""
 
 DATASETS: Mapping[str, Any] = {"emoji": emoji, "fashion": fashion}
-"""Modules that have `PACKAGES`, `CHANGES` and `lay_out(tarballs, root, limit)`."""
+"""Modules that have `PACKAGES`, `CHANGES`, `LAYOUT` (another where folders or splits are) and `lay_out(…)`."""
 NAMES = tuple(DATASETS)
 
 
@@ -111,9 +109,10 @@ def _is_complete(root: Path, name: str, limit: int | None) -> bool:
         have = (found["name"], found["layout"], found["limit"])
     except (ValueError, KeyError, TypeError) as error:
         raise DatasetError(f"{marker} cannot be read ({error!r}); remove {root} and fetch again") from error
-    if have != (name, LAYOUT_VERSION, limit):
+    wanted = (name, _source(name).LAYOUT, limit)
+    if have != wanted:
         raise DatasetError(
-            f"{root} holds another set (name, layout, limit = {have}, wanted {(name, LAYOUT_VERSION, limit)}); "
+            f"{root} holds another set (name, layout, limit = {have}, wanted {wanted}); "
             "choose another folder, or remove this one"
         )
     return True
@@ -141,7 +140,7 @@ def lay_out(name: str, tarballs: Mapping[str, Path], root: Path, *, limit: int |
     (root / "ATTRIBUTION.md").write_text(_attribution(name), encoding="utf-8")
     about = {
         "name": name,
-        "layout": LAYOUT_VERSION,
+        "layout": _source(name).LAYOUT,
         "limit": limit,
         "images": sum(counts.values()),
         "classes": sorted(counts),

@@ -24,6 +24,7 @@ from car_train.data.image_package import DatasetError, ImagePackage, copy_licenc
 
 FLUENT_SIDE = 128
 
+LAYOUT = 1
 PACKAGES: Mapping[str, ImagePackage] = {
     "fluent": ImagePackage(
         name="@lobehub/fluent-emoji-3d",

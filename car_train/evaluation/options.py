@@ -14,6 +14,9 @@ from car_train.errors import UserError
 from car_train.flags import option
 from car_train.sampling import PRESETS, Sampling, settings_of
 
+MOST_TOLERANCE = 64
+"""Pixels: a square of 129 around every edge."""
+
 
 class EvaluationError(UserError, ValueError):
     """An evaluation that can't be made. The message names what is in the way and ends with the remedy."""
@@ -88,6 +91,10 @@ class EvalOptions:
         for name in ("limit", "per_class", "seed", "top_k", "threads", "tolerance"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"{name} is {value}; it must be at least 0")
+        require(
+            self.tolerance <= MOST_TOLERANCE,
+            f"tolerance is {self.tolerance}; it must be at most {MOST_TOLERANCE} pixels",
+        )
         require(self.cfg is None or 0 <= self.cfg < math.inf, f"cfg is {self.cfg}; it must be a number from 0")
         require(self.top_p is None or 0 <= self.top_p <= 1, f"top_p is {self.top_p}; it must be between 0 and 1")
         try:
