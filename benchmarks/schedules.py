@@ -521,7 +521,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='car-run\'s flags in quotes, after exact, instead of the default list; may be repeated; "--cfg 0" too',
     )
     parser.add_argument("--backend", default="auto", help="auto, or a backend such as ort-cpu (default: auto)")
-    parser.add_argument("--cfg", type=float, help="guidance of all schedules (default: the plan's)")
+    parser.add_argument("--cfg", type=float, help="guidance of all schedules (default: the plan's; 4 if that is 0)")
     parser.add_argument("--top-k", type=int, help="(default: the plan's)")
     parser.add_argument("--top-p", type=float, help="(default: the plan's)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images at once to time (default: 1)")

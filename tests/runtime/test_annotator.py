@@ -17,7 +17,9 @@ from car_runtime.annotator import open_annotator
 from car_runtime.cli.main import main
 from car_runtime.conventions import PRESETS
 from car_runtime.errors import RequestError, RunError
+from car_runtime.format.manifest import read_manifest
 from car_runtime.images import open_image
+from car_runtime.plan import default_plan
 from car_train.conventions import PRESETS as TRAIN_PRESETS
 from car_train.data import hed
 from car_train.data.annotate import make_annotator
@@ -141,8 +143,9 @@ def test_the_command_takes_a_network(tmp_path: Path, capsys: pytest.CaptureFixtu
     net = described(network(tmp_path / "net.onnx", 2 * (np.array([1, 0, 0]) - 0.3)), gives="edges")
     given, out = tmp_path / "photo.png", tmp_path / "map.png"
     photo((96, 64)).save(given)
+    size = read_manifest(default_plan()).model.image_size
     assert main(["control", str(given), "--annotator", str(net), "-o", str(out), "--threads", "1"]) == 0
-    expected = open_annotator(net, PRESETS["canny-grey"], threads=1)(open_image(given), 64, "crop")
+    expected = open_annotator(net, PRESETS["canny"], threads=1)(open_image(given), size, "crop")
     np.testing.assert_array_equal(np.asarray(Image.open(out)), expected)
     assert main(["--photo", str(given), "--annotator", str(net), "-o", str(out), "--threads", "1"]) == 0
     assert main(["--control", str(given), "--annotator", str(net), "-o", str(out)]) == 2

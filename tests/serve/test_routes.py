@@ -345,12 +345,10 @@ def test_the_benchmarks_users_get_images_and_hear_of_errors(url: str) -> None:
 def test_capabilities_name_what_requests_take(url: str) -> None:
     found = httpx.get(f"{url}/v1/capabilities").json()
     plan = found["plans"][0]
-    assert (plan["name"], plan["image_size"], plan["scales"]) == (
-        read_manifest(SHIPPED).name,
-        128,
-        [1, 2, 3, 4, 6, 10, 16],
-    )
-    assert [control["type"] for control in plan["controls"]] == ["canny", "hed", "sketch", "depth", "normal"]
+    manifest = read_manifest(SHIPPED)
+    assert (plan["name"], plan["image_size"]) == (manifest.name, manifest.model.image_size)
+    assert plan["scales"] == [scale.side for scale in manifest.scales]
+    assert [control["type"] for control in plan["controls"]] == list(manifest.model.branches)
     assert plan["controls"][0]["convention"]["polarity"] == "light-on-dark"
     assert draw(url, **{k: plan["defaults"][k] for k in ("cfg", "top_k", "top_p")})["state"] == "done"
 

@@ -16,9 +16,10 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from car_runtime import open_plan
+from car_runtime.editing.frame import FEATHER
 from car_runtime.format.manifest import read_manifest
 from fixtures.serving import ROOT, SHIPPED, body, image64
-from fixtures.studio import HEART, SCALES, SIZE, Studio, pixels
+from fixtures.studio import HEART, SCALES, SEAM, SIZE, Studio, pixels
 
 
 def test_a_heart_is_drawn_and_becomes_a_heart(studio: Studio) -> None:
@@ -359,10 +360,10 @@ def test_in_painting_changes_what_was_painted_over(studio: Studio) -> None:
     assert 0.02 < (mask > 0).mean() < 0.5
     changed = np.abs(studio.image(0) - studio.image(1)).max(axis=-1)
     assert changed[mask > 0].mean() > 1, "nothing of the object was drawn anew"
-    # What was not painted over is the image's own, to the byte, but for the seam of a pixel.
+    # What was not painted over is the image's own, to the byte, but for the seam.
     rows, columns = np.nonzero(mask)
     away = np.ones_like(mask, bool)
-    away[rows.min() - 2 : rows.max() + 3, columns.min() - 2 : columns.max() + 3] = False
+    away[rows.min() - SEAM : rows.max() + 1 + SEAM, columns.min() - SEAM : columns.max() + 1 + SEAM] = False
     assert changed[away].max() == 0
     page.keyboard.press("c")
     assert page.locator("#compare").is_visible()
@@ -385,7 +386,8 @@ def test_extend_puts_the_image_into_a_smaller_frame(studio: Studio) -> None:
     assert len(grown) == round(SIZE / 0.56)
     first = round(left * len(grown))
     kept = grown[first : first + SIZE, first : first + SIZE]
-    assert np.array_equal(kept[4:-4, 4:-4], image[4:-4, 4:-4])
+    seam = round(FEATHER * len(grown)) + 2  # on the photo's side, whose border pixels are none of its own
+    assert np.array_equal(kept[seam:-seam, seam:-seam], image[seam:-seam, seam:-seam])
     assert grown[:12].mean() > 200
 
 

@@ -175,6 +175,18 @@ def test_sizes_and_other_sets_are_refused(tmp_path: Path) -> None:
             fetch(name, tmp_path / "set", size=size)
 
 
+def test_a_set_of_the_layout_before_this_one_is_not_taken_for_one_of_this(
+    tarballs: dict[str, Path], tmp_path: Path
+) -> None:
+    root = tmp_path / "emoji-64"
+    about = lay_out("emoji-64", tarballs, root)
+    assert fetch("emoji", root, size=64) == root
+    (root / "dataset.json").write_text(json.dumps({**about, "layout": emoji_vectors.LAYOUT - 1}))
+    said = rf"layout, limit = \('emoji-64', {emoji_vectors.LAYOUT - 1}, None\), wanted .*remove this one"
+    with pytest.raises(DatasetError, match=said):
+        fetch("emoji", root, size=64)
+
+
 def test_a_package_of_other_contents_is_refused(tarballs: dict[str, Path], tmp_path: Path) -> None:
     with tarfile.open(tarballs["noto"], "w:gz"):
         pass

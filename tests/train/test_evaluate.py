@@ -438,6 +438,7 @@ def test_the_command_writes_the_report_and_prints_a_table_or_json(
         (["VAR", "--top-p", "1.5"], "between 0 and 1"),
         (["VAR", "--device", "abacus"], "can't be used"),
         (["VAR", "--threads", "-1"], "at least 0"),
+        (["VAR", "--tolerance", "65"], "tolerance is 65; it must be at most 64 pixels"),
         (["VAR", "-o", "report.txt"], "give a .json"),
         (["VAR", "--sheet", "nowhere/s.png"], "in a folder that exists"),
     ],
