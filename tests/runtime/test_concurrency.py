@@ -18,7 +18,7 @@ from car_runtime import open_plan
 from car_runtime.errors import CarError
 
 CONTROLS = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.png"))
-REQUESTS = 200
+REQUESTS = 80
 
 
 def _request(plan: Any, i: int) -> Any:
