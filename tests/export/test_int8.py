@@ -218,7 +218,7 @@ def test_products_and_convolutions_become_int8_kernels(shipped: tuple[Path, list
     assert condition["MatMulIntegerToFloat"] == 3  # the AdaLN that blocks share is in both, the head's in one
     assert not condition["Gemm"] + condition["MatMul"]  # nor is a matrix widened in every run
     assert kernels(plan, "control.canny", tmp_path)["QLinearConv"] == 5 * len(read_manifest(plan).scales)
-    assert kernels(plan, "decoder", tmp_path)["QLinearConv"] == 27
+    assert kernels(plan, "decoder", tmp_path)["QLinearConv"] == 36
     assert not [line for line in said if "still in float32" in line]
 
 
