@@ -228,8 +228,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--baseline",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="also draw without the control, to compare (default: yes)",
+        help="also draw without the control, to compare (default: yes, but no of a plan and of --samples)",
     )
     parser.add_argument("-o", "--output", type=Path, metavar="JSON", help="where to write the report")
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="where to write 64 random images")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from car_train.evaluation.controls import Maker, control_maker
 from car_train.evaluation.features import FeatureNetwork, Inception
 from car_train.evaluation.generate import uniform_numbers
-from car_train.evaluation.metrics import control_errors, perplexity, psnr, ssim
+from car_train.evaluation.metrics import control_errors, perplexity, psnr, ratio, ssim
 from car_train.evaluation.options import EvalOptions
 from car_train.evaluation.sets import LEAST_IMAGES, compare_sets
 from car_train.images import to_pixels
@@ -85,7 +85,7 @@ class Measurements:
             pyramid = control_pyramids(controls, self.config, self.options.device) if controls else None
             self._teacher_forced("model", labels, grids, pyramid)
             shown["generated"] = self._draw(labels, seeds, pyramid)
-            if pyramid and self.options.baseline:
+            if pyramid and self.options.baseline is not False:
                 self._teacher_forced("base", labels, grids, None)
                 shown["base"] = self._draw(labels, seeds, None)
         pixels = {source: to_pixels(x) for source, x in shown.items()}
@@ -236,7 +236,7 @@ class Measurements:
         report: Report = {"type": self.control_type, "made_by": self.made_by, **found}
         if "base" in found:
             base = found["base"]
-            report["generated_over_base"] = {m: _ratio(x, base[m]) for m, x in found["generated"].items()}
+            report["generated_over_base"] = {m: ratio(x, base[m]) for m, x in found["generated"].items()}
         return report
 
     def _classes(self, columns: Mapping[str, Floats], names: Sequence[str]) -> Report:
@@ -275,7 +275,3 @@ def _mean(values: Floats) -> float | None:
     """The mean of what is a number, None without any."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else None
-
-
-def _ratio(a: float | None, b: float | None) -> float | None:
-    return a / b if a is not None and b else None

@@ -254,3 +254,8 @@ def angular_error(given_HW3: Pixels, found_HW3: Pixels) -> Floats:
     a, b = (x.astype(np.float64) / 127.5 - 1 for x in (given_HW3, found_HW3))
     # atan2(|a × b|, a·b): exact for any lengths, and near 0° and 180°, where arccos loses half of the digits.
     return np.degrees(np.arctan2(np.linalg.norm(np.cross(a, b), axis=2), (a * b).sum(2)))
+
+
+def ratio(a: float | None, b: float | None) -> float | None:
+    """a ÷ b; None where one of them is unknown or b is 0."""
+    return a / b if a is not None and b else None

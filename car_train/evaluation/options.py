@@ -78,8 +78,8 @@ class EvalOptions:
     resume: bool = option(False, "go on with the images that a stopped evaluation has drawn")
     backend: str = option("auto", "engine of a plan, such as ort-cpu")
     threads: int = option(0, "CPU threads (default: 0, all)")
-    baseline: bool = True
-    """Also draw and measure without the control."""
+    baseline: bool | None = None
+    """Also draw and measure without the control; None: of held-out images, but not of samples."""
 
     def __post_init__(self) -> None:
         require(self.split in SPLITS, f"no split {self.split!r}; choose one of: {', '.join(SPLITS)}")

@@ -34,11 +34,14 @@ Pixels = NDArray[np.uint8]
 
 @torch.no_grad()
 def draw(model: Model, requests: Sequence[dict[str, Any]], sampling: dict[str, Any], device: str) -> Pixels:
-    """The images of some requests, uint8 [N, H, W, 3], by the reference loop in one batch."""
+    """The images of some requests, uint8 [N, H, W, 3], by the reference loop in one batch.
+
+    All have a control, or none has.
+    """
     assert model.car is not None
     config = model.config.vqvae
     controls = None
-    if model.car.branch is not None:
+    if requests[0]["control"] is not None:
         maps = []
         for request in requests:
             with Image.open(request["control"], formats=["PNG"]) as opened:
@@ -75,10 +78,11 @@ def _run(args: argparse.Namespace) -> None:
     sampling = {"cfg": args.cfg, "top_k": args.top_k, "top_p": args.top_p}
     args.output.mkdir(exist_ok=True)
     requests = [json.loads(line) for line in args.file.read_text(encoding="utf-8").splitlines()]
-    for start in range(0, len(requests), args.batch):
-        part = requests[start : start + args.batch]
-        for request, image in zip(part, draw(model, part, sampling, args.device), strict=True):
-            save_png(Image.fromarray(image), args.output / f"{request['name']}.png")
+    for alike in ([r for r in requests if r["control"]], [r for r in requests if not r["control"]]):
+        for start in range(0, len(alike), args.batch):
+            part = alike[start : start + args.batch]
+            for request, image in zip(part, draw(model, part, sampling, args.device), strict=True):
+                save_png(Image.fromarray(image), args.output / f"{request['name']}.png")
 
 
 if __name__ == "__main__":

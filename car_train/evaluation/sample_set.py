@@ -2,7 +2,7 @@
 
 VAR (section 4.1) and CAR (section 4.1) draw 50 images of each ImageNet class. Image k of all is drawn with seed
 `seed + k`, by the runtime and by PyTorch from the same uniform numbers. With a control branch a class's images follow
-the controls of its real images in turn.
+the controls of its real images in turn. `--baseline` draws each again without, of the same class and seed.
 
 `--reject P` draws 1/(1 − P) times as many and keeps of each class those that a classifier takes for it with most
 confidence, as VAR's d30-re: EfficientNet-Lite0's own classes for a model of 1000, which are taken for ImageNet's;
@@ -31,7 +31,7 @@ from car_train.data.folder import some, text_of
 from car_train.evaluation.controls import control_maker
 from car_train.evaluation.draw import Drawing, Request, control_of, drawing, parts_of, read_png
 from car_train.evaluation.features import EfficientNetLite0, FeatureNetwork, Inception
-from car_train.evaluation.metrics import IS_PARTS, control_errors, inception_score
+from car_train.evaluation.metrics import IS_PARTS, control_errors, inception_score, ratio
 from car_train.evaluation.options import EvalOptions, EvaluationError, require
 from car_train.evaluation.reference import Reference, read_reference
 from car_train.evaluation.sets import compare_sets
@@ -58,6 +58,8 @@ class Plan:
     """Which images are drawn: requests with the real image that each belongs to (−1: none) and its class."""
 
     requests: tuple[Request, ...]
+    without: tuple[Request, ...]
+    """The same requests without their control, for `--baseline`; else ()."""
     labels: NDArray[np.intp]
     owners: NDArray[np.intp]
     per_class: int
@@ -124,7 +126,14 @@ def choose(target: Target, real_images: RealImages, options: EvalOptions, folder
     require(
         bool(requests), f"no class of {target.name} has a real image in split {options.split!r}; give --split all"
     )
-    return Plan(requests=tuple(requests), labels=np.array(chosen), owners=np.array(owners, np.intp), per_class=keep)
+    bare = [{**request, target.control_key: None} for request in requests] if options.baseline else []
+    return Plan(
+        requests=tuple(requests),
+        without=tuple(bare),
+        labels=np.array(chosen),
+        owners=np.array(owners, np.intp),
+        per_class=keep,
+    )
 
 
 class RealImages:
@@ -178,12 +187,17 @@ def evaluate_samples(
         options.controls is None or target.control_type is not None,
         f"{target.name} follows no control; leave out --controls",
     )
+    require(
+        not options.baseline or target.control_type is not None,
+        f"{target.name} follows no control, so it is its own baseline; leave out --baseline",
+    )
     real = RealImages(open_real(target, options), reference)
     plan = choose(target, real, options, parts_of(samples).absolute(), notes)
     networks: dict[str, FeatureNetwork] = {} if features is None else {"features": features}
     networks |= {} if inception is None else {"inception": inception}
     classifier = None if options.reject == 0 else _classifier(target, options, features, plan)
-    with drawing(samples, _settings(target, options, real), plan.requests, options.resume) as parts:
+    requests = (*plan.requests, *plan.without)
+    with drawing(samples, _settings(target, options, real), requests, options.resume) as parts:
         controls = parts.folder / "controls" if target.control_type is not None else None
         real_banks = _described(networks, real.batches(controls))
         seconds["real images"] = time.monotonic() - began
@@ -194,13 +208,16 @@ def evaluate_samples(
 
         began_measuring = time.monotonic()
         made = _described(networks, parts.images())
+        count = len(plan.requests)
+        base = {name: rows[count:] for name, rows in made.items() if plan.without}
+        made = {name: rows[:count] for name, rows in made.items()}
         keep = _kept(plan, made.get("features"), classifier)
         parts.write(samples, keep)
         if options.controls is not None:
             parts.write_controls(options.controls, keep)
         report = {
             "samples": {"file": samples.name, "images": len(keep), "drawn": len(plan.requests)},
-            **_distributions(plan, keep, made, real_banks, networks, reference, options, notes),
+            **_distributions(plan, keep, made, base, real_banks, networks, reference, options, notes),
         }
         if target.convention is not None:
             report["control"], per_class = _followed(plan, keep, parts, target, options)
@@ -368,6 +385,7 @@ def _distributions(
     plan: Plan,
     keep: list[int],
     made: dict[str, Floats],
+    base: dict[str, Floats],
     real: dict[str, Floats],
     networks: dict[str, FeatureNetwork],
     reference: Reference | None,
@@ -382,7 +400,9 @@ def _distributions(
         if "features" in real:
             paired = reference is None or reference.images is None
             owners = plan.owners[keep] if paired else np.arange(len(keep)) % len(real["features"])
-            found |= compare_sets({"truth": real["features"], "generated": bank}, options.seed, notes, owners)
+            sets = {"truth": real["features"], "generated": bank}
+            sets |= {"base": base["features"][keep]} if base else {}
+            found |= compare_sets(sets, options.seed, notes, owners)
         else:
             notes.append("no real images, so no Fréchet distance, KID, precision or recall on these features")
         if isinstance(network, EfficientNetLite0) and len(bank) >= IS_PARTS:
@@ -402,21 +422,27 @@ def _distributions(
 def _followed(
     plan: Plan, keep: list[int], parts: Drawing, target: Target, options: EvalOptions
 ) -> tuple[Report, dict[int, Report]]:
-    """How well the kept images follow their controls, of all and of each class; and another's, which is chance."""
+    """How well the kept images follow their controls, of all and of each class; those drawn without the control, and
+    those with another's, which is chance.
+    """
     assert target.convention is not None
     maker, made_by = control_maker(target.convention, options)
-    kept, place = set(keep), 0
+    count = len(plan.requests)
+    kept, place = {*keep, *(count + i for i in keep)}, 0
     rows: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     labels: list[int] = []
     others = strangers(plan.labels, plan.owners)
-    bar = tqdm(total=len(plan.requests), desc="controls", unit="img", file=sys.stderr, disable=None)
+    bar = tqdm(total=len(parts.requests), desc="controls", unit="img", file=sys.stderr, disable=None)
     with bar:
         for images in parts.images():
             places = [i for i in range(place, place + len(images)) if i in kept]
             found = maker([images[i - place] for i in places]) if places else []
             for i, map_found in zip(places, found, strict=True):
-                labels.append(int(plan.labels[i]))
-                asked = {"generated": i} | ({} if others is None else {"shuffled": others[i]})
+                if i < count:
+                    labels.append(int(plan.labels[i]))
+                    asked = {"generated": i} | ({} if others is None else {"shuffled": others[i]})
+                else:
+                    asked = {"base": i - count}
                 for source, at in asked.items():
                     given = read_png(control_of(plan.requests[at]))
                     errors = control_errors(target.convention, given, map_found, options.tolerance)
@@ -425,7 +451,10 @@ def _followed(
             place += len(images)
             bar.update(len(images))
     report: Report = {"type": target.control_type, "made_by": made_by}
-    report |= {source: {m: _mean(v) for m, v in columns.items()} for source, columns in rows.items()}
+    means = {source: {m: _mean(v) for m, v in columns.items()} for source, columns in rows.items()}
+    report |= {source: means[source] for source in ("generated", "base", "shuffled") if source in means}
+    if "base" in means:
+        report["generated_over_base"] = {m: ratio(x, means["base"][m]) for m, x in means["generated"].items()}
     each = np.array(labels)
     classes = {
         int(label): {

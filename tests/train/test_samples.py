@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from car_runtime import open_plan
 from car_runtime.format import schema
 from car_train import checkpoint
 from car_train.conventions import PRESETS
@@ -168,6 +169,49 @@ def test_a_plan_gives_the_images_of_its_checkpoint(sketched: Any, images: Path, 
     assert report["control"]["generated"]["mae"] == pytest.approx(
         sketched[0]["control"]["generated"]["mae"], rel=0.02
     )
+
+
+@pytest.mark.parametrize("kind", ["plan", "checkpoint"])
+def test_the_baseline_is_of_the_same_classes_and_seeds_without_the_control(
+    kind: str, checkpoints: dict[str, Path], images: Path, tmp_path: Path
+) -> None:
+    """With and without change neither the samples nor their figures; of a plan it is what the runtime draws."""
+    plan = two_branches()
+    target = plan if kind == "plan" else plan.parent / "other"
+    flags = {"per_class": 2, "backend": "ort-cpu" if kind == "plan" else "auto"}
+    flags |= {"branch": "other"} if kind == "plan" else {}
+    for folder in ("alone", "both"):
+        (tmp_path / folder).mkdir()
+    alone, expected = drawn(target, images, tmp_path / "alone", **flags)
+    report, found = drawn(target, images, tmp_path / "both", baseline=True, **flags)
+    np.testing.assert_array_equal(found, expected)
+    assert report["control"]["generated"] == alone["control"]["generated"]
+    assert report["distribution"]["generated"] == alone["distribution"]["generated"]
+    assert "base" in report["distribution"]
+    assert "base" not in alone["distribution"]
+    control = report["control"]
+    assert control["generated_over_base"]["mae"] == control["generated"]["mae"] / control["base"]["mae"]
+    assert "without control" in table(report)
+
+    opened = open_target(options(target, images, **flags))
+    assert opened.convention is not None
+    data = ControlledImages(
+        images,
+        opened.image_size,
+        split="all",
+        control_type=opened.control_type,
+        convention=opened.convention,
+        preload=False,
+    )
+    errors, place = [], 0
+    with open_plan(plan, "ort-cpu", threads=1) as runtime:
+        for label in range(5):
+            for owner in [i for i, (_, of) in enumerate(data.files) if of == label][:2]:
+                image = runtime.generate(label=label, seed=place, cfg=2.0, top_k=20, top_p=0.9).images[0]
+                made = make_control(image, opened.convention)
+                errors.append(control_errors(opened.convention, data[owner]["control"].numpy(), made)["mae"])
+                place += 1
+    assert control["base"]["mae"] == pytest.approx(np.mean(errors), rel=0.02)
 
 
 def test_processes_and_a_stop_in_between_change_nothing(
@@ -545,6 +589,7 @@ def test_the_command_takes_a_plan_and_leaves_the_samples_where_the_report_is(
         (["VAR", "--samples", "S.txt"], "give a .npz"),
         (["VAR", "--samples", "FOLDER"], "it is a folder"),
         (["VAR", "--samples", "S", "--controls", "C"], "follows no control; leave out --controls"),
+        (["VAR", "--samples", "S", "--baseline"], "is its own baseline; leave out --baseline"),
         (["CAR", "--samples", "S", "--controls", "S"], "can't be both"),
         (["VAR", "--samples", "S", "-o", "/proc/r.json"], "can't write /proc/r.json: "),
         (["VAR", "--samples", "S", "--per-class", "1" + 9 * "0"], "more than 10,000,000; give fewer"),
