@@ -82,7 +82,7 @@ def test_a_new_user_draws_changes_branches_in_paints_and_finds_it_all_again(stud
 
     page.click("#film li:nth-child(3) button")
     assert np.array_equal(studio.shown(), studio.scales()[2])
-    page.click("#actions >> text=Branch here")
+    page.locator("#film .fork").nth(2).click()
     studio.done(3)
     new, old = studio.scales(0), studio.scales(1)
     assert [np.array_equal(a, b) for a, b in zip(new, old, strict=True)] == [True] * 3 + [False] * (SCALES - 3)

@@ -307,7 +307,8 @@ def test_a_person_draws_branches_and_stops_early(empty: Studio) -> None:
     assert len(first) == SCALES
     assert np.array_equal(first[-1], studio.image())
 
-    page.locator("#film .fork").nth(2).click(force=True)
+    page.click("#film li:nth-child(3) button")
+    page.click("#actions >> text=Branch here")
     studio.done(2)
     assert studio.stored()[0]["images"][0]["receipt"]["edit"] == {"scale": 2}
     assert all(np.array_equal(one, other) for one, other in zip(first[:3], studio.scales()[:3], strict=True))
