@@ -236,7 +236,8 @@ def test_an_image_of_the_shipped_plan_is_nearly_that_of_ort_cpu() -> None:
     assert (got.tokens[1] == again.tokens[0]).all()
     assert (got.images[1] == again.images[0]).all()
     coarse = exact.manifest.scales[2].stop
-    assert (got.tokens[:, :coarse] == wanted.tokens[:, :coarse]).mean() > 0.9
+    # Most images have the same coarse tokens; one may part at a draw that bfloat16 decides otherwise.
+    assert (got.tokens[:, :coarse] == wanted.tokens[:, :coarse]).all(axis=1).sum() >= 3
     assert (short.tokens[0] != -1).all()
 
 

@@ -87,12 +87,12 @@ def page(studio: Studio) -> Any:
 @pytest.fixture
 def empty(studio: Studio) -> Studio:
     """The page with nothing drawn and nothing kept."""
-    studio.page.evaluate(
-        """async () => {
-          const store = await import('/studio/store.js');
-          for (const { key } of await store.list()) document.querySelector('#history .remove')?.click();
-        }"""
-    )
+    shown = studio.page.locator("#history [aria-label^=Show]")
+    while left := shown.count():
+        studio.page.locator("#history .remove").first.dispatch_event("click")
+        studio.page.wait_for_function(
+            "left => document.querySelectorAll('#history [aria-label^=Show]').length < left", arg=left
+        )
     studio.page.click("#clear", force=True)
     studio.page.fill("#class", "")
     return studio

@@ -197,7 +197,7 @@ export class Paper extends EventTarget {
     c.lineCap = c.lineJoin = "round";
     c.beginPath();
     c.moveTo(from.x, from.y);
-    c.lineTo(to.x, to.y);
+    c.lineTo(to.x === from.x && to.y === from.y ? to.x + 0.01 : to.x, to.y); // a tap is a dot; of no length, none
     c.stroke();
     c.globalCompositeOperation = "source-over";
   }
