@@ -27,7 +27,7 @@ from car_runtime.format.signature import SIGNATURE, SIGNATURE_BYTES
 from car_runtime.hub import CARD_FILES, HubName, located, parse_name
 from fixtures.hub_server import Hub, answering, running_hub
 from fixtures.runtime_plan import SIZE, build_plan, relist
-from fixtures.shipped import shipped_canny
+from fixtures.shipped import copy_canny
 
 pytest.importorskip("huggingface_hub")
 ROOT = Path(__file__).parents[2]
@@ -534,12 +534,14 @@ def test_a_wrong_command_is_refused_in_one_line(
 def test_a_card_says_what_the_plan_is_and_whether_it_agrees(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    (tmp_path / "from").mkdir()
+    copy_canny(tmp_path / "from")
     assert (
         main(
             [
                 "plan",
                 "card",
-                str(shipped_canny()),
+                str(tmp_path / "from" / "emoji.plan"),
                 "--license",
                 "cc-by-4.0",
                 "--backend",
