@@ -24,7 +24,7 @@ from tqdm import tqdm
 from car_train.evaluation.controls import Maker, control_maker
 from car_train.evaluation.features import FeatureNetwork, Inception
 from car_train.evaluation.generate import uniform_numbers
-from car_train.evaluation.metrics import control_errors, perplexity, psnr, ratio, ssim
+from car_train.evaluation.metrics import control_errors, perplexity, psnr, ratios, ssim
 from car_train.evaluation.options import EvalOptions
 from car_train.evaluation.sets import LEAST_IMAGES, compare_sets
 from car_train.images import to_pixels
@@ -235,8 +235,7 @@ class Measurements:
         }
         report: Report = {"type": self.control_type, "made_by": self.made_by, **found}
         if "base" in found:
-            base = found["base"]
-            report["generated_over_base"] = {m: ratio(x, base[m]) for m, x in found["generated"].items()}
+            report["generated_over_base"] = ratios(found["generated"], found["base"])
         return report
 
     def _classes(self, columns: Mapping[str, Floats], names: Sequence[str]) -> Report:

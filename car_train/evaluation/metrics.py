@@ -7,7 +7,7 @@ computed in float64, whatever the inputs are; every function is deterministic, g
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import cv2
@@ -256,6 +256,6 @@ def angular_error(given_HW3: Pixels, found_HW3: Pixels) -> Floats:
     return np.degrees(np.arctan2(np.linalg.norm(np.cross(a, b), axis=2), (a * b).sum(2)))
 
 
-def ratio(a: float | None, b: float | None) -> float | None:
-    """a ÷ b; None where one of them is unknown or b is 0."""
-    return a / b if a is not None and b else None
+def ratios(a: Mapping[str, float | None], b: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Each of a's measures ÷ b's; None where one of them is unknown or b's is 0."""
+    return {name: x / y if x is not None and (y := b[name]) else None for name, x in a.items()}

@@ -31,7 +31,7 @@ from car_train.data.folder import some, text_of
 from car_train.evaluation.controls import control_maker
 from car_train.evaluation.draw import Drawing, Request, control_of, drawing, parts_of, read_png
 from car_train.evaluation.features import EfficientNetLite0, FeatureNetwork, Inception
-from car_train.evaluation.metrics import IS_PARTS, control_errors, inception_score, ratio
+from car_train.evaluation.metrics import IS_PARTS, control_errors, inception_score, ratios
 from car_train.evaluation.options import EvalOptions, EvaluationError, require
 from car_train.evaluation.reference import Reference, read_reference
 from car_train.evaluation.sets import compare_sets
@@ -414,8 +414,11 @@ def _distributions(
         network = networks["inception"]
         assert isinstance(network, Inception)
         pool, spatial = (None, None) if reference is None else (reference.pool, reference.spatial)
-        scores = network.scores(real.get("inception"), made["inception"][keep], pool, spatial)
-        out["inception"] = {**network.about, "generated": scores}
+        out["inception"] = dict(network.about)
+        for source, rows in (("generated", made), ("base", base)):
+            if rows:
+                scores = network.scores(real.get("inception"), rows["inception"][keep], pool, spatial)
+                out["inception"][source] = scores
     return out
 
 
@@ -454,7 +457,7 @@ def _followed(
     means = {source: {m: _mean(v) for m, v in columns.items()} for source, columns in rows.items()}
     report |= {source: means[source] for source in ("generated", "base", "shuffled") if source in means}
     if "base" in means:
-        report["generated_over_base"] = {m: ratio(x, means["base"][m]) for m, x in means["generated"].items()}
+        report["generated_over_base"] = ratios(means["generated"], means["base"])
     each = np.array(labels)
     classes = {
         int(label): {

@@ -214,6 +214,31 @@ def test_the_baseline_is_of_the_same_classes_and_seeds_without_the_control(
     assert control["base"]["mae"] == pytest.approx(np.mean(errors), rel=0.02)
 
 
+def test_every_network_scores_the_baseline_where_there_is_one() -> None:
+    class Mean(Inception):
+        about = {"network": "mean", "input": "as it is"}  # noqa: RUF012
+
+        def __init__(self) -> None:
+            """No weights: a score is the mean of the features."""
+
+        def scores(self, real_ND: Any, made_ND: np.ndarray, *_: Any) -> dict[str, float | None]:
+            return {"fid": float(made_ND.mean())}
+
+    made, base = ({"inception": np.full((3, 2), value, np.float32)} for value in (1, 5))
+    made["inception"][1] = 100  # is not kept
+    plan = sample_set.Plan(
+        requests=(), without=(), labels=np.zeros(3, np.intp), owners=np.full(3, -1, np.intp), per_class=2
+    )
+    for rows, expected in (
+        (base, {"generated": {"fid": 1.0}, "base": {"fid": 5.0}}),
+        ({}, {"generated": {"fid": 1.0}}),
+    ):
+        wanted = options(Path("plan"), None)
+        networks: Any = {"inception": Mean()}
+        found = sample_set._distributions(plan, [0, 2], made, rows, {}, networks, None, wanted, [])
+        assert found == {"inception": Mean.about | expected}
+
+
 def test_processes_and_a_stop_in_between_change_nothing(
     checkpoints: dict[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
