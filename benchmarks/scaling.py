@@ -184,11 +184,10 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def compute_law(rows: Sequence[dict[str, Any]], measure: str) -> dict[str, float] | None:
-    """The power law of a measure's Pareto front in compute, with its points; None for fewer than three."""
+    """The power law of a measure's Pareto front in compute, with its points; None where there is none."""
     front = pareto([(point["compute"], point[measure]) for row in rows for point in row["curve"]])
-    if len(front) < FEWEST:
-        return None
-    return {**power_law(*zip(*front, strict=True)), "points": len(front)}
+    law = power_law(*zip(*front, strict=True))
+    return None if law is None else {**law, "points": len(front)}
 
 
 def _key(settings: dict[str, Any]) -> str:
@@ -205,15 +204,14 @@ def _finished(folder: Path, steps: int) -> dict[str, Any] | None:
     return found if found["last"] is not None and found["last"]["step"] == steps else None
 
 
-def power_law(parameters: Sequence[float], values: Sequence[float]) -> dict[str, float]:
+def power_law(parameters: Sequence[float], values: Sequence[float]) -> dict[str, float] | None:
     """{"alpha", "beta", "pearson"} of values = (β·N)^α: least squares of log value over log N.
 
-    Raises BenchmarkError: fewer than three sizes, equal sizes, values that are not positive or all the same.
+    None where there is no such law: fewer than three sizes, all values the same, or one that has no logarithm, as an
+    error rate of 0.
     """
-    if len(values) < FEWEST or len(set(parameters)) < FEWEST or len(set(values)) < 2:
-        raise BenchmarkError(f"{len(set(parameters))} sizes; give at least {FEWEST} different ones")
-    if min(*values, *parameters) <= 0:
-        raise BenchmarkError(f"values from {min(values):g}; a power law has positive ones, train for longer")
+    if len(set(parameters)) < FEWEST or len(set(values)) < 2 or min(values) <= 0:
+        return None
     x, y = np.log(parameters), np.log(values)
     alpha, intercept = np.polyfit(x, y, 1)
     return {
@@ -241,14 +239,17 @@ def read_done(output: Path, settings: dict[str, Any]) -> dict[tuple[int, int], d
 
 
 def result(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The record with its fits, which are there from three sizes on."""
+    """The record with its fits: of each measure that has one."""
     ordered = sorted(rows, key=lambda row: (row["block_parameters"], row["depth"]))
     found = record("scaling", settings, ordered)
     sizes = [row["block_parameters"] for row in ordered]
-    enough = len(ordered) >= FEWEST
-    fits = {m: power_law(sizes, [r[m] for r in ordered]) for m in MEASURES} if enough else {}
-    laws = {m: law for m in MEASURES if (law := compute_law(ordered, m)) is not None} if enough else {}
-    return {**found, "fits": fits, "fits_compute": laws}
+    fits = {m: power_law(sizes, [r[m] for r in ordered]) for m in MEASURES}
+    laws = {m: compute_law(ordered, m) for m in MEASURES} if len(ordered) >= FEWEST else {}
+    return {
+        **found,
+        "fits": {m: law for m, law in fits.items() if law is not None},
+        "fits_compute": {m: law for m, law in laws.items() if law is not None},
+    }
 
 
 def write(output: Path, content: bytes) -> None:
@@ -264,7 +265,7 @@ def plot(found: dict[str, Any]) -> bytes:
 
     with page(9.6, 4, 2) as (panels, finished):
         for axes, name in zip(panels, MEASURES, strict=False):
-            _draw_fit(axes, found["results"], name, found["fits"][name])
+            _draw_fit(axes, found["results"], name, found["fits"].get(name))
         for axes, name in zip(panels[len(MEASURES) :], MEASURES, strict=True):
             _draw_compute(axes, found["results"], name, found["fits_compute"].get(name))
         return finished()
@@ -297,24 +298,26 @@ def _draw_compute(axes: Any, rows: Sequence[dict[str, Any]], name: str, law: dic
     axes.legend(loc="lower left", ncols=2)
 
 
-def _draw_fit(axes: Any, rows: Sequence[dict[str, Any]], name: str, fit: dict[str, float]) -> None:
+def _draw_fit(axes: Any, rows: Sequence[dict[str, Any]], name: str, fit: dict[str, float] | None) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
     from benchmarks.analysis.plots import GREY, OURS
 
     sizes, values = (np.array([row[k] for row in rows], np.float64) for k in ("block_parameters", name))
-    line = np.geomspace(sizes.min() / 1.3, sizes.max() * 1.3, 50)
-    axes.plot(line, (fit["beta"] * line) ** fit["alpha"], color=GREY, linewidth=1, linestyle=(0, (4, 3)))
+    if fit is not None:
+        line = np.geomspace(sizes.min() / 1.3, sizes.max() * 1.3, 50)
+        law = f"(βN)^α,  α = {fit['alpha']:.3f},  β = {fit['beta']:.2e}\nPearson's r = {fit['pearson']:.4f}"
+        axes.plot(line, (fit["beta"] * line) ** fit["alpha"], color=GREY, linewidth=1, linestyle=(0, (4, 3)))
+        axes.text(0.97, 0.95, law, transform=axes.transAxes, ha="right", va="top")
     axes.plot(sizes, values, "o", color=OURS, markersize=5)
     axes.set_title(MEASURES[name], loc="left")
-    law = f"(βN)^α,  α = {fit['alpha']:.3f},  β = {fit['beta']:.2e}\nPearson's r = {fit['pearson']:.4f}"
-    axes.text(0.97, 0.95, law, transform=axes.transAxes, ha="right", va="top")
     for row, x, y in zip(rows, sizes, values, strict=True):
         axes.annotate(f"d{row['depth']}", (x, y), (-3, -10), textcoords="offset points", ha="right", color=GREY)
     axes.set_xscale("log")
-    axes.set_yscale("log")
-    spread = max(values.max() / values.min(), 1.001) ** 0.25  # room for the letters
-    axes.set_ylim(values.min() / spread, values.max() * spread**1.6)
+    if values.min() > 0:
+        axes.set_yscale("log")
+        spread = max(values.max() / values.min(), 1.001) ** 0.25  # room for the letters
+        axes.set_ylim(values.min() / spread, values.max() * spread**1.6)
     axes.set_xlabel("parameters of the blocks, N")
     axes.xaxis.set_major_locator(FixedLocator(sizes.tolist()))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n / 1e6:.2g} M"))

@@ -86,12 +86,13 @@ class Verifier:
         """A session of one graph, with inner values exposed as outputs if asked for."""
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        # A session that runs once: packing weights for speed would cost more time, and a second copy.
+        # A session that runs once: weights that are packed for speed, or converted once for all runs, would cost more
+        # time, and a second copy.
         options.add_session_config_entry("session.disable_prepacking", "1")
         path = self.directory / self.manifest.graphs[name].file
         there = {port.name for port in self.manifest.graphs[name].outputs}
         extra_outputs = tuple(output for output in extra_outputs if output not in there)
-        skipped = needless_optimizers(self.manifest.precision)
+        skipped = ["ConstantFolding", *needless_optimizers(self.manifest.precision)]
         if not extra_outputs:
             return ort.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=skipped
@@ -242,6 +243,7 @@ class Verifier:
                 session = self.session(name, ("logits",))
                 self.check_ports(name, session)
                 self.step(name, session, k, feed, record)
+                del session  # before the next one: each holds all weights
 
     def _feed(self, k: int, record: Recording, modulation: np.ndarray, uniforms_BL: Tensor) -> Arrays:
         scale, facts, cache = record.scales[k], self.manifest.scales[k], record.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 from collections.abc import Callable
@@ -14,7 +15,6 @@ import torch
 from PIL import Image
 
 from benchmarks import scaling
-from benchmarks.harness.errors import BenchmarkError
 from car_train import checkpoint
 from car_train.config import ModelConfig, VQVAEConfig
 from car_train.model import Model
@@ -133,10 +133,25 @@ def test_a_power_law_is_found_exactly() -> None:
     sizes = [1e5, 3e5, 1e6, 7e6]
     fit = scaling.power_law(sizes, [(2e-8 * n) ** -0.2 for n in sizes])
     assert fit == pytest.approx({"alpha": -0.2, "beta": 2e-8, "pearson": -1.0})
-    with pytest.raises(BenchmarkError, match="at least 3"):
-        scaling.power_law(sizes[:2], [2.0, 1.0])
-    with pytest.raises(BenchmarkError, match="positive"):
-        scaling.power_law(sizes, [2.0, 1.0, 0.5, 0.0])
+    assert scaling.power_law(sizes[:2], [2.0, 1.0]) is None
+    assert scaling.power_law(sizes, [2.0, 2.0, 2.0, 2.0]) is None
+
+
+def test_an_error_rate_of_0_has_no_power_law_and_is_drawn_without_one() -> None:
+    errors = [0.2, 0.1, 0.0]
+    rows = [
+        {"depth": d, "block_parameters": 1000 * d, "loss": 1 / d, "loss_last": 1 / d, "error": e, "error_last": e}
+        | {
+            "curve": [
+                {"compute": 1e6 * d * i, "loss": 1 / d / i, "loss_last": 1 / d / i, "error": e, "error_last": e}
+                for i in (1, 2, 3)
+            ]
+        }
+        for d, e in zip((1, 2, 3), errors, strict=True)
+    ]
+    found = scaling.result({}, rows)
+    assert set(found["fits"]) == set(found["fits_compute"]) == {"loss", "loss_last"}
+    assert Image.open(io.BytesIO(scaling.plot(found))).format == "PNG"
 
 
 @pytest.mark.parametrize(
