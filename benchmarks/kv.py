@@ -1,11 +1,12 @@
 """What the keys and values of an image take, counted from a plan's manifest and measured as a backend's buffers.
 
-    python -m benchmarks.kv                             # the shipped plan
+    python -m benchmarks.kv                             # the shipped plan, as it draws by default
     python -m benchmarks.kv d16.plan --batch 16,4,1
     python -m benchmarks.kv --published                 # the published sizes, counted alone
     python -m benchmarks.kv --budget 0.5,0.75           # tokens that change where only a part is kept
 
-Counted: 2 (K and V) · layers · tokens · rows · width · bytes of the cache's type. An image has two rows.
+Counted: 2 (K and V) · layers · tokens · rows · width · bytes of the cache's type. A guided image has two rows, another
+one; a plan's own sampling says which, and the published sizes are guided.
 Measured: the bytes of such buffers as the plan's backend allocates them for a batch, and by how much the process's
 resident memory (RssAnon) grows when they are written; give the largest batch first, since freed memory is used again.
 No image is drawn: a cache is as large as its last scale needs.
@@ -54,11 +55,16 @@ def kv_bytes(layers: int, tokens: int, rows: int, width: int, item: int) -> int:
     return 2 * layers * tokens * rows * width * item
 
 
+def rows_of(manifest: Manifest, batch: int) -> int:
+    """Rows of a batch under the plan's own sampling: two an image with guidance."""
+    return batch * (2 if manifest.sampling.cfg else 1)
+
+
 def counted(manifest: Manifest, batch: int) -> int:
-    """The bytes of a plan's cache for a guided batch, from its manifest."""
+    """The bytes of a plan's cache for a batch under its own sampling, from its manifest."""
     item = np.dtype(cache_type(manifest).replace("bfloat16", "uint16")).itemsize
     model = manifest.model
-    return kv_bytes(cache_layers(manifest), manifest.tokens, 2 * batch, model.width, item)
+    return kv_bytes(cache_layers(manifest), manifest.tokens, rows_of(manifest, batch), model.width, item)
 
 
 def cache_layers(manifest: Manifest) -> int:
@@ -80,7 +86,7 @@ def measured(path: Path, manifest: Manifest, batch: int, backend: str) -> tuple[
         opened, _ = open_backend(backend, path, manifest, 1, folder, False)
         try:
             model = manifest.model
-            shape = (manifest.tokens, 2 * batch, model.heads, model.width // model.heads)
+            shape = (manifest.tokens, rows_of(manifest, batch), model.heads, model.width // model.heads)
             dtype = cache_type(manifest)
             cache = [np.asarray(opened.allocate(shape, dtype)) for _ in range(2 * cache_layers(manifest))]
             before = resident()
@@ -149,6 +155,7 @@ def measure(args: argparse.Namespace, log: Log) -> Record:
                 "pixels": manifest.model.image_size,
                 "tokens": manifest.tokens,
                 "batch": batch,
+                "rows": rows_of(manifest, batch),
             }
             rows.append(row | {"counted": counted(manifest, batch), "buffers": buffers, "resident": grown})
     except CarError as error:

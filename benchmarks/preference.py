@@ -11,7 +11,8 @@ the answers as CSV: pair,question,answer.
 
 `count` adds up the answers of one or more people: for each question how often either set was preferred, and of the
 decided ones the share of the first with its exact 95 % interval (Clopper and Pearson 1934) and the two-sided
-binomial test against one half.
+binomial test against one half. Answers of several people are pooled as if each were independent of all others: the
+interval is exact for that, and too narrow where people agree on single pairs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import csv
 import html
 import io
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +44,8 @@ from car_train.files import folder_aside
 QUESTIONS = ("Which image is of better quality?", "Which image follows the control better?")
 ANSWERS = ("left", "right", "neither")
 FIELDS = ["pair", "question", "answer"]
+COLUMNS = ("question", "neither", "share", "low", "high", "p")
+"""Of the counts, besides one for each set, which is called as its archive is."""
 PAGE = Path(__file__).parent / "analysis" / "preference.html"
 
 Pixels = NDArray[np.uint8]
@@ -75,16 +79,23 @@ def data_uri(image_HW3: Pixels) -> str:
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def page(sets: tuple[Pixels, Pixels], controls: Pixels | None, pairs: Sequence[dict[str, Any]], title: str) -> str:
-    """The page of the pairs, without a word on which set is which. Questions are put in by `write_sheet`."""
+def page(
+    sets: tuple[Pixels, Pixels],
+    controls: Pixels | None,
+    pairs: Sequence[dict[str, Any]],
+    questions: Sequence[str],
+    title: str,
+) -> str:
+    """The page of the pairs, without a word on which set is which."""
     shown = []
     for pair in pairs:
         first, second = (data_uri(images[pair["image"]]) for images in sets)
         left, right = (first, second) if pair["left"] == "first" else (second, first)
         control = None if controls is None else data_uri(controls[pair["image"]])
         shown.append({"left": left, "right": right, "control": control})
-    template = PAGE.read_text(encoding="utf-8")
-    return template.replace("{{title}}", html.escape(title)).replace("{{pairs}}", json.dumps(shown))
+    parts = {"title": html.escape(title), "pairs": _script_text(shown), "questions": _script_text(questions)}
+    # In one pass: what stands in a part is never taken for the place of another one.
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], PAGE.read_text(encoding="utf-8"))
 
 
 def write_sheet(args: argparse.Namespace, log: Log) -> None:
@@ -95,23 +106,33 @@ def write_sheet(args: argparse.Namespace, log: Log) -> None:
         raise BenchmarkError(
             f"the archives have {', '.join(map(str, sorted(lengths)))} images; give sets that answer each other"
         )
+    if sets[0].shape != sets[1].shape:
+        sizes = " and ".join(f"{images.shape[2]}×{images.shape[1]}" for images in sets)
+        raise BenchmarkError(f"the images are {sizes}, which tells the sets apart; give sets of one size")
     if args.output.exists():
         raise BenchmarkError(f"{args.output} is there; answers may belong to it, so choose another folder")
     names = [file.name if args.first.name != args.second.name else str(file) for file in (args.first, args.second)]
     if names[0] == names[1] or args.first.samefile(args.second):
         raise BenchmarkError(f"{args.first} would be compared with itself; give two sets")
+    if np.array_equal(*sets):
+        raise BenchmarkError(f"{args.first} and {args.second} hold the same images; give two sets")
     if args.pairs < 1:
         raise BenchmarkError(f"pairs is {args.pairs}; ask about at least one")
+    if args.seed < 0:
+        raise BenchmarkError(f"seed is {args.seed}; give 0 or more")
     questions = args.question or list(QUESTIONS if controls is not None else QUESTIONS[:1])
+    if not all(question.strip() for question in questions):
+        raise BenchmarkError("a question is empty; leave --question out for those of the paper")
     if len(set(questions)) < len(questions):
         raise BenchmarkError(f"a question is asked twice: {', '.join(questions)}; put every one differently")
     pairs = make_pairs(len(sets[0]), args.pairs, args.seed)
-    text = page(sets, controls, pairs, args.title).replace("{{questions}}", _script_text(questions))
+    text = page(sets, controls, pairs, questions, args.title)
     key = {"first": names[0], "second": names[1], "questions": questions, "pairs": pairs}
     with folder_aside(args.output) as folder:
         (folder / "index.html").write_text(text, encoding="utf-8")
         (folder / "key.json").write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
-    log(f"{len(pairs)} pairs, {len(questions)} questions")
+    all_there_are = ", all there are" if len(pairs) < args.pairs else ""
+    log(f"{len(pairs)} pairs{all_there_are}, {len(questions)} questions")
     print(args.output / "index.html")
 
 
@@ -131,6 +152,10 @@ def read_answers(file: Path, key: dict[str, Any]) -> list[tuple[str, str]]:
                 raise BenchmarkError(f"{file}: its columns are {reader.fieldnames}; give the CSV that the page made")
             for row in reader:
                 where = f"{file}, line {reader.line_num}"
+                if None in row:
+                    raise BenchmarkError(
+                        f"{where}: has more than {len(FIELDS)} columns; give the CSV that the page made"
+                    )
                 pair, question, answer = _answer(row, key, where)
                 if (pair, question) in seen:
                     raise BenchmarkError(f"{where}: pair {pair}, question {question} is answered twice; drop one")
@@ -158,7 +183,11 @@ def _answer(row: dict[str, Any], key: dict[str, Any], where: str) -> tuple[int, 
 
 def _below(text: str, count: int) -> int | None:
     """The number that a text is if it is one of 0…count−1."""
-    return int(text) if text.isdecimal() and len(text) <= len(str(count)) and int(text) < count else None
+    return (
+        int(text)
+        if text.isascii() and text.isdecimal() and len(text) <= len(str(count)) and int(text) < count
+        else None
+    )
 
 
 def share(first: int, decided: int) -> dict[str, float | None]:
@@ -179,18 +208,38 @@ def share(first: int, decided: int) -> dict[str, float | None]:
     }
 
 
-def count(args: argparse.Namespace, log: Log) -> None:
+def read_key(file: Path) -> dict[str, Any]:
+    """A sheet's key. Raises BenchmarkError."""
     try:
-        key = json.loads(args.key.read_text(encoding="utf-8"))
-        names = {"first": str(key["first"]), "second": str(key["second"])}
-        assert names["first"] != names["second"]
-        assert all(pair["left"] in names for pair in key["pairs"])
-        assert all(isinstance(question, str) for question in key["questions"])
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise BenchmarkError(f"{args.key}: is no key of a sheet ({error!r:.100}); give its key.json") from error
+        key = json.loads(file.read_text(encoding="utf-8"))
+        names, questions, pairs = [key["first"], key["second"]], key["questions"], key["pairs"]
+        assert all(isinstance(name, str) and name not in COLUMNS for name in names)
+        assert names[0] != names[1]
+        for found in (questions, pairs):
+            assert isinstance(found, list)
+            assert found
+        assert all(isinstance(question, str) for question in questions)
+        assert len(set(questions)) == len(questions)
+        assert all(pair["left"] in ("first", "second") for pair in pairs)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
+        raise BenchmarkError(f"{file}: is no key of a sheet ({error!r:.100}); give its key.json") from error
+    return {"first": names[0], "second": names[1], "questions": questions, "pairs": pairs}
+
+
+def count(args: argparse.Namespace, log: Log) -> None:
+    key = read_key(args.key)
+    names = {"first": key["first"], "second": key["second"]}
     if len({file.resolve() for file in args.answers}) < len(args.answers):
         raise BenchmarkError(f"a file is given twice: {', '.join(map(str, args.answers))}; give each once")
-    answers = [answer for file in args.answers for answer in read_answers(file, key)]
+    each = {file: read_answers(file, key) for file in args.answers}
+    wanted = len(key["pairs"]) * len(key["questions"])
+    before: dict[tuple[tuple[str, str], ...], Path] = {}
+    for file, found in each.items():
+        if len(found) < wanted:
+            log(f"{file}: {len(found)} of {wanted} answers")
+        if (same := before.setdefault(tuple(found), file)) != file:
+            log(f"warning: {file} and {same} hold the same answers; leave one out if they are one person's")
+    answers = [answer for found in each.values() for answer in found]
     rows = []
     for question in key["questions"]:
         of = [answer for asked, answer in answers if asked == question]

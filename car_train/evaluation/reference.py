@@ -7,6 +7,8 @@ first channels of mixed_6/conv at their 17×17 places (sFID, Nash et al. 2021).
 
 from __future__ import annotations
 
+import math
+import os
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ UNREADABLE = (
 )
 NEGATIVE = 1e-3
 """Of the largest eigenvalue of a covariance, what the least may lie below 0: rounding in float32 gives 1e-5."""
+LARGEST = 1e12
+"""Of a mean and a covariance: products of them stay finite. Inception's features are below 100."""
 Gaussian = tuple[Floats, Floats]
 """Mean [D] and covariance [D, D]."""
 
@@ -40,10 +44,22 @@ class Reference:
     spatial: Gaussian | None
 
 
+def physical_memory() -> float:
+    """Bytes; infinite where the system doesn't say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
 def read_reference(file: Path) -> Reference:
     """Read a reference; nothing in it is unpickled. Raises EvaluationError."""
     remedy = "give a .npz with arr_0 (uint8 images), or mu and sigma"
     try:
+        with zipfile.ZipFile(file) as archive:
+            unpacked, memory = sum(entry.file_size for entry in archive.infolist()), physical_memory()
+        if unpacked > memory:
+            raise MemoryError(f"it unpacks to {unpacked / 1e9:.1f} GB, and there are {memory / 1e9:.1f} GB of memory")
         with np.load(file, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in ("arr_0", "mu", "sigma", "mu_s", "sigma_s") if name in arrays}
     except UNREADABLE as error:
@@ -60,7 +76,8 @@ def read_reference(file: Path) -> Reference:
         spatial=_gaussian(file, found, "mu_s", "sigma_s", remedy),
     )
     if images is None and reference.pool is None:
-        raise EvaluationError(f"{file}: has neither images nor statistics; {remedy}")
+        held = ", ".join(sorted(found)) or "none of them"
+        raise EvaluationError(f"{file}: has {held}, and neither arr_0 nor mu and sigma; {remedy}")
     return reference
 
 
@@ -74,10 +91,12 @@ def _gaussian(file: Path, found: dict[str, Any], mean: str, covariance: str, rem
     if m.dtype.kind != "f" or c.dtype.kind != "f":
         raise EvaluationError(f"{file}: {mean} and {covariance} are {m.dtype} and {c.dtype}, not floats; {remedy}")
     m, c = m.astype(np.float64), c.astype(np.float64)
-    if not (np.isfinite(m).all() and np.isfinite(c).all()):
-        raise EvaluationError(f"{file}: {mean} or {covariance} is not finite; {remedy}")
+    if not (np.abs(m).max() <= LARGEST and np.abs(c).max() <= LARGEST):
+        raise EvaluationError(f"{file}: {mean} or {covariance} has a number over {LARGEST:g} or not finite; {remedy}")
+    if not np.allclose(c, c.T, rtol=0, atol=NEGATIVE * np.abs(c).max()):
+        raise EvaluationError(f"{file}: {covariance} is no covariance, it is not symmetric; {remedy}")
     values = np.linalg.eigvalsh(c)
-    if not np.allclose(c, c.T, rtol=0, atol=NEGATIVE * np.abs(c).max()) or values[0] < -NEGATIVE * abs(values[-1]):
+    if values[0] < -NEGATIVE * abs(values[-1]):
         raise EvaluationError(
             f"{file}: {covariance} is no covariance, eigenvalues from {values[0]:.3g} to {values[-1]:.3g}; {remedy}"
         )

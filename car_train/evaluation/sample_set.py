@@ -101,6 +101,7 @@ def choose(target: Target, real_images: RealImages, options: EvalOptions, folder
     labels, known = real_images.labels, target.class_names or real_images.class_names
     wanted = select_classes(options.classes, known or [str(i) for i in range(target.classes)])
     keep = options.per_class or PER_CLASS
+    require(keep <= MOST_IMAGES, f"per_class is over {MOST_IMAGES:,}; give fewer")
     count = math.ceil(round(keep / (1 - options.reject), 6))
     real = defaultdict(list)
     for i, label in enumerate(labels):
@@ -109,7 +110,11 @@ def choose(target: Target, real_images: RealImages, options: EvalOptions, folder
     chosen, owners = [], []
     without = [label for label in wanted if target.control_type is not None and not real[label]]
     if without:
-        notes.append(f"{len(without)} of {len(wanted)} classes have no real image, so no control, and are left out")
+        notes.append(
+            f"{len(without)} of {len(wanted)} classes have no real image, so no control, and are left out: "
+            f"{', '.join(known[label] if known else str(label) for label in without[:20])}"
+            f"{', …' if len(without) > 20 else ''}; --split all takes training images, too"
+        )
     wanted = [label for label in wanted if label not in without]
     require(
         len(wanted) * count <= MOST_IMAGES,

@@ -81,6 +81,8 @@ def test_pairs_follow_their_seed() -> None:
         ("pair,question,answer\n0,0,left\n-1,0,left\n", "line 3: there is no pair '-1'"),
         ("pair,question,answer\n" + 5000 * "9" + ",0,left\n", "line 2: there is no pair '999"),
         ("pair,question,answer\n0,0,left\n0,0,left\n", "line 3: pair 0, question 0 is answered twice"),
+        ("pair,question,answer\n0,0,left,right\n", "line 2: has more than 3 columns"),
+        ("pair,question,answer\n٣,0,left\n", "line 2: there is no pair '٣'"),
     ],
 )
 def test_other_answers_are_refused_by_line(
@@ -111,6 +113,7 @@ def test_sets_of_one_name_are_counted_apart(study: Path, tmp_path: Path, capsys:
     [
         (["sheet", "ours.npz", "ours.npz", "-o", "s"], "compared with itself"),
         (["sheet", "ours.npz", "theirs.npz", "-o", "s", *(2 * ["--question", "A?"])], "asked twice"),
+        (["sheet", "ours.npz", "copy.npz", "-o", "s"], "hold the same images"),
         (["count", "study/key.json", "a.csv", "a.csv"], "given twice"),
     ],
 )
@@ -118,8 +121,72 @@ def test_what_would_count_twice_is_refused(
     argv: list[str], words: str, study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(study)
+    shutil.copy("ours.npz", "copy.npz")
     assert main(argv) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"questions": "ab"},
+        {"questions": ["q", "q"]},
+        {"questions": []},
+        {"first": "neither"},
+        {"first": "theirs.npz"},
+        {"pairs": {}},
+        {"pairs": [{"left": "ours.npz"}]},
+        None,
+    ],
+)
+def test_what_is_no_key_is_refused(
+    change: dict[str, object] | None, study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, answers = json.loads((study / "study" / "key.json").read_text()), tmp_path / "a.csv"
+    answers.write_text("pair,question,answer\n")
+    file = tmp_path / "key.json"
+    file.write_text("[" * 100_000 if change is None else json.dumps(key | change))
+    assert main(["count", str(file), str(answers)]) == 2
+    assert "is no key of a sheet" in capsys.readouterr().err
+
+
+def test_missing_answers_and_the_same_ones_twice_are_remarked(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text("pair,question,answer\n0,0,left\n")
+    files = [str(tmp_path / name) for name in ("a.csv", "b.csv")]
+    assert main(["count", str(study / "study" / "key.json"), *files]) == 0
+    said = capsys.readouterr().err
+    assert "a.csv: 1 of 12 answers" in said
+    assert re.search("b.csv and .*a.csv hold the same answers", said)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--seed", "-1"], "seed is -1"),
+        (["--question", " "], "a question is empty"),
+        (["--pairs", "0"], "pairs is 0"),
+    ],
+)
+def test_a_sheet_that_asks_nothing_is_refused(
+    flags: list[str], words: str, study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = [str(study / f"{name}.npz") for name in ("ours", "theirs")]
+    assert main(["sheet", *sets, "-o", str(tmp_path / "s"), *flags]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_sets_of_two_sizes_are_refused_and_a_title_is_only_a_title(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "large.npz", arr_0=np.zeros((9, 16, 16, 3), np.uint8))
+    ours, theirs = (str(study / f"{name}.npz") for name in ("ours", "theirs"))
+    assert main(["sheet", ours, str(tmp_path / "large.npz"), "-o", str(tmp_path / "s")]) == 2
+    assert "8×8 and 16×16" in capsys.readouterr().err
+    assert main(["sheet", ours, theirs, "-o", str(tmp_path / "s"), "--title", "{{pairs}}"]) == 0
+    assert "<title>{{pairs}}</title>" in (tmp_path / "s" / "index.html").read_text()
 
 
 def test_a_sheet_is_not_replaced_and_sets_answer_each_other(

@@ -26,7 +26,7 @@ from car_train.data.controls import make_control
 from car_train.data.dataset import ControlledImages
 from car_train.data.folder import split_of
 from car_train.errors import UserError
-from car_train.evaluation import evaluate, sample_set, sets
+from car_train.evaluation import evaluate, reference, sample_set, sets
 from car_train.evaluation.draw import Drawing, drawing
 from car_train.evaluation.features import Inception, import_torch_fidelity
 from car_train.evaluation.metrics import control_errors, inception_score, precision_recall
@@ -363,6 +363,26 @@ def test_chosen_classes_are_compared_with_the_real_images_of_these(
     assert "following the control" in table(report)
 
 
+def test_classes_without_a_real_image_are_named(checkpoints: dict[str, Path], images: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name in CLASSES[: len(CLASSES) if split == "train" else 2]:
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            picture = next((images / name).iterdir())
+            Image.open(picture).save(tmp_path / "data" / split / name / f"{split}.png")
+    report, found = drawn(checkpoints["car"], tmp_path / "data", tmp_path, per_class=1, split="val")
+    assert len(found) == 2
+    assert any(
+        note.startswith("3 of 5 classes have no real image") and ": cat, dog, eel;" in note
+        for note in report["notes"]
+    )
+
+
+def test_more_images_than_any_evaluation_has_are_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    wanted = options(checkpoints["var"], None, per_class=10**400)
+    with pytest.raises(EvaluationError, match=r"per_class is over 10,000,000; give fewer"):
+        evaluate_samples(open_target(wanted), wanted, tmp_path / "s.npz", features=Thumbnail())
+
+
 # --- what stays of a stopped one
 
 
@@ -448,13 +468,15 @@ class Mischief:
     [
         ({"arr_0": np.zeros((3, 8, 8, 3))}, "arr_0 is float64"),
         ({"mu": np.ones(2)}, r"mu and sigma are of shapes \[\[2\], None\]"),
-        ({"mu": np.ones(2), "sigma": np.full((2, 2), np.nan)}, "not finite"),
+        ({"mu": np.ones(2), "sigma": np.full((2, 2), np.nan)}, "or not finite"),
         ({"mu": np.ones(2), "sigma": np.full((2, 2), "a")}, "float64 and <U1, not floats"),
         ({"mu": np.ones(2), "sigma": np.eye(2) + 1j}, "complex128, not floats"),
         ({"mu": np.ones(2), "sigma": -np.eye(2)}, "no covariance, eigenvalues from -1"),
-        ({"mu": np.ones(2), "sigma": np.array([[1.0, 5.0], [0.0, 1.0]])}, "no covariance"),
+        ({"mu": np.ones(2), "sigma": np.array([[1.0, 5.0], [0.0, 1.0]])}, "no covariance, it is not symmetric"),
+        ({"mu": np.full(2, 1e300), "sigma": np.eye(2)}, "mu or sigma has a number over 1e\\+12"),
+        ({"mu_s": np.ones(2), "sigma_s": np.eye(2)}, r"has mu_s, sigma_s, and neither arr_0 nor mu and sigma"),
         ({"arr_0": np.zeros((0, 8, 8, 3), np.uint8)}, r"arr_0 is uint8 \[0, 8, 8, 3\]"),
-        ({"other": np.ones(2)}, "neither images nor statistics"),
+        ({"other": np.ones(2)}, "has none of them, and neither arr_0"),
         ({"arr_0": np.array([None], object)}, "can't be read"),
         (None, "can't be read"),
     ],
@@ -480,6 +502,17 @@ def test_a_reference_that_zipfile_does_not_open_is_refused(at: int, byte: int, t
     spoiled[at] = spoiled[spoiled.rfind(b"PK\x01\x02") + at + 2] = byte
     file.write_bytes(spoiled)
     with pytest.raises(EvaluationError, match="can't be read"):
+        read_reference(file)
+
+
+def test_a_reference_that_unpacks_to_more_than_the_memory_is_refused_unread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "r.npz"
+    np.savez_compressed(file, arr_0=np.zeros((500, 64, 64, 3), np.uint8))
+    monkeypatch.setattr(reference, "physical_memory", lambda: 6e6)
+    monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(EvaluationError, match=r"unpacks to 0.0 GB, and there are 0.0 GB of memory"):
         read_reference(file)
 
 
