@@ -5,8 +5,8 @@
     python -m benchmarks.kv --published                 # the published sizes, counted alone
     python -m benchmarks.kv --budget 0.5,0.75           # tokens that change where only a part is kept
 
-Counted: 2 (K and V) · layers · tokens · rows · width · bytes of the cache's type. A guided image has two rows, another
-one; a plan's own sampling says which, and the published sizes are guided.
+Counted: 2 (K and V) · layers · tokens · rows · width · bytes of the cache's type. A guided image has two rows,
+another one; a plan's own sampling says which, and the published sizes are guided.
 Measured: the bytes of such buffers as the plan's backend allocates them for a batch, and by how much the process's
 resident memory (RssAnon) grows when they are written; give the largest batch first, since freed memory is used again.
 No image is drawn: a cache is as large as its last scale needs.

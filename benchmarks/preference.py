@@ -108,7 +108,7 @@ def write_sheet(args: argparse.Namespace, log: Log) -> None:
         )
     if sets[0].shape != sets[1].shape:
         sizes = " and ".join(f"{images.shape[2]}×{images.shape[1]}" for images in sets)
-        raise BenchmarkError(f"the images are {sizes}, which tells the sets apart; give sets of one size")
+        raise BenchmarkError(f"the images are {sizes}, by which the sets are known; give sets of one size")
     if args.output.exists():
         raise BenchmarkError(f"{args.output} is there; answers may belong to it, so choose another folder")
     names = [file.name if args.first.name != args.second.name else str(file) for file in (args.first, args.second)]

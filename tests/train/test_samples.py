@@ -367,8 +367,8 @@ def test_classes_without_a_real_image_are_named(checkpoints: dict[str, Path], im
     for split in ("train", "val"):
         for name in CLASSES[: len(CLASSES) if split == "train" else 2]:
             (tmp_path / "data" / split / name).mkdir(parents=True)
-            picture = next((images / name).iterdir())
-            Image.open(picture).save(tmp_path / "data" / split / name / f"{split}.png")
+            image = next((images / name).iterdir())
+            Image.open(image).save(tmp_path / "data" / split / name / f"{split}.png")
     report, found = drawn(checkpoints["car"], tmp_path / "data", tmp_path, per_class=1, split="val")
     assert len(found) == 2
     assert any(
