@@ -200,9 +200,9 @@ def evaluate_samples(
     plan = choose(target, real, options, parts_of(samples).absolute(), notes)
     networks: dict[str, FeatureNetwork] = {} if features is None else {"features": features}
     networks |= {} if inception is None else {"inception": inception}
-    classifier = None if options.reject == 0 else _classifier(target, options, features, plan)
     requests = (*plan.requests, *plan.without)
     with drawing(samples, _settings(target, options, real), requests, options.resume) as parts:
+        classifier = None if options.reject == 0 else _classifier(target, options, features, plan)
         controls = parts.folder / "controls" if target.control_type is not None else None
         real_banks = _described(networks, real.batches(controls))
         seconds["real images"] = time.monotonic() - began

@@ -297,6 +297,15 @@ def test_rejection_keeps_of_each_class_what_the_classifier_is_surest_of(
         np.testing.assert_array_equal(kept[4 * label : 4 * label + 4], mine[surest])
 
 
+def test_a_file_that_another_process_writes_is_refused_before_a_classifier_is_fitted(
+    checkpoints: dict[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample_set, "_classifier", lambda *_: pytest.fail("fitted"))
+    wanted = options(checkpoints["car"], images, reject=0.5)
+    with one_writer(tmp_path / "s.npz"), pytest.raises(BusyError):
+        evaluate_samples(open_target(wanted), wanted, tmp_path / "s.npz", features=Thumbnail())
+
+
 def test_a_classifier_of_two_classes_ranks_as_scikit_learn_does(images: Path) -> None:
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
