@@ -164,8 +164,9 @@ def test_the_shipped_plan_draws_the_same_tokens(backend: str, frozen: dict[str, 
         pytest.skip(f"{backend} does not open here, or did not where the tokens were recorded")
     if backend in ("ort-cpu", "amx-fp32"):
         assert now == then
-    else:  # bfloat16's roundings differ between CPUs
-        assert np.mean(np.array(now) == np.array(then)) >= 0.9
+    else:  # bfloat16's roundings differ between CPUs, and OpenVINO computes in float32 on one that has no bfloat16
+        alike = [np.mean(np.array(now) == np.array(each)) for each in (then, frozen["shipped_tokens"]["ort-cpu"])]
+        assert max(alike[: 2 if backend == "openvino" else 1]) >= 0.9
 
 
 def test_the_commands_say_what_they_said(frozen: dict[str, Any]) -> None:

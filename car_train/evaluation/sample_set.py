@@ -101,7 +101,7 @@ def choose(target: Target, real_images: RealImages, options: EvalOptions, folder
     labels, known = real_images.labels, target.class_names or real_images.class_names
     wanted = select_classes(options.classes, known or [str(i) for i in range(target.classes)])
     keep = options.per_class or PER_CLASS
-    require(keep <= MOST_IMAGES, f"per_class is over {MOST_IMAGES:,}; give fewer")
+    require(keep <= MOST_IMAGES, f"per_class is more than {MOST_IMAGES:,}; give fewer")
     count = math.ceil(round(keep / (1 - options.reject), 6))
     real = defaultdict(list)
     for i, label in enumerate(labels):

@@ -388,7 +388,7 @@ def test_classes_without_a_real_image_are_named(checkpoints: dict[str, Path], im
 
 def test_more_images_than_any_evaluation_has_are_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     wanted = options(checkpoints["var"], None, per_class=10**400)
-    with pytest.raises(EvaluationError, match=r"per_class is over 10,000,000; give fewer"):
+    with pytest.raises(EvaluationError, match=r"more than 10,000,000; give fewer"):
         evaluate_samples(open_target(wanted), wanted, tmp_path / "s.npz", features=Thumbnail())
 
 
