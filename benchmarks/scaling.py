@@ -186,7 +186,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 def compute_law(rows: Sequence[dict[str, Any]], measure: str) -> dict[str, float] | None:
     """The power law of a measure's Pareto front in compute, with its points; None where there is none."""
     front = pareto([(point["compute"], point[measure]) for row in rows for point in row["curve"]])
-    law = power_law(*zip(*front, strict=True))
+    law = power_law([compute for compute, _ in front], [value for _, value in front])
     return None if law is None else {**law, "points": len(front)}
 
 

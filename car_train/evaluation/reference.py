@@ -29,7 +29,7 @@ UNREADABLE = (
 NEGATIVE = 1e-3
 """Of the largest eigenvalue of a covariance, what the least may lie below 0: rounding in float32 gives 1e-5."""
 LARGEST = 1e12
-"""Of a mean and a covariance: products of them stay finite. Inception's features are below 100."""
+"""Of a mean and a covariance: products of them stay finite."""
 Gaussian = tuple[Floats, Floats]
 """Mean [D] and covariance [D, D]."""
 

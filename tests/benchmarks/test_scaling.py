@@ -127,6 +127,7 @@ def test_the_pareto_front_leaves_out_what_costs_more_and_is_no_better() -> None:
     found = scaling.compute_law([{"curve": law[::2] + worse}, {"curve": law[1::2]}], "loss")
     assert found == pytest.approx({"alpha": -0.1, "beta": 1e-3, "pearson": -1.0, "points": 4})
     assert scaling.compute_law([{"curve": law[:2]}], "loss") is None
+    assert scaling.compute_law([{"curve": []}], "loss") is None
 
 
 def test_a_power_law_is_found_exactly() -> None:

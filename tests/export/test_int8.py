@@ -300,7 +300,7 @@ def test_openvino_multiplies_int8_too(shipped: tuple[Path, list[str]]) -> None:
     assert report["passed"]
     multiplies = {"avx512_vnni", "amx_int8", "avx_vnni"} & set(acceptance.machine()["flags"] or cpu_flags())
     # 0.028 on a CPU without VNNI (AMD Zen 3): OpenVINO computes otherwise there.
-    assert report["agreement"]["teacher_forced"]["all"]["divergence"] < (0.02 if multiplies else 0.04)
+    assert report["agreement"]["teacher_forced"]["all"]["divergence"] < (0.02 if multiplies else 0.03)
     with open_plan(shipped[0], "openvino") as plan:
         if not multiplies:
             pytest.skip("this CPU multiplies no INT8")
