@@ -132,18 +132,19 @@ class PhasedUp(nn.Module):
     """`Up` without the doubled feature map: each quarter of the output (odd and even rows, columns) by a 2×2 kernel.
 
     Pixels that nearest-neighbour doubling repeats meet several of the 3×3 weights, which are added here instead: 16
-    products a small pixel and channel pair, not 36. The result is the same up to the rounding of those sums.
+    products a small pixel and channel pair, not 36. The result is the same up to the rounding of those sums. A plan
+    stores the 3×3 weights alone: engines add them once, when they load the graph.
     """
 
-    def __init__(self, up: Up, kernels: Sequence[Tensor]):
-        """kernels: `phases_of` the module's."""
+    def __init__(self, up: Up, kernels: Sequence[Tensor] = ()):
+        """kernels: what was added already, where the module's own weights are known from that alone."""
         super().__init__()
+        self.weight, self.bias = up.conv.weight, up.conv.bias
         self.kernels = nn.ParameterList(nn.Parameter(kernel, requires_grad=False) for kernel in kernels)
-        self.bias = up.conv.bias
 
     def forward(self, x: Tensor) -> Tensor:
         quarters = []
-        for i, kernel in enumerate(self.kernels):
+        for i, kernel in enumerate(self.kernels or phases_of(self.weight)):
             below, right = divmod(i, 2)
             quarters.append(F.conv2d(F.pad(x, (1 - right, right, 1 - below, below)), kernel, self.bias))
         phases = torch.cat(quarters, 1)
@@ -180,23 +181,27 @@ class DecoderGraph(nn.Module):
     """
 
     def __init__(self, model: Model, phases: Mapping[str, Sequence[Tensor]] | None = None):
-        """phases: `Up`s that double in phases, by name, with their kernels; None: all of them in float32."""
+        """phases: `Up`s that double in phases, by name, with kernels if known alone; None: all of `ups_of`."""
         super().__init__()
         self.vqvae: VQVAE = copy.copy(model.vqvae)
-        decoder = model.vqvae.decoder
         if phases is None:
-            ups = [(name, up) for name, up in decoder.named_modules() if isinstance(up, Up)]
-            single = model.vqvae.post_quant_conv.weight.dtype == torch.float32
-            phases = {name: phases_of(up.conv.weight.detach()) for name, up in ups if single}
-        self.vqvae._modules = {**model.vqvae._modules, "decoder": _with_phases(decoder, phases)}
+            phases = dict.fromkeys(ups_of(model), ())
+        self.vqvae._modules = {**model.vqvae._modules, "decoder": _with_phases(model.vqvae.decoder, phases)}
 
     def forward(self, f_hat: Tensor) -> Tensor:
         pixels = self.vqvae.decode_latent(f_hat)
         return ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
+def ups_of(model: Model) -> dict[str, Up]:
+    """The decoder's `Up`s that double in phases, by name: all of them in float32, none in half precision."""
+    if model.vqvae.post_quant_conv.weight.dtype != torch.float32:
+        return {}
+    return {name: module for name, module in model.vqvae.decoder.named_modules() if isinstance(module, Up)}
+
+
 def _with_phases(module: nn.Module, phases: Mapping[str, Sequence[Tensor]], path: str = "") -> nn.Module:
-    """The module, or a shallow copy that has `PhasedUp`s instead of the `Up`s in it that have kernels there."""
+    """The module, or a shallow copy that has `PhasedUp`s instead of the `Up`s in it that are named there."""
     if isinstance(module, Up) and path in phases:
         return PhasedUp(module, phases[path])
     children = {

@@ -111,7 +111,9 @@ class PlanBuilder:
         write_goldens(self.directory, self.reference, **asdict(self.options.sampling(self.config.vocab)))
 
     def _decoder_graph(self) -> graphs.DecoderGraph:
-        return graphs.DecoderGraph(self.model)
+        """As older exports have it, with kernels that are added already."""
+        ups = graphs.ups_of(self.model).items()
+        return graphs.DecoderGraph(self.model, {name: graphs.phases_of(up.conv.weight.detach()) for name, up in ups})
 
     # -- graphs ------------------------------------------------------------------------------------------------------
 

@@ -236,6 +236,9 @@ class PlanBuilder2(PlanBuilder):
                     )
         return table
 
+    def _decoder_graph(self) -> graphs.DecoderGraph:
+        return graphs.DecoderGraph(self.model)
+
     def _autoencoder(self) -> None:
         super()._autoencoder()
         self.table = self._parameters()

@@ -92,7 +92,7 @@ class Verifier:
         path = self.directory / self.manifest.graphs[name].file
         there = {port.name for port in self.manifest.graphs[name].outputs}
         extra_outputs = tuple(output for output in extra_outputs if output not in there)
-        skipped = ["ConstantFolding", *needless_optimizers(self.manifest.precision)]
+        skipped = ["ConstantFolding", *needless_optimizers(self.manifest.precision, name)]
         if not extra_outputs:
             return ort.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=skipped

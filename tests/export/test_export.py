@@ -315,12 +315,22 @@ def test_the_script_runs_from_a_bare_checkout(saved: Path, built: Callable[[str]
 def test_doubling_in_phases_is_doubling() -> None:
     """Nearest neighbour and 3×3 convolution as four 2×2 convolutions, at odd sizes and borders too."""
     up = Up(6).double()
-    phased = PhasedUp(up, phases_of(up.conv.weight))
-    for kernel in phased.kernels:
-        assert kernel.shape == (6, 6, 2, 2)
-    phased.kernels = torch.nn.ParameterList(kernel.double() for kernel in phased.kernels)
+    kernels = phases_of(up.conv.weight)
+    assert [kernel.shape for kernel in kernels] == [(6, 6, 2, 2)] * 4
     x = torch.randn(2, 6, 5, 7, dtype=torch.float64)
-    assert torch.allclose(phased(x), up(x), atol=1e-6)
+    for phased in (PhasedUp(up), PhasedUp(up, kernels)):
+        assert torch.allclose(phased(x), up(x), atol=1e-12)
+
+
+def test_a_doubling_in_phases_stores_its_weights_once(plan: Path) -> None:
+    """The 3×3 weights of the parameters' table: a graph adds them, and holds none of the sums."""
+    manifest = schema.read_manifest(plan)
+    tensors = onnx.load(plan / "decoder.onnx", load_external_data=False).graph.initializer
+    held = {int(e.value) for t in tensors if list(t.dims[2:]) == [3, 3] for e in t.external_data if e.key == "offset"}
+    ups = [one for name, one in manifest.parameters.items() if "decoder" in name and "resample.conv.weight" in name]
+    assert len(ups) == 2
+    assert {one.offset for one in ups} <= held
+    assert not any(list(t.dims[2:]) == [2, 2] for t in tensors)
 
 
 def test_a_decoder_doubles_in_phases_for_cpus_alone(plan: Path) -> None:

@@ -202,7 +202,7 @@ def kernels(plan: Path, graph: str, tmp_path: Path) -> Counter[str]:
         str(plan / f"{graph}.onnx"),
         options,
         providers=["CPUExecutionProvider"],
-        disabled_optimizers=needless_optimizers(read_manifest(plan).precision),
+        disabled_optimizers=needless_optimizers(read_manifest(plan).precision, graph),
     )
     return Counter(
         node.op_type for node in onnx.load(tmp_path / f"{graph}.onnx", load_external_data=False).graph.node

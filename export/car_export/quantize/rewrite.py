@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from car_export.quantize.calibrate import ProductError, QuantParams, activation_params, calibrate, quantize_weights
 from car_export.quantize.sites import ConvSite, MatMulSite
@@ -43,7 +43,7 @@ class GraphQuantizer:
 
     def quantize_matmul(self, site: MatMulSite) -> float:
         """Rewrite a product, or leave it in float32 if its error exceeds `MAX_ERROR`; returns that error."""
-        node, x, name = site.node, site.x, _parameter_name(site.weight)
+        node, x, name = site.node, site.x, _parameter_name(site.weight.name)
         stored = self.weights.array(site.weight)
         weight_NK = np.asarray(stored if site.transposed else stored.T, np.float32)
         fold = self._fold(x) if len(self._readers[x]) == 1 else None
@@ -84,8 +84,8 @@ class GraphQuantizer:
         if f"{x}.int8" not in self._makers:
             before += self._quantized(x, f"{x}.int8", scale, zero_point)
             self._makers[f"{x}.int8"] = before[-1]
-        kernels, scales = quantize_weights(np.asarray(self.weights.array(site.weight), np.float32))
-        before.append(self._dequantized_kernels(_parameter_name(site.weight), output, kernels, scales))
+        kernels, scales = quantize_weights(site.kernels(self.weights.array(site.weight)))
+        before.append(self._dequantized_kernels(_parameter_name(site.name), output, kernels, scales))
         inputs = [f"{x}.int8", before[-1].output[0]]
         if site.bias is not None:
             bias = np.asarray(self.weights.array(site.bias), np.float64)
@@ -219,6 +219,6 @@ class GraphQuantizer:
         return name
 
 
-def _parameter_name(weight: TensorProto) -> str:
+def _parameter_name(stored: str) -> str:
     """The model's name of a weight, without the suffixes that storage adds."""
-    return weight.name.removesuffix(".f16").removesuffix(".T")
+    return stored.removesuffix(".f16").removesuffix(".T")

@@ -5,12 +5,14 @@ Shapes: K input channels, N output channels, h, w kernel size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx
 from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
 
 from car_runtime.format import manifest as schema
 
@@ -41,11 +43,25 @@ class MatMulSite:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvSite:
-    """A Conv with kernels of the model, [N, K, h, w]."""
+    """A Conv with kernels of the model, [N, K, h, w], or with kernels that the graph makes of them."""
 
     node: onnx.NodeProto
     weight: TensorProto
     bias: TensorProto | None
+    making: onnx.ModelProto | None
+    """The nodes that make the kernels of `weight`, which is their input; None where the Conv takes it as it is."""
+
+    @property
+    def name(self) -> str:
+        """Of the kernels: several that are made of one weight have different ones."""
+        return self.weight.name if self.making is None else str(self.node.input[1])
+
+    def kernels(self, weight: np.ndarray) -> np.ndarray:
+        """Float32 [N, K, h, w]; weight: what is stored."""
+        if self.making is None:
+            return np.asarray(weight, np.float32)
+        (made,) = ReferenceEvaluator(self.making).run(None, {self.weight.name: weight})
+        return np.asarray(made, np.float32)
 
 
 def kind_of(graph: str) -> str:
@@ -76,13 +92,46 @@ def conv_sites(model: onnx.ModelProto) -> list[ConvSite]:
     weights, stored = _weights_of(model)
     found = []
     for node in model.graph.node:
-        if node.op_type != "Conv" or (weight := weights.get(stored(node.input[1], ("Cast",))[0])) is None:
+        if node.op_type != "Conv":
+            continue
+        weight, making = weights.get(stored(node.input[1], ("Cast",))[0]), None
+        if weight is None:
+            weight, making = _making(model, node.input[1], weights)
+        if weight is None:
             continue
         has_bias = len(node.input) > 2
         bias = weights.get(stored(node.input[2], ("Cast",))[0]) if has_bias else None
         if min(weight.dims[:2]) > MIN_CHANNELS and (bias is not None or not has_bias):
-            found.append(ConvSite(node=node, weight=weight, bias=bias))
+            found.append(ConvSite(node=node, weight=weight, bias=bias, making=making))
     return found
+
+
+def _making(
+    model: onnx.ModelProto, kernels: str, weights: Mapping[str, TensorProto]
+) -> tuple[TensorProto | None, onnx.ModelProto | None]:
+    """The stored weight that kernels are made of, and the nodes that make them; None where they depend on an input of
+    the graph, or on several weights."""
+    needed = {kernels}
+    nodes: list[onnx.NodeProto] = []
+    for node in reversed(model.graph.node):
+        if needed & set(node.output):
+            nodes.insert(0, node)
+            needed |= set(node.input)
+    needed -= {output for node in nodes for output in node.output} | {""}
+    stored = [
+        weights[name] for name in needed & weights.keys() if weights[name].data_location == TensorProto.EXTERNAL
+    ]
+    if len(stored) != 1 or not needed <= weights.keys():
+        return None, None
+    (weight,) = stored
+    graph = helper.make_graph(
+        nodes,
+        "kernels",
+        [helper.make_tensor_value_info(weight.name, weight.data_type, weight.dims)],
+        [helper.make_tensor_value_info(kernels, TensorProto.FLOAT, None)],
+        [weights[name] for name in sorted(needed - {weight.name})],
+    )
+    return weight, helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
 
 
 def observed_values(graph: str, model: onnx.ModelProto, manifest: schema.Manifest) -> dict[str, int | None]:

@@ -122,7 +122,7 @@ class OrtCpu(NumpyBuffers):
                 self._source(graph) if self._folder is None else self._checked_source(self._folder, file, options),
                 options,
                 providers=[CPU_PROVIDER],
-                disabled_optimizers=needless_optimizers(self._manifest.precision),
+                disabled_optimizers=needless_optimizers(self._manifest.precision, graph),
             )
         except Exception as error:
             raise PlanError(

@@ -31,16 +31,18 @@ def import_onnxruntime(spec: BackendSpec, package: str, extras: Sequence[str]) -
     return onnxruntime
 
 
-def needless_optimizers(precision: Precision) -> list[str]:
-    """What a session on the CPU does without, for its argument `disabled_optimizers`.
+def needless_optimizers(precision: Precision, graph: str) -> list[str]:
+    """What a session of a graph on the CPU does without, for its argument `disabled_optimizers`.
 
     Folding would copy every matrix to transpose it, only for it to be packed in another form. Where weights are
-    stored in half precision it has to be: else they would be converted in every run. Of an int8 plan a product and
-    the sum after it must not become one Gemm, which has no INT8 kernel: its matrix would be converted in every run.
+    stored in half precision it has to be: else they would be converted in every run. So it has to in the decoder,
+    where kernels are added to others. Of an int8 plan a product and the sum after it must not become one Gemm, which
+    has no INT8 kernel: its matrix would be converted in every run.
     """
     if precision.weights == "int8":
         return ["MatMulAddFusion"]
-    return ["ConstantFolding"] if precision.compute == precision.weights == "fp32" else []
+    single = precision.compute == precision.weights == "fp32"
+    return ["ConstantFolding"] if single and graph != "decoder" else []
 
 
 def _is_installed(distribution: str) -> bool:
