@@ -133,7 +133,7 @@ class PhasedUp(nn.Module):
 
     Pixels that nearest-neighbour doubling repeats meet several of the 3×3 weights, which are added here instead: 16
     products a small pixel and channel pair, not 36. The result is the same up to the rounding of those sums. A plan
-    stores the 3×3 weights alone: engines add them once, when they load the graph.
+    stores the 3×3 weights: engines add them once, when they load the graph.
     """
 
     def __init__(self, up: Up, kernels: Sequence[Tensor] = ()):

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from PIL import Image
@@ -23,6 +24,8 @@ from car_export.cli import main as build_engines
 from car_export.config import ExportOptions
 from car_export.graphs import PhasedUp, phases_of
 from car_export.plan2 import build_plan_of_2
+from car_export.quantize import sites
+from car_runtime.backends.onnxruntime.session import needless_optimizers
 from car_runtime.editing.edit import Edit, prepare
 from car_runtime.format import manifest as schema
 from car_train import checkpoint
@@ -331,6 +334,28 @@ def test_a_doubling_in_phases_stores_its_weights_once(plan: Path) -> None:
     assert len(ups) == 2
     assert {one.offset for one in ups} <= held
     assert not any(list(t.dims[2:]) == [2, 2] for t in tensors)
+
+
+def test_kernels_of_phases_are_made_once_and_known_to_the_quantizer(
+    plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = schema.read_manifest(plan)
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "decoder.onnx")
+    skipped = needless_optimizers(manifest.precision, "decoder")
+    ort.InferenceSession(plan / "decoder.onnx", options, ["CPUExecutionProvider"], disabled_optimizers=skipped)
+    opened = onnx.load(tmp_path / "decoder.onnx", load_external_data=False).graph
+    stored = {tensor.name for tensor in opened.initializer}
+    assert all(node.input[1] in stored for node in opened.node if node.op_type.endswith("Conv"))
+
+    monkeypatch.setattr(sites, "MIN_CHANNELS", 1)
+    model = onnx.load(plan / "decoder.onnx", load_external_data=False)
+    made = [site for site in sites.conv_sites(model) if site.making is not None]
+    assert len(made) == (8 if manifest.precision.compute == "fp32" else 0)
+    for site in made:
+        weight = onnx.numpy_helper.to_array(site.weight, str(plan))
+        wanted = phases_of(torch.from_numpy(weight.copy()).float())
+        assert any(np.array_equal(site.kernels(weight), kernel.numpy()) for kernel in wanted)
 
 
 def test_a_decoder_doubles_in_phases_for_cpus_alone(plan: Path) -> None:

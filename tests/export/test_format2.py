@@ -68,7 +68,7 @@ def test_a_plan_has_its_base_once_and_every_parameter_by_name(two: Path) -> None
         sum(one.bytes for name, one in manifest.parameters.items() if name.startswith(part))
         for part in (("vqvae", "base"), ("branches.other",))
     )
-    small_things = 100_000  # positions by scale, constants, kernels of phases, alignment
+    small_things = 100_000  # positions by scale, constants, alignment
     assert manifest.files[schema.WEIGHTS].bytes <= base + 2 * branch + small_things
 
 

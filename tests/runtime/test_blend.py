@@ -38,10 +38,11 @@ def test_the_ends_are_the_images_of_the_classes_and_seeds(plan: Plan) -> None:
 
 @pytest.mark.parametrize("what", [{"label": 22}, {"seed": 40}])
 def test_the_way_leads_from_one_to_the_other(plan: Plan, what: dict[str, int]) -> None:
-    config = GenerationConfig(control=CONTROL, label=4, seed=3)
-    way = [plan.generate(config, blend=Blend(share=share, **what)).tokens[0] for share in (0, 0.25, 0.5, 0.75, 1)]
+    config = GenerationConfig(control=CONTROL, label=4, seed=3, n=4)
+    way = [plan.generate(config, blend=Blend(share=share, **what)).tokens for share in (0, 0.25, 0.5, 0.75, 1)]
     assert len({tokens.tobytes() for tokens in way}) == 5
-    near, far = (np.mean(way[at] != way[0]) for at in (1, 4))
+    coarse = 1 + 4 + 9  # one token that differs changes most of those that follow it
+    near, far = (np.mean(way[at][:, :coarse] != way[0][:, :coarse]) for at in (1, 4))
     assert near < far
 
 
